@@ -1,0 +1,47 @@
+# One environment for everything; another Python goes to another folder: PYTHON=python3.13 make test
+PYTHON ?= python3
+VENV ?= .venv$(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL = 3
+
+# make demo DEVICES=2: as many CPU devices, so that the training takes the pmap path.
+MANY = $(if $(DEVICES),XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
+
+.PHONY: setup demo test lint parity clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.%: pyproject.toml | $(VENV)/.core
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
+	touch $@
+
+setup: $(VENV)/.core
+
+demo: $(VENV)/.demo
+	$(MANY) $(BIN)/python train.py --config=configs/openmoji_autoencoder.py --workdir=runs/demo/first_stage
+	$(MANY) $(BIN)/python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
+	$(BIN)/python -m latent_diffusion.evaluation.openmoji --workdir=runs/demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.lint $(VENV)/.core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch 2.13 is what the references were checked with; it is an oracle, never a dependency.
+parity: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e ".[parity]"
+	$(BIN)/python -m pytest tests/parity -o addopts="-q"
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

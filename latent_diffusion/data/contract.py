@@ -1,0 +1,57 @@
+"""The batch contract: one meaning per key for ever."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Key(NamedTuple):
+    """What one key of a batch must look like."""
+
+    dtype: type
+    shape: str
+    low: float = -np.inf
+    high: float = np.inf
+
+
+KEYS: dict[str, Key] = {
+    "image": Key(np.float32, "B H W 3", -1, 1),
+    "moments": Key(np.float32, "B h w c"),  # cached first-stage output
+    "class_label": Key(np.int32, "B", 0),
+    "tokens": Key(np.int32, "B L", 0),
+    "layout": Key(np.int32, "B L", 0),
+    "segmentation": Key(np.int32, "B H W", 0),
+    "mask": Key(np.float32, "B H W 1", 0, 1),  # 1 = hole
+    "low_res": Key(np.float32, "B H W 3", -1, 1),
+    "weight": Key(np.float32, "B", 0),  # 0 = padding
+}
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the key, what it got and what was expected.
+
+    Keys the contract does not know pass if they are numbers: a task may bring its own.
+    """
+    for name, value in batch.items():
+        array = np.asarray(value)
+        if name not in KEYS:
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"batch[{name!r}]: got dtype {array.dtype}, expected numbers")
+            continue
+        key = KEYS[name]
+        if array.dtype != key.dtype:
+            expected = np.dtype(key.dtype).name
+            raise ValueError(f"batch[{name!r}]: got dtype {array.dtype}, expected {expected}")
+        dims = key.shape.split()
+        fixed = [(i, int(d)) for i, d in enumerate(dims) if d.isdigit()]
+        if array.ndim != len(dims) or any(array.shape[i] != d for i, d in fixed):
+            raise ValueError(f"batch[{name!r}]: got shape {array.shape}, expected [{key.shape}]")
+        if array.size == 0:
+            continue
+        low, high = float(array.min()), float(array.max())
+        if not (key.low <= low and high <= key.high):  # NaN fails too
+            raise ValueError(
+                f"batch[{name!r}]: got values in [{low:g}, {high:g}], "
+                f"expected [{key.low:g}, {key.high:g}]"
+            )

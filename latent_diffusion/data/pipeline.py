@@ -1,0 +1,105 @@
+"""From a source to batches, with Grain.
+
+Batch number s is a pure function of (seed, s): examples s·B ... (s+1)·B − 1 of the endlessly
+repeated source, reshuffled every epoch. Process p of P takes the p-th contiguous block of every
+batch, so the position in the data is the step alone: resuming means `start_step`, and neither
+the number of processes nor that of threads can change what step s sees.
+"""
+
+import os
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from latent_diffusion.data.contract import check_batch
+from latent_diffusion.data.sources import Example, Source
+from latent_diffusion.data.transforms import Transform
+
+Batch = dict[str, np.ndarray]
+
+
+def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} is not divisible by {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not below {process_count} processes")
+    return batch_size // process_count
+
+
+def _prefetched(batches: grain.MapDataset) -> Iterator[Batch]:
+    """Batches in order, a few threads ahead; the first one is held against the contract."""
+    options = grain.ReadOptions(num_threads=min(os.cpu_count() or 1, 16), prefetch_buffer_size=16)
+    iterator = iter(batches.to_iter_dataset(options))
+    for i, batch in enumerate(iterator):
+        if i == 0:
+            check_batch(batch)
+        yield batch
+
+
+def iterate(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Training batches from step `start_step` on: dicts of arrays [batch_size / process_count ...].
+
+    batch_size: of the global batch. transform: `(example, rng) -> example`, its generator
+    belonging to (seed, position). repeat: for ever; otherwise one epoch of whole batches.
+    Raises ValueError for a batch size that the processes cannot share, or that exceeds the source.
+    """
+    local = _local_batch_size(batch_size, process_index, process_count)
+    if len(source) < batch_size:
+        raise ValueError(f"the data has {len(source)} examples, fewer than one batch: {batch_size}")
+    examples = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        examples = examples.shuffle()
+    # Cut to whole global batches, so that every process sees the same number of them.
+    examples = examples.repeat() if repeat else examples[: len(source) // batch_size * batch_size]
+    batches = examples.random_map(transform).batch(local, drop_remainder=True)
+    return _prefetched(batches[start_step * process_count + process_index :: process_count])
+
+
+class _Padded:
+    """A source lengthened to `length` by repeating its last example with weight 0."""
+
+    def __init__(self, source: Source, length: int):
+        self.source, self.length = source, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        last = len(self.source) - 1
+        example = self.source[min(index, last)]
+        return {**example, "weight": np.float32(index <= last)}
+
+
+def epoch(
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every example once, in order. The last batch is filled up; `weight` [B] is 0 there, else 1.
+
+    batch_size: of the global batch; each process gets its contiguous block of it.
+    """
+    local = _local_batch_size(batch_size, process_index, process_count)
+    if len(source) == 0:
+        raise ValueError("the data has no examples")
+    padded = _Padded(source, -(-len(source) // batch_size) * batch_size)
+
+    def weighted(example: Example, rng: np.random.Generator) -> Example:
+        return {**transform(example, rng), "weight": example["weight"]}
+
+    batches = grain.MapDataset.source(padded).seed(0).random_map(weighted).batch(local)
+    return _prefetched(batches[process_index::process_count])

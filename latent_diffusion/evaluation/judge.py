@@ -1,0 +1,40 @@
+"""A judge for samples: simple classifiers, fitted on real training pictures only.
+
+It never sees a sample while it is fitted, and its accuracy on real held-out pictures stands beside
+whatever it says of samples.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import balanced_accuracy_score
+
+BINS = 6  # levels per colour channel
+
+
+def features(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+    """What the picture looks like from afar (8×8 means) and which colours it has (a histogram)."""
+    num, height, width, _ = images.shape
+    blocks = images.reshape(num, 8, height // 8, 8, width // 8, 3).mean((2, 4)) / 255
+    levels = images.astype(np.int64) * BINS // 256
+    colours = (levels[..., 0] * BINS + levels[..., 1]) * BINS + levels[..., 2]
+    counts = [np.bincount(c.ravel(), minlength=BINS**3) for c in colours]
+    histogram = np.sqrt(np.stack(counts) / (height * width))
+    return np.concatenate([blocks.reshape(num, -1), histogram], axis=1)
+
+
+def fit(
+    images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"]
+) -> RandomForestClassifier:
+    """A random forest over `features`, classes weighted equally."""
+    forest = RandomForestClassifier(300, class_weight="balanced", random_state=0, n_jobs=-1)
+    return forest.fit(features(images), labels)
+
+
+def balanced_accuracy(
+    judge: RandomForestClassifier,
+    images: UInt8[np.ndarray, "N H W 3"],
+    labels: Int[np.ndarray, " N"],
+) -> float:
+    """Mean over the classes of the share that the judge recovers."""
+    return float(balanced_accuracy_score(labels, judge.predict(features(images))))

@@ -1,0 +1,109 @@
+"""What training uses and never changes: LPIPS, the first stage, its scale, cached latents."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion import data, parallel, workdir
+from latent_diffusion.first_stage import FirstStage, latent_sums, with_measured_scale
+from latent_diffusion.losses.perceptual import load_lpips_params
+from latent_diffusion.types import lookup
+
+log = logging.getLogger(__name__)
+
+
+def load_constants(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+    """Replace the random weights in a task's `constants` by the real ones.
+
+    directory: the run's workdir, which keeps its own copy of a frozen first stage.
+    source: the training examples, over which the latent scale is measured.
+    """
+    return lookup(_LOADERS, config.task, "task")(config, directory, constants, source)
+
+
+def _perceptual(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+    net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
+    return (
+        constants
+        if net == "none"
+        else constants.replace(lpips=load_lpips_params(net, path or None))
+    )
+
+
+def _first_stage(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+    if (directory / workdir.FIRST_STAGE).exists():
+        kept = workdir.load_first_stage(directory, constants.first_stage.module)
+        return constants.replace(first_stage=kept)
+    first_stage = constants.first_stage
+    if config.autoencoder.regularization != "identity":
+        params = workdir.load_autoencoder_params(Path(config.first_stage.path))
+        workdir.check_same_tree(first_stage.params, params, config.first_stage.path)
+        first_stage = first_stage.replace(params=params)
+    first_stage = measure_scale(config, first_stage, source)
+    workdir.save_first_stage(directory, first_stage, str(config.first_stage.path))
+    return constants.replace(first_stage=first_stage)
+
+
+_LOADERS: dict[str, Callable[..., Any]] = {
+    "autoencoding": _perceptual,
+    "denoising": _first_stage,
+}
+
+
+def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> FirstStage:
+    """Set the latent scale from `first_stage.num_batches` training batches, on all devices."""
+    mode, mesh = parallel.devices(config.parallel)
+    index, count = parallel.process_shard(mode, mesh)
+    step = parallel.compile_step(latent_sums, mode, mesh=mesh, donate_state=False)
+    batches = data.iterate(
+        source,
+        data.make_transform(config.data, train=True),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=index,
+        process_count=count,
+    )
+    rng = jax.random.key(config.seed)
+    sums = [
+        step({}, first_stage, {"image": batch["image"]}, jax.random.fold_in(rng, i))[1]
+        for i, batch in enumerate(itertools.islice(batches, config.first_stage.num_batches))
+    ]
+    measured = with_measured_scale(first_stage, sums, config.first_stage.normalization)
+    log.info(
+        "latent scale over %d images: scale_factor %s, shift %s",
+        len(sums) * config.batch_size,
+        np.round(measured.scale_factor, 5),
+        np.round(measured.shift, 5),
+    )
+    return measured
+
+
+def cache_moments(config: ConfigDict, first_stage: FirstStage, source: Any) -> data.ArraySource:
+    """Encode every training example once: a source of `moments` and of all that isn't an image.
+
+    The whole cache lies in this process's memory. Raises ValueError where images are augmented at
+    random, since a cache would freeze the draw.
+    """
+    if config.data.flip or config.data.crop == "random":
+        raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
+    mode, mesh = parallel.devices(config.parallel)
+    index, count = parallel.process_shard(mode, mesh)
+
+    def encode(state: Any, first_stage: FirstStage, batch: Any, rng: Any, *, axis_name=None):
+        return first_stage.moments(batch["image"])
+
+    run = parallel.compile_eval(encode, mode, mesh=mesh)
+    transform = data.make_transform(config.data, train=False)
+    batches = data.epoch(source, transform, config.batch_size, index, count)
+    rng = jax.random.key(0)
+    moments = [run({}, first_stage, {"image": batch["image"]}, rng) for batch in batches]
+    rest = [{k: v for k, v in source[i].items() if k != "image"} for i in range(len(source))]
+    kept = [key for key in rest[0] if key == "caption" or key in data.KEYS]
+    arrays = {key: np.asarray([example[key] for example in rest]) for key in kept}
+    return data.ArraySource({"moments": np.concatenate(moments)[: len(source)], **arrays})

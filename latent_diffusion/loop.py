@@ -1,0 +1,217 @@
+"""The training loop: the one place where tasks, data, devices, checkpoints and logs meet."""
+
+import itertools
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion import data, frozen, metrics, parallel, workdir
+from latent_diffusion.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    WorkdirInUse,
+    acquire_lock,
+)
+from latent_diffusion.conditioners import make_conditioner
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.types import lookup
+
+# What a user can cause and mend: the commands print these as one line.
+USER_ERRORS = (
+    ValueError,
+    ModuleNotFoundError,
+    OSError,
+    CheckpointError,
+    WorkdirInUse,
+    metrics.NonFiniteError,
+)
+
+_BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype)
+    "tokens": lambda config: ((config.tokenizer.max_length,), np.int32),
+    "class_label": lambda config: ((), np.int32),
+}
+
+
+class Interrupted(Exception):
+    """A signal stopped the run, after its state was saved."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, saved")
+        self.exit_code = 128 + signum
+
+
+class _Stop:
+    """Notes the first SIGINT or SIGTERM, so that the loop can save; a second one acts at once."""
+
+    def __enter__(self) -> "_Stop":
+        self.signum: int | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of one global batch, before anything is read."""
+    size = config.data.image_size
+    shapes = {"image": ((size, size, config.autoencoder.image_channels), np.float32)}
+    for key in make_conditioner(config.conditioners).keys if config.task == "denoising" else ():
+        shapes[key] = lookup(_BATCH_SPECS, key, "batch key")(config)
+    return {
+        key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+        for key, (shape, dtype) in shapes.items()
+    }
+
+
+def dry_run(config: ConfigDict) -> str:
+    """The resolved config and a table of parameters per component, without allocating any."""
+    task = lookup(TASKS, config.task, "task")(config)
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
+    rows = []
+    for name, tree in task.components(state, constants).items():
+        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        rows.append(f"{name:24s}{count / 1e6:10.2f} M")
+    return f"{config}\n" + "\n".join(rows)
+
+
+def train(config: ConfigDict, directory: str | Path) -> Any:
+    """Train to `config.num_steps` in a workdir, from its latest checkpoint if it has one.
+
+    Returns the final state. Raises Interrupted after a signal, NonFiniteError on NaN, and the
+    errors of `USER_ERRORS` for bad input.
+    """
+    directory = Path(directory).absolute()
+    make_task = lookup(TASKS, config.task, "task")
+    config = workdir.resolve(config)
+    task = make_task(config)
+    mode, mesh = parallel.devices(config.parallel)
+    layout = {"mesh": mesh, "rules": config.parallel.rules}
+    rng = jax.random.key(config.seed)
+
+    with (
+        acquire_lock(directory),
+        Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+    ):
+        train_source = data.make_source(config.data, "train")
+        test_source = data.make_source(config.data, "test")
+        workdir.save_config(config, directory)
+        tokenizer = workdir.make_tokenizer(config, directory, train_source)
+
+        # Fresh state, the frozen parts, then whatever the latest checkpoint holds.
+        # XLA takes minutes to compile hundreds of small threefry draws, and seconds for these.
+        init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
+        state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_rng)
+        constants = frozen.load_constants(config, directory, constants, train_source)
+        state = parallel.place(state, mode, **layout)
+        restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
+        state, start = (state, 0) if restored is None else (restored.state, restored.step)
+        if config.task == "denoising" and config.first_stage.cache:
+            train_source = frozen.cache_moments(config, constants.first_stage, train_source)
+
+        index, count = parallel.process_shard(mode, mesh)
+        batches = data.iterate(
+            train_source,
+            data.make_transform(config.data, train=True, tokenizer=tokenizer),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start,
+            process_index=index,
+            process_count=count,
+        )
+        train_step = parallel.compile_step(task.train_step, mode, **layout)
+        report = _Reporter(config, task, test_source, tokenizer, mode, layout)
+        speed = metrics.Throughput()
+        with (
+            _Stop() as stop,
+            metrics.Writer(directory, step=start) as writer,
+            metrics.Progress(config.num_steps, start) as progress,
+        ):
+            if start:
+                progress.write(f"resuming from step {start} of {checkpoints.directory}")
+            for step in range(start + 1, config.num_steps + 1):
+                state, values = train_step(state, constants, next(batches), rng)
+                # Waiting for the values here costs little: the next batch is prefetched.
+                metrics.check_finite(step, values, state.params)
+                speed.add(config.batch_size)
+                progress.update(step)
+                last = step == config.num_steps or stop.signum is not None
+                if step % config.log.every_steps == 0 or last:
+                    rate = speed.read()
+                    measured = {} if rate is None else {"images_per_second": rate}
+                    writer.scalars(step, {**values, **measured})
+                    progress.report(step, {"loss": float(values["loss"]), "images/s": rate})
+                if metrics.image_log_steps(step, config.log.images_every_steps) or last:
+                    for name, grid in report.pictures(state, constants, rng).items():
+                        writer.image(step, name, grid)
+                    speed.skip()
+                every = config.log.eval_every_steps
+                if step == config.num_steps or (every and step % every == 0):
+                    writer.scalars(step, report.evaluation(state, constants, rng))
+                    speed.skip()
+                if step % config.checkpoint.every_steps == 0 or last:
+                    checkpoints.save(step, state, {"seed": config.seed})
+                if stop.signum is not None:
+                    checkpoints.wait()
+                    progress.write(str(Interrupted(stop.signum, step)))
+                    raise Interrupted(stop.signum, step)
+    return state
+
+
+class _Reporter:
+    """Evaluates and draws with a task's `eval_step` and `show`, on the same test examples."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        task: Any,
+        source: Any,
+        tokenizer: Any,
+        mode: str,
+        layout: Mapping[str, Any],
+    ):
+        self._config, self._source = config, source
+        self._transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
+        self._shard = parallel.process_shard(mode, layout["mesh"])
+        self._eval_step = parallel.compile_eval(task.eval_step, mode, **layout)
+        self._show = parallel.compile_eval(task.show, mode, **layout)
+
+    def evaluation(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, float]:
+        """Means of the per-example values over `log.eval_batches` batches, exact on the padded."""
+        values: dict[str, list[np.ndarray]] = {}
+        weights = []
+        batches = self._batches(self._config.batch_size)
+        for i, batch in enumerate(itertools.islice(batches, self._config.log.eval_batches)):
+            weights.append(batch.pop("weight"))
+            out = self._eval_step(state, constants, batch, jax.random.fold_in(rng, i))
+            for name, value in out.items():
+                values.setdefault(name, []).append(value)
+        weight = np.concatenate(weights)
+        return {
+            f"eval_{name}": float(np.average(np.concatenate(value), weights=weight))
+            for name, value in values.items()
+        }
+
+    def pictures(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, np.ndarray]:
+        """One grid: the images of every kind that the task shows, a row each."""
+        num = self._config.log.num_images
+        batch = next(self._batches(num))
+        batch.pop("weight")
+        images = self._show(state, constants, batch, rng)
+        return {"_".join(images): metrics.image_grid(np.concatenate(list(images.values())), num)}
+
+    def _batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        return data.epoch(self._source, self._transform, batch_size, *self._shard)

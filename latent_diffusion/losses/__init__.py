@@ -1,0 +1,1 @@
+"""Image-space losses of perceptual compression."""

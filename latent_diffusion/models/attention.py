@@ -1,0 +1,204 @@
+"""Attention blocks of the autoencoder and the U-Net."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.models.layers import Dense, GroupNorm
+from latent_diffusion.types import Array, Float, lookup
+
+IMPLEMENTATIONS = {"auto": None, "xla": "xla", "cudnn": "cudnn"}
+
+
+def attend(
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    implementation: str = "auto",
+) -> Float[Array, "B L N D"]:
+    """softmax(q kᵀ / √D) v for N heads; the softmax runs in float32."""
+    return jax.nn.dot_product_attention(
+        q, k, v, implementation=lookup(IMPLEMENTATIONS, implementation, "attention implementation")
+    )
+
+
+def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class SingleHeadAttention2D(nn.Module):
+    """The autoencoder's self-attention over positions: one head of full width, q, k, v apart."""
+
+    num_groups: int = 32
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels = x.shape[-1]
+        h = _tokens(GroupNorm(self.num_groups, name="norm")(x))
+        q, k, v = (Dense(channels, dtype=self.dtype, name=n)(h)[:, :, None, :] for n in "qkv")
+        h = attend(q, k, v, self.attention)[:, :, 0, :]
+        return x + Dense(channels, dtype=self.dtype, name="proj_out")(h).reshape(x.shape)
+
+
+class LinearAttention2D(nn.Module):
+    """Attention in O(L): softmax over the positions of k only (Shen et al. 2018), one head."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels = x.shape[-1]
+        qkv = Dense(3 * channels, use_bias=False, dtype=self.dtype, name="to_qkv")(_tokens(x))
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        k = nn.softmax(k.astype(jnp.float32), axis=1).astype(k.dtype)
+        summary = jnp.einsum("bld,ble->bde", k, v)
+        h = jnp.einsum("bld,bde->ble", q, summary)
+        return x + Dense(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
+
+
+class AttentionBlock(nn.Module):
+    """The unconditional U-Net's self-attention: one joint qkv map, several heads.
+
+    legacy_order: the released models interleave the channels per head, [h0: q k v, h1: q k v …];
+    otherwise all of q comes first, then k, then v.
+    """
+
+    num_heads: int
+    legacy_order: bool = True
+    num_groups: int = 32
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels = x.shape[-1]
+        h = _tokens(GroupNorm(self.num_groups, epsilon=1e-5, name="norm")(x))
+        qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
+        if self.legacy_order:
+            qkv = qkv.reshape(*qkv.shape[:2], self.num_heads, 3, -1)
+            q, k, v = (qkv[..., i, :] for i in range(3))
+        else:
+            qkv = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1)
+            q, k, v = (qkv[:, :, i] for i in range(3))
+        h = attend(q, k, v, self.attention).reshape(h.shape)
+        h = Dense(channels, zero_init=True, dtype=self.dtype, name="proj_out")(h)
+        return x + h.reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens x to `context`, or to themselves where there is none."""
+
+    num_heads: int
+    head_dim: int
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B S D"] | None = None
+    ) -> Float[Array, "B L C"]:
+        context = x if context is None else context
+        inner = self.num_heads * self.head_dim
+
+        def project(name: str, tokens: Array) -> Array:
+            y = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(tokens)
+            return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
+
+        h = attend(
+            project("to_q", x), project("to_k", context), project("to_v", context), self.attention
+        )
+        h = h.reshape(*x.shape[:2], inner)
+        return Dense(x.shape[-1], dtype=self.dtype, name="to_out")(h)
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gate: value · GELU(gate), inner width 4·C (Shazeer 2020)."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        channels = x.shape[-1]
+        value, gate = jnp.split(
+            Dense(8 * channels, dtype=self.dtype, name="proj_in")(x), 2, axis=-1
+        )
+        h = value * nn.gelu(gate, approximate=False)
+        return Dense(channels, dtype=self.dtype, name="proj_out")(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each pre-normalised and residual.
+
+    self_attention: False makes the first attention a second cross-attention, which is what some
+    released models do at high resolutions.
+    """
+
+    num_heads: int
+    head_dim: int
+    self_attention: bool = True
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L C"], context: Float[Array, "B S D"] | None
+    ) -> Float[Array, "B L C"]:
+        def norm(name: str, h: Array) -> Array:
+            return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name=name)(h).astype(h.dtype)
+
+        def attention(name: str) -> CrossAttention:
+            return CrossAttention(
+                self.num_heads, self.head_dim, self.attention, self.dtype, name=name
+            )
+
+        x = x + attention("attn1")(norm("norm1", x), None if self.self_attention else context)
+        x = x + attention("attn2")(norm("norm2", x), context)
+        return x + GEGLU(self.dtype, name="ff")(norm("norm3", x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, conditioned on `context` tokens.
+
+    Section 3.3 of Rombach et al. 2022. The projections are 1×1 convolutions, which on tokens are
+    linear maps; released models store them as either.
+    """
+
+    num_heads: int
+    head_dim: int
+    depth: int = 1
+    self_attention: bool = True
+    num_groups: int = 32
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], context: Float[Array, "B S D"] | None
+    ) -> Float[Array, "B H W C"]:
+        h = _tokens(GroupNorm(self.num_groups, epsilon=1e-6, name="norm")(x))
+        h = Dense(self.num_heads * self.head_dim, dtype=self.dtype, name="proj_in")(h)
+        for i in range(self.depth):
+            h = TransformerBlock(
+                self.num_heads,
+                self.head_dim,
+                self.self_attention,
+                self.attention,
+                self.dtype,
+                name=f"transformer_blocks_{i}",
+            )(h, context)
+        h = Dense(x.shape[-1], zero_init=True, dtype=self.dtype, name="proj_out")(h)
+        return x + h.reshape(x.shape)
+
+
+def attention_2d(attn_type: str, num_groups: int, attention: str, dtype: Any, name: str):
+    """The autoencoder's attention by type: "vanilla", "linear" or "none" (the identity)."""
+    table = {
+        "vanilla": lambda: SingleHeadAttention2D(num_groups, attention, dtype, name=name),
+        "linear": lambda: LinearAttention2D(dtype, name=name),
+        "none": lambda: lambda x: x,
+    }
+    return lookup(table, attn_type, "attn_type")()

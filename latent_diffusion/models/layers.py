@@ -1,0 +1,124 @@
+"""The few layers that both networks are made of."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.types import Array, Float
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+def _uniform(bound: float):
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def _fan_in_uniform(fan_in: int):
+    """U(±1/√fan_in) for weights and biases alike: what the reference networks start from."""
+    return _uniform(fan_in**-0.5)
+
+
+class Conv(nn.Module):
+    """2-d convolution, NHWC, initialised as the reference networks are: U(±1/√fan_in)."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    zero_init: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(int(np.prod(shape[:3])))
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", init, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y if bias is None else y + bias
+
+
+class Dense(nn.Module):
+    """Linear map of the last axis, initialised as the reference networks are."""
+
+    features: int
+    use_bias: bool = True
+    zero_init: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = x @ kernel
+        return y if bias is None else y + bias
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32 whatever the compute dtype (Wu & He 2018)."""
+
+    num_groups: int = 32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(
+                f"GroupNorm: {channels} channels are not divisible by num_groups={self.num_groups}"
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.float32).reshape(
+            x.shape[0], -1, self.num_groups, channels // self.num_groups
+        )
+        mean = jnp.mean(grouped, (1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(grouped - mean), (1, 3), keepdims=True)
+        # One multiply-add per element: fold the statistics into per-channel factors first.
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, self.num_groups, -1)
+        offset = bias.reshape(1, 1, self.num_groups, -1) - mean * factor
+        return (grouped * factor + offset).reshape(x.shape).astype(x.dtype)
+
+
+def upsample_nearest(x: Float[Array, "B H W C"], factor: int = 2) -> Float[Array, "B H2 W2 C"]:
+    """Repeat every pixel `factor` times along height and width."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(
+        x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels)
+    )
+    return x.reshape(batch, height * factor, width * factor, channels)
+
+
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """Mean over 2×2 blocks; an odd last row or column is dropped."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def timestep_embedding(
+    t: Float[Array, " B"], dim: int, max_period: float = 10_000.0
+) -> Float[Array, "B D"]:
+    """[cos(t·ω_i), sin(t·ω_i)] with ω_i = max_period^(−i/half), half = dim // 2, as in LDM.
+
+    t: timesteps, integer-valued or fractional. Odd dims get a zero column.
+    """
+    half = dim // 2
+    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half).astype(np.float32)
+    angles = t[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

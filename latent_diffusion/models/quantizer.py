@@ -1,0 +1,223 @@
+"""Vector quantisation: latents are entries of a learned codebook (van den Oord et al. 2017)."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.rng import pmean
+from latent_diffusion.types import Array, Float, Int, Key, Keys
+
+
+@flax.struct.dataclass
+class Quantized:
+    """What a quantiser returns.
+
+    codes: [B h w c] quantised latents, through which gradients reach the encoder.
+    indices: [B h w] int32, the codes' places in the codebook.
+    loss: what the codebook and the encoder minimise, a mean over all elements.
+    perplexity: exp(−Σ p log p) of the batch's code frequencies p; num_codes if all are used alike.
+    usage: number of different codes in the batch.
+    """
+
+    codes: jax.Array
+    indices: jax.Array
+    loss: jax.Array
+    perplexity: jax.Array
+    usage: jax.Array
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each latent vector by the nearest of `num_codes` codes, straight through.
+
+    beta: weight of one of the two squared errors. The paper (eq. 3) puts it on the commitment
+        mean((sg[e] − z)²); the original code, and so every released model, on the codebook term
+        mean((e − sg[z])²), which `legacy=True` keeps.
+    l2_normalize: codes and latents on the unit sphere, so that nearest means most aligned (Yu et
+        al. 2022, §3.2).
+    ema_decay: None trains the parameter `embedding` by gradients. A number (0.99) makes each code
+        the moving average of the latents it serves (van den Oord et al. 2017, app. A.1), in the
+        collection `codebook`, which `train=True` moves; the loss is then beta times commitment.
+    restart_below: with `ema_decay`, a code whose moving average of uses a batch falls below this
+        is replaced by a latent of the batch. 0 never; 0.1 after about 230 unused batches at 0.99.
+    axis_name: the mapped axis over which statistics and metrics are taken under pmap.
+    """
+
+    num_codes: int
+    dim: int
+    beta: float = 0.25
+    legacy: bool = True
+    l2_normalize: bool = False
+    ema_decay: float | None = None
+    restart_below: float = 0.0
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        """Start from U(−1/num_codes, 1/num_codes), every code as if used once."""
+        shape, bound = (self.num_codes, self.dim), 1.0 / self.num_codes
+
+        def draw(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+        if self.ema_decay is None:
+            if self.restart_below:
+                raise ValueError("restart_below counts uses and needs ema_decay, e.g. 0.99")
+            self.embedding = self.param("embedding", draw, shape)
+        else:
+            self.average = self.variable(
+                "codebook", "embedding", lambda: draw(self.make_rng("params"), shape)
+            )
+            self.uses = self.variable("codebook", "uses", jnp.ones, shape[:1])
+            self.total = self.variable("codebook", "total", lambda: self.average.value)
+
+    def __call__(
+        self, z: Float[Array, "B h w c"], train: bool = False, key: Key[Array, ""] | None = None
+    ) -> Quantized:
+        """Quantise z. `train` moves an averaged codebook; `key`, the same everywhere, restarts."""
+        if z.shape[-1] != self.dim:
+            raise ValueError(f"the codebook has codes of width {self.dim}, got {z.shape[-1]}")
+        z = self._on_sphere(z.astype(jnp.float32))
+        indices = self.nearest(z)
+        e = self.lookup(indices)
+        commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(e) - z))
+        if self.ema_decay is not None:
+            loss = self.beta * commitment
+        else:
+            codebook = jnp.mean(jnp.square(e - jax.lax.stop_gradient(z)))
+            loss = commitment + self.beta * codebook
+            if not self.legacy:
+                loss = self.beta * commitment + codebook
+        if train and self.ema_decay is not None and not self.is_initializing():
+            self._move_codebook(z.reshape(-1, self.dim), indices.ravel(), self.ema_decay, key)
+        # z + (e − z) is e up to rounding, and has the derivative of z.
+        return _quantized(
+            z + jax.lax.stop_gradient(e - z), indices, loss, self.num_codes, self.axis_name
+        )
+
+    def nearest(self, z: Float[Array, "... c"]) -> Int[Array, "..."]:
+        """Indices of the codes at the smallest Euclidean distance; the first where several tie."""
+        codes = self._codes()
+        # |z|² is the same for all codes. Full precision: rounded products choose other codes.
+        product = jnp.matmul(self._on_sphere(z), codes.T, precision=jax.lax.Precision.HIGHEST)
+        distances = jnp.sum(jnp.square(codes), -1) - 2.0 * product
+        return jnp.argmin(distances, -1).astype(jnp.int32)
+
+    def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... c"]:
+        """Codes at `indices`."""
+        return self._codes()[indices]
+
+    def _codes(self) -> Float[Array, "n c"]:
+        return self._on_sphere(self.embedding if self.ema_decay is None else self.average.value)
+
+    def _on_sphere(self, x: Array) -> Array:
+        if not self.l2_normalize:
+            return x
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
+
+    def _move_codebook(
+        self,
+        z: Float[Array, "N c"],
+        indices: Int[Array, " N"],
+        decay: float,
+        key: Key[Array, ""] | None,
+    ) -> None:
+        """One step of the moving averages, over the vectors of all devices."""
+        z = jax.lax.stop_gradient(z)
+        count = jnp.zeros(self.num_codes).at[indices].add(1.0)
+        total = jnp.zeros((self.num_codes, self.dim)).at[indices].add(z)
+        if self.axis_name is not None:
+            count, total = jax.lax.psum((count, total), self.axis_name)
+        uses = decay * self.uses.value + (1.0 - decay) * count
+        total = decay * self.total.value + (1.0 - decay) * total
+        if self.restart_below:
+            if key is None:
+                raise ValueError("restart_below draws latents at random and needs a key")
+            dead = uses < self.restart_below
+            uses = jnp.where(dead, 1.0, uses)
+            total = jnp.where(dead[:, None], self._draw_latents(key, z), total)
+        # Laplace smoothing keeps the quotient finite for codes that are hardly ever used.
+        smoothed = (uses + 1e-5) / (uses.sum() + 1e-5 * self.num_codes) * uses.sum()
+        self.uses.value, self.total.value = uses, total
+        self.average.value = total / smoothed[:, None]
+
+    def _draw_latents(self, key: Key[Array, ""], z: Float[Array, "N c"]) -> Float[Array, "n c"]:
+        """A vector of the global batch for every code, the same on every number of devices."""
+        if self.axis_name is None:
+            return z[jax.random.randint(key, (self.num_codes,), 0, len(z))]
+        devices, device = jax.lax.psum(1, self.axis_name), jax.lax.axis_index(self.axis_name)
+        place = jax.random.randint(key, (self.num_codes,), 0, devices * len(z))
+        mine = (place // len(z) == device)[:, None]
+        return jax.lax.psum(jnp.where(mine, z[place % len(z)], 0.0), self.axis_name)
+
+
+class GumbelQuantizer(nn.Module):
+    """Draws codes from predicted probabilities by Gumbel-softmax (Jang et al. 2017).
+
+    kl_weight: weight of KL(predicted probabilities ‖ uniform), the mean over positions.
+    straight_through: in training, codes are single entries with the gradient of the softmax;
+        False: mixtures of entries.
+    """
+
+    num_codes: int
+    dim: int
+    kl_weight: float = 5e-4
+    straight_through: bool = True
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        """A 1x1 convolution to logits, and a codebook from N(0, 1)."""
+        self.proj = nn.Dense(self.num_codes)
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(1.0), (self.num_codes, self.dim)
+        )
+
+    def __call__(
+        self,
+        z: Float[Array, "B h w k"],
+        keys: Keys | None = None,
+        temperature: float | Float[Array, ""] = 1.0,
+    ) -> Quantized:
+        """Quantise features z of any width. keys: one per example; None takes the likeliest."""
+        logits = self.proj(z.astype(jnp.float32))
+        q = jax.nn.softmax(logits)
+        kl = jnp.mean(jnp.sum(q * jnp.log(q * self.num_codes + 1e-10), -1))
+        if keys is not None:
+            noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+            logits = (logits + noise) / temperature
+        soft, indices = jax.nn.softmax(logits), jnp.argmax(logits, -1).astype(jnp.int32)
+        weights = soft
+        if keys is None or self.straight_through:
+            hard = jax.nn.one_hot(indices, self.num_codes)
+            weights = soft + jax.lax.stop_gradient(hard - soft)
+        codes = weights @ self.embedding
+        return _quantized(codes, indices, self.kl_weight * kl, self.num_codes, self.axis_name)
+
+    def lookup(self, indices: Int[Array, "..."]) -> Float[Array, "... c"]:
+        """Codes at `indices`."""
+        return self.embedding[indices]
+
+
+def _quantized(
+    codes: Array, indices: Array, loss: Array, num_codes: int, axis_name: str | None
+) -> Quantized:
+    p = jnp.zeros(num_codes).at[indices.ravel()].add(1.0) / indices.size
+    p = pmean(p, axis_name)
+    perplexity = jnp.exp(-jnp.sum(p * jnp.log(p + 1e-10)))
+    return Quantized(codes, indices, loss, perplexity, jnp.sum(p > 0).astype(jnp.float32))
+
+
+def to_used(
+    indices: Int[Array, "..."], used: Int[Array, " n"], unknown: int | None = None
+) -> Int[Array, "..."]:
+    """Renumber codebook indices by their place in `used`, ascending and without repetition.
+
+    unknown: the number of every index outside `used`; None is one more than the last, n.
+    """
+    place = jnp.clip(jnp.searchsorted(used, indices), 0, len(used) - 1)
+    known = used[place] == indices
+    return jnp.where(known, place, len(used) if unknown is None else unknown).astype(jnp.int32)
+
+
+def to_all(indices: Int[Array, "..."], used: Int[Array, " n"]) -> Int[Array, "..."]:
+    """The inverse of `to_used`; numbers from n on, which stand for no code, become used[0]."""
+    return used[jnp.where(indices < len(used), indices, 0)]

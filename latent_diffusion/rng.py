@@ -1,0 +1,58 @@
+"""Randomness that belongs to the example and the step, never to the device.
+
+Every training step derives one key per example from (seed, step, global example index), so the
+noise that example i meets at step s is the same on 1 device and on 256.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.types import Array, Bool, Float, Int, Key, Keys
+
+
+def example_keys(rng: Key[Array, ""], batch_size: int, axis_name: str | None = None) -> Keys:
+    """One key per local example: `rng` folded with the example's index in the global batch.
+
+    batch_size: number of local examples. axis_name: the mapped axis under pmap, where device d
+    holds the global examples d·batch_size … (d+1)·batch_size − 1.
+    """
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
+    return keys_of_examples(rng, first + jnp.arange(batch_size))
+
+
+def keys_of_examples(rng: Key[Array, ""], index: Int[Array, " B"]) -> Keys:
+    """The keys of the examples with these global indices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+
+
+def split_per_example(keys: Keys, num: int) -> tuple[Keys, ...]:
+    """Split every example's key into `num` keys; returns `num` arrays of [B] keys."""
+    split = jax.vmap(lambda key: jax.random.split(key, num))(keys)
+    return tuple(split[:, i] for i in range(num))
+
+
+def normal_per_example(keys: Keys, shape: Sequence[int]) -> Float[Array, "B ..."]:
+    """Standard normal noise [B *shape], each example from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape)))(keys)
+
+
+def uniform_per_example(keys: Keys, shape: Sequence[int] = ()) -> Float[Array, "B ..."]:
+    """Uniform noise in [0, 1) of shape [B *shape], each example from its own key."""
+    return jax.vmap(lambda key: jax.random.uniform(key, tuple(shape)))(keys)
+
+
+def bernoulli_per_example(keys: Keys, probability: float) -> Bool[Array, " B"]:
+    """True with `probability`, independently for each example."""
+    return uniform_per_example(keys) < probability
+
+
+def device_key(rng: Key[Array, ""], axis_name: str | None) -> Key[Array, ""]:
+    """A key for noise that cannot be per example (dropout): differs between mapped devices."""
+    return rng if axis_name is None else jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+
+def pmean(tree, axis_name: str | None):
+    """Mean over the mapped axis; the identity where there is none (arrays are global then)."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

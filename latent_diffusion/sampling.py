@@ -1,0 +1,65 @@
+"""Checkpoint-based sampling to disk: what `sample.py` does."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from latent_diffusion.loading import load
+from latent_diffusion.metrics import image_grid, to_uint8
+
+
+def read_prompts(prompts: str | None, prompts_file: str | None) -> list[str] | None:
+    """Prompts from "a;b" or from the lines of a file; None where neither is given."""
+    if prompts is not None and prompts_file is not None:
+        raise ValueError("give --prompts or --prompts_file, not both")
+    if prompts is not None:
+        return [prompt.strip() for prompt in prompts.split(";")]
+    if prompts_file is not None:
+        return Path(prompts_file).read_text(encoding="utf-8").splitlines()
+    return None
+
+
+def read_labels(labels: Sequence[str] | None) -> list[int] | None:
+    """Class ids from their flag."""
+    try:
+        return None if labels is None else [int(label) for label in labels]
+    except ValueError as error:
+        raise ValueError(f"--class_labels={','.join(labels or ())}: ids are integers") from error
+
+
+def sample_to_disk(
+    path: str | Path,
+    out: Path,
+    *,
+    prompts: list[str] | None = None,
+    class_labels: list[int] | None = None,
+    num_images: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> np.ndarray:
+    """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C]."""
+    model = load(path)
+    start = time.perf_counter()
+    images = to_uint8(
+        model.sample(jax.random.key(seed), prompts, class_labels, num_images=num_images, **options)
+    )
+    seconds = time.perf_counter() - start
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(out / f"{i:05d}.png")
+    Image.fromarray(image_grid(images, columns=num_images)).save(out / "grid.png")
+    np.savez(out / "samples.npz", images)  # key arr_0, as ADM's evaluation reads it
+    labels = [""] if class_labels is None else [str(label) for label in class_labels]
+    names = labels if prompts is None else prompts
+    lines = [name for name in names for _ in range(num_images)]
+    (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(
+        f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s, "
+        f"compilation included): {out / 'grid.png'}"
+    )
+    return images

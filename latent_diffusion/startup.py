@@ -1,0 +1,21 @@
+"""What the commands set before they start: a compilation cache, and fewer log lines."""
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+
+
+def quiet_and_cached() -> None:
+    """Keep compiled programs on disk, so that the second start is fast; hide JAX's chatter.
+
+    The cache lies in $JAX_COMPILATION_CACHE_DIR, else in $XDG_CACHE_HOME (or ~/.cache) under
+    latent_diffusion/jax.
+    """
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "latent_diffusion" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,297 @@
+"""Perceptual compression: train the first stage (Rombach et al. 2022, section 3.1 and App. G).
+
+One step updates both players from one generator forward and one generator backward. With x̂ the
+reconstruction and W the last decoder kernel:
+
+    L_G = rec(x̂) + reg_weight·reg + gate_adv · λ · (−mean D(x̂)),
+    λ = adversarial_weight · ‖∂rec/∂W‖ / (‖∂adv/∂W‖ + 1e-4),
+    L_D = gate_disc · D_loss(D(x), D(x̂)).
+
+The adaptive weight averages the last-layer gradients over all devices before it takes norms, so it
+doesn't depend on the number of devices. The discriminator sees this step's reconstructions; the
+original recomputes them after the generator has moved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_diffusion.first_stage import make_autoencoder
+from latent_diffusion.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
+from latent_diffusion.losses.perceptual import LPIPS
+from latent_diffusion.models.discriminator import PatchGAN
+from latent_diffusion.optim import ema_update, make_optimizer
+from latent_diffusion.rng import device_key, example_keys, pmean
+from latent_diffusion.types import Array, Config, Float, Params, lookup
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything that training changes. params: {"autoencoder", "logvar"}."""
+
+    step: jax.Array
+    params: Params
+    ema_params: Params | None
+    opt_state: optax.OptState
+    disc_params: Params
+    disc_stats: Params
+    disc_opt_state: optax.OptState
+
+
+class Constants(flax.struct.PyTreeNode):
+    """Everything that training uses and never changes. lpips: None without a perceptual loss."""
+
+    lpips: Params | None
+
+
+def _sum_per_image(values: Float[Array, "B H W C"]) -> Float[Array, ""]:
+    return jnp.sum(values) / values.shape[0]
+
+
+REDUCTIONS = {"sum": _sum_per_image, "mean": jnp.mean}
+
+
+@dataclass(frozen=True)
+class Autoencoding:
+    """The static parts of perceptual compression; see `configs/default.py` for the fields."""
+
+    autoencoder: nn.Module
+    discriminator: PatchGAN
+    perceptual: LPIPS | None
+    tx: optax.GradientTransformation
+    disc_tx: optax.GradientTransformation
+    reduction: str = "sum"
+    perceptual_weight: float = 1.0
+    reg_weight: float = 1e-6
+    logvar_init: float = 0.0
+    learn_logvar: bool = True
+    disc_loss: str = "hinge"
+    disc_start: int = 0
+    adversarial_start: int = 0
+    adversarial_weight: float = 0.5
+    adversarial_ramp: int = 0
+    ema_decay: float = 0.0
+
+    def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
+        """Fresh state, and constants with random weights that the loop replaces.
+
+        batch_spec: arrays or ShapeDtypeStructs of one batch.
+        """
+        key_g, key_d, key_p = jax.random.split(rng, 3)
+        image = jnp.zeros((1, *batch_spec["image"].shape[1:]))
+        generator = self.autoencoder.init(key_g, image)["params"]
+        disc = self.discriminator.init(key_d, image, train=True)
+        params = {"autoencoder": generator, "logvar": jnp.full((), self.logvar_init)}
+        lpips = None
+        if self.perceptual is not None:
+            lpips = self.perceptual.init(key_p, image, image)["params"]
+        state = State(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
+            opt_state=self.tx.init(params),
+            disc_params=disc["params"],
+            disc_stats=disc.get("batch_stats", {}),
+            disc_opt_state=self.disc_tx.init(disc["params"]),
+        )
+        return state, Constants(lpips)
+
+    def components(self, state: State, constants: Constants) -> dict[str, Params]:
+        """The parts that a reader wants counted, by name."""
+        return {
+            "autoencoder": state.params["autoencoder"],
+            "discriminator": state.disc_params,
+            "lpips (frozen)": constants.lpips,
+        }
+
+    def train_step(
+        self,
+        state: State,
+        constants: Constants,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[State, Metrics]:
+        """One update of generator and discriminator. axis_name: the mapped axis under pmap."""
+        x = batch["image"]
+        rng = jax.random.fold_in(rng, state.step)
+        keys = example_keys(rng, x.shape[0], axis_name)
+        autoencoder = self.autoencoder.clone(axis_name=axis_name)
+        discriminator = self.discriminator.clone(axis_name=axis_name)
+
+        def discriminate(params: Params, stats: Params, image: jax.Array):
+            """Patch logits in training mode, and the moved batch statistics."""
+            variables = {"params": params, "batch_stats": stats}
+            logits, moved = discriminator.apply(
+                variables, image, train=True, mutable=["batch_stats"]
+            )
+            return logits, moved.get("batch_stats", {})
+
+        def generate(params: Params):
+            out: Any = autoencoder.apply(
+                {"params": params}, x, keys, True, rngs={"dropout": device_key(rng, axis_name)}
+            )
+            return (out.x, out.regularization), out.metrics
+
+        (x_rec, reg), generator_vjp, reg_metrics = jax.vjp(
+            generate, state.params["autoencoder"], has_aux=True
+        )
+        (_, rec_metrics), (d_rec, d_logvar) = jax.value_and_grad(
+            self._reconstruction_loss, argnums=(0, 1), has_aux=True
+        )(x_rec, state.params["logvar"], x, constants)
+
+        def adversarial_loss(x_rec: jax.Array):
+            logits, _ = discriminate(state.disc_params, state.disc_stats, x_rec)
+            return generator_loss(logits)
+
+        g_loss, d_adv = jax.value_and_grad(adversarial_loss)(x_rec)
+
+        def last_layer(d_image: jax.Array) -> jax.Array:
+            # Only this kernel's gradient is used, so the compiler drops the rest of the backward.
+            (grads,) = generator_vjp((d_image, jnp.zeros_like(reg)))
+            return grads["decoder"]["conv_out"]["kernel"]
+
+        d_weight = self.adversarial_weight * adaptive_weight(
+            *pmean((last_layer(d_rec), last_layer(d_adv)), axis_name)
+        )
+        g_weight = d_weight * gate(state.step, self.adversarial_start, self.adversarial_ramp)
+        (g_grads,) = generator_vjp((d_rec + g_weight * d_adv, jnp.full_like(reg, self.reg_weight)))
+        grads = {"autoencoder": g_grads, "logvar": d_logvar * self.learn_logvar}
+
+        def disc_loss(disc_params: Params):
+            # Real and fake pass separately: batch statistics don't mix.
+            real, stats = discriminate(disc_params, state.disc_stats, x)
+            fake, stats = discriminate(disc_params, stats, x_rec)
+            loss = lookup(D_LOSSES, self.disc_loss, "disc_loss")(real, fake)
+            logits = {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
+            return loss * gate(state.step, self.disc_start), (loss, stats, logits)
+
+        disc_grads, (d_loss, disc_stats, logits) = jax.grad(disc_loss, has_aux=True)(
+            state.disc_params
+        )
+        grads, disc_grads = pmean((grads, disc_grads), axis_name)
+        metrics = {
+            "loss": rec_metrics["nll_loss"] + self.reg_weight * reg + g_weight * g_loss,
+            **rec_metrics,
+            "reg_loss": reg,
+            "g_loss": g_loss,
+            "disc_loss": d_loss,
+            "d_weight": d_weight,
+            **logits,
+            **reg_metrics,
+        }
+        metrics = pmean(metrics, axis_name) | {
+            "grad_norm": optax.global_norm(grads),
+            "logvar": state.params["logvar"],
+        }
+        state = state.replace(disc_stats=pmean(disc_stats, axis_name))
+        return self._update(state, grads, disc_grads), metrics
+
+    def eval_step(
+        self,
+        state: State,
+        constants: Constants,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> Metrics:
+        """Per-example [B] errors of the posterior mode's reconstruction, by averaged parameters."""
+        x = batch["image"]
+        x_rec = self.reconstruct(state, x)
+        mse = jnp.mean(jnp.square(x - x_rec), (1, 2, 3))
+        values = {
+            "l1": jnp.mean(jnp.abs(x - x_rec), (1, 2, 3)),
+            "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10)),  # peak-to-peak range 2
+        }
+        if self.perceptual is not None:
+            values["lpips"] = self._distance(constants, x, x_rec)
+        return values
+
+    def show(
+        self,
+        state: State,
+        constants: Constants,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> dict[str, jax.Array]:
+        """Images to look at: inputs above their reconstructions."""
+        x = batch["image"]
+        return {"inputs": x, "reconstructions": self.reconstruct(state, x)}
+
+    def reconstruct(self, state: State, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Decode the posterior's mode with the averaged parameters, if there are any."""
+        params = state.params if state.ema_params is None else state.ema_params
+        out: Any = self.autoencoder.apply({"params": params["autoencoder"]}, x)
+        return out.x
+
+    def _distance(self, constants: Constants, x: jax.Array, x_rec: jax.Array) -> Any:
+        """LPIPS [B]."""
+        return self.perceptual.apply({"params": constants.lpips}, x, x_rec)  # type: ignore
+
+    def _reconstruction_loss(
+        self,
+        x_rec: Float[Array, "B H W C"],
+        logvar: Float[Array, ""],
+        x: Float[Array, "B H W C"],
+        constants: Constants,
+    ):
+        """Negative log-likelihood of a Laplacian with learned scale: rec/exp(λ) + λ."""
+        l1 = jnp.abs(x - x_rec)
+        metrics = {"l1": jnp.mean(l1)}
+        rec = l1
+        if self.perceptual is not None:
+            distance = self._distance(constants, x, x_rec)
+            metrics["lpips"] = jnp.mean(distance)
+            rec = l1 + self.perceptual_weight * distance[:, None, None, None]
+        reduce = lookup(REDUCTIONS, self.reduction, "autoencoding.reduction")
+        nll = reduce(rec / jnp.exp(logvar) + logvar)
+        return nll, metrics | {"rec_loss": jnp.mean(rec), "nll_loss": nll}
+
+    def _update(self, state: State, grads: Params, disc_grads: Params) -> State:
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        disc_updates, disc_opt_state = self.disc_tx.update(
+            disc_grads, state.disc_opt_state, state.disc_params
+        )
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = ema_update(ema_params, params, state.step, self.ema_decay)
+        return state.replace(
+            step=state.step + 1,
+            params=params,
+            ema_params=ema_params,
+            opt_state=opt_state,
+            disc_params=optax.apply_updates(state.disc_params, disc_updates),
+            disc_opt_state=disc_opt_state,
+        )
+
+
+def make_autoencoding(config: Config) -> Autoencoding:
+    """Build the task from a resolved experiment config."""
+    own = dict(config["autoencoding"])
+    disc, net = dict(own.pop("discriminator")), own.pop("perceptual")
+    own.pop("perceptual_path")  # read by the loop, which loads the weights
+    disc_optimizer = dict(config["optimizer"]) | {
+        "learning_rate": own.pop("disc_learning_rate") or config["optimizer"]["learning_rate"]
+    }
+    return Autoencoding(
+        autoencoder=make_autoencoder(config["autoencoder"]),
+        discriminator=PatchGAN(**disc),
+        perceptual=None if net == "none" else LPIPS(net),
+        tx=make_optimizer(config["optimizer"], config["num_steps"]),
+        disc_tx=make_optimizer(disc_optimizer, config["num_steps"]),
+        ema_decay=config["ema_decay"],
+        **own,
+    )

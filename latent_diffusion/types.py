@@ -1,0 +1,54 @@
+"""Array aliases, the one conditioning container, and the dimension glossary.
+
+Dimensions in shape annotations:
+
+    B      examples in a batch            H W    image height and width, in pixels
+    C      image channels                 h w c  latent height, width and channels
+    L      tokens in a sequence           D      width of a token or vector
+    T      timesteps of a noise schedule  S      sampling steps
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+__all__ = [
+    "Array",
+    "Bool",
+    "Conditioning",
+    "Config",
+    "Float",
+    "Int",
+    "Keys",
+    "Params",
+    "PyTree",
+    "lookup",
+]
+
+Keys = Key[Array, " B"]  # one typed PRNG key per example
+Params = PyTree[Any]
+Config = Any  # an ml_collections ConfigDict, or a mapping with the same fields
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """What a conditioner tells the denoiser, by the route it takes into the U-Net.
+
+    concat: [B h w c'] channels appended to the noisy latent.
+    context: [B L D] tokens attended to by cross-attention.
+    vector: [B D] added to the timestep embedding.
+    """
+
+    concat: jax.Array | None = None
+    context: jax.Array | None = None
+    vector: jax.Array | None = None
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """Return `table[name]`; raise ValueError that lists the known names otherwise."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(sorted(table))}")
+    return table[name]

@@ -1,0 +1,48 @@
+"""Reading weight files that others wrote: data only, never code."""
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# The function that rebuilds an array from a pickle, obtained without naming numpy's private module.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+
+NUMPY_GLOBALS: dict[str, Any] = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that builds containers, numbers, strings and the globals it was given.
+
+    A pickle is a program; every callable it can reach is a `module.name` it asks for by name.
+    This one answers only from `allowed` and refuses everything else, naming it.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, allowed: Mapping[str, Any] = NUMPY_GLOBALS):
+        super().__init__(file)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the allowed global `module.name`; raise UnpicklingError for any other."""
+        qualified = f"{module}.{name}"
+        if qualified not in self._allowed:
+            raise pickle.UnpicklingError(
+                f"refused to load {qualified!r}; allowed: {', '.join(sorted(self._allowed))}"
+            )
+        return self._allowed[qualified]
+
+
+def load_pickle(path: str | Path, allowed: Mapping[str, Any] = NUMPY_GLOBALS) -> Any:
+    """Read a pickle of plain containers and numpy arrays without running any code in it.
+
+    Raises pickle.UnpicklingError naming the first global outside `allowed`.
+    """
+    return RestrictedUnpickler(io.BytesIO(Path(path).read_bytes()), allowed).load()

@@ -1,0 +1,137 @@
+"""What a workdir holds besides its checkpoints, and how the one stage finds the other's.
+
+    config.json            the resolved experiment
+    tokenizer.json         the vocabulary, where there is one
+    first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
+    checkpoints/ images/ metrics.jsonl, TensorBoard events
+
+A denoiser's workdir keeps its own copy of the first stage: it can be moved, and retraining the
+first stage elsewhere can't change it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from latent_diffusion import data
+from latent_diffusion.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
+from latent_diffusion.first_stage import FirstStage
+from latent_diffusion.tokenizers import TOKENIZERS, WordTokenizer, load_tokenizer
+from latent_diffusion.types import Params, lookup
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+FIRST_STAGE = "first_stage.safetensors"
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Write the resolved experiment; process 0 only."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.to_dict(), indent=2)
+        (workdir / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """Read a workdir's experiment; ValueError where it isn't a workdir."""
+    try:
+        return ConfigDict(json.loads((workdir / CONFIG).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{workdir} is not a workdir: it has no readable {CONFIG}") from error
+    except ValueError as error:
+        raise ValueError(f"{workdir / CONFIG} is damaged: {error}") from error
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The config with the architecture of the first stage it builds on, if it names one.
+
+    Raises ValueError, with the command that makes one, where that first stage isn't usable.
+    """
+    config = config.copy_and_resolve_references()
+    if config.task != "denoising" or config.autoencoder.regularization == "identity":
+        return config
+    hint = (
+        "train one with: python train.py --config=configs/openmoji_autoencoder.py "
+        f"--workdir={config.first_stage.path or 'runs/first_stage'}, "
+        "and name its workdir by --config.first_stage.path"
+    )
+    if not config.first_stage.path:
+        raise ValueError(f"first_stage.path is empty, but latent denoising needs one; {hint}")
+    path = Path(config.first_stage.path)
+    try:
+        theirs = load_config(path)
+    except ValueError as error:
+        raise ValueError(f"first_stage.path={path} is not usable: {error}; {hint}") from error
+    if theirs.task != "autoencoding":
+        raise ValueError(f"first_stage.path={path} holds a run of {theirs.task!r}; {hint}")
+    config.autoencoder = theirs.autoencoder
+    return config
+
+
+def load_autoencoder_params(workdir: Path, config: ConfigDict | None = None) -> Params:
+    """The averaged (else the last) parameters of a workdir of perceptual compression."""
+    config = load_config(workdir) if config is None else config
+    entry = "ema_params" if config.ema_decay else "params"
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(only=[entry])
+    if restored is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet")
+    return restored.state[entry]["autoencoder"]
+
+
+def save_first_stage(workdir: Path, first_stage: FirstStage, source: str) -> None:
+    """Keep a copy of the frozen first stage and its scale. source: where it came from."""
+    tree = {
+        "params": first_stage.params,
+        "scale_factor": first_stage.scale_factor,
+        "shift": first_stage.shift,
+    }
+    save_tree(workdir / FIRST_STAGE, tree, {"source": source})
+
+
+def load_first_stage(workdir: Path, module: nn.Module) -> FirstStage:
+    """The first stage that `save_first_stage` kept."""
+    tree, _ = load_tree(workdir / FIRST_STAGE)
+    return FirstStage(
+        params=tree.get("params", {}),
+        scale_factor=jnp.asarray(tree["scale_factor"]),
+        shift=jnp.asarray(tree["shift"]),
+        module=module,
+    )
+
+
+def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> WordTokenizer | None:
+    """The workdir's tokenizer, made from the captions of `source` the first time."""
+    if config.tokenizer.name == "none":
+        return None
+    kind = lookup(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
+    if not (workdir / TOKENIZER).exists():
+        captions = data.captions(source)
+        tokenizer = kind.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_length)
+        if jax.process_index() == 0:
+            tokenizer.save(workdir / TOKENIZER)
+        return tokenizer
+    return load_tokenizer(workdir / TOKENIZER)
+
+
+def check_same_tree(expected: Params, got: Params, source: str) -> None:
+    """Raise ValueError that names the first differing parameter."""
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves
+        }
+
+    want, have = shapes(expected), shapes(got)
+    for path in sorted(want.keys() | have.keys()):
+        if want.get(path) != have.get(path):
+            raise ValueError(
+                f"{source} holds another architecture: {path}: expected "
+                f"{want.get(path, 'nothing')}, got {have.get(path, 'nothing')}"
+            )

@@ -1,0 +1,195 @@
+"""What a user types, as a user types it: both stages, resuming, sampling, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import latent_diffusion as ldm
+from configs import openmoji_autoencoder
+from latent_diffusion import loop
+from latent_diffusion.checkpoint import Checkpointer
+
+AUTOENCODER = "--config=configs/openmoji_autoencoder.py:smoke"
+TEXT = "--config=configs/openmoji_text.py:smoke"
+ENV = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+def _command(script, *flags):
+    return [sys.executable, str(ROOT / script), *flags]
+
+
+def _run(script, *flags, fails=False):
+    done = subprocess.run(
+        _command(script, *flags), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done
+
+
+def _last_line(done):
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both stages, trained by the commands: (first stage's workdir, denoiser's workdir)."""
+    root = tmp_path_factory.mktemp("runs")
+    first, denoiser = root / "first_stage", root / "denoiser"
+    _run("train.py", AUTOENCODER, f"--workdir={first}")
+    done = _run("train.py", TEXT, f"--workdir={denoiser}", f"--config.first_stage.path={first}")
+    assert "scale_factor" in done.stderr
+    return first, denoiser
+
+
+def test_a_workdir_holds_what_the_readme_says(trained):
+    for workdir in trained:
+        assert json.loads((workdir / "config.json").read_text())["num_steps"] == 4
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert all(np.isfinite(line["loss"]) for line in lines)
+        assert any(name.startswith("eval_") for name in lines[-1])
+        assert (workdir / "checkpoints" / "4").is_dir()
+        assert list((workdir / "images").glob("*_00000004.png"))
+        assert list((workdir / "tensorboard").iterdir())
+
+
+def test_sample_writes_prompt_major_images_that_depend_on_seed_and_index_only(trained, tmp_path):
+    flags = (f"--workdir={trained[1]}", "--prompts=red circle;blue zebra", "--num_images=2")
+    done = _run("sample.py", *flags, f"--out={tmp_path / 'a'}")
+    assert "zebra" in done.stderr  # an unknown word is named, and sampling goes on
+    _run("sample.py", *flags, f"--out={tmp_path / 'b'}", "--batch_size=3")
+    prompts = (tmp_path / "a" / "prompts.txt").read_text().splitlines()
+    assert prompts == ["red circle", "red circle", "blue zebra", "blue zebra"]
+    a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "ab")
+    assert a.dtype == np.uint8
+    assert a.shape == (4, 32, 32, 3)
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1  # sums in another order
+    for i in range(4):
+        image = np.asarray(Image.open(tmp_path / "a" / f"{i:05d}.png"))
+        np.testing.assert_array_equal(image, a[i])
+    assert (tmp_path / "a" / "grid.png").exists()
+
+
+def test_load_gives_a_model_that_encodes_decodes_and_samples(trained):
+    autoencoder, model = (ldm.load(workdir) for workdir in trained)
+    images = np.zeros((2, 32, 32, 3), np.float32)
+    z = model.encode(jax.numpy.asarray(images))
+    assert z.shape == (2, 8, 8, 4)
+    assert model.decode(z).shape == images.shape
+    # The stage-2 workdir carries the same first stage, behind its latent scale.
+    plain = autoencoder.encode(jax.numpy.asarray(images))
+    first_stage = model.first_stage
+    expected = (plain - first_stage.shift) * first_stage.scale_factor
+    np.testing.assert_allclose(z, expected, atol=1e-5)
+    conditioning = model.condition(prompts=["red circle", ""])
+    assert conditioning.context.shape == (2, 4, 16)
+    assert model.denoise(z, jax.numpy.zeros(2), conditioning).shape == z.shape
+    rng = jax.random.key(3)
+    few = model.sample(rng, ["red circle"], num_images=3, mode="single")
+    many = model.sample(rng, ["red circle"], num_images=11, mode="pmap")  # padded over 8 devices
+    np.testing.assert_allclose(many[:3], few, atol=1e-4)
+
+
+def test_model_names_what_it_lacks_or_was_not_given(trained):
+    autoencoder, model = (ldm.load(workdir) for workdir in trained)
+    rng = jax.random.key(0)
+    with pytest.raises(ValueError, match="this model has no denoiser, only a first stage"):
+        autoencoder.sample(rng)
+    with pytest.raises(ValueError, match="conditioned on tokens: give prompts"):
+        model.sample(rng)
+    with pytest.raises(ValueError, match="class_labels given, but this model takes prompts"):
+        model.sample(rng, ["a"], class_labels=[1])
+    with pytest.raises(ValueError, match="image_size 30×32 must be divisible by f=4"):
+        model.sample(rng, ["a"], image_size=(30, 32))
+    with pytest.raises(ValueError, match="num_steps must lie in 1 … 1000"):
+        model.sample(rng, ["a"], num_steps=0)
+    with pytest.raises(ValueError, match="unknown sampler 'dimm'; known: "):
+        model.sample(rng, ["a"], sampler="dimm", mode="single")
+    with pytest.raises(ValueError, match=r"z_T has shape \(1, 2, 2, 4\), expected \(1, 8, 8, 4\)"):
+        model.sample(rng, ["a"], z_T=np.zeros((1, 2, 2, 4), np.float32))
+
+
+def _steady(num_steps):
+    """The smoke autoencoder with a learning rate that doesn't depend on num_steps."""
+    config = openmoji_autoencoder.get_config("smoke")
+    config.num_steps = num_steps
+    config.parallel.mode = "single"
+    config.optimizer.schedule = "constant"
+    config.log.images_every_steps = 0
+    return config
+
+
+def test_two_steps_and_two_more_are_bitwise_four(tmp_path):
+    whole = loop.train(_steady(4), tmp_path / "whole")
+    loop.train(_steady(2), tmp_path / "parts")
+    parts = loop.train(_steady(4), tmp_path / "parts")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_nan_stops_the_run_by_name_and_leaves_the_last_good_checkpoint(tmp_path):
+    loop.train(_steady(2), tmp_path)
+    config = _steady(6)
+    config.optimizer.learning_rate = 1e38
+    with pytest.raises(loop.metrics.NonFiniteError, match=r"step \d+: .*loss = "):
+        loop.train(config, tmp_path)
+    with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        state = checkpoints.restore().state
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_sigterm_saves_and_says_so_by_its_exit_code(tmp_path):
+    flags = (AUTOENCODER, f"--workdir={tmp_path}", "--config.num_steps=1000000")
+    process = subprocess.Popen(
+        _command("train.py", *flags), cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.2)
+    # The lock refuses a second run while this one lives.
+    refused = _run("train.py", *flags, fails=True)
+    assert f"in use by process {process.pid}" in _last_line(refused)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step" in stderr
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "checkpoints" / str(last)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((AUTOENCODER, "--config.data.nmae=x"), "nmae"),
+        (("--config=configs/openmoji_text.py:smok",), "unknown variant 'smok'; known: smoke"),
+        ((AUTOENCODER, "--config.task=segmenting"), "unknown task 'segmenting'; known: "),
+        ((AUTOENCODER, "--config.data.name=mnist"), "unknown data.name 'mnist'; known: "),
+        ((TEXT, "--config.first_stage.path=nowhere"), "train one with: python train.py"),
+        ((AUTOENCODER, "--config.parallel.mode=ddp"), "unknown parallel mode 'ddp'; known: "),
+    ],
+    ids=["field", "variant", "task", "data", "first stage", "mode"],
+)
+def test_bad_input_is_one_line_that_names_it(flags, message, tmp_path):
+    done = _run("train.py", *flags, f"--workdir={tmp_path}", fails=True)
+    assert message in done.stderr.replace("\n", " ")
+
+
+def test_dry_run_counts_parameters_without_data_or_workdir():
+    done = _run("train.py", "--config=configs/openmoji_text.py", "--dry_run")
+    assert "denoiser" in done.stdout
+    assert "first stage (frozen)" in done.stdout

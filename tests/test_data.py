@@ -1,0 +1,331 @@
+"""Batches: the contract, the pipeline, the transforms, and the sources that need no files."""
+
+import itertools
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from latent_diffusion import data
+from latent_diffusion.data import DATASETS, ArraySource, epoch, iterate, make_source, make_transform
+from latent_diffusion.data.contract import KEYS, check_batch
+from latent_diffusion.data.sources import Remember
+from latent_diffusion.data.synthetic import SHAPES
+from latent_diffusion.data.transforms import CROPS, resize, to_float, to_uint8
+from latent_diffusion.tokenizers import WordTokenizer
+
+
+def config(**changes):
+    c = ConfigDict({"name": "synthetic", "dir": "", "image_size": 8, "crop": "none", "flip": False})
+    c.update({"features": {}, "train_split": "train", "test_split": "test", "test_fraction": 0.25})
+    return ConfigDict({**c.to_dict(), **changes})
+
+
+def numbered(length):
+    return ArraySource({"class_label": np.arange(length, dtype=np.int32)})
+
+
+def noisy(example, rng):
+    """Keeps the label and shows the randomness an example meets."""
+    return {**example, "moments": rng.standard_normal((1, 1, 1)).astype(np.float32)}
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+# --- pipeline ---
+
+
+def test_batch_is_a_function_of_seed_and_step():
+    source = numbered(20)
+    batches = take(iterate(source, noisy, batch_size=6, seed=3), 8)
+    assert_equal(batches, take(iterate(source, noisy, batch_size=6, seed=3), 8))
+    assert_equal(batches[5:], take(iterate(source, noisy, batch_size=6, seed=3, start_step=5), 3))
+    other = take(iterate(source, noisy, batch_size=6, seed=4), 8)
+    assert any(
+        (a["class_label"] != b["class_label"]).any() for a, b in zip(batches, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_global_batches(processes):
+    source, step = numbered(30), 2
+    whole = take(iterate(source, noisy, batch_size=8, seed=0, start_step=step), 9)
+    parts = [
+        take(
+            iterate(
+                source,
+                noisy,
+                batch_size=8,
+                seed=0,
+                start_step=step,
+                process_index=p,
+                process_count=processes,
+            ),
+            9,
+        )
+        for p in range(processes)
+    ]
+    joined = [
+        {key: np.concatenate([part[key] for part in batch]) for key in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, whole)
+
+
+def test_every_epoch_is_complete_and_shuffled_differently():
+    batches = take(iterate(numbered(12), noisy, batch_size=4, seed=0), 9)
+    labels = np.concatenate([b["class_label"] for b in batches]).reshape(3, 12)
+    noise = np.concatenate([b["moments"] for b in batches])
+    np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(12), (3, 1)))
+    assert (labels[0] != labels[1]).any() and (labels[1] != labels[2]).any()
+    assert (labels[0] != np.arange(12)).any()
+    assert len(np.unique(noise)) == 36  # fresh randomness each time an example returns
+
+
+def test_without_shuffle_and_repeat_whole_batches_in_order():
+    batches = list(iterate(numbered(11), noisy, batch_size=4, seed=0, shuffle=False, repeat=False))
+    np.testing.assert_array_equal([b["class_label"] for b in batches], np.arange(8).reshape(2, 4))
+    assert (
+        list(iterate(numbered(11), noisy, batch_size=4, seed=0, repeat=False, start_step=9)) == []
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_epoch_pads_the_last_batch_with_weight_zero(processes):
+    parts = [list(epoch(numbered(10), noisy, 4, p, processes)) for p in range(processes)]
+    join = lambda key: np.concatenate([b[key] for step in zip(*parts, strict=True) for b in step])  # noqa: E731
+    np.testing.assert_array_equal(join("class_label"), [*range(10), 9, 9])
+    np.testing.assert_array_equal(join("weight"), [1] * 10 + [0, 0])
+    assert join("weight").dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 5, "process_count": 2}, "batch_size 5 is not divisible by 2 processes"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 4, "process_index": 1}, "process_index 1 is not below 1"),
+        ({"batch_size": 11}, "10 examples, fewer than one batch: 11"),
+    ],
+)
+def test_iterate_refuses_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        iterate(numbered(10), noisy, seed=0, **arguments)
+
+
+def test_empty_epoch_is_an_error():
+    with pytest.raises(ValueError, match="no examples"):
+        next(epoch(numbered(0), noisy, 4))
+
+
+# --- contract ---
+
+
+def valid(key):
+    sizes = {"3": 3, "1": 1}
+    shape = [sizes.get(dim, 2) for dim in KEYS[key].shape.split()]
+    return np.ones(shape, KEYS[key].dtype)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_contract(key):
+    batch = {key: valid(key)}
+    check_batch(batch)
+    with pytest.raises(ValueError, match=rf"batch\['{key}'\]: got dtype float64, expected"):
+        check_batch({key: batch[key].astype(np.float64)})
+    with pytest.raises(ValueError, match=rf"batch\['{key}'\]: got shape .* expected \[B"):
+        check_batch({key: batch[key][None]})
+    if np.isfinite(KEYS[key].low):
+        with pytest.raises(ValueError, match=rf"batch\['{key}'\]: got values in \[-5, -5\]"):
+            check_batch({key: batch[key] * -5})
+
+
+def test_contract_is_held_by_the_iterators():
+    labels = ArraySource({"class_label": np.full(4, -1)})
+    with pytest.raises(ValueError, match=r"'class_label'.*got dtype int64, expected int32"):
+        next(iterate(labels, noisy, batch_size=2, seed=0))
+    with pytest.raises(ValueError, match=r"'class_label'.*got values in \[-1, -1\]"):
+        next(iterate(labels, make_transform(config(), train=True), batch_size=2, seed=0))
+    with pytest.raises(ValueError, match=r"'name'.*expected numbers"):
+        check_batch({"name": np.array(["a"])})
+    with pytest.raises(ValueError, match=r"got values in \[nan"):
+        check_batch({"image": np.full((1, 2, 2, 3), np.nan, np.float32)})
+    check_batch({"edges": np.zeros((2, 4))})  # a task's own key
+
+
+# --- sources ---
+
+
+def test_array_source_serves_cached_latents():
+    moments = np.arange(6 * 8, dtype=np.float32).reshape(6, 2, 2, 2)
+    source = ArraySource({"moments": moments, "caption": np.array(["a b"] * 6)})
+    tokenizer = WordTokenizer.train(data.captions(source), 4, 3)
+    (batch,) = epoch(source, make_transform(config(), train=False, tokenizer=tokenizer), 6)
+    np.testing.assert_array_equal(batch["moments"], moments)
+    np.testing.assert_array_equal(batch["tokens"], [[2, 3, 0]] * 6)
+    several = ArraySource({"moments": moments, "caption": [["a", "b"]] * 5 + [["b"]]})
+    assert data.captions(several) == ["a", "b"] * 5 + ["b"]
+    (batch,) = epoch(several, make_transform(config(), train=False, tokenizer=tokenizer), 6)
+    np.testing.assert_array_equal(batch["tokens"][:, 0], [2] * 5 + [3])
+    with pytest.raises(ValueError, match=r"one common length.*'a': 2, 'b': 3"):
+        ArraySource({"a": np.zeros(2), "b": np.zeros(3)})
+
+
+class Counting:
+    """A source that counts its reads; each example has 100 bytes."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return {"x": np.full(100, index, np.uint8)}
+
+
+def test_remember_reads_once_up_to_its_limit():
+    counting = Counting()
+    source = Remember(counting, max_bytes=250)
+    for _ in range(3):
+        assert [source[i]["x"][0] for i in range(4)] == [0, 1, 2, 3]
+    assert counting.reads == 4 + 2 + 2 and source.bytes == 200
+    assert source.reads == counting.reads  # everything else is the source's
+    with pytest.raises(ValueError, match="read-only"):
+        source[0]["x"][:] = 7
+
+
+def test_synthetic():
+    source, test = make_source(config(image_size=16), "train"), make_source(config(), "test")
+    example = source[5]
+    assert example["image"].shape == (16, 16, 3) and example["image"].dtype == np.uint8
+    assert example["caption"] == "green square" and example["class_label"] == 1
+    assert source.class_names == SHAPES
+    assert len(set(source.captions())) == 24 == len(set(test.captions()))
+    np.testing.assert_array_equal(source[5]["image"], source[5]["image"])
+    assert (source[5]["image"] != source[29]["image"]).any()  # elsewhere, another size
+    assert (make_source(config(image_size=16), "test")[5]["image"] != example["image"]).any()
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_synthetic_end_to_end():
+    source = make_source(config(), "train")
+    tokenizer = WordTokenizer.train(data.captions(source), 16, 2)
+    transform = make_transform(config(), train=True, tokenizer=tokenizer)
+    batch = next(iterate(source, transform, batch_size=4, seed=0))
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+        "image": ((4, 8, 8, 3), "float32"),
+        "class_label": ((4,), "int32"),
+        "tokens": ((4, 2), "int32"),
+    }
+    assert batch["image"].max() == 1 and batch["tokens"].min() >= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "message"),
+    [
+        ({"name": "mnist"}, "train", "unknown data.name 'mnist'; known: .*openmoji"),
+        ({}, "dev", "unknown split 'dev'; known: test, train"),
+        ({"train_split": "half"}, "train", "unknown split of synthetic 'half'; known: test, train"),
+    ],
+)
+def test_make_source_errors(changes, split, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_source(config(**changes), split)
+    assert "\n" not in str(error.value)
+
+
+def test_documented_names():
+    assert set(DATASETS) == {"openmoji", "image_folder", "synthetic", "tfds"}
+
+
+# --- transforms ---
+
+
+def ramp(height, width):
+    """Brightness grows with the column; no two columns are alike."""
+    return np.broadcast_to(np.arange(width, dtype=np.uint8)[None, :, None], (height, width, 3))
+
+
+def test_float_and_bytes_are_inverse():
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    assert to_float(image).min() == -1 and to_float(image).max() == 1
+    np.testing.assert_array_equal(to_uint8(to_float(image)), image)
+    assert to_uint8(np.full((1, 1, 3), 1.5, np.float32)).max() == 255
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((8, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert abs(resize(stripes, 8, 16).astype(int) - 127).max() <= 20
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_crops(crop):
+    transform = make_transform(config(crop=crop, image_size=4), train=True)
+    columns = set()
+    for seed in range(100):
+        out = transform({"image": ramp(4, 12)}, np.random.default_rng(seed))["image"]
+        assert out.shape == (4, 4, 3) and out.dtype == np.float32
+        columns.add(tuple(to_uint8(out)[0, :, 0].tolist()))
+    if crop == "none":
+        assert len(columns) == 1 and next(iter(columns))[0] <= 2 and next(iter(columns))[3] >= 9
+    elif crop == "center":
+        assert columns == {(4, 5, 6, 7)}
+    else:
+        assert {c[0] for c in columns} == set(range(9)) and all(c[3] - c[0] == 3 for c in columns)
+        evaluated = make_transform(config(crop=crop, image_size=4), train=False)
+        assert to_uint8(evaluated({"image": ramp(4, 12)})["image"])[0, 0, 0] == 4
+
+
+def test_flip_is_random_in_training_only():
+    image = ramp(4, 4)
+    train = make_transform(config(flip=True, image_size=4), train=True)
+    outs = [train({"image": image}, np.random.default_rng(s))["image"][0, 0, 0] for s in range(40)]
+    assert set(outs) == {to_float(image)[0, 0, 0], to_float(image)[0, 3, 0]}
+    assert 10 <= outs.count(outs[0]) <= 30
+    test = make_transform(config(flip=True, image_size=4), train=False)
+    np.testing.assert_array_equal(test({"image": image})["image"], to_float(image))
+
+
+def test_several_captions_take_turns_in_training_only():
+    tokenizer = WordTokenizer(["red", "blue"], 4, 1)
+    example = {"caption": ["red", "blue"]}
+    train, test = (make_transform(config(), train=t, tokenizer=tokenizer) for t in (True, False))
+    seen = {int(train(example, np.random.default_rng(s))["tokens"][0]) for s in range(20)}
+    assert seen == {2, 3}
+    assert test(example)["tokens"].tolist() == [2] and test({"caption": []})["tokens"][0] == 0
+    with pytest.raises(ValueError, match="no caption to tokenize; the example has: image"):
+        test({"image": ramp(8, 8)})
+
+
+def test_only_batch_keys_remain():
+    out = make_transform(config(), train=False)(
+        {"image": ramp(8, 8), "alpha": ramp(8, 8), "name": "a", "class_label": 3}
+    )
+    assert set(out) == {"image", "class_label"} and out["class_label"].dtype == np.int32
+
+
+def test_unknown_crop():
+    with pytest.raises(
+        ValueError, match=r"unknown data.crop 'middle'; known: center, none, random"
+    ):
+        make_transform(config(crop="middle"), train=True)
+
+
+def test_resize_keeps_what_fits():
+    image = np.asarray(Image.new("RGB", (5, 4), "red"))
+    assert resize(image, 4, 5) is image

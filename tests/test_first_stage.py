@@ -1,0 +1,69 @@
+"""The frozen first stage and its latent scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion.first_stage import (
+    NORMALIZATIONS,
+    FirstStage,
+    init_first_stage,
+    latent_sums,
+    make_autoencoder,
+    with_measured_scale,
+)
+from latent_diffusion.models.autoencoder import Identity
+
+
+def _pixels(seed):
+    rng = np.random.default_rng(seed)
+    spread = np.array([0.1, 0.5, 2.0], np.float32)
+    return jnp.asarray(spread * rng.normal(size=(8, 4, 4, 3)).astype(np.float32) + 3 * spread)
+
+
+def _measured(normalization):
+    plain = FirstStage({}, jnp.ones(()), jnp.zeros(()), Identity())
+    batches = [{"image": _pixels(seed)} for seed in range(4)]
+    sums = [latent_sums({}, plain, batch, jax.random.key(0))[1] for batch in batches]
+    z = jnp.concatenate([batch["image"] for batch in batches])
+    return with_measured_scale(plain, sums, normalization), z
+
+
+def test_scalar_scale_is_one_over_the_standard_deviation_of_everything():
+    first_stage, z = _measured("scalar")
+    np.testing.assert_allclose(first_stage.scale_factor, 1 / np.std(z), rtol=1e-5)
+    assert float(first_stage.shift) == 0.0  # the paper doesn't centre
+
+
+def test_channel_scale_gives_every_channel_mean_0_and_variance_1():
+    first_stage, z = _measured("channel")
+    scaled = np.asarray(first_stage.encode({"image": z}))
+    np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(scaled.std((0, 1, 2)), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_decode_undoes_the_scale(normalization):
+    first_stage, z = _measured(normalization)
+    np.testing.assert_allclose(first_stage.decode(first_stage.encode({"image": z})), z, atol=1e-4)
+
+
+def test_unknown_normalization_is_named():
+    with pytest.raises(ValueError, match=r"unknown first_stage\.normalization 'unit'; known: "):
+        _measured("unit")
+
+
+def test_sampled_latents_differ_by_key_and_the_mode_does_not():
+    module = make_autoencoder(
+        {"regularization": "kl", "channels": 4, "channel_mult": (1,), "num_res_blocks": 1}
+        | {"num_groups": 2, "embed_dim": 2, "z_channels": 2, "attn_type": "none"}
+    )
+    x = _pixels(0)[:2]
+    first_stage = jax.jit(lambda rng: init_first_stage(module, rng, x))(jax.random.key(0))
+    moments = first_stage.moments(x)
+    keys = jax.random.split(jax.random.key(1), 2)
+    sampled = first_stage.latents(moments, keys)
+    np.testing.assert_array_equal(first_stage.latents(moments), moments[..., :2])
+    assert np.abs(sampled - first_stage.latents(moments)).max() > 1e-3
+    np.testing.assert_array_equal(first_stage.latents(moments, keys), sampled)

@@ -1,0 +1,275 @@
+"""The networks: sizes of the released ones, and what their parts promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion.models.attention import AttentionBlock, attend
+from latent_diffusion.models.autoencoder import Autoencoder, Identity
+from latent_diffusion.models.layers import Conv, GroupNorm, timestep_embedding, upsample_nearest
+from latent_diffusion.models.unet import UNet
+from latent_diffusion.types import Conditioning
+
+KEY = jax.random.key(0)
+SMALL_AUTOENCODER = {
+    "channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "num_groups": 4,
+    "resolution": 16,
+}
+SMALL_UNET = {
+    "out_channels": 2,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "num_heads": 2,
+    "num_groups": 4,
+}
+
+
+def _millions(tree):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) / 1e6
+
+
+# Fact sheet of the released models: millions of parameters.
+AUTOENCODERS = {
+    "kl-f4": (55.31, {"channel_mult": (1, 2, 4), "z_channels": 3, "embed_dim": 3}),
+    "kl-f8": (83.65, {}),
+    "kl-f16": (
+        69.61,
+        {
+            "channel_mult": (1, 1, 2, 2, 4),
+            "z_channels": 16,
+            "embed_dim": 16,
+            "attn_resolutions": (16,),
+        },
+    ),
+    "kl-f32": (
+        103.88,
+        {
+            "channel_mult": (1, 1, 2, 2, 4, 4),
+            "z_channels": 64,
+            "embed_dim": 64,
+            "attn_resolutions": (16, 8),
+        },
+    ),
+    "vq-f4": (
+        55.32,
+        {"channel_mult": (1, 2, 4), "z_channels": 3, "embed_dim": 3, "regularization": "vq"},
+    ),
+    "vq-f4-noattn": (
+        53.22,
+        {
+            "channel_mult": (1, 2, 4),
+            "z_channels": 3,
+            "embed_dim": 3,
+            "regularization": "vq",
+            "attn_type": "none",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoder_has_the_released_size(name):
+    expected, fields = AUTOENCODERS[name]
+    module = Autoencoder(**fields)
+    params = jax.eval_shape(module.init, KEY, jnp.zeros((1, 64, 64, 3)))
+    assert round(_millions(params), 2) == expected
+
+
+PLAIN = {"transformer_depth": 0}
+# (M parameters, tensors), channels in, context width, fields
+UNETS = {
+    "celeba256": (
+        (274.06, 368),
+        3,
+        None,
+        {"model_channels": 224, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32, **PLAIN}
+        | {"attention_resolutions": (8, 4, 2), "out_channels": 3},
+    ),
+    "lsun_churches256": (
+        (294.97, 520),
+        4,
+        None,
+        {"model_channels": 192, "channel_mult": (1, 2, 2, 4, 4), "use_scale_shift_norm": True}
+        | {"attention_resolutions": (1, 2, 4, 8), "resblock_updown": True, **PLAIN},
+    ),
+    "cin256-v2": (
+        (400.92, 688),
+        3,
+        512,
+        {"model_channels": 192, "channel_mult": (1, 2, 3, 5), "num_heads": 1}
+        | {"attention_resolutions": (8, 4, 2), "out_channels": 3},
+    ),
+    "layout2img": (
+        (246.28, 1328),
+        3,
+        512,
+        {"model_channels": 128, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32}
+        | {"attention_resolutions": (8, 4, 2), "out_channels": 3, "transformer_depth": 3},
+    ),
+    "sd_v1": ((859.52, 686), 4, 768, {}),
+    "sd_v2": ((865.91, 686), 4, 1024, {"num_head_channels": 64}),
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_has_the_released_size(name):
+    (expected, tensors), channels, width, fields = UNETS[name]
+    context = None if width is None else jnp.zeros((1, 4, width))
+    params = jax.eval_shape(
+        UNet(**fields).init,
+        KEY,
+        jnp.zeros((1, 16, 16, channels)),
+        jnp.zeros(1),
+        Conditioning(context=context),
+    )
+    assert (round(_millions(params), 2), len(jax.tree.leaves(params))) == (expected, tensors)
+
+
+def test_timestep_embedding_is_the_golden_one():
+    cosines = [-0.83907153, 0.54030231, 0.99500417, 0.99995]
+    sines = [-0.54402111, 0.84147098, 0.09983342, 0.00999983]
+    golden = [[*cosines, *sines]]
+    np.testing.assert_allclose(timestep_embedding(jnp.array([10.0]), 8), golden, atol=1e-6)
+
+
+def test_group_norm_has_zero_mean_and_unit_variance_per_group():
+    x = 3 + 5 * np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
+    y, _ = jax.jit(GroupNorm(2).init_with_output)(KEY, x)
+    groups = np.asarray(y).reshape(2, 16, 2, 3)
+    np.testing.assert_allclose(groups.mean((1, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(groups.var((1, 3)), 1, atol=1e-4)
+    with pytest.raises(ValueError, match="6 channels are not divisible by num_groups=4"):
+        GroupNorm(4).init(KEY, x)
+
+
+def test_convolutions_start_uniform_within_one_over_root_fan_in():
+    params = jax.jit(Conv(64).init)(KEY, jnp.zeros((1, 4, 4, 16)))["params"]
+    bound = (9 * 16) ** -0.5
+    for leaf in (params["kernel"], params["bias"]):
+        assert 0.8 * bound < float(jnp.abs(leaf).max()) <= bound
+    np.testing.assert_allclose(params["kernel"].std(), bound / 3**0.5, rtol=0.05)
+
+
+def test_upsampling_repeats_pixels():
+    x = np.arange(4.0, dtype=np.float32).reshape(1, 2, 2, 1)
+    expected = x.repeat(2, 1).repeat(2, 2)
+    np.testing.assert_array_equal(upsample_nearest(jnp.asarray(x)), expected)
+
+
+def test_attention_is_the_textbook_softmax():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, n, 3, 4)).astype(np.float32) for n in (5, 7, 7))
+    scores = np.einsum("blnd,bsnd->bnls", q, k) / 2.0
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bnls,bsnd->blnd", weights, v)
+    got = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), "xla")
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="unknown attention implementation 'flash'"):
+        attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), "flash")
+
+
+def test_qkv_orders_differ_by_a_permutation_of_channels():
+    x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype(np.float32)
+    legacy, new = (AttentionBlock(2, legacy_order=flag, num_groups=2) for flag in (True, False))
+    params = jax.jit(legacy.init)(KEY, x)["params"]
+    params["proj_out"]["kernel"] = jnp.eye(4)
+    # Columns of the joint map, [head, (q k v), channel] -> [(q k v), head, channel].
+    order = np.arange(12).reshape(2, 3, 2).transpose(1, 0, 2).ravel()
+    moved = {"kernel": params["qkv"]["kernel"][:, order], "bias": params["qkv"]["bias"][order]}
+    got = new.apply({"params": params | {"qkv": moved}}, x)
+    np.testing.assert_allclose(got, legacy.apply({"params": params}, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("attn_type", ["vanilla", "linear", "none"])
+@pytest.mark.parametrize("regularization", ["kl", "none"])
+def test_autoencoder_round_trip_has_the_right_shapes(attn_type, regularization):
+    module = Autoencoder(
+        **SMALL_AUTOENCODER,
+        attn_type=attn_type,
+        attn_resolutions=(8,),
+        regularization=regularization,
+        tanh_out=True,
+        dropout=0.1,
+        embed_dim=3,
+    )
+    x = jnp.zeros((2, 16, 12, 3))
+    variables = jax.eval_shape(module.init, KEY, x)
+    moments = jax.eval_shape(lambda v: module.apply(v, x, method="encode"), variables)
+    assert moments.shape == (2, 8, 6, 6 if regularization == "kl" else 3)
+    out = jax.eval_shape(lambda v: module.apply(v, x), variables)
+    assert out.x.shape == x.shape
+    assert out.regularization.shape == ()
+
+
+def test_autoencoder_says_what_it_expected():
+    module = Autoencoder(**SMALL_AUTOENCODER)
+    with pytest.raises(ValueError, match=r"image of 15×16 must be divisible by f=2"):
+        module.init(KEY, jnp.zeros((1, 15, 16, 3)))
+    with pytest.raises(ValueError, match="image has 4 channels, expected 3"):
+        module.init(KEY, jnp.zeros((1, 16, 16, 4)))
+    with pytest.raises(ValueError, match="unknown attn_type 'cubic'"):
+        Autoencoder(**SMALL_AUTOENCODER, attn_type="cubic").init(KEY, jnp.zeros((1, 16, 16, 3)))
+    with pytest.raises(ValueError, match="regularization='vae'"):
+        Autoencoder(regularization="vae").init(KEY, jnp.zeros((1, 16, 16, 3)))
+
+
+def test_identity_first_stage_changes_nothing():
+    x = jax.random.normal(KEY, (1, 4, 4, 3))
+    module = Identity()
+    moments = module.apply({}, x, method="encode")
+    z = module.apply({}, moments, None, method="latents")
+    np.testing.assert_array_equal(module.apply({}, z, method="decode"), x)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"transformer_depth": 0, "legacy_qkv_order": False},
+        {"use_scale_shift_norm": True, "resblock_updown": True},
+        {"remat": True, "dtype": jnp.bfloat16, "dropout": 0.1},
+        {"disable_self_attentions": (True, False), "num_head_channels": 4},
+        {"vector_projection": True, "num_codes": 5},
+    ],
+    ids=lambda fields: "+".join(fields) or "default",
+)
+def test_every_unet_option_builds_and_keeps_the_latent_size(fields):
+    unet = UNet(**(SMALL_UNET | fields))
+    width = 5 if fields.get("vector_projection") else 32
+    conditioning = Conditioning(
+        concat=jnp.zeros((2, 4, 6, 1)), context=jnp.zeros((2, 3, 7)), vector=jnp.zeros((2, width))
+    )
+    z, t = jnp.zeros((2, 4, 6, 2)), jnp.zeros(2)
+    variables = jax.eval_shape(unet.init, KEY, z, t, conditioning)
+    out = jax.eval_shape(
+        lambda v: unet.apply(v, z, t, conditioning, True, rngs={"dropout": KEY}), variables
+    )
+    assert out.shape == (2, 4, 6, fields.get("num_codes", 2))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_a_fresh_unet_predicts_zero():
+    unet = UNet(**SMALL_UNET)
+    args = (jnp.ones((1, 4, 4, 2)), jnp.ones(1), Conditioning(context=jnp.ones((1, 3, 7))))
+    out, _ = jax.jit(unet.init_with_output)(KEY, *args)
+    np.testing.assert_array_equal(out, jnp.zeros_like(out))
+
+
+def test_unet_says_what_it_expected():
+    unet = UNet(**SMALL_UNET)
+    with pytest.raises(ValueError, match=r"latent of 5×4 must be divisible by 2"):
+        unet.init(KEY, jnp.zeros((1, 5, 4, 2)), jnp.zeros(1))
+    with pytest.raises(ValueError, match="vector has width 3, the timestep embedding 32"):
+        unet.init(
+            KEY, jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), Conditioning(vector=jnp.zeros((1, 3)))
+        )
+    with pytest.raises(ValueError, match="cannot be split into heads"):
+        UNet(**(SMALL_UNET | {"num_heads": 3})).init(
+            KEY, jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), Conditioning(context=jnp.zeros((1, 2, 3)))
+        )

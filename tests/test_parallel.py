@@ -1,0 +1,319 @@
+"""One step, three callers: the same numbers, nothing copied, nothing compiled twice."""
+
+import contextlib
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from latent_diffusion import parallel
+from latent_diffusion import rng as rng_lib
+
+BATCH = 16
+MODES = {
+    "single": ("single", None, ()),
+    "pmap": ("pmap", None, ()),
+    "mesh data 8": ("mesh", {"data": 8}, ()),
+    "mesh data 2 × fsdp 4": ("mesh", {"data": 2, "fsdp": -1}, ((".*", "fsdp(min_mb=0)"),)),
+    "mesh data 2 × fsdp 2 × tensor 2": (
+        "mesh",
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        (("Dense_0.*kernel", "tensor(-1)"), (".*", "fsdp(min_mb=0)")),
+    ),
+}
+EVALUATED = ("single", "pmap", "mesh data 2 × fsdp 2 × tensor 2")  # compiling is what costs here
+
+
+class MLP(nn.Module):
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        # No bias: before a BatchNorm its gradient is rounding noise, which Adam would blow up.
+        x = nn.Dense(32, use_bias=False)(x)
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        return nn.Dense(8)(nn.silu(x))
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    ema_params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+
+
+TX = optax.adam(1e-2)
+
+
+@jax.jit
+def initial_state():
+    variables = MLP().init(jax.random.key(0), jnp.zeros((2, 8)))
+    params = variables["params"]
+    ema = jax.tree.map(jnp.copy, params)
+    return State(jnp.zeros((), jnp.int32), params, ema, variables["batch_stats"], TX.init(params))
+
+
+def train_step(state, constants, batch, rng, *, axis_name=None):
+    keys = rng_lib.example_keys(rng, len(batch["x"]), axis_name)
+    x = batch["x"] + rng_lib.normal_per_example(keys, (8,)) * constants["sigma"]
+
+    def loss_fn(params):
+        out, new = MLP(axis_name).apply(
+            {"params": params, "batch_stats": state.batch_stats}, x, mutable=["batch_stats"]
+        )
+        return jnp.mean((out - batch["x"]) ** 2), new["batch_stats"]
+
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss, grads = rng_lib.pmean((loss, grads), axis_name)
+    updates, opt_state = TX.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema_params, params)
+    return State(state.step + 1, params, ema, stats, opt_state), {"loss": loss}
+
+
+def eval_step(state, constants, batch, rng, *, axis_name=None):
+    variables = {"params": state.ema_params, "batch_stats": state.batch_stats}
+    noise = rng_lib.normal_per_example(rng_lib.example_keys(rng, len(batch["x"]), axis_name), ())
+    error = MLP().apply(variables, batch["x"], train=False) - batch["x"]
+    return {"mse": jnp.mean(error**2, axis=-1), "noise": noise, "index": batch["index"]}
+
+
+def host_batch(step):
+    x = np.random.default_rng(step).normal(size=(BATCH, 8)).astype(np.float32)
+    return {"x": x, "index": np.arange(BATCH, dtype=np.int32)}
+
+
+def build(name):
+    mode, sizes, rules = MODES[name]
+    return mode, parallel.make_mesh(sizes) if sizes else None, rules
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects an entry for every XLA compilation inside the block."""
+    seen = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+CONSTANTS = {"sigma": np.float32(0.3)}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Five steps in every mode, once: state, losses, evaluation, compilations, deletions."""
+    results = {}
+    for name in MODES:
+        mode, mesh, rules = build(name)
+        step = parallel.compile_step(train_step, mode, mesh=mesh, rules=rules)
+        state = parallel.place(initial_state(), mode, mesh, rules)
+        losses, deleted, counts = [], [], []
+        for i in range(5):
+            before = state
+            batch, key = host_batch(i), jax.random.key(i)
+            with compilations() as compiled:
+                state, metrics = step(state, CONSTANTS, batch, key)
+            counts.append(len(compiled))
+            losses.append(float(metrics["loss"]))
+            deleted.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(before)))
+        evaluation = {}
+        if name in EVALUATED:
+            evaluate = parallel.compile_eval(eval_step, mode, mesh=mesh, rules=rules)
+            evaluation = evaluate(state, CONSTANTS, host_batch(9), jax.random.key(9))
+        results[name] = (state, losses, evaluation, counts, deleted)
+    return results
+
+
+@pytest.mark.parametrize("name", list(MODES)[1:])
+def test_modes_agree(runs, name):
+    expected, got = runs["single"], runs[name]
+    both = zip(jax.tree.leaves(expected[:2]), jax.tree.leaves(got[:2]), strict=True)
+    for a, b in both:
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert np.max(np.abs(a - b)) <= 1e-6 * max(1.0, np.max(np.abs(a)))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_step_compiles_once_and_donates(runs, name):
+    state, losses, _, counts, deleted = runs[name]
+    assert counts[0] >= 1 and counts[1:] == [0] * 4
+    assert deleted == [True] * 5  # and no warning: they are errors here
+    assert int(state.step) == 5
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_returns_the_global_batch_in_order(runs, name):
+    evaluation = runs[name][2]
+    np.testing.assert_allclose(evaluation["mse"], runs["single"][2]["mse"], rtol=1e-5)
+    np.testing.assert_allclose(evaluation["noise"], runs["single"][2]["noise"], rtol=1e-6)
+    assert all(isinstance(leaf, np.ndarray) for leaf in evaluation.values())
+    assert evaluation["index"].tolist() == list(range(BATCH))
+    assert len(np.unique(evaluation["noise"])) == BATCH
+
+
+def test_python_scalars_and_weak_types_become_arrays():
+    placed = parallel.place({"step": 0, "scale": jnp.asarray(1.0)}, "single")
+    assert placed["step"].dtype == jnp.int32
+    assert not any(leaf.weak_type for leaf in placed.values())
+
+
+@pytest.mark.parametrize("name", ["single", "pmap", "mesh data 8"])
+def test_ema_may_start_as_the_very_parameters(name):
+    mode, mesh, rules = build(name)
+
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return jax.tree.map(lambda leaf: leaf + 1, state), {}
+
+    params = {"w": jnp.ones((4,)), "b": jnp.zeros(())}
+    compiled = parallel.compile_step(step, mode, mesh=mesh)
+    state = parallel.place({"params": params, "ema_params": params}, mode, mesh, rules)
+    state, _ = compiled(state, {}, host_batch(0), jax.random.key(0))
+    assert state["params"]["w"][0] == state["ema_params"]["w"][0] == 2
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_abstract_is_where_place_puts_it(name):
+    state = {"params": {"Dense_0": {"kernel": jnp.ones((8, 16))}}, "rng": jax.random.key(0)}
+    where = build(name)
+    wanted = parallel.abstract(state, *where)
+    placed = parallel.place(state, *where)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(placed), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.sharding == b.sharding
+
+
+def test_undonated_state_survives_and_hlo_can_be_read():
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return state + rng_lib.pmean(batch["x"].sum(), axis_name), {}
+
+    compiled = parallel.compile_step(step, "pmap", donate_state=False)
+    state = parallel.place(np.float32(0), "pmap")
+    args = (state, {}, host_batch(0), jax.random.key(0))
+    compiled(*args)
+    assert not state.is_deleted()
+    assert "all-reduce" in compiled.lower(*args).compile().as_text()
+
+
+def test_auto_takes_pmap_on_several_devices():
+    assert parallel.resolve_mode("auto") == "pmap"
+    assert parallel.resolve_mode("single") == "single"
+
+
+def test_devices_reads_a_config():
+    settings = ConfigDict({"mode": "mesh", "mesh": {"data": -1, "fsdp": 4, "tensor": 1}})
+    mode, mesh = parallel.devices(settings)
+    assert (mode, dict(mesh.shape)) == ("mesh", {"data": 2, "fsdp": 4, "tensor": 1})
+    settings.mode = "auto"
+    assert parallel.devices(settings) == ("pmap", None)
+
+
+def test_process_shard_on_one_process():
+    for name in MODES:
+        mode, mesh, _ = build(name)
+        assert parallel.process_shard(mode, mesh) == (0, 1)
+
+
+# ---------------------------------------------------------------------------- sharding rules
+
+TREE = {
+    "params": {
+        "attn": {"to_q": {"kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}},
+        "conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 6, 1024), jnp.float32)},
+        "norm": {"bias": jax.ShapeDtypeStruct((6,), jnp.float32)},
+    },
+    "opt_state": {
+        "mu": {"attn": {"to_q": {"kernel": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}}}
+    },
+}
+RULES = (("attn.*kernel", "tensor(-1)"), ("bias", "replicate"), (".*", "fsdp(min_mb=0.1)"))
+
+
+def test_first_rule_wins_and_optimizer_state_follows():
+    mesh = parallel.make_mesh({"data": -1, "fsdp": 2, "tensor": 2})
+    shardings = parallel.infer_shardings(TREE, mesh, RULES)
+    specs = jax.tree.map(lambda s: tuple(s.spec), shardings)
+    assert specs["params"]["attn"]["to_q"]["kernel"] == (None, "tensor")
+    assert specs["params"]["conv"]["kernel"] == (None, None, None, "fsdp")
+    assert specs["params"]["norm"]["bias"] == ()
+    assert specs["opt_state"]["mu"]["attn"] == specs["params"]["attn"]
+
+
+def test_fsdp_leaves_small_and_indivisible_arrays_whole():
+    mesh = parallel.make_mesh({"fsdp": 8})
+    tree = {
+        "small": jax.ShapeDtypeStruct((1024,), jnp.float32),
+        "odd": jax.ShapeDtypeStruct((1023, 1025), jnp.float32),
+        "large": jax.ShapeDtypeStruct((1024, 1031), jnp.float32),
+    }
+    shardings = parallel.infer_shardings(tree, mesh, [(".*", "fsdp(min_mb=1)")])
+    assert jax.tree.map(lambda s: tuple(s.spec), shardings) == {
+        "small": (),
+        "odd": (),
+        "large": ("fsdp", None),
+    }
+
+
+def test_describe_counts_bytes_per_device():
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    table = parallel.describe(parallel.infer_shardings(TREE, mesh, RULES), TREE).splitlines()
+    conv = next(line for line in table if line.startswith("params/conv/kernel"))
+    assert "3×3×6×1024" in conv and "fsdp" in conv and conv.endswith(f"{3 * 3 * 6 * 512 * 4:,}")
+    assert table[-1].endswith(f"{2 * 512 * 512 * 4 + 3 * 3 * 6 * 512 * 4 + 6 * 4:,}")
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+def rules_error(rules):
+    return lambda: parallel.infer_shardings(
+        TREE, parallel.make_mesh({"tensor": 4, "data": 2}), rules
+    )
+
+
+def batch_error(name, size):
+    mode, mesh, _ = build(name)
+    return lambda: parallel.place_batch({"x": np.zeros((size, 2))}, mode, mesh)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: parallel.resolve_mode("ddp"), ["'ddp'", "auto, mesh, pmap, single"]),
+        (lambda: parallel.make_mesh({"data": 3}), ["data 3", "needs 3", "are 8"]),
+        (lambda: parallel.make_mesh({"data": -1, "fsdp": 3}), ["fsdp 3", "are 8"]),
+        (lambda: parallel.make_mesh({"data": -1, "fsdp": 16}), ["fsdp 16", "are 8"]),
+        (lambda: parallel.make_mesh({"data": -1, "fsdp": -1}), ["at most one"]),
+        (lambda: parallel.make_mesh({"data": 0}), ["positive"]),
+        (lambda: parallel.make_mesh({"model": 2}), ["'model'", "data, fsdp, tensor"]),
+        (rules_error([("attn", "replicate")]), ["'params/conv/kernel'", "no sharding rule"]),
+        (rules_error([("lora", "replicate"), *RULES]), ["'lora'", "matches nothing"]),
+        (rules_error([(".*", "zero3")]), ["'zero3'", "fsdp, replicate, tensor"]),
+        (rules_error([(".*", "tensor(")]), ["'tensor('"]),
+        (rules_error([(".*", "fsdp(max_mb=1)")]), ["'fsdp(max_mb=1)'", "max_mb"]),
+        (rules_error([(".*", "tensor(-1)")]), ["'params/norm/bias'", "(6,)", "4 devices"]),
+        (batch_error("pmap", 12), ["12 examples", "8 devices"]),
+        (batch_error("mesh data 2 × fsdp 2 × tensor 2", 10), ["10 examples", "4 devices"]),
+    ],
+)
+def test_bad_input_is_one_line(call, words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []

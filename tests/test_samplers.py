@@ -1,0 +1,393 @@
+"""Samplers against data whose denoiser and probability flow are known in closed form."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion.diffusion import Prediction
+from latent_diffusion.rng import example_keys, normal_per_example
+from latent_diffusion.samplers import SAMPLERS, ddim_inversion
+from latent_diffusion.samplers.exact import Mixture
+from latent_diffusion.samplers.first_order import ddim_noise
+from latent_diffusion.samplers.table import steps
+from latent_diffusion.schedules import make_schedule, spacing
+from latent_diffusion.types import lookup
+
+SCHEDULES = {
+    "linear": make_schedule("linear", beta_start=0.0015, beta_end=0.0195),
+    "zero_terminal_snr": make_schedule(
+        "linear", beta_start=0.0015, beta_end=0.0195, zero_terminal_snr=True
+    ),
+    "rectified_flow": make_schedule("rectified_flow"),
+}
+LINEAR = SCHEDULES["linear"]
+# Both have two components, so that one compiled program serves both.
+GAUSSIAN = Mixture(jnp.array([1.5, 1.5]), jnp.array(0.4), jnp.array([0.5, 0.5]))
+MIXTURE = Mixture(jnp.array([-1.0, 1.0]), jnp.array(0.5), jnp.array([0.3, 0.7]))
+STOCHASTIC = {
+    "ddpm",
+    "euler_ancestral",
+    "dpm2_ancestral",
+    "dpm_solver_pp_2s_ancestral",
+    "dpm_solver_pp_2m_sde",
+    "dpm_solver_pp_3m_sde",
+    "lcm",
+}
+TWO_EVALUATIONS = {"heun", "dpm2", "dpm2_ancestral", "dpm_solver_pp_2s_ancestral"}
+BATCH = 4096
+KEYS = example_keys(jax.random.key(0), BATCH)
+Z_T = normal_per_example(example_keys(jax.random.key(1), BATCH), (1, 1, 1))
+
+
+def consistency(mixture, schedule):
+    """What a distilled network answers: where the flow leads (exact for one Gaussian)."""
+    mean, std = mixture.moments()
+
+    def denoise(z_t, t):
+        alpha, sigma = schedule.alpha_t(t), schedule.sigma_t(t)
+        z_0 = mean + std / jnp.hypot(alpha * std, sigma) * (z_t - alpha * mean)
+        return Prediction(z_0, (z_t - alpha * z_0) / sigma)
+
+    return denoise
+
+
+@functools.cache
+def compiled(name, **own):
+    """sampler(mixture, schedule, timesteps, z_T, keys) -> z_0."""
+
+    def sample(mixture, schedule, timesteps, z_T, keys):
+        make = consistency if name == "lcm" else Mixture.denoiser
+        return SAMPLERS[name](make(mixture, schedule), z_T, timesteps, schedule, keys, **own)
+
+    return jax.jit(sample)
+
+
+def levels(num_steps, schedule=LINEAR, end=-1):
+    return spacing("exponential", schedule, num_steps, end=end).astype(jnp.float32)
+
+
+# ------------------------------------------------------------------------------- distributions
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_reaches_the_right_moments(name, schedule):
+    schedule = SCHEDULES[schedule]
+    for mixture in (GAUSSIAN, MIXTURE):
+        if name == "lcm" and mixture is MIXTURE:
+            continue  # its consistency function above is the Gaussian's
+        mean, std = mixture.moments()
+        z_0 = compiled(name)(mixture, schedule, levels(128, schedule), Z_T, KEYS)
+        assert z_0.shape == Z_T.shape
+        # Sampling error of the mean: 0.4 / √4096; a first-order method has 2 % of the std to go.
+        np.testing.assert_allclose(jnp.mean(z_0), mean, atol=4 * std / math.sqrt(BATCH))
+        np.testing.assert_allclose(jnp.std(z_0), std, rtol=0.06)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_depends_on_its_own_start_and_key_only(name):
+    """The last images of a reordered batch, with other companions, are the same to the bit."""
+    order = np.random.default_rng(0).permutation(BATCH)
+    other = Z_T.at[: BATCH // 2].add(1.0)
+    z_0 = compiled(name)(GAUSSIAN, LINEAR, levels(128), Z_T, KEYS)
+    again = compiled(name)(GAUSSIAN, LINEAR, levels(128), other[order], KEYS[order])
+    kept = order >= BATCH // 2
+    np.testing.assert_array_equal(again[kept], z_0[order[kept]])
+    if name in STOCHASTIC:
+        alone = compiled(name)(GAUSSIAN, LINEAR, levels(128), Z_T[7:8], KEYS[7:8])
+        np.testing.assert_allclose(alone[0], z_0[7], atol=1e-5)
+        fresh = compiled(name)(GAUSSIAN, LINEAR, levels(128), Z_T, KEYS[::-1])
+        assert jnp.min(jnp.abs(fresh - z_0)) < jnp.max(jnp.abs(fresh - z_0))
+
+
+# ---------------------------------------------------------------------------------- convergence
+
+ORDERS = {
+    "ddim": 1,
+    "plms": 2,
+    "euler": 1,
+    "heun": 2,
+    "dpm2": 2,
+    "lms": 4,  # reached slowly, after its start of lower order
+    "dpm_solver_2m": 2,
+    "dpm_solver_pp_2m": 2,
+    "dpm_solver_pp_singlestep": 2,
+    "unipc": 3,  # the corrector adds one
+    "deis": 2,
+}
+
+
+def test_every_deterministic_sampler_has_an_order():
+    assert set(ORDERS) == set(SAMPLERS) - STOCHASTIC
+
+
+@functools.cache
+def exact_flow():
+    return jax.jit(MIXTURE.flow)(LINEAR, Z_T, 999, 0)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_converges_at_its_order(name):
+    errors = []
+    for num_steps in (32, 128):
+        z = compiled(name)(MIXTURE, LINEAR, levels(num_steps, end=0), Z_T, KEYS)
+        errors.append(float(jnp.sqrt(jnp.mean((z - exact_flow()) ** 2))))
+    slope = math.log(errors[0] / errors[1]) / math.log(4)
+    assert ORDERS[name] - 0.5 < slope < ORDERS[name] + 0.3, errors
+
+
+# ------------------------------------------------------------------------------ number of steps
+
+
+def evaluations(name, timesteps, **own):
+    """Timesteps of the network's evaluations, and the result; un-compiled."""
+    seen = []
+
+    def denoise(z_t, t):
+        seen.append(float(t))
+        return GAUSSIAN.denoiser(LINEAR)(z_t, t)
+
+    with jax.disable_jit():
+        z_0 = SAMPLERS[name](denoise, Z_T[:2], timesteps, LINEAR, KEYS[:2], **own)
+    return seen, z_0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_evaluates_the_network_where_it_says(name, num_steps):
+    timesteps = spacing("original", LINEAR, num_steps)
+    seen, z_0 = evaluations(name, timesteps)
+    assert np.all(np.isfinite(z_0))
+    assert np.all((np.array(seen) >= 0) & (np.array(seen) <= 999))
+    asked = timesteps[:-1].tolist()
+    if name == "plms":
+        again = asked[:1] if num_steps == 1 else asked[1:2]
+        assert seen == [asked[0], *again, *asked[1:]]
+    elif name in TWO_EVALUATIONS:
+        assert seen[::2] == asked and len(seen) == 2 * num_steps - 1
+    else:
+        assert seen == asked
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_repeated_timesteps_do_no_harm(name):
+    """CompVis' quad spacing visits t = 1 twice; S = T of its uniform one repeats 999."""
+    _, z_0 = evaluations(name, jnp.array([999, 999, 300, 1, 1, 0]))
+    assert np.all(np.isfinite(z_0)) and np.all(np.abs(z_0) < 5)
+
+
+# ------------------------------------------------------- the original LDM, from the fact sheet §5
+
+
+def numbers(S=50):
+    """DDIM's constants in the original, float64: timesteps, a, a_prev."""
+    bar = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    t = np.arange(0, 1000, 1000 // S) + 1
+    return t, bar[t], np.append(bar[0], bar[t[:-1]])
+
+
+def test_golden_numbers_of_ddim():
+    t, a, a_prev = numbers()
+    here, there = steps(LINEAR, spacing("original", LINEAR, 50))
+    np.testing.assert_allclose(here.t[::-1], t)
+    np.testing.assert_allclose(here.alpha[::-1] ** 2, a, rtol=1e-5)
+    np.testing.assert_allclose(there.alpha[::-1] ** 2, a_prev, rtol=1e-5)
+    noise = ddim_noise(here, there)[::-1][jnp.array([0, 1, 25, 49])]
+    np.testing.assert_allclose(noise, [0.02743209, 0.0524426, 0.37680537, 0.56113833], rtol=3e-6)
+    np.testing.assert_allclose(a[[0, 49]], [0.99699443, 2.01956e-4], rtol=1e-6)
+    np.testing.assert_allclose(a_prev[[0, 49]], [0.9985, 2.947856e-4], rtol=1e-6)
+
+
+def eps_float64(x, a):
+    """E[eps | x] for the Gaussian."""
+    return np.sqrt(1 - a) * (x - np.sqrt(a) * 1.5) / (0.16 * a + 1 - a)
+
+
+def original_ddim(x, eta, noises):
+    _, a, a_prev = numbers()
+    for i in range(50):
+        k = 49 - i
+        e = eps_float64(x, a[k])
+        sigma = eta * np.sqrt((1 - a_prev[k]) / (1 - a[k]) * (1 - a[k] / a_prev[k]))
+        x_0 = (x - np.sqrt(1 - a[k]) * e) / np.sqrt(a[k])
+        x = np.sqrt(a_prev[k]) * x_0 + np.sqrt(1 - a_prev[k] - sigma**2) * e + sigma * noises(i)
+    return x
+
+
+def original_plms(x):
+    _, a, a_prev = numbers()
+    past = []
+
+    def move(x, e, k):
+        x_0 = (x - np.sqrt(1 - a[k]) * e) / np.sqrt(a[k])
+        return np.sqrt(a_prev[k]) * x_0 + np.sqrt(1 - a_prev[k]) * e
+
+    for k in range(49, -1, -1):
+        e = eps_float64(x, a[k])
+        if len(past) == 0:
+            mean = (e + eps_float64(move(x, e, k), a[k - 1])) / 2
+        elif len(past) == 1:
+            mean = (3 * e - past[-1]) / 2
+        elif len(past) == 2:
+            mean = (23 * e - 16 * past[-1] + 5 * past[-2]) / 12
+        else:
+            mean = (55 * e - 59 * past[-1] + 37 * past[-2] - 9 * past[-3]) / 24
+        past.append(e)
+        x = move(x, mean, k)
+    return x
+
+
+def original_ddpm(x, noises):
+    bar = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    for i, t in enumerate(range(999, -1, -1)):
+        before = bar[t - 1] if t else 1.0
+        x_0 = (x - np.sqrt(1 - bar[t]) * eps_float64(x, bar[t])) / np.sqrt(bar[t])
+        mean = betas[t] * np.sqrt(before) / (1 - bar[t]) * x_0
+        mean += (1 - before) * np.sqrt(1 - betas[t]) / (1 - bar[t]) * x
+        variance = max(betas[t] * (1 - before) / (1 - bar[t]), 1e-20)
+        x = mean + (t > 0) * np.sqrt(variance) * noises(i)
+    return x
+
+
+START = Z_T[:4]
+
+
+def noise_of(i):
+    keys = jax.vmap(jax.random.fold_in, (0, None))(KEYS[:4], i)
+    return np.asarray(normal_per_example(keys, START.shape[1:]), np.float64)
+
+
+def ours(name, timesteps, **own):
+    return compiled(name, **own)(GAUSSIAN, LINEAR, timesteps, START, KEYS[:4])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_trajectory_of_the_original_ddim(eta):
+    z_0 = ours("ddim", spacing("original", LINEAR, 50), eta=eta)
+    expected = original_ddim(np.asarray(START, np.float64), eta, noise_of)
+    np.testing.assert_allclose(z_0, expected, atol=1e-5)
+
+
+def test_trajectory_of_the_original_plms():
+    z_0 = ours("plms", spacing("original", LINEAR, 50))
+    expected = original_plms(np.asarray(START, np.float64))
+    np.testing.assert_allclose(z_0, expected, atol=1e-5)
+
+
+def test_trajectory_of_the_original_ddpm():
+    z_0 = ours("ddpm", spacing("uniform", LINEAR, 1000))
+    noises = jax.vmap(
+        lambda i: normal_per_example(
+            jax.vmap(jax.random.fold_in, (0, None))(KEYS[:4], i), START.shape[1:]
+        )
+    )(jnp.arange(1000))
+    expected = original_ddpm(
+        np.asarray(START, np.float64), lambda i: np.asarray(noises[i], np.float64)
+    )
+    np.testing.assert_allclose(z_0, expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+def test_ddpm_is_ddim_with_its_noise():
+    timesteps = levels(50)
+    np.testing.assert_allclose(ours("ddpm", timesteps), ours("ddim", timesteps, eta=1.0), atol=1e-5)
+
+
+def test_options_of_ddpm():
+    timesteps = levels(50)
+    plain = ours("ddpm", timesteps)
+    np.testing.assert_allclose(ours("ddpm", timesteps, large_variance=0.0), plain)
+    wide = [ours("ddpm", timesteps, large_variance=v) for v in (0.5, 1.0)]
+    assert jnp.max(jnp.abs(wide[0] - plain)) > 0.01
+    assert jnp.max(jnp.abs(wide[1] - wide[0])) > 0.01
+    still = ours("ddpm", timesteps, temperature=0.0)
+    other = SAMPLERS["ddpm"](
+        GAUSSIAN.denoiser(LINEAR), START, timesteps, LINEAR, KEYS[4:8], temperature=0.0
+    )
+    np.testing.assert_allclose(still, other, atol=1e-6)
+
+
+def test_temperature_of_ddim_scales_its_noise():
+    timesteps = jnp.array([500.0, 300.0])
+
+    def one_step(temperature):
+        return ours("ddim", timesteps, eta=1.0, temperature=temperature)
+
+    still, half, full = one_step(0.0), one_step(0.5), one_step(1.0)
+    np.testing.assert_allclose(full - still, 2 * (half - still), atol=1e-6)
+    assert jnp.max(jnp.abs(full - still)) > 0.1
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+def test_without_noise_the_sde_solvers_are_the_ode_solvers(solver_type):
+    timesteps = levels(20)
+    ode = ours("dpm_solver_pp_2m", timesteps, solver_type=solver_type)
+    sde = ours("dpm_solver_pp_2m_sde", timesteps, solver_type=solver_type, eta=0.0)
+    np.testing.assert_array_equal(ode, sde)
+    third = ours("dpm_solver_pp_3m_sde", timesteps, solver_type=solver_type, eta=0.0)
+    flow = GAUSSIAN.flow(LINEAR, START, 999, -1)
+    assert jnp.max(jnp.abs(third - flow)) < 0.02
+
+
+@pytest.mark.parametrize(
+    "name", ["euler_ancestral", "dpm2_ancestral", "dpm_solver_pp_2s_ancestral"]
+)
+def test_ancestral_samplers_without_noise_follow_the_flow(name):
+    z_0 = SAMPLERS[name](GAUSSIAN.denoiser(LINEAR), START, levels(64), LINEAR, None, eta=0.0)
+    np.testing.assert_allclose(z_0, GAUSSIAN.flow(LINEAR, START, 999, -1), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "orders"), [("lms", (1, 2, 3)), ("deis", (1, 3, 4)), ("unipc", (1, 3))]
+)
+def test_order_option(name, orders):
+    timesteps = levels(16, end=0)
+    flow = GAUSSIAN.flow(LINEAR, START, 999, 0)
+    errors = {
+        order: float(jnp.max(jnp.abs(ours(name, timesteps, order=order) - flow)))
+        for order in orders
+    }
+    assert sorted(errors.values(), reverse=True) == [errors[order] for order in orders]
+
+
+def test_consistency_sampling_mixes_in_its_input():
+    timesteps = jnp.array([10.0, -1.0])
+    scaled = 10 * 0.1
+    skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+    z_0 = consistency(GAUSSIAN, LINEAR)(START, jnp.array(10.0)).z_0
+    answer = ours("lcm", timesteps, timestep_scaling=0.1)
+    np.testing.assert_allclose(answer, out * z_0 + skip * START, rtol=1e-4)
+    wider = ours("lcm", timesteps, timestep_scaling=0.1, sigma_data=1.0)
+    np.testing.assert_allclose(wider, START / 2 + z_0 / math.sqrt(2), rtol=1e-4)
+
+
+def test_inversion_leads_back():
+    timesteps = levels(200)
+    image = 1.5 + 0.4 * START
+    z_T = ddim_inversion(GAUSSIAN.denoiser(LINEAR), image, timesteps, LINEAR)
+    np.testing.assert_allclose(z_T, GAUSSIAN.flow(LINEAR, image, -1, 999), atol=0.05)
+    back = SAMPLERS["ddim"](GAUSSIAN.denoiser(LINEAR), z_T, timesteps, LINEAR)
+    np.testing.assert_allclose(back, image, atol=0.01)
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_stochastic_samplers_ask_for_keys(name):
+    with pytest.raises(ValueError, match="draws noise: give it rng, one key per image"):
+        SAMPLERS[name](GAUSSIAN.denoiser(LINEAR), START, levels(2), LINEAR, None)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown sampler 'dimm'; known: ddim, ddpm, deis"):
+        lookup(SAMPLERS, "dimm", "sampler")
+    with pytest.raises(ValueError, match="unknown solver_type 'mid'; known: heun, midpoint"):
+        ours("dpm_solver_pp_2m", levels(2), solver_type="mid")

@@ -1,0 +1,220 @@
+"""Facts about the two train steps, on models small enough to differentiate by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import openmoji_autoencoder, openmoji_text
+from latent_diffusion import parallel
+from latent_diffusion.loop import batch_spec
+from latent_diffusion.losses.adversarial import hinge_d_loss
+from latent_diffusion.tasks import TASKS
+
+SIZE, BATCH = 16, 8
+RNG = jax.random.key(7)
+
+
+def _config(task, **fields):
+    config = (openmoji_autoencoder if task == "autoencoding" else openmoji_text).get_config("smoke")
+    config.data.image_size = SIZE
+    config.batch_size = BATCH
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 0
+    config.autoencoder.update(
+        {"channel_mult": (1, 1), "num_groups": 4, "embed_dim": 2, "z_channels": 2}
+    )
+    config.autoencoding.discriminator.num_layers = 1
+    config.autoencoding.disc_start = config.autoencoding.adversarial_start = 0
+    config.ema_decay = 0.9
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def _batch(config):
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.uniform(-1, 1, (BATCH, SIZE, SIZE, 3)).astype(np.float32)}
+    for key, spec in batch_spec(config).items():
+        if key != "image":
+            batch[key] = rng.integers(0, 9, spec.shape).astype(np.int32)
+    return batch
+
+
+@functools.cache
+def _setup(task, *fields):
+    config = _config(task, **dict(fields))
+    made = TASKS[task](config)
+    init = jax.jit(lambda rng: made.init(rng, batch_spec(config)))
+    state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
+    return made, state, constants, _batch(config), jax.jit(made.train_step)
+
+
+def _moved(before, after):
+    return any(
+        bool((a != b).any())
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+def test_loss_falls_on_one_batch_and_everything_that_should_learn_moves():
+    _, first, constants, batch, step = _setup("autoencoding")
+    state, losses = first, []
+    for _ in range(12):
+        state, metrics = step(state, constants, batch, RNG)
+        losses.append(float(metrics["l1"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert _moved(first.params["autoencoder"], state.params["autoencoder"])
+    assert _moved(first.disc_params, state.disc_params)
+    assert float(state.params["logvar"]) != 0.0
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+
+
+def test_discriminator_learns_from_its_step_on_and_reaches_the_generator_from_its_own():
+    late = (("autoencoding.disc_start", 2), ("autoencoding.adversarial_start", 3))
+    _, first, constants, batch, step = _setup("autoencoding", *late)
+    _, _, _, _, step_without = _setup(
+        "autoencoding", *late, ("autoencoding.adversarial_weight", 0.0)
+    )
+    state = bare = first
+    for number in range(4):
+        before = state.disc_params
+        state, _ = step(state, constants, batch, RNG)
+        bare, _ = step_without(bare, constants, batch, RNG)
+        assert _moved(before, state.disc_params) == (number >= 2), number
+        assert _moved(state.params, bare.params) == (number >= 3), number
+
+
+def test_one_pass_gradients_equal_three_separate_differentiations():
+    task, state, constants, batch, step = _setup(
+        "autoencoding", ("optimizer.name", "adam"), ("autoencoding.logvar_init", 0.3)
+    )
+    x = jnp.asarray(batch["image"])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(RNG, 0), jnp.arange(BATCH))
+    variables = {"params": state.disc_params, "batch_stats": state.disc_stats}
+
+    def logits(image, params=state.disc_params):
+        out, _ = task.discriminator.apply(
+            variables | {"params": params}, image, train=True, mutable=["batch_stats"]
+        )
+        return out
+
+    def reconstruct(params):
+        return task.autoencoder.apply({"params": params["autoencoder"]}, x, keys, True)
+
+    def nll(params):
+        rec = jnp.abs(x - reconstruct(params).x)
+        return jnp.sum(rec / jnp.exp(params["logvar"]) + params["logvar"]) / BATCH
+
+    def adversarial(params):
+        return -jnp.mean(logits(reconstruct(params).x))
+
+    def last_norm(grads):
+        return jnp.linalg.norm(grads["autoencoder"]["decoder"]["conv_out"]["kernel"])
+
+    @jax.jit
+    def literal(params):
+        d_nll, d_adv = jax.grad(nll)(params), jax.grad(adversarial)(params)
+        weight = task.adversarial_weight * last_norm(d_nll) / (last_norm(d_adv) + 1e-4)
+
+        def total(params):
+            reg = reconstruct(params).regularization
+            return nll(params) + task.reg_weight * reg + weight * adversarial(params)
+
+        x_rec = reconstruct(params).x
+        d_disc = jax.grad(lambda p: hinge_d_loss(logits(x, p), logits(x_rec, p)))(state.disc_params)
+        return jax.grad(total)(params), d_disc, weight
+
+    grads, disc_grads, weight = literal(state.params)
+    after, metrics = step(state, constants, batch, RNG)
+    np.testing.assert_allclose(metrics["d_weight"], weight, rtol=1e-4)
+    # Adam's first moment after one step is (1 - b1) times the gradient.
+    for expected, opt_state, b1 in (
+        (grads, after.opt_state, 0.5),
+        (disc_grads, after.disc_opt_state, 0.5),
+    ):
+        moments = jax.tree.map(lambda mu: mu / (1 - b1), opt_state[0].mu)  # noqa: B023
+        scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+        for got, want in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5 * scale)
+
+
+def test_denoising_learns_and_leaves_the_first_stage_alone():
+    _, first, constants, batch, step = _setup("denoising")
+    state, losses = first, []
+    for _ in range(15):
+        state, metrics = step(state, constants, batch, RNG)
+        losses.append(float(metrics["loss"]))
+    assert min(losses[-3:]) < losses[0]
+    assert _moved(first.params["unet"], state.params["unet"])
+    # The text encoder gets a gradient once the U-Net's zero-initialised outputs have moved.
+    assert _moved(first.params["conditioner"], state.params["conditioner"])
+    # Frozen: no optimiser slot, no average, no place in the state at all.
+    frozen = {leaf.shape for leaf in jax.tree.leaves(constants.first_stage.params)}
+    assert frozen
+    assert set(state.params) == set(state.ema_params) == {"unet", "conditioner"}
+
+
+def test_ema_follows_the_new_parameters_with_warm_up():
+    _, state, constants, batch, step = _setup("denoising")
+    after, _ = step(state, constants, batch, RNG)
+    decay = (1 + 1) / (10 + 1)  # n = 1
+    for old, new, ema in zip(
+        *map(jax.tree.leaves, (state.params, after.params, after.ema_params)), strict=True
+    ):
+        np.testing.assert_allclose(ema, decay * old + (1 - decay) * new, atol=1e-6)
+
+
+def test_conditioning_dropout_one_hides_the_prompt():
+    _, state, constants, batch, step = _setup("denoising", ("diffusion.drop_rate", 1.0))
+    other = batch | {"tokens": batch["tokens"] + 1}
+    for _ in range(3):  # away from the zero-initialised outputs
+        state, _ = step(state, constants, batch, RNG)
+    _, a = step(state, constants, batch, RNG)
+    _, b = step(state, constants, other, RNG)
+    assert float(a["loss"]) == float(b["loss"])
+    _, _, _, _, never = _setup("denoising", ("diffusion.drop_rate", 0.0))
+    _, a = never(state, constants, batch, RNG)
+    _, b = never(state, constants, other, RNG)
+    assert float(a["loss"]) != float(b["loss"])
+
+
+def test_cached_moments_give_the_loss_of_the_images():
+    _, state, constants, batch, step = _setup("denoising")
+    moments = jax.jit(constants.first_stage.moments)(batch["image"])
+    cached = {"moments": moments, "tokens": batch["tokens"]}
+    _, a = step(state, constants, batch, RNG)
+    _, b = step(state, constants, cached, RNG)
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_single_pmap_and_mesh_take_the_same_steps(task):
+    made, first, constants, batch, _ = _setup(task, ("optimizer.learning_rate", 1e-3))
+    fsdp = {
+        "mesh": parallel.make_mesh({"data": 2, "fsdp": 4}),
+        "rules": ((".*", "fsdp(min_mb=0)"),),
+    }
+    runs = {}
+    for mode, layout in (("single", {}), ("pmap", {}), ("mesh", fsdp)):
+        step = parallel.compile_step(made.train_step, mode, **layout, donate_state=False)
+        state = parallel.place(first, mode, **layout)
+        for _ in range(3):
+            state, metrics = step(state, constants, batch, RNG)
+        runs[mode] = jax.tree.map(np.asarray, (state, metrics))
+    for mode in ("pmap", "mesh"):
+        for want, got in zip(
+            jax.tree.leaves(runs["single"]), jax.tree.leaves(runs[mode]), strict=True
+        ):
+            scale = max(1.0, float(np.abs(want).max()))
+            np.testing.assert_allclose(got, want, atol=2e-5 * scale, err_msg=mode)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_eval_step_and_show_give_one_value_or_image_per_example(task):
+    made, state, constants, batch, _ = _setup(task)
+    values = jax.eval_shape(made.eval_step, state, constants, batch, RNG)
+    assert {value.shape for value in values.values()} == {(BATCH,)}
+    images = jax.eval_shape(made.show, state, constants, batch, RNG)
+    assert {image.shape for image in images.values()} == {(BATCH, SIZE, SIZE, 3)}
