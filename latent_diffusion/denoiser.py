@@ -1,6 +1,5 @@
 """The conditional denoiser: U-Net, conditioner and noise schedule as one pytree that samples."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -13,7 +12,18 @@ from latent_diffusion.models.unet import UNet
 from latent_diffusion.rng import normal_per_example, split_per_example
 from latent_diffusion.samplers import SAMPLERS
 from latent_diffusion.schedules import NoiseSchedule, Timesteps, make_schedule
-from latent_diffusion.types import Array, Bool, Conditioning, Config, Float, Keys, Params, lookup
+from latent_diffusion.types import (
+    Array,
+    Batch,
+    Bool,
+    Conditioning,
+    Config,
+    Float,
+    Keys,
+    Num,
+    Params,
+    lookup,
+)
 
 
 class Denoiser(flax.struct.PyTreeNode):
@@ -28,7 +38,7 @@ class Denoiser(flax.struct.PyTreeNode):
     conditioner: Conditioner = flax.struct.field(pytree_node=False)
     prediction: str = flax.struct.field(pytree_node=False)
 
-    def condition(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> Conditioning:
+    def condition(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         """The conditioning of a batch; unconditional where `drop` is true."""
         params = self.params.get("conditioner", {})
         out: Any = self.conditioner.apply({"params": params}, batch, drop)
@@ -37,7 +47,7 @@ class Denoiser(flax.struct.PyTreeNode):
     def denoise(
         self,
         z_t: Float[Array, "B h w c"],
-        t: Float[Array, " B"],
+        t: Num[Array, " B"],
         conditioning: Conditioning | None = None,
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from latent_diffusion.models.autoencoder import Autoencoder, Identity
 from latent_diffusion.rng import example_keys, pmean
-from latent_diffusion.types import Array, Config, Float, Keys, Params, lookup
+from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
 
 
 class FirstStage(flax.struct.PyTreeNode):
@@ -25,8 +25,8 @@ class FirstStage(flax.struct.PyTreeNode):
     """
 
     params: Params
-    scale_factor: Float[Array, "..."]
-    shift: Float[Array, "..."]
+    scale_factor: Any
+    shift: Any
     module: nn.Module = flax.struct.field(pytree_node=False)
 
     def moments(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w m"]:
@@ -40,9 +40,7 @@ class FirstStage(flax.struct.PyTreeNode):
         z = self._apply("latents", moments, keys)
         return (z - self.shift) * self.scale_factor
 
-    def encode(
-        self, batch: Mapping[str, jax.Array], keys: Keys | None = None
-    ) -> Float[Array, "B h w c"]:
+    def encode(self, batch: Batch, keys: Keys | None = None) -> Float[Array, "B h w c"]:
         """Scaled latents of a batch, from its cached `moments` if it has them, else its `image`."""
         moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
         return self.latents(moments, keys)
@@ -70,7 +68,7 @@ def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> Fir
 
 def _statistics_all(mean: np.ndarray, mean_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The paper's: 1/std over all elements, latents are not centred."""
-    return np.zeros(()), np.sqrt(np.mean(mean_square) - np.mean(mean) ** 2)
+    return np.zeros(()), np.asarray(np.sqrt(np.mean(mean_square) - np.mean(mean) ** 2))
 
 
 def _statistics_channel(mean: np.ndarray, mean_square: np.ndarray):

@@ -16,7 +16,7 @@ from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.rng import example_keys, keys_of_examples
 from latent_diffusion.schedules import spacing
 from latent_diffusion.tokenizers import WordTokenizer
-from latent_diffusion.types import Array, Conditioning, Float
+from latent_diffusion.types import Array, Conditioning, Float, Num
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Model(flax.struct.PyTreeNode):
     def denoise(
         self,
         z_t: Float[Array, "B h w c"],
-        t: Float[Array, " B"],
+        t: Num[Array, " B"],
         conditioning: Conditioning | None = None,
     ) -> Float[Array, "B h w k"]:
         """The raw network output for noisy scaled latents z_t at timesteps t."""

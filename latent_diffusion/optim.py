@@ -96,4 +96,4 @@ def ema_update(ema_params: Params, params: Params, step: Int[Array, ""], decay: 
 
 def global_norm(tree: Params) -> Float[Array, ""]:
     """L2 norm over all leaves."""
-    return optax.global_norm(tree)
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

@@ -13,16 +13,18 @@ from typing import Any
 
 import flax.struct
 import jax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 __all__ = [
     "Array",
+    "Batch",
     "Bool",
     "Conditioning",
     "Config",
     "Float",
     "Int",
     "Keys",
+    "Num",
     "Params",
     "PyTree",
     "lookup",
@@ -30,6 +32,7 @@ __all__ = [
 
 Keys = Key[Array, " B"]  # one typed PRNG key per example
 Params = PyTree[Any]
+Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
 Config = Any  # an ml_collections ConfigDict, or a mapping with the same fields
 
 

@@ -20,7 +20,7 @@ from latent_diffusion.checkpoint import Checkpointer
 
 AUTOENCODER = "--config=configs/openmoji_autoencoder.py:smoke"
 TEXT = "--config=configs/openmoji_text.py:smoke"
-ENV = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
 
 
 def _command(script, *flags):

@@ -14,8 +14,8 @@ SMALL = {
     | {"num_heads": 2, "head_dim": 3},
 }
 BATCH = {
-    "class_label": np.array([0, 4, 2], np.int32),
-    "tokens": np.array([[2, 3, 0, 0], [4, 0, 0, 0], [5, 6, 7, 8]], np.int32),
+    "class_label": jnp.array([0, 4, 2]),
+    "tokens": jnp.array([[2, 3, 0, 0], [4, 0, 0, 0], [5, 6, 7, 8]]),
 }
 NEVER, ALWAYS = jnp.zeros(3, bool), jnp.ones(3, bool)
 
@@ -44,13 +44,13 @@ def test_no_conditioner_is_unconditional():
 
 def test_the_empty_prompt_is_the_null_condition():
     config = {"text": SMALL["text"]}
-    empty = BATCH | {"tokens": np.zeros((3, 4), np.int32)}
+    empty = BATCH | {"tokens": jnp.zeros((3, 4), jnp.int32)}
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
 
 
 def test_class_labels_outside_the_range_are_the_null_class():
     config = {"class_label": SMALL["class_label"] | {"route": "vector"}}
-    odd = BATCH | {"class_label": np.array([-1, 5, 99], np.int32)}
+    odd = BATCH | {"class_label": jnp.array([-1, 5, 99])}
     np.testing.assert_array_equal(_apply(config, NEVER, odd), _apply(config, ALWAYS))
     assert _apply(config, NEVER).shape == (3, 6)
 

@@ -139,7 +139,7 @@ def test_timestep_embedding_is_the_golden_one():
 
 
 def test_group_norm_has_zero_mean_and_unit_variance_per_group():
-    x = 3 + 5 * np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
+    x = 3 + 5 * jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 6)), jnp.float32)
     y, _ = jax.jit(GroupNorm(2).init_with_output)(KEY, x)
     groups = np.asarray(y).reshape(2, 16, 2, 3)
     np.testing.assert_allclose(groups.mean((1, 3)), 0, atol=1e-5)
@@ -175,7 +175,7 @@ def test_attention_is_the_textbook_softmax():
 
 
 def test_qkv_orders_differ_by_a_permutation_of_channels():
-    x = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 2, 4)), jnp.float32)
     legacy, new = (AttentionBlock(2, legacy_order=flag, num_groups=2) for flag in (True, False))
     params = jax.jit(legacy.init)(KEY, x)["params"]
     params["proj_out"]["kernel"] = jnp.eye(4)

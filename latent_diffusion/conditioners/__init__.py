@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from latent_diffusion.conditioners.class_label import ClassLabel
 from latent_diffusion.conditioners.text import TextTransformer
-from latent_diffusion.types import Array, Bool, Conditioning, Config, lookup
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, lookup
 
 CONDITIONERS: dict[str, Any] = {"class_label": ClassLabel, "text": TextTransformer}
 
@@ -43,7 +42,7 @@ class Conditioner(nn.Module):
         return tuple(key for name in self.config for key in CONDITIONERS[name].keys)
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> Conditioning:
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         missing = [key for key in self.keys if key not in batch]
         if missing:
             raise ValueError(

@@ -1,12 +1,9 @@
 """Class labels as one context token or as a vector."""
 
-from collections.abc import Mapping
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Bool, Conditioning
+from latent_diffusion.types import Array, Batch, Bool, Conditioning
 
 
 class ClassLabel(nn.Module):
@@ -23,7 +20,7 @@ class ClassLabel(nn.Module):
     keys = ("class_label",)
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> Conditioning:
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         label = batch["class_label"]
         known = (label >= 0) & (label < self.num_classes) & ~drop
         table = nn.Embed(

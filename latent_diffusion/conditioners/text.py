@@ -1,15 +1,13 @@
 """A trained text transformer: the encoder of the paper's text-to-image model."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from latent_diffusion.models.attention import CrossAttention
 from latent_diffusion.models.layers import Dense
-from latent_diffusion.types import Array, Bool, Conditioning, Float
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
 
 
 class TextTransformer(nn.Module):
@@ -30,7 +28,7 @@ class TextTransformer(nn.Module):
     keys = ("tokens",)
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> Conditioning:
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         tokens = batch["tokens"]
         if tokens.shape[1] != self.max_length:
             raise ValueError(

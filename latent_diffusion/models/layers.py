@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.types import Array, Float, Num
 
 Padding = str | Sequence[tuple[int, int]]
 
@@ -111,7 +111,7 @@ def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
 
 def timestep_embedding(
-    t: Float[Array, " B"], dim: int, max_period: float = 10_000.0
+    t: Num[Array, " B"], dim: int, max_period: float = 10_000.0
 ) -> Float[Array, "B D"]:
     """[cos(t·ω_i), sin(t·ω_i)] with ω_i = max_period^(−i/half), half = dim // 2, as in LDM.
 

@@ -19,7 +19,7 @@ from latent_diffusion.models.layers import (
     timestep_embedding,
     upsample_nearest,
 )
-from latent_diffusion.types import Array, Conditioning, Float
+from latent_diffusion.types import Array, Conditioning, Float, Num
 
 
 class ResBlock(nn.Module):
@@ -146,7 +146,7 @@ class UNet(nn.Module):
     def __call__(
         self,
         z_t: Float[Array, "B h w c"],
-        t: Float[Array, " B"],
+        t: Num[Array, " B"],
         conditioning: Conditioning | None = None,
         train: bool = False,
     ) -> Float[Array, "B h w k"]:
@@ -204,7 +204,7 @@ class UNet(nn.Module):
         return h.astype(jnp.float32)
 
     def _embedding(
-        self, t: Float[Array, " B"], vector: Float[Array, "B D"] | None
+        self, t: Num[Array, " B"], vector: Float[Array, "B D"] | None
     ) -> Float[Array, "B E"]:
         width = 4 * self.model_channels
         emb = timestep_embedding(t, self.model_channels)

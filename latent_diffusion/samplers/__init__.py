@@ -6,6 +6,11 @@ varies wraps it (`latent_diffusion.guidance`). z_T: standard normal at timesteps
 noise alone; deterministic samplers ignore it. A sampler is traceable and runs as one `lax.scan`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from latent_diffusion.diffusion import Denoiser
 from latent_diffusion.samplers.dpm_solver import (
     dpm_solver_2m,
     dpm_solver_pp_2m,
@@ -28,26 +33,53 @@ from latent_diffusion.samplers.runge_kutta import (
     dpm_solver_pp_2s_ancestral,
     heun,
 )
+from latent_diffusion.samplers.table import Table, run
+from latent_diffusion.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.types import Array, Float, Keys
 
-__all__ = ["SAMPLERS", "ddim_inversion"]
+__all__ = ["SAMPLERS", "Sampler", "ddim_inversion"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, made of the function that tabulates its coefficients.
+
+    table: (schedule, timesteps, **own) -> Table. `table(schedule, timesteps).t` are the timesteps
+    at which the network will be evaluated.
+    """
+
+    table: Callable[..., Table]
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        z_T: Float[Array, "B *latent"],
+        timesteps: Timesteps,
+        schedule: NoiseSchedule,
+        rng: Keys | None = None,
+        **own: Any,
+    ) -> Float[Array, "B *latent"]:
+        """Sample; `own` are the options of `table`."""
+        return run(self.table(schedule, timesteps, **own), denoise, z_T, rng)
+
 
 SAMPLERS = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "plms": plms,
-    "euler": euler,
-    "euler_ancestral": euler_ancestral,
-    "heun": heun,
-    "dpm2": dpm2,
-    "dpm2_ancestral": dpm2_ancestral,
-    "lms": lms,
-    "dpm_solver_2m": dpm_solver_2m,
-    "dpm_solver_pp_2s_ancestral": dpm_solver_pp_2s_ancestral,
-    "dpm_solver_pp_2m": dpm_solver_pp_2m,
-    "dpm_solver_pp_2m_sde": dpm_solver_pp_2m_sde,
-    "dpm_solver_pp_3m_sde": dpm_solver_pp_3m_sde,
-    "dpm_solver_pp_singlestep": dpm_solver_pp_singlestep,
-    "unipc": unipc,
-    "deis": deis,
-    "lcm": lcm,
+    "ddpm": Sampler(ddpm),
+    "ddim": Sampler(ddim),
+    "plms": Sampler(plms),
+    "euler": Sampler(euler),
+    "euler_ancestral": Sampler(euler_ancestral),
+    "heun": Sampler(heun),
+    "dpm2": Sampler(dpm2),
+    "dpm2_ancestral": Sampler(dpm2_ancestral),
+    "lms": Sampler(lms),
+    "dpm_solver_2m": Sampler(dpm_solver_2m),
+    "dpm_solver_pp_2s_ancestral": Sampler(dpm_solver_pp_2s_ancestral),
+    "dpm_solver_pp_2m": Sampler(dpm_solver_pp_2m),
+    "dpm_solver_pp_2m_sde": Sampler(dpm_solver_pp_2m_sde),
+    "dpm_solver_pp_3m_sde": Sampler(dpm_solver_pp_3m_sde),
+    "dpm_solver_pp_singlestep": Sampler(dpm_solver_pp_singlestep),
+    "unipc": Sampler(unipc),
+    "deis": Sampler(deis),
+    "lcm": Sampler(lcm),
 }

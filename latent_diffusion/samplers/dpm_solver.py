@@ -6,11 +6,10 @@ last one where it ends at clean data (h is infinite there) or the 2M methods hav
 
 import jax.numpy as jnp
 
-from latent_diffusion.diffusion import Denoiser
 from latent_diffusion.samplers.integrals import phi
-from latent_diffusion.samplers.table import Levels, Table, lagged, ratio, run, steps
+from latent_diffusion.samplers.table import Levels, Table, lagged, ratio, steps
 from latent_diffusion.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Bool, Float, Keys, lookup
+from latent_diffusion.types import Array, Bool, Float, lookup
 
 # h -> the weight of the slope of z_0 in a second-order step, over that of z_0's own −expm1(−h).
 _SLOPE_WEIGHTS = {
@@ -19,54 +18,36 @@ _SLOPE_WEIGHTS = {
 }
 
 
-def dpm_solver_2m(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-) -> Float[Array, "B *latent"]:
+def dpm_solver_2m(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """DPM-Solver of second order, multistep: extrapolates eps over log-SNR."""
     here, there = steps(schedule, timesteps)
     h = there.lam - here.lam
     slope = jnp.where(_has_past(there, 1, few=15), 0.5 * ratio(h, lagged(h, 1)), 0.0)
     span = there.alpha * (there.rho - here.rho)
-    table = Table(
+    return Table(
         here.t,
         scale=there.alpha / here.safe_alpha,
         eps=span[:, None] * jnp.stack([1 + slope, -slope], axis=1),
     )
-    return run(table, denoise, z_T)
 
 
 def dpm_solver_pp_2m(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-    *,
-    solver_type: str = "midpoint",
-) -> Float[Array, "B *latent"]:
+    schedule: NoiseSchedule, timesteps: Timesteps, *, solver_type: str = "midpoint"
+) -> Table:
     """DPM-Solver++(2M) (2022b, algorithm 2): extrapolates z_0 over log-SNR.
 
     solver_type: "midpoint", or "heun", which integrates the extrapolation exactly.
     """
-    return dpm_solver_pp_2m_sde(
-        denoise, z_T, timesteps, schedule, rng, eta=0.0, solver_type=solver_type
-    )
+    return dpm_solver_pp_2m_sde(schedule, timesteps, eta=0.0, solver_type=solver_type)
 
 
 def dpm_solver_pp_2m_sde(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
     schedule: NoiseSchedule,
-    rng: Keys | None,
+    timesteps: Timesteps,
     *,
     eta: float = 1.0,
     solver_type: str = "midpoint",
-) -> Float[Array, "B *latent"]:
+) -> Table:
     """SDE-DPM-Solver++(2M) (2022b, eq. 19). eta scales the noise; 0 is `dpm_solver_pp_2m`."""
     weight = lookup(_SLOPE_WEIGHTS, solver_type, "solver_type")
     here, there = steps(schedule, timesteps)
@@ -75,19 +56,12 @@ def dpm_solver_pp_2m_sde(
     slope = jnp.where(_has_past(there, 1, few=15), slope, 0.0)
     whole = -jnp.expm1(-h * (1 + eta))
     z_0 = jnp.stack([whole + slope, -slope], axis=1)
-    return run(_exponential(here, there, z_0, eta), denoise, z_T, rng)
+    return _exponential(here, there, z_0, eta)
 
 
 def dpm_solver_pp_3m_sde(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None,
-    *,
-    eta: float = 1.0,
-    solver_type: str = "heun",
-) -> Float[Array, "B *latent"]:
+    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0, solver_type: str = "heun"
+) -> Table:
     """SDE-DPM-Solver++(3M) (k-diffusion). eta scales the noise.
 
     solver_type: of the second-order step before the past suffices; diffusers' is "midpoint".
@@ -111,16 +85,10 @@ def dpm_solver_pp_3m_sde(
     z_0 += jnp.where(
         _has_past(there, 1)[:, None], jnp.where(_has_past(there, 2)[:, None], third, second), 0.0
     )
-    return run(_exponential(here, there, z_0, eta), denoise, z_T, rng)
+    return _exponential(here, there, z_0, eta)
 
 
-def dpm_solver_pp_singlestep(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-) -> Float[Array, "B *latent"]:
+def dpm_solver_pp_singlestep(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """DPM-Solver++(2S): pairs of steps, the first one straight, the second from the pair's start.
 
     The last step, and the last two of an even number, are straight.
@@ -136,14 +104,13 @@ def dpm_solver_pp_singlestep(
         jnp.stack([slope, whole - slope], axis=1),
         jnp.stack([whole, jnp.zeros_like(whole)], axis=1),
     )
-    table = Table(
+    return Table(
         here.t,
         scale=there.sigma / jnp.where(second, start.sigma, here.sigma),
         z_0=there.alpha[:, None] * z_0,
         restart=jnp.where(second, 0.0, 1.0),
         keep=jnp.where(second, 1.0, 0.0),
     )
-    return run(table, denoise, z_T)
 
 
 def _has_past(there: Levels, count: int, few: int = 0) -> Bool[Array, " S"]:

@@ -5,19 +5,16 @@ import jax.numpy as jnp
 from latent_diffusion.diffusion import Denoiser
 from latent_diffusion.samplers.table import Levels, Table, run, steps
 from latent_diffusion.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.types import Array, Float
 
 
 def ddpm(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
     schedule: NoiseSchedule,
-    rng: Keys,
+    timesteps: Timesteps,
     *,
     large_variance: float = 0.0,
     temperature: float = 1.0,
-) -> Float[Array, "B *latent"]:
+) -> Table:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the timesteps.
 
     large_variance: 0 is the posterior variance, 1 is beta_t, values between mix them (LDM's
@@ -28,35 +25,26 @@ def ddpm(
     small, large = there.sigma**2 * lost, here.sigma**2 * lost
     large = jnp.where(there.t < 0, 0.0, large)  # nothing is added to the final answer
     variance = (1 - large_variance) * small + large_variance * large
-    table = Table(
+    return Table(
         here.t,
         scale=here.alpha / there.alpha * there.sigma**2 / here.sigma**2,
         z_0=(there.alpha * lost)[:, None],
         noise=temperature * jnp.sqrt(variance),
     )
-    return run(table, denoise, z_T, rng)
 
 
 def ddim(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-    *,
-    eta: float = 0.0,
-    temperature: float = 1.0,
-) -> Float[Array, "B *latent"]:
+    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 0.0, temperature: float = 1.0
+) -> Table:
     """DDIM (Song et al. 2021, eq. 12). eta: 0 is deterministic, 1 has DDPM's noise."""
     here, there = steps(schedule, timesteps)
     noise = ddim_noise(here, there, eta)
-    table = Table(
+    return Table(
         here.t,
         z_0=there.alpha[:, None],
         eps=jnp.sqrt(jnp.maximum(there.sigma**2 - noise**2, 0.0))[:, None],
-        noise=None if isinstance(eta, int | float) and eta == 0 else temperature * noise,
+        noise=temperature * noise if eta else None,
     )
-    return run(table, denoise, z_T, rng)
 
 
 def ddim_noise(here: Levels, there: Levels, eta: float = 1.0) -> Float[Array, " S"]:
@@ -81,43 +69,26 @@ def ddim_inversion(
     return run(Table(there.t, scale=scale, eps=eps[:, None]), denoise, z_0)
 
 
-def euler(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-) -> Float[Array, "B *latent"]:
+def euler(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """Euler's method for d(z/alpha)/d(sigma/alpha) = eps (Karras et al. 2022).
 
     In exact arithmetic that is deterministic DDIM, and computing it as such is better conditioned.
     """
-    return ddim(denoise, z_T, timesteps, schedule)
+    return ddim(schedule, timesteps)
 
 
-def euler_ancestral(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys,
-    *,
-    eta: float = 1.0,
-) -> Float[Array, "B *latent"]:
+def euler_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
     """Euler to a lower noise level, then noise up (k-diffusion): DDIM whose default eta is 1."""
-    return ddim(denoise, z_T, timesteps, schedule, rng, eta=eta)
+    return ddim(schedule, timesteps, eta=eta)
 
 
 def lcm(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
     schedule: NoiseSchedule,
-    rng: Keys,
+    timesteps: Timesteps,
     *,
     timestep_scaling: float = 10.0,
     sigma_data: float = 0.5,
-) -> Float[Array, "B *latent"]:
+) -> Table:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3): denoise, noise again.
 
     For networks distilled to jump to z_0; their boundary condition mixes in the input by
@@ -127,10 +98,9 @@ def lcm(
     scaled = here.t * timestep_scaling
     skip = sigma_data**2 / (scaled**2 + sigma_data**2)
     out = scaled / jnp.sqrt(scaled**2 + sigma_data**2)
-    table = Table(
+    return Table(
         here.t,
         scale=there.alpha * skip,
         z_0=(there.alpha * out)[:, None],
         noise=there.sigma.at[-1].set(0.0),
     )
-    return run(table, denoise, z_T, rng)

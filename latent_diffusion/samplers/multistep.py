@@ -4,11 +4,10 @@ import math
 
 import jax.numpy as jnp
 
-from latent_diffusion.diffusion import Denoiser
 from latent_diffusion.samplers.integrals import interpolation_weights, past_nodes, phi
-from latent_diffusion.samplers.table import Levels, Table, lagged, levels, ratio, run, steps
+from latent_diffusion.samplers.table import Levels, Table, lagged, levels, ratio, steps
 from latent_diffusion.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.types import Array, Float
 
 # Adams–Bashforth on equal steps (Liu et al. 2022, eq. 12). Row 1 returns to the start with the mean
 # of both ends (Heun); later rows skip its evaluation, which is not on the path.
@@ -22,13 +21,7 @@ _PLMS = (
 )
 
 
-def plms(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-) -> Float[Array, "B *latent"]:
+def plms(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """PLMS, also PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as the original."""
     count = len(timesteps) - 1
     every = levels(schedule, timesteps)
@@ -39,43 +32,26 @@ def plms(
     t = jnp.where((row == 1) & (count > 1), there.t, here.t)
     span = there.alpha * (there.rho - here.rho)
     again = jnp.where(row == 1, 1.0, 0.0)
-    table = Table(
+    return Table(
         t,
         scale=there.alpha / here.safe_alpha,
         eps=span[:, None] * jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)],
         restart=1 - again,
         keep=again,
     )
-    return run(table, denoise, z_T)
 
 
-def lms(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-    *,
-    order: int = 4,
-) -> Float[Array, "B *latent"]:
+def lms(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 4) -> Table:
     """Adams–Bashforth on unequal steps: eps as a polynomial in sigma/alpha (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     step = there.rho - here.rho
     nodes, usable = past_nodes(here.rho, step, jnp.asarray(order), order)
     moments = [jnp.full_like(step, 1 / (k + 1)) for k in range(order)]
     weights = step[:, None] * interpolation_weights(nodes, usable, moments)
-    return run(_adams(here, there, weights), denoise, z_T)
+    return _adams(here, there, weights)
 
 
-def deis(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-    *,
-    order: int = 2,
-) -> Float[Array, "B *latent"]:
+def deis(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 2) -> Table:
     """DEIS (Zhang & Chen 2023, tAB): eps as a polynomial in log-SNR, integrated exactly.
 
     order: up to 4. The order falls in the last steps where there are fewer than 15, and to 1 in a
@@ -88,20 +64,10 @@ def deis(
     nodes, usable = past_nodes(here.lam, h, jnp.where(there.t < 0, 1, few), order)
     moments = [math.factorial(k) * jnp.exp(-h) * phi(k + 1, h) for k in range(order)]
     span = (-h * here.rho)[:, None]  # d rho = −rho d lam
-    return run(
-        _adams(here, there, span * interpolation_weights(nodes, usable, moments)), denoise, z_T
-    )
+    return _adams(here, there, span * interpolation_weights(nodes, usable, moments))
 
 
-def unipc(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-    *,
-    order: int = 2,
-) -> Float[Array, "B *latent"]:
+def unipc(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 2) -> Table:
     """UniPC, B(h) = e^h − 1, on z_0 (Zhao et al. 2023, algorithms 5 and 6).
 
     Each evaluation first corrects the latent it was made at, then predicts the next one.
@@ -114,7 +80,7 @@ def unipc(
     predict = _predictor(here, h, orders, order)
     correct = _corrector(here, h, orders, order)
     first = row == 0
-    table = Table(
+    return Table(
         here.t,
         scale=there.sigma / here.sigma,
         z_0=there.alpha[:, None] * jnp.pad(predict, ((0, 0), (0, 1))),
@@ -122,7 +88,6 @@ def unipc(
         keep=jnp.where(first, 0.0, here.sigma / lagged(here.sigma, 1)),
         correction=jnp.where(first[:, None], 0.0, here.alpha[:, None] * correct),
     )
-    return run(table, denoise, z_T)
 
 
 def _adams(here: Levels, there: Levels, weights: Float[Array, "S K"]) -> Table:

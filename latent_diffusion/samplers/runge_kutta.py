@@ -5,74 +5,44 @@ So S steps cost 2S − 1 evaluations. rho is sigma/alpha, in which d(z/alpha)/d(
 
 import jax.numpy as jnp
 
-from latent_diffusion.diffusion import Denoiser
-from latent_diffusion.samplers.table import Levels, Table, interleave, levels_at, run, steps
+from latent_diffusion.samplers.table import Levels, Table, interleave, levels_at, steps
 from latent_diffusion.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.types import Array
 
 
-def heun(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-) -> Float[Array, "B *latent"]:
+def heun(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """Heun's second-order method (Karras et al. 2022, algorithm 1)."""
     here, there = steps(schedule, timesteps)
     half = 0.5 * there.alpha * (there.rho - here.rho)
     scale = there.alpha / here.safe_alpha
-    table = _two_stages(here, there, there, there.rho, scale, eps=(half, half))
-    return run(table, denoise, z_T)
+    return _two_stages(here, there, there, there.rho, scale, eps=(half, half))
 
 
-def dpm2(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None = None,
-) -> Float[Array, "B *latent"]:
+def dpm2(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """The midpoint method, its midpoint in log-SNR (k-diffusion's after DPM-Solver-2)."""
-    return dpm2_ancestral(denoise, z_T, timesteps, schedule, rng, eta=0.0)
+    return dpm2_ancestral(schedule, timesteps, eta=0.0)
 
 
-def dpm2_ancestral(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None,
-    *,
-    eta: float = 1.0,
-) -> Float[Array, "B *latent"]:
+def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
     """`dpm2` down to a lower noise level, then noise up (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = levels_at(schedule, jnp.sqrt(here.rho * down))
     eps = there.alpha * (down - here.rho)
     scale = there.alpha / here.safe_alpha
-    table = _two_stages(here, middle, there, down, scale, eps=(eps,), up=up if eta else None)
-    return run(table, denoise, z_T, rng)
+    return _two_stages(here, middle, there, down, scale, eps=(eps,), up=up if eta else None)
 
 
 def dpm_solver_pp_2s_ancestral(
-    denoise: Denoiser,
-    z_T: Float[Array, "B *latent"],
-    timesteps: Timesteps,
-    schedule: NoiseSchedule,
-    rng: Keys | None,
-    *,
-    eta: float = 1.0,
-) -> Float[Array, "B *latent"]:
+    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0
+) -> Table:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1) down, then noise up (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = levels_at(schedule, jnp.sqrt(here.rho * down))
     z_0 = there.alpha * (1 - down / here.rho)
     scale = there.alpha * down / here.sigma
-    table = _two_stages(here, middle, there, down, scale, z_0=(z_0,), up=up if eta else None)
-    return run(table, denoise, z_T, rng)
+    return _two_stages(here, middle, there, down, scale, z_0=(z_0,), up=up if eta else None)
 
 
 def _ancestral(here: Levels, there: Levels, eta: float) -> tuple[Array, Array]:

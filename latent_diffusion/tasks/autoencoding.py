@@ -12,7 +12,6 @@ doesn't depend on the number of devices. The discriminator sees this step's reco
 original recomputes them after the generator has moved.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,24 +25,23 @@ from latent_diffusion.first_stage import make_autoencoder
 from latent_diffusion.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
 from latent_diffusion.losses.perceptual import LPIPS
 from latent_diffusion.models.discriminator import PatchGAN
-from latent_diffusion.optim import ema_update, make_optimizer
+from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import device_key, example_keys, pmean
-from latent_diffusion.types import Array, Config, Float, Params, lookup
+from latent_diffusion.types import Array, Batch, Config, Float, Params, lookup
 
-Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 class State(flax.struct.PyTreeNode):
     """Everything that training changes. params: {"autoencoder", "logvar"}."""
 
-    step: jax.Array
+    step: Any
     params: Params
     ema_params: Params | None
-    opt_state: optax.OptState
+    opt_state: Any
     disc_params: Params
     disc_stats: Params
-    disc_opt_state: optax.OptState
+    disc_opt_state: Any
 
 
 class Constants(flax.struct.PyTreeNode):
@@ -190,7 +188,7 @@ class Autoencoding:
             **reg_metrics,
         }
         metrics = pmean(metrics, axis_name) | {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": global_norm(grads),
             "logvar": state.params["logvar"],
         }
         state = state.replace(disc_stats=pmean(disc_stats, axis_name))

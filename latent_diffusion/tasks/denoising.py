@@ -6,8 +6,8 @@ The first stage is frozen: it travels in `constants`, so it has no gradient, no 
 no moving average. The order of `train_step` is fixed, and nothing else draws noise.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -25,7 +25,7 @@ from latent_diffusion.diffusion import (
     q_sample,
 )
 from latent_diffusion.first_stage import FirstStage, init_first_stage, make_autoencoder
-from latent_diffusion.optim import ema_update, make_optimizer
+from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
     device_key,
@@ -35,19 +35,18 @@ from latent_diffusion.rng import (
     split_per_example,
 )
 from latent_diffusion.schedules import spacing
-from latent_diffusion.types import Array, Config, Float, Keys, Params, lookup
+from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
 
-Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 class State(flax.struct.PyTreeNode):
     """Everything that training changes. params: {"unet", "conditioner"}."""
 
-    step: jax.Array
+    step: Any
     params: Params
     ema_params: Params
-    opt_state: optax.OptState
+    opt_state: Any
 
 
 class Constants(flax.struct.PyTreeNode):
@@ -129,7 +128,7 @@ class Denoising:
             ema_params=ema_update(state.ema_params, params, state.step, self.ema_decay),
             opt_state=opt_state,
         )
-        return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return state, {"loss": loss, "grad_norm": global_norm(grads)}
 
     def eval_step(
         self,

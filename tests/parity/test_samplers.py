@@ -57,7 +57,12 @@ def row_noise(i):
 
 def ours(name, timesteps, kind="eps", schedule=SCHEDULE, net=network, **own):
     denoise = guidance.from_prediction(net, schedule, kind)
-    return np.asarray(SAMPLERS[name](denoise, Z_T, timesteps, schedule, KEYS, **own))
+
+    @jax.jit
+    def sample(timesteps):
+        return SAMPLERS[name](denoise, Z_T, timesteps, schedule, KEYS, **own)
+
+    return np.asarray(sample(timesteps))
 
 
 def theirs(scheduler, num_steps, monkeypatch, rows=lambda call: call, model=torch_model, **step):
