@@ -71,7 +71,7 @@ class Model(flax.struct.PyTreeNode):
         class_labels: Sequence[int] | None = None,
         *,
         num_images: int = 1,
-        z_T: Float[Array, "B h w c"] | None = None,
+        z_T: Float[Array | np.ndarray, "B h w c"] | None = None,
         image_size: tuple[int, int] | None = None,
         batch_size: int = 64,
         mode: str = "auto",
