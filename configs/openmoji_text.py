@@ -38,8 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     c.unet.model_channels = 64
     c.unet.channel_mult = (1, 2)
-    c.unet.num_res_blocks = 2
-    c.unet.attention_resolutions = (1, 2)
+    c.unet.num_res_blocks = 1
+    c.unet.attention_resolutions = (2,)
     c.unet.num_heads = 4
     c.unet.num_groups = 16
 

@@ -135,7 +135,10 @@ def test_two_steps_and_two_more_are_bitwise_four(tmp_path):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
