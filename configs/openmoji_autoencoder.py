@@ -14,8 +14,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.task = "autoencoding"
     c.data.name = "openmoji"
     c.data.image_size = 32
-    c.batch_size = 16
-    c.num_steps = 1600
+    c.batch_size = 8
+    c.num_steps = 4000
 
     c.autoencoder.channels = 16
     c.autoencoder.channel_mult = (1, 2, 4)
@@ -29,21 +29,20 @@ def get_config(variant: str = "") -> ConfigDict:
     c.autoencoding.perceptual_weight = 0.1
     c.autoencoding.discriminator.channels = 16
     c.autoencoding.discriminator.num_layers = 2
-    c.autoencoding.disc_start = 900
-    c.autoencoding.adversarial_start = 1000
-    c.autoencoding.adversarial_ramp = 200
-    c.autoencoding.adversarial_weight = 0.1
+    c.autoencoding.disc_start = 2400
+    c.autoencoding.adversarial_start = 2600
+    c.autoencoding.adversarial_ramp = 800
+    c.autoencoding.adversarial_weight = 0.05
 
     c.optimizer.name = "adam"
     c.optimizer.learning_rate = 2e-3
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 50
     c.optimizer.end_factor = 0.05
-    c.optimizer.b1 = 0.5
-    c.optimizer.grad_clip = 0.0
+    c.optimizer.b1 = 0.9
     c.ema_decay = 0.99
-    c.log.images_every_steps = 400
-    c.checkpoint.every_steps = 400
+    c.log.images_every_steps = 1000
+    c.checkpoint.every_steps = 1000
     return default.apply_variant(c, variant, {"smoke": smoke})
 
 

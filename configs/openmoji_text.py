@@ -18,29 +18,29 @@ def get_config(variant: str = "") -> ConfigDict:
     c.first_stage.normalization = "channel"
     c.first_stage.cache = True
     c.data = first_stage.data
-    c.batch_size = 64
-    c.num_steps = 2400
+    c.batch_size = 32
+    c.num_steps = 2200
 
     c.tokenizer.name = "word"
     c.tokenizer.vocab_size = 2048
-    c.tokenizer.max_length = 16
+    c.tokenizer.max_length = 14
     c.conditioners = ConfigDict(
         {
             "text": {
                 "vocab_size": 2048,
-                "max_length": 16,
+                "max_length": 14,
                 "width": 128,
-                "depth": 2,
+                "depth": 1,
                 "num_heads": 4,
                 "head_dim": 32,
             }
         }
     )
-    c.unet.model_channels = 64
+    c.unet.model_channels = 48
     c.unet.channel_mult = (1, 2)
     c.unet.num_res_blocks = 1
-    c.unet.attention_resolutions = (2,)
-    c.unet.num_heads = 4
+    c.unet.attention_resolutions = (1, 2)
+    c.unet.num_heads = 3
     c.unet.num_groups = 16
 
     c.diffusion.prediction = "v"
@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sampling.guidance_scale = 3.0
     c.sampling.num_steps = 40
 
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 100
     c.optimizer.end_factor = 0.02

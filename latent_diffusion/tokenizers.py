@@ -21,7 +21,7 @@ from latent_diffusion.types import lookup
 logger = logging.getLogger(__name__)
 
 PAD, UNK = 0, 1
-_WORD = re.compile(r"[^\W_]+|[#*]")  # the two signs that tell keycaps apart are words
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*]")  # the two signs that tell keycaps apart are words
 _APOSTROPHES = re.compile(r"['’`]")
 
 

@@ -35,7 +35,7 @@ class TextTransformer(nn.Module):
                 f"text: {tokens.shape[1]} tokens a prompt, expected max_length={self.max_length}"
             )
         tokens = jnp.where(drop[:, None], 0, tokens)  # 0 is padding: the empty string
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(self.width**-0.5)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_emb")(tokens)
         x = x + self.param("pos_emb", init, (self.max_length, self.width))
         for i in range(self.depth):
