@@ -42,9 +42,8 @@ def tiled(
         raise ValueError(
             f"tile size {tile} and overlap {overlap} must be multiples of {round(1 / scale)}"
         )
-    window = np.outer(*(_ramps(out, round(overlap * scale)) for out in shape.shape[1:3])).astype(
-        np.float32
-    )[None, :, :, None]
+    ramps = [_ramps(side, round(overlap * scale)) for side in shape.shape[1:3]]
+    window = jnp.asarray(np.outer(*ramps), jnp.float32)[None, :, :, None]
     total = jnp.zeros((batch, round(height * scale), round(width * scale), shape.shape[3]))
     weight = jnp.zeros((1, *total.shape[1:3], 1))
 
@@ -53,7 +52,7 @@ def tiled(
         part = jax.lax.dynamic_slice(x, (0, row, column, 0), (batch, *sides, x.shape[3]))
         place = (0, out_row, out_column, 0)
         total = _add_at(total, window * function(part), place)
-        return (total, _add_at(weight, jnp.asarray(window), place)), None
+        return (total, _add_at(weight, window, place)), None
 
     (total, weight), _ = jax.lax.scan(
         add, (total, weight), (jnp.asarray(corners), jnp.asarray(outputs.astype(int)))

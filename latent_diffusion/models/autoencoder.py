@@ -214,25 +214,28 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(out_channels=self.image_channels, tanh_out=self.tanh_out, **backbone)
         self.quant_conv = Conv(gaussian * self.embed_dim, 1, dtype=self.dtype)
         self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
-        if self.regularization == "vq":
-            self.quantize = VectorQuantizer(
-                self.num_codes,
-                self.embed_dim,
-                self.codebook_beta,
-                self.codebook_legacy,
-                self.codebook_l2,
-                self.codebook_ema_decay,
-                self.codebook_restart_below,
-                self.axis_name,
-            )
+        if self._has_codes:
+            self.quantize = self._make_quantizer()
+
+    def _make_quantizer(self) -> Any:
         if self.regularization == "gumbel":
-            self.quantize = GumbelQuantizer(
+            return GumbelQuantizer(
                 self.num_codes,
                 self.embed_dim,
                 self.gumbel_kl_weight,
                 self.gumbel_straight_through,
                 self.axis_name,
             )
+        return VectorQuantizer(
+            self.num_codes,
+            self.embed_dim,
+            self.codebook_beta,
+            self.codebook_legacy,
+            self.codebook_l2,
+            self.codebook_ema_decay,
+            self.codebook_restart_below,
+            self.axis_name,
+        )
 
     def encode(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B h w m"]:
         """Moments of the latent: mean and log-variance (m = 2c) for kl, the latent (m = c) else.
