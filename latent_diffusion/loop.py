@@ -34,6 +34,7 @@ USER_ERRORS = (
 _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype)
     "tokens": lambda config: ((config.tokenizer.max_length,), np.int32),
     "class_label": lambda config: ((), np.int32),
+    "mask": lambda config: ((config.data.image_size, config.data.image_size, 1), np.float32),
 }
 
 
@@ -69,7 +70,11 @@ def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of one global batch, before anything is read."""
     size = config.data.image_size
     shapes = {"image": ((size, size, config.autoencoder.image_channels), np.float32)}
-    for key in make_conditioner(config.conditioners).keys if config.task == "denoising" else ():
+    if config.task == "denoising":
+        keys = make_conditioner(config.conditioners).keys
+    else:
+        keys = tuple(filter(None, [config.autoencoding.disc_condition]))
+    for key in keys:
         shapes[key] = lookup(_BATCH_SPECS, key, "batch key")(config)
     return {
         key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)

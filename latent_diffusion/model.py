@@ -15,8 +15,9 @@ from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.rng import example_keys, keys_of_examples
 from latent_diffusion.schedules import spacing
+from latent_diffusion.tiling import pad_to_multiple, tiled
 from latent_diffusion.tokenizers import WordTokenizer
-from latent_diffusion.types import Array, Conditioning, Float, Num
+from latent_diffusion.types import Array, Conditioning, Float, Int, Num
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,46 @@ class Model(flax.struct.PyTreeNode):
     image_size: int = flax.struct.field(pytree_node=False, default=256)
 
     def encode(
-        self, images: Float[Array, "B H W C"], rng: jax.Array | None = None
+        self,
+        images: Float[Array, "B H W C"],
+        rng: jax.Array | None = None,
+        *,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
     ) -> Float[Array, "B h w c"]:
-        """Scaled latents of images in [-1, 1]; rng None takes the posterior's mode."""
-        keys = None if rng is None else example_keys(rng, images.shape[0])
-        return _encode(self._need("first_stage"), images, keys)
+        """Scaled latents of images in [-1, 1]; rng None takes the posterior's mode.
 
-    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
-        """Images, nominally in [-1, 1], from scaled latents."""
-        return _decode(self._need("first_stage"), latents)
+        Sides that are not multiples of f are padded with their last pixels; `decode` crops them.
+        tile_size, tile_overlap: pixels; large images go through in tiles (see `tiling`). None:
+        the whole image at once; a quarter of the tile.
+        """
+        first_stage = self._need("first_stage")
+        keys = None if rng is None else example_keys(rng, images.shape[0])
+        images = pad_to_multiple(images, first_stage.module.downsampling)
+        return _encode(first_stage, images, keys, tile_size, tile_overlap)
+
+    def decode(
+        self,
+        latents: Float[Array, "B h w c"],
+        *,
+        size: tuple[int, int] | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+    ) -> Float[Array, "B H W C"]:
+        """Images, nominally in [-1, 1], from scaled latents; cropped to `size` (H, W).
+
+        tile_size, tile_overlap: as in `encode`, in pixels of the image.
+        """
+        images = _decode(self._need("first_stage"), latents, tile_size, tile_overlap)
+        return images if size is None else images[:, : size[0], : size[1]]
+
+    def encode_to_indices(self, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
+        """Places in the codebook of a vq first stage; ValueError for one without codebook."""
+        return _apply(self._need("first_stage"), "encode_to_indices", images)
+
+    def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
+        """Images from places in the codebook."""
+        return _apply(self._need("first_stage"), "decode_indices", indices)
 
     def condition(
         self,
@@ -154,14 +186,37 @@ def _integer(name: str, options: dict[str, Any]) -> int:
     return value
 
 
-@jax.jit
-def _encode(first_stage: FirstStage, images: jax.Array, keys: jax.Array | None) -> jax.Array:
-    return first_stage.encode({"image": images}, keys)
+@functools.partial(jax.jit, static_argnames=("tile", "overlap"))
+def _encode(
+    first_stage: FirstStage,
+    images: jax.Array,
+    keys: jax.Array | None,
+    tile: int | None,
+    overlap: int | None,
+) -> jax.Array:
+    if tile is None:
+        return first_stage.latents(first_stage.moments(images), keys)
+    overlap = tile // 4 if overlap is None else overlap
+    return first_stage.latents(tiled(first_stage.moments, images, tile, overlap), keys)
 
 
-@jax.jit
-def _decode(first_stage: FirstStage, latents: jax.Array) -> jax.Array:
-    return first_stage.decode(latents)
+@functools.partial(jax.jit, static_argnames=("tile", "overlap"))
+def _decode(
+    first_stage: FirstStage, latents: jax.Array, tile: int | None, overlap: int | None
+) -> jax.Array:
+    if tile is None:
+        return first_stage.decode(latents)
+    f = first_stage.module.downsampling
+    overlap = tile // 4 if overlap is None else overlap
+    if tile % f or overlap % f:
+        raise ValueError(f"tile size {tile} and overlap {overlap} must be multiples of f={f}")
+    return tiled(first_stage.decode, latents, tile // f, overlap // f)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _apply(first_stage: FirstStage, method: str, x: jax.Array) -> jax.Array:
+    out: Any = first_stage.module.apply({"params": first_stage.params}, x, method=method)
+    return out
 
 
 @functools.lru_cache(maxsize=16)

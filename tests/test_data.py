@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import DATASETS, ArraySource, epoch, iterate, make_source, make_transform
 from latent_diffusion.data.contract import KEYS, check_batch
@@ -17,9 +17,9 @@ from latent_diffusion.tokenizers import WordTokenizer
 
 
 def config(**changes):
-    c = ConfigDict({"name": "synthetic", "dir": "", "image_size": 8, "crop": "none", "flip": False})
-    c.update({"features": {}, "train_split": "train", "test_split": "test", "test_fraction": 0.25})
-    return ConfigDict({**c.to_dict(), **changes})
+    c = default.data()
+    c.update({"name": "synthetic", "image_size": 8, "test_fraction": 0.25, **changes})
+    return c
 
 
 def numbered(length):
@@ -289,6 +289,17 @@ def test_crops(crop):
         assert {c[0] for c in columns} == set(range(9)) and all(c[3] - c[0] == 3 for c in columns)
         evaluated = make_transform(config(crop=crop, image_size=4), train=False)
         assert to_uint8(evaluated({"image": ramp(4, 12)})["image"])[0, 0, 0] == 4
+
+
+def test_shorter_side_scales_before_the_window():
+    """A 4×12 picture of shorter side 8 is 8×24; its middle 4 columns come from its middle 2."""
+    picture = np.repeat(ramp(4, 12) * 10, 2, axis=1)[:, 6:18]
+    transform = make_transform(config(crop="center", image_size=4, shorter_side=8), train=False)
+    row = to_uint8(transform({"image": picture})["image"])[2, :, 0].astype(int)
+    assert (np.diff(row) >= 0).all() and 50 <= row[0] < row[-1] <= 70
+    small = make_transform(config(crop="center", image_size=4, shorter_side=2), train=True)
+    with pytest.raises(ValueError, match=r"data\.shorter_side=2 is below data\.image_size=4"):
+        small({"image": picture})
 
 
 def test_flip_is_random_in_training_only():

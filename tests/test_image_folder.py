@@ -3,9 +3,9 @@ import logging
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import epoch, make_source, make_transform
 from latent_diffusion.data.image_folder import SUFFIXES, read_image
@@ -14,9 +14,10 @@ RED = (200, 0, 0)
 
 
 def config(folder, **changes):
-    c = {"name": "image_folder", "dir": str(folder), "image_size": 8, "crop": "none"}
-    c |= {"flip": False, "features": {}, "train_split": "train", "test_split": "test"}
-    return ConfigDict({**c, "test_fraction": 0.25, **changes})
+    c = default.data()
+    c.update({"name": "image_folder", "dir": str(folder), "image_size": 8, "test_fraction": 0.25})
+    c.update(changes)
+    return c
 
 
 def everything(folder):

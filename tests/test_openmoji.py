@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import openmoji, openmoji_builder
 from latent_diffusion.data.openmoji import GROUPS, HELD_OUT_COMBINATIONS, SKIN_TONES
@@ -28,8 +29,9 @@ def draw(emoji, size=32):
 
 
 def config(folder, size=16):
-    c = {"name": "openmoji", "dir": str(folder), "image_size": size, "crop": "none", "flip": False}
-    return ConfigDict({**c, "train_split": "train", "test_split": "test", "features": {}})
+    c = default.data()
+    c.update({"name": "openmoji", "dir": str(folder), "image_size": size})
+    return c
 
 
 # --- catalogue and split ---

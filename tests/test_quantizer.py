@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.models.quantizer import GumbelQuantizer, VectorQuantizer, to_all, to_used
+from latent_diffusion.models.quantizer import (
+    GumbelQuantizer,
+    VectorQuantizer,
+    to_all,
+    to_used,
+    with_moved_codes,
+)
 
 NUM_CODES, DIM = 5, 2
 SHAPE = (8, 3, 2, DIM)
@@ -18,10 +24,18 @@ def normal(seed, *shape):
 def codebook(**options):
     """A quantiser and its variables, with codes of the latents' scale."""
     embedding = normal(9, NUM_CODES, DIM)
-    if options.get("ema_decay") is None:
-        return VectorQuantizer(NUM_CODES, DIM, **options), {"params": {"embedding": embedding}}
-    stats = {"embedding": embedding, "uses": jnp.ones(NUM_CODES), "total": embedding}
-    return VectorQuantizer(NUM_CODES, DIM, **options), {"codebook": stats}
+    variables = {"params": {"embedding": embedding}}
+    if options.get("ema_decay"):
+        stats = {"embedding": embedding, "uses": jnp.ones(NUM_CODES), "total": embedding}
+        variables["codebook"] = stats
+    return VectorQuantizer(NUM_CODES, DIM, **options), variables
+
+
+def moving(vq, variables, z, key=None):
+    """A training call, and the variables with the codes it moved."""
+    out, moved = vq.apply(variables, z, train=True, key=key, mutable=["codebook"])
+    params = with_moved_codes(variables["params"], moved["codebook"])
+    return out, {"params": params, **moved}
 
 
 def test_nearest_code_by_brute_force_and_its_statistics():
@@ -91,7 +105,7 @@ def test_averaged_codes_converge_to_the_centroids_of_their_latents():
     """On one batch the fixed point is k-means: every code the mean of the latents nearest to it."""
     vq, variables = codebook(ema_decay=0.5)
     z = normal(0, *SHAPE)
-    step = jax.jit(lambda v: vq.apply(v, z, train=True, mutable=["codebook"]))
+    step = jax.jit(functools.partial(moving, vq, z=z))
     first, _ = step(variables)
     np.testing.assert_allclose(
         first.loss, 0.25 * jnp.square(first.codes - z).mean(), rtol=1e-5
@@ -102,24 +116,25 @@ def test_averaged_codes_converge_to_the_centroids_of_their_latents():
     for code in np.unique(out.indices):
         centroid = z[out.indices == code].mean(0)
         np.testing.assert_allclose(
-            variables["codebook"]["embedding"][code], centroid, rtol=1e-3, atol=1e-4
+            variables["params"]["embedding"][code], centroid, rtol=1e-3, atol=1e-4
         )
-    evaluated = jax.jit(vq.apply)(variables, z)  # moves nothing: no collection is mutable
+    # Evaluation needs the parameter alone.
+    evaluated = jax.jit(vq.apply)({"params": variables["params"]}, z)
     np.testing.assert_array_equal(evaluated.indices, out.indices)
 
 
 def test_dead_codes_restart_from_latents_of_the_batch():
     vq, variables = codebook(ema_decay=0.5, restart_below=0.6)
-    variables["codebook"]["embedding"] = variables["codebook"]["embedding"].at[3].set(1e3)
+    variables["params"]["embedding"] = variables["params"]["embedding"].at[3].set(1e3)
     z, key = normal(0, *SHAPE), jax.random.key(0)
-    step = jax.jit(lambda key: vq.apply(variables, z, train=True, key=key, mutable=["codebook"]))
+    step = jax.jit(functools.partial(moving, vq, variables, z))
     out, moved = step(key)
     assert not (out.indices == 3).any()
-    restarted = moved["codebook"]["embedding"][3]
+    restarted = moved["params"]["embedding"][3]
     gap = np.abs(z.reshape(-1, DIM) - restarted).max(-1).min()
     assert gap < 1e-4  # Laplace smoothing moves it a little
     jax.tree.map(np.testing.assert_array_equal, step(key)[1], moved)
-    assert not np.allclose(step(jax.random.key(1))[1]["codebook"]["embedding"][3], restarted)
+    assert not np.allclose(step(jax.random.key(1))[1]["params"]["embedding"][3], restarted)
     with pytest.raises(ValueError, match="needs a key"):
         vq.apply(variables, z, train=True, mutable=["codebook"])
     with pytest.raises(ValueError, match="needs ema_decay"):
@@ -129,7 +144,7 @@ def test_dead_codes_restart_from_latents_of_the_batch():
 def test_eight_devices_move_the_codebook_as_one_does():
     """Codes, restarts, perplexity and usage are those of the global batch."""
     vq, variables = codebook(ema_decay=0.9, restart_below=0.95)
-    variables["codebook"]["embedding"] = variables["codebook"]["embedding"].at[3].set(1e3)
+    variables["params"]["embedding"] = variables["params"]["embedding"].at[3].set(1e3)
     z, key = normal(0, *SHAPE), jax.random.key(0)
 
     def step(vq, z):

@@ -6,50 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import BATCH, SIZE, make_batch, make_config
 
-from configs import openmoji_autoencoder, openmoji_text
 from latent_diffusion import parallel
 from latent_diffusion.loop import batch_spec
 from latent_diffusion.losses.adversarial import hinge_d_loss
 from latent_diffusion.tasks import TASKS
 
-SIZE, BATCH = 16, 8
 RNG = jax.random.key(7)
-
-
-def _config(task, **fields):
-    config = (openmoji_autoencoder if task == "autoencoding" else openmoji_text).get_config("smoke")
-    config.data.image_size = SIZE
-    config.batch_size = BATCH
-    config.optimizer.learning_rate = 1e-2
-    config.optimizer.warmup_steps = 0
-    config.autoencoder.update(
-        {"channel_mult": (1, 1), "num_groups": 4, "embed_dim": 2, "z_channels": 2}
-    )
-    config.autoencoding.discriminator.num_layers = 1
-    config.autoencoding.disc_start = config.autoencoding.adversarial_start = 0
-    config.unet.update({"model_channels": 8, "channel_mult": (1,), "num_groups": 4})
-    config.ema_decay = 0.9
-    config.update_from_flattened_dict(fields)
-    return config
-
-
-def _batch(config):
-    rng = np.random.default_rng(0)
-    batch = {"image": rng.uniform(-1, 1, (BATCH, SIZE, SIZE, 3)).astype(np.float32)}
-    for key, spec in batch_spec(config).items():
-        if key != "image":
-            batch[key] = rng.integers(0, 9, spec.shape).astype(np.int32)
-    return batch
 
 
 @functools.cache
 def _setup(task, *fields):
-    config = _config(task, **dict(fields))
+    config = make_config(task, **dict(fields))
     made = TASKS[task](config)
     init = jax.jit(lambda rng: made.init(rng, batch_spec(config)))
     state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
-    return made, state, constants, _batch(config), jax.jit(made.train_step)
+    return made, state, constants, make_batch(config), jax.jit(made.train_step)
 
 
 def _moved(before, after):

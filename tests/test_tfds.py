@@ -3,9 +3,9 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import epoch, make_source, make_transform
 
@@ -52,9 +52,10 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **changes):
-    c = {"name": "tfds:tiny_colours", "dir": str(folder), "image_size": 4, "crop": "center"}
-    c |= {"flip": False, "features": {}, "train_split": "train", "test_split": "validation"}
-    return ConfigDict({**c, **changes})
+    c = default.data()
+    c.update({"name": "tfds:tiny_colours", "dir": str(folder), "image_size": 4, "crop": "center"})
+    c.update({"test_split": "validation", **changes})
+    return c
 
 
 def test_usual_features_are_found(folder):

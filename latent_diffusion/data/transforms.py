@@ -45,26 +45,48 @@ def resize(
     return np.asarray(resized)
 
 
-def _whole(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    return 0, 0, height, width
+def _center(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
+    return (height - side) // 2, (width - side) // 2
 
 
-def _center(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+def _random(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
+    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
 
 
-def _random(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    side = min(height, width)
-    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    return int(top), int(left), side, side
-
-
-CROPS: dict[str, Callable[[int, int, np.random.Generator], tuple[int, int, int, int]]] = {
-    "none": _whole,  # the whole picture, squashed to a square
-    "center": _center,  # the largest square, in the middle
-    "random": _random,  # the largest square, anywhere (as the paper's image folders)
+# Where a square window lies: "none" is no window, the whole picture squashed to a square.
+CROPS: dict[str, Callable[[int, int, int, np.random.Generator], tuple[int, int]] | None] = {
+    "none": None,
+    "center": _center,
+    "random": _random,
 }
+
+
+def square(
+    image: UInt8[np.ndarray, "H W C"],
+    size: int,
+    crop: str,
+    shorter_side: int,
+    rng: np.random.Generator,
+) -> UInt8[np.ndarray, "S S C"]:
+    """A square picture of `size` pixels a side.
+
+    crop: a name in CROPS. shorter_side: pixels; the picture is first resized to it and the window
+    has `size` pixels (the paper's OpenImages: 384 and 256). 0: the window is the largest square
+    (the paper's other sets), which is then resized.
+    """
+    place = lookup(CROPS, crop, "data.crop")
+    if place is None:
+        return resize(image, size, size)
+    height, width = image.shape[:2]
+    if shorter_side:
+        if shorter_side < size:
+            raise ValueError(f"data.shorter_side={shorter_side} is below data.image_size={size}")
+        scale = shorter_side / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+        image = resize(image, height, width)
+    side = size if shorter_side else min(height, width)
+    top, left = place(height, width, side, rng)
+    return resize(image[top : top + side, left : left + side], size, size)
 
 
 def make_transform(
@@ -77,12 +99,11 @@ def make_transform(
     made from `caption`.
     """
     crop = "center" if data_config.crop == "random" and not train else data_config.crop
-    window = lookup(CROPS, crop, "data.crop")
+    lookup(CROPS, crop, "data.crop")
     size, flip = data_config.image_size, data_config.flip and train
 
     def image_of(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        top, left, height, width = window(*image.shape[:2], rng)
-        image = resize(image[top : top + height, left : left + width], size, size)
+        image = square(image, size, crop, data_config.shorter_side, rng)
         if flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return to_float(image)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from latent_diffusion.models.attention import attention_2d
 from latent_diffusion.models.layers import Conv, GroupNorm, upsample_nearest
 from latent_diffusion.models.posterior import DiagonalGaussian
-from latent_diffusion.models.quantizer import VectorQuantizer
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.models.quantizer import GumbelQuantizer, Quantized, VectorQuantizer
+from latent_diffusion.types import Array, Float, Int, Keys
 
-REGULARIZATIONS = ("kl", "vq", "none")
+REGULARIZATIONS = ("kl", "vq", "gumbel", "none")
 
 
 class ResnetBlock(nn.Module):
@@ -138,7 +138,8 @@ class Reconstruction:
     """A training forward pass through the autoencoder.
 
     x: [B H W C] the reconstruction. regularization: [] mean KL per image in nats (kl), codebook
-    loss (vq) or 0. metrics: scalars worth logging.
+    loss (vq, gumbel) or 0. metrics: worth logging; `latent_mean` and `latent_mean_square` are per
+    channel [c], since unlike standard deviations their averages over devices are exact.
     """
 
     x: Any
@@ -149,9 +150,10 @@ class Reconstruction:
 class Autoencoder(nn.Module):
     """Perceptual compression: x → moments → z → x.
 
-    regularization: "kl" (diagonal Gaussian posterior), "vq" (codebook; as the first stage of a
-    diffusion model its latents stay continuous and `decode` quantises them) or "none".
+    regularization: "kl" (diagonal Gaussian posterior), "vq" or "gumbel" (a codebook; as the first
+    stage of a diffusion model the latents stay continuous and `decode` quantises them) or "none".
     z_channels: width of the encoder's output; embed_dim: channels c of the latent.
+    codebook_*, gumbel_*: see `VectorQuantizer` and `GumbelQuantizer`.
     """
 
     channels: int = 128
@@ -169,6 +171,12 @@ class Autoencoder(nn.Module):
     regularization: str = "kl"
     num_codes: int = 8192
     codebook_beta: float = 0.25
+    codebook_legacy: bool = True
+    codebook_l2: bool = False
+    codebook_ema_decay: float = 0.0
+    codebook_restart_below: float = 0.0
+    gumbel_kl_weight: float = 5e-4
+    gumbel_straight_through: bool = True
     axis_name: str | None = None
     attention: str = "auto"
     dtype: Any = None
@@ -206,8 +214,28 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(out_channels=self.image_channels, tanh_out=self.tanh_out, **backbone)
         self.quant_conv = Conv(gaussian * self.embed_dim, 1, dtype=self.dtype)
         self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
-        if self.regularization == "vq":
-            self.quantize = VectorQuantizer(self.num_codes, self.embed_dim, beta=self.codebook_beta)
+        if self._has_codes:
+            self.quantize = self._make_quantizer()
+
+    def _make_quantizer(self) -> Any:
+        if self.regularization == "gumbel":
+            return GumbelQuantizer(
+                self.num_codes,
+                self.embed_dim,
+                self.gumbel_kl_weight,
+                self.gumbel_straight_through,
+                self.axis_name,
+            )
+        return VectorQuantizer(
+            self.num_codes,
+            self.embed_dim,
+            self.codebook_beta,
+            self.codebook_legacy,
+            self.codebook_l2,
+            self.codebook_ema_decay,
+            self.codebook_restart_below,
+            self.axis_name,
+        )
 
     def encode(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B h w m"]:
         """Moments of the latent: mean and log-variance (m = 2c) for kl, the latent (m = c) else.
@@ -235,10 +263,8 @@ class Autoencoder(nn.Module):
         return posterior.mode() if keys is None else posterior.sample(keys)
 
     def decode(self, z: Float[Array, "B h w c"], train: bool = False) -> Float[Array, "B H W C"]:
-        """Pixels from latents; vq latents are quantised first."""
-        if self.regularization == "vq":
-            z = self.quantize(z).codes
-        return self.decode_codes(z, train)
+        """Pixels from latents; those of a model with a codebook are quantised first."""
+        return self.decode_codes(self.quantize(z).codes if self._has_codes else z, train)
 
     def decode_codes(
         self, z: Float[Array, "B h w c"], train: bool = False
@@ -246,16 +272,34 @@ class Autoencoder(nn.Module):
         """Pixels from latents as they are, without quantisation."""
         return self.decoder(self.post_quant_conv(z), train)
 
+    def encode_to_indices(self, x: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
+        """Places in the codebook of an image's latents. ValueError without a codebook."""
+        self._need_codes()
+        return self.quantize(self.encode(x)).indices
+
+    def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
+        """Pixels from places in the codebook. ValueError without a codebook."""
+        self._need_codes()
+        return self.decode_codes(self.quantize.lookup(indices))
+
     def __call__(
-        self, x: Float[Array, "B H W C"], keys: Keys | None = None, train: bool = False
+        self,
+        x: Float[Array, "B H W C"],
+        keys: Keys | None = None,
+        train: bool = False,
+        temperature: float | Float[Array, ""] = 1.0,
     ) -> Reconstruction:
-        """Encode, regularise, decode. keys: one per example; None takes the posterior's mode."""
+        """Encode, regularise, decode.
+
+        keys: one per example, for what is drawn in training; None takes the likeliest. temperature:
+        of the Gumbel softmax. Averaged codes move, into the collection `codebook`, with `train`.
+        """
         moments = self.encode(x, train)
-        if self.regularization == "vq":
-            quantized = self.quantize(moments)
+        if self._has_codes:
+            quantized = self._quantize(moments, keys, train, temperature)
             x_rec = self.decode_codes(quantized.codes, train)
             metrics = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
-            return Reconstruction(x_rec, quantized.loss, metrics)
+            return Reconstruction(x_rec, quantized.loss, {**_moments_of(moments), **metrics})
         z = self.latents(moments, keys)
         x_rec = self.decode_codes(z, train)
         if self.regularization == "none":
@@ -268,10 +312,36 @@ class Autoencoder(nn.Module):
         }
         return Reconstruction(x_rec, jnp.mean(posterior.kl()), metrics)
 
+    @property
+    def _has_codes(self) -> bool:
+        return self.regularization in ("vq", "gumbel")
+
+    def _need_codes(self) -> None:
+        if not self._has_codes:
+            raise ValueError(
+                f"an autoencoder with regularization={self.regularization!r} has no codebook; "
+                "'vq' and 'gumbel' have one"
+            )
+
+    def _quantize(
+        self,
+        moments: Float[Array, "B h w c"],
+        keys: Keys | None,
+        train: bool,
+        temperature: float | Float[Array, ""],
+    ) -> Quantized:
+        if self.regularization == "gumbel":
+            return self.quantize(moments, keys, temperature)
+        # Restarts draw from the global batch: their key is the same on every device.
+        restarts = train and self.codebook_restart_below and not self.is_initializing()
+        return self.quantize(moments, train, self.make_rng("codebook") if restarts else None)
+
 
 def _moments_of(z: Float[Array, "B h w c"]) -> dict[str, Any]:
-    """Mean and mean square: unlike a standard deviation, their averages over devices are exact."""
-    return {"latent_mean": jnp.mean(z), "latent_mean_square": jnp.mean(jnp.square(z))}
+    return {
+        "latent_mean": jnp.mean(z, (0, 1, 2)),
+        "latent_mean_square": jnp.mean(jnp.square(z), (0, 1, 2)),
+    }
 
 
 class Identity(nn.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion.rng import pmean
-from latent_diffusion.types import Array, Float, Int, Key, Keys
+from latent_diffusion.types import Array, Float, Int, Key, Keys, Params
 
 
 @flax.struct.dataclass
@@ -35,9 +35,11 @@ class VectorQuantizer(nn.Module):
         mean((e − sg[z])²), which `legacy=True` keeps.
     l2_normalize: codes and latents on the unit sphere, so that nearest means most aligned (Yu et
         al. 2022, §3.2).
-    ema_decay: None trains the parameter `embedding` by gradients. A number (0.99) makes each code
-        the moving average of the latents it serves (van den Oord et al. 2017, app. A.1), in the
-        collection `codebook`, which `train=True` moves; the loss is then beta times commitment.
+    ema_decay: 0 trains the parameter `embedding` by gradients. Else (0.99) each code is the moving
+        average of the latents it serves (van den Oord et al. 2017, app. A.1) and the loss is beta
+        times commitment. `train=True` then leaves the moved codes in the collection `codebook`,
+        beside their sums and uses, and whoever updates the parameters puts them there
+        (`with_moved_codes`); so a trained codebook is one parameter however it was trained.
     restart_below: with `ema_decay`, a code whose moving average of uses a batch falls below this
         is replaced by a latent of the batch. 0 never; 0.1 after about 230 unused batches at 0.99.
     axis_name: the mapped axis over which statistics and metrics are taken under pmap.
@@ -48,7 +50,7 @@ class VectorQuantizer(nn.Module):
     beta: float = 0.25
     legacy: bool = True
     l2_normalize: bool = False
-    ema_decay: float | None = None
+    ema_decay: float = 0.0
     restart_below: float = 0.0
     axis_name: str | None = None
 
@@ -59,36 +61,33 @@ class VectorQuantizer(nn.Module):
         def draw(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
-        if self.ema_decay is None:
-            if self.restart_below:
-                raise ValueError("restart_below counts uses and needs ema_decay, e.g. 0.99")
-            self.embedding = self.param("embedding", draw, shape)
-        else:
-            self.average = self.variable(
-                "codebook", "embedding", lambda: draw(self.make_rng("params"), shape)
-            )
+        self.embedding = self.param("embedding", draw, shape)
+        if self.restart_below and not self.ema_decay:
+            raise ValueError("restart_below counts uses and needs ema_decay, e.g. 0.99")
+        if self.ema_decay and self.is_mutable_collection("codebook"):
             self.uses = self.variable("codebook", "uses", jnp.ones, shape[:1])
-            self.total = self.variable("codebook", "total", lambda: self.average.value)
+            self.total = self.variable("codebook", "total", lambda: self.embedding)
+            self.moved = self.variable("codebook", "embedding", lambda: self.embedding)
 
     def __call__(
         self, z: Float[Array, "B h w c"], train: bool = False, key: Key[Array, ""] | None = None
     ) -> Quantized:
-        """Quantise z. `train` moves an averaged codebook; `key`, the same everywhere, restarts."""
+        """Quantise z. With `train` averaged codes move; restarts need one key for all devices."""
         if z.shape[-1] != self.dim:
             raise ValueError(f"the codebook has codes of width {self.dim}, got {z.shape[-1]}")
         z = self._on_sphere(z.astype(jnp.float32))
         indices = self.nearest(z)
         e = self.lookup(indices)
         commitment = jnp.mean(jnp.square(jax.lax.stop_gradient(e) - z))
-        if self.ema_decay is not None:
+        if self.ema_decay:
             loss = self.beta * commitment
         else:
             codebook = jnp.mean(jnp.square(e - jax.lax.stop_gradient(z)))
             loss = commitment + self.beta * codebook
             if not self.legacy:
                 loss = self.beta * commitment + codebook
-        if train and self.ema_decay is not None and not self.is_initializing():
-            self._move_codebook(z.reshape(-1, self.dim), indices.ravel(), self.ema_decay, key)
+        if train and self.ema_decay and not self.is_initializing():
+            self._move_codes(z.reshape(-1, self.dim), indices.ravel(), key)
         # z + (e − z) is e up to rounding, and has the derivative of z.
         return _quantized(
             z + jax.lax.stop_gradient(e - z), indices, loss, self.num_codes, self.axis_name
@@ -107,19 +106,15 @@ class VectorQuantizer(nn.Module):
         return self._codes()[indices]
 
     def _codes(self) -> Float[Array, "n c"]:
-        return self._on_sphere(self.embedding if self.ema_decay is None else self.average.value)
+        return self._on_sphere(self.embedding)
 
     def _on_sphere(self, x: Array) -> Array:
         if not self.l2_normalize:
             return x
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
 
-    def _move_codebook(
-        self,
-        z: Float[Array, "N c"],
-        indices: Int[Array, " N"],
-        decay: float,
-        key: Key[Array, ""] | None,
+    def _move_codes(
+        self, z: Float[Array, "N c"], indices: Int[Array, " N"], key: Key[Array, ""] | None
     ) -> None:
         """One step of the moving averages, over the vectors of all devices."""
         z = jax.lax.stop_gradient(z)
@@ -127,8 +122,8 @@ class VectorQuantizer(nn.Module):
         total = jnp.zeros((self.num_codes, self.dim)).at[indices].add(z)
         if self.axis_name is not None:
             count, total = jax.lax.psum((count, total), self.axis_name)
-        uses = decay * self.uses.value + (1.0 - decay) * count
-        total = decay * self.total.value + (1.0 - decay) * total
+        uses = self.ema_decay * self.uses.value + (1.0 - self.ema_decay) * count
+        total = self.ema_decay * self.total.value + (1.0 - self.ema_decay) * total
         if self.restart_below:
             if key is None:
                 raise ValueError("restart_below draws latents at random and needs a key")
@@ -138,7 +133,7 @@ class VectorQuantizer(nn.Module):
         # Laplace smoothing keeps the quotient finite for codes that are hardly ever used.
         smoothed = (uses + 1e-5) / (uses.sum() + 1e-5 * self.num_codes) * uses.sum()
         self.uses.value, self.total.value = uses, total
-        self.average.value = total / smoothed[:, None]
+        self.moved.value = total / smoothed[:, None]
 
     def _draw_latents(self, key: Key[Array, ""], z: Float[Array, "N c"]) -> Float[Array, "n c"]:
         """A vector of the global batch for every code, the same on every number of devices."""
@@ -148,6 +143,13 @@ class VectorQuantizer(nn.Module):
         place = jax.random.randint(key, (self.num_codes,), 0, devices * len(z))
         mine = (place // len(z) == device)[:, None]
         return jax.lax.psum(jnp.where(mine, z[place % len(z)], 0.0), self.axis_name)
+
+
+def with_moved_codes(params: Params, codebook: Params) -> Params:
+    """`params` of a quantiser, or of a module with one, with the codes that `codebook` holds."""
+    if "embedding" in codebook:
+        return {**params, "embedding": codebook["embedding"]}
+    return {**params, **{k: with_moved_codes(params[k], v) for k, v in codebook.items()}}
 
 
 class GumbelQuantizer(nn.Module):

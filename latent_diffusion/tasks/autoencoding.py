@@ -25,6 +25,7 @@ from latent_diffusion.first_stage import make_autoencoder
 from latent_diffusion.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
 from latent_diffusion.losses.perceptual import LPIPS
 from latent_diffusion.models.discriminator import PatchGAN
+from latent_diffusion.models.quantizer import with_moved_codes
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import device_key, example_keys, pmean
 from latent_diffusion.types import Array, Batch, Config, Float, Params, lookup
@@ -33,12 +34,16 @@ Metrics = dict[str, jax.Array]
 
 
 class State(flax.struct.PyTreeNode):
-    """Everything that training changes. params: {"autoencoder", "logvar"}."""
+    """Everything that training changes.
+
+    params: {"autoencoder", "logvar"}. codebook: sums and uses of codes that are moving averages.
+    """
 
     step: Any
     params: Params
     ema_params: Params | None
     opt_state: Any
+    codebook: Params
     disc_params: Params
     disc_stats: Params
     disc_opt_state: Any
@@ -69,14 +74,17 @@ class Autoencoding:
     reduction: str = "sum"
     perceptual_weight: float = 1.0
     reg_weight: float = 1e-6
+    gumbel_temperature: tuple[float, float] = (1.0, 1.0)
     logvar_init: float = 0.0
     learn_logvar: bool = True
+    disc_condition: str = ""
     disc_loss: str = "hinge"
     disc_start: int = 0
     adversarial_start: int = 0
     adversarial_weight: float = 0.5
     adversarial_ramp: int = 0
     ema_decay: float = 0.0
+    num_steps: int = 1
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -84,10 +92,11 @@ class Autoencoding:
         batch_spec: arrays or ShapeDtypeStructs of one batch.
         """
         key_g, key_d, key_p = jax.random.split(rng, 3)
-        image = jnp.zeros((1, *batch_spec["image"].shape[1:]))
-        generator = self.autoencoder.init(key_g, image)["params"]
-        disc = self.discriminator.init(key_d, image, train=True)
-        params = {"autoencoder": generator, "logvar": jnp.full((), self.logvar_init)}
+        one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
+        image = one["image"]
+        generator = self.autoencoder.init(key_g, image)
+        disc = self.discriminator.init(key_d, self._beside_condition(image, one), train=True)
+        params = {"autoencoder": generator["params"], "logvar": jnp.full((), self.logvar_init)}
         lpips = None
         if self.perceptual is not None:
             lpips = self.perceptual.init(key_p, image, image)["params"]
@@ -96,6 +105,7 @@ class Autoencoding:
             params=params,
             ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
             opt_state=self.tx.init(params),
+            codebook=generator.get("codebook", {}),
             disc_params=disc["params"],
             disc_stats=disc.get("batch_stats", {}),
             disc_opt_state=self.disc_tx.init(disc["params"]),
@@ -130,17 +140,24 @@ class Autoencoding:
             """Patch logits in training mode, and the moved batch statistics."""
             variables = {"params": params, "batch_stats": stats}
             logits, moved = discriminator.apply(
-                variables, image, train=True, mutable=["batch_stats"]
+                variables, self._beside_condition(image, batch), train=True, mutable=["batch_stats"]
             )
             return logits, moved.get("batch_stats", {})
 
         def generate(params: Params):
-            out: Any = autoencoder.apply(
-                {"params": params}, x, keys, True, rngs={"dropout": device_key(rng, axis_name)}
+            out: Any
+            out, moved = autoencoder.apply(
+                {"params": params, "codebook": state.codebook},
+                x,
+                keys,
+                True,
+                self._temperature(state.step),
+                rngs={"dropout": device_key(rng, axis_name), "codebook": rng},
+                mutable=["codebook"],
             )
-            return (out.x, out.regularization), out.metrics
+            return (out.x, out.regularization), (out.metrics, moved.get("codebook", {}))
 
-        (x_rec, reg), generator_vjp, reg_metrics = jax.vjp(
+        (x_rec, reg), generator_vjp, (reg_metrics, codebook) = jax.vjp(
             generate, state.params["autoencoder"], has_aux=True
         )
         (_, rec_metrics), (d_rec, d_logvar) = jax.value_and_grad(
@@ -187,11 +204,11 @@ class Autoencoding:
             **logits,
             **reg_metrics,
         }
-        metrics = pmean(metrics, axis_name) | {
+        metrics = _with_latent_std(pmean(metrics, axis_name)) | {
             "grad_norm": global_norm(grads),
             "logvar": state.params["logvar"],
         }
-        state = state.replace(disc_stats=pmean(disc_stats, axis_name))
+        state = state.replace(codebook=codebook, disc_stats=pmean(disc_stats, axis_name))
         return self._update(state, grads, disc_grads), metrics
 
     def eval_step(
@@ -234,6 +251,17 @@ class Autoencoding:
         out: Any = self.autoencoder.apply({"params": params["autoencoder"]}, x)
         return out.x
 
+    def _beside_condition(self, image: jax.Array, batch: Batch) -> jax.Array:
+        """What the discriminator sees: the image, with the channels of its condition if any."""
+        if not self.disc_condition:
+            return image
+        return jnp.concatenate([image, batch[self.disc_condition].astype(image.dtype)], -1)
+
+    def _temperature(self, step: jax.Array) -> jax.Array:
+        """Of the Gumbel softmax: from the first value to the last, by equal factors."""
+        first, last = self.gumbel_temperature
+        return first * (last / first) ** jnp.minimum(step / max(self.num_steps - 1, 1), 1.0)
+
     def _distance(self, constants: Constants, x: jax.Array, x_rec: jax.Array) -> Any:
         """LPIPS [B]."""
         return self.perceptual.apply({"params": constants.lpips}, x, x_rec)  # type: ignore
@@ -260,6 +288,8 @@ class Autoencoding:
     def _update(self, state: State, grads: Params, disc_grads: Params) -> State:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        moved = with_moved_codes(params["autoencoder"], state.codebook)
+        params = {**params, "autoencoder": moved}
         disc_updates, disc_opt_state = self.disc_tx.update(
             disc_grads, state.disc_opt_state, state.disc_params
         )
@@ -274,6 +304,15 @@ class Autoencoding:
             disc_params=optax.apply_updates(state.disc_params, disc_updates),
             disc_opt_state=disc_opt_state,
         )
+
+
+def _with_latent_std(metrics: Metrics) -> Metrics:
+    """Replace the per-channel moments of the latents by their standard deviations."""
+    metrics = dict(metrics)
+    mean, mean_square = metrics.pop("latent_mean"), metrics.pop("latent_mean_square")
+    overall = jnp.sqrt(jnp.mean(mean_square) - jnp.square(jnp.mean(mean)))
+    std = jnp.sqrt(mean_square - jnp.square(mean))
+    return metrics | {"latent_std": overall, **{f"latent_std_{i}": s for i, s in enumerate(std)}}
 
 
 def make_autoencoding(config: Config) -> Autoencoding:
@@ -291,5 +330,6 @@ def make_autoencoding(config: Config) -> Autoencoding:
         tx=make_optimizer(config["optimizer"], config["num_steps"]),
         disc_tx=make_optimizer(disc_optimizer, config["num_steps"]),
         ema_decay=config["ema_decay"],
+        num_steps=config["num_steps"],
         **own,
     )

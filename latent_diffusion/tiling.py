@@ -1,0 +1,84 @@
+"""Encode and decode images too large for memory: overlapping tiles, blended where they meet.
+
+All tiles have one size and go through the network one after the other, inside one compiled loop,
+so the network's activations take the memory of one tile. Group norms and attention see a tile
+instead of the whole, which is why the result is near the untiled one, not equal to it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.types import Array, Float
+
+Map = Callable[[Array], Array]
+
+
+def tiled(
+    function: Map, x: Float[Array, "B H W C"], tile: int, overlap: int
+) -> Float[Array, "B H2 W2 C2"]:
+    """`function` applied to overlapping tiles of x, their outputs blended.
+
+    function: maps [B tile tile C] to [B s s C2] with the same ratio s / tile everywhere, such as a
+    first stage's `moments` or `decode`. tile, overlap: pixels of x along each side; neighbours
+    share at least `overlap`, across which one fades into the other. Sides smaller than the tile
+    take one tile of their own size. Raises ValueError where overlap is not in [0, tile), or where
+    sizes are scaled to fractions of a pixel.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tile overlap {overlap} must lie in [0, tile size {tile})")
+    batch, height, width, _ = x.shape
+    sides = min(tile, height), min(tile, width)
+    shape = jax.eval_shape(function, jax.ShapeDtypeStruct((batch, *sides, x.shape[3]), x.dtype))
+    rows, columns = (
+        _starts(n, side, overlap) for n, side in zip((height, width), sides, strict=True)
+    )
+    scale = shape.shape[1] / sides[0]
+    corners = np.array([(row, column) for row in rows for column in columns])
+    outputs = corners * scale
+    if (outputs % 1).any() or shape.shape[2] != sides[1] * scale:
+        raise ValueError(
+            f"tile size {tile} and overlap {overlap} must be multiples of {round(1 / scale)}"
+        )
+    ramps = [_ramps(side, round(overlap * scale)) for side in shape.shape[1:3]]
+    window = jnp.asarray(np.outer(*ramps), jnp.float32)[None, :, :, None]
+    total = jnp.zeros((batch, round(height * scale), round(width * scale), shape.shape[3]))
+    weight = jnp.zeros((1, *total.shape[1:3], 1))
+
+    def add(carry: tuple[Array, Array], corner: tuple[Array, Array]) -> tuple:
+        (total, weight), ((row, column), (out_row, out_column)) = carry, corner
+        part = jax.lax.dynamic_slice(x, (0, row, column, 0), (batch, *sides, x.shape[3]))
+        place = (0, out_row, out_column, 0)
+        total = _add_at(total, window * function(part), place)
+        return (total, _add_at(weight, window, place)), None
+
+    (total, weight), _ = jax.lax.scan(
+        add, (total, weight), (jnp.asarray(corners), jnp.asarray(outputs.astype(int)))
+    )
+    return total / weight
+
+
+def pad_to_multiple(x: Float[Array, "B H W C"], multiple: int) -> Float[Array, "B H2 W2 C"]:
+    """Repeat the last row and column until both sides are multiples."""
+    below, right = (-x.shape[1] % multiple, -x.shape[2] % multiple)
+    return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
+
+
+def _starts(length: int, side: int, overlap: int) -> np.ndarray:
+    """Where tiles begin: every `side − overlap`, the last one moved back to end at the edge."""
+    if length == side:
+        return np.zeros(1, int)
+    return np.minimum(np.arange(0, length - overlap, side - overlap), length - side)
+
+
+def _ramps(length: int, overlap: int) -> np.ndarray:
+    """Weights along a side: rising over the overlap, 1, falling; never 0, so that borders count."""
+    rise = np.minimum(np.arange(1, length + 1) / (overlap + 1), 1.0)
+    return np.minimum(rise, rise[::-1])
+
+
+def _add_at(whole: Array, part: Array, corner: tuple) -> Array:
+    there = jax.lax.dynamic_slice(whole, corner, part.shape)
+    return jax.lax.dynamic_update_slice(whole, there + part, corner)

@@ -1,0 +1,160 @@
+"""First stages with a codebook: as a model, as a frozen stage, and in training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_batch, make_config
+
+from latent_diffusion import parallel
+from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.loop import batch_spec
+from latent_diffusion.model import Model
+from latent_diffusion.tasks import TASKS
+
+CODES = 16
+SMALL = {"channels": 4, "channel_mult": (1, 1), "num_res_blocks": 1, "num_groups": 2}
+SMALL |= {"z_channels": 3, "embed_dim": 3, "attn_type": "none", "num_codes": CODES}
+
+
+def _images(seed=0, size=8):
+    return jax.random.uniform(jax.random.key(seed), (2, size, size, 3), minval=-1, maxval=1)
+
+
+def _frozen(regularization, **fields):
+    module = make_autoencoder(SMALL | {"regularization": regularization} | fields)
+    init = jax.jit(lambda rng: module.init(rng, _images())["params"])
+    params = init(jax.random.key(0, impl="unsafe_rbg"))
+    # Codes as far apart as the latents are, so that quantising changes them.
+    params["quantize"]["embedding"] = jax.random.normal(jax.random.key(1), (CODES, 3))
+    return FirstStage(params, jnp.asarray(0.5), jnp.asarray(0.1), module)
+
+
+@pytest.mark.parametrize("regularization", ["vq", "gumbel"])
+def test_indices_there_and_back_are_the_reconstruction(regularization):
+    model, x = Model(first_stage=_frozen(regularization)), _images()
+    indices = model.encode_to_indices(x)
+    assert indices.shape == (2, 4, 4) and indices.dtype == jnp.int32
+    assert int(indices.min()) >= 0 and int(indices.max()) < CODES
+    assert len(np.unique(indices)) > 1
+    decoded = model.decode_indices(indices)
+    np.testing.assert_allclose(decoded, model.decode(model.encode(x)), atol=1e-5)
+    reconstruct = jax.jit(model.first_stage.module.apply)
+    np.testing.assert_allclose(
+        decoded, reconstruct({"params": model.first_stage.params}, x).x, atol=1e-5
+    )
+
+
+def test_latents_stay_continuous_and_are_quantised_after_unscaling():
+    """VQ-reg (paper §3.1): the decoder absorbs the quantisation."""
+    first_stage, x = _frozen("vq"), _images()
+    z = first_stage.encode({"image": x})
+    unscaled = z / 0.5 + 0.1
+    codes = first_stage.params["quantize"]["embedding"]
+    nearest = jnp.argmin(jnp.sum((unscaled[..., None, :] - codes) ** 2, -1), -1)
+    assert float(jnp.abs(unscaled - codes[nearest]).max()) > 0.1
+
+    def decode_codes(z):
+        return first_stage.module.apply({"params": first_stage.params}, z, method="decode_codes")
+
+    np.testing.assert_allclose(first_stage.decode(z), decode_codes(codes[nearest]), atol=1e-5)
+
+
+def test_no_codebook_no_indices():
+    module = make_autoencoder(SMALL | {"regularization": "kl"})
+    params = jax.eval_shape(module.init, jax.random.key(0), _images())["params"]
+    model = Model(first_stage=FirstStage(params, jnp.ones(()), jnp.zeros(()), module))
+    with pytest.raises(ValueError, match="regularization='kl' has no codebook"):
+        jax.eval_shape(model.encode_to_indices, _images())
+
+
+@pytest.mark.parametrize("mode", ["odd", "tiled"])
+def test_large_and_odd_images_go_through_the_model(mode):
+    """Odd sides are padded and cropped; tiles of a model without norms' reach agree inside."""
+    model = Model(first_stage=_frozen("vq"))
+    if mode == "odd":
+        x = _images(size=8)[:, :7, :5]
+        out = model.decode(model.encode(x), size=(7, 5))
+        whole = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+        np.testing.assert_array_equal(out, model.decode(model.encode(whole))[:, :7, :5])
+        return
+    x = _images(size=32)
+    z = model.encode(x, tile_size=32)
+    np.testing.assert_allclose(z, model.encode(x), atol=1e-5)  # one tile is the whole
+    tiles = model.encode(x, tile_size=16, tile_overlap=8)
+    assert tiles.shape == z.shape
+    assert np.corrcoef(tiles.ravel(), z.ravel())[0, 1] > 0.95  # norms see a tile, not the whole
+    out = model.decode(z, tile_size=16, tile_overlap=8)
+    assert out.shape == x.shape
+    with pytest.raises(ValueError, match="tile size 15 and overlap 8 must be multiples of f=2"):
+        model.decode(z, tile_size=15, tile_overlap=8)
+
+
+def _train(steps, mode="single", **fields):
+    fields = {f"autoencoder.{k}": v for k, v in SMALL.items() if k != "channel_mult"} | fields
+    config = make_config("autoencoding", **fields)
+    task = TASKS["autoencoding"](config)
+    init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
+    state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
+    first, batch = state, make_batch(config)
+    step = parallel.compile_step(task.train_step, mode, donate_state=False)
+    state = parallel.place(state, mode)
+    for _ in range(steps):
+        state, metrics = step(state, constants, batch, jax.random.key(7))
+    return first, jax.tree.map(np.asarray, state), jax.tree.map(float, metrics)
+
+
+AVERAGED = {
+    "autoencoder.regularization": "vq",
+    "autoencoder.codebook_ema_decay": 0.8,
+    "autoencoder.codebook_restart_below": 0.1,
+    "autoencoding.reduction": "mean",
+    "autoencoding.reg_weight": 1.0,
+}
+
+
+def test_an_averaged_codebook_stays_in_use_and_is_the_same_on_eight_devices():
+    first, state, metrics = _train(25, **AVERAGED)
+    assert metrics["codebook_usage"] >= CODES / 2
+    assert metrics["perplexity"] > CODES / 4
+    codes = state.params["autoencoder"]["quantize"]["embedding"]
+    np.testing.assert_array_equal(codes, state.codebook["quantize"]["embedding"])
+    assert (codes != first.params["autoencoder"]["quantize"]["embedding"]).any()
+    _, many, many_metrics = _train(3, "pmap", **AVERAGED)
+    _, one, one_metrics = _train(3, **AVERAGED)
+    for want, got in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-4 * max(1.0, float(np.abs(want).max())))
+    assert one_metrics["codebook_usage"] == many_metrics["codebook_usage"]
+
+
+def test_gumbel_trains_and_cools_by_equal_factors():
+    fields = {"autoencoder.regularization": "gumbel", "autoencoding.gumbel_temperature": (1.0, 0.1)}
+    first, state, metrics = _train(2, **fields)
+    moved = state.params["autoencoder"]["quantize"]["embedding"]
+    assert (moved != first.params["autoencoder"]["quantize"]["embedding"]).any()
+    assert np.isfinite(list(metrics.values())).all()
+    config = make_config("autoencoding", **fields, num_steps=5)
+    task = TASKS["autoencoding"](config)
+    at = [float(task._temperature(jnp.asarray(step))) for step in (0, 2, 4, 9)]
+    np.testing.assert_allclose(at, [1.0, 0.1**0.5, 0.1, 0.1], rtol=1e-6)
+
+
+def test_latents_are_logged_per_channel_whatever_the_regularization():
+    config = make_config("autoencoding", **{"autoencoder.regularization": "none"})
+    task = TASKS["autoencoding"](config)
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
+    _, metrics = jax.eval_shape(
+        task.train_step, state, constants, make_batch(config), jax.random.key(0)
+    )
+    assert {"latent_std", "latent_std_0", "latent_std_1"} <= set(metrics)
+    assert "latent_std_2" not in metrics  # embed_dim = 2
+
+
+def test_conditional_discriminator_sees_the_condition():
+    config = make_config("autoencoding", **{"autoencoding.disc_condition": "mask"})
+    task, spec = TASKS["autoencoding"](config), batch_spec(config)
+    assert spec["mask"].shape[-1] == 1
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), spec)
+    assert state.disc_params["conv_in"]["kernel"].shape[2] == 3 + 1
+    batch = make_batch(config) | {"mask": np.ones(spec["mask"].shape, np.float32)}
+    jax.eval_shape(task.train_step, state, constants, batch, jax.random.key(0))

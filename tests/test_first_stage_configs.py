@@ -1,0 +1,66 @@
+"""The experiments of perceptual compression: sizes of the released models, and that they build."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion import loop
+from latent_diffusion.first_stage import make_autoencoder
+from latent_diffusion.models.autoencoder import Autoencoder
+
+# Released models: millions of parameters; the paper's other rows: None.
+SIZES = {
+    "kl_f2": None,
+    "kl_f4": 55.31,
+    "kl_f8": 83.65,
+    "kl_f16": 69.61,
+    "kl_f16:c8": None,
+    "kl_f32": 103.88,
+    "kl_f32:c16": None,
+    "vq_f2": None,
+    "vq_f2:n64": None,
+    "vq_f4": 55.32,
+    "vq_f4:n256": None,
+    "vq_f4_noattn": 53.22,
+    "vq_f8": 67.72,
+    "vq_f8_n256": 67.65,
+    "vq_f16": 69.59,
+    "vq_f32": None,
+}
+OWN = [f"openmoji_first_stages:{name}" for name in ("kl_f4", "kl_f8", "vq_f4", "vq_f8")]
+
+
+def get(name):
+    file, _, variant = name.partition(":")
+    module = importlib.import_module(f"configs.{file}")
+    return module.get_config(variant) if variant else module.get_config()
+
+
+@pytest.mark.parametrize("name", [*SIZES, *OWN])
+def test_config_builds_with_its_downsampling_and_size(name):
+    config = get(name)
+    module = make_autoencoder(config.autoencoder)
+    assert isinstance(module, Autoencoder)
+    assert name.rpartition("s:")[2].startswith(module.regularization)
+    assert f"f{module.downsampling}" in name
+    x = jnp.zeros((1, 64, 64, 3))
+    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    millions = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) / 1e6
+    assert SIZES.get(name) in (None, round(millions, 2))
+    table = loop.dry_run(config)
+    assert "autoencoder" in table and "discriminator" in table
+
+
+def test_unknown_variant_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown variant 'c4'; known: c8"):
+        get("kl_f16:c4")
+
+
+def test_the_discriminators_have_the_released_sizes():
+    for name, millions in (("kl_f4", 2.77), ("vq_f8", 0.66)):
+        config = get(name)
+        row = next(r for r in loop.dry_run(config).splitlines() if r.startswith("discriminator"))
+        assert float(row.split()[1]) == millions
