@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from latent_diffusion.diffusion import Denoiser, Prediction, q_sample, to_z_0_and_eps
 from latent_diffusion.rng import normal_per_example
 from latent_diffusion.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.types import Array, Float, Keys, Num
 
 Network = Callable[[Array, Array, Any], Array]
 Scale = float | int | Array | Callable[[Array], Array]
@@ -323,7 +323,7 @@ def image_to_image(
     timesteps: Timesteps,
     strength: float | int,
     rng: Keys,
-) -> tuple[Float[Array, "B h w c"], Timesteps]:
+) -> tuple[Float[Array, "B h w c"], Num[Array, " S_left_and_end"]]:
     """Start from an image: its noised latent, and the last `strength` of the timesteps to run.
 
     strength: in [0, 1]; 1 runs every step, 0 none. rng: one key per image, others than the
