@@ -21,6 +21,17 @@ SEED = flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i only."
 SAMPLER = flags.DEFINE_string("sampler", None, "Default: the model's own.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Default: the model's own.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: the model's own.")
+NEGATIVE_PROMPTS = flags.DEFINE_string(
+    "negative_prompts", None, "One for all, or one a prompt: a;b"
+)
+MORE_PROMPTS = flags.DEFINE_string("more_prompts", None, "Texts and weights: a:0.5;b:-0.3")
+GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", None, "low,high: guided timesteps.")
+GUIDANCE_RESCALE = flags.DEFINE_float("guidance_rescale", None, "In [0, 1]; see guidance.py.")
+DYNAMIC_THRESHOLD = flags.DEFINE_float("dynamic_threshold", None, "Quantile, e.g. 0.995.")
+QUANTIZE_X0 = flags.DEFINE_bool("quantize_x0", None, "Round z_0 to the first stage's codebook.")
+IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
+STRENGTH = flags.DEFINE_float("strength", None, "In [0, 1]: how much of --image is made anew.")
+MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
@@ -39,8 +50,19 @@ def main(argv: list[str]) -> None:
         "sampler": SAMPLER.value,
         "num_steps": NUM_STEPS.value,
         "guidance_scale": GUIDANCE_SCALE.value,
+        "guidance_rescale": GUIDANCE_RESCALE.value,
+        "dynamic_threshold": DYNAMIC_THRESHOLD.value,
+        "quantize_x0": QUANTIZE_X0.value,
+        "strength": STRENGTH.value,
     }
     try:
+        options |= {
+            "negative_prompts": sampling.read_prompts(NEGATIVE_PROMPTS.value, None),
+            "more_prompts": sampling.read_weighted(MORE_PROMPTS.value),
+            "guidance_interval": sampling.read_interval(GUIDANCE_INTERVAL.value),
+            "image": sampling.read_picture(IMAGE.value, "RGB"),
+            "mask": sampling.read_picture(MASK.value, "L"),
+        }
         sampling.sample_to_disk(
             WORKDIR.value or MODEL.value,
             Path(OUT.value),

@@ -1,13 +1,15 @@
 """The conditional denoiser: U-Net, conditioner and noise schedule as one pytree that samples."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion import guidance
 from latent_diffusion.conditioners import Conditioner
-from latent_diffusion.guidance import classifier_free
 from latent_diffusion.models.unet import UNet
 from latent_diffusion.rng import normal_per_example, split_per_example
 from latent_diffusion.samplers import SAMPLERS
@@ -24,6 +26,18 @@ from latent_diffusion.types import (
     Params,
     lookup,
 )
+
+
+class Prepared(flax.struct.PyTreeNode):
+    """A conditioning, and what the U-Net computes from it alone, at every step: [B ...] leaves.
+
+    of_context: keys and values of the cross-attention. of_timestep: projections of the timestep
+    embedding, [B N F] over the timesteps; None where they are the same for all examples.
+    """
+
+    conditioning: Conditioning
+    of_context: Any
+    of_timestep: Any
 
 
 class Denoiser(flax.struct.PyTreeNode):
@@ -58,6 +72,50 @@ class Denoiser(flax.struct.PyTreeNode):
         )
         return out
 
+    def prepare(
+        self,
+        t: Float[Array, " N"],
+        shape: tuple[int, int, int],
+        *conditionings: Conditioning,
+    ) -> tuple[guidance.Network, tuple[Prepared, ...]]:
+        """Compute once what doesn't depend on the latent, for evaluations at the timesteps t.
+
+        Returns a network that takes a `Prepared` for a conditioning, and one for each conditioning:
+        it holds the cross-attention's keys and values, and every projection of the timestep's
+        embedding. The rest of the U-Net, traced on the way, is dead code to the compiler.
+        """
+        variables = {"params": self.params["unet"]}
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def compute(collection: str, t: Array, conditioning: Conditioning) -> Any:
+            leaves = jax.tree.leaves(conditioning)
+            z_t = jnp.zeros((leaves[0].shape[0] if leaves else 1, *shape))
+            t = jnp.broadcast_to(t, z_t.shape[:1])
+            _, seen = self.unet.apply(variables, z_t, t, conditioning, mutable=[collection])
+            return seen.get(collection, {})
+
+        def of_timesteps(conditioning: Conditioning) -> Any:
+            return jax.vmap(lambda t: compute("of_timestep", t, conditioning), out_axes=1)(t)
+
+        # Where no vector joins the timestep's embedding, its projections serve all examples.
+        alike = all(c.vector is None for c in conditionings)
+        shared = of_timesteps(jax.tree.map(lambda x: x[:1], conditionings[0])) if alike else None
+
+        def network(z_t: Array, now: Array, prepared: Prepared) -> Array:
+            row = jnp.argmin(jnp.abs(t - now[0]))
+            of_timestep = shared if alike else prepared.of_timestep
+            known = {
+                "of_context": prepared.of_context,
+                "of_timestep": jax.tree.map(lambda x: x[:, row], of_timestep),
+            }
+            out: Any = self.unet.apply({**variables, **known}, z_t, now, prepared.conditioning)
+            return out
+
+        return network, tuple(
+            Prepared(c, compute("of_context", t[0], c), None if alike else of_timesteps(c))
+            for c in conditionings
+        )
+
     def sample(
         self,
         keys: Keys,
@@ -67,22 +125,76 @@ class Denoiser(flax.struct.PyTreeNode):
         shape: tuple[int, int, int],
         *,
         sampler: str = "ddim",
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        more: Sequence[tuple[Conditioning, float]] = (),
+        dynamic_threshold: float = 0.0,
+        nearest: Callable[[Array], Array] | None = None,
         z_T: Float[Array, "B h w c"] | None = None,
+        z_0: Float[Array, "B h w c"] | None = None,
+        mask: Float[Array, "B h w 1"] | None = None,
+        strength: float = 1.0,
+        progress: Callable[[Any], None] | None = None,
+        preview: Callable[[Any, Any], None] | None = None,
         **own: Any,
     ) -> Float[Array, "B h w c"]:
         """Scaled latents by a whole sampling loop; traceable, so that it compiles as one program.
 
-        keys: one per image, which alone decides its noise. null: the unconditional conditioning.
-        timesteps: [S+1] from `schedules.spacing`. shape: (h, w, c). own: options of the sampler.
+        keys: one per image, which alone decides its noise. null: the unconditional conditioning, or
+        a negative prompt's. timesteps: [S+1] from `schedules.spacing`. shape: (h, w, c).
+        guidance_scale: a number, or one for each step. more: further conditionings and weights,
+        beside the first with weight 1. dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0
+        by its closest codes. z_0: a known image, of which strength < 1 keeps the coarse part and
+        mask (1 = hole) the rest; strength 1 starts from noise alone. progress, preview: called on
+        the host. own: options of the sampler. See `guidance` for all of these.
         """
-        start, steps = split_per_example(keys, 2)
+        start, steps, fill = split_per_example(keys, 3)
         z_T = normal_per_example(start, shape) if z_T is None else z_T
-        denoise = classifier_free(
-            self.denoise, self.schedule, self.prediction, conditioning, null, guidance_scale
-        )
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must lie in [0, 1], got {strength}")
+        scale: Any = guidance_scale
+        if isinstance(scale, Sequence):
+            scale = guidance.per_step(jnp.asarray(scale, jnp.float32), timesteps)
+        if strength < 1:
+            if z_0 is None:
+                raise ValueError(f"strength {strength} needs an image to start from")
+            z_T, timesteps = guidance.image_to_image(self.schedule, z_0, timesteps, strength, start)
+            if len(timesteps) == 1:
+                return z_T
         run = lookup(SAMPLERS, sampler, "sampler")
-        return run(denoise, z_T, timesteps, self.schedule, steps, **own)
+        table = run.table(self.schedule, timesteps, **own)
+
+        network, (null_, first, *others) = self.prepare(
+            table.t, shape, null, conditioning, *(c for c, _ in more)
+        )
+        schedule, kind = self.schedule, self.prediction
+        interval = {"interval": guidance_interval, "rescale": guidance_rescale}
+        if more:
+            if guidance_interval is not None or guidance_rescale:
+                raise ValueError("several prompts know no guidance_interval or guidance_rescale")
+            weights = [1.0, *(weight for _, weight in more)]
+            denoise = guidance.composed(
+                network, schedule, kind, [first, *others], weights, null_, scale
+            )
+        else:
+            denoise = guidance.classifier_free(
+                network, schedule, kind, first, null_, scale, **interval
+            )
+        if dynamic_threshold:
+            denoise = guidance.dynamic_threshold(denoise, schedule, dynamic_threshold)
+        if nearest is not None:
+            denoise = guidance.quantize(denoise, schedule, nearest)
+        if preview is not None:
+            denoise = guidance.with_preview(denoise, preview)
+        if progress is not None:
+            denoise = guidance.with_progress(denoise, progress)
+        if mask is None:
+            return run(denoise, z_T, timesteps, schedule, steps, **own)
+        if z_0 is None:
+            raise ValueError("mask needs the image around its holes")
+        denoise = guidance.inpaint(denoise, schedule, z_0, mask, fill)
+        return guidance.paste(run(denoise, z_T, timesteps, schedule, steps, **own), z_0, mask)
 
 
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:

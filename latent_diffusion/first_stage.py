@@ -49,7 +49,15 @@ class FirstStage(flax.struct.PyTreeNode):
         """Pixels from scaled latents."""
         return self._apply("decode", z / self.scale_factor + self.shift)
 
-    def _apply(self, method: str, *args: Any) -> Any:
+    def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        """Scaled latents replaced by the closest entries of the codebook."""
+        if getattr(self.module, "regularization", "none") in ("kl", "none"):
+            raise ValueError("quantize_x0 needs a first stage with a codebook")
+        z = z / self.scale_factor + self.shift
+        codes = self._apply(lambda module, z: module.quantize(z).codes, z)
+        return (codes - self.shift) * self.scale_factor
+
+    def _apply(self, method: Any, *args: Any) -> Any:
         return self.module.apply({"params": self.params}, *args, method=method)
 
 

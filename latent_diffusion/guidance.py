@@ -323,7 +323,7 @@ def image_to_image(
     timesteps: Timesteps,
     strength: float | int,
     rng: Keys,
-) -> tuple[Float[Array, "B h w c"], Num[Array, " left"]]:
+) -> tuple[Float[Array, "B h w c"], Num[Array, " S_left_and_end"]]:
     """Start from an image: its noised latent, and the last `strength` of the timesteps to run.
 
     strength: in [0, 1]; 1 runs every step, 0 none. rng: one key per image, others than the

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from latent_diffusion import parallel
 from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import FirstStage
+from latent_diffusion.guidance import paste
 from latent_diffusion.rng import example_keys, keys_of_examples
 from latent_diffusion.schedules import spacing
 from latent_diffusion.tiling import pad_to_multiple, tiled
@@ -103,6 +105,10 @@ class Model(flax.struct.PyTreeNode):
         class_labels: Sequence[int] | None = None,
         *,
         num_images: int = 1,
+        negative_prompts: Sequence[str] | None = None,
+        more_prompts: Sequence[tuple[str, float]] = (),
+        image: Float[Array | np.ndarray, "N H W C"] | None = None,
+        mask: Float[Array | np.ndarray, "N H W 1"] | None = None,
         z_T: Float[Array | np.ndarray, "B h w c"] | None = None,
         image_size: tuple[int, int] | None = None,
         batch_size: int = 64,
@@ -113,7 +119,16 @@ class Model(flax.struct.PyTreeNode):
 
         Image i depends on rng and i alone, not on batch_size or devices. z_T: start noise [N h w c]
         instead of fresh. image_size: (H, W), default as trained. options: `sampler`, `num_steps`,
-        `spacing`, `guidance_scale`, and the sampler's own (`eta` …); else the model's defaults.
+        `spacing`, `guidance_scale` (a number, or one a step), and the sampler's own (`eta` …); else
+        the model's defaults.
+
+        negative_prompts: instead of the unconditional; one for all, or one a prompt. more_prompts:
+        (text, weight) pairs for every image, beside its prompt of weight 1; a negative weight
+        steers away. image: one for all, or one for each image made; `strength` in [0, 1] says how
+        much of it is made anew, or `mask` (1 = hole) where; outside the hole its pixels are kept.
+        Further options: `guidance_interval` (low, high) in timesteps, `guidance_rescale`,
+        `dynamic_threshold`, `quantize_x0` (to the first stage's codebook), `progress(t)` and
+        `preview(t, z_0)`, called on the host from within the loop (by every device for its images).
         """
         denoiser, first_stage = self._need("denoiser"), self._need("first_stage")
         options = {**self.defaults, **options}
@@ -131,6 +146,12 @@ class Model(flax.struct.PyTreeNode):
             raise ValueError(f"image_size {height}×{width} must be divisible by f={f}")
         shape = (height // f, width // f, first_stage.module.latent_channels)
         batch = {**conditions, "index": np.arange(total, dtype=np.int32)}
+        batch |= self._negatives(negative_prompts, num_images, total)
+        batch |= {
+            f"more_{i}": np.repeat(self._conditions([text], None)["tokens"], total, axis=0)
+            for i, (text, _) in enumerate(more_prompts)
+        }
+        batch |= _known_image(image, mask, options.get("strength"), (total, height, width))
         if z_T is not None:
             if z_T.shape != (total, *shape):
                 raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
@@ -140,6 +161,8 @@ class Model(flax.struct.PyTreeNode):
         devices = 1 if mode == "single" else jax.device_count()
         batch_size = min(batch_size, total)
         batch_size += -batch_size % devices
+        options["weights"] = tuple(float(weight) for _, weight in more_prompts)
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         program = _program(mode, shape, tuple(sorted(options.items())))
         frozen = (Model(first_stage, denoiser), timesteps)
         images = []
@@ -155,6 +178,21 @@ class Model(flax.struct.PyTreeNode):
             have = "a first stage" if part == "denoiser" else "a denoiser"
             raise ValueError(f"this model has no {part.replace('_', ' ')}, only {have}")
         return value
+
+    def _negatives(
+        self, prompts: Sequence[str] | None, num_images: int, total: int
+    ) -> dict[str, np.ndarray]:
+        if prompts is None:
+            return {}
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if len(prompts) not in (1, total // num_images):
+            raise ValueError(
+                f"{len(prompts)} negative_prompts for {total // num_images} prompts; "
+                "give one for all, or one for each"
+            )
+        tokens = self._conditions(prompts, None)["tokens"]
+        return {"negative": np.repeat(tokens, total // len(tokens), axis=0)}
 
     def _conditions(
         self, prompts: Sequence[str] | None, class_labels: Sequence[int] | None
@@ -177,6 +215,34 @@ class Model(flax.struct.PyTreeNode):
                 takes = ", ".join(given.get(key, key) for key in wanted) or "no condition"
                 raise ValueError(f"{name} given, but this model takes {takes}")
         return batch
+
+
+def _known_image(
+    image: Array | np.ndarray | None,
+    mask: Array | np.ndarray | None,
+    strength: float | None,
+    size: tuple[int, int, int],
+) -> dict[str, np.ndarray]:
+    """The batch entries of image-to-image and inpainting: "known" and "hole"."""
+    if strength is not None and not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    if image is None:
+        if mask is not None or strength is not None:
+            raise ValueError("mask and strength change an image: give image, too")
+        return {}
+    if mask is None and strength is None:
+        raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
+
+    def fit(name: str, value: Any) -> np.ndarray:
+        value = np.asarray(value, np.float32)
+        if len(value) not in (1, size[0]) or value.shape[1:3] != size[1:]:
+            raise ValueError(
+                f"{name} has shape {value.shape}, expected 1 or {size[0]} of {size[1:]}"
+            )
+        return np.broadcast_to(value, (size[0], *value.shape[1:]))
+
+    given = {"known": image} if mask is None else {"known": image, "hole": mask}
+    return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}
 
 
 def _integer(name: str, options: dict[str, Any]) -> int:
@@ -226,15 +292,29 @@ def _program(mode: str, shape: tuple[int, int, int], options: tuple[tuple[str, A
     def step(state, constants, batch, rng, *, axis_name=None):
         (model, timesteps), size = constants, batch["index"].shape[0]
         denoiser, first_stage = model.denoiser, model.first_stage
+        own = dict(options)
+        weights, quantize = own.pop("weights"), own.pop("quantize_x0", False)
+
+        def condition(tokens=None, drop=False):
+            other = batch if tokens is None else {**batch, "tokens": batch[tokens]}
+            return denoiser.condition(other, jnp.full(size, drop))
+
+        known, hole, f = batch.get("known"), batch.get("hole"), first_stage.module.downsampling
         z_0 = denoiser.sample(
             keys_of_examples(rng, batch["index"]),
-            denoiser.condition(batch, jnp.zeros(size, bool)),
-            denoiser.condition(batch, jnp.ones(size, bool)),
+            condition(),
+            condition("negative") if "negative" in batch else condition(drop=True),
             timesteps,
             shape,
+            more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
+            nearest=first_stage.nearest if quantize else None,
             z_T=batch.get("z_T"),
-            **dict(options),
+            z_0=None if known is None else first_stage.encode({"image": known}),
+            # A latent position is in the hole as soon as one of its pixels is.
+            mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
+            **own,
         )
-        return first_stage.decode(z_0)
+        images = first_stage.decode(z_0)
+        return images if hole is None else paste(images, known, hole)
 
     return parallel.compile_eval(step, mode)

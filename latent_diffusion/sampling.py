@@ -32,6 +32,37 @@ def read_labels(labels: Sequence[str] | None) -> list[int] | None:
         raise ValueError(f"--class_labels={','.join(labels or ())}: ids are integers") from error
 
 
+def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
+    """(text, weight) pairs from "a:0.5;b:-0.3"."""
+    if prompts is None:
+        return None
+    pairs = [prompt.rpartition(":") for prompt in prompts.split(";")]
+    try:
+        return [(text.strip(), float(weight)) for text, _, weight in pairs]
+    except ValueError as error:
+        raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
+
+
+def read_interval(values: Sequence[str] | None) -> tuple[float, float] | None:
+    """(low, high) from its flag."""
+    if values is None:
+        return None
+    try:
+        low, high = (float(value) for value in values)
+    except ValueError as error:
+        raise ValueError(f"--guidance_interval={','.join(values)}: write low,high") from error
+    return low, high
+
+
+def read_picture(path: str | None, mode: str) -> np.ndarray | None:
+    """[1 H W 3] in [-1, 1] from a picture ("RGB"), or [1 H W 1] of 0 and 1 from a mask ("L")."""
+    if path is None:
+        return None
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert(mode), np.float32)[None]
+    return pixels / 127.5 - 1 if mode == "RGB" else (pixels[..., None] > 127).astype(np.float32)
+
+
 def sample_to_disk(
     path: str | Path,
     out: Path,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.models.layers import Dense, GroupNorm
+from latent_diffusion.models.layers import Dense, GroupNorm, precomputed
 from latent_diffusion.types import Array, Float, lookup
 
 IMPLEMENTATIONS = {"auto": None, "xla": "xla", "cudnn": "cudnn"}
@@ -101,17 +101,21 @@ class CrossAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B L C"], context: Float[Array, "B S D"] | None = None
     ) -> Float[Array, "B L C"]:
-        context = x if context is None else context
         inner = self.num_heads * self.head_dim
 
         def project(name: str, tokens: Array) -> Array:
             y = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(tokens)
             return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
 
-        h = attend(
-            project("to_q", x), project("to_k", context), project("to_v", context), self.attention
-        )
-        h = h.reshape(*x.shape[:2], inner)
+        def keys_and_values(tokens: Array) -> tuple[Array, Array]:
+            return project("to_k", tokens), project("to_v", tokens)
+
+        q = project("to_q", x)
+        if context is None:
+            k, v = keys_and_values(x)
+        else:
+            k, v = precomputed(self, "of_context", lambda: keys_and_values(context))
+        h = attend(q, k, v, self.attention).reshape(*x.shape[:2], inner)
         return Dense(x.shape[-1], dtype=self.dtype, name="to_out")(h)
 
 

@@ -1,6 +1,6 @@
 """The few layers that both networks are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -94,6 +94,20 @@ class GroupNorm(nn.Module):
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, self.num_groups, -1)
         offset = bias.reshape(1, 1, self.num_groups, -1) - mean * factor
         return (grouped * factor + offset).reshape(x.shape).astype(x.dtype)
+
+
+def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) -> Any:
+    """`compute()`, unless the module's variables in `collection` hold its value already.
+
+    Applying the network with that collection mutable is how to get the values. A sampler does it
+    once, before its loop, for whatever doesn't depend on the latent; see `Denoiser.prepare`.
+    """
+    if module.has_variable(collection, "value") and not module.is_mutable_collection(collection):
+        return module.get_variable(collection, "value")
+    value = compute()
+    if not module.is_initializing():
+        module.sow(collection, "value", value, reduce_fn=lambda _, new: new)
+    return value
 
 
 def upsample_nearest(x: Float[Array, "B H W C"], factor: int = 2) -> Float[Array, "B H2 W2 C"]:

@@ -16,6 +16,7 @@ from latent_diffusion.models.layers import (
     Dense,
     GroupNorm,
     average_pool,
+    precomputed,
     timestep_embedding,
     upsample_nearest,
 )
@@ -45,9 +46,9 @@ class ResBlock(nn.Module):
         ]
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="in_layers_0")(x))
         h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(resample(h))
-        emb = Dense(
-            (2 if self.scale_shift else 1) * self.features, dtype=self.dtype, name="emb_layers_1"
-        )(nn.silu(emb))[:, None, None, :]
+        width = (2 if self.scale_shift else 1) * self.features
+        project = Dense(width, dtype=self.dtype, name="emb_layers_1")
+        emb = precomputed(self, "of_timestep", lambda: project(nn.silu(emb)))[:, None, None, :]
         norm = GroupNorm(self.num_groups, epsilon=1e-5, name="out_layers_0")
         if self.scale_shift:
             scale, shift = jnp.split(emb, 2, axis=-1)
