@@ -124,6 +124,7 @@ def features():
     return x.astype(np.float32), rng.normal(size=(280, 16)).astype(np.float32)
 
 
+@pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")  # pytorch-fid's
 def test_frechet_distance_equals_torch_fidelitys_and_pytorch_fids(features):
     from latent_diffusion.evaluation.frechet import frechet_distance, gaussian
 
@@ -166,9 +167,8 @@ def test_precision_and_recall_equal_torch_fidelitys(features):
     from latent_diffusion.evaluation.neighbours import measure_precision_recall
 
     fake, real = features
-    # Its first set is the real one.
     theirs = need("torch_fidelity.metric_prc").prc_features_to_metric(
-        torch.from_numpy(real), torch.from_numpy(fake), prc_neighborhood=3, verbose=False
+        torch.from_numpy(fake), torch.from_numpy(real), prc_neighborhood=3, verbose=False
     )
     ours = measure_precision_recall(fake, real)
     for name in ("precision", "recall"):
