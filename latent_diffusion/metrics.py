@@ -244,15 +244,19 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, start: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        start: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        unit: str = "step",
     ) -> None:
-        self._total, self._start, self._clock = total, start, clock
+        self._total, self._start, self._clock, self._unit = total, start, clock, unit
         self._active = jax.process_index() == 0
         self._bar: tqdm.tqdm | None = None
         self._first: tuple[int, float] | None = None  # step and time after compilation
         self._printed = -math.inf
         if self._active and sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            self._bar = tqdm.tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True)
 
     def update(self, step: int) -> None:
         """Call after every step."""
@@ -272,7 +276,7 @@ class Progress:
         if not self._active or not due:
             return
         self._printed = now
-        words = [f"step {step}/{self._total}", *(f"{k} {v}" for k, v in shown.items())]
+        words = [f"{self._unit} {step}/{self._total}", *(f"{k} {v}" for k, v in shown.items())]
         if self._first is not None and step > self._first[0]:
             left = (now - self._first[1]) / (step - self._first[0]) * (self._total - step)
             words.append(f"ETA {tqdm.tqdm.format_interval(left)}")

@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,19 @@ class RestrictedUnpickler(pickle.Unpickler):
     """An unpickler that builds containers, numbers, strings and the globals it was given.
 
     A pickle is a program; every callable it can reach is a `module.name` it asks for by name.
-    This one answers only from `allowed` and refuses everything else, naming it.
+    This one answers only from `allowed` and refuses everything else, naming it. `persistent`
+    resolves the file's references to data outside the pickle; without it they are refused too.
     """
 
-    def __init__(self, file: io.BufferedIOBase, allowed: Mapping[str, Any] = NUMPY_GLOBALS):
+    def __init__(
+        self,
+        file: Any,  # readable, of bytes
+        allowed: Mapping[str, Any] = NUMPY_GLOBALS,
+        persistent: Callable[[Any], Any] | None = None,
+    ):
         super().__init__(file)
         self._allowed = allowed
+        self._persistent = persistent
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the allowed global `module.name`; raise UnpicklingError for any other."""
@@ -38,6 +45,12 @@ class RestrictedUnpickler(pickle.Unpickler):
                 f"refused to load {qualified!r}; allowed: {', '.join(sorted(self._allowed))}"
             )
         return self._allowed[qualified]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return what `pid` stands for."""
+        if self._persistent is None:
+            raise pickle.UnpicklingError(f"refused to load external data {pid!r}")
+        return self._persistent(pid)
 
 
 def load_pickle(path: str | Path, allowed: Mapping[str, Any] = NUMPY_GLOBALS) -> Any:

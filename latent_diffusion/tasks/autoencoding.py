@@ -24,6 +24,7 @@ import optax
 from latent_diffusion.first_stage import make_autoencoder
 from latent_diffusion.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
 from latent_diffusion.losses.perceptual import LPIPS
+from latent_diffusion.losses.similarity import psnr
 from latent_diffusion.models.discriminator import PatchGAN
 from latent_diffusion.models.quantizer import with_moved_codes
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
@@ -223,10 +224,9 @@ class Autoencoding:
         """Per-example [B] errors of the posterior mode's reconstruction, by averaged parameters."""
         x = batch["image"]
         x_rec = self.reconstruct(state, x)
-        mse = jnp.mean(jnp.square(x - x_rec), (1, 2, 3))
         values = {
             "l1": jnp.mean(jnp.abs(x - x_rec), (1, 2, 3)),
-            "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10)),  # peak-to-peak range 2
+            "psnr": psnr(x, x_rec),
         }
         if self.perceptual is not None:
             values["lpips"] = self._distance(constants, x, x_rec)

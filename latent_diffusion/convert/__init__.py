@@ -1,0 +1,1 @@
+"""Checkpoints that travel: everybody's latent diffusion weights, read and written."""

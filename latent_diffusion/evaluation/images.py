@@ -1,0 +1,150 @@
+"""Sets of pictures to score: a folder, an ADM-style `.npz`, or a prepared TFDS data set."""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from latent_diffusion.data import image_folder, tfds
+from latent_diffusion.data.transforms import resize
+
+GRID = "grid.png"  # which sample.py writes beside the samples
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`count` pictures of one size; read(start, stop) gives them as uint8 [n H W 3]."""
+
+    name: str
+    count: int
+    read: Callable[[int, int], np.ndarray]
+
+
+def open_images(spec: str, image_size: int = 0) -> ImageSet:
+    """Open a folder, an .npz with `arr_0`, or "tfds:NAME[/CONFIG][@SPLIT]" (split: train).
+
+    image_size: cut every picture to its middle square and resize it to this; 0 = they have one
+    size as they are. Raises ValueError in one line where there is nothing to score.
+    """
+    if spec.startswith("tfds:"):
+        return _open_tfds(spec, image_size)
+    path = Path(spec)
+    if path.is_dir():
+        return _open_folder(path, image_size)
+    if path.suffix == ".npz" and path.is_file():
+        return _open_npz(path, image_size)
+    raise ValueError(f"{spec!r} is neither a folder, an .npz file nor tfds:NAME")
+
+
+def of_source(source: Any, name: str, image_size: int) -> ImageSet:
+    """The pictures of a data source (`latent_diffusion.data`), cut and resized."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        named = [(f"{name}[{i}]", source[i]["image"]) for i in range(start, stop)]
+        return _stacked(named, image_size)
+
+    return ImageSet(name, len(source), read)
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    if not size:
+        return image
+    side = min(image.shape[:2])
+    top, left = ((n - side) // 2 for n in image.shape[:2])
+    return resize(image[top : top + side, left : left + side], size, size)
+
+
+def _stacked(named: list[tuple[str, np.ndarray]], image_size: int) -> np.ndarray:
+    images = [(name, _square(np.asarray(image), image_size)) for name, image in named]
+    first, shape = images[0][0], images[0][1].shape
+    for name, image in images:
+        if image.shape != shape:
+            sizes = [f"{i.shape[1]}×{i.shape[0]}" for i in (images[0][1], image)]
+            raise ValueError(
+                f"mixed image sizes: {first} is {sizes[0]}, {name} is {sizes[1]}; bring them to "
+                "one with --image_size"
+            )
+    return np.stack([image for _, image in images])
+
+
+def _open_folder(folder: Path, image_size: int) -> ImageSet:
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in image_folder.SUFFIXES
+        and not path.name.startswith(".")
+        and path.name != GRID
+    )
+    if not paths:
+        raise ValueError(f"{folder} holds no images ({' '.join(sorted(image_folder.SUFFIXES))})")
+    if not image_size:
+        _check_sizes(paths, folder)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            named = [(path.name, image_folder.read_image(path)) for path in paths[start:stop]]
+        except (OSError, ValueError, SyntaxError):
+            raise _unreadable(paths, folder) from None
+        return _stacked(named, image_size)
+
+    return ImageSet(str(folder), len(paths), read)
+
+
+def _check_sizes(paths: list[Path], folder: Path) -> None:
+    """Compare the sizes in the files' headers, before an hour of work."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                seen.setdefault(file.size, path)
+        except (OSError, ValueError, SyntaxError):
+            raise _unreadable(paths, folder) from None
+        if len(seen) > 1:
+            (a, one), (b, other) = seen.items()
+            raise ValueError(
+                f"mixed image sizes in {folder}: {one.name} is {a[0]}×{a[1]}, {other.name} is "
+                f"{b[0]}×{b[1]}; bring them to one with --image_size"
+            )
+
+
+def _unreadable(paths: list[Path], folder: Path) -> ValueError:
+    """What to raise once one file is found to be damaged: all of them, counted and named."""
+    bad = []
+    for path in paths:
+        try:
+            image_folder.read_image(path)
+        except (OSError, ValueError, SyntaxError):
+            bad.append(path.name)
+    shown = ", ".join(bad[:5]) + (" …" if len(bad) > 5 else "")
+    return ValueError(f"{len(bad)} of {len(paths)} images in {folder} can't be read: {shown}")
+
+
+def _open_npz(path: Path, image_size: int) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file.get("arr_0")
+            names = ", ".join(file.files)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"can't read {path}: {error}") from error
+    if images is None:
+        raise ValueError(f"{path} holds no images: no arr_0 among {names or 'nothing'}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(
+            f"{path}: arr_0 must be uint8 [N H W 3], got {images.dtype} {list(images.shape)}"
+        )
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return np.stack([_square(image, image_size) for image in images[start:stop]])
+
+    return ImageSet(str(path), len(images), read)
+
+
+def _open_tfds(spec: str, image_size: int) -> ImageSet:
+    name, _, split = spec.partition("@")
+    source = tfds.make(ConfigDict({"name": name, "dir": None, "features": {}}), split or "train")
+    return of_source(source.source, spec, image_size)

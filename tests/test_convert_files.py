@@ -1,0 +1,320 @@
+"""Weight files: read lazily, and refused with the reason where they aren't what they claim."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from latent_diffusion.convert.tensors import (
+    Tensor,
+    find_weights,
+    in_memory,
+    open_tensors,
+    write_safetensors,
+)
+
+ARRAYS = {
+    "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+    "b.half": np.arange(5, dtype=np.float16),
+    "c": np.array(3, dtype=np.int64),
+    "empty": np.zeros((0, 4), np.float32),
+}
+
+
+# ------------------------------------------------------------------------------- safetensors
+
+
+def raw_safetensors(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def spec(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_safetensors_of_the_library_are_read_and_ours_are_read_by_it(tmp_path):
+    theirs = tmp_path / "theirs.safetensors"
+    safetensors.numpy.save_file(ARRAYS, theirs, {"format": "pt"})
+    opened = open_tensors(theirs)
+    assert opened.metadata == {"format": "pt"}
+    for name, array in ARRAYS.items():
+        assert opened.tensors[name].dtype == array.dtype
+        np.testing.assert_array_equal(opened.tensors[name].read(), array)
+    ours = tmp_path / "ours.safetensors"
+    done = []
+    write_safetensors(ours, opened.tensors, progress=done.append)
+    assert sum(done) == sum(array.size for array in ARRAYS.values())
+    for name, array in safetensors.numpy.load_file(ours).items():
+        np.testing.assert_array_equal(array, ARRAYS[name], strict=True)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_bfloat16_survives(tmp_path):
+    array = np.arange(6).astype(ml_dtypes.bfloat16)
+    write_safetensors(tmp_path / "x.safetensors", {"x": in_memory(array)})
+    read = open_tensors(tmp_path / "x.safetensors").tensors["x"]
+    np.testing.assert_array_equal(read.read(), array, strict=True)
+    assert read.astype(np.float32).read().dtype == np.float32
+    count = in_memory(np.arange(3))
+    assert count.astype(np.float16) is count  # integers are not numbers to round
+
+
+def test_tensors_are_read_when_asked_for_and_not_before(tmp_path):
+    def explode():
+        raise AssertionError("read")
+
+    lazy = Tensor((2,), np.dtype("<f4"), explode).astype(np.float16)
+    assert lazy.shape == (2,) and lazy.dtype == np.float16
+    with pytest.raises(AssertionError):
+        write_safetensors(tmp_path / "x.safetensors", {"x": lazy})
+    assert list(tmp_path.iterdir()) == []  # nothing half-written stays
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "reason"),
+    [
+        ({"x": spec()}, b"\0" * 4, None, "truncated or padded"),
+        ({"x": spec()}, b"\0" * 12, None, "truncated or padded"),
+        ({"x": spec(offsets=(0, 12))}, b"\0" * 12, None, "but 12 bytes"),
+        ({"x": spec("F4")}, b"\0" * 8, None, "unknown dtype 'F4'"),
+        ({"x": spec(), "y": spec(offsets=(4, 12))}, b"\0" * 12, None, "'y' starts at byte 4"),
+        ({"x": spec(shape=(-2, -1))}, b"\0" * 8, None, "shape"),
+        ({"x": {"dtype": "F32"}}, b"", None, "damaged header"),
+        (b"{not json", b"", None, "damaged header"),
+        (b"{", b"", 1 << 40, "header claims"),
+    ],
+)
+def test_damaged_safetensors_are_refused(tmp_path, header, data, length, reason):
+    path = raw_safetensors(tmp_path / "bad.safetensors", header, data, length)
+    with pytest.raises(ValueError, match=reason) as error:
+        open_tensors(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_shards_are_joined_by_their_index(tmp_path):
+    for name in ("a", "c"):
+        write_safetensors(tmp_path / f"{name}.safetensors", {name: in_memory(ARRAYS[name])})
+    index = tmp_path / "model.safetensors.index.json"
+    shards = {name: f"{name}.safetensors" for name in ("a", "c")}
+    index.write_text(json.dumps({"weight_map": shards}))
+    np.testing.assert_array_equal(open_tensors(index).tensors["a"].read(), ARRAYS["a"])
+    index.write_text(json.dumps({"weight_map": {**shards, "b": "a.safetensors"}}))
+    with pytest.raises(ValueError, match="'b' is not in its shard"):
+        open_tensors(index)
+    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(ValueError, match="outside the folder"):
+        open_tensors(index)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="not an index"):
+        open_tensors(index)
+
+
+def test_the_best_file_of_a_folder_is_found(tmp_path):
+    stems = ("model", "pytorch_model")
+    assert find_weights(tmp_path, stems) is None
+    for worse_to_better in (
+        "model.fp16.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ):
+        (tmp_path / worse_to_better).touch()
+        assert find_weights(tmp_path, stems).name == worse_to_better
+    assert find_weights(tmp_path, stems, "fp16").name == "model.fp16.safetensors"
+    assert find_weights(tmp_path, stems, "non_ema") is None
+
+
+# --------------------------------------------------------------------------- torch's zip files
+
+
+class Global:
+    """Pickles as the mere mention of a global, without importing it."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+
+class Call:
+    """Pickles as a call of a global."""
+
+    def __init__(self, module, name, *args):
+        self.callee, self.args = Global(module, name), args
+
+
+class Stored:
+    """Pickles as torch's reference to a storage."""
+
+    def __init__(self, kind, key, numel):
+        self.pid = ("storage", Global("torch", kind), key, "cpu", numel)
+
+
+class HandPickler(pickle._Pickler):
+    """Writes what torch would write, and what an attacker would."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+
+    def persistent_id(self, obj):
+        return obj.pid if isinstance(obj, Stored) else None
+
+    def save_global_by_name(self, obj, name=None):
+        self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+
+    def save_call(self, obj):
+        self.save(obj.callee)
+        self.save(obj.args)
+        self.write(b"R")
+
+    dispatch[Global] = save_global_by_name
+    dispatch[Call] = save_call
+
+
+def tensor(kind, key, numel, shape, stride, offset=0):
+    return Call(
+        "torch._utils", "_rebuild_tensor_v2", Stored(kind, key, numel), offset, shape, stride,
+        False, OrderedDict(),
+    )  # fmt: skip
+
+
+def torch_zip(path, tree, storages=(), compression=zipfile.ZIP_STORED, extra=()):
+    buffer = io.BytesIO()
+    HandPickler(buffer, 2).dump(tree)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", buffer.getvalue())
+        for key, array in dict(storages).items():
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+        for name, data in extra:
+            archive.writestr(name, data)
+    return path
+
+
+FLAT = np.arange(12, dtype=np.float32)
+
+
+def test_torch_zip_files_are_read_without_torch(tmp_path):
+    half = np.arange(3, dtype=np.float16)
+    path = torch_zip(
+        tmp_path / "model.ckpt",
+        {
+            "state_dict": OrderedDict(
+                x=tensor("FloatStorage", "0", 12, (3, 4), (4, 1)),
+                transposed=tensor("FloatStorage", "0", 12, (4, 2), (1, 4), 4),
+                half=Call("torch._utils", "_rebuild_parameter",
+                          tensor("HalfStorage", "1", 3, (3,), (1,)), True, OrderedDict()),
+                scalar=tensor("FloatStorage", "0", 12, (), (), 5),
+                none=tensor("FloatStorage", "0", 12, (0, 2), (2, 1)),
+            ),
+            "global_step": 470000,
+            "callbacks": {
+                Global("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"): {
+                    "best": Call("numpy.core.multiarray", "scalar", np.dtype("<f8"),
+                                 Call("_codecs", "encode", "\x00" * 6 + "\xf0?", "latin1")),
+                    "size": Call("torch", "Size", [3]),
+                }
+            },
+        },
+        {"0": FLAT, "1": half},
+    )  # fmt: skip
+    opened = open_tensors(path)
+    assert opened.metadata == {"global_step": 470000}
+    read = {name: tensor.read() for name, tensor in opened.tensors.items()}
+    np.testing.assert_array_equal(read["x"], FLAT.reshape(3, 4), strict=True)
+    np.testing.assert_array_equal(read["transposed"], FLAT.reshape(3, 4)[1:].T, strict=True)
+    np.testing.assert_array_equal(read["half"], half, strict=True)
+    assert read["scalar"] == 5 and read["none"].shape == (0, 2)
+
+
+def test_a_bare_state_dict_is_read_too(tmp_path):
+    path = torch_zip(
+        tmp_path / "m.bin", {"x": tensor("FloatStorage", "0", 12, (12,), (1,))}, {"0": FLAT}
+    )
+    np.testing.assert_array_equal(open_tensors(path).tensors["x"].read(), FLAT)
+
+
+X = tensor("FloatStorage", "0", 12, (12,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        ({"x": X, "evil": Call("os", "system", "true")}, r"refused to load 'os\.system'"),
+        ({"evil": Call("builtins", "eval", "1")}, r"refused to load 'builtins\.eval'"),
+        ({"evil": Global("posix", "system")}, r"refused to load 'posix\.system'"),
+        ({"evil": Call("torch", "load", "x")}, r"refused to load 'torch\.load'"),
+        ({"evil": Call("numpy", "load", "x")}, r"refused to load 'numpy\.load'"),
+        (Call("torch.nn.modules.linear", "Linear"), r"refused to load 'torch\.nn\.modules"),
+        ({"x": Call("torch", "FloatStorage", 10**9)}, "not callable"),
+        ({"x": tensor("FloatStorage", "0", 13, (12,), (1,))}, "claims 13 elements"),
+        ({"x": tensor("FloatStorage", "9", 12, (12,), (1,))}, "storage '9' is missing"),
+        ({"x": tensor("FloatStorage", "0", 12, (12,), (1,), 1)}, "exceeds its storage"),
+        ({"x": tensor("FloatStorage", "0", 12, (10**9,), (0,))}, "exceeds its storage"),
+        ({"x": tensor("FloatStorage", "0", 12, (12,), (-1,), 11)}, "strides"),
+        ({"x": tensor("ComplexFloatStorage", "0", 12, (12,), (1,))}, "ComplexFloatStorage"),
+        ({"x": tensor("float32", "0", 12, (12,), (1,))}, "storage of unknown type"),
+        ({"x": Call("torch._utils", "_rebuild_tensor_v2", 1, 0, (1,), (1,))}, "no storage"),
+        ({"step": 3}, "holds no tensors"),
+        ([1, 2], "expected a dictionary"),
+    ],
+)  # fmt: skip
+def test_hostile_or_damaged_pickles_are_refused(tmp_path, tree, reason):
+    path = torch_zip(tmp_path / "bad.ckpt", tree, {"0": FLAT})
+    with pytest.raises(ValueError, match=reason) as error:
+        open_tensors(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_pickle_cannot_alter_what_it_may_call(tmp_path):
+    """BUILD on a function would set its attributes, e.g. its defaults, for everybody."""
+    pickled = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}U\x0c__defaults__)s\x86b."
+    path = tmp_path / "bad.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    with pytest.raises(ValueError, match="attribute"):
+        open_tensors(path)
+
+
+def test_zip_bombs_truncated_and_foreign_files_are_refused(tmp_path):
+    good = torch_zip(tmp_path / "good.ckpt", {"x": X}, {"0": FLAT})
+    bomb = torch_zip(tmp_path / "bomb.ckpt", {"x": X}, {"0": FLAT}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="is compressed"):
+        open_tensors(bomb)
+    (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        open_tensors(tmp_path / "cut.ckpt")
+    big_endian = torch_zip(
+        tmp_path / "big.ckpt", {"x": X}, {"0": FLAT}, extra=[("archive/byteorder", b"big")]
+    )
+    with pytest.raises(ValueError, match="big-endian"):
+        open_tensors(big_endian)
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", b"hello")
+    with pytest.raises(ValueError, match=r"without data\.pkl"):
+        open_tensors(tmp_path / "other.zip")
+    (tmp_path / "legacy.bin").write_bytes(pickle.dumps(1) * 3)
+    with pytest.raises(ValueError, match=r"before 1\.6"):
+        open_tensors(tmp_path / "legacy.bin")
+    (tmp_path / "noise.bin").write_bytes(b"hello world, this is not a model")
+    with pytest.raises(ValueError, match="neither"):
+        open_tensors(tmp_path / "noise.bin")
+    with pytest.raises(ValueError, match="no such file"):
+        open_tensors(tmp_path / "nothing.ckpt")
+
+
+def test_entries_that_overlap_are_refused(tmp_path):
+    """Two directory entries over the same bytes multiply a small file."""
+    path = torch_zip(tmp_path / "bad.ckpt", {"x": X}, {"0": FLAT, "1": FLAT})
+    with zipfile.ZipFile(path) as archive:
+        first, second = (archive.getinfo(f"archive/data/{key}").header_offset for key in "01")
+    data = path.read_bytes()
+    at = data.rindex(struct.pack("<I", second))  # in the directory, at the end of the file
+    path.write_bytes(data[:at] + struct.pack("<I", first) + data[at + 4 :])
+    with pytest.raises(ValueError, match="overlaps"):
+        open_tensors(path)

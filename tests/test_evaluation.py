@@ -1,0 +1,276 @@
+"""Scores against closed forms, and against themselves under other batches; bad input is named."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_diffusion.evaluation import inception, scores
+from latent_diffusion.evaluation.clip_score import measure_clip_score
+from latent_diffusion.evaluation.collect import collect
+from latent_diffusion.evaluation.features import make_features
+from latent_diffusion.evaluation.frechet import (
+    Gaussian,
+    combined,
+    frechet_distance,
+    gaussian,
+    grouped,
+    load_statistics,
+    measure_frechet,
+    save_statistics,
+)
+from latent_diffusion.evaluation.images import open_images
+from latent_diffusion.evaluation.inception_score import inception_score, measure_inception_score
+from latent_diffusion.evaluation.kernel import kernel_distance, measure_kernel
+from latent_diffusion.evaluation.neighbours import (
+    measure_density_coverage,
+    measure_precision_recall,
+)
+from latent_diffusion.evaluation.resize import FILTERS
+from latent_diffusion.losses.similarity import psnr, ssim
+
+RNG = np.random.default_rng(0)
+
+
+def write_pictures(folder, num, size=8, start=0):
+    folder.mkdir(exist_ok=True)
+    for i in range(start, start + num):
+        pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+
+
+# ---------------------------------------------------------------------------- closed forms
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    # With diagonal covariances the distance is |Δμ|² + Σ (√a − √b)²; a rotation changes nothing.
+    rotation, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
+    a, b, shift = np.array([1.0, 4, 9]), np.array([4.0, 4, 0]), np.array([1.0, -2, 0])
+    one = Gaussian(9, rotation @ shift, rotation @ np.diag(a) @ rotation.T)
+    other = Gaussian(9, np.zeros(3), rotation @ np.diag(b) @ rotation.T)
+    assert frechet_distance(one, other) == pytest.approx(5 + 1 + 0 + 9)
+    assert frechet_distance(other, one) == pytest.approx(15)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_gaussians_of_parts_make_that_of_the_whole():
+    x = 1e3 + RNG.normal(size=(107, 4)).astype(np.float32)
+    for whole in (gaussian(x), combined(grouped(x))):
+        np.testing.assert_allclose(whole.mean, x.astype(np.float64).mean(0))
+        np.testing.assert_allclose(whole.covariance, np.cov(x.astype(np.float64), rowvar=False))
+
+
+def test_the_jackknife_knows_how_much_a_mean_moves():
+    # One feature of variance 1 around μ against N(0, 1): d² ≈ mean², whose error is 2 μ σ / √N.
+    x = 3 + RNG.normal(size=(4000, 1))
+    measured = measure_frechet(x, Gaussian(0, np.zeros(1), np.eye(1)), "fd")
+    assert measured.value == pytest.approx(9, abs=4 * 6 / 4000**0.5)
+    assert 0.5 < measured.error / (6 / 4000**0.5) < 2
+
+
+def test_statistics_files_of_everybody(tmp_path):
+    g = gaussian(RNG.normal(size=(50, 3)))
+    save_statistics(tmp_path / "a.npz", g)
+    loaded = load_statistics(tmp_path / "a.npz")
+    assert loaded.count == 50 and frechet_distance(g, loaded) == pytest.approx(0, abs=1e-12)
+    adm = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    np.savez(tmp_path / "b.npz", mu=g.mean, sigma=g.covariance, **adm)
+    assert load_statistics(tmp_path / "b.npz").count == 0
+    np.savez(tmp_path / "c.npz", arr_0=g.mean)
+    with pytest.raises(ValueError, match=r"c\.npz holds no statistics"):
+        load_statistics(tmp_path / "c.npz")
+
+
+def test_kernel_distance_is_the_unbiased_sum_over_pairs():
+    x, y = RNG.normal(size=(5, 3)), RNG.normal(size=(4, 3))
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    def pairs(z):
+        return np.mean([k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j])
+
+    expected = pairs(x) + pairs(y) - 2 * np.mean([k(a, b) for a in x for b in y])
+    assert float(kernel_distance(jnp.asarray(x), jnp.asarray(y))) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_kernel_distance_is_zero_on_average_for_equal_distributions():
+    x, y = RNG.normal(size=(2, 600, 4))
+    same = measure_kernel(x, y, "kd", subsets=24, size=100)
+    assert abs(same.value) < 3 * same.error / 24**0.5 + 0.02
+    assert measure_kernel(x + 1, y, "kd", subsets=8, size=100).value > 1
+
+
+def test_inception_score_lies_between_one_and_the_number_of_classes():
+    sure = 100 * np.eye(4)[np.arange(40) % 4]
+    assert inception_score(sure) == pytest.approx(4)
+    assert inception_score(np.zeros((40, 4))) == pytest.approx(1)
+    assert inception_score(sure + RNG.normal(size=(40, 1))) == pytest.approx(4)  # shifts cancel
+    assert measure_inception_score(np.zeros((40, 4))).error == pytest.approx(0)
+
+
+def test_precision_and_recall_of_constructed_manifolds():
+    line = np.linspace(0, 1, 40)[:, None] * np.ones((1, 2))
+    half, far = line[:20], line[:20] + np.array([5, -5])
+    both = np.concatenate([half, far])
+    equal = measure_precision_recall(line, line)
+    assert (equal["precision"].value, equal["recall"].value) == (1, 1)
+    narrow = measure_precision_recall(half, line)
+    assert narrow["precision"].value == 1 and 0.5 <= narrow["recall"].value < 0.65
+    wrong = measure_precision_recall(both, line)
+    assert wrong["precision"].value == 0.5
+    assert measure_density_coverage(far, line)["coverage"].value == 0
+    same = measure_density_coverage(line, line)
+    assert same["coverage"].value == 1 and same["density"].value == pytest.approx(1, abs=0.25)
+
+
+def test_neighbours_agree_with_all_distances_beyond_one_block(monkeypatch):
+    from latent_diffusion.evaluation import neighbours
+
+    x, y = RNG.normal(size=(50, 3)), RNG.normal(size=(70, 3))
+    monkeypatch.setattr(neighbours, "COLUMNS", 32)
+    monkeypatch.setattr(neighbours, "ROWS", 16)
+    squared = np.square(x[:, None] - y).sum(-1)
+    found = neighbours.nearest(x, y, 4, np.zeros(3, np.float32))
+    np.testing.assert_allclose(found, np.sort(squared, 1)[:, :4], rtol=1e-4, atol=1e-5)
+    radius = np.full(70, 1.5, np.float32)
+    counts = neighbours.balls_around(x, y, radius, np.zeros(3, np.float32))
+    np.testing.assert_array_equal(counts, (squared <= 1.5).sum(1))
+
+
+def test_psnr_and_ssim_of_known_pairs():
+    x = jnp.asarray(RNG.uniform(-0.5, 0.5, (2, 16, 16, 3)), jnp.float32)
+    np.testing.assert_allclose(psnr(x, x + 0.2), 20, rtol=1e-4)  # 10 log10(4 / 0.04)
+    np.testing.assert_allclose(ssim(x, x), 1, rtol=1e-5)
+    flat = jnp.full((1, 12, 12, 1), 0.5)
+    c = 0.02**2
+    expected = (2 * 0.5 * 0.25 + c) / (0.5**2 + 0.25**2 + c)  # only luminance differs
+    np.testing.assert_allclose(ssim(flat, flat / 2), expected, rtol=1e-3)
+    with pytest.raises(ValueError, match="SSIM needs 11 pixels a side, got 8x8"):
+        ssim(x[:, :8, :8], x[:, :8, :8])
+
+
+def test_clip_score_is_a_clipped_cosine():
+    a = np.array([[2.0, 0], [0, 3], [1, 1]])
+    b = np.array([[5.0, 0], [0, -1], [1, 0]])
+    assert measure_clip_score(a, b).value == pytest.approx(100 * (1 + 0 + 0.5**0.5) / 3)
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_resizing_keeps_constants_and_its_own_size(filter):
+    for old, new in ((7, 19), (19, 7), (8, 8)):
+        np.testing.assert_allclose(FILTERS[filter](old, new).sum(1), 1, rtol=1e-12)
+    np.testing.assert_allclose(FILTERS[filter](8, 8), np.eye(8), atol=1e-12)
+
+
+# ---------------------------------------------------------------------------- streaming
+
+
+def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    from latent_diffusion.evaluation import collect as module
+
+    monkeypatch.setattr(module, "CHUNK", 10)
+    x = RNG.normal(size=(37, 2)).astype(np.float32)
+    read = []
+
+    def chunk(start, stop):
+        read.append(start)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return {"image": x[start:stop]}
+
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return {"double": 2 * batch["image"], "sum": batch["image"].sum(1) + constants}
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(step, jnp.ones(()), chunk, 37, tmp_path / "a", 8)
+    arrays = collect(step, jnp.ones(()), chunk, 37, tmp_path / "a", 8)
+    assert read == [0, 10, 20, 20, 30]
+    other = collect(step, jnp.ones(()), lambda a, b: {"image": x[a:b]}, 37, tmp_path / "b", 3)
+    for name in ("double", "sum"):
+        np.testing.assert_array_equal(arrays[name], other[name])
+    np.testing.assert_allclose(arrays["sum"], x.sum(1) + 1, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------- names and bad input
+
+
+def test_results_bear_the_name_of_their_features():
+    x, y = RNG.normal(size=(2, 60, 3))
+    reference = scores.Reference(features=y)
+    arrays = {"features": x, "logits": x}
+    ours = scores.score(["fd", "kd", "pr", "dc"], arrays, reference, "alexnet")
+    assert list(ours) == [
+        *("fd_alexnet", "kd_alexnet", "precision_alexnet", "recall_alexnet"),
+        *("density_alexnet", "coverage_alexnet"),
+    ]
+    theirs = scores.score(["fid", "kid", "is", "pr"], arrays, reference, "inception")
+    assert list(theirs) == ["fid", "kid", "inception_score", "precision", "recall"]
+    assert theirs["fid"].value == pytest.approx(frechet_distance(gaussian(x), gaussian(y)))
+    with pytest.raises(ValueError, match="fid means Inception features, not 'alexnet'; fd is"):
+        scores.check_metrics(["fid"], "alexnet")
+    with pytest.raises(ValueError, match="unknown metric 'fit'; known: dc, fd, fid"):
+        scores.check_metrics(["fit"], "inception")
+    with pytest.raises(ValueError, match="pr needs reference images"):
+        scores.score(["pr"], arrays, scores.Reference(statistics=gaussian(y)), "inception")
+    with pytest.raises(ValueError, match="fid needs at least 20 images, got 7"):
+        scores.score(["fid"], {"features": x[:7]}, reference, "inception")
+
+
+def test_inception_has_the_published_size_and_says_where_its_weights_come_from(tmp_path):
+    leaves = inception._leaves()
+    # torchvision counts 21,785,568 before the classifier, with a scale and a shift for each of
+    # 17,216 channels; folded, the scales are gone.
+    expected = 21_785_568 - 17_216 + 2048 * 1008
+    assert sum(np.prod(shape) for shape in leaves.values()) == expected
+    with pytest.raises(ValueError, match=r"no Inception weights at .*pt_inception.*pytorch-fid"):
+        make_features("inception", tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match="unknown features 'dino'; known: alexnet, incep"):
+        make_features("dino")
+
+
+def test_folders_with_something_wrong_are_named(tmp_path):
+    write_pictures(tmp_path / "good", 3)
+    (tmp_path / "good" / "grid.png").write_bytes(b"no sample")
+    assert open_images(str(tmp_path / "good")).count == 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no images"):
+        open_images(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"neither a folder, an \.npz file nor tfds:NAME"):
+        open_images(str(tmp_path / "nothing"))
+    write_pictures(tmp_path / "mixed", 2)
+    write_pictures(tmp_path / "mixed", 1, size=9, start=2)
+    with pytest.raises(ValueError, match=r"mixed image sizes .*00000.png is 8×8, 00002.png is 9×9"):
+        open_images(str(tmp_path / "mixed"))
+    assert open_images(str(tmp_path / "mixed"), 4).read(0, 3).shape == (3, 4, 4, 3)
+    write_pictures(tmp_path / "bad", 3)
+    whole = (tmp_path / "bad" / "00001.png").read_bytes()
+    (tmp_path / "bad" / "00001.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"1 of 3 images in .*bad can't be read: 00001.png"):
+        open_images(str(tmp_path / "bad")).read(0, 3)
+    np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ValueError, match="arr_0 must be uint8"):
+        open_images(str(tmp_path / "floats.npz"))
+
+
+def test_folders_are_scored_by_the_command(tmp_path):
+    from latent_diffusion.evaluate import evaluate
+
+    write_pictures(tmp_path / "a", 24)
+    write_pictures(tmp_path / "b", 24, start=100)
+    np.savez(tmp_path / "b.npz", open_images(str(tmp_path / "b")).read(0, 24))
+    options = {"samples": str(tmp_path / "a"), "features": "alexnet", "metrics": ["fd"]}
+    statistics = str(tmp_path / "statistics.npz")
+    first = evaluate(**options, reference=str(tmp_path / "b"), save_reference=statistics)
+    for reference in (str(tmp_path / "b.npz"), statistics):
+        again = evaluate(**options, reference=reference)
+        assert again["metrics"] == pytest.approx(first["metrics"], rel=1e-4)
+    assert json.loads(json.dumps(first))["num_images"] == 24
+    with pytest.raises(ValueError, match=r"num_images=25, but .* has only 24"):
+        evaluate(**options, reference=statistics, num_images=25)
+    with pytest.raises(ValueError, match="metrics=fd need --reference"):
+        evaluate(**options)
