@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.first_stage.cache = True
     c.data = first_stage.data
     c.batch_size = 32
-    c.num_steps = 2200
+    c.num_steps = 2100
 
     c.tokenizer.name = "word"
     c.tokenizer.vocab_size = 2048
@@ -46,8 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.diffusion.prediction = "v"
     c.diffusion.schedule = "cosine"
     c.diffusion.drop_rate = 0.1
-    c.sampling.guidance_scale = 3.0
-    c.sampling.num_steps = 40
+    c.sampling.guidance_scale = 2.0
+    c.sampling.num_steps = 25
 
     c.optimizer.learning_rate = 2e-3
     c.optimizer.schedule = "cosine"
