@@ -1,55 +1,43 @@
 """Every option of the training objective, on a network with a known answer, and all at once."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_tasks import RNG, _setup
 
 from latent_diffusion import diffusion
+from latent_diffusion.conditioners import make_conditioner
+from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.diffusion import LOSS_WEIGHTS, TIMESTEP_SAMPLING
+from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.models.unet import UNet
 from latent_diffusion.rng import example_keys, split_per_example
-from latent_diffusion.schedules import NoiseSchedule, make_schedule
-from latent_diffusion.tasks.denoising import Denoising
+from latent_diffusion.schedules import make_schedule
+from latent_diffusion.tasks.denoising import Constants, Denoising
 
 SCHEDULE = make_schedule()
 KEYS = example_keys(RNG, 512)
-BATCH = {"z": jnp.asarray(np.random.default_rng(0).normal(size=(512, 4, 4, 2)), jnp.float32)}
+BATCH = {"image": jnp.asarray(np.random.default_rng(0).normal(size=(512, 4, 4, 2)), jnp.float32)}
 DROPOUT = {"dropout": RNG}
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """A denoiser that answers gain · z_t."""
+class Scaling(UNet):
+    """A network that answers gain · z_t."""
 
-    prediction: str = "eps"
     gain: float = 0.0
-    schedule: NoiseSchedule = SCHEDULE
 
-    def replace(self, params):
-        return self
-
-    def condition(self, batch, drop):
-        return None
-
-    def denoise(self, z_t, t, conditioning, train, rngs):
+    def __call__(self, z_t, t, conditioning=None, train=False):
         return self.gain * z_t
 
 
-class Passing:
-    """A first stage whose latents are given, times `scale`."""
-
-    def __init__(self, scale=1.0):
-        self.first_stage, self.scale = self, scale
-
-    def encode(self, batch, keys):
-        return self.scale * batch["z"]
-
-
-def losses(denoiser=None, scale=1.0, params=None, squares=None, dropout=DROPOUT, **options):
-    task = Denoising(denoiser or Scaling(), None, None, (4, 4, 2), {}, **options)
-    return task._loss(params or {}, squares, Passing(scale), BATCH, KEYS, dropout)
+def losses(kind="eps", gain=0.0, scale=1.0, params=None, squares=None, dropout=DROPOUT, **options):
+    denoiser = Denoiser({}, SCHEDULE, Scaling(gain=gain), make_conditioner({}), kind)
+    pixels = make_autoencoder({"regularization": "identity", "image_channels": 2})
+    first_stage = FirstStage({}, jnp.asarray(scale), jnp.zeros(()), pixels)
+    task = Denoising(denoiser, pixels, optax.identity(), (4, 4, 2), {}, **options)
+    params = {"unet": {}, **(params or {})}
+    return task._loss(params, squares, Constants(first_stage), BATCH, KEYS, dropout)
 
 
 def close(a, b, rtol=1e-5):
@@ -60,13 +48,13 @@ def test_without_options_the_loss_is_the_simple_one():
     seen = losses()
     close(seen["loss"], seen["simple"])
     assert abs(float(seen["simple"].mean()) - 1) < 0.05  # of eps against nothing
-    close(seen["prior_bits"], diffusion.prior_bits_per_dim(SCHEDULE, BATCH["z"]))
+    close(seen["prior_bits"], diffusion.prior_bits_per_dim(SCHEDULE, BATCH["image"]))
 
 
 @pytest.mark.parametrize("name", LOSS_WEIGHTS)
 @pytest.mark.parametrize("kind", diffusion.PREDICTIONS)
 def test_weights_belong_to_the_timestep(name, kind):
-    seen = losses(Scaling(kind), loss_weight=name)
+    seen = losses(kind, loss_weight=name)
     close(seen["loss"], LOSS_WEIGHTS[name](SCHEDULE, kind)[seen["t"]] * seen["simple"])
 
 
@@ -91,8 +79,7 @@ def test_input_perturbation_is_seen_in_training_only_and_not_in_the_target():
     """With z_0 = 0 and the input for an answer, the error in z_0 is the input's variance."""
 
     def variance(dropout):
-        echo = Scaling("x0", gain=1.0)
-        seen = losses(echo, scale=0.0, dropout=dropout, input_perturbation=1.0)
+        seen = losses("x0", 1.0, scale=0.0, dropout=dropout, input_perturbation=1.0)
         return float(jnp.mean(seen["simple"] / SCHEDULE.sigma_t(seen["t"]) ** 2))
 
     assert abs(variance(DROPOUT) - 2) < 0.1
