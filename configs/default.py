@@ -151,15 +151,21 @@ def unet() -> ConfigDict:
 
 def diffusion() -> ConfigDict:
     c = ConfigDict()
-    c.schedule = "linear"  # "linear" (of square roots) | "sqrt_linear" | "sqrt" | "cosine"
+    # "linear" (of square roots) | "sqrt_linear" | "sqrt" | "cosine" | "rectified_flow"
+    c.schedule = "linear"
     c.num_timesteps = 1000
     c.beta_start = 0.0015
     c.beta_end = 0.0195
     c.zero_terminal_snr = False
-    c.prediction = "eps"  # "eps" | "x0" | "v"
+    c.prediction = "eps"  # "eps" | "x0" | "v" | "flow"
     c.loss = "l2"  # "l2" | "l1"
-    c.loss_weight = "simple"
+    c.loss_weight = "simple"  # "simple" | "min_snr" | "elbo" | "elbo_original"
+    c.elbo_weight = 0.0  # of the variational bound, beside the above
+    c.learn_logvar = False  # a learned log-variance for each timestep
+    # "uniform" | "logit_normal" | "importance" (evenly over log-SNR) | "loss" (follows the losses)
     c.timestep_sampling = "uniform"
+    c.offset_noise = 0.0  # 0.1: brightness diffuses, too
+    c.input_perturbation = 0.0  # 0.1: noise on the network's input that the target doesn't know
     c.drop_rate = 0.1  # conditioning dropout: what classifier-free guidance needs
     return c
 

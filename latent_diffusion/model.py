@@ -106,9 +106,9 @@ class Model(flax.struct.PyTreeNode):
         *,
         num_images: int = 1,
         negative_prompts: Sequence[str] | None = None,
-        more_prompts: Sequence[tuple[str, float]] = (),
-        image: Float[Array | np.ndarray, "N H W C"] | None = None,
-        mask: Float[Array | np.ndarray, "N H W 1"] | None = None,
+        more_prompts: Sequence[tuple[str, float | int]] = (),
+        image: Array | np.ndarray | None = None,
+        mask: Array | np.ndarray | None = None,
         z_T: Float[Array | np.ndarray, "B h w c"] | None = None,
         image_size: tuple[int, int] | None = None,
         batch_size: int = 64,
@@ -124,7 +124,8 @@ class Model(flax.struct.PyTreeNode):
 
         negative_prompts: instead of the unconditional; one for all, or one a prompt. more_prompts:
         (text, weight) pairs for every image, beside its prompt of weight 1; a negative weight
-        steers away. image: one for all, or one for each image made; `strength` in [0, 1] says how
+        steers away. image: [N H W C] in [-1, 1], mask: [N H W 1]; one for all, or one for each
+        image made; `strength` in [0, 1] says how
         much of it is made anew, or `mask` (1 = hole) where; outside the hole its pixels are kept.
         Further options: `guidance_interval` (low, high) in timesteps, `guidance_rescale`,
         `dynamic_threshold`, `quantize_x0` (to the first stage's codebook), `progress(t)` and
@@ -220,7 +221,7 @@ class Model(flax.struct.PyTreeNode):
 def _known_image(
     image: Array | np.ndarray | None,
     mask: Array | np.ndarray | None,
-    strength: float | None,
+    strength: float | int | None,
     size: tuple[int, int, int],
 ) -> dict[str, np.ndarray]:
     """The batch entries of image-to-image and inpainting: "known" and "hole"."""

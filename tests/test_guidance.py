@@ -138,7 +138,7 @@ def test_cfg_pp_takes_z_0_from_the_guided_and_eps_from_the_null_prediction():
 
 
 def test_bad_conditionings():
-    with pytest.raises(ValueError, match="guidance scale 3.0 needs a null conditioning"):
+    with pytest.raises(ValueError, match=r"guidance scale 3\.0 needs a null conditioning"):
         guidance.classifier_free(network, *TRIPLE, COND, None, 3.0)
     with pytest.raises(ValueError, match="must have the same shape but for the batch"):
         guidance.classifier_free(network, *TRIPLE, COND, NULL[:, :2], 3.0)

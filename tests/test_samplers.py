@@ -445,3 +445,12 @@ def test_unknown_names():
         lookup(SAMPLERS, "dimm", "sampler")
     with pytest.raises(ValueError, match="unknown solver_type 'mid'; known: heun, midpoint"):
         ours("dpm_solver_pp_2m", levels(2), solver_type="mid")
+
+
+def test_the_convergence_picture_is_drawn(tmp_path, monkeypatch):
+    from latent_diffusion.samplers import __main__ as plot
+
+    assert set(plot.DETERMINISTIC) == set(ORDERS) - {"euler"}  # which is ddim
+    monkeypatch.setattr(plot, "DETERMINISTIC", ("ddim",))
+    plot.draw(tmp_path / "a.png", (2, 4))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

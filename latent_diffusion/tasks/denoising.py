@@ -21,8 +21,15 @@ from latent_diffusion.diffusion import (
     LOSS_WEIGHTS,
     LOSSES,
     TIMESTEP_SAMPLING,
+    importance_weights,
+    loss_density,
+    offset_noise,
+    perturb_input,
     prediction_target,
+    prior_bits_per_dim,
     q_sample,
+    update_squares,
+    weigh_by_logvar,
 )
 from latent_diffusion.first_stage import FirstStage, init_first_stage, make_autoencoder
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
@@ -41,12 +48,17 @@ Metrics = dict[str, jax.Array]
 
 
 class State(flax.struct.PyTreeNode):
-    """Everything that training changes. params: {"unet", "conditioner"}."""
+    """Everything that training changes.
+
+    params: {"unet", "conditioner"}, and "logvar" [T] where it is learned. squares: [T] average
+    squared loss of each timestep, where importance sampling follows the loss; else None.
+    """
 
     step: Any
     params: Params
     ema_params: Params
     opt_state: Any
+    squares: Any = None
 
 
 class Constants(flax.struct.PyTreeNode):
@@ -66,7 +78,11 @@ class Denoising:
     sampling: Config
     loss: str = "l2"
     loss_weight: str = "simple"
-    timestep_sampling: str = "uniform"
+    timestep_sampling: str = "uniform"  # or a name of TIMESTEP_SAMPLING, or "loss"
+    elbo_weight: float = 0.0
+    learn_logvar: bool = False
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
     drop_rate: float = 0.1
     ema_decay: float = 0.9999
 
@@ -86,11 +102,16 @@ class Denoising:
             "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
             "conditioner": variables.get("params", {}),
         }
+        num_timesteps = self.denoiser.schedule.num_timesteps
+        if self.learn_logvar:
+            params["logvar"] = jnp.zeros(num_timesteps)
+        follows_loss = self.timestep_sampling == "loss"
         state = State(
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params=jax.tree.map(jnp.copy, params),
             opt_state=self.tx.init(params),
+            squares=jnp.ones(num_timesteps) if follows_loss else None,
         )
         return state, Constants(first_stage)
 
@@ -117,9 +138,11 @@ class Denoising:
 
         def loss_fn(params: Params):
             dropout = {"dropout": device_key(rng, axis_name)}
-            return jnp.mean(self._loss(params, constants, batch, keys, dropout))
+            per_example = self._loss(params, state.squares, constants, batch, keys, dropout)
+            return jnp.mean(per_example["loss"]), per_example
 
-        loss, grads = pmean(jax.value_and_grad(loss_fn)(state.params), axis_name)
+        (loss, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        loss, grads = pmean((loss, grads), axis_name)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(
@@ -127,8 +150,10 @@ class Denoising:
             params=params,
             ema_params=ema_update(state.ema_params, params, state.step, self.ema_decay),
             opt_state=opt_state,
+            squares=self._update_squares(state.squares, seen, axis_name),
         )
-        return state, {"loss": loss, "grad_norm": global_norm(grads)}
+        simple = pmean(jnp.mean(seen["simple"]), axis_name)
+        return state, {"loss": loss, "simple": simple, "grad_norm": global_norm(grads)}
 
     def eval_step(
         self,
@@ -139,9 +164,13 @@ class Denoising:
         *,
         axis_name: str | None = None,
     ) -> Metrics:
-        """Per-example [B] loss of the averaged parameters, conditioning never dropped."""
+        """Per-example [B] losses of the averaged parameters, conditioning never dropped.
+
+        prior_bits: what the last timestep's noise still tells of the image, per dimension.
+        """
         keys = example_keys(rng, _batch_size(batch), axis_name)
-        return {"loss": self._loss(state.ema_params, constants, batch, keys)}
+        seen = self._loss(state.ema_params, state.squares, constants, batch, keys)
+        return {name: seen[name] for name in ("loss", "simple", "prior_bits")}
 
     def show(
         self,
@@ -177,27 +206,63 @@ class Denoising:
     def _loss(
         self,
         params: Params,
+        squares: Array | None,
         constants: Constants,
         batch: Batch,
         keys: Keys,
         dropout: dict[str, jax.Array] | None = None,
-    ) -> Float[Array, " B"]:
-        """Eq. 3 of the paper, per example. dropout: the keys of training; None in evaluation."""
+    ) -> dict[str, Array]:
+        """Eq. 3 of the paper, per example. dropout: the keys of training; None in evaluation.
+
+        loss: what training minimises. simple: the bare error. t: the timesteps drawn.
+        """
         train = dropout is not None
-        schedule = self.denoiser.schedule
+        schedule, kind = self.denoiser.schedule, self.denoiser.prediction
         denoiser = self.denoiser.replace(params=params)
-        k_z, k_t, k_eps, k_drop = split_per_example(keys, 4)
+        k_z, k_t, k_eps, k_drop, k_offset, k_input = split_per_example(keys, 6)
         z_0 = constants.first_stage.encode(batch, k_z)
-        t = lookup(TIMESTEP_SAMPLING, self.timestep_sampling, "timestep_sampling")(k_t, schedule)
+        t, unbias = self._timesteps(k_t, squares if train else None)
         eps = normal_per_example(k_eps, z_0.shape[1:])
-        z_t = q_sample(schedule, z_0, t, eps)
+        if self.offset_noise:
+            eps = offset_noise(k_offset, eps, self.offset_noise)
+        noise = eps
+        if train and self.input_perturbation:
+            noise = perturb_input(k_input, eps, self.input_perturbation)
+        z_t = q_sample(schedule, z_0, t, noise)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
         pred = denoiser.denoise(z_t, t, denoiser.condition(batch, drop), train, dropout)
-        target = prediction_target(denoiser.prediction, schedule, z_0, eps, t)
-        weight = lookup(LOSS_WEIGHTS, self.loss_weight, "loss_weight")(
-            schedule, denoiser.prediction
-        )
-        return weight[t] * lookup(LOSSES, self.loss, "loss")(pred, target)
+        target = prediction_target(kind, schedule, z_0, eps, t)
+        simple = lookup(LOSSES, self.loss, "loss")(pred, target)
+        loss = lookup(LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)[t] * simple
+        if self.learn_logvar:
+            loss = weigh_by_logvar(loss, params["logvar"][t])
+        if self.elbo_weight:
+            loss = loss + self.elbo_weight * LOSS_WEIGHTS["elbo"](schedule, kind)[t] * simple
+        bits = prior_bits_per_dim(schedule, z_0)
+        return {"loss": unbias * loss, "simple": simple, "t": t, "prior_bits": bits}
+
+    def _timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:
+        """Timesteps [B], and the factor [B] that keeps the mean of their losses unbiased."""
+        schedule = self.denoiser.schedule
+        if self.timestep_sampling != "loss":
+            draw = lookup(TIMESTEP_SAMPLING, self.timestep_sampling, "timestep_sampling")
+            return draw(keys, schedule), 1.0
+        if squares is None:  # evaluation: the plain mean
+            return TIMESTEP_SAMPLING["uniform"](keys, schedule), 1.0
+        density = loss_density(squares)
+        t = TIMESTEP_SAMPLING["importance"](keys, schedule, density=density)
+        return t, importance_weights(density)[t]
+
+    def _update_squares(
+        self, squares: Array | None, seen: dict[str, Array], axis_name: str | None
+    ) -> Array | None:
+        """The losses of the global batch, remembered for the next draw of timesteps."""
+        if squares is None:
+            return None
+        t, losses = seen["t"], seen["simple"]
+        if axis_name is not None:
+            t, losses = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (t, losses))
+        return update_squares(squares, t, losses)
 
 
 def _batch_size(batch: Batch) -> int:
@@ -218,6 +283,10 @@ def make_denoising(config: Config) -> Denoising:
         loss=own["loss"],
         loss_weight=own["loss_weight"],
         timestep_sampling=own["timestep_sampling"],
+        elbo_weight=own["elbo_weight"],
+        learn_logvar=own["learn_logvar"],
+        offset_noise=own["offset_noise"],
+        input_perturbation=own["input_perturbation"],
         drop_rate=own["drop_rate"],
         ema_decay=config["ema_decay"],
     )

@@ -20,6 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 from latent_diffusion import guidance, schedules  # noqa: E402
 from latent_diffusion.rng import example_keys, normal_per_example  # noqa: E402
 from latent_diffusion.samplers import SAMPLERS  # noqa: E402
+from latent_diffusion.samplers.settings import from_diffusers  # noqa: E402
 
 BETAS = (0.00085, 0.012)
 SHAPE = (16, 2, 2, 3)
@@ -164,6 +165,24 @@ def test_equals_diffusers(case, num_steps, monkeypatch):
     mine = np.asarray(timesteps[:-1], np.float64)
     assert set(np.round(mine, 1)) <= set(np.round(visited, 1))
     assert_close(ours(name, timesteps, **own), expected)
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: "-".join([c[0], c[2], *map(str, c[1].values())])
+)
+def test_settings_are_read_from_its_config(case, monkeypatch):
+    name, _, _, _, scheduler, options, step = case
+    rows = second_row if name == "dpm2_ancestral" else lambda call: call
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = getattr(diffusers, scheduler)(**COMMON, **options)
+        expected = theirs(scheduler, 20, monkeypatch, rows, **step)
+    settings = from_diffusers({"_class_name": type(scheduler).__name__, **scheduler.config})
+    assert settings.prediction == "eps"
+    schedule = schedules.make_schedule(**settings.schedule)
+    timesteps = schedules.spacing(settings.spacing, schedule, 20, **settings.spacing_options)
+    own = {**settings.options, **step}  # eta is said at the step
+    assert_close(ours(settings.sampler, timesteps, schedule=schedule, **own), expected)
 
 
 # ---------------------------------------------------------------------------------- k-diffusion

@@ -1,0 +1,129 @@
+"""`Model.sample` as users call it, on a model without training and small enough to compile fast."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion.conditioners import make_conditioner
+from latent_diffusion.denoiser import Denoiser
+from latent_diffusion.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.model import Model
+from latent_diffusion.models.unet import UNet
+from latent_diffusion.schedules import make_schedule
+from latent_diffusion.tokenizers import WordTokenizer
+
+RNG = jax.random.key(5)
+IMAGE = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
+MASK = np.zeros((1, 8, 8, 1), np.float32)
+MASK[:, :, 4:] = 1.0
+
+
+@functools.cache
+def model():
+    """Pixel space, so that the decoder adds nothing; every parameter is random."""
+    identity = make_autoencoder({"regularization": "identity", "image_channels": 3})
+    first_stage = init_first_stage(identity, RNG, jnp.zeros((1, 8, 8, 3)))
+    fields = {"vocab_size": 16, "max_length": 3, "width": 6, "depth": 0}
+    conditioner = make_conditioner({"text": fields})
+    tokens, drop = {"tokens": jnp.zeros((1, 3), jnp.int32)}, jnp.zeros(1, bool)
+    conditioning, text = conditioner.init_with_output(RNG, tokens, drop)
+    unet = UNet(3, 8, (1,), 1, (1,), num_heads=2, num_groups=4)
+    shapes = jax.eval_shape(unet.init, RNG, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), conditioning)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape)), shapes["params"])
+    params = {"unet": params, "conditioner": text["params"]}
+    denoiser = Denoiser(params, make_schedule(), unet, conditioner, "v")
+    defaults = {"sampler": "ddim", "num_steps": 4, "spacing": "trailing", "guidance_scale": 3.0}
+    tokenizer = WordTokenizer.train(["red blue green cat dog"], 16, 3)
+    return Model(first_stage, denoiser, tokenizer, defaults, image_size=8)
+
+
+def sample(prompts=("red cat", "blue dog"), **options):
+    return model().sample(RNG, list(prompts), **{"mode": "single", **options})
+
+
+@functools.cache
+def plain():
+    return sample(num_images=4)
+
+
+def test_image_7_is_the_same_at_any_batch_size_and_number_of_devices():
+    assert jax.device_count() == 8
+    images = plain()
+    assert images.shape == (8, 8, 8, 3) and np.std(images) > 0.1
+    assert np.abs(images[7] - images[6]).max() > 0.1
+    # 9 images on 8 devices, so that the batch is padded; and batches of 3 on one.
+    many = sample(["red cat", "blue dog", "cat"], num_images=4, mode="pmap")
+    np.testing.assert_allclose(many[:8], images, atol=2e-4)
+    np.testing.assert_allclose(sample(num_images=4, batch_size=3), images, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negative_prompts": [""]},  # the unconditional is the empty prompt
+        {"more_prompts": [("green dog", 0.0)]},
+        {"guidance_scale": [3.0] * 4, "guidance_interval": (0, 999)},
+        {"image": IMAGE, "strength": 1.0},  # all of it is made anew
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_change_nothing(options):
+    np.testing.assert_allclose(sample(num_images=4, **options), plain(), atol=2e-4)
+
+
+def test_strength_0_returns_the_image():
+    images = sample(image=IMAGE, strength=0.0)
+    np.testing.assert_allclose(images, np.repeat(IMAGE, 2, 0), atol=1e-6)
+
+
+def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
+    seen = []
+    options = {"negative_prompts": ["dog", "green"], "guidance_rescale": 0.5}
+    images = sample(image=IMAGE, mask=MASK, progress=lambda t: seen.append(int(t)), **options)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(images[:, :, :4], np.repeat(IMAGE[:, :, :4], 2, 0))
+    assert np.abs(images[:, :, 4:] - IMAGE[:, :, 4:]).max() > 0.1
+    assert np.abs(images[0, :, 4:] - images[1, :, 4:]).max() > 0.1
+    assert sorted(seen) == [249, 499, 749, 999]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": IMAGE, "strength": 1.5}, r"strength must lie in \[0, 1\], got 1.5"),
+        ({"strength": 0.5}, "mask and strength change an image: give image, too"),
+        ({"image": IMAGE}, "image needs strength .* or mask"),
+        ({"image": IMAGE[:, :4], "mask": MASK}, r"image has shape \(1, 4, 8, 3\), expected"),
+        ({"negative_prompts": ["a"] * 3}, "3 negative_prompts for 2 prompts"),
+        ({"guidance_scale": [1.0, 2.0]}, "2 guidance scales for 4 steps"),
+        ({"quantize_x0": True}, "quantize_x0 needs a first stage with a codebook"),
+        ({"num_steps": 1001}, "num_steps must lie in 1 … 1000"),
+        ({"sampler": "dimm"}, "unknown sampler 'dimm'; known: "),
+    ],
+)
+def test_bad_input_is_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(**options)
+
+
+def test_nearest_latents_are_scaled_entries_of_the_codebook():
+    fields = {"regularization": "vq", "channels": 4, "channel_mult": (1,), "num_groups": 2}
+    fields |= {"embed_dim": 2, "z_channels": 2, "num_codes": 5, "num_res_blocks": 1}
+    codes = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)), jnp.float32)
+    first_stage = init_first_stage(
+        make_autoencoder({"regularization": "identity", "image_channels": 3}),
+        RNG,
+        jnp.asarray(IMAGE),
+    ).replace(
+        module=make_autoencoder(fields),
+        params={"quantize": {"embedding": codes}},
+        scale_factor=jnp.array(2.0),
+        shift=jnp.array(0.5),
+    )
+    entries = (codes - 0.5) * 2.0
+    z = entries[jnp.array([[[3, 1], [0, 4]]])]
+    np.testing.assert_allclose(first_stage.nearest(z + 1e-3), z, atol=1e-5)
