@@ -1,0 +1,52 @@
+"""Attention by blocks is attention: values and gradients, whatever the length and the dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion.models import attention
+from latent_diffusion.models.blockwise_attention import blockwise_attention
+
+
+@pytest.mark.parametrize(("length", "keys"), [(256, 256), (200, 77)])
+def test_blocks_equal_the_whole_with_gradients(length, keys):
+    k_q, k_k, k_v, k_w = jax.random.split(jax.random.key(0), 4)
+    q = 3 * jax.random.normal(k_q, (2, length, 2, 4))
+    k, v = (jax.random.normal(key, (2, keys, 2, 4)) for key in (k_k, k_v))
+    weight = jax.random.normal(k_w, q.shape)
+
+    def loss(attend, q, k, v):
+        out = attend(q, k, v)
+        return jnp.sum(out * weight), out
+
+    values = []
+    for attend in (blockwise_attention, jax.nn.dot_product_attention):
+        grad = jax.jit(jax.grad(lambda *a, f=attend: loss(f, *a), (0, 1, 2), has_aux=True))
+        values.append(grad(q, k, v))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *values)
+
+
+def test_only_long_sequences_on_a_cpu_go_by_blocks(monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention, "blockwise_attention", lambda q, k, v: seen.append(q) or q)
+
+    def attend(length, keys, implementation="auto"):
+        q = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)
+        k = jax.ShapeDtypeStruct((1, keys, 1, 4), jnp.float32)
+        seen.clear()
+        jax.eval_shape(lambda q, k: attention.attend(q, k, k, implementation), q, k)
+        return len(seen)
+
+    assert attend(1024, 1024) == 1
+    assert attend(1024, 77) == attend(256, 256) == attend(1024, 1024, "xla") == 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attend(1024, 1024) == 0
+
+
+def test_blocks_keep_the_dtype_and_sum_in_float32():
+    q = jax.random.normal(jax.random.key(0), (1, 128, 1, 8), jnp.bfloat16)
+    out = blockwise_attention(q, q, q)
+    assert out.dtype == jnp.bfloat16
+    exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, q, q)))
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
