@@ -169,7 +169,6 @@ class Denoiser(flax.struct.PyTreeNode):
             table.t, shape, null, conditioning, *(c for c, _ in more)
         )
         schedule, kind = self.schedule, self.prediction
-        interval = {"interval": guidance_interval, "rescale": guidance_rescale}
         if more:
             if guidance_interval is not None or guidance_rescale:
                 raise ValueError("several prompts know no guidance_interval or guidance_rescale")
@@ -179,7 +178,14 @@ class Denoiser(flax.struct.PyTreeNode):
             )
         else:
             denoise = guidance.classifier_free(
-                network, schedule, kind, first, null_, scale, **interval
+                network,
+                schedule,
+                kind,
+                first,
+                null_,
+                scale,
+                interval=guidance_interval,
+                rescale=guidance_rescale,
             )
         if dynamic_threshold:
             denoise = guidance.dynamic_threshold(denoise, schedule, dynamic_threshold)
