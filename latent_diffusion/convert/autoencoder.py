@@ -39,13 +39,17 @@ _DIFFUSERS_ATTENTION = (
     Rule("v", "to_v", "linear"),
     Rule("proj_out", "to_out.0", "linear"),
 )
-# What diffusers wrote before 0.18, and still reads.
-OLD_ATTENTION = {
-    ".query.": ".to_q.",
-    ".key.": ".to_k.",
-    ".value.": ".to_v.",
-    ".proj_attn.": ".to_out.0.",
-}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file that diffusers wrote, if before version 0.18 by today's names."""
+
+    def new(name: str) -> str:
+        *module, last, leaf = name.split(".")
+        return ".".join([*module, _OLD_ATTENTION.get(last, last), leaf])
+
+    return {new(name): tensor for name, tensor in tensors.items()}
 
 
 def compvis_table(fields: Mapping[str, Any]) -> Table:
@@ -152,15 +156,15 @@ def fields_from_yaml(params: Mapping[str, Any]) -> Fields:
 
 
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `fields_from_yaml`, with the original's class: ValueError where it has none."""
+    """The inverse of `fields_from_yaml`, with a class; ValueError where the original has none."""
     module = Autoencoder(**fields)
     if module.num_groups != 32:
         raise ValueError(
             f"the original's code has 32 groups in every norm, this model {module.num_groups}; "
             "save it as diffusers"
         )
-    if module.regularization == "none":
-        raise ValueError("the original has no autoencoder with regularization 'none'")
+    if module.regularization not in ("kl", "vq"):
+        raise ValueError(f"the original has no autoencoder with {module.regularization!r}")
     kl = module.regularization == "kl"
     own = {
         "double_z": kl,
@@ -223,10 +227,11 @@ def diffusers_from_fields(fields: Mapping[str, Any], image_size: int) -> dict[st
     """A config.json for AutoencoderKL or VQModel; ValueError where they can't express the model."""
     module = Autoencoder(**fields)
     vq, levels = module.regularization == "vq", range(len(module.channel_mult))
-    if module.attn_type == "linear" or module.tanh_out or module.regularization == "none":
+    known = module.regularization in ("kl", "vq") and module.attn_type != "linear"
+    if not known or module.tanh_out:
         raise ValueError(
-            "diffusers has no autoencoder with attn_type 'linear', tanh_out or regularization "
-            f"'none'; this one: {module.attn_type!r}, {module.tanh_out}, {module.regularization!r}"
+            "diffusers has autoencoders with regularization kl or vq, attn_type vanilla or none, "
+            f"no tanh_out, not {module.regularization!r}, {module.attn_type!r}, {module.tanh_out}"
         )
     if not vq and module.embed_dim != module.z_channels:
         raise ValueError(

@@ -188,7 +188,10 @@ def write_tensors(table: Table, ours: Mapping[str, Tensor]) -> dict[str, Tensor]
             def part(x: np.ndarray, pair: Pair = pair, i: int = i) -> np.ndarray:
                 return pair.layout.write(x)[i]
 
-            theirs[name] = _derived(part, [source], _shape(part, [source]))
+            shape = _shape(part, [source])
+            if shape is None:
+                raise ValueError(f"{pair.ours} {source.shape} can't be laid out as {name}")
+            theirs[name] = _derived(part, [source], shape)
     return theirs
 
 

@@ -351,7 +351,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
         "num_groups": config["norm_num_groups"],
         "dropout": config.get("dropout", 0.0),
     }
-    heads = config.get("attention_head_dim")
+    heads: Any = config.get("attention_head_dim")
     if name == "UNet2DModel":
         # One head where nothing is said; else the width of a head.
         own = {"num_heads": 1} if heads is None else {"num_head_channels": heads}
