@@ -1,45 +1,70 @@
 """`load(path)`: a trained model from wherever it lies."""
 
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
-from latent_diffusion import workdir
-from latent_diffusion.checkpoint import Checkpointer, CheckpointError
+from latent_diffusion import convert
 from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import make_denoiser
+from latent_diffusion.convert.bundle import as_schedule
+from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.model import Model
-from latent_diffusion.tokenizers import load_tokenizer
+from latent_diffusion.models.unet import UNet
 
 
-def load(path: str | os.PathLike) -> Model:
-    """The model of a workdir, with averaged parameters: a first stage alone, or the whole.
+def load(
+    path: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+) -> Model:
+    """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 
-    Raises ValueError or CheckpointError, in one line, where there is none.
+    config: the yaml of a single file; None takes the one of the same name beside it, if any.
+    ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
+    the average. variant: "fp16" or "non_ema" files of a folder. Parameters become float32.
+    Raises ValueError or CheckpointError, in one line, where there is no model.
     """
-    directory = Path(path)
-    config = workdir.load_config(directory)
-    module = make_autoencoder(config.autoencoder)
-    size = config.data.image_size
-    if config.task == "autoencoding":
-        params = workdir.load_autoencoder_params(directory, config)
-        first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
-        return Model(first_stage=first_stage, image_size=size)
-    first_stage = workdir.load_first_stage(directory, module)
-    denoiser = make_denoiser(config, make_conditioner(config.conditioners), module.latent_channels)
-    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(only=["ema_params"])
-    if restored is None:
-        raise CheckpointError(f"{directory} has no checkpoint yet")
-    tokenizer = None
-    if config.tokenizer.name != "none":
-        tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    return as_model(convert.read(path, config=config, ema=ema, variant=variant))
+
+
+def as_model(bundle: convert.Bundle) -> Model:
+    """Read a bundle's parameters into memory and build its modules."""
+    first_stage = denoiser = None
+    if bundle.autoencoder is not None:
+        first_stage = FirstStage(
+            convert.as_params(bundle.autoencoder),
+            jnp.asarray(bundle.scale_factor, jnp.float32),
+            jnp.asarray(bundle.shift, jnp.float32),
+            make_autoencoder(_with_dtype(bundle.autoencoder.fields)),
+        )
+    if bundle.unet is not None:
+        params = {"unet": convert.as_params(bundle.unet)}
+        conditioner = {n: convert.as_params(part) for n, part in bundle.conditioners.items()}
+        if conditioner:
+            params["conditioner"] = conditioner
+        denoiser = Denoiser(
+            params,
+            as_schedule(bundle.diffusion),
+            UNet(**_with_dtype(bundle.unet.fields)),
+            make_conditioner({name: part.fields for name, part in bundle.conditioners.items()}),
+            bundle.diffusion["prediction"],
+        )
     return Model(
         first_stage=first_stage,
-        denoiser=denoiser.replace(params=restored.state["ema_params"]),
-        tokenizer=tokenizer,
-        defaults=config.sampling.to_dict(),
-        image_size=size,
+        denoiser=denoiser,
+        tokenizer=bundle.tokenizer,
+        defaults=dict(bundle.sampling),
+        image_size=bundle.image_size,
+        origin={**bundle.notes, **({"diffusion": bundle.diffusion} if denoiser else {})},
     )
+
+
+def _with_dtype(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a module from those of a config, where a dtype is a name."""
+    dtype = fields.get("dtype")
+    return {**fields, "dtype": jnp.dtype(dtype)} if dtype else dict(fields)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion import parallel
+from latent_diffusion import convert, parallel
 from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.guidance import paste
@@ -28,7 +29,8 @@ class Model(flax.struct.PyTreeNode):
     """First stage and denoiser with their parameters: a pytree.
 
     A half is a model too; asking it for what it lacks raises ValueError. `defaults` are the
-    sampling options that `sample` falls back to; image_size is the side of a trained image.
+    sampling options that `sample` falls back to; image_size is the side of a trained image; origin
+    is what a file said that `save` must say again (see `convert.bundle`).
     """
 
     first_stage: FirstStage | None = None
@@ -36,6 +38,7 @@ class Model(flax.struct.PyTreeNode):
     tokenizer: WordTokenizer | None = flax.struct.field(pytree_node=False, default=None)
     defaults: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
     image_size: int = flax.struct.field(pytree_node=False, default=256)
+    origin: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
 
     def encode(
         self,
@@ -133,8 +136,9 @@ class Model(flax.struct.PyTreeNode):
         """
         denoiser, first_stage = self._need("denoiser"), self._need("first_stage")
         options = {**self.defaults, **options}
+        own = {name: options.pop(name) for name in ("offset", "end") if name in options}
         timesteps = spacing(
-            options.pop("spacing"), denoiser.schedule, _integer("num_steps", options)
+            options.pop("spacing"), denoiser.schedule, _integer("num_steps", options), **own
         )
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
@@ -172,6 +176,14 @@ class Model(flax.struct.PyTreeNode):
             part = {key: value[index] for key, value in batch.items()}
             images.append(program({}, frozen, part, rng))
         return np.concatenate(images)[:total]
+
+    def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:
+        """Write the model to a folder (`diffusers`, `orbax`) or a file (`compvis`).
+
+        dtype: of the parameters there, default float32. Raises ValueError where the format has no
+        words for this model. `latent_diffusion.load` reads all three back.
+        """
+        convert.write(convert.bundle_of(self), path, format, dtype)
 
     def _need(self, part: str) -> Any:
         value = getattr(self, part)

@@ -1,0 +1,111 @@
+"""Our own format: a workdir, as training leaves it, but with nothing to resume."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from latent_diffusion import workdir
+from latent_diffusion.checkpoint import Checkpointer, CheckpointError
+from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
+from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.tokenizers import load_tokenizer
+
+
+def read_orbax(directory: Path) -> Bundle:
+    """Read a workdir: its averaged parameters, and its first stage."""
+    config = workdir.load_config(directory)
+    fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
+    bundle = Bundle(image_size=config.data.image_size, notes=dict(config.get("origin", {})))
+    if config.task == "autoencoding" and not (directory / workdir.FIRST_STAGE).exists():
+        params = workdir.load_autoencoder_params(directory, config)
+        return replace(bundle, autoencoder=as_part(fields, params))
+    if fields:
+        first_stage = workdir.load_first_stage(directory, make_autoencoder(fields))
+        part = as_part(fields, first_stage.params)
+        scale = {"scale_factor": first_stage.scale_factor, "shift": first_stage.shift}
+        bundle = replace(bundle, autoencoder=part, **scale)
+    if config.task == "autoencoding":
+        return bundle
+    return _with_denoiser(bundle, directory, config)
+
+
+def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle:
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(only=["ema_params"])
+    if restored is None:
+        raise CheckpointError(f"{directory} has no checkpoint yet")
+    params = restored.state["ema_params"]
+    tokenizer = None
+    if config.tokenizer.name != "none":
+        tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    unet: dict[str, Any] = config.unet.to_dict()
+    out = "out_2/kernel" if unet.get("num_codes") is None else "id_predictor_1/kernel"
+    part = as_part(unet, params["unet"])
+    unet["out_channels"] = part.params[out].shape[-1]
+    conditioner = params.get("conditioner", {})
+    return replace(
+        bundle,
+        unet=part,
+        conditioners={
+            name: as_part(own.to_dict(), conditioner.get(name, {}))
+            for name, own in config.conditioners.items()
+        },
+        diffusion=config.diffusion.to_dict(),
+        sampling=config.sampling.to_dict(),
+        tokenizer=tokenizer,
+    )
+
+
+def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
+    """Write a workdir that `load` and `--config.first_stage.path` take."""
+    config: dict[str, Any] = {
+        "task": "autoencoding" if bundle.unet is None else "denoising",
+        "ema_decay": 0.0,
+        "data": {"image_size": bundle.image_size},
+        "tokenizer": {"name": "none" if bundle.tokenizer is None else bundle.tokenizer.kind},
+        "conditioners": {name: _plain(part.fields) for name, part in bundle.conditioners.items()},
+        "diffusion": dict(bundle.diffusion),
+        "sampling": dict(bundle.sampling),
+        "origin": dict(bundle.notes),
+    }
+    state: dict[str, Any] = {}
+    if bundle.autoencoder is not None:
+        config["autoencoder"] = _plain(bundle.autoencoder.fields)
+        params = as_params(bundle.autoencoder)
+        progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
+        scale = jnp.asarray(bundle.scale_factor, jnp.float32)
+        module = make_autoencoder(bundle.autoencoder.fields)
+        first_stage = FirstStage(params, scale, jnp.asarray(bundle.shift, jnp.float32), module)
+        workdir.save_first_stage(path, first_stage, "converted")
+        if bundle.unet is None:
+            state["params"] = {"autoencoder": params}
+    if bundle.unet is not None:
+        config["unet"] = {
+            k: v for k, v in _plain(bundle.unet.fields).items() if k != "out_channels"
+        }
+        state["ema_params"] = {"unet": _gather(bundle.unet, progress)}
+        conditioner = {n: _gather(part, progress) for n, part in bundle.conditioners.items()}
+        state["ema_params"]["conditioner"] = conditioner
+    workdir.save_config(ConfigDict(config), path)
+    if bundle.tokenizer is not None:
+        bundle.tokenizer.save(path / workdir.TOKENIZER)
+    with Checkpointer(path / "checkpoints") as checkpoints:
+        checkpoints.save(0, state)
+
+
+def _gather(part: Part, progress: Any) -> Any:
+    params = as_params(part)
+    progress(sum(leaf.size for leaf in jax.tree.leaves(params)))
+    return params
+
+
+def _plain(fields: Any) -> dict[str, Any]:
+    """Fields as JSON has them: a dtype by its name."""
+    named = {
+        k: str(jnp.dtype(v)) if k == "dtype" and v is not None else v for k, v in fields.items()
+    }
+    return {k: v for k, v in named.items() if k not in ("parent", "name", "axis_name")}

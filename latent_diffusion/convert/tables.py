@@ -1,0 +1,212 @@
+"""Name tables between our parameter paths and the names of others, read both ways.
+
+A rule pairs the path of one of our modules (a regular expression) with the others' module name and
+says what kind of layer it is; the kind knows the leaves and how each is laid out. Matching the
+rules against a parameter tree gives `Pair`s, and those are followed in either direction.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_diffusion.convert.tensors import Tensor
+
+
+class Layout(NamedTuple):
+    """How one of our arrays is made of theirs, and theirs of ours; exact inverses."""
+
+    read: Callable[..., np.ndarray]
+    write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+def _one(read: Callable, write: Callable) -> Layout:
+    return Layout(read, lambda x: (write(x),))
+
+
+SAME = _one(lambda w: w, lambda k: k)
+CONV = _one(lambda w: w.transpose(2, 3, 1, 0), lambda k: k.transpose(3, 2, 0, 1))  # OIHW, HWIO
+LINEAR = _one(lambda w: w.T, lambda k: k.T)  # [out in], [in out]
+# A linear map stored as a convolution with a kernel of one position, in two or one dimensions.
+LINEAR_2D = _one(lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
+LINEAR_1D = _one(lambda w: w[:, :, 0].T, lambda k: k.T[:, :, None])
+
+
+def _joint(num_heads: int, interleaved: bool) -> Layout:
+    """Ours holds q, k and v in its last axis, per head or one after the other; theirs are three."""
+    axis = -2 if interleaved else -3
+
+    def read(*parts: np.ndarray) -> np.ndarray:
+        split = [p.T.reshape(*p.shape[1:], num_heads, -1) for p in parts]
+        joint = np.stack(split, axis)
+        return joint.reshape(*joint.shape[:-3], -1)
+
+    def write(joint: np.ndarray) -> tuple[np.ndarray, ...]:
+        heads = (num_heads, 3, -1) if interleaved else (3, num_heads, -1)
+        split = joint.reshape(*joint.shape[:-1], *heads)
+        parts = [split.take(i, axis) for i in range(3)]
+        return tuple(p.reshape(*p.shape[:-2], -1).T for p in parts)
+
+    return Layout(read, write)
+
+
+class Leaf(NamedTuple):
+    """Our leaf, theirs (several where they keep apart what we join), and the layout."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout
+
+
+def _layer(kernel: str, layout: Layout) -> tuple[Leaf, ...]:
+    return Leaf(kernel, (".weight",), layout), Leaf("bias", (".bias",), SAME)
+
+
+Kind = tuple[Leaf, ...]
+KINDS: dict[str, Kind] = {
+    "conv": _layer("kernel", CONV),
+    "linear": _layer("kernel", LINEAR),
+    "linear_2d": _layer("kernel", LINEAR_2D),
+    "linear_1d": _layer("kernel", LINEAR_1D),
+    "norm": _layer("scale", SAME),
+    "embedding": (Leaf("embedding", (".weight",), SAME),),
+}
+
+
+def joint_qkv(names: Sequence[str], num_heads: int, interleaved: bool) -> Kind:
+    """The kind of a joint q, k, v map that others keep as three linear maps `names`.
+
+    interleaved: ours is [h0: q k v, h1: q k v …], else all of q, then k, then v.
+    """
+    layout = _joint(num_heads, interleaved)
+    return tuple(
+        Leaf(ours, tuple(f".{name}.{theirs}" for name in names), layout)
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    )
+
+
+class Rule(NamedTuple):
+    """Modules of ours (a regular expression over paths), of theirs (an expansion), their kind."""
+
+    ours: str
+    theirs: str
+    kind: str | Kind
+
+
+Table = Sequence[Rule]
+
+
+def inside(blocks: Iterable[tuple[str, str]], modules: Table) -> list[Rule]:
+    """The rules `modules` within every one of some blocks (ours, theirs)."""
+    return [
+        Rule(f"{ours}/{rule.ours}", f"{theirs}.{rule.theirs}", rule.kind)
+        for ours, theirs in blocks
+        for rule in modules
+    ]
+
+
+def prefixed(table: Table, prefix: str) -> list[Rule]:
+    """The same rules where all their names begin with `prefix`."""
+    return [rule._replace(theirs=prefix + rule.theirs) for rule in table]
+
+
+class Pair(NamedTuple):
+    """One of our parameters and the tensors of theirs that hold it."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout
+
+
+def pairs(table: Table, paths: Iterable[str]) -> list[Pair]:
+    """What `table` says about each of our parameters; ValueError names those it is silent on."""
+    compiled = [(re.compile(rule.ours), rule) for rule in table]
+    found, silent = [], []
+    for path in paths:
+        module, _, leaf = path.rpartition("/")
+        for pattern, rule in compiled:
+            match = pattern.fullmatch(module)
+            if match is None:
+                continue
+            kind = KINDS[rule.kind] if isinstance(rule.kind, str) else rule.kind
+            own = next((own for own in kind if own.ours == leaf), None)
+            if own is not None:
+                names = tuple(match.expand(rule.theirs) + name for name in own.theirs)
+                found.append(Pair(path, names, own.layout))
+                break
+        else:
+            silent.append(path)
+    if silent:
+        raise ValueError(f"this format has no name for {', '.join(silent)}")
+    return found
+
+
+def read_tensors(
+    table: Table,
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Mapping[str, Tensor],
+    what: str,
+    ignored: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Our parameters, still unread, from the tensors of others.
+
+    shapes: every parameter that must come out, by path. ignored: regular expressions over names
+    that may be left over. Raises one ValueError that lists what is missing, left over or of
+    another shape, on both sides.
+    """
+    missing, wrong, ours = [], [], {}
+    left = set(source)
+    for pair in pairs(table, shapes):
+        left -= set(pair.theirs)
+        absent = [name for name in pair.theirs if name not in source]
+        if absent:
+            missing.append(f"{pair.ours} ← {', '.join(absent)}")
+            continue
+        parts = [source[name] for name in pair.theirs]
+        got = _shape(lambda *xs, pair=pair: pair.layout.read(*xs), parts)
+        if got != shapes[pair.ours]:
+            theirs = " + ".join(f"{name} {source[name].shape}" for name in pair.theirs)
+            wrong.append(f"{pair.ours} {shapes[pair.ours]} ← {theirs}")
+            continue
+        ours[pair.ours] = _derived(pair.layout.read, parts, got)
+    left = {name for name in left if not any(re.fullmatch(p, name) for p in ignored)}
+    problems = {"missing": missing, "of another shape": wrong, "left over": sorted(left)}
+    told = [f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v]
+    if told:
+        raise ValueError(f"{what} does not fit: {'; '.join(told)}")
+    return ours
+
+
+def write_tensors(table: Table, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of others, still unwritten, from our parameters."""
+    theirs = {}
+    for pair in pairs(table, ours):
+        source = ours[pair.ours]
+        for i, name in enumerate(pair.theirs):
+
+            def part(x: np.ndarray, pair: Pair = pair, i: int = i) -> np.ndarray:
+                return pair.layout.write(x)[i]
+
+            shape = _shape(part, [source])
+            if shape is None:
+                raise ValueError(f"{pair.ours} {source.shape} can't be laid out as {name}")
+            theirs[name] = _derived(part, [source], shape)
+    return theirs
+
+
+def _derived(function: Callable, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return Tensor(shape, parts[0].dtype, lambda: function(*(part.read() for part in parts)))
+
+
+def _shape(function: Callable, parts: list[Tensor]) -> tuple[int, ...] | None:
+    """The shape that comes out, by trying on stand-ins that take (almost) no memory."""
+    try:
+        return function(*(np.broadcast_to(np.int8(0), part.shape) for part in parts)).shape
+    except (ValueError, IndexError):
+        return None
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    rest = f" … and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

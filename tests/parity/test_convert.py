@@ -1,0 +1,158 @@
+"""Folders that diffusers wrote, loaded here; folders written here, loaded by diffusers.
+
+Random weights. Forward passes agree to 1e-4 of the output's scale, saved tensors bitwise.
+"""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import latent_diffusion as ldm  # noqa: E402
+
+diffusers.utils.logging.set_verbosity_error()
+WIDTHS = (32, 64)
+KL = dict(
+    block_out_channels=WIDTHS,
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    latent_channels=4,
+    norm_num_groups=8,
+    sample_size=16,
+)
+VQ = dict(
+    block_out_channels=WIDTHS,
+    down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    latent_channels=3,
+    num_vq_embeddings=16,
+    norm_num_groups=8,
+    sample_size=16,
+    scaling_factor=1.0,
+)
+UNET = dict(
+    block_out_channels=WIDTHS,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=24,
+    attention_head_dim=4,
+    norm_num_groups=8,
+    sample_size=8,
+)
+PLAIN = dict(
+    block_out_channels=WIDTHS,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=16,
+    norm_num_groups=8,
+    sample_size=8,
+    in_channels=3,
+    out_channels=3,
+)
+COMPONENTS = {
+    "kl": lambda: diffusers.AutoencoderKL(**KL),
+    "vq": lambda: diffusers.VQModel(**VQ),
+    "unet": lambda: diffusers.UNet2DConditionModel(**UNET),
+    "unet-linear": lambda: diffusers.UNet2DConditionModel(
+        **{**UNET, "use_linear_projection": True, "attention_head_dim": (2, 4)}
+    ),
+    "unet-crossed": lambda: diffusers.UNet2DConditionModel(
+        **{**UNET, "only_cross_attention": (True, False)}
+    ),
+    "plain": lambda: diffusers.UNet2DModel(**PLAIN),
+    "plain-updown": lambda: diffusers.UNet2DModel(
+        **{
+            **PLAIN,
+            "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "downsample_type": "resnet",
+            "upsample_type": "resnet",
+            "resnet_time_scale_shift": "scale_shift",
+        }
+    ),
+}
+
+
+def randomised(module, seed=0):
+    """Weights that differ from what they start from, norms and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def to_torch(x):
+    return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_numpy(x):
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def close(got, want, tolerance=1e-4):
+    got, want = np.asarray(got), np.asarray(want)
+    error = np.abs(got - want).max() / np.abs(want).std()
+    print(f"max error {error:.1e} of the scale")
+    assert error <= tolerance
+
+
+def tensors_of(folder):
+    (file,) = folder.glob("*.safetensors")
+    return safetensors.numpy.load_file(file)
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_components(name, tmp_path):
+    torch.manual_seed(1)
+    theirs = randomised(COMPONENTS[name]())
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = ldm.load(tmp_path / "theirs")
+    with torch.no_grad():
+        if name in ("kl", "vq"):
+            image = jnp.clip(draw(0, 2, 16, 16, 3), -1, 1)
+            scale = theirs.config.scaling_factor
+            if name == "kl":
+                z = theirs.encode(to_torch(image)).latent_dist.mode()
+            else:
+                z = theirs.encode(to_torch(image)).latents
+            close(model.encode(image), to_numpy(z) * scale)
+            latents = draw(1, 2, 8, 8, z.shape[1])
+            close(model.decode(latents), to_numpy(theirs.decode(to_torch(latents) / scale).sample))
+        else:
+            z_t, t = draw(0, 2, 8, 8, theirs.config.in_channels), jnp.array([3, 777])
+            args, conditioning = [to_torch(z_t), torch.tensor([3, 777])], None
+            if name.startswith("unet"):
+                context = draw(1, 2, 5, 24)
+                conditioning = ldm.Conditioning(context=context)
+                args.append(torch.from_numpy(np.array(context)))
+            close(model.denoise(z_t, t, conditioning), to_numpy(theirs(*args).sample))
+    model.save(tmp_path / "ours", format="diffusers")
+    assert_same_tensors(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert json.loads((tmp_path / "ours" / "config.json").read_text()) == config
+    assert_same_tensors(
+        {k: v.numpy() for k, v in again.state_dict().items()},
+        {k: v.numpy() for k, v in theirs.state_dict().items()},
+    )
