@@ -62,7 +62,10 @@ def test_discriminator_learns_from_its_step_on_and_reaches_the_generator_from_it
 
 def test_one_pass_gradients_equal_three_separate_differentiations():
     task, state, constants, batch, step = _setup(
-        "autoencoding", ("optimizer.name", "adam"), ("autoencoding.logvar_init", 0.3)
+        "autoencoding",
+        ("optimizer.name", "adam"),
+        ("optimizer.b1", 0.5),
+        ("autoencoding.logvar_init", 0.3),
     )
     x = jnp.asarray(batch["image"])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(RNG, 0), jnp.arange(BATCH))
@@ -104,11 +107,9 @@ def test_one_pass_gradients_equal_three_separate_differentiations():
     after, metrics = step(state, constants, batch, RNG)
     np.testing.assert_allclose(metrics["d_weight"], weight, rtol=1e-4)
     # Adam's first moment after one step is (1 - b1) times the gradient.
-    for expected, opt_state, b1 in (
-        (grads, after.opt_state, 0.5),
-        (disc_grads, after.disc_opt_state, 0.5),
-    ):
-        moments = jax.tree.map(lambda mu: mu / (1 - b1), opt_state[0].mu)  # noqa: B023
+    b1 = 0.5
+    for expected, opt_state in ((grads, after.opt_state), (disc_grads, after.disc_opt_state)):
+        moments = jax.tree.map(lambda mu: mu / (1 - b1), opt_state[0].mu)
         scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
         for got, want in zip(jax.tree.leaves(moments), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(got, want, atol=1e-4 * scale)
