@@ -58,10 +58,15 @@ def get_config() -> ConfigDict:
     c.log.num_images = 16
     c.log.eval_every_steps = 0  # 0 = at the end only
     c.log.eval_batches = 8
+    c.log.distance = ""  # features of a Fréchet distance in evaluations: "alexnet" | "vgg16" | ...
+    c.log.distance_path = ""  # their weights; "" = the installed package
+    c.log.distance_images = 512  # test images, each against a reconstruction or sample
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000
-    c.checkpoint.keep = 3
+    c.checkpoint.keep = 3  # the newest
+    c.checkpoint.best = ""  # and in best/ the best by an evaluated number: "eval_psnr" ...
+    c.checkpoint.best_mode = "min"  # "min" | "max"
     return c
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data, frozen, metrics, parallel, workdir
+from latent_diffusion.best import Best
 from latent_diffusion.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -18,6 +19,9 @@ from latent_diffusion.checkpoint import (
     acquire_lock,
 )
 from latent_diffusion.conditioners import make_conditioner
+from latent_diffusion.evaluation.features import levels_of, make_features
+from latent_diffusion.evaluation.frechet import gaussian, measure_frechet
+from latent_diffusion.evaluation.scores import frechet_name
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.types import lookup
 
@@ -110,6 +114,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     with (
         acquire_lock(directory),
         Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        Best(directory, config.checkpoint.best, config.checkpoint.best_mode) as best,
     ):
         train_source = data.make_source(config.data, "train")
         test_source = data.make_source(config.data, "test")
@@ -165,7 +170,9 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
                     speed.skip()
                 every = config.log.eval_every_steps
                 if step == config.num_steps or (every and step % every == 0):
-                    writer.scalars(step, report.evaluation(state, constants, rng))
+                    measured = report.evaluation(state, constants, rng)
+                    writer.scalars(step, measured)
+                    best.offer(step, state, measured)
                     speed.skip()
                 if step % config.checkpoint.every_steps == 0 or last:
                     checkpoints.save(step, state, {"seed": config.seed})
@@ -193,6 +200,15 @@ class _Reporter:
         self._shard = parallel.process_shard(mode, layout["mesh"])
         self._eval_step = parallel.compile_eval(task.eval_step, mode, **layout)
         self._show = parallel.compile_eval(task.show, mode, **layout)
+        self._net = None
+        if config.log.distance:
+            self._net = make_features(config.log.distance, config.log.distance_path or None)
+            apply = self._net.apply
+
+            def features(state, params, batch, rng, *, axis_name=None):
+                return {k: apply(params, levels_of(x))["features"] for k, x in batch.items()}
+
+            self._features = parallel.compile_eval(features, mode, mesh=layout["mesh"])
 
     def evaluation(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, float]:
         """Means of the per-example values over `log.eval_batches` batches, exact on the padded."""
@@ -205,10 +221,30 @@ class _Reporter:
             for name, value in out.items():
                 values.setdefault(name, []).append(value)
         weight = np.concatenate(weights)
-        return {
+        means = {
             f"eval_{name}": float(np.average(np.concatenate(value), weights=weight))
             for name, value in values.items()
         }
+        return means | self._distance(state, constants, rng)
+
+    def _distance(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, float]:
+        """Fréchet distance between test images and what the averaged parameters make of them."""
+        if self._net is None:
+            return {}
+        size, wanted = self._config.batch_size, self._config.log.distance_images
+        real, made = [], []
+        for i, batch in enumerate(itertools.islice(self._batches(size), -(-wanted // size))):
+            kept = batch.pop("weight") > 0
+            shown = self._show(state, constants, batch, jax.random.fold_in(rng, i))
+            *_, last = shown.values()  # reconstructions or samples
+            pair = {"real": shown["inputs"], "made": last}
+            found = self._features({}, self._net.params, pair, rng)
+            real.append(found["real"][kept])
+            made.append(found["made"][kept])
+        name = frechet_name(self._net.name)
+        reference = gaussian(np.concatenate(real))
+        measured = measure_frechet(np.concatenate(made), reference, name)
+        return {f"eval_{name}": measured.value}
 
     def pictures(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, np.ndarray]:
         """One grid: the images of every kind that the task shows, a row each."""

@@ -49,8 +49,13 @@ def _named(name: str, net: str) -> str:
     return usual.get(name, name) if net == "inception" else f"{name}_{net}"
 
 
+def frechet_name(net: str) -> str:
+    """What the Fréchet distance over the features of `net` is called."""
+    return _named("fd", net)
+
+
 def _frechet(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
-    name = _named("fd", net)
+    name = frechet_name(net)
     return {name: measure_frechet(arrays["features"], reference.gaussian(), name)}
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.convolution import conv2d
 from latent_diffusion.types import Array, Float, Num
 
 Padding = str | Sequence[tuple[int, int]]
@@ -42,13 +43,12 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", init, (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        padding = self.padding
+        if isinstance(padding, str):
+            strides = (self.stride, self.stride)
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, padding)
+        (top, bottom), (left, right) = padding
+        y = conv2d(x, kernel, self.stride, ((top, bottom), (left, right)))
         return y if bias is None else y + bias
 
 
