@@ -15,7 +15,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.name = "openmoji"
     c.data.image_size = 32
     c.batch_size = 8
-    c.num_steps = 3500
+    c.num_steps = 3200
 
     c.autoencoder.channels = 16
     c.autoencoder.channel_mult = (1, 2, 4)
@@ -27,12 +27,11 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.autoencoding.perceptual = "alex"
     c.autoencoding.perceptual_weight = 0.1
-    c.autoencoding.reg_weight = 0.05  # latents that forgive the denoiser small errors
     c.autoencoding.discriminator.channels = 16
     c.autoencoding.discriminator.num_layers = 2
-    c.autoencoding.disc_start = 2100
-    c.autoencoding.adversarial_start = 2300
-    c.autoencoding.adversarial_ramp = 700
+    c.autoencoding.disc_start = 2000
+    c.autoencoding.adversarial_start = 2200
+    c.autoencoding.adversarial_ramp = 600
     c.autoencoding.adversarial_weight = 0.05
 
     c.optimizer.name = "adam"

@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.first_stage.cache = True
     c.data = first_stage.data
     c.batch_size = 32
-    c.num_steps = 2100
+    c.num_steps = 2200
 
     c.tokenizer.name = "word"
     c.tokenizer.vocab_size = 2048
