@@ -34,7 +34,6 @@ from latent_diffusion.types import (
     lookup,
 )
 
-
 # What a sampling call can be told, beside the options of its sampler and of its spacing.
 OPTIONS = (
     "sampler",
@@ -64,9 +63,9 @@ def plan(
     """
     defaults = {**FALLBACK, **{k: v for k, v in defaults.items() if v is not None}}
     given = {k: v for k, v in given.items() if v is not None}
-    for part, own in (("sampler", _of_sampler), ("spacing", _of_spacing)):
+    for part, options_of in (("sampler", _of_sampler), ("spacing", _of_spacing)):
         if given.get(part, defaults[part]) != defaults[part]:
-            replaced = own(defaults[part])
+            replaced = options_of(defaults[part])
             defaults = {k: v for k, v in defaults.items() if k not in replaced}
     options = {**defaults, **given}
     sampler, name = options["sampler"], options.pop("spacing")

@@ -267,9 +267,9 @@ def spacing(
     """Timesteps [S+1], descending: S at which the network is evaluated, and where sampling ends.
 
     end: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops); None is 0 for the
-    "original" spacings and −1 for the others. own: options of one spacing: `offset` (leading, open_leading),
-    `rho` (karras), `distilled_steps` (lcm), `timesteps` (given: any list; for another num_steps
-    its log-SNR is interpolated).
+    "original" spacings and −1 for the others. own: options of one spacing: `offset` (leading,
+    open_leading), `rho` (karras), `distilled_steps` (lcm), `timesteps` (given: any list; for
+    another num_steps its log-SNR is interpolated).
     int32 where every timestep is an integer, else float32. Runs on the host, not under jit.
     Raises ValueError for an unknown name or num_steps outside 1 … T.
     """
