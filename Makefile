@@ -41,6 +41,7 @@ lint: $(VENV)/.lint $(VENV)/.core
 parity: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e ".[parity]"
+	$(BIN)/python -m pip install --quiet --no-deps k-diffusion  # only its samplers are used
 	$(BIN)/python -m pytest tests/parity -o addopts="-q"
 
 clean:

@@ -177,10 +177,10 @@ def diffusion() -> ConfigDict:
 
 def sampling() -> ConfigDict:
     c = ConfigDict()
-    c.sampler = "ddim"
+    c.sampler = "ddim"  # a name in latent_diffusion.SAMPLERS
     c.num_steps = 50
-    c.spacing = "trailing"
-    c.eta = 0.0
+    c.spacing = "trailing"  # a name in schedules.SPACINGS
+    c.eta = None  # of samplers that have it: how much fresh noise; None = the sampler's own
     c.guidance_scale = 1.0
     return c
 

@@ -1,7 +1,8 @@
 """The conditional denoiser: U-Net, conditioner and noise schedule as one pytree that samples."""
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,7 +14,13 @@ from latent_diffusion.conditioners import Conditioner
 from latent_diffusion.models.unet import UNet
 from latent_diffusion.rng import normal_per_example, split_per_example
 from latent_diffusion.samplers import SAMPLERS
-from latent_diffusion.schedules import NoiseSchedule, Timesteps, make_schedule
+from latent_diffusion.schedules import (
+    SPACINGS,
+    NoiseSchedule,
+    Timesteps,
+    make_schedule,
+    spacing,
+)
 from latent_diffusion.types import (
     Array,
     Batch,
@@ -26,6 +33,64 @@ from latent_diffusion.types import (
     Params,
     lookup,
 )
+
+# What a sampling call can be told, beside the options of its sampler and of its spacing.
+OPTIONS = (
+    "sampler",
+    "num_steps",
+    "spacing",
+    "end",
+    "guidance_scale",
+    "guidance_interval",
+    "guidance_rescale",
+    "clip_x0",
+    "dynamic_threshold",
+    "strength",
+    "progress",
+    "preview",
+)
+FALLBACK = {"sampler": "ddim", "num_steps": 50, "spacing": "trailing"}
+
+
+def plan(
+    schedule: NoiseSchedule, defaults: Config, given: Mapping[str, Any]
+) -> tuple[Timesteps, dict[str, Any]]:
+    """The timesteps, and the options of `Denoiser.sample`, for `given` over a model's `defaults`.
+
+    None stands for nothing. Defaults of a sampler or spacing that `given` replaces by another one
+    don't count. Raises ValueError for an option that neither sampling, nor the sampler, nor the
+    spacing has.
+    """
+    defaults = {**FALLBACK, **{k: v for k, v in defaults.items() if v is not None}}
+    given = {k: v for k, v in given.items() if v is not None}
+    for part, options_of in (("sampler", _of_sampler), ("spacing", _of_spacing)):
+        if given.get(part, defaults[part]) != defaults[part]:
+            replaced = options_of(defaults[part])
+            defaults = {k: v for k, v in defaults.items() if k not in replaced}
+    options = {**defaults, **given}
+    sampler, name = options["sampler"], options.pop("spacing")
+    known = [*OPTIONS, *_of_sampler(sampler), *_of_spacing(name)]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"unknown option {option!r} for sampler {sampler!r} with spacing {name!r}; "
+                f"known: {', '.join(sorted(set(known)))}"
+            )
+    num_steps = options.pop("num_steps")
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool):
+        raise ValueError(f"num_steps={num_steps!r} must be an integer")
+    own = {k: options.pop(k) for k in _of_spacing(name) if k in options}
+    return spacing(name, schedule, num_steps, **own), options
+
+
+def _of_sampler(name: str) -> list[str]:
+    """The names of a sampler's own options, after (schedule, timesteps)."""
+    return list(inspect.signature(lookup(SAMPLERS, name, "sampler").table).parameters)[2:]
+
+
+def _of_spacing(name: str) -> list[str]:
+    """Those of a spacing, after (log_snr, num, end), and where it ends."""
+    return ["end", *list(inspect.signature(lookup(SPACINGS, name, "spacing")).parameters)[3:]]
 
 
 class Prepared(flax.struct.PyTreeNode):
@@ -129,6 +194,7 @@ class Denoiser(flax.struct.PyTreeNode):
         guidance_interval: tuple[float | int, float | int] | None = None,
         guidance_rescale: float | int = 0.0,
         more: Sequence[tuple[Conditioning, float | int]] = (),
+        clip_x0: float | int = 0.0,
         dynamic_threshold: float | int = 0.0,
         nearest: Callable[[Array], Array] | None = None,
         z_T: Float[Array, "B h w c"] | None = None,
@@ -144,17 +210,21 @@ class Denoiser(flax.struct.PyTreeNode):
         keys: one per image, which alone decides its noise. null: the unconditional conditioning, or
         a negative prompt's. timesteps: [S+1] from `schedules.spacing`. shape: (h, w, c).
         guidance_scale: a number, or one for each step. more: further conditionings and weights,
-        beside the first with weight 1. dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0
-        by its closest codes. z_0: a known image, of which strength < 1 keeps the coarse part and
-        mask (1 = hole) the rest; strength 1 starts from noise alone. progress, preview: called on
-        the host. own: options of the sampler. See `guidance` for all of these.
+        beside the first with weight 1. clip_x0: bound of estimates of z_0, 0 = off.
+        dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0 by its closest codes. z_0: a
+        known image, of which strength < 1 keeps the coarse part and mask (1 = hole) the rest;
+        strength 1 starts from noise alone. progress, preview: called on the host. own: options of
+        the sampler. See `guidance` for all of these.
         """
         start, steps, fill = split_per_example(keys, 3)
         z_T = normal_per_example(start, shape) if z_T is None else z_T
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must lie in [0, 1], got {strength}")
         scale: Any = guidance_scale
-        if isinstance(scale, Sequence):
+        several = isinstance(scale, Sequence)
+        if not jax.tree.leaves(null) and any(s != 1 for s in (scale if several else [scale])):
+            raise ValueError(f"guidance_scale {scale} needs a condition: this model has none")
+        if several:
             scale = guidance.per_step(jnp.asarray(scale, jnp.float32), timesteps)
         if strength < 1:
             if z_0 is None:
@@ -187,10 +257,13 @@ class Denoiser(flax.struct.PyTreeNode):
                 interval=guidance_interval,
                 rescale=guidance_rescale,
             )
+        follow = {"recompute_eps": run.by_eps}
+        if clip_x0:
+            denoise = guidance.clip(denoise, schedule, -clip_x0, clip_x0, **follow)
         if dynamic_threshold:
-            denoise = guidance.dynamic_threshold(denoise, schedule, dynamic_threshold)
+            denoise = guidance.dynamic_threshold(denoise, schedule, dynamic_threshold, **follow)
         if nearest is not None:
-            denoise = guidance.quantize(denoise, schedule, nearest)
+            denoise = guidance.quantize(denoise, schedule, nearest, **follow)
         if preview is not None:
             denoise = guidance.with_preview(denoise, preview)
         if progress is not None:

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion import convert, parallel
-from latent_diffusion.denoiser import Denoiser
+from latent_diffusion.denoiser import Denoiser, plan
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.guidance import paste
 from latent_diffusion.rng import example_keys, keys_of_examples
-from latent_diffusion.schedules import spacing
 from latent_diffusion.tiling import pad_to_multiple, tiled
 from latent_diffusion.tokenizers import WordTokenizer
 from latent_diffusion.types import Array, Conditioning, Float, Int, Num
@@ -114,6 +113,7 @@ class Model(flax.struct.PyTreeNode):
         mask: Array | np.ndarray | None = None,
         z_T: Float[Array | np.ndarray, "B h w c"] | None = None,
         image_size: tuple[int, int] | None = None,
+        quantize_x0: bool = False,
         batch_size: int = 64,
         mode: str = "auto",
         **options: Any,
@@ -122,24 +122,21 @@ class Model(flax.struct.PyTreeNode):
 
         Image i depends on rng and i alone, not on batch_size or devices. z_T: start noise [N h w c]
         instead of fresh. image_size: (H, W), default as trained. options: `sampler`, `num_steps`,
-        `spacing`, `guidance_scale` (a number, or one a step), and the sampler's own (`eta` …); else
-        the model's defaults.
+        `spacing`, `guidance_scale` (a number, or one a step), and those of the sampler (`eta` …)
+        and the spacing (`end` …); else the model's defaults (see `denoiser.plan`).
 
         negative_prompts: instead of the unconditional; one for all, or one a prompt. more_prompts:
         (text, weight) pairs for every image, beside its prompt of weight 1; a negative weight
         steers away. image: [N H W C] in [-1, 1], mask: [N H W 1]; one for all, or one for each
-        image made; `strength` in [0, 1] says how
-        much of it is made anew, or `mask` (1 = hole) where; outside the hole its pixels are kept.
-        Further options: `guidance_interval` (low, high) in timesteps, `guidance_rescale`,
-        `dynamic_threshold`, `quantize_x0` (to the first stage's codebook), `progress(t)` and
-        `preview(t, z_0)`, called on the host from within the loop (by every device for its images).
+        image made; `strength` in [0, 1] says how much of it is made anew, or `mask` (1 = hole)
+        where; outside the hole its pixels are kept. quantize_x0: every estimate of z_0 becomes its
+        closest codes. Further options: `guidance_interval` (low, high) in timesteps,
+        `guidance_rescale`, `clip_x0`, `dynamic_threshold`, `progress(t)` and `preview(t, z_0)`,
+        called on the host from within the loop (by every device for its images). Equal options,
+        the same functions among them, reuse the compiled program.
         """
         denoiser, first_stage = self._need("denoiser"), self._need("first_stage")
-        options = {**self.defaults, **options}
-        own = {name: options.pop(name) for name in ("offset", "end") if name in options}
-        timesteps = spacing(
-            options.pop("spacing"), denoiser.schedule, _integer("num_steps", options), **own
-        )
+        timesteps, options = plan(denoiser.schedule, self.defaults, options)
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
         conditions = self._conditions(prompts, class_labels)
@@ -166,9 +163,9 @@ class Model(flax.struct.PyTreeNode):
         devices = 1 if mode == "single" else jax.device_count()
         batch_size = min(batch_size, total)
         batch_size += -batch_size % devices
-        options["weights"] = tuple(float(weight) for _, weight in more_prompts)
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        program = _program(mode, shape, tuple(sorted(options.items())))
+        weights = tuple(float(weight) for _, weight in more_prompts)
+        program = _program(mode, shape, weights, quantize_x0, tuple(sorted(options.items())))
         frozen = (Model(first_stage, denoiser), timesteps)
         images = []
         for start in range(0, total, batch_size):
@@ -258,13 +255,6 @@ def _known_image(
     return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}
 
 
-def _integer(name: str, options: dict[str, Any]) -> int:
-    value = options.pop(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be an integer")
-    return value
-
-
 @functools.partial(jax.jit, static_argnames=("tile", "overlap"))
 def _encode(
     first_stage: FirstStage,
@@ -299,14 +289,18 @@ def _apply(first_stage: FirstStage, method: str, x: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(mode: str, shape: tuple[int, int, int], options: tuple[tuple[str, Any], ...]):
+def _program(
+    mode: str,
+    shape: tuple[int, int, int],
+    weights: tuple[float, ...],
+    quantize_x0: bool,
+    options: tuple[tuple[str, Any], ...],
+):
     """One compiled program for a whole sampling call, reused by later calls with equal options."""
 
     def step(state, constants, batch, rng, *, axis_name=None):
         (model, timesteps), size = constants, batch["index"].shape[0]
         denoiser, first_stage = model.denoiser, model.first_stage
-        own = dict(options)
-        weights, quantize = own.pop("weights"), own.pop("quantize_x0", False)
 
         def condition(tokens=None, drop=False):
             other = batch if tokens is None else {**batch, "tokens": batch[tokens]}
@@ -320,12 +314,12 @@ def _program(mode: str, shape: tuple[int, int, int], options: tuple[tuple[str, A
             timesteps,
             shape,
             more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
-            nearest=first_stage.nearest if quantize else None,
+            nearest=first_stage.nearest if quantize_x0 else None,
             z_T=batch.get("z_T"),
             z_0=None if known is None else first_stage.encode({"image": known}),
             # A latent position is in the hole as soon as one of its pixels is.
             mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
-            **own,
+            **dict(options),
         )
         images = first_stage.decode(z_0)
         return images if hole is None else paste(images, known, hole)

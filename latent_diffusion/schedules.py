@@ -188,6 +188,11 @@ def _leading(log_snr: np.ndarray, num: int, end: int, offset: int = 0) -> np.nda
     return np.arange(num) * (len(log_snr) // num) + offset
 
 
+def _open_leading(log_snr: np.ndarray, num: int, end: int, offset: int = 0) -> np.ndarray:
+    # Without t = 0, like "open".
+    return (np.arange(num) + 1) * (len(log_snr) // (num + 1)) + offset
+
+
 def _trailing(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
     total = len(log_snr)
     return np.round(total - np.arange(num) * (total / num)) - 1
@@ -245,6 +250,7 @@ SPACINGS: dict[str, Callable[..., np.ndarray]] = {
     "linspace": _linspace,
     "open": _open,
     "leading": _leading,
+    "open_leading": _open_leading,
     "trailing": _trailing,
     "quad": _quad,
     "karras": _karras,
@@ -261,9 +267,9 @@ def spacing(
     """Timesteps [S+1], descending: S at which the network is evaluated, and where sampling ends.
 
     end: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops); None is 0 for the
-    "original" spacings and −1 for the others. own: options of one spacing: `offset` (leading),
-    `rho` (karras), `distilled_steps` (lcm), `timesteps` (given: any list; for another num_steps
-    its log-SNR is interpolated).
+    "original" spacings and −1 for the others. own: options of one spacing: `offset` (leading,
+    open_leading), `rho` (karras), `distilled_steps` (lcm), `timesteps` (given: any list; for
+    another num_steps its log-SNR is interpolated).
     int32 where every timestep is an integer, else float32. Runs on the host, not under jit.
     Raises ValueError for an unknown name or num_steps outside 1 … T.
     """

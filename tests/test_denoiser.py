@@ -1,4 +1,4 @@
-"""A whole sampling call on a small U-Net: what is computed once."""
+"""A whole sampling call on a small U-Net: one program, what it computes once, and its options."""
 
 import functools
 
@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser
+from latent_diffusion.denoiser import Denoiser, plan
 from latent_diffusion.models.unet import UNet
-from latent_diffusion.schedules import make_schedule
+from latent_diffusion.rng import example_keys
+from latent_diffusion.samplers import SAMPLERS
+from latent_diffusion.schedules import make_schedule, spacing
 from latent_diffusion.types import Conditioning
 
 SHAPE = (4, 4, 2)
@@ -68,3 +70,88 @@ def test_what_is_computed_once_changes_nothing(name):
         ours, expected = both(now)
         assert float(jnp.std(expected)) > 0.1
         np.testing.assert_allclose(ours, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def equations(jaxpr):
+    """Every equation of a program, those of its loops and branches included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def program(name, timesteps, **options):
+    """The equations of a guided sampling call, traced as a whole."""
+    denoiser, conditioning, null = made()
+
+    def sample(keys):
+        return denoiser.sample(
+            keys, conditioning, null, timesteps, SHAPE, sampler=name, guidance_scale=3.0, **options
+        )
+
+    return list(equations(jax.make_jaxpr(sample)(example_keys(jax.random.key(0), 3)).jaxpr))
+
+
+def rows_of_the_network(jaxpr):
+    """How many images the convolutions of a program work on."""
+    return {
+        equation.invars[0].aval.shape[0]
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "conv_general_dilated"
+    }
+
+
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm2_ancestral", "unipc"])
+def test_a_sampling_call_is_one_loop_on_the_device(name):
+    """It traces as a whole, so nothing returns to the host; both passes are one batch in it."""
+    timesteps = spacing("trailing", SCHEDULE, 5)
+    found = program(name, timesteps)
+    loops = [equation.params for equation in found if equation.primitive.name == "scan"]
+    (loop,) = [loop for loop in loops if rows_of_the_network(loop["jaxpr"].jaxpr)]
+    assert loop["length"] == len(SAMPLERS[name].table(SCHEDULE, timesteps).t)
+    assert rows_of_the_network(loop["jaxpr"].jaxpr) == {6}
+    assert not any("callback" in equation.primitive.name for equation in found)
+
+
+def test_outside_the_interval_the_loop_has_a_branch_without_the_null_pass():
+    timesteps = spacing("trailing", SCHEDULE, 5)
+    found = program("ddim", timesteps, guidance_interval=(300, 700))
+    (choice,) = [equation for equation in found if equation.primitive.name == "cond"]
+    branches = [rows_of_the_network(branch.jaxpr) for branch in choice.params["branches"]]
+    assert branches == [{3}, {6}]
+
+
+def test_an_unconditional_model_takes_no_guidance():
+    denoiser, _, _ = made()
+    for scale in (3.0, [1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"guidance_scale .* needs a condition: this model"):
+            denoiser.sample(
+                example_keys(jax.random.key(0), 1),
+                Conditioning(),
+                Conditioning(),
+                spacing("trailing", SCHEDULE, 2),
+                SHAPE,
+                guidance_scale=scale,
+            )
+
+
+DEFAULTS = {"sampler": "ddim", "eta": 0.0, "num_steps": 4, "spacing": "leading", "offset": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "timesteps", "options"),
+    [
+        ({}, [751, 501, 251, 1, -1], {"sampler": "ddim", "eta": 0.0}),
+        ({"num_steps": 2, "eta": 1}, [501, 1, -1], {"sampler": "ddim", "eta": 1}),
+        # Another sampler has its own eta; another spacing knows no offset.
+        ({"sampler": "euler_ancestral"}, [751, 501, 251, 1, -1], {"sampler": "euler_ancestral"}),
+        ({"spacing": "trailing"}, [999, 749, 499, 249, -1], {"sampler": "ddim", "eta": 0.0}),
+        ({"end": 0}, [751, 501, 251, 1, 0], {"sampler": "ddim", "eta": 0.0}),
+    ],
+)
+def test_what_is_asked_for_goes_over_the_defaults(given, timesteps, options):
+    visited, rest = plan(SCHEDULE, DEFAULTS, {"clip_x0": None, **given})
+    assert visited.tolist() == timesteps and rest == options

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion import parallel
 from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import init_first_stage, make_autoencoder
@@ -75,6 +76,29 @@ def test_options_that_change_nothing(options):
     np.testing.assert_allclose(sample(num_images=4, **options), plain(), atol=2e-4)
 
 
+def test_a_call_compiles_one_program_and_equal_options_reuse_it(caplog):
+    def compiled(rng, prompts):
+        caplog.clear()
+        with jax.log_compiles():
+            model().sample(rng, prompts, mode="single", num_steps=6)
+        return [m for m in caplog.messages if m.startswith("Compiling")]
+
+    assert sum("step" in message for message in compiled(RNG, ["red cat"])) == 1
+    assert compiled(jax.random.key(6), ["green dog"]) == []
+
+
+def test_a_call_runs_one_program_for_each_batch(monkeypatch):
+    runs, compile_eval = [], parallel.compile_eval
+
+    def counting(*args):
+        program = compile_eval(*args)
+        return lambda *inputs: runs.append(len(inputs[2]["index"])) or program(*inputs)
+
+    monkeypatch.setattr(parallel, "compile_eval", counting)
+    sample(num_images=4, batch_size=3, guidance_rescale=0.1)
+    assert runs == [3, 3, 3]  # the last one padded
+
+
 def test_strength_0_returns_the_image():
     images = sample(image=IMAGE, strength=0.0)
     np.testing.assert_allclose(images, np.repeat(IMAGE, 2, 0), atol=1e-6)
@@ -101,7 +125,12 @@ def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
         ({"negative_prompts": ["a"] * 3}, "3 negative_prompts for 2 prompts"),
         ({"guidance_scale": [1.0, 2.0]}, "2 guidance scales for 4 steps"),
         ({"quantize_x0": True}, "quantize_x0 needs a first stage with a codebook"),
+        ({"num_steps": 0}, r"num_steps must lie in 1 … 1000 \(the schedule's T\), got 0"),
         ({"num_steps": 1001}, "num_steps must lie in 1 … 1000"),
+        ({"num_steps": 4.5}, "num_steps=4.5 must be an integer"),
+        ({"num_stesp": 4}, "unknown option 'num_stesp' for sampler 'ddim' with spacing 'trailing'"),
+        ({"sampler": "heun", "eta": 1.0}, "unknown option 'eta' for sampler 'heun'"),
+        ({"spacing": "even"}, "unknown spacing 'even'; known: ays"),
         ({"sampler": "dimm"}, "unknown sampler 'dimm'; known: "),
     ],
 )

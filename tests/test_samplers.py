@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion import guidance
 from latent_diffusion.diffusion import Prediction
 from latent_diffusion.rng import example_keys, normal_per_example
 from latent_diffusion.samplers import SAMPLERS, ddim_inversion
@@ -70,12 +71,14 @@ def compiled(name, **own):
 
 
 @functools.cache
-def looped(consistent=False):
+def looped(consistent=False, bound=None, follow=False):
     """run(table, mixture, schedule, z_T, keys) -> z_0, compiled once for all samplers."""
 
     def loop(table, mixture, schedule, z_T, keys):
-        make = consistency if consistent else Mixture.denoiser
-        return run(table, make(mixture, schedule), z_T, keys)
+        denoise = (consistency if consistent else Mixture.denoiser)(mixture, schedule)
+        if bound is not None:
+            denoise = guidance.clip(denoise, schedule, -bound, bound, recompute_eps=follow)
+        return run(table, denoise, z_T, keys)
 
     return jax.jit(loop)
 
@@ -195,6 +198,19 @@ def test_converges_at_its_order(name):
         errors.append(float(jnp.sqrt(jnp.mean((z - exact_flow()) ** 2))))
     slope = math.log(errors[0] / errors[1]) / math.log(4)
     assert ORDERS[name] - 0.5 < slope < ORDERS[name] + 0.3, errors
+
+
+# ------------------------------------------------------------------------- constraints on z_0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_constraint_on_z_0_reaches_the_result(name):
+    """Through eps, where the sampler steps with nothing else."""
+    timesteps = spacing("lcm", LINEAR, 8) if name == "lcm" else levels(32)
+    table, follow = filled(SAMPLERS[name].table(LINEAR, timesteps)), SAMPLERS[name].by_eps
+    free = looped(name == "lcm")(table, MIXTURE, LINEAR, Z_T, KEYS)
+    bound = looped(name == "lcm", 0.2, follow)(table, MIXTURE, LINEAR, Z_T, KEYS)
+    assert jnp.max(jnp.abs(free)) > 1.5 and jnp.max(jnp.abs(bound)) < 0.21
 
 
 # ------------------------------------------------------------------------------ number of steps

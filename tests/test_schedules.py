@@ -125,7 +125,7 @@ def test_any_number_of_steps_means_that_number(name):
             assert timesteps[-1] == end
             assert np.all((timesteps[:-1] >= 0) & (timesteps <= 999)[:-1])
             assert np.all(np.diff(timesteps) <= 0)
-            repeats = ("original", "original_quad", "open", "leading", "trailing")
+            repeats = ("original", "original_quad", "open", "leading", "open_leading", "trailing")
             if name not in repeats and end == CLEAN:
                 assert np.all(np.diff(timesteps) < 0)
 
@@ -154,6 +154,7 @@ def test_original_quad_spacing():
         ("uniform", {"end": 0}, [999, 799, 599, 400, 200, 0]),
         ("leading", {}, [800, 600, 400, 200, 0, -1]),
         ("leading", {"offset": 1}, [801, 601, 401, 201, 1, -1]),
+        ("open_leading", {"offset": 1}, [831, 665, 499, 333, 167, -1]),
         ("trailing", {}, [999, 799, 599, 399, 199, -1]),
         ("quad", {}, [999, 562, 250, 62, 0, -1]),
         ("given", {"timesteps": [5, 900, 40, 300, 41.5]}, [900, 300, 41.5, 40, 5, -1]),

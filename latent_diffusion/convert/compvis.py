@@ -156,7 +156,6 @@ SAMPLING = {
     "sampler": "ddim",
     "num_steps": 50,
     "spacing": "original",
-    "eta": 0.0,
     "guidance_scale": 1.0,
 }
 

@@ -16,60 +16,152 @@ ASSUMED = {
 }
 _CURVES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-_SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "PNDMScheduler": "plms",
-    "LMSDiscreteScheduler": "lms",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "HeunDiscreteScheduler": "heun",
-    "KDPM2DiscreteScheduler": "dpm2",
-    "KDPM2AncestralDiscreteScheduler": "dpm2_ancestral",
-    "DPMSolverMultistepScheduler": "dpm_solver_pp_2m",
-    "UniPCMultistepScheduler": "unipc",
-    "DEISMultistepScheduler": "deis",
-    "LCMScheduler": "lcm",
+# class -> (sampler, its default timestep_spacing)
+SCHEDULERS = {
+    "DDPMScheduler": ("ddpm", "leading"),
+    "DDIMScheduler": ("ddim", "leading"),
+    "PNDMScheduler": ("plms", "leading"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
+    "HeunDiscreteScheduler": ("heun", "linspace"),
+    "KDPM2DiscreteScheduler": ("dpm2", "linspace"),
+    "KDPM2AncestralDiscreteScheduler": ("dpm2_ancestral", "linspace"),
+    "LMSDiscreteScheduler": ("lms", "linspace"),
+    "DPMSolverMultistepScheduler": ("multistep", "linspace"),
+    "DPMSolverSinglestepScheduler": ("dpm_solver_pp_singlestep", "linspace"),
+    "UniPCMultistepScheduler": ("unipc", "linspace"),
+    "DEISMultistepScheduler": ("deis", "linspace"),
+    "LCMScheduler": ("lcm", "leading"),
 }
+# (algorithm_type, solver_order) of the multistep solver -> sampler and options
+_MULTISTEP: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
+    ("dpmsolver", 1): ("ddim", {}),
+    ("dpmsolver++", 1): ("ddim", {}),
+    ("sde-dpmsolver++", 1): ("ddim", {"eta": 1.0}),
+    ("dpmsolver", 2): ("dpm_solver_2m", {}),
+    ("dpmsolver++", 2): ("dpm_solver_pp_2m", {}),
+    ("sde-dpmsolver++", 2): ("dpm_solver_pp_2m_sde", {}),
+    ("dpmsolver++", 3): ("dpm_solver_pp_3m_sde", {"eta": 0.0}),
+    ("sde-dpmsolver++", 3): ("dpm_solver_pp_3m_sde", {}),
+}
+# Those that leave t = 0 out of their timesteps, and those whose timesteps are integers.
+_OPEN = {
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+}
+_INTEGER = {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler"}
+# Configs carry settings over from other schedulers, so each is read only where it has a meaning.
+_CLIP_SAMPLE = {
+    "DDPMScheduler": True,
+    "DDIMScheduler": True,
+    "HeunDiscreteScheduler": False,
+    "LCMScheduler": False,
+}
+_SET_ALPHA_TO_ONE = {"DDIMScheduler": True, "PNDMScheduler": False}
+_FINAL_SIGMAS_TYPE = {
+    "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+}
+# Settings that change what a sampler does and that we have one value of: (default, allowed).
+_FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "PNDMScheduler": {"skip_prk_steps": (False, (True,))},
+    "DPMSolverSinglestepScheduler": {
+        "algorithm_type": ("dpmsolver++", ("dpmsolver++",)),
+        "solver_order": (2, (2,)),
+        "solver_type": ("midpoint", ("midpoint",)),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_type": ("bh2", ("bh2",)),
+        "predict_x0": (True, (True,)),
+    },
+    "DDPMScheduler": {"variance_type": ("fixed_small", ("fixed_small", "fixed_large"))},
+    "EulerDiscreteScheduler": {"timestep_type": ("discrete", ("discrete",))},
+}
+_UNKNOWN = ("trained_betas", "thresholding", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`diffusion` fields, sampling defaults); ValueError for what we have no word for."""
-    sampler = lookup(_SAMPLERS, config["_class_name"], "scheduler")
-    if config.get("trained_betas") is not None:
-        raise ValueError("scheduler_config.json: trained_betas are not supported")
-    if config.get("algorithm_type", "dpmsolver++") == "sde-dpmsolver++":
-        sampler = "dpm_solver_pp_2m_sde"
-    diffusion = {
+    """(`diffusion` fields, sampling defaults) of a `scheduler_config.json`.
+
+    Absent fields have that scheduler's defaults. Raises ValueError, in one line, for what we have
+    no equal of.
+    """
+    name = config["_class_name"]
+    sampler, default_spacing = lookup(SCHEDULERS, name, "scheduler")
+    for field in _UNKNOWN:
+        if config.get(field):
+            raise ValueError(f"{name} with {field} has no equal here")
+    for field, (default, allowed) in _FIXED.get(name, {}).items():
+        if (value := config.get(field, default)) not in allowed:
+            known = " or ".join(str(x) for x in allowed)
+            raise ValueError(f"{name} with {field}={value} has no equal here; allowed: {known}")
+    own: dict[str, Any] = {}
+    if sampler == "multistep":
+        sampler, own = _multistep(config)
+    elif sampler in ("unipc", "deis"):
+        own = {"order": config.get("solver_order", 2)}
+    elif sampler == "ddpm" and config.get("variance_type") == "fixed_large":
+        own = {"large_variance": 1.0}
+    if name in _CLIP_SAMPLE and config.get("clip_sample", _CLIP_SAMPLE[name]):
+        own["clip_x0"] = config.get("clip_sample_range", 1.0)
+    sampling = {"sampler": sampler, "num_steps": 4 if sampler == "lcm" else 50, **own}
+    return _diffusion(config), {**sampling, **_spacing(config, name, default_spacing)}
+
+
+def _diffusion(config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = config.get("prediction_type", "epsilon")
+    return {
         "schedule": lookup(_CURVES, config.get("beta_schedule", "linear"), "beta_schedule"),
         "num_timesteps": config.get("num_train_timesteps", 1000),
         "beta_start": config.get("beta_start", 0.0001),
         "beta_end": config.get("beta_end", 0.02),
-        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
-        "prediction": lookup(
-            _PREDICTIONS, config.get("prediction_type", "epsilon"), "prediction_type"
-        ),
+        "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
+        "prediction": lookup(_PREDICTIONS, kind, "prediction_type"),
     }
-    sampling: dict[str, Any] = {"sampler": sampler, "num_steps": 50, **_spacing(sampler, config)}
-    if sampler == "ddim":
-        sampling["eta"] = 0.0
-    return diffusion, sampling
 
 
-def _spacing(sampler: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("use_karras_sigmas"):
-        return {"spacing": "karras"}
-    default = {"lms": "linspace", "euler": "linspace", "euler_ancestral": "linspace"}
-    kind = config.get("timestep_spacing", default.get(sampler, "leading"))
-    if kind == "linspace":
-        continuous = sampler in ("lms", "euler", "euler_ancestral", "heun", "dpm2")
-        return {"spacing": "linspace" if continuous else "open"}
-    spacing: dict[str, Any] = {"spacing": kind}
-    if kind == "leading":
-        spacing["offset"] = config.get("steps_offset", 0)
-    if sampler in ("ddim", "plms") and not config.get("set_alpha_to_one", sampler == "ddim"):
-        spacing["end"] = 0
-    return spacing
+def _multistep(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    key = (config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2))
+    if key not in _MULTISTEP:
+        known = ", ".join(f"{kind} {order}" for kind, order in _MULTISTEP)
+        raise ValueError(
+            f"unknown algorithm_type and solver_order {key[0]} {key[1]}; known: {known}"
+        )
+    sampler, own = _MULTISTEP[key]
+    if sampler.startswith("dpm_solver_pp"):
+        own = {**own, "solver_type": config.get("solver_type", "midpoint")}
+    return sampler, own
+
+
+def _spacing(config: Mapping[str, Any], name: str, default: str) -> dict[str, Any]:
+    if name == "LCMScheduler":
+        return {"spacing": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
+    # Sampling ends at ᾱ_0 instead of clean data where the final alpha says so.
+    keeps_noise = name == "DEISMultistepScheduler"
+    if name in _SET_ALPHA_TO_ONE:
+        keeps_noise = not config.get("set_alpha_to_one", _SET_ALPHA_TO_ONE[name])
+    elif name in _FINAL_SIGMAS_TYPE:
+        keeps_noise = config.get("final_sigmas_type", "zero") == "sigma_min"
+    end = {"end": 0} if keeps_noise else {}
+    if name not in _INTEGER:
+        for curve in ("karras", "exponential"):
+            if config.get(f"use_{curve}_sigmas"):
+                return {"spacing": curve, **end}
+    kind = config.get("timestep_spacing", default)
+    if name == "DPMSolverSinglestepScheduler":  # whose own spacing is fixed
+        kind = "linspace"
+    linspace = "open" if name in _OPEN else "uniform" if name in _INTEGER else "linspace"
+    leading = "open_leading" if name in _OPEN else "leading"
+    table = {
+        "leading": {"spacing": leading, "offset": config.get("steps_offset", 0)},
+        "trailing": {"spacing": "trailing"},
+        "linspace": {"spacing": linspace},
+    }
+    return {**lookup(table, kind, "timestep_spacing"), **end}
 
 
 def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,10 +45,12 @@ class Sampler:
     """A sampler, made of the function that tabulates its coefficients.
 
     table: (schedule, timesteps, **own) -> Table. `table(schedule, timesteps).t` are the timesteps
-    at which the network will be evaluated.
+    at which the network will be evaluated. by_eps: an estimate of z_0 reaches the result through
+    eps alone, so whatever changes z_0 must change eps with it (`guidance.clip` and the like).
     """
 
     table: Callable[..., Table]
+    by_eps: bool = False
 
     def __call__(
         self,
@@ -66,20 +68,20 @@ class Sampler:
 SAMPLERS = {
     "ddpm": Sampler(ddpm),
     "ddim": Sampler(ddim),
-    "plms": Sampler(plms),
+    "plms": Sampler(plms, by_eps=True),
     "euler": Sampler(euler),
     "euler_ancestral": Sampler(euler_ancestral),
-    "heun": Sampler(heun),
-    "dpm2": Sampler(dpm2),
-    "dpm2_ancestral": Sampler(dpm2_ancestral),
-    "lms": Sampler(lms),
-    "dpm_solver_2m": Sampler(dpm_solver_2m),
+    "heun": Sampler(heun, by_eps=True),
+    "dpm2": Sampler(dpm2, by_eps=True),
+    "dpm2_ancestral": Sampler(dpm2_ancestral, by_eps=True),
+    "lms": Sampler(lms, by_eps=True),
+    "dpm_solver_2m": Sampler(dpm_solver_2m, by_eps=True),
     "dpm_solver_pp_2s_ancestral": Sampler(dpm_solver_pp_2s_ancestral),
     "dpm_solver_pp_2m": Sampler(dpm_solver_pp_2m),
     "dpm_solver_pp_2m_sde": Sampler(dpm_solver_pp_2m_sde),
     "dpm_solver_pp_3m_sde": Sampler(dpm_solver_pp_3m_sde),
     "dpm_solver_pp_singlestep": Sampler(dpm_solver_pp_singlestep),
     "unipc": Sampler(unipc),
-    "deis": Sampler(deis),
+    "deis": Sampler(deis, by_eps=True),
     "lcm": Sampler(lcm),
 }

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser, make_denoiser
+from latent_diffusion.denoiser import Denoiser, make_denoiser, plan
 from latent_diffusion.diffusion import (
     LOSS_WEIGHTS,
     LOSSES,
@@ -41,7 +41,6 @@ from latent_diffusion.rng import (
     pmean,
     split_per_example,
 )
-from latent_diffusion.schedules import spacing
 from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
 
 Metrics = dict[str, jax.Array]
@@ -186,8 +185,7 @@ class Denoising:
         denoiser = self.denoiser.replace(params=state.ema_params)
         conditioning = denoiser.condition(batch, jnp.zeros(size, bool))
         null = denoiser.condition(batch, jnp.ones(size, bool))
-        options = dict(self.sampling)
-        timesteps = spacing(options.pop("spacing"), denoiser.schedule, options.pop("num_steps"))
+        timesteps, options = plan(denoiser.schedule, self.sampling, {})
         latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)})
         z_0 = denoiser.sample(
             example_keys(rng, size, axis_name),

@@ -1,7 +1,8 @@
 """Every sampler against diffusers' scheduler of the same name, and against k-diffusion.
 
 Same model function, same start, same injected noise. The model is the optimal eps for data at
-±1 (std 0.6), written once for both array libraries.
+±1 (std 0.6), written once for both array libraries. The others run in float64 as far as they let
+it, so that rounding is ours alone.
 """
 
 import importlib.util
@@ -18,9 +19,11 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from latent_diffusion import guidance, schedules  # noqa: E402
+from latent_diffusion.convert.bundle import as_schedule  # noqa: E402
+from latent_diffusion.convert.scheduler import from_diffusers  # noqa: E402
+from latent_diffusion.denoiser import plan  # noqa: E402
 from latent_diffusion.rng import example_keys, normal_per_example  # noqa: E402
 from latent_diffusion.samplers import SAMPLERS  # noqa: E402
-from latent_diffusion.samplers.settings import from_diffusers  # noqa: E402
 
 BETAS = (0.00085, 0.012)
 SHAPE = (16, 2, 2, 3)
@@ -29,22 +32,19 @@ SCHEDULE = schedules.make_schedule("linear", beta_start=BETAS[0], beta_end=BETAS
 TOLERANCE = 1e-4  # of the latents' scale, which is about 1.2
 
 
-def eps_model(z, t, xp):
-    """E[eps | z_t] for the mixture, with a signal amplitude that is a smooth function of t."""
+def model(z, t, xp, kind="eps"):
+    """E[eps | z_t], or another kind, with a signal amplitude that is a smooth function of t."""
     a = xp.cos(1.5 * (t + 1) / 1000)
     s = xp.sqrt(1 - a**2)
     variance = 0.36 * a**2 + s**2
     side = xp.tanh(a * z / variance)
     z_0 = side + 0.36 * a / variance * (z - a * side)
-    return (z - a * z_0) / s
+    eps = (z - a * z_0) / s
+    return {"eps": eps, "x0": z_0, "v": a * eps - s * z_0}[kind]
 
 
-def network(z_t, t, conditioning):
-    return eps_model(z_t, t.reshape(-1, 1, 1, 1), jnp)
-
-
-def torch_model(z, t):
-    return eps_model(z, torch.as_tensor(t, dtype=torch.float32), torch)
+def torch_model(z, t, kind="eps"):
+    return model(z, torch.as_tensor(t, dtype=torch.float64), torch, kind)
 
 
 KEYS = example_keys(jax.random.key(3), SHAPE[0])
@@ -53,11 +53,16 @@ Z_T = normal_per_example(example_keys(jax.random.key(4), SHAPE[0]), SHAPE[1:])
 
 def row_noise(i):
     keys = jax.vmap(jax.random.fold_in, (0, None))(KEYS, i)
-    return torch.from_numpy(np.asarray(normal_per_example(keys, SHAPE[1:])))
+    return torch.from_numpy(np.asarray(normal_per_example(keys, SHAPE[1:]), np.float64))
 
 
-def ours(name, timesteps, kind="eps", schedule=SCHEDULE, net=network, **own):
-    denoise = guidance.from_prediction(net, schedule, kind)
+def ours(name, timesteps, kind="eps", schedule=SCHEDULE, clip_x0=None, **own):
+    def network(z_t, t, conditioning):
+        return model(z_t, t.reshape(-1, 1, 1, 1), jnp, kind)
+
+    denoise = guidance.from_prediction(network, schedule, kind)
+    if clip_x0 is not None:
+        denoise = guidance.clip(denoise, schedule, -clip_x0, clip_x0, SAMPLERS[name].by_eps)
 
     @jax.jit
     def sample(timesteps):
@@ -66,21 +71,22 @@ def ours(name, timesteps, kind="eps", schedule=SCHEDULE, net=network, **own):
     return np.asarray(sample(timesteps))
 
 
-def theirs(scheduler, num_steps, monkeypatch, rows=lambda call: call, model=torch_model, **step):
+def theirs(scheduler, num_steps, monkeypatch, rows=lambda call: call, **step):
     """diffusers' loop, drawing the noise that our row `rows(call)` draws."""
     calls = iter(range(10_000))
+    kind = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}[scheduler.config.prediction_type]
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("diffusers.schedulers.scheduling_"):
             monkeypatch.setattr(
                 module, "randn_tensor", lambda *a, **k: row_noise(rows(next(calls))), raising=False
             )
     scheduler.set_timesteps(num_steps)
-    z = torch.from_numpy(np.asarray(Z_T))
+    z = torch.from_numpy(np.asarray(Z_T, np.float64))
     if float(scheduler.init_noise_sigma) != 1:  # it works on z/alpha
         z = z * (1 + scheduler.sigmas[0] ** 2) ** 0.5
     for t in scheduler.timesteps:
-        eps = model(scheduler.scale_model_input(z, t), t)
-        z = scheduler.step(eps, t, z, **step).prev_sample
+        pred = torch_model(scheduler.scale_model_input(z, t), t, kind)
+        z = scheduler.step(pred, t, z, **step).prev_sample
     return z.numpy()
 
 
@@ -153,8 +159,8 @@ CASES = [
 )
 def test_equals_diffusers(case, num_steps, monkeypatch):
     name, own, spacing, spacing_own, scheduler, options, step = case
-    if name == "dpm_solver_pp_3m_sde" and num_steps < 15:
-        pytest.skip("diffusers lowers the order of the last two steps, k-diffusion doesn't")
+    if name == "dpm_solver_pp_3m_sde":  # whose last steps keep their order, as k-diffusion's
+        options = {**options, "lower_order_final": False}
     timesteps = schedules.spacing(spacing, SCHEDULE, num_steps, **spacing_own)
     rows = second_row if name == "dpm2_ancestral" else lambda call: call
     with warnings.catch_warnings():
@@ -167,6 +173,20 @@ def test_equals_diffusers(case, num_steps, monkeypatch):
     assert_close(ours(name, timesteps, **own), expected)
 
 
+def assert_read_alike(scheduler, num_steps, monkeypatch, rows=lambda call: call, **step):
+    """What its config makes of our `sample` is what it does itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = theirs(scheduler, num_steps, monkeypatch, rows, **step)
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    diffusion, sampling = from_diffusers(config)
+    schedule = as_schedule(diffusion)
+    timesteps, options = plan(schedule, sampling, {"num_steps": num_steps, **step})
+    kind = diffusion["prediction"]
+    answer = ours(options.pop("sampler"), timesteps, kind, schedule, **options)
+    assert_close(answer, expected)
+
+
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda c: "-".join([c[0], c[2], *map(str, c[1].values())])
 )
@@ -176,13 +196,53 @@ def test_settings_are_read_from_its_config(case, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scheduler = getattr(diffusers, scheduler)(**COMMON, **options)
-        expected = theirs(scheduler, 20, monkeypatch, rows, **step)
-    settings = from_diffusers({"_class_name": type(scheduler).__name__, **scheduler.config})
-    assert settings.prediction == "eps"
-    schedule = schedules.make_schedule(**settings.schedule)
-    timesteps = schedules.spacing(settings.spacing, schedule, 20, **settings.spacing_options)
-    own = {**settings.options, **step}  # eta is said at the step
-    assert_close(ours(settings.sampler, timesteps, schedule=schedule, **own), expected)
+    assert_read_alike(scheduler, 20, monkeypatch, rows, **step)
+
+
+# As in released pipelines, with what they carry over from schedulers they once had.
+CARRIED = dict(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+RELEASED = {
+    "stable-diffusion-v1-5": ("PNDMScheduler", CARRIED),
+    "stable-diffusion-2-1": ("DDIMScheduler", {**CARRIED, "prediction_type": "v_prediction"}),
+    "sdxl": (
+        "EulerDiscreteScheduler",
+        {**CARRIED, "timestep_spacing": "leading", "interpolation_type": "linear"},
+    ),
+    "sdxl-euler-ancestral": (
+        "EulerAncestralDiscreteScheduler",
+        {**CARRIED, "timestep_spacing": "leading"},
+    ),
+    "dpm-solver": (MULTISTEP, {**CARRIED, "timestep_spacing": "leading"}),
+    "dpm-solver-singlestep": (
+        "DPMSolverSinglestepScheduler",
+        {**CARRIED, "timestep_spacing": "leading"},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {**CARRIED, "timestep_spacing": "leading"}),
+    "zero-terminal-snr": (
+        "DDIMScheduler",
+        dict(
+            clip_sample=False,
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            prediction_type="v_prediction",
+        ),
+    ),
+    "ddpm-pixels": ("DDPMScheduler", dict(clip_sample=True, beta_schedule="linear")),
+    "ddpm-large-variance": ("DDPMScheduler", dict(variance_type="fixed_large", clip_sample=False)),
+    "ddim-pixels": ("DDIMScheduler", dict(clip_sample=True, beta_schedule="squaredcos_cap_v2")),
+    "ddim-x0": ("DDIMScheduler", dict(clip_sample=False, prediction_type="sample")),
+    "lcm": ("LCMScheduler", {**CARRIED, "original_inference_steps": 50}),
+}
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_settings_are_read(name, num_steps, monkeypatch):
+    scheduler, options = RELEASED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = getattr(diffusers, scheduler).from_config({**COMMON, **options})
+    assert_read_alike(scheduler, num_steps, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------- k-diffusion
@@ -252,11 +312,11 @@ K_CASES = [
 def test_equals_k_diffusion(name, function, rows, spacing, num_steps, k_sampling):
     timesteps = schedules.spacing(spacing, SCHEDULE, num_steps)
     sigmas = np.exp(np.interp(np.asarray(timesteps[:-1]), np.arange(1000), LOG_SIGMAS))
-    sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32)
+    sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     calls = iter(range(10_000))
     own = {"disable": True}
     if rows is not None:
         own["noise_sampler"] = lambda *levels: row_noise(rows(next(calls)))
-    x = torch.from_numpy(np.asarray(Z_T)) * (1 + sigmas[0] ** 2) ** 0.5
+    x = torch.from_numpy(np.asarray(Z_T, np.float64)) * (1 + sigmas[0] ** 2) ** 0.5
     expected = getattr(k_sampling, function)(k_model, x, sigmas, **own)
     assert_close(ours(name, timesteps), expected.numpy())
