@@ -11,13 +11,17 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.conditioners.bert import Bert
 from latent_diffusion.conditioners.class_label import ClassLabel
+from latent_diffusion.conditioners.clip_image import ClipImage
 from latent_diffusion.conditioners.clip_text import ClipText
 from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, lookup
 
 CONDITIONERS: dict[str, Any] = {
+    "bert": Bert,
     "class_label": ClassLabel,
+    "clip_image": ClipImage,
     "clip_text": ClipText,
     "text": TextTransformer,
 }
