@@ -8,6 +8,7 @@ import jax
 from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.convert.tables import KINDS, Leaf, Rule, Table
 from latent_diffusion.convert.tensors import Tensor
+from latent_diffusion.tokenizers import Tokenizer
 
 Fields = dict[str, Any]
 
@@ -73,7 +74,18 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
         "depth": len(layers) // 2,
         "num_heads": inner // 64,
         "head_dim": 64,
+        **_empty(vocab_size),
     }
+
+
+def with_tokenizer(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Fields:
+    """Any text encoder's fields, such that its null condition is this tokenizer's empty prompt."""
+    return {**fields, "empty": tokenizer.empty, "pad_id": tokenizer.pad_id}
+
+
+def _empty(vocab_size: int) -> Fields:
+    """With as many words as BERT's tokenizer has, it is that one."""
+    return {"empty": (101, 102)} if vocab_size == 30522 else {}
 
 
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +121,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
         "depth": config["encoder_layers"],
         "num_heads": config["encoder_attention_heads"],
         "head_dim": config["head_dim"],
+        **_empty(config["vocab_size"]),
     }
 
 
