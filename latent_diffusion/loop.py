@@ -122,7 +122,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     """
     directory = Path(directory).absolute()
     make_task = lookup(TASKS, config.task, "task")
-    config = workdir.resolve(config)
+    config = frozen.resolve(workdir.resolve(config), directory)
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
