@@ -132,7 +132,9 @@ def _image_embedding(part: Any, value: Any, size: Any, latent: Any) -> np.ndarra
     return _numbers("image_embedding", value, (part.width,), -np.inf, np.inf)
 
 
-def _numbers(name: str, value: Any, shape: tuple[int | None, ...], low: float, high: float):
+def _numbers(
+    name: str, value: Any, shape: tuple[int | None, ...], low: float | int, high: float | int
+) -> np.ndarray:
     value = np.asarray(value, np.float32)
     value = _of_shape(name, value[None] if value.ndim == len(shape) else value, shape)
     if value.size and not (value.min() >= low and value.max() <= high):  # NaN fails too

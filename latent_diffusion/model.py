@@ -102,8 +102,9 @@ class Model(flax.struct.PyTreeNode):
         keys = None if rng is None else example_keys(rng, count)
         f = self._downsampling()
         latent = (size[0] // f, size[1] // f)
-        batch = denoiser.conditioner.prepare(batch, self.first_stage, latent, keys)
-        return denoiser.condition(batch, jnp.zeros(count, bool))
+        told = {key: jnp.asarray(value) for key, value in batch.items()}
+        told = denoiser.conditioner.prepare(told, self.first_stage, latent, keys)
+        return denoiser.condition(told, jnp.zeros(count, bool))
 
     def denoise(
         self,
