@@ -182,3 +182,24 @@ def test_a_noised_condition_belongs_to_its_image_whatever_the_batch():
         made.condition(low_res=IMAGE, noise_level=n, rng=RNG).concat[0] - IMAGE for n in (0, 29)
     ]
     assert np.std(levels[1]) > 3 * np.std(levels[0]) > 0
+
+
+def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
+    made = model("class_label")
+    given = {"class_labels": [1], "num_images": 4, "mode": "single"}
+    target = IMAGE.reshape(4, 2, 4, 2, 3).mean((1, 3))
+
+    def distance(**guides):
+        images = made.sample(RNG, **given, **guides, clip_x0=1.0)
+        reduced = jax.image.resize(images, (4, 4, 4, 3), "cubic")
+        return float(jnp.mean(jnp.square(reduced - target)))
+
+    assert distance(target=target, target_scale=3.0) < 0.8 * distance()
+    for wrong, message in (
+        ({"classifier_labels": [1]}, "give classifier and classifier_labels"),
+        ({"target": np.zeros((2, 4, 4, 3))}, "2 of target for 4 images"),
+        ({"target": np.zeros((4, 4, 1))}, r"target has shape \(4, 4, 1\), expected \[N h w 3\]"),
+        ({"target": target, "target_distance": "l3"}, "unknown target_distance 'l3'; known: l2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.sample(RNG, **given, **wrong)
