@@ -93,6 +93,8 @@ def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {"image": _BATCH_SPECS["image"](config)}
     if config.task == "denoising":
         keys = make_conditioner(config.conditioners).keys
+    elif config.task == "classifying":
+        keys = ("class_label",)
     else:
         keys = tuple(filter(None, [config.autoencoding.disc_condition]))
     for key in keys:

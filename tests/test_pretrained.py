@@ -14,6 +14,7 @@ from tiny import make_config
 import latent_diffusion as ldm
 from latent_diffusion import convert, frozen, loop, workdir
 from latent_diffusion.checkpoint import Checkpointer
+from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.convert import bert, clip_text
 from latent_diffusion.convert.bundle import as_part
 from latent_diffusion.convert.pretrained import read_pretrained
@@ -85,13 +86,12 @@ def test_a_run_keeps_its_own_copy(bert_folder, tmp_path):
     with Checkpointer(run / "checkpoints") as checkpoints:
         checkpoints.save(0, {"ema_params": ema_params})
     WordTokenizer([], 2, 4).save(run / workdir.TOKENIZER)
-    same(
-        ldm.load(run).denoiser.params["conditioner"],
-        {"bert": params, "text": ema_params["conditioner"]["text"]},
-    )
+    trained = ema_params["conditioner"]["text"]
+    loaded = ldm.load(run).denoiser.params["conditioner"]
+    same(loaded, {"bert": params, "text": trained})
     same(convert.as_params(read_pretrained("bert", run, {})), params)
     part = read_pretrained("text", run, {})  # whatever the conditioner, trained or not
-    same(convert.as_params(part), ema_params["conditioner"]["text"])
+    same(convert.as_params(part), trained)
     with pytest.raises(ValueError, match="has no conditioner of this name; it has "):
         read_pretrained("clip_text", run, {})
 
@@ -137,3 +137,18 @@ def test_what_is_no_encoder_is_refused(bert_folder, tmp_path):
         read_pretrained("class_label", folder, {})
     with pytest.raises(ValueError, match=r"does not fit: .* of another shape: .*fc1/bias"):
         read_pretrained("bert", folder, {"mlp_width": 32})
+
+
+def test_an_encoder_and_its_tokenizer_must_agree():
+    tokenizer = WordTokenizer(["cat", "dog", "egg"], 5, 4)
+    for fields, message in (
+        ({"vocab_size": 4}, "text.vocab_size=4, but the tokenizer has 5 tokens"),
+        ({"vocab_size": 5, "pad_id": 3}, "text.pad_id=3, but the tokenizer's is 0: set it"),
+        (
+            {"vocab_size": 5, "empty": [1]},
+            r"text.empty=\(1,\), but the tokenizer's is \(\): set it",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            workdir.check_reads(make_conditioner({"class_label": {}, "text": fields}), tokenizer)
+    workdir.check_reads(make_conditioner({"text": {"vocab_size": 5}}), tokenizer)
