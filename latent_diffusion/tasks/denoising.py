@@ -66,7 +66,7 @@ class Constants(flax.struct.PyTreeNode):
     """Everything that training uses and never changes."""
 
     first_stage: FirstStage
-    conditioner: Params  # pretrained parts, by name
+    conditioner: Params = flax.struct.field(default_factory=dict)  # pretrained parts, by name
 
 
 @dataclass(frozen=True)
