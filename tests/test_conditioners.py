@@ -12,6 +12,7 @@ SMALL = {
     "class_label": {"num_classes": 5, "width": 6},
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
+    "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
 }
 BATCH = {
     "class_label": jnp.array([0, 4, 2]),
@@ -46,6 +47,18 @@ def test_the_empty_prompt_is_the_null_condition():
     config = {"text": SMALL["text"]}
     empty = BATCH | {"tokens": jnp.zeros((3, 4), jnp.int32)}
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
+
+
+def test_a_prompt_is_the_sum_of_its_words_maps():
+    config = {"word_map": SMALL["word_map"]}
+
+    def maps(*tokens):
+        return _apply(config, NEVER, {"tokens": jnp.array([tokens] * 3)})
+
+    both = maps(2, 3, 0, 0)
+    np.testing.assert_allclose(both, maps(2, 0, 0, 0) + maps(3, 0, 0, 0), atol=1e-6)
+    np.testing.assert_array_equal(maps(0, 0, 0, 0), np.zeros((3, 4, 4, 2)))
+    np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 2)))
 
 
 def test_class_labels_outside_the_range_are_the_null_class():

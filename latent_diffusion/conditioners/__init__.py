@@ -13,9 +13,14 @@ import jax.numpy as jnp
 
 from latent_diffusion.conditioners.class_label import ClassLabel
 from latent_diffusion.conditioners.text import TextTransformer
+from latent_diffusion.conditioners.word_map import WordMap
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, lookup
 
-CONDITIONERS: dict[str, Any] = {"class_label": ClassLabel, "text": TextTransformer}
+CONDITIONERS: dict[str, Any] = {
+    "class_label": ClassLabel,
+    "text": TextTransformer,
+    "word_map": WordMap,
+}
 
 
 def combine(parts: list[Conditioning]) -> Conditioning:
