@@ -202,10 +202,9 @@ class Model(flax.struct.PyTreeNode):
             for i, (text, _) in enumerate(more_prompts)
         }
         strength = options.get("strength")
-        if "mask" not in told:
-            batch |= _known_image(image, mask, strength, (total, height, width))
-        elif strength is not None:
-            batch |= _known_image(image, None, strength, (total, height, width))
+        hole = None if "mask" in told else mask
+        if "image" not in told or strength is not None or hole is not None:
+            batch |= _known_image(image, hole, strength, (total, height, width))
         if z_T is not None:
             if z_T.shape != (total, *shape):
                 raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
