@@ -24,6 +24,7 @@ SMALL = {
     "class_label": {"num_classes": 5, "width": 6},
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
+    "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
 }
 NUMPY = np.random.default_rng(0)
 
@@ -158,6 +159,18 @@ def test_the_empty_prompt_is_the_null_condition():
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
 
 
+def test_a_prompt_is_the_sum_of_its_words_maps():
+    config = {"word_map": SMALL["word_map"]}
+
+    def maps(*tokens):
+        return _apply(config, NEVER, {"tokens": jnp.array([tokens] * 3)})
+
+    both = maps(2, 3, 0, 0)
+    np.testing.assert_allclose(both, maps(2, 0, 0, 0) + maps(3, 0, 0, 0), atol=1e-6)
+    np.testing.assert_array_equal(maps(0, 0, 0, 0), np.zeros((3, 4, 4, 2)))
+    np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 2)))
+
+
 def test_class_labels_outside_the_range_are_the_null_class():
     config = {"class_label": SMALL["class_label"] | {"route": "vector"}}
     odd = BATCH | {"class_label": jnp.array([-1, 5, 99])}
@@ -170,7 +183,7 @@ def test_several_conditioners_join_along_their_axes():
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
     # A hybrid: one condition beside the latent, three to attend to, one with the timestep.
     hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
-    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1)
+    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2)
     assert hybrid.context.shape == (3, 1 + 4 + 8 + 2 + 1, 6)
     assert hybrid.vector.shape == (3, 6)
     both = combine(

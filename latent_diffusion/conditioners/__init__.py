@@ -21,6 +21,7 @@ from latent_diffusion.conditioners.masked_image import MaskedImage
 from latent_diffusion.conditioners.neighbours import Neighbours
 from latent_diffusion.conditioners.spatial_rescaler import SpatialRescaler
 from latent_diffusion.conditioners.text import TextTransformer
+from latent_diffusion.conditioners.word_map import WordMap
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Keys, lookup
 
 CONDITIONERS: dict[str, Any] = {
@@ -33,6 +34,7 @@ CONDITIONERS: dict[str, Any] = {
     "depth": Depth,
     "neighbours": Neighbours,
     "image_embedding": ImageEmbedding,
+    "word_map": WordMap,
 }
 
 
@@ -57,7 +59,7 @@ class Conditioner(nn.Module):
     @property
     def keys(self) -> tuple[str, ...]:
         """Batch keys that are read."""
-        return tuple(key for part in self.parts() for key in part.keys)
+        return tuple(dict.fromkeys(key for part in self.parts() for key in part.keys))
 
     @property
     def optional(self) -> tuple[str, ...]:
