@@ -65,7 +65,7 @@ def test_a_run_keeps_its_own_copy(bert_folder, tmp_path):
     source, run = shutil.copytree(folder, tmp_path / "source"), tmp_path / "run"
     config = make_config("denoising")
     config.autoencoder.update({"regularization": "identity", "embed_dim": 3})
-    config.conditioners.bert = ConfigDict({"empty": ()})
+    config.conditioners = ConfigDict({"text": config.conditioners.text, "bert": {"empty": ()}})
     config.pretrained.bert = str(source)
     resolved = frozen.resolve(config, run)
     assert resolved.conditioners.bert.width == 16 and resolved.conditioners.bert.empty == ()

@@ -118,4 +118,9 @@ def make_conditioner(config: Config) -> Conditioner:
             raise ValueError(
                 f"conditioners.{name}: unknown field {unknown[0]!r}; known: {', '.join(known)}"
             )
-    return Conditioner({name: dict(fields) for name, fields in config.items()})
+    return Conditioner({name: _static(fields) for name, fields in config.items()})
+
+
+def _static(fields: Config) -> dict[str, Any]:
+    """Fields as a module compares them: JSON's lists are tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
