@@ -281,14 +281,15 @@ def write_compvis(
             f"{path}: the name of a file in the original's format ends in .safetensors"
         )
     bundle = with_folded_scale(bundle)
-    tensors, config = _write_parts(bundle)
+    tensors, config = as_compvis(bundle)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, tensors, progress=progress)
     text_of_yaml = yaml.safe_dump({"model": config}, sort_keys=False)
     path.with_suffix(".yaml").write_text(text_of_yaml, encoding="utf-8")
 
 
-def _write_parts(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors under the original's names, still unread, and the `model` of its yaml."""
     tensors: dict[str, Tensor] = {}
     first_stage: dict[str, Any] = {}
     if bundle.autoencoder is not None:

@@ -192,13 +192,19 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
 VERSION = "0.30.0"  # of diffusers, whose names for settings these are
 
 
-def _write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -> Json:
+def as_component(bundle: Bundle, name: str) -> "Written":
+    """config.json, tensors (still unread) and file stem of one of a bundle's parts."""
     config, tensors, stem = _WRITERS[name](bundle)
     config = {**config, **bundle.notes.get(name, {})}  # what it said when it was read
     if "architectures" not in config:
         config.setdefault("_diffusers_version", VERSION)
     else:
         config.pop("_class_name", None)
+    return config, tensors, stem
+
+
+def _write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -> Json:
+    config, tensors, stem = as_component(bundle, name)
     _save_json(path / "config.json", config)
     write_safetensors(path / f"{stem}.safetensors", tensors, progress=progress)
     return config
