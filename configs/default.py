@@ -15,8 +15,9 @@ def get_config() -> ConfigDict:
 
     c.data = data()
     c.tokenizer = ConfigDict()
-    c.tokenizer.name = "none"  # "word": a vocabulary built from the training captions
-    c.tokenizer.vocab_size = 2048  # rows of the embedding; rarer words become "unknown"
+    c.tokenizer.name = "none"  # "word": a vocabulary built from the training captions | "clip"
+    c.tokenizer.path = ""  # clip: a tokenizer folder, its tokenizer.json, or CLIP's .txt.gz
+    c.tokenizer.vocab_size = 2048  # word: rows of the embedding; rarer words become "unknown"
     c.tokenizer.max_length = 16  # tokens a prompt
 
     c.autoencoder = autoencoder()

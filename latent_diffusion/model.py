@@ -18,7 +18,7 @@ from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.guidance import paste
 from latent_diffusion.rng import example_keys, keys_of_examples
 from latent_diffusion.tiling import pad_to_multiple, tiled
-from latent_diffusion.tokenizers import WordTokenizer
+from latent_diffusion.tokenizers import Tokenizer
 from latent_diffusion.types import Array, Conditioning, Float, Int, Num
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Model(flax.struct.PyTreeNode):
 
     first_stage: FirstStage | None = None
     denoiser: Denoiser | None = None
-    tokenizer: WordTokenizer | None = flax.struct.field(pytree_node=False, default=None)
+    tokenizer: Tokenizer | None = flax.struct.field(pytree_node=False, default=None)
     defaults: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
     image_size: int = flax.struct.field(pytree_node=False, default=256)
     origin: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)

@@ -10,6 +10,8 @@ from latent_diffusion.types import Conditioning
 
 SMALL = {
     "class_label": {"num_classes": 5, "width": 6},
+    "clip_text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 2, "num_heads": 2}
+    | {"bos_id": 9, "eos_id": 10, "pad_id": 1},
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
 }
@@ -48,6 +50,25 @@ def test_the_empty_prompt_is_the_null_condition():
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
 
 
+def test_clips_empty_prompt_is_the_null_condition_and_the_future_is_not_seen():
+    config = {"clip_text": SMALL["clip_text"]}
+    empty = BATCH | {"tokens": jnp.array([[9, 10, 1, 1]] * 3)}
+    null = _apply(config, ALWAYS)
+    np.testing.assert_allclose(_apply(config, NEVER, empty), null, atol=1e-6)
+    longer = BATCH | {"tokens": empty["tokens"].at[:, 3].set(7)}
+    got = _apply(config, NEVER, longer)
+    np.testing.assert_allclose(got[:, :3], null[:, :3], atol=1e-6)
+    assert np.abs(got[:, 3] - null[:, 3]).max() > 1e-3
+    with pytest.raises(ValueError, match="clip_text: 4 tokens a prompt, expected max_length=77"):
+        _apply({"clip_text": SMALL["clip_text"] | {"max_length": 77}}, NEVER)
+
+
+def test_a_skipped_layer_has_no_parameters():
+    conditioner = make_conditioner({"clip_text": SMALL["clip_text"] | {"skip_last": 1}})
+    params = jax.eval_shape(conditioner.init, jax.random.key(0), BATCH, NEVER)["params"]
+    assert "layers_0" in params["clip_text"] and "layers_1" not in params["clip_text"]
+
+
 def test_class_labels_outside_the_range_are_the_null_class():
     config = {"class_label": SMALL["class_label"] | {"route": "vector"}}
     odd = BATCH | {"class_label": jnp.array([-1, 5, 99])}
@@ -69,7 +90,7 @@ def test_several_conditioners_join_along_their_axes():
 
 
 def test_a_wrong_condition_is_named():
-    with pytest.raises(ValueError, match="unknown conditioner 'clip'; known: class_label, text"):
+    with pytest.raises(ValueError, match="unknown conditioner 'clip'; known: class_label, cli"):
         make_conditioner({"clip": {}})
     with pytest.raises(ValueError, match="unknown field 'num_class'; known: num_classes"):
         make_conditioner({"class_label": {"num_class": 3}})

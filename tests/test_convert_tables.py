@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from latent_diffusion.convert import autoencoder, unet
+from latent_diffusion.convert import autoencoder, clip_text, unet
 from latent_diffusion.convert.tables import KINDS, joint_qkv, read_tensors, write_tensors
 from latent_diffusion.convert.tensors import in_memory
 from latent_diffusion.models.attention import AttentionBlock
@@ -96,6 +96,31 @@ def test_unets_round_trip_and_are_recognised(name):
     assert {k: again[k] for k in fields if k in again} == {
         k: v for k, v in fields.items() if k in again
     }
+
+
+CLIP_TEXT = dict(vocab_size=9, max_length=5, width=64, depth=2, num_heads=1)
+
+
+def test_clips_text_encoder_round_trips_and_is_recognised():
+    ids = {"bos_id": 7, "eos_id": 8, "pad_id": 8, "mlp_width": None}
+    shapes = flat_shapes(clip_text.shapes(CLIP_TEXT))
+    theirs = check_round_trip(clip_text.transformers_table(CLIP_TEXT), shapes)
+    assert "encoder.layers.1.self_attn.k_proj.bias" in theirs
+    known = clip_text.fields_from_shapes(theirs)
+    assert known == {**CLIP_TEXT, **ids}
+    config = clip_text.config_from_fields({**known, "activation": "gelu"})
+    assert clip_text.fields_from_config(config) == {**known, "activation": "gelu"}
+
+    theirs = check_round_trip(clip_text.open_clip_table(CLIP_TEXT), shapes)
+    assert theirs["transformer.resblocks.0.attn.in_proj_weight"].shape == (192, 64)
+    fields = clip_text.fields_from_shapes(theirs)  # as Stable Diffusion 2 takes it
+    assert fields == {**CLIP_TEXT, **ids, "pad_id": 0, "skip_last": 1, "activation": "gelu"}
+    shapes = flat_shapes(clip_text.shapes(fields))
+    table, ignored = clip_text.open_clip_table(fields), clip_text.unused(fields)
+    got = read_tensors(table, shapes, theirs, "tensors", ignored)
+    assert not any(path.startswith("layers_1") for path in got)
+    with pytest.raises(ValueError, match=r"left over: transformer\.resblocks\.1"):
+        read_tensors(table, shapes, theirs, "tensors")
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

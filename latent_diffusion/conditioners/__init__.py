@@ -12,10 +12,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from latent_diffusion.conditioners.class_label import ClassLabel
+from latent_diffusion.conditioners.clip_text import ClipText
 from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, lookup
 
-CONDITIONERS: dict[str, Any] = {"class_label": ClassLabel, "text": TextTransformer}
+CONDITIONERS: dict[str, Any] = {
+    "class_label": ClassLabel,
+    "clip_text": ClipText,
+    "text": TextTransformer,
+}
 
 
 def combine(parts: list[Conditioning]) -> Conditioning:

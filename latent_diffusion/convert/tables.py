@@ -111,6 +111,12 @@ def prefixed(table: Table, prefix: str) -> list[Rule]:
     return [rule._replace(theirs=prefix + rule.theirs) for rule in table]
 
 
+def below(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors whose names begin with `prefix`, without it; all of them where none does."""
+    under = {name[len(prefix) :]: t for name, t in source.items() if name.startswith(prefix)}
+    return under or dict(source)
+
+
 class Pair(NamedTuple):
     """One of our parameters and the tensors of theirs that hold it."""
 
