@@ -96,6 +96,7 @@ class Denoising:
         first_stage = init_first_stage(self.autoencoder, key_f, image)
         z = first_stage.encode({"image": image})
         conditioner, drop = self.denoiser.conditioner, jnp.zeros(1, bool)
+        one = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
         conditioning, variables = conditioner.init_with_output(key_c, one, drop)
         params = {
             "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
@@ -183,12 +184,14 @@ class Denoising:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
         size = _batch_size(batch)
         denoiser = self.denoiser.replace(params=state.ema_params)
-        conditioning = denoiser.condition(batch, jnp.zeros(size, bool))
-        null = denoiser.condition(batch, jnp.ones(size, bool))
+        keys = example_keys(rng, size, axis_name)
         timesteps, options = plan(denoiser.schedule, self.sampling, {})
         latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)})
+        told = denoiser.conditioner.prepare(batch, constants.first_stage, latent.shape[1:3], keys)
+        conditioning = denoiser.condition(told, jnp.zeros(size, bool))
+        null = denoiser.condition(told, jnp.ones(size, bool))
         z_0 = denoiser.sample(
-            example_keys(rng, size, axis_name),
+            keys,
             conditioning,
             null,
             timesteps,
@@ -217,7 +220,7 @@ class Denoising:
         train = dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
         denoiser = self.denoiser.replace(params=params)
-        k_z, k_t, k_eps, k_drop, k_offset, k_input = split_per_example(keys, 6)
+        k_z, k_t, k_eps, k_drop, k_offset, k_input, k_cond = split_per_example(keys, 7)
         z_0 = constants.first_stage.encode(batch, k_z)
         t, unbias = self._timesteps(k_t, squares if train else None)
         eps = normal_per_example(k_eps, z_0.shape[1:])
@@ -227,8 +230,9 @@ class Denoising:
         if train and self.input_perturbation:
             noise = perturb_input(k_input, eps, self.input_perturbation)
         z_t = q_sample(schedule, z_0, t, noise)
+        told = denoiser.conditioner.prepare(batch, constants.first_stage, z_t.shape[1:3], k_cond)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
-        pred = denoiser.denoise(z_t, t, denoiser.condition(batch, drop), train, dropout)
+        pred = denoiser.denoise(z_t, t, denoiser.condition(told, drop), train, dropout)
         target = prediction_target(kind, schedule, z_0, eps, t)
         simple = lookup(LOSSES, self.loss, "loss")(pred, target)
         loss = lookup(LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)[t] * simple
