@@ -12,7 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.conditioners.bert import Bert
 from latent_diffusion.conditioners.class_label import ClassLabel
+from latent_diffusion.conditioners.clip_image import ClipImage
 from latent_diffusion.conditioners.clip_text import ClipText
 from latent_diffusion.conditioners.depth import Depth
 from latent_diffusion.conditioners.image_embedding import ImageEmbedding
@@ -26,6 +28,8 @@ from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Key
 
 CONDITIONERS: dict[str, Any] = {
     "class_label": ClassLabel,
+    "bert": Bert,
+    "clip_image": ClipImage,
     "clip_text": ClipText,
     "text": TextTransformer,
     "layout": Layout,

@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latent_diffusion.tokenizers.bert import BertTokenizer
 from latent_diffusion.tokenizers.clip import ClipTokenizer
 from latent_diffusion.tokenizers.word import WordTokenizer, words
 from latent_diffusion.types import lookup
 
 __all__ = [
     "TOKENIZERS",
+    "BertTokenizer",
     "ClipTokenizer",
     "Tokenizer",
     "WordTokenizer",
@@ -21,8 +23,12 @@ __all__ = [
     "words",
 ]
 
-Tokenizer = WordTokenizer | ClipTokenizer
-TOKENIZERS: dict[str, Any] = {"word": WordTokenizer, "clip": ClipTokenizer}
+Tokenizer = WordTokenizer | ClipTokenizer | BertTokenizer
+TOKENIZERS: dict[str, Any] = {
+    "word": WordTokenizer,
+    "clip": ClipTokenizer,
+    "bert": BertTokenizer,
+}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
