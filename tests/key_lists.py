@@ -58,7 +58,7 @@ def _natural(name):
 
 
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-# U-Net, first stage, conditioner: a list's name or names and shapes, the prediction
+# U-Net, first stage, conditioner: a list's name, the same and its prefix, or names and shapes
 CHECKPOINTS = {
     "celeba256": ("celeba256", "vq-f4", {}),
     "lsun_churches256": ("lsun_churches256", "kl-f8", {}),
@@ -68,6 +68,37 @@ CHECKPOINTS = {
     "txt2img-1p4B": ("txt2img-1p4B", "kl-f8", "conditioner-bert-1280"),
     "layout2img": ("layout2img", "vq-f4", "conditioner-bert-layout"),
     "retrieval768": ("retrieval768", "kl-f16", {}),
+    "bsr_sr": ("bsr_sr", "vq-f4", {}),
+    "inpainting_big": ("inpainting_big", "vq-f4-noattn", "first-stage-vq-f4-noattn"),
+    "semantic_synthesis256": (
+        "semantic_synthesis256",
+        "vq-f4",
+        {"channel_mapper.weight": (3, 182, 1, 1)},
+    ),
+    "sd-v1": ("sd-v1", "kl-f8", ("diffusers-clip-l", "transformer.")),
+    "sd-v1-inpainting": ("sd-v1", "kl-f8", ("diffusers-clip-l", "transformer.")),
+    "sd-v2": ("sd-v2", "kl-f8", "conditioner-open-clip-h"),
+    "sd-v2-depth": ("sd-v2", "kl-f8", "conditioner-open-clip-h"),
+    "sd-x4-upscaler": ("sd-x4-upscaler", "kl-f4-z4", "conditioner-open-clip-h"),
+}
+IN_CHANNELS = {"sd-v1-inpainting": 9, "sd-v2-depth": 5}  # beside an otherwise equal U-Net
+INPUTS = {  # conditioners
+    "celeba256": [],
+    "lsun_churches256": [],
+    "cin256": ["class_label"],
+    "cin256-v2": ["class_label"],
+    "text2img256": ["text"],
+    "txt2img-1p4B": ["text"],
+    "layout2img": ["layout"],
+    "retrieval768": [],
+    "bsr_sr": ["low_res"],
+    "inpainting_big": ["masked_image"],
+    "semantic_synthesis256": ["spatial_rescaler"],
+    "sd-v1": ["clip_text"],
+    "sd-v1-inpainting": ["clip_text", "masked_image"],
+    "sd-v2": ["clip_text"],
+    "sd-v2-depth": ["clip_text", "depth"],
+    "sd-x4-upscaler": ["clip_text", "low_res"],
 }
 FACTS = {  # M parameters and tensors of the U-Net
     "celeba256": (274.06, 368),
@@ -78,6 +109,14 @@ FACTS = {  # M parameters and tensors of the U-Net
     "txt2img-1p4B": (872.30, 686),
     "layout2img": (246.28, 1328),
     "retrieval768": (1335.48, 688),
+    "bsr_sr": (113.62, 306),
+    "inpainting_big": (387.25, 416),
+    "semantic_synthesis256": (215.23, 216),
+    "sd-v1": (859.52, 686),
+    "sd-v1-inpainting": (859.54, 686),
+    "sd-v2": (865.91, 686),
+    "sd-v2-depth": (865.91, 686),
+    "sd-x4-upscaler": (472.37, 686),
 }
 BUFFERS = (
     "alphas_cumprod",
@@ -124,15 +163,21 @@ def check_checkpoint(name, tmp_path):
     unet, first_stage, conditioner = CHECKPOINTS[name]
     if isinstance(conditioner, str):
         conditioner = read_key_list(conditioner)
+    if isinstance(conditioner, tuple):
+        conditioner = prefixed(conditioner[1], read_key_list(conditioner[0]))
     keys = {
         **prefixed(UNET, read_key_list(f"unet-{unet}")),
         **prefixed(FIRST_STAGE, read_key_list(f"first-stage-{first_stage}")),
         **prefixed(COND_STAGE, conditioner),
     }
+    if name in IN_CHANNELS:
+        width, _, *kernel = keys[f"{UNET}input_blocks.0.0.weight"]
+        keys[f"{UNET}input_blocks.0.0.weight"] = (width, IN_CHANNELS[name], *kernel)
     buffers = {buffer: (1000,) for buffer in BUFFERS}
     path = write_sparse(tmp_path / "model.safetensors", {**with_average(keys), **buffers})
     bundle = convert.read(path)
     assert (millions(bundle.unet), len(bundle.unet.params)) == FACTS[name]
+    assert list(bundle.conditioners) == INPUTS[name]
     written, _ = as_compvis(bundle)
     assert shapes(written) == {k: v for k, v in keys.items() if not is_ignored(k)}
 
@@ -204,6 +249,36 @@ COMPONENTS = {
         "in_channels": 3,
         "norm_num_groups": 32,
     },
+    "diffusers-clip-l": {
+        "architectures": ["CLIPTextModel"],
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+    },
+    "diffusers-clip-h": {
+        "architectures": ["CLIPTextModel"],
+        "hidden_size": 1024,
+        "hidden_act": "gelu",
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+    },
+    "diffusers-sd-x4-upscaler-unet": {
+        **STABLE,
+        "in_channels": 7,
+        "block_out_channels": [256, 512, 512, 1024],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"],
+        "only_cross_attention": [True, True, True, False],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "num_class_embeds": 1000,
+    },
     "diffusers-ldm-bert": {
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",
@@ -225,7 +300,7 @@ def check_component(name, tmp_path):
     write_sparse(tmp_path / f"{stem}.safetensors", keys)
     (tmp_path / "config.json").write_text(json.dumps(COMPONENTS[name]))
     bundle = convert.read(tmp_path)
-    ((part, _),) = bundle.parts()
+    part, *_ = [part for part, _ in bundle.parts()]
     config, written, _ = as_component(bundle, part)
     assert shapes(written) == keys
     assert config == {**config, **COMPONENTS[name]}

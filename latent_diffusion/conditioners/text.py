@@ -1,5 +1,6 @@
 """A trained text transformer: the encoder of the paper's text-to-image model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ class TextTransformer(nn.Module):
 
     The released models attend to the padding, and are unconditional on the empty string; so do
     and are these. The inner attention width is num_heads·head_dim at any model width.
+
+    empty: the tokens of the empty string before its padding (0); BERT's has two, (101, 102).
     """
 
     vocab_size: int = 30522
@@ -23,6 +26,7 @@ class TextTransformer(nn.Module):
     depth: int = 32
     num_heads: int = 8
     head_dim: int = 64
+    empty: Sequence[int] = ()
     dtype: Any = None
 
     keys = ("tokens",)
@@ -34,7 +38,8 @@ class TextTransformer(nn.Module):
             raise ValueError(
                 f"text: {tokens.shape[1]} tokens a prompt, expected max_length={self.max_length}"
             )
-        tokens = jnp.where(drop[:, None], 0, tokens)  # 0 is padding: the empty string
+        empty = (*self.empty, *[0] * (self.max_length - len(self.empty)))
+        tokens = jnp.where(drop[:, None], jnp.array(empty), tokens)
         init = nn.initializers.normal(self.width**-0.5)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_emb")(tokens)
         x = x + self.param("pos_emb", init, (self.max_length, self.width))

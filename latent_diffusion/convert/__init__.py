@@ -27,15 +27,17 @@ def read(
     config: str | os.PathLike | None = None,
     ema: bool | None = None,
     variant: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
 ) -> Bundle:
     """Read a workdir, a folder of diffusers, or a file of the original.
 
-    config, ema: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
+    config, ema, tokenizer: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
     Raises ValueError where it is none of them, or isn't what it claims to be.
     """
     path = Path(path)
     if path.is_file():
-        return read_compvis(path, None if config is None else Path(config), ema)
+        own = (None if given is None else Path(given) for given in (config, tokenizer))
+        return read_compvis(path, next(own), ema, next(own))
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
     if is_diffusers(path):

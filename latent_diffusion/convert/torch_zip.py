@@ -180,8 +180,9 @@ def _check_program(path: Path, program: bytes) -> None:
     """
     try:
         for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(program):
-                raise ValueError(f"memo index {argument:,} in a pickle of {len(program):,} bytes")
+            place = int(argument) if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0  # type: ignore
+            if place > len(program):
+                raise ValueError(f"memo index {place:,} in a pickle of {len(program):,} bytes")
     except Exception as error:  # whatever a damaged program makes it stumble over
         raise ValueError(f"{path}: damaged pickle: {error or type(error).__name__}") from error
 

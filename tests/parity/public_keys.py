@@ -192,6 +192,7 @@ def first_stage(mult=(1, 2, 4), attend=(), z=3, embed=None, codes=None, middle=T
 
 FIRST_STAGES = {
     "kl-f4": {},
+    "kl-f4-z4": dict(z=4),  # Stable Diffusion's upscaler
     "kl-f8": dict(mult=(1, 2, 4, 4), z=4),
     "kl-f16": dict(mult=(1, 1, 2, 2, 4), attend=(16,), z=16),
     "kl-f32": dict(mult=(1, 1, 2, 2, 4, 4), attend=(16, 8), z=64),
