@@ -83,6 +83,18 @@ def data() -> ConfigDict:
     c.test_split = "test"
     c.test_fraction = 0.1  # image_folder without train/ and test/: share held out by path
     c.features = ConfigDict()  # tfds: our batch key -> the data set's feature
+    # Conditions made of the examples:
+    c.low_res = ""  # small pictures, by a name in data.degradations: "bicubic" | "bsrgan_light" ...
+    c.low_res_factor = 4
+    c.mask = ""  # holes, by a name in data.masks: "lama" | "lama_or_all" | "boxes" ...
+    c.layout = ConfigDict()  # sentences for boxes; vocab_size 0 = none (see data.layout)
+    c.layout.vocab_size = 0
+    c.layout.max_objects = 30
+    c.layout.encode_crop = True
+    c.layout.centres = False
+    c.embedding = ""  # image embeddings, by a name in embedders: "alexnet"
+    c.embedding_path = ""  # the net's weights; "" = an installed package's
+    c.num_neighbours = 0  # so many most similar training pictures, as embeddings
     return c
 
 

@@ -63,12 +63,12 @@ class Conditioner(nn.Module):
     @property
     def keys(self) -> tuple[str, ...]:
         """Batch keys that are read."""
-        return tuple(key for part in self._parts() for key in part.keys)
+        return tuple(key for part in self.parts() for key in part.keys)
 
     @property
     def optional(self) -> tuple[str, ...]:
         """Batch keys that are read, but drawn where they are missing."""
-        return tuple(key for part in self._parts() for key in getattr(part, "optional", ()))
+        return tuple(key for part in self.parts() for key in getattr(part, "optional", ()))
 
     @nn.nowrap
     def prepare(
@@ -80,7 +80,7 @@ class Conditioner(nn.Module):
         the latent. rng: one key for each example, for conditioners that add noise.
         """
         self._check(batch)
-        for part in self._parts():
+        for part in self.parts():
             if hasattr(part, "prepare"):
                 batch = part.prepare(batch, first_stage, size, rng)
         return batch
@@ -93,7 +93,7 @@ class Conditioner(nn.Module):
         )
 
     @nn.nowrap
-    def _parts(self) -> list[Any]:
+    def parts(self) -> list[Any]:
         """The conditioners apart, without parameters."""
         return [CONDITIONERS[name](**own, parent=None) for name, own in self.config.items()]
 

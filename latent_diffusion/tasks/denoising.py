@@ -32,6 +32,7 @@ from latent_diffusion.diffusion import (
     weigh_by_logvar,
 )
 from latent_diffusion.first_stage import FirstStage, init_first_stage, make_autoencoder
+from latent_diffusion.guidance import paste
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
@@ -199,6 +200,8 @@ class Denoising:
             **options,
         )
         images = {"samples": constants.first_stage.decode(z_0)}
+        if "mask" in told:
+            images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
     def _image(self, batch_size: int) -> Float[Array, "B H W C"]:
