@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from latent_diffusion import workdir
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
 from latent_diffusion.convert.compvis import read_compvis, write_compvis
@@ -57,6 +59,10 @@ def write(
     dtype: Any = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write a bundle in one of `FORMATS`; dtype: of its floating-point parameters, if to change."""
+    """Write a bundle in one of `FORMATS`; dtype: of its floating-point parameters, if to change.
+
+    progress: told the numbers of parameters as they are written.
+    """
     writer = lookup(FORMATS, format, "format")
-    writer(bundle if dtype is None else bundle.astype(dtype), Path(path), progress)
+    bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))
+    writer(bundle, Path(path), progress)
