@@ -13,10 +13,13 @@ def get_config() -> ConfigDict:
     c.num_steps = 100_000
     c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
 
+    c.init_from = ""  # start from the parameters there: whatever latent_diffusion.load reads
+    c.init_from_only = ""  # a regex over parameter paths, "unet/" say; "" = all of them
+
     c.data = data()
     c.tokenizer = ConfigDict()
-    c.tokenizer.name = "none"  # "word": a vocabulary built from the training captions | "clip"
-    c.tokenizer.path = ""  # clip: a tokenizer folder, its tokenizer.json, or CLIP's .txt.gz
+    c.tokenizer.name = "none"  # "word" (built from the training captions) | "clip" | "bert"
+    c.tokenizer.path = ""  # clip, bert: a tokenizer's folder, or its file
     c.tokenizer.vocab_size = 2048  # word: rows of the embedding; rarer words become "unknown"
     c.tokenizer.max_length = 16  # tokens a prompt
 

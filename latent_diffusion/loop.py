@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_diffusion import data, frozen, metrics, parallel, workdir
+from latent_diffusion import data, frozen, init_from, metrics, parallel, workdir
 from latent_diffusion.best import Best
 from latent_diffusion.checkpoint import (
     Checkpointer,
@@ -122,7 +122,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     """
     directory = Path(directory).absolute()
     make_task = lookup(TASKS, config.task, "task")
-    config = workdir.resolve(config)
+    config = init_from.resolve(workdir.resolve(config), directory)
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
@@ -143,6 +143,8 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
         state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_rng)
         constants = frozen.load_constants(config, directory, constants, train_source)
+        if not checkpoints.all_steps():
+            state = init_from.start_from(config, state)
         state = parallel.place(state, mode, **layout)
         restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
         state, start = (state, 0) if restored is None else (restored.state, restored.step)

@@ -55,6 +55,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if config.task != "denoising" or config.autoencoder.regularization == "identity":
         return config
+    if config.init_from and not config.first_stage.path:
+        return config  # it brings its own
     hint = (
         "train one with: python train.py --config=configs/openmoji_autoencoder.py "
         f"--workdir={config.first_stage.path or 'runs/first_stage'}, "

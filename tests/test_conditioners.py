@@ -23,7 +23,11 @@ SMALL = {
     "image_embedding": {"width": 6},
     "class_label": {"num_classes": 5, "width": 6},
     "clip_text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 2, "num_heads": 2}
-    | {"bos_id": 9, "eos_id": 10, "pad_id": 1},
+    | {"empty": (9, 10), "pad_id": 1},
+    "bert": {"vocab_size": 11, "max_positions": 5, "width": 6, "depth": 1, "num_heads": 2}
+    | {"empty": (9, 10)},
+    "clip_image": {"image_size": 6, "patch_size": 3, "width": 6, "depth": 1, "num_heads": 2}
+    | {"projection_dim": 6},
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
 }
@@ -154,23 +158,43 @@ def test_no_conditioner_is_unconditional():
     assert conditioner.keys == ()
 
 
-def test_the_empty_prompt_is_the_null_condition():
-    config = {"text": SMALL["text"]}
-    empty = BATCH | {"tokens": jnp.zeros((3, 4), jnp.int32)}
+@pytest.mark.parametrize(
+    ("name", "row"), [("text", [0, 0, 0, 0]), ("clip_text", [9, 10, 1, 1]), ("bert", [9, 10, 0, 0])]
+)
+def test_the_empty_prompt_is_the_null_condition(name, row):
+    config = {name: SMALL[name]}
+    empty = BATCH | {"tokens": jnp.array([row] * 3)}
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
 
 
-def test_clips_empty_prompt_is_the_null_condition_and_the_future_is_not_seen():
+def test_prompts_of_another_length_are_refused():
+    for name in ("text", "clip_text"):
+        with pytest.raises(ValueError, match="4 tokens a prompt, expected max_length=7"):
+            _apply({name: SMALL[name] | {"max_length": 7}}, NEVER)
+    with pytest.raises(ValueError, match="4 tokens a prompt, at most max_positions=3"):
+        _apply({"bert": SMALL["bert"] | {"max_positions": 3}}, NEVER)
+    with pytest.raises(ValueError, match=r"no room for empty=\(1, 2, 3, 4, 5\)"):
+        _apply({"text": SMALL["text"] | {"empty": (1, 2, 3, 4, 5)}}, NEVER)
+
+
+def test_clip_never_looks_ahead():
     config = {"clip_text": SMALL["clip_text"]}
-    empty = BATCH | {"tokens": jnp.array([[9, 10, 1, 1]] * 3)}
-    null = _apply(config, ALWAYS)
-    np.testing.assert_allclose(_apply(config, NEVER, empty), null, atol=1e-6)
-    longer = BATCH | {"tokens": empty["tokens"].at[:, 3].set(7)}
-    got = _apply(config, NEVER, longer)
-    np.testing.assert_allclose(got[:, :3], null[:, :3], atol=1e-6)
-    assert np.abs(got[:, 3] - null[:, 3]).max() > 1e-3
-    with pytest.raises(ValueError, match="clip_text: 4 tokens a prompt, expected max_length=77"):
-        _apply({"clip_text": SMALL["clip_text"] | {"max_length": 77}}, NEVER)
+    before = _apply(config, NEVER)
+    after = _apply(config, NEVER, BATCH | {"tokens": BATCH["tokens"].at[:, 3].set(7)})
+    np.testing.assert_allclose(after[:, :3], before[:, :3], atol=1e-6)
+    assert np.abs(after[:, 3] - before[:, 3])[:2].max() > 1e-3
+
+
+def test_bert_ignores_padding_and_pools_over_the_prompt():
+    config = {"bert": SMALL["bert"]}
+    states = _apply(config, NEVER)
+    longer = BATCH | {"tokens": jnp.pad(BATCH["tokens"], ((0, 0), (0, 1)))}
+    np.testing.assert_allclose(_apply(config, NEVER, longer)[:, :4], states, atol=1e-6)
+    mean = _apply({"bert": SMALL["bert"] | {"pooling": "mean"}}, NEVER)
+    assert mean.shape == (3, 1, 6)
+    np.testing.assert_allclose(mean[0, 0], states[0, :2].mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match="pooling='max'; known: tokens, mean"):
+        _apply({"bert": SMALL["bert"] | {"pooling": "max"}}, NEVER)
 
 
 def test_a_skipped_layer_has_no_parameters():
@@ -189,10 +213,10 @@ def test_class_labels_outside_the_range_are_the_null_class():
 def test_several_conditioners_join_along_their_axes():
     config = {name: SMALL[name] for name in ("class_label", "text")}
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
-    # A hybrid: one condition beside the latent, three to attend to, one with the timestep.
+    # A hybrid: one condition beside the latent, many to attend to, one with the timestep.
     hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
     assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1)
-    assert hybrid.context.shape == (3, 1 + 4 + 8 + 2 + 1, 6)
+    assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
     assert hybrid.vector.shape == (3, 6)
     both = combine(
         [

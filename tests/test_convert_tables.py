@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from latent_diffusion.convert import autoencoder, clip_text, unet
+from latent_diffusion.convert import autoencoder, bert, clip_image, clip_text, unet
 from latent_diffusion.convert.tables import KINDS, joint_qkv, read_tensors, write_tensors
 from latent_diffusion.convert.tensors import in_memory
 from latent_diffusion.models.attention import AttentionBlock
@@ -102,7 +102,7 @@ CLIP_TEXT = dict(vocab_size=9, max_length=5, width=64, depth=2, num_heads=1)
 
 
 def test_clips_text_encoder_round_trips_and_is_recognised():
-    ids = {"bos_id": 7, "eos_id": 8, "pad_id": 8, "mlp_width": None}
+    ids = {"empty": (7, 8), "pad_id": 8, "mlp_width": None}
     shapes = flat_shapes(clip_text.shapes(CLIP_TEXT))
     theirs = check_round_trip(clip_text.transformers_table(CLIP_TEXT), shapes)
     assert "encoder.layers.1.self_attn.k_proj.bias" in theirs
@@ -121,6 +121,23 @@ def test_clips_text_encoder_round_trips_and_is_recognised():
     assert not any(path.startswith("layers_1") for path in got)
     with pytest.raises(ValueError, match=r"left over: transformer\.resblocks\.1"):
         read_tensors(table, shapes, theirs, "tensors")
+
+
+ENCODERS = {
+    bert: dict(vocab_size=9, max_positions=7, width=6, depth=2, num_heads=2, mlp_width=10),
+    clip_image: dict(
+        image_size=6, patch_size=3, width=6, depth=2, num_heads=2, mlp_width=None,
+        activation="gelu", projection_dim=5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.__name__)
+def test_other_encoders_round_trip(family):
+    fields = ENCODERS[family]
+    check_round_trip(family.transformers_table(fields), flat_shapes(family.shapes(fields)))
+    again = family.fields_from_config(family.config_from_fields(fields))
+    assert {name: again[name] for name in fields} == fields
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -7,6 +7,7 @@ import pytest
 
 from latent_diffusion.tokenizers import (
     TOKENIZERS,
+    BertTokenizer,
     ClipTokenizer,
     WordTokenizer,
     load_tokenizer,
@@ -21,9 +22,12 @@ BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))]
 BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 CLIP = [*BYTES, *(b + "</w>" for b in BYTES), "ca", "cat</w>", "at</w>", "'s</w>", *SPECIAL]
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "woman", "pi", "##lot", "sao", "!", "得", "cook"]
 
 
 def make(kind):
+    if kind == "bert":
+        return BertTokenizer(BERT, max_length=6)
     if kind == "word":
         return WordTokenizer.train([*CAPTIONS, "得 2"], vocab_size=20, max_length=4)
     return ClipTokenizer(CLIP, MERGES, max_length=6)
@@ -126,6 +130,46 @@ def test_clip_reads_the_files_there_are(tmp_path):
         ClipTokenizer.read(single, pad="[PAD]")
 
 
+def test_bert_takes_the_longest_piece_that_fits():
+    tokenizer = make("bert")
+    tokens = tokenizer(["São PILOT!", "woman judge", "a得", ""])
+    expected = [[2, 7, 5, 6, 8, 3], [2, 4, 1, 3, 0, 0], [2, 1, 9, 3, 0, 0], [2, 3, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(tokens, expected)
+    assert tokenizer.unknown_words("woman judge, 得") == ["judge", ","]
+    assert tokenizer.vocab_size == len(BERT)
+
+
+def test_bert_says_what_it_cut(caplog):
+    with caplog.at_level(logging.WARNING):
+        tokens = make("bert")(["woman cook woman pilot"])
+    assert tokens[0].tolist() == [2, 4, 10, 4, 5, 3]
+    (record,) = caplog.records
+    assert record.getMessage() == "caption of 5 tokens cut to 4 (max_length=6), lost: '##lot'"
+
+
+def test_bert_reads_the_files_there_are(tmp_path):
+    folder = tmp_path / "pipeline" / "tokenizer"
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(BERT) + "\n", encoding="utf-8")
+    for path in (tmp_path / "pipeline", folder, folder / "vocab.txt"):
+        assert BertTokenizer.read(path, 6).to_dict() == make("bert").to_dict()
+    single = tmp_path / "tokenizer.json"
+    single.write_text(json.dumps({"model": {"vocab": {t: i for i, t in enumerate(BERT)}}}))
+    assert BertTokenizer.read(single, 6).to_dict() == make("bert").to_dict()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    with pytest.raises(ValueError, match="no BERT tokenizer: ValueError: it is cased"):
+        BertTokenizer.read(folder)
+    with pytest.raises(ValueError, match=r"nowhere is no BERT tokenizer: FileNotFoundError"):
+        BertTokenizer.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_empty_prompt_is_what_conditioners_are_told(kind):
+    tokenizer = make(kind)
+    padding = [tokenizer.pad_id] * (tokenizer.max_length - len(tokenizer.empty))
+    assert tokenizer([""])[0].tolist() == [*tokenizer.empty, *padding]
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_save_and_load(kind, tmp_path):
     tokenizer = make(kind)
@@ -142,7 +186,7 @@ def test_save_and_load(kind, tmp_path):
         ("{", "not a tokenizer file"),
         ("[]", "not a tokenizer file"),
         ('{"kind": "word"}', "not a tokenizer file: KeyError"),
-        ('{"kind": "bpe"}', "unknown tokenizer kind in .* 'bpe'; known: clip, word"),
+        ('{"kind": "bpe"}', "unknown tokenizer kind in .* 'bpe'; known: bert, clip, word"),
     ],
 )
 def test_broken_files_are_named(text, message, tmp_path):

@@ -1,10 +1,12 @@
 """A sentence encoder: BERT and its distillations, e.g. MiniLM, usually pretrained and frozen."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.conditioners.null import empty_where
 from latent_diffusion.models.attention import SelfAttention
 from latent_diffusion.models.clip import layer_norm
 from latent_diffusion.models.layers import Dense
@@ -23,7 +25,8 @@ class Bert(nn.Module):
     mlp_width: inner width of the feed-forward maps; None is 4·width.
     pooling: "tokens" makes every state a context token [B L width], "mean" their mean over the
     prompt a single one [B 1 width], which is what sentences are compared by.
-    cls_id, sep_id, pad_id: of the tokenizer. An example that is dropped reads as the empty string.
+    empty, pad_id: the tokenizer's empty prompt, [CLS] and [SEP], and what follows them; examples
+    that are dropped read so.
     """
 
     vocab_size: int = 30522
@@ -34,8 +37,7 @@ class Bert(nn.Module):
     num_heads: int = 12
     mlp_width: int | None = None
     pooling: str = "tokens"
-    cls_id: int = 101
-    sep_id: int = 102
+    empty: Sequence[int] = (101, 102)
     pad_id: int = 0
     dtype: Any = None
 
@@ -45,12 +47,11 @@ class Bert(nn.Module):
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         tokens = batch["tokens"]
         length = tokens.shape[1]
-        if not 2 <= length <= self.max_positions:
+        if length > self.max_positions:
             raise ValueError(
-                f"bert: {length} tokens a prompt, expected 2 to max_positions={self.max_positions}"
+                f"bert: {length} tokens a prompt, at most max_positions={self.max_positions}"
             )
-        empty = jnp.full(length, self.pad_id).at[:2].set(jnp.array([self.cls_id, self.sep_id]))
-        tokens = jnp.where(drop[:, None], empty, tokens)
+        tokens = empty_where(drop, tokens, self.empty, self.pad_id)
         known = tokens != self.pad_id
         x = self._table("word_embeddings", self.vocab_size)(tokens)
         x = x + self._table("token_type_embeddings", self.type_vocab_size)(jnp.zeros(1, int))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.conditioners.null import zeros_where
 from latent_diffusion.models.clip import ClipLayer, layer_norm
 from latent_diffusion.models.layers import Conv, Dense
 from latent_diffusion.models.resize import bicubic_aligned
@@ -53,11 +54,15 @@ class ClipImage(nn.Module):
         x = layer_norm("pre_layernorm")(x)
         for i in range(self.depth):
             x = ClipLayer(
-                self.num_heads, self.mlp_width, self.activation, dtype=self.dtype, name=f"layers_{i}"
+                self.num_heads,
+                self.mlp_width,
+                self.activation,
+                dtype=self.dtype,
+                name=f"layers_{i}",
             )(x)
         x = layer_norm("post_layernorm")(x[:, :1])
         x = Dense(self.projection_dim, use_bias=False, name="visual_projection")(x)
-        return Conditioning(context=jnp.where(drop[:, None, None], 0.0, x))
+        return Conditioning(context=zeros_where(drop, x))
 
     def _patches(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
         x = bicubic_aligned(image, self.image_size, self.image_size)

@@ -1,10 +1,11 @@
 """CLIP's text encoder: what Stable Diffusion 1 and 2 are conditioned on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
+from latent_diffusion.conditioners.null import empty_where
 from latent_diffusion.models.clip import ClipLayer, layer_norm
 from latent_diffusion.types import Array, Batch, Bool, Conditioning
 
@@ -19,8 +20,8 @@ class ClipText(nn.Module):
     activation: "quick_gelu" or "gelu".
     skip_last: layers at the end that are left out: 1 is the penultimate layer's states, as Stable
     Diffusion 2 takes them. The final norm is applied in any case.
-    bos_id, eos_id, pad_id: of the tokenizer. An example that is dropped reads as the empty string:
-    begin, end, padding.
+    empty, pad_id: the tokenizer's empty prompt, begin and end, and what follows them; examples that
+    are dropped read so. Stable Diffusion 2 pads with 0.
     """
 
     vocab_size: int = 49408
@@ -31,8 +32,7 @@ class ClipText(nn.Module):
     mlp_width: int | None = None
     activation: str = "quick_gelu"
     skip_last: int = 0
-    bos_id: int = 49406
-    eos_id: int = 49407
+    empty: Sequence[int] = (49406, 49407)
     pad_id: int = 49407
     dtype: Any = None
 
@@ -46,8 +46,7 @@ class ClipText(nn.Module):
                 f"clip_text: {tokens.shape[1]} tokens a prompt, "
                 f"expected max_length={self.max_length}"
             )
-        empty = jnp.full(self.max_length, self.pad_id).at[:2].set([self.bos_id, self.eos_id])
-        tokens = jnp.where(drop[:, None], empty, tokens)
+        tokens = empty_where(drop, tokens, self.empty, self.pad_id)
         init = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
         x = embed(tokens) + self.param("position_embedding", init, (self.max_length, self.width))

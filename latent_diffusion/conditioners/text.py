@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
+from latent_diffusion.conditioners.null import empty_where
 from latent_diffusion.models.attention import CrossAttention
 from latent_diffusion.models.layers import Dense
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
@@ -15,9 +15,8 @@ class TextTransformer(nn.Module):
     """Bidirectional pre-norm transformer over `tokens`, without a padding mask (paper App. E.2.1).
 
     The released models attend to the padding, and are unconditional on the empty string; so do
-    and are these. The inner attention width is num_heads·head_dim at any model width.
-
-    empty: the tokens of the empty string before its padding (0); BERT's has two, (101, 102).
+    and are these: `empty` are its tokens before the padding with `pad_id`: none with the word
+    tokenizer, (101, 102) with BERT's. The inner attention width is num_heads·head_dim at any width.
     """
 
     vocab_size: int = 30522
@@ -27,6 +26,7 @@ class TextTransformer(nn.Module):
     num_heads: int = 8
     head_dim: int = 64
     empty: Sequence[int] = ()
+    pad_id: int = 0
     dtype: Any = None
 
     keys = ("tokens",)
@@ -38,8 +38,7 @@ class TextTransformer(nn.Module):
             raise ValueError(
                 f"text: {tokens.shape[1]} tokens a prompt, expected max_length={self.max_length}"
             )
-        empty = (*self.empty, *[0] * (self.max_length - len(self.empty)))
-        tokens = jnp.where(drop[:, None], jnp.array(empty), tokens)
+        tokens = empty_where(drop, tokens, self.empty, self.pad_id)
         init = nn.initializers.normal(self.width**-0.5)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_emb")(tokens)
         x = x + self.param("pos_emb", init, (self.max_length, self.width))

@@ -21,7 +21,6 @@ from latent_diffusion.convert.tables import (
 )
 from latent_diffusion.convert.tensors import Tensor, in_memory
 from latent_diffusion.models.clip import ACTIVATIONS
-from latent_diffusion.tokenizers import ClipTokenizer
 from latent_diffusion.types import lookup
 
 Fields = dict[str, Any]
@@ -103,7 +102,7 @@ def shapes(fields: Mapping[str, Any]) -> Any:
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
     """Our fields from a config.json of CLIPTextModel.
 
-    What it says of special tokens is wrong in most files; `with_tokenizer` knows.
+    What it says of special tokens is wrong in most files; `text.with_tokenizer` knows.
     """
     if config.get("layer_norm_eps", 1e-5) != 1e-5:
         raise ValueError(f"CLIPTextModel.layer_norm_eps={config['layer_norm_eps']}; supported 1e-5")
@@ -135,8 +134,8 @@ def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": module.mlp_width or 4 * module.width,
         "hidden_act": module.activation,
         "layer_norm_eps": 1e-5,
-        "bos_token_id": module.bos_id,
-        "eos_token_id": module.eos_id,
+        "bos_token_id": module.empty[0],
+        "eos_token_id": module.empty[1],
         "pad_token_id": module.pad_id,
         "projection_dim": module.width,
     }
@@ -171,15 +170,9 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     }
 
 
-def with_tokenizer(fields: Mapping[str, Any], tokenizer: ClipTokenizer) -> Fields:
-    """The same encoder, whose null condition is what this tokenizer makes of the empty string."""
-    bos, eos, *rest = (int(token) for token in tokenizer([""])[0])
-    return {**fields, "bos_id": bos, "eos_id": eos, "pad_id": rest[0] if rest else eos}
-
-
 def _ids(vocab_size: int) -> Fields:
     """CLIP's special tokens are the last two of the vocabulary."""
-    return {"bos_id": vocab_size - 2, "eos_id": vocab_size - 1, "pad_id": vocab_size - 1}
+    return {"empty": (vocab_size - 2, vocab_size - 1), "pad_id": vocab_size - 1}
 
 
 def _unless_default(mlp_width: int, width: int) -> int | None:

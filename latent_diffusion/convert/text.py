@@ -10,6 +10,7 @@ from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.convert.bundle import Part
 from latent_diffusion.convert.tables import KINDS, Leaf, Rule, Table
 from latent_diffusion.convert.tensors import Tensor, in_memory
+from latent_diffusion.tokenizers import Tokenizer
 
 Fields = dict[str, Any]
 
@@ -87,21 +88,18 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
         "depth": len(layers) // 2,
         "num_heads": inner // 64,
         "head_dim": 64,
-        "empty": _empty(vocab_size),
+        **_empty(vocab_size),
     }
 
 
-def _empty(vocab_size: int) -> tuple[int, ...]:
-    """BERT's ends, where the vocabulary is BERT's."""
-    return (101, 102) if vocab_size == 30522 else ()
+def with_tokenizer(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Fields:
+    """Any text encoder's fields, such that its null condition is this tokenizer's empty prompt."""
+    return {**fields, "empty": tokenizer.empty, "pad_id": tokenizer.pad_id}
 
 
-def with_tokenizer(fields: Mapping[str, Any], tokenizer: Any) -> Fields:
-    """The same encoder, whose null condition is what this tokenizer makes of the empty string."""
-    row = [int(token) for token in tokenizer([""])[0]]
-    while row and row[-1] == 0:
-        row.pop()
-    return {**fields, "empty": tuple(row)}
+def _empty(vocab_size: int) -> Fields:
+    """With as many words as BERT's tokenizer has, it is that one."""
+    return {"empty": (101, 102)} if vocab_size == 30522 else {}
 
 
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +135,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
         "depth": config["encoder_layers"],
         "num_heads": config["encoder_attention_heads"],
         "head_dim": config["head_dim"],
-        "empty": _empty(config["vocab_size"]),
+        **_empty(config["vocab_size"]),
     }
 
 

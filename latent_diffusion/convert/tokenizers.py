@@ -16,6 +16,7 @@ from latent_diffusion.tokenizers import (
     load_tokenizer,
 )
 
+_LENGTH = 77  # tokens, where a text encoder's fields are the defaults
 OURS = "word_tokenizer.json"
 # What a text encoder's tokenizer may be called, beside a single file.
 _BESIDE = {
@@ -39,26 +40,22 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
     path: a tokenizer's folder or vocabulary, or our own JSON.
     """
     parts = dict(bundle.conditioners)
-    if "clip_text" in parts:
-        part = parts["clip_text"]
-        # Stable Diffusion 2 pads with "!" even where the tokenizer's files can't say so.
-        pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
-        length = clip_text.ClipText(**part.fields).max_length
-        tokenizer: Tokenizer
-        tokenizer = clip = ClipTokenizer.read(path, length, pad)
-        fields = clip_text.with_tokenizer(part.fields, clip)
-        parts["clip_text"] = Part(fields, part.params, part.unused)
-    elif "text" in parts:
-        part = parts["text"]
-        own = path / OURS if path.is_dir() else path
-        if own.is_file() and own.suffix == ".json" and own.name != "tokenizer.json":
-            tokenizer = load_tokenizer(own)
-        else:
-            tokenizer = BertTokenizer.read(path, text.TextTransformer(**part.fields).max_length)
-        fields = text.with_tokenizer(part.fields, tokenizer)
-        parts["text"] = Part(fields, part.params, part.unused)
-    else:
+    name = next((name for name in ("clip_text", "text") if name in parts), None)
+    if name is None:
         raise ValueError(f"tokenizer={path}: this model has no text encoder")
+    part = parts[name]
+    length = part.fields.get("max_length", _LENGTH)
+    own = path / OURS if path.is_dir() else path
+    tokenizer: Tokenizer
+    if own.name == OURS and own.is_file():
+        tokenizer = load_tokenizer(own)
+    elif name == "text":
+        tokenizer = BertTokenizer.read(path, length)
+    else:
+        # Stable Diffusion 2 pads with "!", which a bare vocabulary can't say.
+        pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
+        tokenizer = ClipTokenizer.read(path, length, pad)
+    parts[name] = Part(text.with_tokenizer(part.fields, tokenizer), part.params, part.unused)
     return replace(bundle, conditioners=parts, tokenizer=tokenizer)
 
 

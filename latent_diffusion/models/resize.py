@@ -25,9 +25,7 @@ def _cubic_weights(size: int, wanted: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def bicubic_aligned(
-    x: Float[Array, "B H W C"], height: int, width: int
-) -> Float[Array, "B h w C"]:
+def bicubic_aligned(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B h w C"]:
     """Bicubic interpolation with aligned corners, not antialiased."""
     rows = jnp.asarray(_cubic_weights(x.shape[1], height))
     columns = jnp.asarray(_cubic_weights(x.shape[2], width))

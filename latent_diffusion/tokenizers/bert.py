@@ -42,7 +42,6 @@ def _stands_alone(character: str) -> bool:
 def split_words(text: str) -> Iterator[str]:
     """Lower-case words without accents; signs and ideographs are words of their own."""
     text = "".join(c for c in text if not _is_removed(c))
-    text = "".join(f" {c} " if _stands_alone(c) else c for c in text)
     text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
     text = "".join(f" {c} " if _stands_alone(c) else c for c in text)
     yield from "".join(c.lower() for c in text).split()
@@ -92,24 +91,32 @@ class BertTokenizer:
         """Rows of the embedding."""
         return len(self.vocabulary)
 
+    @property
+    def empty(self) -> tuple[int, ...]:
+        """Tokens of the empty prompt, before its padding."""
+        return self._ids[CLS], self._ids[SEP]
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a row."""
+        return self._ids[PAD]
+
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids. Longer captions are cut, with one warning each that says what was lost."""
         return fill_rows(
             captions,
             self._pieces,
             self.max_length,
-            self._ids[PAD],
+            self.pad_id,
             self._cut,
-            start=[self._ids[CLS]],
-            end=[self._ids[SEP]],
+            start=self.empty[:1],
+            end=self.empty[1:],
             join=lambda pieces: " ".join(pieces).replace(" ##", ""),
         )
 
     def unknown_words(self, caption: str) -> list[str]:
         """The caption's words that the pieces can't spell."""
-        return [
-            word for word in split_words(caption) if self._word(word)[0].id == self._ids[UNK]
-        ]
+        return [word for word in split_words(caption) if self._word(word)[0].id == self._ids[UNK]]
 
     def _pieces(self, caption: str) -> list[Piece]:
         pieces: list[Piece] = []
@@ -127,8 +134,8 @@ class BertTokenizer:
             return unknown
         while start < len(word):
             prefix = "##" if start else ""
-            fits = (end for end in range(len(word), start, -1) if prefix + word[start:end] in self._ids)
-            end = next(fits, None)
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self._ids), None)
             if end is None:
                 return unknown
             token = prefix + word[start:end]

@@ -108,6 +108,11 @@ class ClipTokenizer:
         return len(self.vocabulary)
 
     @property
+    def empty(self) -> tuple[int, ...]:
+        """Tokens of the empty prompt, before its padding."""
+        return self._ids[BOS], self._ids[EOS]
+
+    @property
     def pad_id(self) -> int:
         """The id that fills a row."""
         return self._ids[self.pad]
@@ -120,8 +125,8 @@ class ClipTokenizer:
             self.max_length,
             self.pad_id,
             self._cut,
-            start=[self._ids[BOS]],
-            end=[self._ids[EOS]],
+            start=self.empty[:1],
+            end=self.empty[1:],
             join=_as_text,
         )
 

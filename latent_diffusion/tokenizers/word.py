@@ -36,6 +36,8 @@ class WordTokenizer:
     """
 
     kind = "word"
+    empty: tuple[int, ...] = ()  # tokens of the empty prompt, before its padding
+    pad_id = PAD
 
     def __init__(self, vocabulary: Sequence[str], vocab_size: int, max_length: int):
         if vocab_size < len(vocabulary) + 2:
