@@ -51,6 +51,12 @@ def get_config() -> ConfigDict:
     c.optimizer.frozen = ()  # regexes over parameter paths
     c.optimizer.grad_clip = 0.0  # global norm; 0 = off
 
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # > 0: train a low-rank adaptation of init_from's parameters, and only it
+    c.lora.alpha = 1.0  # its strength: alpha/rank times the product of its factors is added
+    # Kernels that it adapts; the default is the U-Net's attention. CLIP's: "self_attn/(qkv|out)"
+    c.lora.targets = (r"unet/.*attn\d/to_",)
+
     c.parallel = ConfigDict()
     c.parallel.mode = "auto"  # "single" | "pmap" | "mesh" | "auto" (one device: single, else pmap)
     c.parallel.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = the rest

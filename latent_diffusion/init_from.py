@@ -56,6 +56,16 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     return config
 
 
+def base_from(config: ConfigDict, constants: Any) -> Any:
+    """The constants with `config.init_from` as what a low-rank adaptation adapts."""
+    if config.task != "denoising" or not config.lora.rank:
+        return constants
+    if not config.init_from:
+        raise ValueError("lora.rank adapts a trained model: name it by init_from")
+    theirs = parameters_of(convert.read(config.init_from), config.task)
+    return constants.replace(base=_filled(constants.base, theirs, "", str(config.init_from)))
+
+
 def start_from(config: ConfigDict, state: Any) -> Any:
     """The fresh state with the parameters that `config.init_from` holds.
 
@@ -63,7 +73,7 @@ def start_from(config: ConfigDict, state: Any) -> Any:
     each must be in the file. Input channels that the U-Net has beyond the file's start from zero,
     so that at first they change nothing. Raises one ValueError that names what doesn't fit.
     """
-    if not config.init_from:
+    if not config.init_from or (config.task == "denoising" and config.lora.rank):
         return state
     theirs = parameters_of(convert.read(config.init_from), config.task)
     params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def load(
     ema: bool | None = None,
     variant: str | None = None,
     tokenizer: str | os.PathLike | None = None,
+    lora: Mapping[str | os.PathLike, float] | None = None,
 ) -> Model:
     """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 
@@ -30,12 +32,14 @@ def load(
     ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
     the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: of a file that has a
     text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
-    looks for them beside the file. Parameters become float32.
+    looks for them beside the file. lora: files to merge, with their weights. Parameters become
+    float32.
     Raises ValueError or CheckpointError, in one line, where there is no model.
     """
-    return as_model(
-        convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
-    )
+    bundle = convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
+    for file, weight in (lora or {}).items():
+        bundle = convert.with_lora(bundle, Path(file), weight)
+    return as_model(bundle)
 
 
 def as_model(bundle: convert.Bundle) -> Model:

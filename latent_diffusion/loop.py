@@ -143,6 +143,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
         state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_rng)
         constants = frozen.load_constants(config, directory, constants, train_source)
+        constants = init_from.base_from(config, constants)
         if not checkpoints.all_steps():
             state = init_from.start_from(config, state)
         state = parallel.place(state, mode, **layout)

@@ -15,12 +15,29 @@ from latent_diffusion import workdir
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
 from latent_diffusion.convert.compvis import read_compvis, write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
+from latent_diffusion.convert.lora import with_lora, write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
 from latent_diffusion.types import lookup
 
-__all__ = ["FORMATS", "Bundle", "Part", "as_params", "as_part", "bundle_of", "read", "write"]
+__all__ = [
+    "FORMATS",
+    "Bundle",
+    "Part",
+    "as_params",
+    "as_part",
+    "bundle_of",
+    "read",
+    "with_lora",
+    "write",
+]
 
-FORMATS = {"diffusers": write_diffusers, "compvis": write_compvis, "orbax": write_orbax}
+FORMATS = {
+    "diffusers": write_diffusers,
+    "compvis": write_compvis,
+    "orbax": write_orbax,
+    "lora": write_diffusers_lora,  # the adaptation of a workdir alone
+    "kohya": write_kohya_lora,
+}
 
 
 def read(

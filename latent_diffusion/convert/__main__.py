@@ -5,7 +5,8 @@
 
 SRC is whatever `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for compvis.
 Tensors pass one at a time from the one to the other, so that the memory needed is that of the
-largest one; `orbax` needs that of the largest component.
+largest one; `orbax` holds whole components. `lora` and `kohya` write the adaptation of a workdir
+that has one, and nothing else.
 """
 
 import sys
@@ -13,12 +14,15 @@ from pathlib import Path
 
 from absl import app, flags
 
-TO = flags.DEFINE_enum("to", None, ["diffusers", "compvis", "orbax"], "The format of DST.")
+TO = flags.DEFINE_enum(
+    "to", None, ["diffusers", "compvis", "orbax", "lora", "kohya"], "The format of DST."
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "float16", "bfloat16"], "Of its parameters; default: as they are."
 )
 CONFIG = flags.DEFINE_string("config", None, "The yaml of a single file of the original's.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge, FILE or FILE:WEIGHT; repeatable.")
 VARIANT = flags.DEFINE_string("variant", None, "fp16 | non_ema files of a folder of diffusers'.")
 EMA = flags.DEFINE_bool(
     "ema", None, "The averaged (or not) parameters of a file that has both; default: averaged."
@@ -36,18 +40,18 @@ def main(argv: list[str]) -> None:
     if len(paths) != (1 if DRY_RUN.value else 2):
         raise app.UsageError("give SRC and DST and --to=FORMAT, or SRC and --dry_run")
     if not DRY_RUN.value and TO.value is None:
-        raise app.UsageError("give --to=diffusers, --to=compvis or --to=orbax")
+        raise app.UsageError("give --to=diffusers, --to=compvis, --to=orbax, --to=lora or =kohya")
     try:
-        convert(*paths)
+        convert(paths[0], None if DRY_RUN.value else paths[1], TO.value or "")
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 
 
-def convert(source: Path, target: Path | None = None) -> None:
+def convert(source: Path, target: Path | None = None, to: str = "") -> None:
     """Print what is in `source`, and write it to `target` if there is one."""
     from tqdm import tqdm
 
-    from latent_diffusion.convert import read, write
+    from latent_diffusion.convert import read, with_lora, write
     from latent_diffusion.convert.describe import describe
 
     bundle = read(
@@ -57,6 +61,9 @@ def convert(source: Path, target: Path | None = None) -> None:
         variant=VARIANT.value,
         tokenizer=TOKENIZER.value,
     )
+    for entry in LORA.value:
+        file, _, weight = entry.partition(":")
+        bundle = with_lora(bundle, Path(file), float(weight or 1))
     print(describe(bundle))
     if target is None:
         return
@@ -64,7 +71,7 @@ def convert(source: Path, target: Path | None = None) -> None:
         raise ValueError(f"{target} exists; remove it first")
     total = sum(t.size for _, part in bundle.parts() for t in part.params.values())
     with tqdm(total=total, unit="", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        write(bundle, target, TO.value, DTYPE.value, bar.update)
+        write(bundle, target, to, DTYPE.value, bar.update)
     print(f"written: {target}")
 
 

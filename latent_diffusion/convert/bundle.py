@@ -39,7 +39,8 @@ class Bundle:
     conditioners: by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
     `beta_start`, `beta_end`, `zero_terminal_snr`, `prediction`, as in a config. sampling: what
     `sample` falls back to. image_size: of a trained image, in pixels. notes: what a format must
-    remember to write the same file again, e.g. `linear_projections`.
+    remember to write the same file again, e.g. `linear_projections`. lora: factors that are in the
+    parameters already, by part and path, for formats that hold nothing else.
     """
 
     autoencoder: Part | None = None
@@ -52,6 +53,7 @@ class Bundle:
     tokenizer: Any = None
     image_size: int = 256
     notes: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """The parts there are, by name."""

@@ -13,9 +13,12 @@ from ml_collections import ConfigDict
 from latent_diffusion import workdir
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
+from latent_diffusion.convert.lora import merged
 from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.lora import flatten_factors
 from latent_diffusion.tokenizers import load_tokenizer
+from latent_diffusion.types import Params
 
 
 def read_orbax(directory: Path) -> Bundle:
@@ -42,6 +45,8 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     if restored is None:
         raise CheckpointError(f"{directory} has no checkpoint yet")
     params = restored.state["ema_params"]
+    if config.get("lora", {}).get("rank"):
+        return _adapted(bundle, config, params["lora"])
     tokenizer = None
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
@@ -61,6 +66,22 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
         sampling=config.sampling.to_dict(),
         tokenizer=tokenizer,
     )
+
+
+def _adapted(bundle: Bundle, config: ConfigDict, factors: Params) -> Bundle:
+    """The model that the run adapted, which is read where it was, with the run's factors added."""
+    from latent_diffusion.convert import read
+
+    base = read(config.init_from)
+    adapted: dict[str, dict[str, Any]] = {}
+    for path, own in flatten_factors(factors).items():
+        part, _, kernel = path.removeprefix("conditioner/").partition("/")
+        alpha = np.float32(config.lora.alpha)
+        adapted.setdefault(part, {})[kernel] = {**own, "alpha": alpha}
+    for part, kernels in adapted.items():
+        base = merged(base, part, kernels)
+    first_stage = {"scale_factor": bundle.scale_factor, "shift": bundle.shift}
+    return replace(base, autoencoder=bundle.autoencoder, **first_stage, lora=adapted)
 
 
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import clip_text, text
+from latent_diffusion.convert import text
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.tokenizers import (
     BertTokenizer,
