@@ -55,7 +55,7 @@ def _modules(bundle: Bundle) -> Iterator[tuple[str, Pair]]:
         )
     if "clip_text" in bundle.conditioners:
         part = bundle.conditioners["clip_text"]
-        table = prefixed(clip_text.transformers_table(part.fields), "text_model.")
+        table: Table = prefixed(clip_text.transformers_table(part.fields), "text_model.")
         tables["clip_text"] = (part, table)
     for name, (part, table) in tables.items():
         kernels = [k for k, t in part.params.items() if k.endswith("kernel") and len(t.shape) == 2]
