@@ -13,10 +13,14 @@ def get_config() -> ConfigDict:
     c.num_steps = 100_000
     c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
 
+    c.init_from = ""  # start from the parameters there: whatever latent_diffusion.load reads
+    c.init_from_only = ""  # a regex over parameter paths, "unet/" say; "" = all of them
+
     c.data = data()
     c.tokenizer = ConfigDict()
-    c.tokenizer.name = "none"  # "word": a vocabulary built from the training captions
-    c.tokenizer.vocab_size = 2048  # rows of the embedding; rarer words become "unknown"
+    c.tokenizer.name = "none"  # "word" (built from the training captions) | "clip" | "bert"
+    c.tokenizer.path = ""  # clip, bert: a tokenizer's folder, or its file
+    c.tokenizer.vocab_size = 2048  # word: rows of the embedding; rarer words become "unknown"
     c.tokenizer.max_length = 16  # tokens a prompt
 
     c.autoencoder = autoencoder()
@@ -46,6 +50,12 @@ def get_config() -> ConfigDict:
     c.optimizer.no_decay = ()  # regexes over parameter paths
     c.optimizer.frozen = ()  # regexes over parameter paths
     c.optimizer.grad_clip = 0.0  # global norm; 0 = off
+
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # > 0: train a low-rank adaptation of init_from's parameters, and only it
+    c.lora.alpha = 1.0  # its strength: alpha/rank times the product of its factors is added
+    # Kernels that it adapts; the default is the U-Net's attention. CLIP's: "self_attn/(qkv|out)"
+    c.lora.targets = (r"unet/.*attn\d/to_",)
 
     c.parallel = ConfigDict()
     c.parallel.mode = "auto"  # "single" | "pmap" | "mesh" | "auto" (one device: single, else pmap)
@@ -82,6 +92,18 @@ def data() -> ConfigDict:
     c.test_split = "test"
     c.test_fraction = 0.1  # image_folder without train/ and test/: share held out by path
     c.features = ConfigDict()  # tfds: our batch key -> the data set's feature
+    # Conditions made of the examples:
+    c.low_res = ""  # small pictures, by a name in data.degradations: "bicubic" | "bsrgan_light" ...
+    c.low_res_factor = 4
+    c.mask = ""  # holes, by a name in data.masks: "lama" | "lama_or_all" | "boxes" ...
+    c.layout = ConfigDict()  # sentences for boxes; vocab_size 0 = none (see data.layout)
+    c.layout.vocab_size = 0
+    c.layout.max_objects = 30
+    c.layout.encode_crop = True
+    c.layout.centres = False
+    c.embedding = ""  # image embeddings, by a name in embedders: "alexnet"
+    c.embedding_path = ""  # the net's weights; "" = an installed package's
+    c.num_neighbours = 0  # so many most similar training pictures, as embeddings
     return c
 
 

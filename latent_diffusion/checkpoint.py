@@ -62,11 +62,18 @@ class Checkpointer:
     """Saves and restores the checkpoints of one directory; a context manager.
 
     directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk.
-    read_only: for readers beside a running training; touches nothing on disk.
-    Raises CheckpointError where the directory can't be written (or read).
+    read_only: for readers beside a running training; touches nothing on disk. copy: numpy arrays
+    are copied before they are written; False where nobody changes them meanwhile and memory is
+    short. Raises CheckpointError where the directory can't be written (or read).
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 3, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int = 3,
+        read_only: bool = False,
+        copy: bool = True,
+    ):
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self._read_only = read_only
@@ -82,7 +89,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(**({} if copy else _without_copies())),
                 "metadata": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -271,6 +278,14 @@ class Checkpointer:
             return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
 
         return jax.tree_util.tree_map_with_path(wrap, state)
+
+
+def _without_copies() -> dict[str, Any]:
+    """Options of a handler of numpy trees that reads arrays as it writes them, 1 GB at a time."""
+    numpy_only = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    )
+    return {"type_handler_registry": numpy_only, "save_concurrent_gb": 1}
 
 
 # ---------------------------------------------------------------------------- one-shot trees

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data, parallel, workdir
+from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.losses.perceptual import load_lpips_params
 from latent_diffusion.types import lookup
@@ -87,8 +88,8 @@ def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> F
 def cache_moments(config: ConfigDict, first_stage: FirstStage, source: Any) -> data.ArraySource:
     """Encode every training example once: a source of `moments` and of all that isn't an image.
 
-    The whole cache lies in this process's memory. Raises ValueError where images are augmented at
-    random, since a cache would freeze the draw.
+    Pictures stay where a condition is made of them. The cache lies in this process's memory.
+    Raises ValueError where images are augmented at random, since a cache would freeze the draw.
     """
     if config.data.flip or config.data.crop == "random":
         raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
@@ -103,7 +104,8 @@ def cache_moments(config: ConfigDict, first_stage: FirstStage, source: Any) -> d
     batches = data.epoch(source, transform, config.batch_size, index, count)
     rng = jax.random.key(0)
     moments = [run({}, first_stage, {"image": batch["image"]}, rng) for batch in batches]
-    rest = [{k: v for k, v in source[i].items() if k != "image"} for i in range(len(source))]
-    kept = [key for key in rest[0] if key == "caption" or key in data.KEYS]
-    arrays = {key: np.asarray([example[key] for example in rest]) for key in kept}
+    seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
+    kept = {*data.KEYS, "caption", "boxes", "labels"} - (set() if seen else {"image"})
+    examples = [source[i] for i in range(len(source))]
+    arrays = {key: [example[key] for example in examples] for key in examples[0] if key in kept}
     return data.ArraySource({"moments": np.concatenate(moments)[: len(source)], **arrays})

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_diffusion import data, frozen, metrics, parallel, workdir
+from latent_diffusion import data, frozen, init_from, metrics, parallel, workdir
 from latent_diffusion.best import Best
 from latent_diffusion.checkpoint import (
     Checkpointer,
@@ -22,6 +22,7 @@ from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.evaluation.features import levels_of, make_features
 from latent_diffusion.evaluation.frechet import gaussian, measure_frechet
 from latent_diffusion.evaluation.scores import frechet_name
+from latent_diffusion.first_stage import make_autoencoder
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.types import lookup
 
@@ -36,10 +37,27 @@ USER_ERRORS = (
 )
 
 _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype)
+    "image": lambda config: ((*_square(config), config.autoencoder.image_channels), np.float32),
     "tokens": lambda config: ((config.tokenizer.max_length,), np.int32),
     "class_label": lambda config: ((), np.int32),
-    "mask": lambda config: ((config.data.image_size, config.data.image_size, 1), np.float32),
+    "layout": lambda config: ((config.conditioners.layout.max_length,), np.int32),
+    "segmentation": lambda config: (_square(config), np.int32),
+    "mask": lambda config: ((*_square(config), 1), np.float32),
+    "low_res": lambda config: (
+        (*_square(config, make_autoencoder(config.autoencoder).downsampling), 3),
+        np.float32,
+    ),
+    "depth": lambda config: ((*_square(config), 1), np.float32),
+    "neighbours": lambda config: (
+        (config.conditioners.neighbours.num_neighbours, config.conditioners.neighbours.width),
+        np.float32,
+    ),
+    "image_embedding": lambda config: ((config.conditioners.image_embedding.width,), np.float32),
 }
+
+
+def _square(config: ConfigDict, f: int = 1) -> tuple[int, int]:
+    return (config.data.image_size // f, config.data.image_size // f)
 
 
 class Interrupted(Exception):
@@ -72,8 +90,7 @@ class _Stop:
 
 def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of one global batch, before anything is read."""
-    size = config.data.image_size
-    shapes = {"image": ((size, size, config.autoencoder.image_channels), np.float32)}
+    shapes = {"image": _BATCH_SPECS["image"](config)}
     if config.task == "denoising":
         keys = make_conditioner(config.conditioners).keys
     else:
@@ -105,7 +122,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     """
     directory = Path(directory).absolute()
     make_task = lookup(TASKS, config.task, "task")
-    config = workdir.resolve(config)
+    config = init_from.resolve(workdir.resolve(config), directory)
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
@@ -126,6 +143,9 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
         state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_rng)
         constants = frozen.load_constants(config, directory, constants, train_source)
+        constants = init_from.base_from(config, constants)
+        if not checkpoints.all_steps():
+            state = init_from.start_from(config, state)
         state = parallel.place(state, mode, **layout)
         restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
         state, start = (state, 0) if restored is None else (restored.state, restored.step)

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion import convert, parallel
+from latent_diffusion import conditions, convert, parallel
 from latent_diffusion.denoiser import Denoiser, plan
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.guidance import paste
 from latent_diffusion.rng import example_keys, keys_of_examples
 from latent_diffusion.tiling import pad_to_multiple, tiled
-from latent_diffusion.tokenizers import WordTokenizer
+from latent_diffusion.tokenizers import Tokenizer
 from latent_diffusion.types import Array, Conditioning, Float, Int, Num
 
 log = logging.getLogger(__name__)
+CONDITIONS = 1  # folded into an image's key: the noise of its conditions
 
 
 class Model(flax.struct.PyTreeNode):
@@ -34,7 +35,7 @@ class Model(flax.struct.PyTreeNode):
 
     first_stage: FirstStage | None = None
     denoiser: Denoiser | None = None
-    tokenizer: WordTokenizer | None = flax.struct.field(pytree_node=False, default=None)
+    tokenizer: Tokenizer | None = flax.struct.field(pytree_node=False, default=None)
     defaults: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
     image_size: int = flax.struct.field(pytree_node=False, default=256)
     origin: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
@@ -85,11 +86,24 @@ class Model(flax.struct.PyTreeNode):
         self,
         prompts: Sequence[str] | None = None,
         class_labels: Sequence[int] | None = None,
+        *,
+        image_size: tuple[int, int] | None = None,
+        rng: jax.Array | None = None,
+        **given: Any,
     ) -> Conditioning:
-        """The conditioning for some prompts or class labels, one example each."""
-        batch = self._conditions(prompts, class_labels)
-        size = len(next(iter(batch.values()), np.zeros(1)))
-        return self._need("denoiser").condition(batch, jnp.zeros(size, bool))
+        """The conditioning for what the model takes, one example each.
+
+        given: as in `sample`, `image` and `mask` among them. rng: for conditions that are noised.
+        """
+        denoiser = self._need("denoiser")
+        given |= {"prompts": prompts, "class_labels": class_labels}
+        batch, size = self._conditions(given, image_size)
+        count = len(next(iter(batch.values()), np.zeros(1)))
+        keys = None if rng is None else example_keys(rng, count)
+        f = self._downsampling()
+        latent = (size[0] // f, size[1] // f)
+        batch = denoiser.conditioner.prepare(batch, self.first_stage, latent, keys)
+        return denoiser.condition(batch, jnp.zeros(count, bool))
 
     def denoise(
         self,
@@ -113,15 +127,30 @@ class Model(flax.struct.PyTreeNode):
         mask: Array | np.ndarray | None = None,
         z_T: Float[Array | np.ndarray, "B h w c"] | None = None,
         image_size: tuple[int, int] | None = None,
+        layout: Any = None,
+        segmentation: Array | np.ndarray | None = None,
+        low_res: Array | np.ndarray | None = None,
+        noise_level: int | Sequence[int] | None = None,
+        depth: Array | np.ndarray | None = None,
+        neighbours: Array | np.ndarray | None = None,
+        image_embedding: Array | np.ndarray | None = None,
         quantize_x0: bool = False,
         batch_size: int = 64,
         mode: str = "auto",
         **options: Any,
     ) -> np.ndarray:
-        """Images [N H W C] in [-1, 1]: `num_images` for each prompt or label, prompt-major.
+        """Images [N H W C] in [-1, 1]: `num_images` for each condition, condition-major.
 
         Image i depends on rng and i alone, not on batch_size or devices. z_T: start noise [N h w c]
-        instead of fresh. image_size: (H, W), default as trained. options: `sampler`, `num_steps`,
+        instead of fresh. image_size: (H, W), default that of the conditions, else as trained.
+
+        What a model is conditioned on must be given, and nothing else may be: `prompts`,
+        `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
+        tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
+        (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; inpainting
+        models take `image` and `mask`. One example serves all.
+
+        options: `sampler`, `num_steps`,
         `spacing`, `guidance_scale` (a number, or one a step), and those of the sampler (`eta` …)
         and the spacing (`end` …); else the model's defaults (see `denoiser.plan`).
 
@@ -139,21 +168,32 @@ class Model(flax.struct.PyTreeNode):
         timesteps, options = plan(denoiser.schedule, self.defaults, options)
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
-        conditions = self._conditions(prompts, class_labels)
-        conditions = {k: np.repeat(v, num_images, axis=0) for k, v in conditions.items()}
-        total = len(next(iter(conditions.values()), np.zeros(num_images)))
-        height, width = image_size or (self.image_size, self.image_size)
+        given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
+        given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
+        given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
+        given |= {
+            key: {"image": image, "mask": mask}[key]
+            for key in ("image", "mask")
+            if key in denoiser.conditioner.keys
+        }
+        told, (height, width) = self._conditions(given, image_size)
+        told = {k: np.repeat(v, num_images, axis=0) for k, v in told.items()}
+        total = len(next(iter(told.values()), np.zeros(num_images)))
         f = first_stage.module.downsampling
         if height % f or width % f:
             raise ValueError(f"image_size {height}×{width} must be divisible by f={f}")
         shape = (height // f, width // f, first_stage.module.latent_channels)
-        batch = {**conditions, "index": np.arange(total, dtype=np.int32)}
+        batch = {**told, "index": np.arange(total, dtype=np.int32)}
         batch |= self._negatives(negative_prompts, num_images, total)
         batch |= {
-            f"more_{i}": np.repeat(self._conditions([text], None)["tokens"], total, axis=0)
+            f"more_{i}": np.repeat(self._tokens([text]), total, axis=0)
             for i, (text, _) in enumerate(more_prompts)
         }
-        batch |= _known_image(image, mask, options.get("strength"), (total, height, width))
+        strength = options.get("strength")
+        if "mask" not in told:
+            batch |= _known_image(image, mask, strength, (total, height, width))
+        elif strength is not None:
+            batch |= _known_image(image, None, strength, (total, height, width))
         if z_T is not None:
             if z_T.shape != (total, *shape):
                 raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
@@ -201,30 +241,30 @@ class Model(flax.struct.PyTreeNode):
                 f"{len(prompts)} negative_prompts for {total // num_images} prompts; "
                 "give one for all, or one for each"
             )
-        tokens = self._conditions(prompts, None)["tokens"]
+        tokens = self._tokens(prompts)
         return {"negative": np.repeat(tokens, total // len(tokens), axis=0)}
 
+    def _downsampling(self) -> int:
+        """f; 8, the most common, where there is no first stage."""
+        return 8 if self.first_stage is None else self.first_stage.module.downsampling
+
     def _conditions(
-        self, prompts: Sequence[str] | None, class_labels: Sequence[int] | None
-    ) -> dict[str, np.ndarray]:
-        """The batch entries that the denoiser's conditioner reads."""
-        wanted = self._need("denoiser").conditioner.keys
-        batch: dict[str, np.ndarray] = {}
-        if prompts is not None and self.tokenizer is not None:
-            for prompt in prompts:
-                if unknown := self.tokenizer.unknown_words(prompt):
-                    log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))
-            batch["tokens"] = self.tokenizer(list(prompts))
-        if class_labels is not None:
-            batch["class_label"] = np.asarray(class_labels, np.int32)
-        given = {"tokens": "prompts", "class_label": "class_labels"}
-        for key in set(wanted) - set(batch):
-            raise ValueError(f"this model is conditioned on {key}: give {given.get(key, key)}")
-        for name, value in (("prompts", prompts), ("class_labels", class_labels)):
-            if value is not None and name not in [given[key] for key in wanted if key in given]:
-                takes = ", ".join(given.get(key, key) for key in wanted) or "no condition"
-                raise ValueError(f"{name} given, but this model takes {takes}")
-        return batch
+        self, given: Mapping[str, Any], image_size: tuple[int, int] | None
+    ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        """The batch entries that the denoiser's conditioner reads, and the size of the picture."""
+        conditioner, f = self._need("denoiser").conditioner, self._downsampling()
+        size = image_size or conditions.size_of(given, f) or (self.image_size, self.image_size)
+        latent = (size[0] // f, size[1] // f)
+        return conditions.batch_of(conditioner, self._tokens, given, size, latent), size
+
+    def _tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts as the model's tokenizer writes them; a word it doesn't know is named."""
+        if self.tokenizer is None:
+            raise ValueError("prompts given, but this model has no tokenizer")
+        for prompt in prompts:
+            if unknown := self.tokenizer.unknown_words(prompt):
+                log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))
+        return self.tokenizer(list(prompts))
 
 
 def _known_image(
@@ -301,14 +341,17 @@ def _program(
     def step(state, constants, batch, rng, *, axis_name=None):
         (model, timesteps), size = constants, batch["index"].shape[0]
         denoiser, first_stage = model.denoiser, model.first_stage
+        keys = keys_of_examples(rng, batch["index"])
+        noise = jax.vmap(jax.random.fold_in, (0, None))(keys, CONDITIONS)
+        told = denoiser.conditioner.prepare(batch, first_stage, shape[:2], noise)
 
         def condition(tokens=None, drop=False):
-            other = batch if tokens is None else {**batch, "tokens": batch[tokens]}
+            other = told if tokens is None else {**told, "tokens": told[tokens]}
             return denoiser.condition(other, jnp.full(size, drop))
 
         known, hole, f = batch.get("known"), batch.get("hole"), first_stage.module.downsampling
         z_0 = denoiser.sample(
-            keys_of_examples(rng, batch["index"]),
+            keys,
             condition(),
             condition("negative") if "negative" in batch else condition(drop=True),
             timesteps,
@@ -322,6 +365,8 @@ def _program(
             **dict(options),
         )
         images = first_stage.decode(z_0)
+        if "mask" in batch:  # a model of inpainting: what isn't missing stays as it is
+            return paste(images, batch["image"], batch["mask"])
         return images if hole is None else paste(images, known, hole)
 
     return parallel.compile_eval(step, mode)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from latent_diffusion import data
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
 from latent_diffusion.first_stage import FirstStage
-from latent_diffusion.tokenizers import TOKENIZERS, WordTokenizer, load_tokenizer
+from latent_diffusion.tokenizers import TOKENIZERS, Tokenizer, WordTokenizer, load_tokenizer
 from latent_diffusion.types import Params, lookup
 
 CONFIG = "config.json"
@@ -55,6 +55,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if config.task != "denoising" or config.autoencoder.regularization == "identity":
         return config
+    if config.init_from and not config.first_stage.path:
+        return config  # it brings its own
     hint = (
         "train one with: python train.py --config=configs/openmoji_autoencoder.py "
         f"--workdir={config.first_stage.path or 'runs/first_stage'}, "
@@ -105,18 +107,23 @@ def load_first_stage(workdir: Path, module: nn.Module) -> FirstStage:
     )
 
 
-def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> WordTokenizer | None:
-    """The workdir's tokenizer, made from the captions of `source` the first time."""
-    if config.tokenizer.name == "none":
+def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> Tokenizer | None:
+    """The workdir's tokenizer, made the first time: read from files, or from the captions."""
+    own = config.tokenizer
+    if own.name == "none":
         return None
-    kind = lookup(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
-    if not (workdir / TOKENIZER).exists():
-        captions = data.captions(source)
-        tokenizer = kind.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_length)
-        if jax.process_index() == 0:
-            tokenizer.save(workdir / TOKENIZER)
-        return tokenizer
-    return load_tokenizer(workdir / TOKENIZER)
+    kind = lookup(TOKENIZERS, own.name, "tokenizer.name")
+    if (workdir / TOKENIZER).exists():
+        return load_tokenizer(workdir / TOKENIZER)
+    if kind is WordTokenizer:
+        tokenizer = kind.train(data.captions(source), own.vocab_size, own.max_length)
+    elif not own.path:
+        raise ValueError(f"tokenizer.name={own.name!r} needs tokenizer.path, where its files lie")
+    else:
+        tokenizer = kind.read(own.path, own.max_length)
+    if jax.process_index() == 0:
+        tokenizer.save(workdir / TOKENIZER)
+    return tokenizer
 
 
 def check_same_tree(expected: Params, got: Params, source: str) -> None:

@@ -6,25 +6,74 @@ import numpy as np
 import pytest
 
 from latent_diffusion.conditioners import CONDITIONERS, combine, make_conditioner
+from latent_diffusion.conditioners.depth import cubic
+from latent_diffusion.diffusion import q_sample
+from latent_diffusion.rng import example_keys
+from latent_diffusion.schedules import make_schedule
 from latent_diffusion.types import Conditioning
 
 SMALL = {
+    "layout": {"vocab_size": 26, "max_length": 8, "width": 6, "depth": 1}
+    | {"num_heads": 2, "head_dim": 3},
+    "spatial_rescaler": {"num_classes": 4, "num_stages": 1, "out_channels": 2},
+    "low_res": {"num_levels": 40, "max_noise_level": 30, "width": 6},
+    "masked_image": {},
+    "depth": {},
+    "neighbours": {"num_neighbours": 2, "width": 6},
+    "image_embedding": {"width": 6},
     "class_label": {"num_classes": 5, "width": 6},
+    "clip_text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 2, "num_heads": 2}
+    | {"empty": (9, 10), "pad_id": 1},
+    "bert": {"vocab_size": 11, "max_positions": 5, "width": 6, "depth": 1, "num_heads": 2}
+    | {"empty": (9, 10)},
+    "clip_image": {"image_size": 6, "patch_size": 3, "width": 6, "depth": 1, "num_heads": 2}
+    | {"projection_dim": 6},
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
     "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
 }
+NUMPY = np.random.default_rng(0)
+
+
+def _random(*shape):
+    return jnp.asarray(NUMPY.uniform(-1, 1, shape), jnp.float32)
+
+
 BATCH = {
+    "image": _random(3, 8, 8, 3),
+    "mask": (_random(3, 8, 8, 1) > 0).astype(jnp.float32),
+    "low_res": _random(3, 4, 4, 3),
+    "depth": 5 + _random(3, 6, 6, 1),
+    "segmentation": jnp.asarray(NUMPY.integers(0, 4, (3, 8, 8)), jnp.int32),
+    "layout": jnp.asarray(NUMPY.integers(0, 25, (3, 8)), jnp.int32),
+    "neighbours": _random(3, 2, 6),
+    "image_embedding": _random(3, 6),
     "class_label": jnp.array([0, 4, 2]),
     "tokens": jnp.array([[2, 3, 0, 0], [4, 0, 0, 0], [5, 6, 7, 8]]),
 }
 NEVER, ALWAYS = jnp.zeros(3, bool), jnp.ones(3, bool)
 
 
-def _apply(config, drop, batch=BATCH):
+KEYS = example_keys(jax.random.key(1), 3)
+
+
+class HalfSize:
+    """Stands in for a first stage with f=2: the mean of 2×2 pixels, and a constant added."""
+
+    @staticmethod
+    def encode(batch):
+        return batch["image"].reshape(-1, 4, 2, 4, 2, 3).mean((2, 4)) + 0.25
+
+
+def _conditioning(config, drop, batch=BATCH):
     conditioner = make_conditioner(config)
+    batch = conditioner.prepare(batch, HalfSize, (4, 4), KEYS)
     params = jax.jit(conditioner.init)(jax.random.key(0), batch, NEVER)
-    return jax.tree.leaves(conditioner.apply(params, batch, drop))[0]
+    return conditioner.apply(params, batch, drop)
+
+
+def _apply(config, drop, batch=BATCH):
+    return jax.tree.leaves(_conditioning(config, drop, batch))[0]
 
 
 @pytest.mark.parametrize("name", CONDITIONERS)
@@ -37,15 +86,85 @@ def test_drop_is_per_example_and_hides_the_condition(name):
     np.testing.assert_allclose(mixed, jnp.concatenate([always[:1], never[1:]]), atol=1e-6)
 
 
+def test_latents_of_the_masked_image_in_both_orders():
+    paper = _apply({"masked_image": {}}, NEVER)
+    hole = BATCH["mask"] > 0.5
+    latents = HalfSize.encode({"image": jnp.where(hole, -1.0, BATCH["image"])})
+    np.testing.assert_allclose(paper[..., :3], latents, atol=1e-6)
+    # The mask takes pixel ⌊2i⌋, and is −1 or 1.
+    np.testing.assert_array_equal(paper[..., 3:], 2 * BATCH["mask"][:, ::2, ::2] - 1)
+    fields = {"mask_first": True, "known_mask": 0.0, "hole": 0.0, "keep": True}
+    other = _apply({"masked_image": fields}, ALWAYS)
+    np.testing.assert_array_equal(other[..., :1], BATCH["mask"][:, ::2, ::2])
+    grey = HalfSize.encode({"image": jnp.where(hole, 0.0, BATCH["image"])})
+    np.testing.assert_allclose(other[..., 1:], grey, atol=1e-6)
+
+
+def test_label_maps_are_shares_of_the_pixels_and_a_map_of_them():
+    shares = _apply({"spatial_rescaler": SMALL["spatial_rescaler"] | {"out_channels": 0}}, NEVER)
+    labels = np.asarray(BATCH["segmentation"]).reshape(3, 4, 2, 4, 2)
+    for label in range(4):
+        np.testing.assert_allclose(shares[..., label], (labels == label).mean((2, 4)))
+    assert _apply({"spatial_rescaler": SMALL["spatial_rescaler"]}, NEVER).shape == (3, 4, 4, 2)
+
+
+def test_noise_on_the_small_picture_is_that_of_its_level_and_its_key():
+    noise = {"low_res": SMALL["low_res"]}
+    assert _apply({"low_res": {}}, NEVER) is not None
+    np.testing.assert_array_equal(_apply({"low_res": {}}, NEVER), BATCH["low_res"])
+    conditioner = make_conditioner(noise)
+    assert (conditioner.keys, conditioner.optional) == (("low_res",), ("noise_level",))
+    schedule = make_schedule("linear", 40, 1e-4, 2e-2)
+    level = jnp.array([0, 20, 39])
+    told = BATCH | {"noise_level": level}
+    noised = conditioner.prepare(told, None, (4, 4), KEYS)["low_res"]
+    clean = q_sample(schedule, BATCH["low_res"], level, jnp.zeros((3, 4, 4, 3)))
+    spread = jnp.std(noised - clean, axis=(1, 2, 3)) / schedule.sigma_t(level)
+    np.testing.assert_allclose(spread, 1.0, atol=0.3)
+    # Drawn levels lie below max_noise_level, and each has a vector of its own.
+    many = {"low_res": jnp.zeros((200, 4, 4, 3))}
+    keys = example_keys(jax.random.key(2), 200)
+    drawn = conditioner.prepare(many, None, (4, 4), keys)["noise_level"]
+    assert int(drawn.min()) == 0 and int(drawn.max()) == 29
+    vectors = _conditioning(noise, NEVER, told).vector
+    assert float(jnp.abs(vectors[0] - vectors[1]).max()) > 0.1
+
+
+def test_depth_is_resized_like_bicubic_and_spans_its_own_range():
+    depth = _apply({"depth": {}}, NEVER)
+    np.testing.assert_allclose(depth.min((1, 2, 3)), -1.0, atol=1e-6)
+    np.testing.assert_allclose(depth.max((1, 2, 3)), 1.0, atol=2e-3)
+    np.testing.assert_allclose(cubic(12, 24).sum(1), 1.0, atol=1e-6)
+    np.testing.assert_array_equal(cubic(5, 5), np.eye(5))
+
+
+def test_what_is_kept_stays_while_the_rest_is_dropped():
+    config = {"low_res": {"keep": True}, "text": SMALL["text"]}
+    never, always = _conditioning(config, NEVER), _conditioning(config, ALWAYS)
+    np.testing.assert_array_equal(never.concat, always.concat)
+    assert float(jnp.abs(never.context - always.context).max()) > 1e-3
+
+
+def test_an_embedding_is_a_token_or_a_vector():
+    width = {"width": 6}
+    token = _conditioning({"image_embedding": width}, NEVER).context
+    np.testing.assert_array_equal(token[:, 0], BATCH["image_embedding"])
+    vector = _conditioning({"image_embedding": width | {"route": "vector"}}, NEVER).vector
+    np.testing.assert_array_equal(vector, BATCH["image_embedding"])
+
+
 def test_no_conditioner_is_unconditional():
     conditioner = make_conditioner({})
     assert jax.tree.leaves(conditioner.apply({}, {}, NEVER)) == []
     assert conditioner.keys == ()
 
 
-def test_the_empty_prompt_is_the_null_condition():
-    config = {"text": SMALL["text"]}
-    empty = BATCH | {"tokens": jnp.zeros((3, 4), jnp.int32)}
+@pytest.mark.parametrize(
+    ("name", "row"), [("text", [0, 0, 0, 0]), ("clip_text", [9, 10, 1, 1]), ("bert", [9, 10, 0, 0])]
+)
+def test_the_empty_prompt_is_the_null_condition(name, row):
+    config = {name: SMALL[name]}
+    empty = BATCH | {"tokens": jnp.array([row] * 3)}
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
 
 
@@ -61,6 +180,42 @@ def test_a_prompt_is_the_sum_of_its_words_maps():
     np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 2)))
 
 
+def test_prompts_of_another_length_are_refused():
+    for name in ("text", "clip_text"):
+        with pytest.raises(ValueError, match="4 tokens a prompt, expected max_length=7"):
+            _apply({name: SMALL[name] | {"max_length": 7}}, NEVER)
+    with pytest.raises(ValueError, match="4 tokens a prompt, at most max_positions=3"):
+        _apply({"bert": SMALL["bert"] | {"max_positions": 3}}, NEVER)
+    with pytest.raises(ValueError, match=r"no room for empty=\(1, 2, 3, 4, 5\)"):
+        _apply({"text": SMALL["text"] | {"empty": (1, 2, 3, 4, 5)}}, NEVER)
+
+
+def test_clip_never_looks_ahead():
+    config = {"clip_text": SMALL["clip_text"]}
+    before = _apply(config, NEVER)
+    after = _apply(config, NEVER, BATCH | {"tokens": BATCH["tokens"].at[:, 3].set(7)})
+    np.testing.assert_allclose(after[:, :3], before[:, :3], atol=1e-6)
+    assert np.abs(after[:, 3] - before[:, 3])[:2].max() > 1e-3
+
+
+def test_bert_ignores_padding_and_pools_over_the_prompt():
+    config = {"bert": SMALL["bert"]}
+    states = _apply(config, NEVER)
+    longer = BATCH | {"tokens": jnp.pad(BATCH["tokens"], ((0, 0), (0, 1)))}
+    np.testing.assert_allclose(_apply(config, NEVER, longer)[:, :4], states, atol=1e-6)
+    mean = _apply({"bert": SMALL["bert"] | {"pooling": "mean"}}, NEVER)
+    assert mean.shape == (3, 1, 6)
+    np.testing.assert_allclose(mean[0, 0], states[0, :2].mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match="pooling='max'; known: tokens, mean"):
+        _apply({"bert": SMALL["bert"] | {"pooling": "max"}}, NEVER)
+
+
+def test_a_skipped_layer_has_no_parameters():
+    conditioner = make_conditioner({"clip_text": SMALL["clip_text"] | {"skip_last": 1}})
+    params = jax.eval_shape(conditioner.init, jax.random.key(0), BATCH, NEVER)["params"]
+    assert "layers_0" in params["clip_text"] and "layers_1" not in params["clip_text"]
+
+
 def test_class_labels_outside_the_range_are_the_null_class():
     config = {"class_label": SMALL["class_label"] | {"route": "vector"}}
     odd = BATCH | {"class_label": jnp.array([-1, 5, 99])}
@@ -71,6 +226,11 @@ def test_class_labels_outside_the_range_are_the_null_class():
 def test_several_conditioners_join_along_their_axes():
     config = {name: SMALL[name] for name in ("class_label", "text")}
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
+    # A hybrid: one condition beside the latent, many to attend to, one with the timestep.
+    hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
+    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2)
+    assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
+    assert hybrid.vector.shape == (3, 6)
     both = combine(
         [
             Conditioning(concat=jnp.zeros((1, 2, 2, 3)), vector=jnp.zeros((1, 4))),
@@ -82,7 +242,7 @@ def test_several_conditioners_join_along_their_axes():
 
 
 def test_a_wrong_condition_is_named():
-    with pytest.raises(ValueError, match="unknown conditioner 'clip'; known: class_label, text"):
+    with pytest.raises(ValueError, match="unknown conditioner 'clip'; known: bert, class_label, "):
         make_conditioner({"clip": {}})
     with pytest.raises(ValueError, match="unknown field 'num_class'; known: num_classes"):
         make_conditioner({"class_label": {"num_class": 3}})
@@ -90,5 +250,22 @@ def test_a_wrong_condition_is_named():
         _apply({"text": SMALL["text"]}, NEVER, {"class_label": BATCH["class_label"]})
     with pytest.raises(ValueError, match="4 tokens a prompt, expected max_length=7"):
         _apply({"text": SMALL["text"] | {"max_length": 7}}, NEVER)
-    with pytest.raises(ValueError, match="route='concat'; known: context, vector"):
-        _apply({"class_label": SMALL["class_label"] | {"route": "concat"}}, NEVER)
+    for name in ("class_label", "image_embedding"):
+        with pytest.raises(ValueError, match=f"{name}.route='concat'; known: context, vector"):
+            _apply({name: SMALL[name] | {"route": "concat"}}, NEVER)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("layout", {"layout": BATCH["layout"][:, :5]}, "layout: 5 tokens, expected max_length=8"),
+        ("low_res", {"low_res": BATCH["low_res"][:, :3]}, "3×4 pixels, but the latent is 4×4"),
+        ("masked_image", {"mask": BATCH["mask"][:, :4]}, "mask is 4×8, but the image is 8×8"),
+        ("neighbours", {"neighbours": BATCH["neighbours"][..., :5]}, "5 numbers, expected width=6"),
+        ("image_embedding", {"image_embedding": jnp.zeros((3, 5))}, "5 numbers, expected width=6"),
+        ("spatial_rescaler", {"segmentation": BATCH["segmentation"][:, :7]}, "7×8 can't be halved"),
+    ],
+)
+def test_a_condition_of_the_wrong_size_is_named(name, changed, message):
+    with pytest.raises(ValueError, match=message):
+        _apply({name: SMALL[name]}, NEVER, BATCH | changed)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from latent_diffusion.convert import autoencoder, unet
+from latent_diffusion.convert import autoencoder, bert, clip_image, clip_text, unet
 from latent_diffusion.convert.tables import KINDS, joint_qkv, read_tensors, write_tensors
 from latent_diffusion.convert.tensors import in_memory
 from latent_diffusion.models.attention import AttentionBlock
@@ -98,6 +98,48 @@ def test_unets_round_trip_and_are_recognised(name):
     }
 
 
+CLIP_TEXT = dict(vocab_size=9, max_length=5, width=64, depth=2, num_heads=1)
+
+
+def test_clips_text_encoder_round_trips_and_is_recognised():
+    ids = {"empty": (7, 8), "pad_id": 8, "mlp_width": None}
+    shapes = flat_shapes(clip_text.shapes(CLIP_TEXT))
+    theirs = check_round_trip(clip_text.transformers_table(CLIP_TEXT), shapes)
+    assert "encoder.layers.1.self_attn.k_proj.bias" in theirs
+    known = clip_text.fields_from_shapes(theirs)
+    assert known == {**CLIP_TEXT, **ids}
+    config = clip_text.config_from_fields({**known, "activation": "gelu"})
+    assert clip_text.fields_from_config(config) == {**known, "activation": "gelu"}
+
+    theirs = check_round_trip(clip_text.open_clip_table(CLIP_TEXT), shapes)
+    assert theirs["transformer.resblocks.0.attn.in_proj_weight"].shape == (192, 64)
+    fields = clip_text.fields_from_shapes(theirs)  # as Stable Diffusion 2 takes it
+    assert fields == {**CLIP_TEXT, **ids, "pad_id": 0, "skip_last": 1, "activation": "gelu"}
+    shapes = flat_shapes(clip_text.shapes(fields))
+    table, ignored = clip_text.open_clip_table(fields), clip_text.unused(fields)
+    got = read_tensors(table, shapes, theirs, "tensors", ignored)
+    assert not any(path.startswith("layers_1") for path in got)
+    with pytest.raises(ValueError, match=r"left over: transformer\.resblocks\.1"):
+        read_tensors(table, shapes, theirs, "tensors")
+
+
+ENCODERS = {
+    bert: dict(vocab_size=9, max_positions=7, width=6, depth=2, num_heads=2, mlp_width=10),
+    clip_image: dict(
+        image_size=6, patch_size=3, width=6, depth=2, num_heads=2, mlp_width=None,
+        activation="gelu", projection_dim=5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.__name__)
+def test_other_encoders_round_trip(family):
+    fields = ENCODERS[family]
+    check_round_trip(family.transformers_table(fields), flat_shapes(family.shapes(fields)))
+    again = family.fields_from_config(family.config_from_fields(fields))
+    assert {name: again[name] for name in fields} == fields
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_joint_attention_equals_three_maps(interleaved):
     """What the joint map computes from q, k, v maps of ours is attention with those maps."""
@@ -131,12 +173,14 @@ def test_reading_is_strict_and_tells_both_sides():
     theirs["loss.logvar"] = in_memory(np.zeros(()))
     del theirs["decoder.conv_out.bias"]
     theirs["encoder.conv_in.weight"] = in_memory(np.zeros((8, 4, 3, 3), np.float32))
+    theirs["encoder.conv_in.bias"] = in_memory(np.zeros(8, np.int64))
     with pytest.raises(ValueError, match="does not fit") as error:
         read_tensors(table, shapes, theirs, "vae.safetensors")
     text = str(error.value)
     assert "1 missing: decoder/conv_out/bias ← decoder.conv_out.bias" in text
     assert "encoder/conv_in/kernel (3, 3, 3, 8) ← encoder.conv_in.weight (8, 4, 3, 3)" in text
     assert "1 left over: loss.logvar" in text
+    assert "1 not floating-point: encoder/conv_in/bias ← encoder.conv_in.bias int64" in text
     with pytest.raises(ValueError, match="no name for other/kernel"):
         write_tensors(table, {"other/kernel": in_memory(np.zeros(3))})
 

@@ -12,7 +12,8 @@ from latent_diffusion.data import DATASETS, ArraySource, epoch, iterate, make_so
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.sources import Remember
 from latent_diffusion.data.synthetic import SHAPES
-from latent_diffusion.data.transforms import CROPS, resize, to_float, to_uint8
+from latent_diffusion.data.transforms import to_float, to_uint8
+from latent_diffusion.data.windows import CROPS, resize
 from latent_diffusion.tokenizers import WordTokenizer
 
 
@@ -249,7 +250,7 @@ def test_make_source_errors(changes, split, message):
 
 
 def test_documented_names():
-    assert set(DATASETS) == {"openmoji", "image_folder", "synthetic", "tfds"}
+    assert set(DATASETS) == {"openmoji", "openmoji_scenes", "image_folder", "synthetic", "tfds"}
 
 
 # --- transforms ---

@@ -1,12 +1,45 @@
+import gzip
 import json
 import logging
 
 import numpy as np
 import pytest
 
-from latent_diffusion.tokenizers import TOKENIZERS, WordTokenizer, load_tokenizer, words
+from latent_diffusion.tokenizers import (
+    TOKENIZERS,
+    BertTokenizer,
+    ClipTokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    words,
+)
 
 CAPTIONS = ["woman pilot", "man pilot", "woman cook", "São Tomé & Príncipe"]
+
+# A vocabulary of bytes, bytes at a word's end, and a few merges, numbered as CLIP numbers its own.
+MERGES = ["c a", "ca t</w>", "a t</w>", "' s</w>"]
+BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256))]
+BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
+SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+CLIP = [*BYTES, *(b + "</w>" for b in BYTES), "ca", "cat</w>", "at</w>", "'s</w>", *SPECIAL]
+BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "woman", "pi", "##lot", "sao", "!", "得", "cook"]
+
+
+def make(kind):
+    if kind == "bert":
+        return BertTokenizer(BERT, max_length=6)
+    if kind == "word":
+        return WordTokenizer.train([*CAPTIONS, "得 2"], vocab_size=20, max_length=4)
+    return ClipTokenizer(CLIP, MERGES, max_length=6)
+
+
+def write_clip(folder, **settings):
+    """The files of a diffusers tokenizer folder."""
+    folder.mkdir(parents=True)
+    ids = {token: i for i, token in enumerate(CLIP)}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def test_words():
@@ -44,7 +77,7 @@ def test_long_captions_are_cut_with_one_warning(caplog):
         tokens = tokenizer(["woman woman pilot"] * 2)
     np.testing.assert_array_equal(tokens, [[3, 3], [3, 3]])
     assert [r.getMessage() for r in caplog.records] == [
-        "caption of 3 words cut to max_length=2: 'woman woman pilot'"
+        "caption of 3 tokens cut to 2 (max_length=2), lost: 'pilot'"
     ]
 
 
@@ -53,9 +86,93 @@ def test_a_bare_string_is_refused():
         WordTokenizer([], 2, 2)("pilot")
 
 
+def test_clip_merges_pairs_in_the_order_they_were_learned():
+    tokenizer, first = ClipTokenizer(CLIP, MERGES, max_length=6), len(BYTES)
+    ids = {token: i for i, token in enumerate(CLIP)}
+    start, end = ids[SPECIAL[0]], ids[SPECIAL[1]]
+    tokens = tokenizer(["CAT", "a  Cat's!", "acat", ""])
+    np.testing.assert_array_equal(
+        tokens,
+        [
+            [start, ids["cat</w>"], end, end, end, end],
+            [start, ids["a</w>"], ids["cat</w>"], ids["'s</w>"], first + BYTES.index("!"), end],
+            [start, ids["a"], ids["cat</w>"], end, end, end],
+            [start, end, end, end, end, end],
+        ],
+    )
+    assert tokenizer.vocab_size == len(CLIP) and tokenizer.unknown_words("得") == []
+
+
+def test_clip_pads_as_told_and_says_what_it_cut(caplog):
+    tokenizer = ClipTokenizer(CLIP, MERGES, max_length=4, pad="!")
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenizer(["cat", "cat cat cat é"])
+    assert tokens[0].tolist() == [len(CLIP) - 2, CLIP.index("cat</w>"), len(CLIP) - 1, 0]
+    assert tokens[1, -1] == len(CLIP) - 1  # the end is kept
+    (record,) = caplog.records
+    assert record.getMessage().endswith("cut to 2 (max_length=4), lost: 'cat é'")
+
+
+def test_clip_reads_the_files_there_are(tmp_path):
+    want = ClipTokenizer(CLIP, MERGES, max_length=9, pad="!").to_dict()
+    write_clip(tmp_path / "pipeline" / "tokenizer", model_max_length=9, pad_token={"content": "!"})
+    assert ClipTokenizer.read(tmp_path / "pipeline").to_dict() == want
+    model = {"vocab": {t: i for i, t in enumerate(CLIP)}, "merges": [m.split() for m in MERGES]}
+    single = tmp_path / "tokenizer.json"
+    single.write_text(json.dumps({"model": model, "added_tokens": [{"id": 0, "content": "!"}]}))
+    assert ClipTokenizer.read(single, max_length=9, pad="!").to_dict() == want
+    packed = tmp_path / "bpe.txt.gz"
+    packed.write_bytes(gzip.compress("\n".join(["header", *MERGES, ""]).encode()))
+    assert ClipTokenizer.read(packed, max_length=9, pad="!").to_dict() == want
+    with pytest.raises(ValueError, match=r"nowhere is no CLIP tokenizer: FileNotFoundError"):
+        ClipTokenizer.read(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no CLIP tokenizer: ValueError: the vocabulary has no"):
+        ClipTokenizer.read(single, pad="[PAD]")
+
+
+def test_bert_takes_the_longest_piece_that_fits():
+    tokenizer = make("bert")
+    tokens = tokenizer(["São PILOT!", "woman judge", "a得", ""])
+    expected = [[2, 7, 5, 6, 8, 3], [2, 4, 1, 3, 0, 0], [2, 1, 9, 3, 0, 0], [2, 3, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(tokens, expected)
+    assert tokenizer.unknown_words("woman judge, 得") == ["judge", ","]
+    assert tokenizer.vocab_size == len(BERT)
+
+
+def test_bert_says_what_it_cut(caplog):
+    with caplog.at_level(logging.WARNING):
+        tokens = make("bert")(["woman cook woman pilot"])
+    assert tokens[0].tolist() == [2, 4, 10, 4, 5, 3]
+    (record,) = caplog.records
+    assert record.getMessage() == "caption of 5 tokens cut to 4 (max_length=6), lost: '##lot'"
+
+
+def test_bert_reads_the_files_there_are(tmp_path):
+    folder = tmp_path / "pipeline" / "tokenizer"
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(BERT) + "\n", encoding="utf-8")
+    for path in (tmp_path / "pipeline", folder, folder / "vocab.txt"):
+        assert BertTokenizer.read(path, 6).to_dict() == make("bert").to_dict()
+    single = tmp_path / "tokenizer.json"
+    single.write_text(json.dumps({"model": {"vocab": {t: i for i, t in enumerate(BERT)}}}))
+    assert BertTokenizer.read(single, 6).to_dict() == make("bert").to_dict()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    with pytest.raises(ValueError, match="no BERT tokenizer: ValueError: it is cased"):
+        BertTokenizer.read(folder)
+    with pytest.raises(ValueError, match=r"nowhere is no BERT tokenizer: FileNotFoundError"):
+        BertTokenizer.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_empty_prompt_is_what_conditioners_are_told(kind):
+    tokenizer = make(kind)
+    padding = [tokenizer.pad_id] * (tokenizer.max_length - len(tokenizer.empty))
+    assert tokenizer([""])[0].tolist() == [*tokenizer.empty, *padding]
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_save_and_load(kind, tmp_path):
-    tokenizer = TOKENIZERS[kind].train([*CAPTIONS, "得 2"], vocab_size=20, max_length=4)
+    tokenizer = make(kind)
     tokenizer.save(tmp_path / "tokenizer.json")
     assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["kind"] == kind
     again = load_tokenizer(tmp_path / "tokenizer.json")
@@ -69,7 +186,7 @@ def test_save_and_load(kind, tmp_path):
         ("{", "not a tokenizer file"),
         ("[]", "not a tokenizer file"),
         ('{"kind": "word"}', "not a tokenizer file: KeyError"),
-        ('{"kind": "bpe"}', "unknown tokenizer kind in .* 'bpe'; known: word"),
+        ('{"kind": "bpe"}', "unknown tokenizer kind in .* 'bpe'; known: bert, clip, word"),
     ],
 )
 def test_broken_files_are_named(text, message, tmp_path):

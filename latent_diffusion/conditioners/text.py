@@ -1,10 +1,11 @@
 """A trained text transformer: the encoder of the paper's text-to-image model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
+from latent_diffusion.conditioners.null import empty_where
 from latent_diffusion.models.attention import CrossAttention
 from latent_diffusion.models.layers import Dense
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
@@ -14,7 +15,8 @@ class TextTransformer(nn.Module):
     """Bidirectional pre-norm transformer over `tokens`, without a padding mask (paper App. E.2.1).
 
     The released models attend to the padding, and are unconditional on the empty string; so do
-    and are these. The inner attention width is num_heads·head_dim at any model width.
+    and are these: `empty` are its tokens before the padding with `pad_id`: none with the word
+    tokenizer, (101, 102) with BERT's. The inner attention width is num_heads·head_dim at any width.
     """
 
     vocab_size: int = 30522
@@ -23,6 +25,8 @@ class TextTransformer(nn.Module):
     depth: int = 32
     num_heads: int = 8
     head_dim: int = 64
+    empty: Sequence[int] = ()
+    pad_id: int = 0
     dtype: Any = None
 
     keys = ("tokens",)
@@ -34,7 +38,7 @@ class TextTransformer(nn.Module):
             raise ValueError(
                 f"text: {tokens.shape[1]} tokens a prompt, expected max_length={self.max_length}"
             )
-        tokens = jnp.where(drop[:, None], 0, tokens)  # 0 is padding: the empty string
+        tokens = empty_where(drop, tokens, self.empty, self.pad_id)
         init = nn.initializers.normal(self.width**-0.5)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_emb")(tokens)
         x = x + self.param("pos_emb", init, (self.max_length, self.width))

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from latent_diffusion.data import image_folder, openmoji, synthetic, tfds
+from latent_diffusion.data import image_folder, openmoji, openmoji_scenes, synthetic, tfds
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.pipeline import epoch, iterate
+from latent_diffusion.data.retrieval import with_embeddings
 from latent_diffusion.data.sources import ArraySource, Example, Source, captions
 from latent_diffusion.data.transforms import make_transform
 from latent_diffusion.types import lookup
@@ -26,6 +27,7 @@ __all__ = [
 
 DATASETS: dict[str, Callable[[Any, str], Any]] = {
     "openmoji": openmoji.make,
+    "openmoji_scenes": openmoji_scenes.make,
     "image_folder": image_folder.make,
     "synthetic": synthetic.make,
     "tfds": tfds.make,  # "tfds:NAME"
@@ -36,8 +38,13 @@ def make_source(data_config: Any, split: str) -> Any:
     """The source `data_config.name` for the role "train" or "test".
 
     Which of the data set's splits plays the role is `data_config.train_split` / `test_split`.
+    `data_config.embedding` adds image embeddings, and neighbours in the training set.
     Raises ValueError, in one line, for an unknown data set or split.
     """
     make = lookup(DATASETS, data_config.name.partition(":")[0], "data.name")
     roles = {"train": data_config.train_split, "test": data_config.test_split}
-    return make(data_config, lookup(roles, split, "split"))
+    source = make(data_config, lookup(roles, split, "split"))
+    if not data_config.get("embedding", ""):
+        return source
+    database = source if split == "train" else make(data_config, roles["train"])
+    return with_embeddings(source, split, database, data_config)

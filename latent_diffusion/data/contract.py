@@ -23,7 +23,11 @@ KEYS: dict[str, Key] = {
     "layout": Key(np.int32, "B L", 0),
     "segmentation": Key(np.int32, "B H W", 0),
     "mask": Key(np.float32, "B H W 1", 0, 1),  # 1 = hole
-    "low_res": Key(np.float32, "B H W 3", -1, 1),
+    "low_res": Key(np.float32, "B h w 3", -1, 1),
+    "noise_level": Key(np.int32, "B", 0),  # of low_res
+    "depth": Key(np.float32, "B H W 1"),  # in any unit
+    "neighbours": Key(np.float32, "B k D"),  # image embeddings of similar pictures
+    "image_embedding": Key(np.float32, "B D"),
     "weight": Key(np.float32, "B", 0),  # 0 = padding
 }
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from latent_diffusion.data import image_folder, tfds
-from latent_diffusion.data.transforms import resize
+from latent_diffusion.data.windows import resize
 
 GRID = "grid.png"  # which sample.py writes beside the samples
 

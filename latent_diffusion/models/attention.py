@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.models.blockwise_attention import blockwise_attention
 from latent_diffusion.models.layers import Dense, GroupNorm, precomputed
-from latent_diffusion.types import Array, Float, lookup
+from latent_diffusion.types import Array, Bool, Float, lookup
 
 IMPLEMENTATIONS = {"auto": None, "xla": "xla", "cudnn": "cudnn"}
 LONG = 512  # tokens from which a CPU gains by blocks
@@ -19,16 +19,25 @@ def attend(
     k: Float[Array, "B S N D"],
     v: Float[Array, "B S N D"],
     implementation: str = "auto",
+    *,
+    causal: bool = False,
+    mask: Bool[Array, "#B S"] | None = None,
 ) -> Float[Array, "B L N D"]:
     """softmax(q kᵀ / √D) v for N heads; the softmax runs in float32.
 
+    causal: position i sees none after it. mask: false for what nobody may look at.
     "auto" on a CPU takes long sequences block by block: 2 to 18 times faster at 1,024 tokens.
     """
-    long = min(q.shape[1], k.shape[1]) >= LONG
+    long = min(q.shape[1], k.shape[1]) >= LONG and not causal and mask is None
     if implementation == "auto" and long and jax.default_backend() == "cpu":
         return blockwise_attention(q, k, v)
     return jax.nn.dot_product_attention(
-        q, k, v, implementation=lookup(IMPLEMENTATIONS, implementation, "attention implementation")
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None, None, :],
+        is_causal=causal,
+        implementation=lookup(IMPLEMENTATIONS, implementation, "attention implementation"),
     )
 
 
@@ -95,6 +104,31 @@ class AttentionBlock(nn.Module):
         h = attend(q, k, v, self.attention).reshape(h.shape)
         h = Dense(channels, zero_init=True, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of tokens, every map with a bias: that of CLIP and BERT.
+
+    One joint map gives all of q, then k, then v.
+    causal: tokens see only those before them. mask: false for tokens that nobody may look at.
+    """
+
+    num_heads: int
+    causal: bool = False
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L C"], mask: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L C"]:
+        channels = x.shape[-1]
+        if channels % self.num_heads:
+            raise ValueError(f"width {channels} is not divisible by num_heads={self.num_heads}")
+        qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.unstack(qkv.reshape(*x.shape[:2], 3, self.num_heads, -1), axis=2)
+        h = attend(q, k, v, self.attention, causal=self.causal, mask=mask).reshape(x.shape)
+        return Dense(channels, dtype=self.dtype, name="out_proj")(h)
 
 
 class CrossAttention(nn.Module):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion import lora
 from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.denoiser import Denoiser, make_denoiser, plan
 from latent_diffusion.diffusion import (
@@ -32,6 +33,7 @@ from latent_diffusion.diffusion import (
     weigh_by_logvar,
 )
 from latent_diffusion.first_stage import FirstStage, init_first_stage, make_autoencoder
+from latent_diffusion.guidance import paste
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
@@ -49,7 +51,8 @@ Metrics = dict[str, jax.Array]
 class State(flax.struct.PyTreeNode):
     """Everything that training changes.
 
-    params: {"unet", "conditioner"}, and "logvar" [T] where it is learned. squares: [T] average
+    params: {"unet", "conditioner"}, or of an adaptation {"lora": {"unet", "conditioner"}}; and
+    "logvar" [T] where it is learned. squares: [T] average
     squared loss of each timestep, where importance sampling follows the loss; else None.
     """
 
@@ -61,9 +64,13 @@ class State(flax.struct.PyTreeNode):
 
 
 class Constants(flax.struct.PyTreeNode):
-    """Everything that training uses and never changes."""
+    """Everything that training uses and never changes.
+
+    base: {"unet", "conditioner"} under a low-rank adaptation, where only its factors are trained.
+    """
 
     first_stage: FirstStage
+    base: Params = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Denoising:
     input_perturbation: float = 0.0
     drop_rate: float = 0.1
     ema_decay: float = 0.9999
+    lora: Config | None = None
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -96,11 +104,16 @@ class Denoising:
         first_stage = init_first_stage(self.autoencoder, key_f, image)
         z = first_stage.encode({"image": image})
         conditioner, drop = self.denoiser.conditioner, jnp.zeros(1, bool)
+        one = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
         conditioning, variables = conditioner.init_with_output(key_c, one, drop)
         params = {
             "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
             "conditioner": variables.get("params", {}),
         }
+        base = None
+        if self.lora is not None:
+            base = params
+            params = {"lora": lora.init(jax.random.fold_in(rng, 1), base, self.lora)}
         num_timesteps = self.denoiser.schedule.num_timesteps
         if self.learn_logvar:
             params["logvar"] = jnp.zeros(num_timesteps)
@@ -112,10 +125,17 @@ class Denoising:
             opt_state=self.tx.init(params),
             squares=jnp.ones(num_timesteps) if follows_loss else None,
         )
-        return state, Constants(first_stage)
+        return state, Constants(first_stage, base)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
         """The parts that a reader wants counted, by name."""
+        if self.lora is not None:
+            return {
+                "lora": state.params["lora"],
+                "denoiser (frozen)": constants.base["unet"],
+                "conditioner (frozen)": constants.base["conditioner"],
+                "first stage (frozen)": constants.first_stage.params,
+            }
         return {
             "denoiser": state.params["unet"],
             "conditioner": state.params["conditioner"],
@@ -182,13 +202,15 @@ class Denoising:
     ) -> dict[str, jax.Array]:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
         size = _batch_size(batch)
-        denoiser = self.denoiser.replace(params=state.ema_params)
-        conditioning = denoiser.condition(batch, jnp.zeros(size, bool))
-        null = denoiser.condition(batch, jnp.ones(size, bool))
+        denoiser = self.denoiser.replace(params=self._merged(state.ema_params, constants))
+        keys = example_keys(rng, size, axis_name)
         timesteps, options = plan(denoiser.schedule, self.sampling, {})
         latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)})
+        told = denoiser.conditioner.prepare(batch, constants.first_stage, latent.shape[1:3], keys)
+        conditioning = denoiser.condition(told, jnp.zeros(size, bool))
+        null = denoiser.condition(told, jnp.ones(size, bool))
         z_0 = denoiser.sample(
-            example_keys(rng, size, axis_name),
+            keys,
             conditioning,
             null,
             timesteps,
@@ -196,7 +218,15 @@ class Denoising:
             **options,
         )
         images = {"samples": constants.first_stage.decode(z_0)}
+        if "mask" in told:
+            images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         return {"inputs": batch["image"], **images} if "image" in batch else images
+
+    def _merged(self, params: Params, constants: Constants) -> Params:
+        """The denoiser's parameters: those of the state, or the base with its adaptation."""
+        if self.lora is None:
+            return params
+        return lora.merge(constants.base, params["lora"], self.lora["alpha"])
 
     def _image(self, batch_size: int) -> Float[Array, "B H W C"]:
         return jnp.zeros((batch_size, *self.image_shape))
@@ -216,8 +246,8 @@ class Denoising:
         """
         train = dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
-        denoiser = self.denoiser.replace(params=params)
-        k_z, k_t, k_eps, k_drop, k_offset, k_input = split_per_example(keys, 6)
+        denoiser = self.denoiser.replace(params=self._merged(params, constants))
+        k_z, k_t, k_eps, k_drop, k_offset, k_input, k_cond = split_per_example(keys, 7)
         z_0 = constants.first_stage.encode(batch, k_z)
         t, unbias = self._timesteps(k_t, squares if train else None)
         eps = normal_per_example(k_eps, z_0.shape[1:])
@@ -227,8 +257,9 @@ class Denoising:
         if train and self.input_perturbation:
             noise = perturb_input(k_input, eps, self.input_perturbation)
         z_t = q_sample(schedule, z_0, t, noise)
+        told = denoiser.conditioner.prepare(batch, constants.first_stage, z_t.shape[1:3], k_cond)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
-        pred = denoiser.denoise(z_t, t, denoiser.condition(batch, drop), train, dropout)
+        pred = denoiser.denoise(z_t, t, denoiser.condition(told, drop), train, dropout)
         target = prediction_target(kind, schedule, z_0, eps, t)
         simple = lookup(LOSSES, self.loss, "loss")(pred, target)
         loss = lookup(LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)[t] * simple
@@ -287,4 +318,5 @@ def make_denoising(config: Config) -> Denoising:
         input_perturbation=own["input_perturbation"],
         drop_rate=own["drop_rate"],
         ema_decay=config["ema_decay"],
+        lora=config["lora"] if config["lora"]["rank"] else None,
     )

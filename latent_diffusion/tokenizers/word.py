@@ -1,11 +1,5 @@
-"""Words to integers.
+"""Whole words, numbered by how frequent they are in the training captions."""
 
-A tokenizer maps captions to int32 [N L] with a fixed L, and is saved beside the checkpoint: the
-numbers mean nothing without it.
-"""
-
-import json
-import logging
 import re
 import unicodedata
 from collections import Counter
@@ -16,9 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from latent_diffusion.types import lookup
-
-logger = logging.getLogger(__name__)
+from latent_diffusion.tokenizers.rows import Piece, check_length, fill_rows, write_json
 
 PAD, UNK = 0, 1
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*]")  # the two signs that tell keycaps apart are words
@@ -44,12 +36,13 @@ class WordTokenizer:
     """
 
     kind = "word"
+    empty: tuple[int, ...] = ()  # tokens of the empty prompt, before its padding
+    pad_id = PAD
 
     def __init__(self, vocabulary: Sequence[str], vocab_size: int, max_length: int):
         if vocab_size < len(vocabulary) + 2:
             raise ValueError(f"vocab_size {vocab_size} is below {len(vocabulary)} words + 2")
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        check_length(max_length, 1)
         self.vocabulary = tuple(vocabulary)
         self.vocab_size = vocab_size
         self.max_length = max_length
@@ -65,18 +58,10 @@ class WordTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids, padded with 0 on the right. Longer captions are cut, with one warning each."""
-        if isinstance(captions, str):
-            raise TypeError(f"expected a list of captions, got the string {captions!r}")
-        tokens = np.full((len(captions), self.max_length), PAD, np.int32)
-        for row, caption in zip(tokens, captions, strict=True):
-            ids = [self._ids.get(word, UNK) for word in words(caption)]
-            if len(ids) > self.max_length and caption not in self._cut:
-                self._cut.add(caption)
-                logger.warning(
-                    "caption of %d words cut to max_length=%d: %r", len(ids), len(row), caption
-                )
-            row[: len(ids)] = ids[: self.max_length]
-        return tokens
+        return fill_rows(captions, self._pieces, self.max_length, PAD, self._cut)
+
+    def _pieces(self, caption: str) -> list[Piece]:
+        return [Piece(self._ids.get(word, UNK), word) for word in words(caption)]
 
     def unknown_words(self, caption: str) -> list[str]:
         """The caption's words that have no row of their own."""
@@ -98,21 +83,4 @@ class WordTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
-        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
-
-
-TOKENIZERS = {"word": WordTokenizer}
-
-
-def load_tokenizer(path: str | Path) -> WordTokenizer:
-    """Read a saved tokenizer of any kind; ValueError names a file that is not one."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        kind = data["kind"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None
-    tokenizer = lookup(TOKENIZERS, kind, f"tokenizer kind in {path}")
-    try:
-        return tokenizer.from_dict(data)
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None
+        write_json(self.to_dict(), path)

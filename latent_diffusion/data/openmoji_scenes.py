@@ -1,0 +1,137 @@
+"""Scenes pasted from OpenMoji drawings: pictures with boxes and label maps, from pip alone.
+
+Scene i is a pure function of (split, i, image size): two to four of the drawings in `SUBJECTS`,
+each at a random place and size, later ones in front. `boxes` [N 4] (left, top, right, bottom, of 1)
+hold the drawings' ink, `labels` [N] their subjects, and `segmentation` is 0 on the ground and
+1 + label where a drawing is seen, both from the drawings' alpha channels.
+"""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from latent_diffusion.data.sources import Example, Remember
+from latent_diffusion.types import lookup
+
+SUBJECTS = (
+    "red heart",
+    "red apple",
+    "sun",
+    "deciduous tree",
+    "house",
+    "automobile",
+    "dog face",
+    "grinning face",
+    "star",
+    "soccer ball",
+    "mushroom",
+    "fish",
+    "wrapped gift",
+    "key",
+    "umbrella",
+    "ice cream",
+)
+GROUNDS = ((255, 255, 255), (222, 240, 255), (226, 245, 220), (250, 240, 214))
+NUM_OBJECTS = (2, 4)
+SIDES = (0.34, 0.6)  # of a drawing, as a share of the scene's side
+DRAWN = 96  # pixels a side of the drawings before they are pasted
+_SPLITS = {"train": (0, 6000), "test": (1, 500)}  # seed, number of scenes
+
+
+class Placed(NamedTuple):
+    """A drawing in a scene: its subject, and where its ink is, in pixels."""
+
+    label: int
+    ink: tuple[int, int, int, int]
+
+
+class OpenMojiScenes:
+    """See the module. drawings: RGBA pictures in the order of the subjects."""
+
+    class_names = SUBJECTS
+
+    def __init__(self, drawings: list[Image.Image], split: str, image_size: int):
+        self.drawings = drawings
+        self.seed, self._length = lookup(_SPLITS, split, "split of openmoji_scenes")
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, index])
+        size = self.image_size
+        canvas = np.empty((size, size, 3), np.float32)
+        canvas[:] = GROUNDS[rng.integers(len(GROUNDS))]
+        segmentation = np.zeros((size, size), np.int32)
+        placed: list[Placed] = []
+        for label in rng.choice(len(SUBJECTS), rng.integers(*NUM_OBJECTS, endpoint=True), False):
+            placed.append(self._paste(canvas, segmentation, int(label), placed, rng))
+        labels = [p.label for p in placed]
+        return {
+            "image": np.round(canvas).astype(np.uint8),
+            "segmentation": segmentation,
+            "boxes": np.array([p.ink for p in placed], np.float32) / size,
+            "labels": np.array(labels, np.int32),
+            "caption": ", ".join(SUBJECTS[label] for label in labels),
+            "name": f"{index:05d}",
+        }
+
+    def _paste(
+        self,
+        canvas: np.ndarray,
+        segmentation: np.ndarray,
+        label: int,
+        placed: list[Placed],
+        rng: np.random.Generator,
+    ) -> Placed:
+        """Draw one more, where it hides little of the others; of ten places tried, the last."""
+        side = max(4, round(rng.uniform(*SIDES) * self.image_size))
+        rgba = np.asarray(self.drawings[label].resize((side, side), Image.Resampling.BOX))
+        alpha = rgba[..., 3:].astype(np.float32) / 255
+        rows, columns = (np.flatnonzero(alpha[..., 0].max(axis) > 0.5) for axis in (1, 0))
+        for _ in range(10):
+            top, left = rng.integers(0, self.image_size - side + 1, 2)
+            ink = (
+                int(left + columns[0]),
+                int(top + rows[0]),
+                int(left + columns[-1] + 1),
+                int(top + rows[-1] + 1),
+            )
+            if all(_shared(ink, other.ink) < 0.15 for other in placed):
+                break
+        window = np.s_[top : top + side, left : left + side]
+        canvas[window] = alpha * rgba[..., :3] + (1 - alpha) * canvas[window]
+        segmentation[window][alpha[..., 0] > 0.5] = 1 + label
+        return Placed(label, ink)
+
+
+def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """The area of two boxes' overlap, as a share of the smaller one's."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return max(width, 0) * max(height, 0) / min(areas)
+
+
+def make(data_config: Any, split: str) -> Remember:
+    """The split "train" or "test" at `data_config.image_size`; draws OpenMoji once, as needed."""
+    from latent_diffusion.data import openmoji_builder
+    from latent_diffusion.data.tfds import records
+
+    lookup(_SPLITS, split, "split of openmoji_scenes")
+    builder = openmoji_builder.prepare(DRAWN, data_config.dir or None)
+    found = {}
+    for record in records(builder, "train+test", "openmoji", encoded=["image"]):
+        caption = record["caption"].decode()
+        if caption in SUBJECTS:
+            found[caption] = Image.open(io.BytesIO(record["image"])).convert("RGBA")
+    missing = [subject for subject in SUBJECTS if subject not in found]
+    if missing:
+        raise ValueError(f"openmoji_scenes: no drawing of {', '.join(missing)}")
+    scenes = OpenMojiScenes([found[subject] for subject in SUBJECTS], split, data_config.image_size)
+    return Remember(scenes)

@@ -1,0 +1,113 @@
+"""Resizing by name, as the libraries that made others' data do it: OpenCV, Pillow, MATLAB.
+
+OpenCV doesn't antialias (but for "area"), Pillow and MATLAB do. Each of OpenCV's and MATLAB's is a
+matrix for the rows and another for the columns.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from latent_diffusion.types import lookup
+
+Matrix = Callable[[int, int], np.ndarray]  # (old, new) -> [new old]
+
+
+def _keys(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic kernel."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _lanczos4(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < 4, np.sinc(x) * np.sinc(x / 4), 0.0)
+
+
+def _kernel(
+    old: int,
+    new: int,
+    kernel: Callable,
+    reach: float | int,
+    widen: float = 1.0,
+    mirror: bool = False,
+) -> np.ndarray:
+    """Weights of a kernel around half-pixel centres. mirror: beyond the border, else clamped."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    reach = reach * widen
+    first = np.floor(centre - reach).astype(int)
+    matrix, rows = np.zeros((new, old)), np.arange(new)
+    for offset in range(int(np.ceil(2 * reach)) + 2):
+        place = first + offset
+        weight = kernel((centre - place) / widen) / widen
+        if mirror:
+            place = place % (2 * old)
+            place = np.where(place < old, place, 2 * old - 1 - place)
+        np.add.at(matrix, (rows, np.clip(place, 0, old - 1)), weight)
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def _nearest(old: int, new: int) -> np.ndarray:
+    return np.eye(old)[np.arange(new) * old // new]
+
+
+def _linear(old: int, new: int) -> np.ndarray:
+    return _kernel(old, new, lambda x: np.maximum(1 - np.abs(x), 0), 1)
+
+
+def _cubic(old: int, new: int) -> np.ndarray:
+    return _kernel(old, new, lambda x: _keys(x, -0.75), 2)
+
+
+def _lanczos(old: int, new: int) -> np.ndarray:
+    return _kernel(old, new, _lanczos4, 4)
+
+
+def _area(old: int, new: int) -> np.ndarray:
+    """The mean over what a new pixel covers; when enlarging, OpenCV means linear by it."""
+    if new >= old:
+        return _linear(old, new)
+    edges = np.arange(new + 1) * old / new
+    low, high = edges[:-1, None], edges[1:, None]
+    covered = np.minimum(high, np.arange(old) + 1) - np.maximum(low, np.arange(old))
+    return np.maximum(covered, 0) * new / old
+
+
+def _matlab(old: int, new: int) -> np.ndarray:
+    """imresize: Keys' cubic with a = −1/2, widened when shrinking, mirrored at the border."""
+    return _kernel(old, new, lambda x: _keys(x, -0.5), 2, max(old / new, 1.0), mirror=True)
+
+
+MATRICES: dict[str, Matrix] = {
+    "cv_nearest": _nearest,
+    "cv_bilinear": _linear,
+    "cv_bicubic": _cubic,
+    "cv_area": _area,
+    "cv_lanczos": _lanczos,
+    "matlab_bicubic": _matlab,
+}
+PILLOW = {
+    "pil_nearest": Image.Resampling.NEAREST,
+    "pil_bilinear": Image.Resampling.BILINEAR,
+    "pil_bicubic": Image.Resampling.BICUBIC,
+    "pil_box": Image.Resampling.BOX,
+    "pil_hamming": Image.Resampling.HAMMING,
+    "pil_lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def resample(
+    image: Float[np.ndarray, "H W C"], height: int, width: int, name: str
+) -> Float[np.ndarray, "h w C"]:
+    """Levels in [0, 1] brought to another size, and cut to [0, 1]. name: in MATRICES or PILLOW."""
+    if name in PILLOW:
+        channels = [Image.fromarray(c.astype(np.float32)) for c in np.moveaxis(image, -1, 0)]
+        out = np.stack([c.resize((width, height), PILLOW[name]) for c in channels], -1)
+    else:
+        matrix = lookup({**MATRICES, **dict.fromkeys(PILLOW)}, name, "resampling")
+        rows, columns = matrix(image.shape[0], height), matrix(image.shape[1], width)
+        out = np.einsum("ih,hwc,jw->ijc", rows, image, columns, optimize=True)
+    return np.clip(out, 0.0, 1.0).astype(np.float32)

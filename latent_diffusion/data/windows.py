@@ -1,0 +1,96 @@
+"""Which part of a picture is seen, and how it is brought to size."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from latent_diffusion.types import lookup
+
+
+def resize(
+    image: UInt8[np.ndarray, "H W C"], height: int, width: int
+) -> UInt8[np.ndarray, "h w C"]:
+    """Pillow's bicubic filter, which widens with the scale and so antialiases when shrinking."""
+    if image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def _center(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
+    return (height - side) // 2, (width - side) // 2
+
+
+def _random(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
+    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+
+
+# Where a square window lies: "none" is no window, the whole picture squashed to a square.
+CROPS: dict[str, Callable[[int, int, int, np.random.Generator], tuple[int, int]] | None] = {
+    "none": None,
+    "center": _center,
+    "random": _random,
+}
+
+
+class Window(NamedTuple):
+    """The part of a picture that is seen: a square in the picture resized to height × width."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    side: int
+
+    @property
+    def crop(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom, in [0, 1] of the whole picture."""
+        left, right = self.left / self.width, (self.left + self.side) / self.width
+        return left, self.top / self.height, right, (self.top + self.side) / self.height
+
+
+def window(
+    height: int, width: int, size: int, crop: str, shorter_side: int, rng: np.random.Generator
+) -> Window | None:
+    """Where a square of `size` pixels comes from; None: the whole picture is squashed to it.
+
+    crop: a name in CROPS. shorter_side: pixels; the picture is first resized to it and the window
+    has `size` pixels (the paper's OpenImages: 384 and 256). 0: the window is the largest square
+    (the paper's other sets), which is then resized.
+    """
+    place = lookup(CROPS, crop, "data.crop")
+    if place is None:
+        return None
+    if shorter_side:
+        if shorter_side < size:
+            raise ValueError(f"data.shorter_side={shorter_side} is below data.image_size={size}")
+        scale = shorter_side / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+    side = size if shorter_side else min(height, width)
+    return Window(height, width, *place(height, width, side, rng), side)
+
+
+def cut(
+    image: UInt8[np.ndarray, "H W C"], where: Window | None, size: int
+) -> UInt8[np.ndarray, "S S C"]:
+    """The window's picture, of `size` pixels a side."""
+    if where is None:
+        return resize(image, size, size)
+    image = resize(image, where.height, where.width)
+    seen = image[where.top : where.top + where.side, where.left : where.left + where.side]
+    return resize(seen, size, size)
+
+
+def cut_labels(
+    labels: Int[np.ndarray, "H W"], where: Window | None, size: int
+) -> Int[np.ndarray, "S S"]:
+    """The window's label map: as `cut`, but each pixel takes the nearest label."""
+    height, width = labels.shape
+    left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
+    at = (np.arange(size) + 0.5) / size
+    rows = ((top + at * (bottom - top)) * height).astype(int)
+    columns = ((left + at * (right - left)) * width).astype(int)
+    return labels[rows][:, columns]

@@ -1,0 +1,70 @@
+"""Frozen nets that stand a vector for a picture: conditions of variation and retrieval.
+
+Any net that gives [B D] will do, CLIP's image encoder among them; what a model was trained with is
+named in its config. Embeddings have the length √D, so that their numbers are of the size that a
+U-Net's projections expect.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.losses.perceptual import NETS, SCALE, SHIFT, load_lpips_params
+from latent_diffusion.types import Array, Float, Num, Params, lookup
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A net with its weights. apply(params, images [B H W 3] in [-1, 1]) -> [B width]."""
+
+    width: int
+    params: Params
+    apply: Callable[[Params, Array], Array]
+
+
+def make_alexnet(path: str | Path | None) -> Embedder:
+    """The five layers of LPIPS's AlexNet, each averaged over the picture and scaled to one size.
+
+    Early layers hold colour and texture, late ones what is shown. The weights come with a package
+    (see `load_lpips_params`), so that the task needs no download.
+    """
+
+    def apply(params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        x = jax.image.resize(images, (len(images), SIZE, SIZE, 3), "cubic")
+        layers = NETS["alex"]().apply({"params": params}, (x - jnp.array(SHIFT)) / jnp.array(SCALE))
+        means = [jnp.mean(layer, (1, 2)) for layer in layers]  # type: ignore[union-attr]
+        return jnp.concatenate([_scaled(mean) for mean in means], -1)
+
+    return Embedder(64 + 192 + 384 + 256 + 256, load_lpips_params("alex", path)["net"], apply)
+
+
+EMBEDDERS: dict[str, Callable[[str | Path | None], Embedder]] = {"alexnet": make_alexnet}
+SIZE = 96  # pixels to which AlexNet's pictures are brought
+
+
+def make_embedder(name: str, path: str | Path | None = None) -> Embedder:
+    """The net `name` of EMBEDDERS. path: its weights; None = an installed package's."""
+    return lookup(EMBEDDERS, name, "data.embedding")(path)
+
+
+def embed(
+    embedder: Embedder, images: Num[Array | np.ndarray, "N H W 3"], batch_size: int = 64
+) -> Float[np.ndarray, "N D"]:
+    """Embeddings of many images: bytes, or numbers in [-1, 1]."""
+    apply, found = jax.jit(embedder.apply), []
+    for start in range(0, len(images), batch_size):
+        index = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
+        part = np.asarray(images[index])
+        if part.dtype == np.uint8:
+            part = part.astype(np.float32) / 127.5 - 1
+        found.append(np.asarray(apply(embedder.params, part)))
+    return np.concatenate(found)[: len(images)]
+
+
+def _scaled(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Every row at length √D."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-12)

@@ -1,0 +1,66 @@
+"""What all tokenizers share: rows of fixed length, one warning for what was cut, and JSON."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+logger = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """A token of a caption: its row of the embedding, and what it stands for."""
+
+    id: int
+    text: str
+
+
+def fill_rows(
+    captions: Sequence[str],
+    pieces_of: Callable[[str], list[Piece]],
+    max_length: int,
+    pad: int,
+    cut: set[str],
+    *,
+    start: Sequence[int] = (),
+    end: Sequence[int] = (),
+    join: Callable[[Sequence[str]], str] = " ".join,
+) -> Int[np.ndarray, "N L"]:
+    """[start, caption, end, pad …] for every caption; what is too long loses its own last tokens.
+
+    cut: the captions warned about before; those of this call are added. join: the text of the
+    pieces that are lost, for the warning.
+    """
+    if isinstance(captions, str):
+        raise TypeError(f"expected a list of captions, got the string {captions!r}")
+    tokens = np.full((len(captions), max_length), pad, np.int32)
+    room = max_length - len(start) - len(end)
+    for row, caption in zip(tokens, captions, strict=True):
+        pieces = pieces_of(caption)
+        if len(pieces) > room and caption not in cut:
+            cut.add(caption)
+            logger.warning(
+                "caption of %d tokens cut to %d (max_length=%d), lost: %r",
+                len(pieces),
+                room,
+                max_length,
+                join([piece.text for piece in pieces[room:]]),
+            )
+        ids = [*start, *(piece.id for piece in pieces[:room]), *end]
+        row[: len(ids)] = ids
+    return tokens
+
+
+def check_length(max_length: int, least: int) -> None:
+    """Raise ValueError where rows have no room for what every row holds."""
+    if max_length < least:
+        raise ValueError(f"max_length must be at least {least}, got {max_length}")
+
+
+def write_json(content: dict[str, Any], path: str | Path) -> None:
+    """Write a tokenizer's `to_dict()` where `load_tokenizer` finds it."""
+    Path(path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,237 @@
+"""What conditions are made of: holes, degradations, resizing, scenes, windows, neighbours."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import default
+from latent_diffusion.data import ArraySource, make_transform, retrieval
+from latent_diffusion.data.degradations import (
+    DEGRADATIONS,
+    LIGHT,
+    _order,
+    _shrink,
+    degrade,
+    gaussian_kernel,
+)
+from latent_diffusion.data.layout import LayoutTokens
+from latent_diffusion.data.masks import MASKS, draw_mask
+from latent_diffusion.data.openmoji_scenes import NUM_OBJECTS, SUBJECTS, OpenMojiScenes
+from latent_diffusion.data.resampling import MATRICES, PILLOW, resample
+from latent_diffusion.data.retrieval import Database, load_database
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+PICTURE = rng().integers(0, 256, (32, 32, 3)).astype(np.uint8)
+
+
+def config(**changes):
+    c = default.data()
+    c.update({"image_size": 16, **changes})
+    return c
+
+
+# --- holes ---
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_are_zeros_and_ones_and_scale_with_the_picture(name):
+    shares = {}
+    for size in (64, 256):
+        masks = [draw_mask(name, size, rng(seed)) for seed in range(60)]
+        assert all(m.shape == (size, size, 1) and m.dtype == np.float32 for m in masks)
+        assert {float(v) for m in masks for v in np.unique(m)} == {0.0, 1.0}
+        shares[size] = np.mean([m.mean() for m in masks])
+    assert 0.05 < shares[64] < 0.75
+    np.testing.assert_allclose(shares[64], shares[256], rtol=0.15)
+    np.testing.assert_array_equal(draw_mask(name, 64, rng(3)), draw_mask(name, 64, rng(3)))
+
+
+def test_shares_of_the_masks():
+    full = np.mean([draw_mask("lama_or_all", 32, rng(i)).mean() == 1 for i in range(400)])
+    assert 0.18 < full < 0.35
+    assert all(draw_mask("lama_half", 32, rng(i)).mean() <= 0.5 for i in range(100))
+
+
+# --- resizing and degradations ---
+
+
+@pytest.mark.parametrize("name", [*MATRICES, *PILLOW])
+def test_resizing_keeps_constants_and_the_size_asked_for(name):
+    grey = np.full((12, 20, 3), 0.3, np.float32)
+    for height, width in ((6, 5), (12, 20), (30, 24)):
+        out = resample(grey, height, width, name)
+        assert out.shape == (height, width, 3)
+        np.testing.assert_allclose(out, 0.3, atol=1e-5)
+
+
+def test_what_each_resizing_sees():
+    row = np.zeros((16, 16, 1), np.float32)
+    row[:, 8] = 1.0
+    halves = {n: resample(row, 8, 8, n)[4, 3:6, 0] for n in [*MATRICES, *PILLOW]}
+    np.testing.assert_allclose(halves["cv_nearest"], [0, 1, 0])
+    np.testing.assert_allclose(halves["cv_area"], [0, 0.5, 0])
+    np.testing.assert_allclose(halves["cv_bilinear"], [0, 0.5, 0])
+    np.testing.assert_allclose(halves["cv_bicubic"], [0, 0.59375, 0], atol=1e-6)
+    # MATLAB and Pillow agree away from the border; both see twice as far as OpenCV.
+    np.testing.assert_allclose(halves["matlab_bicubic"], halves["pil_bicubic"], atol=1e-5)
+    assert halves["matlab_bicubic"][0] > 0.05
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+@pytest.mark.parametrize("factor", [2, 4])
+def test_degradations_give_a_smaller_picture_and_depend_on_the_generator_alone(name, factor):
+    small = degrade(PICTURE, name, factor, rng(1))
+    assert small.shape == (32 // factor, 32 // factor, 3) and small.dtype == np.uint8
+    np.testing.assert_array_equal(small, degrade(PICTURE, name, factor, rng(1)))
+    differs = (small != degrade(PICTURE, name, factor, rng(2))).any()
+    assert differs == name.startswith("bsrgan")
+
+
+def test_the_full_degradation_hurts_more_than_the_light_one_and_both_keep_the_picture():
+    y, x = np.mgrid[:32, :32] / 31
+    smooth = np.uint8(np.stack([x, y, 1 - x], -1) * 200 + 20)
+    clean = degrade(smooth, "bicubic", 4, rng()).astype(float)
+    errors = {
+        name: np.mean([np.abs(degrade(smooth, name, 4, rng(i)) - clean).mean() for i in range(100)])
+        for name in ("bsrgan", "bsrgan_light")
+    }
+    assert 1.3 * errors["bsrgan_light"] < errors["bsrgan"] < 40
+
+
+def test_picking_every_fourth_pixel_does_not_move_the_picture():
+    ramp = np.broadcast_to(np.arange(96, dtype=np.float32)[:, None, None] / 96, (96, 96, 3))
+    picked = _shrink(ramp, 4, rng(), resize_share=0.0)
+    expected = (4 * np.arange(24) + 1.5) / 96
+    np.testing.assert_allclose(picked[6:-6, 12, 0], expected[6:-6], atol=1e-3)
+    kernel = gaussian_kernel(25, 4 * np.eye(2))
+    np.testing.assert_allclose([kernel.sum(), kernel[12, 14] / kernel[12, 12]], [1, np.exp(-0.5)])
+
+
+def test_the_picture_is_shrunk_before_it_is_brought_to_size():
+    names = ["blur", "shrink", "shrink to size", "noise"]
+    orders = [_order(names, rng(i)) for i in range(50)]
+    assert all(o.index("shrink") < o.index("shrink to size") for o in orders)
+    assert len({tuple(o) for o in orders}) == 12
+    assert LIGHT.blurs == 1
+
+
+# --- scenes ---
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Drawings that are squares of one colour each, with a transparent border."""
+    drawings = []
+    for label in range(len(SUBJECTS)):
+        rgba = np.zeros((24, 24, 4), np.uint8)
+        rgba[4:-4, 4:-4] = (10 * label, 255 - 10 * label, 77, 255)
+        drawings.append(Image.fromarray(rgba))
+    return OpenMojiScenes(drawings, "train", 32)
+
+
+def test_a_scene_shows_its_objects_in_their_boxes(scenes):
+    for i in range(20):
+        scene = scenes[i]
+        labels, boxes, seen = scene["labels"], scene["boxes"], scene["segmentation"]
+        assert NUM_OBJECTS[0] <= len(labels) == len(boxes) == len(set(labels)) <= NUM_OBJECTS[1]
+        assert set(np.unique(seen)) <= {0, *(labels + 1)}
+        # The last drawing is in front: its label map fills its box, in its colour.
+        left, top, right, bottom = np.round(boxes[-1] * 32).astype(int)
+        assert (seen[top:bottom, left:right] == labels[-1] + 1).mean() > 0.9
+        colour = np.array([10 * labels[-1], 255 - 10 * labels[-1], 77])
+        inner = scene["image"][top + 2 : bottom - 2, left + 2 : right - 2]
+        np.testing.assert_array_equal(inner, np.broadcast_to(colour, inner.shape))
+        rows, columns = np.nonzero(seen == labels[-1] + 1)
+        assert rows.min() == top and columns.max() + 1 == right
+    again = OpenMojiScenes(scenes.drawings, "train", 32)[3]
+    np.testing.assert_array_equal(again["image"], scenes[3]["image"])
+    other = OpenMojiScenes(scenes.drawings, "test", 32)[3]
+    assert (other["image"] != scenes[3]["image"]).any()
+
+
+def test_label_maps_and_boxes_follow_the_picture(scenes):
+    layout = {"vocab_size": 1024, "max_objects": 4, "encode_crop": False}
+    made = make_transform(config(crop="random", shorter_side=24, flip=True, layout=layout), True)
+    for i in range(20):
+        out = made(scenes[i], rng(i))
+        assert out["image"].shape == (16, 16, 3) and out["segmentation"].shape == (16, 16)
+        assert out["layout"].shape == (12,)
+        objects, _ = LayoutTokens(**layout).inverse(out["layout"])
+        for label, (left, top, right, bottom) in objects:
+            rows, columns = np.nonzero(out["segmentation"] == label + 1)
+            if len(rows) > 4:  # what is seen of it lies in its box
+                assert left * 16 - 1.5 <= columns.min() and columns.max() < right * 16 + 1.5
+                assert top * 16 - 1.5 <= rows.min() and rows.max() < bottom * 16 + 1.5
+
+
+def test_the_transform_makes_what_the_config_names():
+    made = make_transform(config(low_res="bicubic", mask="boxes"), train=False)
+    out = made({"image": PICTURE}, rng())
+    assert out["low_res"].shape == (4, 4, 3) and out["mask"].shape == (16, 16, 1)
+    assert -1 <= out["low_res"].min() < -0.01 < 0.01 < out["low_res"].max() <= 1
+    assert set(make_transform(config(), train=False)({"image": PICTURE}, rng())) == {"image"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low_res": "bicubik"}, "unknown data.low_res 'bicubik'; known: bicubic, bsrgan"),
+        ({"mask": "cats"}, "unknown data.mask 'cats'; known: boxes, lama"),
+        ({"low_res": "bicubic", "low_res_factor": 3}, "low_res_factor=3 doesn't divide 16×16"),
+        ({"layout": {"vocab_size": 99}}, "no boxes for a layout; the example has: image"),
+        ({"embedding": "resnet"}, "unknown data.embedding 'resnet'; known: alexnet"),
+    ],
+)
+def test_bad_fields_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        if "embedding" in changes:
+            retrieval.embeddings_of(ArraySource({"image": [PICTURE]}), config(**changes), "test")
+        make_transform(config(**changes), train=False)({"image": PICTURE}, rng())
+
+
+# --- neighbours ---
+
+
+def test_search_is_exact_and_leaves_out_itself(tmp_path):
+    table = rng(1).normal(size=(50, 6)).astype(np.float32)
+    queries = rng(2).normal(size=(7, 6)).astype(np.float32)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, table)]
+    cosines = unit[0] @ unit[1].T
+    places, scores = Database(table).search(queries, 4)
+    np.testing.assert_array_equal(places, np.argsort(-cosines, axis=1)[:, :4])
+    np.testing.assert_allclose(scores, np.sort(cosines, axis=1)[:, :-5:-1], atol=1e-6)
+    own = np.arange(50)
+    np.testing.assert_array_equal(Database(table).search(table, 1)[0][:, 0], own)
+    assert (Database(table).search(table, 49, own)[0] != own[:, None]).all()
+    with pytest.raises(ValueError, match="k=50 neighbours of 49 embeddings"):
+        Database(table).search(table, 50, own)
+    Database(table, ("a", "b")).save(tmp_path / "base.npz")
+    read = load_database(tmp_path / "base.npz")
+    np.testing.assert_array_equal(read.embeddings, table)
+    assert read.names == ("a", "b")
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="holds no database of embeddings"):
+        load_database(tmp_path / "bad.npz")
+
+
+def test_examples_carry_embeddings_and_their_neighbours_of_the_training_set(monkeypatch):
+    colours = rng(3).integers(0, 256, (9, 1, 1, 3)).astype(np.uint8)
+    pictures = np.broadcast_to(colours, (9, 16, 16, 3))
+    monkeypatch.setattr(retrieval, "make_embedder", lambda name, path: name)
+    monkeypatch.setattr(retrieval, "embed", lambda net, x: x[:, 0, 0].astype(np.float32))
+    monkeypatch.setattr(retrieval, "_MADE", {})
+    train, test = (ArraySource({"image": list(p)}) for p in (pictures[:6], pictures[6:]))
+    wanted = config(embedding="alexnet", num_neighbours=2)
+    for split, source in (("train", train), ("test", test)):
+        example = retrieval.with_embeddings(source, split, train, wanted)[1]
+        own = example["image"][0, 0].astype(np.float32)
+        np.testing.assert_array_equal(example["image_embedding"], own)
+        base = colours[:6, 0, 0].astype(np.float32)
+        cosines = base @ own / np.linalg.norm(base, axis=1) / np.linalg.norm(own)
+        best = [i for i in np.argsort(-cosines) if split == "test" or i != 1][:2]
+        np.testing.assert_array_equal(example["neighbours"], base[best])
+    assert len(retrieval._MADE) == 2  # the training set once
