@@ -93,6 +93,8 @@ def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {"image": _BATCH_SPECS["image"](config)}
     if config.task == "denoising":
         keys = make_conditioner(config.conditioners).keys
+    elif config.task == "classifying":
+        keys = ("class_label",)
     else:
         keys = tuple(filter(None, [config.autoencoding.disc_condition]))
     for key in keys:
@@ -123,6 +125,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     directory = Path(directory).absolute()
     make_task = lookup(TASKS, config.task, "task")
     config = init_from.resolve(workdir.resolve(config), directory)
+    config = frozen.resolve(config, directory)
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
