@@ -260,7 +260,7 @@ class Model(flax.struct.PyTreeNode):
     def _tokens(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts as the model's tokenizer writes them; a word it doesn't know is named."""
         if self.tokenizer is None:
-            raise ValueError("prompts given, but this model has no tokenizer")
+            raise ValueError("this model has no tokenizer: load it with tokenizer=PATH")
         for prompt in prompts:
             if unknown := self.tokenizer.unknown_words(prompt):
                 log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))

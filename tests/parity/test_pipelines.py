@@ -22,14 +22,21 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (  # 
     LDMBertConfig,
     LDMBertModel,
 )
+from safetensors.numpy import save_file  # noqa: E402
 
 import latent_diffusion as ldm  # noqa: E402
+from latent_diffusion import convert  # noqa: E402
 from latent_diffusion import model as model_module  # noqa: E402
+from latent_diffusion.convert import autoencoder as autoencoder_  # noqa: E402
+from latent_diffusion.convert import text  # noqa: E402
+from latent_diffusion.convert import unet as unet_  # noqa: E402
+from latent_diffusion.loading import as_model  # noqa: E402
 from latent_diffusion.rng import (  # noqa: E402
     keys_of_examples,
     normal_per_example,
     split_per_example,
 )
+from latent_diffusion.tokenizers import WordTokenizer  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -352,3 +359,87 @@ def test_the_papers_super_resolution(tmp_path, monkeypatch):
     in_order(monkeypatch, pipeline, z_T)
     theirs = pipeline(image=to_torch(low_res), num_inference_steps=20, output_type="np")
     check(sample(ldm.load(tmp_path), None, low_res=low_res, z_T=z_T), theirs.images)
+
+
+def lora_file(path, unet, encoder, kind):
+    """Random factors for the attention of both, in kohya's names or diffusers'."""
+    rng, tensors, rank = np.random.default_rng(7), {}, 3
+    for prefix, model in (("unet", unet), ("te", encoder)):
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            if not name.endswith(("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj")):
+                continue
+            down = rng.normal(size=(rank, module.in_features)).astype(np.float32)
+            up = rng.normal(size=(module.out_features, rank)).astype(np.float32)
+            whole = (
+                name if prefix == "unet" or name.startswith("text_model") else f"text_model.{name}"
+            )
+            if kind == "kohya":
+                key = f"lora_{prefix}_{whole.replace('.', '_')}"
+                tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": 0.1 * up}
+                tensors[f"{key}.alpha"] = np.float32(2.0)
+            else:
+                key = f"{'unet' if prefix == 'unet' else 'text_encoder'}.{whole}"
+                tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": 0.1 * up}
+    save_file({name: np.asarray(array) for name, array in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_adaptations(kind, tmp_path):
+    pytest.importorskip("peft")
+    pipeline, model = stable(diffusers.StableDiffusionPipeline, tmp_path, make_unet(), **ABSENT)
+    file = tmp_path / "lora.safetensors"
+    lora_file(file, pipeline.unet, pipeline.text_encoder, kind)
+    adapted = ldm.load(tmp_path / "pipeline", lora={file: 1.0})
+    plain, z_T = sample(model, z_T=draw(0, 2, SIDE, SIDE, 4)), draw(0, 2, SIDE, SIDE, 4)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    theirs = pipeline(PROMPTS, latents=to_torch(z_T), num_inference_steps=20, output_type="np")
+    ours = sample(adapted, z_T=z_T)
+    check(ours, theirs.images)
+    assert np.abs(ours - plain).max() > 0.05
+
+
+def make_own():
+    """A model as our training leaves it: words, v-prediction, latents normalised per channel."""
+    rng = np.random.default_rng(8)
+
+    def part(fields, shapes):
+        return convert.as_part(
+            fields,
+            jax.tree.map(lambda x: (0.15 * rng.normal(size=x.shape)).astype(np.float32), shapes),
+        )
+
+    autoencoder = dict(channels=16, channel_mult=(1, 2), num_res_blocks=1, num_groups=8,
+                       embed_dim=4, z_channels=4, resolution=16)  # fmt: skip
+    unet = dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1,
+                attention_resolutions=(1,), num_heads=2, num_groups=8, out_channels=4)  # fmt: skip
+    words = dict(vocab_size=12, max_length=6, width=32, depth=1, num_heads=2, head_dim=16)
+    return as_model(
+        convert.Bundle(
+            autoencoder=part(autoencoder, autoencoder_.shapes(autoencoder)),
+            scale_factor=np.array([0.5, 1.0, 2.0, 1.5], np.float32),
+            shift=np.array([0.1, -0.2, 0.0, 0.3], np.float32),
+            unet=part(unet, unet_.shapes(unet, 4, 32, None)),
+            conditioners={"text": part(words, text.shapes(words))},
+            diffusion={"schedule": "cosine", "num_timesteps": 1000, "beta_start": 1e-4,
+                       "beta_end": 0.02, "zero_terminal_snr": False, "prediction": "v"},
+            tokenizer=WordTokenizer.train(["a red cat", "two dogs far away", "são"], 12, 6),
+            image_size=SIDE * F,
+        )
+    )  # fmt: skip
+
+
+def test_our_own_text_model_sampled_by_diffusers(tmp_path):
+    model, z_T = make_own(), draw(0, 2, SIDE, SIDE, 4)
+    model.save(tmp_path, format="diffusers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red São’s cat", "two dogs, far-away unknown"]
+    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=6, truncation=True)
+    np.testing.assert_array_equal(ids["input_ids"], model.tokenizer(prompts))
+    theirs = pipeline(
+        prompts, latents=to_torch(z_T), num_inference_steps=20, guidance_scale=2.0,
+        output_type="np", height=SIDE * F, width=SIDE * F,
+    )  # fmt: skip
+    check(sample(model, prompts, z_T=z_T, guidance_scale=2.0, spacing="trailing"), theirs.images)
