@@ -32,6 +32,13 @@ QUANTIZE_X0 = flags.DEFINE_bool("quantize_x0", None, "Round z_0 to the first sta
 IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
 STRENGTH = flags.DEFINE_float("strength", None, "In [0, 1]: how much of --image is made anew.")
 MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
+LAYOUT = flags.DEFINE_string("layout", None, "JSON: [[class, [left, top, right, bottom]], ...].")
+SEGMENTATION = flags.DEFINE_string("segmentation", None, "A picture whose levels are classes.")
+LOW_RES = flags.DEFINE_string("low_res", None, "A small picture, to be enlarged.")
+NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_res is given.")
+DEPTH = flags.DEFINE_string("depth", None, "A picture, light where things are near.")
+NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [N k D] or [k D].")
+IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
@@ -62,6 +69,13 @@ def main(argv: list[str]) -> None:
             "guidance_interval": sampling.read_interval(GUIDANCE_INTERVAL.value),
             "image": sampling.read_picture(IMAGE.value, "RGB"),
             "mask": sampling.read_picture(MASK.value, "L"),
+            "layout": sampling.read_json(LAYOUT.value),
+            "segmentation": sampling.read_levels(SEGMENTATION.value),
+            "low_res": sampling.read_picture(LOW_RES.value, "RGB"),
+            "noise_level": NOISE_LEVEL.value,
+            "depth": sampling.read_levels(DEPTH.value, channel=True),
+            "neighbours": sampling.read_array(NEIGHBOURS.value),
+            "image_embedding": sampling.read_array(IMAGE_EMBEDDING.value),
         }
         sampling.sample_to_disk(
             WORKDIR.value or MODEL.value,

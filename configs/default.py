@@ -7,7 +7,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.task = "denoising"  # "autoencoding" (perceptual compression) | "denoising" (latent denoising)
+    # "autoencoding" (perceptual compression) | "denoising" (latent denoising) | "classifying" (of
+    # noisy latents, for guidance)
+    c.task = "denoising"
     c.seed = 0
     c.batch_size = 64  # global: summed over all devices and processes
     c.num_steps = 100_000
@@ -27,7 +29,8 @@ def get_config() -> ConfigDict:
     c.autoencoding = autoencoding()
 
     c.first_stage = ConfigDict()
-    c.first_stage.path = ""  # a workdir of autoencoding; "" = random weights (only to try things)
+    # A workdir of autoencoding; classifying: of denoising. "" = random weights (only to try things)
+    c.first_stage.path = ""
     c.first_stage.normalization = "scalar"  # "scalar" (the paper's 1/std) | "channel" | "none"
     c.first_stage.num_batches = 64  # over which the latent scale is measured
     c.first_stage.cache = False  # encode the training set once, train on its moments
@@ -35,6 +38,9 @@ def get_config() -> ConfigDict:
     c.unet = unet()
     c.conditioners = ConfigDict()  # name -> fields of that conditioner; empty = unconditional
     c.diffusion = diffusion()
+    c.classifier = ConfigDict()
+    c.classifier.num_classes = 1000
+    c.classifier.pool = "attention"  # "attention" | "adaptive" | "spatial" | "spatial_v2"
     c.sampling = sampling()
 
     c.optimizer = ConfigDict()

@@ -132,7 +132,9 @@ def _image_embedding(part: Any, value: Any, size: Any, latent: Any) -> np.ndarra
     return _numbers("image_embedding", value, (part.width,), -np.inf, np.inf)
 
 
-def _numbers(name: str, value: Any, shape: tuple[int | None, ...], low: float, high: float):
+def _numbers(
+    name: str, value: Any, shape: tuple[int | None, ...], low: float | int, high: float | int
+) -> np.ndarray:
     value = np.asarray(value, np.float32)
     value = _of_shape(name, value[None] if value.ndim == len(shape) else value, shape)
     if value.size and not (value.min() >= low and value.max() <= high):  # NaN fails too
@@ -155,9 +157,9 @@ def _of_shape(name: str, value: np.ndarray, shape: tuple[int | None, ...]) -> np
 def _layout(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
     """Sentences [N L] as they are, or objects (label, box), for one example or a list of them."""
     if isinstance(value, np.ndarray):
-        tokens = value[None] if value.ndim == 1 else value
-        tokens = _of_shape("layout", tokens, (part.max_length,))
-        return _integers("layout", tokens, part.vocab_size)
+        value = value[None] if value.ndim == 1 else value
+        value = _of_shape("layout", value, (part.max_length,))
+        return _integers("layout", value, part.vocab_size)
     one = bool(value) and not isinstance(value[0][0], Sequence)
     rest = part.max_length % 3
     if rest not in (0, 2):

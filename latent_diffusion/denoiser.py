@@ -203,6 +203,7 @@ class Denoiser(flax.struct.PyTreeNode):
         strength: float | int = 1.0,
         progress: Callable[[Any], None] | None = None,
         preview: Callable[[Any, Any], None] | None = None,
+        guide: Callable[[Any], Any] | None = None,
         **own: Any,
     ) -> Float[Array, "B h w c"]:
         """Scaled latents by a whole sampling loop; traceable, so that it compiles as one program.
@@ -213,8 +214,8 @@ class Denoiser(flax.struct.PyTreeNode):
         beside the first with weight 1. clip_x0: bound of estimates of z_0, 0 = off.
         dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0 by its closest codes. z_0: a
         known image, of which strength < 1 keeps the coarse part and mask (1 = hole) the rest;
-        strength 1 starts from noise alone. progress, preview: called on the host. own: options of
-        the sampler. See `guidance` for all of these.
+        strength 1 starts from noise alone. progress, preview: called on the host. guide: wraps the
+        denoiser, see `steering`. own: options of the sampler. See `guidance` for all of these.
         """
         start, steps, fill = split_per_example(keys, 3)
         z_T = normal_per_example(start, shape) if z_T is None else z_T
@@ -257,6 +258,8 @@ class Denoiser(flax.struct.PyTreeNode):
                 interval=guidance_interval,
                 rescale=guidance_rescale,
             )
+        if guide is not None:
+            denoise = guide(denoise)
         follow = {"recompute_eps": run.by_eps}
         if clip_x0:
             denoise = guidance.clip(denoise, schedule, -clip_x0, clip_x0, **follow)
@@ -279,14 +282,23 @@ class Denoiser(flax.struct.PyTreeNode):
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:
     """A denoiser without parameters yet, from the `unet` and `diffusion` fields of a config."""
     own = config["diffusion"]
-    schedule = make_schedule(
-        own["schedule"],
-        own["num_timesteps"],
-        own["beta_start"],
-        own["beta_end"],
-        zero_terminal_snr=own["zero_terminal_snr"],
-    )
-    fields = dict(config["unet"])
+    unet = make_unet(config["unet"], out_channels=out_channels)
+    return Denoiser({}, schedule_of(own), unet, conditioner, own["prediction"])
+
+
+def make_unet(config: Config, **own: Any) -> UNet:
+    """The network that the `unet` fields of a config describe, where a dtype is a name."""
+    fields = dict(config)
     fields["dtype"] = jnp.dtype(fields["dtype"]) if fields["dtype"] else None
-    unet = UNet(out_channels=out_channels, **fields)
-    return Denoiser({}, schedule, unet, conditioner, own["prediction"])
+    return UNet(**fields, **own)
+
+
+def schedule_of(config: Config) -> NoiseSchedule:
+    """The noise schedule that the `diffusion` fields of a config describe."""
+    return make_schedule(
+        config["schedule"],
+        config["num_timesteps"],
+        config["beta_start"],
+        config["beta_end"],
+        zero_terminal_snr=config["zero_terminal_snr"],
+    )

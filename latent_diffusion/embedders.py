@@ -8,6 +8,7 @@ U-Net's projections expect.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,9 @@ def make_alexnet(path: str | Path | None) -> Embedder:
 
     def apply(params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         x = jax.image.resize(images, (len(images), SIZE, SIZE, 3), "cubic")
-        layers = NETS["alex"]().apply({"params": params}, (x - jnp.array(SHIFT)) / jnp.array(SCALE))
-        means = [jnp.mean(layer, (1, 2)) for layer in layers]  # type: ignore[union-attr]
+        x = (x - jnp.array(SHIFT)) / jnp.array(SCALE)
+        layers: Any = NETS["alex"]().apply({"params": params}, x)
+        means = [jnp.mean(layer, (1, 2)) for layer in layers]
         return jnp.concatenate([_scaled(mean) for mean in means], -1)
 
     return Embedder(64 + 192 + 384 + 256 + 256, load_lpips_params("alex", path)["net"], apply)

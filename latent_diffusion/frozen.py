@@ -51,9 +51,18 @@ def _first_stage(config: ConfigDict, directory: Path, constants: Any, source: An
     return constants.replace(first_stage=first_stage)
 
 
+def _as_denoised(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+    """The first stage of a denoiser's workdir, at the scale that the denoiser knows."""
+    kept = directory if (directory / workdir.FIRST_STAGE).exists() else config.first_stage.path
+    first_stage = workdir.load_first_stage(Path(kept), constants.first_stage.module)
+    workdir.save_first_stage(directory, first_stage, str(kept))
+    return constants.replace(first_stage=first_stage)
+
+
 _LOADERS: dict[str, Callable[..., Any]] = {
     "autoencoding": _perceptual,
     "denoising": _first_stage,
+    "classifying": _as_denoised,
 }
 
 

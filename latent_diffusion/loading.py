@@ -5,16 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion import convert
+from latent_diffusion import convert, workdir
+from latent_diffusion.checkpoint import Checkpointer, CheckpointError
+from latent_diffusion.classifier import NoisyClassifier
 from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.convert.bundle import as_schedule
 from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.model import Model
 from latent_diffusion.models.unet import UNet
+from latent_diffusion.tasks.classifying import make_classifying
 
 
 def load(
@@ -40,6 +44,21 @@ def load(
     for file, weight in (lora or {}).items():
         bundle = convert.with_lora(bundle, Path(file), weight)
     return as_model(bundle)
+
+
+def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
+    """The classifier in a workdir of `classifying`, with its averaged parameters."""
+    directory = Path(path)
+    config = workdir.load_config(directory)
+    if config.task != "classifying":
+        raise ValueError(f"{path} holds a run of {config.task!r}, not of a classifier")
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(only=["ema_params"])
+    if restored is None:
+        raise CheckpointError(f"{path} has no checkpoint yet")
+    params = jax.tree.map(jnp.asarray, restored.state["ema_params"]["unet"])
+    classifier: NoisyClassifier = make_classifying(config).classifier.replace(params=params)
+    return classifier
 
 
 def as_model(bundle: convert.Bundle) -> Model:

@@ -93,6 +93,8 @@ def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {"image": _BATCH_SPECS["image"](config)}
     if config.task == "denoising":
         keys = make_conditioner(config.conditioners).keys
+    elif config.task == "classifying":
+        keys = ("class_label",)
     else:
         keys = tuple(filter(None, [config.autoencoding.disc_condition]))
     for key in keys:
@@ -149,7 +151,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         state = parallel.place(state, mode, **layout)
         restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
         state, start = (state, 0) if restored is None else (restored.state, restored.step)
-        if config.task == "denoising" and config.first_stage.cache:
+        if config.task != "autoencoding" and config.first_stage.cache:
             train_source = frozen.cache_moments(config, constants.first_stage, train_source)
 
         index, count = parallel.process_shard(mode, mesh)

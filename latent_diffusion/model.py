@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion import conditions, convert, parallel
+from latent_diffusion import conditions, convert, guides, parallel
+from latent_diffusion.classifier import NoisyClassifier
 from latent_diffusion.denoiser import Denoiser, plan
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.guidance import paste
@@ -102,8 +103,9 @@ class Model(flax.struct.PyTreeNode):
         keys = None if rng is None else example_keys(rng, count)
         f = self._downsampling()
         latent = (size[0] // f, size[1] // f)
-        batch = denoiser.conditioner.prepare(batch, self.first_stage, latent, keys)
-        return denoiser.condition(batch, jnp.zeros(count, bool))
+        told = {key: jnp.asarray(value) for key, value in batch.items()}
+        told = denoiser.conditioner.prepare(told, self.first_stage, latent, keys)
+        return denoiser.condition(told, jnp.zeros(count, bool))
 
     def denoise(
         self,
@@ -134,6 +136,12 @@ class Model(flax.struct.PyTreeNode):
         depth: Array | np.ndarray | None = None,
         neighbours: Array | np.ndarray | None = None,
         image_embedding: Array | np.ndarray | None = None,
+        classifier: NoisyClassifier | None = None,
+        classifier_labels: Sequence[int] | None = None,
+        classifier_scale: float | int = 1.0,
+        target: Array | np.ndarray | None = None,
+        target_scale: float | int = 1.0,
+        target_distance: str = "l2",
         quantize_x0: bool = False,
         batch_size: int = 64,
         mode: str = "auto",
@@ -149,6 +157,10 @@ class Model(flax.struct.PyTreeNode):
         tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
         (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; inpainting
         models take `image` and `mask`. One example serves all.
+
+        Any model can be steered as it samples: `classifier` (see `load_classifier`) toward
+        `classifier_labels`, and by `target` [N h w C] toward pictures that become it when they are
+        reduced to its size, by "l2" or "lpips"; scale 1 is Bayes' rule (App. C of the paper).
 
         options: `sampler`, `num_steps`,
         `spacing`, `guidance_scale` (a number, or one a step), and those of the sampler (`eta` …)
@@ -190,14 +202,18 @@ class Model(flax.struct.PyTreeNode):
             for i, (text, _) in enumerate(more_prompts)
         }
         strength = options.get("strength")
-        if "mask" not in told:
-            batch |= _known_image(image, mask, strength, (total, height, width))
-        elif strength is not None:
-            batch |= _known_image(image, None, strength, (total, height, width))
+        hole = None if "mask" in told else mask
+        if "image" not in told or strength is not None or hole is not None:
+            batch |= _known_image(image, hole, strength, (total, height, width))
         if z_T is not None:
             if z_T.shape != (total, *shape):
                 raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
             batch["z_T"] = np.asarray(z_T)
+
+        channels = getattr(first_stage.module, "image_channels", 3)
+        batch |= guides.entries(classifier, classifier_labels, target, channels, total)
+        scales = guides.Scales(classifier_scale, target_scale, target_distance)
+        distance = None if target is None else guides.load_distance(target_distance)
 
         mode = parallel.resolve_mode(mode)
         devices = 1 if mode == "single" else jax.device_count()
@@ -205,8 +221,10 @@ class Model(flax.struct.PyTreeNode):
         batch_size += -batch_size % devices
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         weights = tuple(float(weight) for _, weight in more_prompts)
-        program = _program(mode, shape, weights, quantize_x0, tuple(sorted(options.items())))
-        frozen = (Model(first_stage, denoiser), timesteps)
+        program = _program(
+            mode, shape, weights, quantize_x0, scales, tuple(sorted(options.items()))
+        )
+        frozen = (Model(first_stage, denoiser), timesteps, classifier, distance)
         images = []
         for start in range(0, total, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), total - 1)  # pad with the last
@@ -334,12 +352,13 @@ def _program(
     shape: tuple[int, int, int],
     weights: tuple[float, ...],
     quantize_x0: bool,
+    scales: guides.Scales,
     options: tuple[tuple[str, Any], ...],
 ):
     """One compiled program for a whole sampling call, reused by later calls with equal options."""
 
     def step(state, constants, batch, rng, *, axis_name=None):
-        (model, timesteps), size = constants, batch["index"].shape[0]
+        (model, timesteps, classifier, distance), size = constants, batch["index"].shape[0]
         denoiser, first_stage = model.denoiser, model.first_stage
         keys = keys_of_examples(rng, batch["index"])
         noise = jax.vmap(jax.random.fold_in, (0, None))(keys, CONDITIONS)
@@ -358,6 +377,7 @@ def _program(
             shape,
             more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
             nearest=first_stage.nearest if quantize_x0 else None,
+            guide=guides.guide(batch, denoiser.schedule, first_stage, classifier, distance, scales),
             z_T=batch.get("z_T"),
             z_0=None if known is None else first_stage.encode({"image": known}),
             # A latent position is in the hole as soon as one of its pixels is.

@@ -1,5 +1,6 @@
 """Checkpoint-based sampling to disk: what `sample.py` does."""
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,35 @@ def read_picture(path: str | None, mode: str) -> np.ndarray | None:
     return pixels / 127.5 - 1 if mode == "RGB" else (pixels[..., None] > 127).astype(np.float32)
 
 
+def read_levels(path: str | None, channel: bool = False) -> np.ndarray | None:
+    """[1 H W] of the levels in a picture (palettes by their indices); with a last axis if asked."""
+    if path is None:
+        return None
+    with Image.open(path) as picture:
+        levels = np.asarray(picture if picture.mode in ("P", "L", "I") else picture.convert("L"))
+    return levels.astype(np.int32)[None, ..., None] if channel else levels.astype(np.int32)[None]
+
+
+def read_json(path: str | None) -> Any:
+    """What a JSON file holds."""
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def read_array(path: str | None) -> np.ndarray | None:
+    """The array in an .npy file."""
+    if path is None:
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: no NumPy array: {error}") from error
+
+
 def sample_to_disk(
     path: str | Path,
     out: Path,
@@ -85,7 +115,8 @@ def sample_to_disk(
         Image.fromarray(image).save(out / f"{i:05d}.png")
     Image.fromarray(image_grid(images, columns=num_images)).save(out / "grid.png")
     np.savez(out / "samples.npz", images)  # key arr_0, as ADM's evaluation reads it
-    labels = [""] if class_labels is None else [str(label) for label in class_labels]
+    rows = len(images) // num_images
+    labels = [""] * rows if class_labels is None else [str(label) for label in class_labels]
     names = labels if prompts is None else prompts
     lines = [name for name in names for _ in range(num_images)]
     (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -28,6 +28,12 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 FIRST_STAGE = "first_stage.safetensors"
 
+# task -> the task whose workdir it builds on, and a config that trains one
+_BUILDS_ON = {
+    "denoising": ("autoencoding", "openmoji_autoencoder.py"),
+    "classifying": ("denoising", "openmoji_unconditional.py"),
+}
+
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the resolved experiment; process 0 only."""
@@ -53,25 +59,30 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises ValueError, with the command that makes one, where that first stage isn't usable.
     """
     config = config.copy_and_resolve_references()
-    if config.task != "denoising" or config.autoencoder.regularization == "identity":
+    if config.task not in _BUILDS_ON:
         return config
-    if config.init_from and not config.first_stage.path:
+    if config.task == "denoising" and config.autoencoder.regularization == "identity":
+        return config
+    if config.task == "denoising" and config.init_from and not config.first_stage.path:
         return config  # it brings its own
+    wanted, example = _BUILDS_ON[config.task]
     hint = (
-        "train one with: python train.py --config=configs/openmoji_autoencoder.py "
+        f"train one with: python train.py --config=configs/{example} "
         f"--workdir={config.first_stage.path or 'runs/first_stage'}, "
         "and name its workdir by --config.first_stage.path"
     )
     if not config.first_stage.path:
-        raise ValueError(f"first_stage.path is empty, but latent denoising needs one; {hint}")
+        raise ValueError(f"first_stage.path is empty, but {config.task} needs one; {hint}")
     path = Path(config.first_stage.path)
     try:
         theirs = load_config(path)
     except ValueError as error:
         raise ValueError(f"first_stage.path={path} is not usable: {error}; {hint}") from error
-    if theirs.task != "autoencoding":
+    if theirs.task != wanted:
         raise ValueError(f"first_stage.path={path} holds a run of {theirs.task!r}; {hint}")
     config.autoencoder = theirs.autoencoder
+    if config.task == "classifying":
+        config.diffusion = theirs.diffusion
     return config
 
 

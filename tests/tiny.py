@@ -2,15 +2,20 @@
 
 import numpy as np
 
-from configs import openmoji_autoencoder, openmoji_text
+from configs import openmoji_autoencoder, openmoji_classifier, openmoji_text
 from latent_diffusion.loop import batch_spec
 
 SIZE, BATCH = 16, 8
+EXPERIMENTS = {
+    "autoencoding": openmoji_autoencoder,
+    "denoising": openmoji_text,
+    "classifying": openmoji_classifier,
+}
 
 
 def make_config(task, **fields):
     """The smoke variant of a task's experiment, smaller still, with some fields changed."""
-    config = (openmoji_autoencoder if task == "autoencoding" else openmoji_text).get_config("smoke")
+    config = EXPERIMENTS[task].get_config("smoke")
     config.data.image_size = SIZE
     config.batch_size = BATCH
     config.optimizer.learning_rate = 1e-2

@@ -72,7 +72,7 @@ class Conditioner(nn.Module):
 
     @nn.nowrap
     def prepare(
-        self, batch: Batch, first_stage: Any, size: tuple[int, int], rng: Keys | None = None
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None = None
     ) -> Batch:
         """The batch, with what conditioners read but can't make: latents, noise, another size.
 

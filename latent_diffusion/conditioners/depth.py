@@ -23,7 +23,7 @@ class Depth(nn.Module):
 
     @nn.nowrap
     def prepare(
-        self, batch: Batch, first_stage: Any, size: tuple[int, int], rng: Keys | None
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
         """Resize the map to the latent."""
         depth = batch["depth"]

@@ -40,7 +40,7 @@ class LowRes(nn.Module):
 
     @nn.nowrap
     def prepare(
-        self, batch: Batch, first_stage: Any, size: tuple[int, int], rng: Keys | None
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
         """Noise the picture to its level."""
         low_res = batch["low_res"]

@@ -26,7 +26,7 @@ class MaskedImage(nn.Module):
 
     @nn.nowrap
     def prepare(
-        self, batch: Batch, first_stage: Any, size: tuple[int, int], rng: Keys | None
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
         """Encode the picture without its holes; the conditioner itself knows no first stage."""
         mask = batch["mask"] > 0.5

@@ -167,4 +167,5 @@ def plot(
 
 def as_objects(boxes: Float[np.ndarray, "N 4"], labels: Int[np.ndarray, " N"]) -> list[Object]:
     """Objects from arrays."""
-    return [Object(int(n), tuple(map(float, box))) for n, box in zip(labels, boxes, strict=True)]
+    corners = [[float(v) for v in box] for box in boxes]
+    return [Object(int(n), (a, b, c, d)) for n, (a, b, c, d) in zip(labels, corners, strict=True)]

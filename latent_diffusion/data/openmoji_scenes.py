@@ -6,12 +6,14 @@ hold the drawings' ink, `labels` [N] their subjects, and `segmentation` is 0 on 
 1 + label where a drawing is seen, both from the drawings' alpha channels.
 """
 
-import io
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from latent_diffusion.data import openmoji
 from latent_diffusion.data.sources import Example, Remember
 from latent_diffusion.types import lookup
 
@@ -52,7 +54,7 @@ class OpenMojiScenes:
 
     class_names = SUBJECTS
 
-    def __init__(self, drawings: list[Image.Image], split: str, image_size: int):
+    def __init__(self, drawings: Sequence[Image.Image], split: str, image_size: int):
         self.drawings = drawings
         self.seed, self._length = lookup(_SPLITS, split, "split of openmoji_scenes")
         self.image_size = image_size
@@ -89,21 +91,18 @@ class OpenMojiScenes:
         placed: list[Placed],
         rng: np.random.Generator,
     ) -> Placed:
-        """Draw one more, where it hides little of the others; of ten places tried, the last."""
+        """Draw one more, at that of twenty random places where it hides least of the others."""
         side = max(4, round(rng.uniform(*SIDES) * self.image_size))
         rgba = np.asarray(self.drawings[label].resize((side, side), Image.Resampling.BOX))
         alpha = rgba[..., 3:].astype(np.float32) / 255
         rows, columns = (np.flatnonzero(alpha[..., 0].max(axis) > 0.5) for axis in (1, 0))
-        for _ in range(10):
-            top, left = rng.integers(0, self.image_size - side + 1, 2)
-            ink = (
-                int(left + columns[0]),
-                int(top + rows[0]),
-                int(left + columns[-1] + 1),
-                int(top + rows[-1] + 1),
-            )
-            if all(_shared(ink, other.ink) < 0.15 for other in placed):
-                break
+        tried = []
+        for top, left in rng.integers(0, self.image_size - side + 1, (20, 2)):
+            right, bottom = int(left + columns[-1] + 1), int(top + rows[-1] + 1)
+            ink = (int(left + columns[0]), int(top + rows[0]), right, bottom)
+            hidden = sum(_shared(ink, other.ink) for other in placed)
+            tried.append((hidden, int(top), int(left), ink))
+        _, top, left, ink = min(tried)
         window = np.s_[top : top + side, left : left + side]
         canvas[window] = alpha * rgba[..., :3] + (1 - alpha) * canvas[window]
         segmentation[window][alpha[..., 0] > 0.5] = 1 + label
@@ -118,20 +117,16 @@ def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     return max(width, 0) * max(height, 0) / min(areas)
 
 
-def make(data_config: Any, split: str) -> Remember:
-    """The split "train" or "test" at `data_config.image_size`; draws OpenMoji once, as needed."""
-    from latent_diffusion.data import openmoji_builder
-    from latent_diffusion.data.tfds import records
-
-    lookup(_SPLITS, split, "split of openmoji_scenes")
-    builder = openmoji_builder.prepare(DRAWN, data_config.dir or None)
-    found = {}
-    for record in records(builder, "train+test", "openmoji", encoded=["image"]):
-        caption = record["caption"].decode()
-        if caption in SUBJECTS:
-            found[caption] = Image.open(io.BytesIO(record["image"])).convert("RGBA")
+@functools.cache
+def drawings() -> tuple[Image.Image, ...]:
+    """The subjects, RGBA. Needs the `openmoji` extra."""
+    found = {emoji.caption: emoji.hexcode for emoji in openmoji.catalogue()}
     missing = [subject for subject in SUBJECTS if subject not in found]
     if missing:
         raise ValueError(f"openmoji_scenes: no drawing of {', '.join(missing)}")
-    scenes = OpenMojiScenes([found[subject] for subject in SUBJECTS], split, data_config.image_size)
-    return Remember(scenes)
+    return tuple(openmoji.draw(found[subject], DRAWN) for subject in SUBJECTS)
+
+
+def make(data_config: Any, split: str) -> Remember:
+    """The split "train" or "test" at `data_config.image_size`; nothing is kept on disk."""
+    return Remember(OpenMojiScenes(drawings(), split, data_config.image_size))

@@ -103,9 +103,11 @@ def resample(
     image: Float[np.ndarray, "H W C"], height: int, width: int, name: str
 ) -> Float[np.ndarray, "h w C"]:
     """Levels in [0, 1] brought to another size, and cut to [0, 1]. name: in MATRICES or PILLOW."""
+    out: np.ndarray
     if name in PILLOW:
         channels = [Image.fromarray(c.astype(np.float32)) for c in np.moveaxis(image, -1, 0)]
-        out = np.stack([c.resize((width, height), PILLOW[name]) for c in channels], -1)
+        resized = [np.asarray(c.resize((width, height), PILLOW[name])) for c in channels]
+        out = np.stack(resized, -1)
     else:
         matrix = lookup({**MATRICES, **dict.fromkeys(PILLOW)}, name, "resampling")
         rows, columns = matrix(image.shape[0], height), matrix(image.shape[1], width)

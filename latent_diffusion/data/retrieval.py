@@ -114,7 +114,7 @@ def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
         for i in range(len(source)):
             example, rng = source[i], np.random.default_rng(0)
             image = example["image"]
-            place = window(*image.shape[:2], size, crop, shorter_side, rng)
+            place = window(image.shape[:2], size, crop, shorter_side, rng)
             images.append(cut(image, place, size))
             names.append(str(example.get("name", i)))
         embeddings = embed(make_embedder(net, path or None), np.stack(images))

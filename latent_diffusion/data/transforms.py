@@ -66,7 +66,7 @@ def make_transform(
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}
         where, flip, image = None, False, example.get("image")
         if image is not None:
-            where = window(*image.shape[:2], size, crop, data_config.shorter_side, rng)
+            where = window(image.shape[:2], size, crop, data_config.shorter_side, rng)
             flip = data_config.flip and train and rng.random() < 0.5
             image = _flipped(cut(image, where, size), flip)
             out["image"] = to_float(image)

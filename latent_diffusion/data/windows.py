@@ -53,24 +53,26 @@ class Window(NamedTuple):
 
 
 def window(
-    height: int, width: int, size: int, crop: str, shorter_side: int, rng: np.random.Generator
+    shape: tuple[int, ...], size: int, crop: str, shorter_side: int, rng: np.random.Generator
 ) -> Window | None:
     """Where a square of `size` pixels comes from; None: the whole picture is squashed to it.
 
-    crop: a name in CROPS. shorter_side: pixels; the picture is first resized to it and the window
-    has `size` pixels (the paper's OpenImages: 384 and 256). 0: the window is the largest square
-    (the paper's other sets), which is then resized.
+    shape: (height, width). crop: a name in CROPS. shorter_side: pixels; the picture is first
+    resized to it and the window has `size` pixels (the paper's OpenImages: 384 and 256). 0: the
+    window is the largest square (the paper's other sets), which is then resized.
     """
     place = lookup(CROPS, crop, "data.crop")
     if place is None:
         return None
+    height, width = shape
     if shorter_side:
         if shorter_side < size:
             raise ValueError(f"data.shorter_side={shorter_side} is below data.image_size={size}")
         scale = shorter_side / min(height, width)
         height, width = round(height * scale), round(width * scale)
     side = size if shorter_side else min(height, width)
-    return Window(height, width, *place(height, width, side, rng), side)
+    top, left = place(height, width, side, rng)
+    return Window(height, width, top, left, side)
 
 
 def cut(

@@ -20,6 +20,7 @@ from latent_diffusion.models.layers import (
     timestep_embedding,
     upsample_nearest,
 )
+from latent_diffusion.models.pooling import Pooling
 from latent_diffusion.types import Array, Conditioning, Float, Num
 
 
@@ -73,6 +74,7 @@ class UNet(nn.Module):
     disable_self_attentions: per level, replace self-attention by a second cross-attention.
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.
     num_codes: predict logits over codebook entries instead of a latent.
+    pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
     remat: recompute every block's activations in the backward pass (less memory, more time).
     """
 
@@ -90,6 +92,7 @@ class UNet(nn.Module):
     resblock_updown: bool = False
     vector_projection: bool = False
     num_codes: int | None = None
+    pool: str = ""
     dropout: float = 0.0
     num_groups: int = 32
     remat: bool = False
@@ -150,7 +153,7 @@ class UNet(nn.Module):
         t: Num[Array, " B"],
         conditioning: Conditioning | None = None,
         train: bool = False,
-    ) -> Float[Array, "B h w k"]:
+    ) -> Float[Array, "B h w k"] | Float[Array, "B k"]:
         conditioning = Conditioning() if conditioning is None else conditioning
         levels = len(self.channel_mult)
         factor = 2 ** (levels - 1)
@@ -181,6 +184,13 @@ class UNet(nn.Module):
         h = self._res_block("middle_block_0", channels)(h, emb, train)
         h = self._attention("middle_block_1", channels, levels - 1)(h, context)
         h = self._res_block("middle_block_2", channels)(h, emb, train)
+        if self.pool:
+            means = [jnp.mean(x, (1, 2)) for x in [*skips, h]]
+            own = {} if self.num_head_channels is None else {"head_dim": self.num_head_channels}
+            shared = {"attention": self.attention, "dtype": self.dtype, "name": "out", **own}
+            return Pooling(self.pool, self.out_channels, num_groups=self.num_groups, **shared)(
+                h, means
+            )
 
         # Up: one block more per level, each fed with a skip.
         index = -1

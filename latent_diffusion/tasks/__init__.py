@@ -1,4 +1,4 @@
-"""The two trainings of latent diffusion, each a frozen dataclass of static parts.
+"""The trainings of latent diffusion, each a frozen dataclass of static parts.
 
 A task has `init(rng, batch_spec) -> (state, constants)` and the steps `train_step`, `eval_step`
 and `show`, all called as `step(state, constants, batch, rng, *, axis_name=None)`. It knows
@@ -6,6 +6,11 @@ diffusion; devices, disks and loggers it doesn't.
 """
 
 from latent_diffusion.tasks.autoencoding import make_autoencoding
+from latent_diffusion.tasks.classifying import make_classifying
 from latent_diffusion.tasks.denoising import make_denoising
 
-TASKS = {"autoencoding": make_autoencoding, "denoising": make_denoising}
+TASKS = {
+    "autoencoding": make_autoencoding,
+    "denoising": make_denoising,
+    "classifying": make_classifying,
+}

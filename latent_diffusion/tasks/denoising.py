@@ -104,8 +104,8 @@ class Denoising:
         first_stage = init_first_stage(self.autoencoder, key_f, image)
         z = first_stage.encode({"image": image})
         conditioner, drop = self.denoiser.conditioner, jnp.zeros(1, bool)
-        one = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
-        conditioning, variables = conditioner.init_with_output(key_c, one, drop)
+        told = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
+        conditioning, variables = conditioner.init_with_output(key_c, told, drop)
         params = {
             "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
             "conditioner": variables.get("params", {}),

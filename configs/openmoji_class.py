@@ -1,0 +1,16 @@
+"""OpenMoji by its nine groups: smileys, people, animals, food, places, activities, objects …
+
+Command   python train.py --config=configs/openmoji_class.py --workdir=runs/gallery/class
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (synthetic shapes, a few steps)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import with_context
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = with_context(variant, "class_label", num_classes=9, width=128)
+    return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -1,0 +1,27 @@
+"""A classifier of noisy latents: guides the unconditional OpenMoji model to one of nine groups.
+
+Command   python train.py --config=configs/openmoji_classifier.py --workdir=runs/gallery/classifier
+          (needs the model that configs/openmoji_unconditional.py trains)
+Variants  :smoke (synthetic shapes, a few steps)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import without_condition
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = without_condition(variant)
+    c.task = "classifying"
+    c.first_stage.path = "runs/gallery/unconditional"
+    c.classifier.num_classes = 9
+    c.unet.num_head_channels = 16
+    c.num_steps = 1200
+    return default.apply_variant(c, variant, {"smoke": smoke})
+
+
+def smoke(c: ConfigDict) -> None:
+    """A few steps."""
+    c.num_steps = 4
+    c.unet.num_head_channels = 8

@@ -1,0 +1,18 @@
+"""Inpainting of OpenMoji, with LaMa's strokes and boxes for holes.
+
+Command   python train.py --config=configs/openmoji_inpainting.py --workdir=runs/gallery/inpainting
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (synthetic shapes, a few steps)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import without_condition
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = without_condition(variant)
+    c.data.mask = "lama"
+    c.conditioners = ConfigDict({"masked_image": {}})
+    return default.apply_variant(c, variant, {"smoke": lambda c: None})

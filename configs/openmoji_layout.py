@@ -1,0 +1,26 @@
+"""Layout to image: scenes of OpenMoji drawings from their boxes.
+
+Command   python train.py --config=configs/openmoji_layout.py --workdir=runs/gallery/layout
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (a few steps)
+
+The sentence of a scene has four objects of three tokens, on a grid of 32×32 places.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import with_context
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    layout = {"vocab_size": 1024, "max_length": 12, "width": 128, "depth": 2}
+    c = with_context(variant, "layout", **layout, num_heads=4, head_dim=32)
+    c.data.name = "openmoji_scenes"
+    c.data.layout.update({"vocab_size": 1024, "max_objects": 4, "encode_crop": False})
+    return default.apply_variant(c, variant, {"smoke": smoke})
+
+
+def smoke(c: ConfigDict) -> None:
+    """A smaller transformer."""
+    c.conditioners.layout.update({"width": 16, "depth": 1})

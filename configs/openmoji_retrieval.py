@@ -1,0 +1,18 @@
+"""Retrieval-augmented OpenMoji: a picture from the embeddings of its nearest training pictures.
+
+Command   python train.py --config=configs/openmoji_retrieval.py --workdir=runs/gallery/retrieval
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (synthetic shapes, a few steps)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import with_context
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = with_context(variant, "neighbours", num_neighbours=4, width=1152)
+    c.data.embedding = "alexnet"
+    c.data.num_neighbours = 4
+    return default.apply_variant(c, variant, {"smoke": lambda c: None})

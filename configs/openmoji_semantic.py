@@ -1,0 +1,20 @@
+"""Semantic synthesis: scenes of OpenMoji drawings from their label maps.
+
+Command   python train.py --config=configs/openmoji_semantic.py --workdir=runs/gallery/semantic
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (a few steps)
+
+Sixteen subjects and the ground, one-hot, halved twice to the size of the latent, in 8 channels.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import without_condition
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = without_condition(variant)
+    c.data.name = "openmoji_scenes"
+    c.conditioners = ConfigDict({"spatial_rescaler": {"num_classes": 17, "out_channels": 8}})
+    return default.apply_variant(c, variant, {"smoke": lambda c: None})

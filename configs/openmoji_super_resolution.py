@@ -1,0 +1,26 @@
+"""Fourfold super-resolution of OpenMoji: 8×8 pixels to 32×32.
+
+Command   python train.py --config=configs/openmoji_super_resolution.py
+          --workdir=runs/gallery/super_resolution
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :bsr (degraded as in BSRGAN instead of bicubic) :smoke (synthetic shapes, a few steps)
+
+With f=4 the small picture has the size of the latent and stands beside it as it is.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import without_condition
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = without_condition("" if variant == "bsr" else variant)
+    c.data.low_res = "bicubic"
+    c.conditioners = ConfigDict({"low_res": {}})
+    return default.apply_variant(c, variant, {"bsr": bsr, "smoke": lambda c: None})
+
+
+def bsr(c: ConfigDict) -> None:
+    """Blur, noise and JPEG in random order, in their light form."""
+    c.data.low_res = "bsrgan_light"

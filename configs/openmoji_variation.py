@@ -1,0 +1,19 @@
+"""Variations of OpenMoji: a picture from the embedding of a picture by a frozen net.
+
+Command   python train.py --config=configs/openmoji_variation.py --workdir=runs/gallery/variation
+          (needs the first stage that configs/openmoji_autoencoder.py trains)
+Variants  :smoke (synthetic shapes, a few steps)
+
+The net is LPIPS's AlexNet, which comes with a package; CLIP's image encoder has the same place.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.openmoji_unconditional import with_context
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = with_context(variant, "image_embedding", width=1152)
+    c.data.embedding = "alexnet"
+    return default.apply_variant(c, variant, {"smoke": lambda c: None})

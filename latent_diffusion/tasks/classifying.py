@@ -1,0 +1,172 @@
+"""Noisy classification: a classifier of z_t, whose gradient guides a sampler.
+
+    L = E over z_0, eps, t of  −log p(label | z_t, t)
+
+The latents, their scale and the noise are those of the denoiser that is to be guided, whose workdir
+`first_stage.path` names. Any timestep occurs, and the last ones can't be told apart: what counts is
+the accuracy by timestep, which evaluation reports.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_diffusion.classifier import NoisyClassifier
+from latent_diffusion.denoiser import make_unet, schedule_of
+from latent_diffusion.diffusion import q_sample
+from latent_diffusion.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.optim import ema_update, global_norm, make_optimizer
+from latent_diffusion.rng import (
+    device_key,
+    example_keys,
+    normal_per_example,
+    pmean,
+    split_per_example,
+    uniform_per_example,
+)
+from latent_diffusion.tasks.denoising import Constants, Metrics, State
+from latent_diffusion.types import Array, Batch, Config, Keys, Params
+
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of the timesteps, at which evaluation asks for the class
+
+
+@dataclass(frozen=True)
+class Classifying:
+    """The static parts of noisy classification."""
+
+    classifier: NoisyClassifier  # without parameters: those are the state's
+    autoencoder: nn.Module
+    tx: optax.GradientTransformation
+    image_shape: tuple[int, int, int]
+    ema_decay: float = 0.9999
+
+    def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
+        """Fresh state, and constants with random weights that the loop replaces."""
+        key_f, key_u = jax.random.split(rng)
+        image = jnp.zeros((1, *self.image_shape))
+        first_stage = init_first_stage(self.autoencoder, key_f, image)
+        z = first_stage.encode({"image": image})
+        params = {"unet": self.classifier.unet.init(key_u, z, jnp.zeros(1))["params"]}
+        state = State(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params=jax.tree.map(jnp.copy, params),
+            opt_state=self.tx.init(params),
+        )
+        return state, Constants(first_stage)
+
+    def components(self, state: State, constants: Constants) -> dict[str, Params]:
+        """The parts that a reader wants counted, by name."""
+        return {
+            "classifier": state.params["unet"],
+            "first stage (frozen)": constants.first_stage.params,
+        }
+
+    def train_step(
+        self,
+        state: State,
+        constants: Constants,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[State, Metrics]:
+        """One update of the classifier. axis_name: the mapped axis under pmap."""
+        rng = jax.random.fold_in(rng, state.step)
+        keys = example_keys(rng, batch["class_label"].shape[0], axis_name)
+        k_z, k_t, k_eps = split_per_example(keys, 3)
+        z_0 = constants.first_stage.encode(batch, k_z)
+        num_timesteps = self.classifier.schedule.num_timesteps
+        t = (uniform_per_example(k_t) * num_timesteps).astype(jnp.int32)
+
+        def loss_fn(params: Params):
+            dropout = {"dropout": device_key(rng, axis_name)}
+            seen = self._scores(params, z_0, t, k_eps, batch["class_label"], dropout)
+            return jnp.mean(seen["loss"]), seen
+
+        (_, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        metrics = pmean({name: jnp.mean(value) for name, value in seen.items()}, axis_name)
+        grads = pmean(grads, axis_name)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            ema_params=ema_update(state.ema_params, params, state.step, self.ema_decay),
+            opt_state=opt_state,
+        )
+        return state, {**metrics, "grad_norm": global_norm(grads)}
+
+    def eval_step(
+        self,
+        state: State,
+        constants: Constants,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> Metrics:
+        """Per-example [B] loss and hits of the averaged parameters, at each of some timesteps."""
+        labels = batch["class_label"]
+        keys = example_keys(rng, labels.shape[0], axis_name)
+        z_0 = constants.first_stage.encode(batch)
+        found: Metrics = {}
+        for share in SHARES:
+            at = int(share * self.classifier.schedule.num_timesteps)
+            t = jnp.full(labels.shape, at)
+            seen = self._scores(state.ema_params, z_0, t, keys, labels)
+            found |= {f"{name}_{at}": value for name, value in seen.items()}
+        return found
+
+    def show(
+        self,
+        state: State,
+        constants: Constants,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> dict[str, jax.Array]:
+        """Images to look at: what is left of them half way through the noise."""
+        keys = example_keys(rng, batch["class_label"].shape[0], axis_name)
+        z_0 = constants.first_stage.encode(batch)
+        t = jnp.full(z_0.shape[:1], self.classifier.schedule.num_timesteps // 2)
+        noise = normal_per_example(keys, z_0.shape[1:])
+        z_t = q_sample(self.classifier.schedule, z_0, t, noise)
+        return {"inputs": batch["image"], "noised": constants.first_stage.decode(z_t)}
+
+    def _scores(
+        self,
+        params: Params,
+        z_0: Array,
+        t: Array,
+        keys: Keys,
+        labels: Array,
+        dropout: dict[str, jax.Array] | None = None,
+    ) -> Metrics:
+        """Cross-entropy, and whether the label is the best, and among the best five."""
+        noise = normal_per_example(keys, z_0.shape[1:])
+        z_t = q_sample(self.classifier.schedule, z_0, t, noise)
+        classifier = self.classifier.replace(params=params["unet"])
+        logits = classifier.logits(z_t, t, dropout is not None, dropout)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        own = jnp.take_along_axis(logits, labels[:, None], 1)
+        rank = jnp.sum(logits > own, axis=1)
+        hits = {"accuracy": rank < 1, "accuracy_5": rank < 5}
+        return {"loss": loss, **{name: hit.astype(jnp.float32) for name, hit in hits.items()}}
+
+
+def make_classifying(config: Config) -> Classifying:
+    """Build the task from a resolved experiment config."""
+    size, own = config["data"]["image_size"], config["classifier"]
+    unet = make_unet(config["unet"], out_channels=own["num_classes"], pool=own["pool"])
+    return Classifying(
+        classifier=NoisyClassifier({}, schedule_of(config["diffusion"]), unet),
+        autoencoder=make_autoencoder(config["autoencoder"]),
+        tx=make_optimizer(config["optimizer"], config["num_steps"]),
+        image_shape=(size, size, config["autoencoder"]["image_channels"]),
+        ema_decay=config["ema_decay"],
+    )

@@ -1,0 +1,230 @@
+"""Conditions as users give them to `Model.sample`, and what they are told about wrong ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_diffusion import conditions, sampling
+from latent_diffusion.conditioners import CONDITIONERS, make_conditioner
+from latent_diffusion.denoiser import Denoiser
+from latent_diffusion.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.model import Model
+from latent_diffusion.models.unet import UNet
+from latent_diffusion.schedules import make_schedule
+
+RNG = jax.random.key(5)
+SIZE = (8, 8)
+FIELDS = {
+    "class_label": {"num_classes": 5, "width": 6},
+    "layout": {"vocab_size": 26, "max_length": 8, "width": 6, "depth": 0},
+    "spatial_rescaler": {"num_classes": 4, "num_stages": 1},
+    "low_res": {"num_levels": 40, "max_noise_level": 30, "width": 32},
+    "masked_image": {},
+    "depth": {},
+    "neighbours": {"num_neighbours": 2, "width": 6},
+    "image_embedding": {"width": 6},
+}
+BOX = (0.1, 0.2, 0.6, 0.9)
+MASK = np.zeros((*SIZE, 1), np.float32)
+MASK[:, 4:] = 1
+IMAGE = np.random.default_rng(0).uniform(-1, 1, (*SIZE, 3)).astype(np.float32)
+SMALL = IMAGE[::2, ::2]
+
+
+def batch_of(names, size=SIZE, **given):
+    conditioner = make_conditioner({name: FIELDS[name] for name in names})
+    latent = (size[0] // 2, size[1] // 2)
+    return conditions.batch_of(conditioner, lambda prompts: None, given, size, latent)
+
+
+def test_every_condition_by_name_for_one_example_or_for_each():
+    batch = batch_of(
+        list(FIELDS),
+        class_labels=[0, 5, 2],
+        layout=[(3, BOX), (0, (0, 0, 1, 1))],
+        segmentation=np.zeros(SIZE, int),
+        low_res=np.stack([SMALL] * 3),
+        image=IMAGE,
+        mask=MASK,
+        depth=np.ones((3, 30, 20, 1)),
+        neighbours=np.ones((9, 6)),
+        image_embedding=np.ones((3, 6)),
+    )
+    assert {len(value) for value in batch.values()} == {3}
+    assert batch["layout"].dtype == batch["segmentation"].dtype == np.int32
+    np.testing.assert_array_equal(batch["layout"][0, :8:3], [3, 0, 0])  # classes, then the crop
+    np.testing.assert_array_equal(batch["noise_level"], [20] * 3)  # where nothing is said
+    two = batch_of(["layout"], layout=[[(3, BOX)], [(4, BOX), (1, BOX)]])
+    np.testing.assert_array_equal(two["layout"][:, [0, 3]], [[3, 25], [4, 1]])
+    tokens = batch_of(["layout"], layout=two["layout"])["layout"]
+    np.testing.assert_array_equal(tokens, two["layout"])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("class_label", {}, "conditioned on class_label: give class_labels"),
+        ("masked_image", {"image": IMAGE}, "conditioned on mask: give mask"),
+        ("depth", {"depth": np.ones((8, 8, 1)), "layout": []}, "layout given, but .* takes depth"),
+        ("class_label", {"class_labels": [6]}, r"class_labels: 6 must lie in \[0, 6\)"),
+        ("class_label", {"class_labels": [-1]}, r"class_labels: -1 must lie in \[0, 6\)"),
+        ("class_label", {"class_labels": [1.5]}, "class_labels: got float64, expected integers"),
+        (
+            "layout",
+            {"layout": [(3, (0.1, 0.2, 1.2, 0.9))]},
+            r"box \(0.1, 0.2, 1.2, 0.9\) must have",
+        ),
+        ("layout", {"layout": [(3, (0.5, 0.2, 0.4, 0.9))]}, "must have 0 ≤ left < right ≤ 1"),
+        ("layout", {"layout": [(3, 0.5)]}, r"layout: \(3, 0.5\): write \(class, \(left, top"),
+        ("layout", {"layout": [(25, BOX)]}, r"class 25 must lie in \[0, 25\)"),
+        (
+            "layout",
+            {"layout": np.zeros((2, 5), int)},
+            r"layout has shape \(2, 5\), expected \[N 8\]",
+        ),
+        (
+            "spatial_rescaler",
+            {"segmentation": np.full(SIZE, 4)},
+            r"segmentation: 4 must lie in \[0, 4\)",
+        ),
+        (
+            "spatial_rescaler",
+            {"segmentation": np.zeros((4, 8), int)},
+            r"segmentation has shape \(1, 4, 8\), expected \[N 8 8\]",
+        ),
+        (
+            "masked_image",
+            {"image": IMAGE, "mask": MASK[:4]},
+            r"mask has shape \(1, 4, 8, 1\), expected \[N 8 8 1\]",
+        ),
+        ("masked_image", {"image": IMAGE, "mask": 2 * MASK}, r"mask: values in \[0, 2\], expected"),
+        ("low_res", {"low_res": IMAGE}, r"low_res has shape \(1, 8, 8, 3\), expected \[N 4 4 3\]"),
+        (
+            "low_res",
+            {"low_res": SMALL, "noise_level": 30},
+            r"noise_level: 30 must lie in \[0, 30\)",
+        ),
+        ("neighbours", {"neighbours": np.ones((2, 5))}, r"expected \[N any 6\]"),
+        ("image_embedding", {"image_embedding": np.ones(5)}, r"expected \[N 6\]"),
+        ("image_embedding", {"image_embedding": np.full(6, np.nan)}, r"values in \[nan, nan\]"),
+    ],
+)
+def test_a_wrong_condition_is_one_line_that_names_it(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        batch_of([name], **given)
+
+
+def test_numbers_of_examples_must_agree():
+    with pytest.raises(ValueError, match="2 class_labels for 3 depth"):
+        batch_of(["class_label", "depth"], class_labels=[0, 1], depth=np.ones((3, 8, 8, 1)))
+
+
+def test_the_picture_takes_the_size_of_its_conditions():
+    assert conditions.size_of({"segmentation": np.zeros((2, 16, 8))}, 2) == (16, 8)
+    assert conditions.size_of({"low_res": np.zeros((4, 6, 3))}, 4) == (16, 24)
+    assert conditions.size_of({"class_labels": [1], "image": None}, 4) is None
+    assert set(FIELDS) <= set(CONDITIONERS)
+
+
+@functools.cache
+def model(*names):
+    """Pixel space, so that the decoder adds nothing; every parameter is random."""
+    identity = make_autoencoder({"regularization": "identity", "image_channels": 3})
+    first_stage = init_first_stage(identity, RNG, jnp.zeros((1, *SIZE, 3)))
+    conditioner = make_conditioner({name: FIELDS[name] for name in names})
+    batch = {"image": IMAGE[None], "mask": MASK[None], "low_res": IMAGE[None]}
+    batch |= {"class_label": jnp.zeros(1, jnp.int32)}
+    batch = jax.tree.map(jnp.asarray, batch)
+    batch = conditioner.prepare(batch, first_stage, SIZE, RNG[None])
+    drop = jnp.zeros(1, bool)
+    conditioning, own = conditioner.init_with_output(RNG, batch, drop)
+    unet = UNet(3, 8, (1,), 1, (1,), num_heads=2, num_groups=4)
+    shapes = jax.eval_shape(unet.init, RNG, jnp.zeros((1, *SIZE, 3)), jnp.zeros(1), conditioning)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape)), shapes["params"])
+    params = {"unet": params, "conditioner": own.get("params", {})}
+    denoiser = Denoiser(params, make_schedule(), unet, conditioner, "v")
+    defaults = {"sampler": "ddim", "num_steps": 2, "guidance_scale": 2.0}
+    return Model(first_stage, denoiser, None, defaults, image_size=8)
+
+
+def test_an_inpainting_model_is_told_the_picture_and_keeps_what_is_not_missing():
+    made = model("masked_image", "class_label")
+    given = {"class_labels": [1, 3], "image": IMAGE, "mask": MASK, "mode": "single"}
+    images = made.sample(RNG, num_images=2, **given)
+    assert images.shape == (4, *SIZE, 3)
+    np.testing.assert_array_equal(images[:, :, :4], np.broadcast_to(IMAGE[:, :4], (4, 8, 4, 3)))
+    assert np.abs(images[:, :, 4:] - IMAGE[:, 4:]).max() > 0.1
+    # What was in the hole isn't told; what is around it is.
+    hidden = made.sample(RNG, num_images=2, **{**given, "image": np.where(MASK > 0, 0.9, IMAGE)})
+    np.testing.assert_allclose(hidden[:, :, 4:], images[:, :, 4:], atol=1e-5)
+    other = made.sample(RNG, num_images=2, **{**given, "image": -IMAGE})
+    assert np.abs(other[:, :, 4:] - images[:, :, 4:]).max() > 0.05
+    # condition() says the same as sample() was told.
+    told = made.condition(class_labels=[1], image=IMAGE, mask=MASK)
+    np.testing.assert_allclose(told.concat[0, ..., :3], np.where(MASK > 0, -1, IMAGE), atol=1e-6)
+    np.testing.assert_array_equal(told.concat[0, ..., 3:], 2 * MASK - 1)
+
+
+def test_a_noised_condition_belongs_to_its_image_whatever_the_batch():
+    made = model("low_res")
+    given = {"low_res": IMAGE, "noise_level": 25, "batch_size": 2, "mode": "single"}
+    images = made.sample(RNG, num_images=4, **given)
+    np.testing.assert_allclose(made.sample(RNG, num_images=3, **given), images[:3], atol=1e-4)
+    # Images 0 and 2 are first in their batches, but have noise of their own.
+    assert np.abs(images[0] - images[2]).max() > 0.05
+    with pytest.raises(ValueError, match="low_res: noise needs a key for each example"):
+        made.condition(low_res=IMAGE)
+    levels = [
+        made.condition(low_res=IMAGE, noise_level=n, rng=RNG).concat[0] - IMAGE for n in (0, 29)
+    ]
+    assert np.std(levels[1]) > 3 * np.std(levels[0]) > 0
+
+
+def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
+    made = model("class_label")
+    given = {"class_labels": [1], "num_images": 4, "mode": "single"}
+    target = IMAGE.reshape(4, 2, 4, 2, 3).mean((1, 3))
+
+    def distance(wanted):
+        images = made.sample(RNG, **given, target=wanted, target_scale=3.0, clip_x0=1.0)
+        reduced = jax.image.resize(images, (4, 4, 4, 3), "cubic")
+        return float(jnp.mean(jnp.square(reduced - target)))
+
+    assert distance(target) < 0.8 * distance(np.zeros_like(target))
+    for wrong, message in (
+        ({"classifier_labels": [1]}, "give classifier and classifier_labels"),
+        ({"target": np.zeros((2, 4, 4, 3))}, "2 of target for 4 images"),
+        ({"target": np.zeros((4, 4, 1))}, r"target has shape \(4, 4, 1\), expected \[N h w 3\]"),
+        ({"target": target, "target_distance": "l3"}, "unknown target_distance 'l3'; known: l2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.sample(RNG, **given, **wrong)
+
+
+def test_conditions_from_files(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    palette = Image.fromarray(labels)
+    palette.putpalette([7 * i % 256 for i in range(768)])  # colours don't matter, indices do
+    for name, picture in (("grey.png", Image.fromarray(labels)), ("palette.png", palette)):
+        picture.save(tmp_path / name)
+        read = sampling.read_levels(str(tmp_path / name))
+        np.testing.assert_array_equal(read, labels[None])
+    assert sampling.read_levels(str(tmp_path / "grey.png"), channel=True).shape == (1, 3, 4, 1)
+    (tmp_path / "layout.json").write_text("[[3, [0.1, 0.2, 0.6, 0.9]]]")
+    layout = sampling.read_json(str(tmp_path / "layout.json"))
+    np.testing.assert_array_equal(
+        batch_of(["layout"], layout=layout)["layout"],
+        batch_of(["layout"], layout=[(3, BOX)])["layout"],
+    )
+    np.save(tmp_path / "embedding.npy", np.ones(6))
+    assert sampling.read_array(str(tmp_path / "embedding.npy")).shape == (6,)
+    assert sampling.read_levels(None) is sampling.read_json(None) is sampling.read_array(None)
+    (tmp_path / "bad").write_text("no")
+    for read in (sampling.read_json, sampling.read_array):
+        with pytest.raises(ValueError, match=r"bad: (not JSON|no NumPy array)"):
+            read(str(tmp_path / "bad"))

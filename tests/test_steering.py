@@ -1,0 +1,134 @@
+"""Guidance by gradients where Bayes' rule gives the answer in closed form, and the classifier."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion import guides, steering
+from latent_diffusion.diffusion import Prediction
+from latent_diffusion.first_stage import init_first_stage
+from latent_diffusion.losses.perceptual import LPIPS
+from latent_diffusion.models.autoencoder import Identity
+from latent_diffusion.models.unet import UNet
+from latent_diffusion.samplers import SAMPLERS
+from latent_diffusion.schedules import make_schedule, spacing
+
+SCHEDULE = make_schedule()
+CENTRES, SPREAD = np.array([-2.0, 1.0]), 0.5  # two clouds of clean latents, of equal weight
+Z = jnp.asarray(np.random.default_rng(0).normal(size=(400, 1, 1, 1)), jnp.float32)
+TIMES = [30, 300, 700, 990]
+
+
+def cloud(k, z_t, t):
+    """log p(z_t | k) up to a constant, and E[z_0 | z_t, k]."""
+    alpha, sigma = SCHEDULE.alpha_t(t), SCHEDULE.sigma_t(t)
+    variance = alpha**2 * SPREAD**2 + sigma**2
+    off = z_t - alpha * CENTRES[k]
+    return -0.5 * off**2 / variance, CENTRES[k] + alpha * SPREAD**2 / variance * off
+
+
+def shares(z_t, t):
+    """log p(k | z_t) for both clouds."""
+    return jax.nn.log_softmax(jnp.stack([cloud(k, z_t, t)[0] for k in (0, 1)]), axis=0)
+
+
+def with_eps(z_0, z_t, t):
+    return Prediction(z_0, (z_t - SCHEDULE.alpha_t(t) * z_0) / SCHEDULE.sigma_t(t))
+
+
+def of_both(z_t, t):
+    """The best denoiser of the mixture."""
+    weights = jnp.exp(shares(z_t, t))
+    return with_eps(sum(weights[k] * cloud(k, z_t, t)[1] for k in (0, 1)), z_t, t)
+
+
+def log_prob(z_t, t):
+    return shares(z_t, t)[1][:, 0, 0, 0]
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_a_true_classifier_turns_the_mixture_into_the_cloud(t):
+    t = jnp.array(t)
+    pred = steering.by_classifier(of_both, SCHEDULE, log_prob)(Z, t)
+    expected = with_eps(cloud(1, Z, t)[1], Z, t)
+    scale = 1 / float(SCHEDULE.alpha_t(t))  # of float32's errors in z_0
+    np.testing.assert_allclose(pred.z_0, expected.z_0, atol=1e-4 * scale)
+    np.testing.assert_allclose(pred.eps, expected.eps, atol=1e-4)
+
+
+def test_guided_samples_are_those_of_the_cloud():
+    denoise = steering.by_classifier(of_both, SCHEDULE, log_prob)
+    timesteps = spacing("trailing", SCHEDULE, 100)
+    sample = jax.jit(lambda z: SAMPLERS["ddim"](denoise, z, timesteps, SCHEDULE))
+    z_0 = np.asarray(sample(Z)).ravel()
+    np.testing.assert_allclose(z_0.mean(), CENTRES[1], atol=0.1)
+    np.testing.assert_allclose(z_0.std(), SPREAD, atol=0.1)
+    assert (z_0 > -0.5).mean() > 0.98  # nothing in the other cloud
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_a_likelihood_of_z_0_gives_the_posterior(t):
+    """Clean latents are N(0, 1), seen with noise of variance s²: everything is Gaussian."""
+    t, y, s2 = jnp.array(t), 0.7, 0.3
+    alpha, sigma = SCHEDULE.alpha_t(t), SCHEDULE.sigma_t(t)
+
+    def prior(z_t, t):
+        return with_eps(SCHEDULE.alpha_t(t) * z_t, z_t, t)
+
+    def log_likelihood(z_0, t):
+        return -0.5 * jnp.square(y - z_0[:, 0, 0, 0]) / (s2 + SCHEDULE.sigma_t(t) ** 2)
+
+    pred = steering.by_likelihood(prior, SCHEDULE, log_likelihood)(Z, t)
+    expected = (s2 * alpha * Z + sigma**2 * y) / (s2 + sigma**2)
+    np.testing.assert_allclose(pred.z_0, expected, atol=1e-4)
+    np.testing.assert_allclose(alpha * pred.z_0 + sigma * pred.eps, Z, atol=1e-4)
+    twice = steering.by_likelihood(prior, SCHEDULE, log_likelihood, 2.0)(Z, t).z_0
+    np.testing.assert_allclose(twice - alpha * Z, 2 * (expected - alpha * Z), atol=1e-4)
+
+
+def test_the_likelihood_of_a_target_is_its_distance_to_the_reduced_picture():
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 3)), jnp.float32)
+    target = jax.image.resize(images, (2, 4, 4, 3), "cubic") + 0.5
+    half = steering.toward(target, lambda z_0: 2 * z_0)
+    np.testing.assert_allclose(half(images / 2, jnp.array(5)), [-0.5 * 48 * 0.25] * 2, rtol=1e-4)
+    other = steering.toward(target, lambda z: z, lambda x, y: jnp.max(jnp.abs(x - y), (1, 2, 3)))
+    np.testing.assert_allclose(other(images, jnp.array(5)), [-0.5] * 2, rtol=1e-4)
+
+
+# LDM-8's U-Net without cross-attention, halved: the paper adds 111 M parameters for its guidance.
+LDM_8 = {"channel_mult": (1, 2, 4), "num_head_channels": 32, "transformer_depth": 0}
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
+def test_half_a_unet_scores_classes(pool):
+    net = UNet(1000, 256, pool=pool, **LDM_8)
+    latents = jnp.zeros((2, 32, 32, 4))
+    logits, variables = jax.eval_shape(
+        net.init_with_output, jax.random.key(0), latents, jnp.zeros(2)
+    )
+    assert logits.shape == (2, 1000)
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(variables))
+    if pool == "attention":
+        np.testing.assert_allclose(count / 1e6, 111.6, atol=0.05)
+    assert not any(name.startswith("output_blocks") for name in variables["params"])
+
+
+def test_a_target_pulls_by_the_perceptual_distance():
+    params = guides.load_distance("lpips")
+    pixels = init_first_stage(Identity(3), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    rng = np.random.default_rng(2)
+    z, target = (jnp.asarray(rng.uniform(-1, 1, (1, 32, 32, 3)), jnp.float32) for _ in range(2))
+    scales = guides.Scales(target=30.0, distance="lpips")
+    wrap = guides.guide({"target": target}, SCHEDULE, pixels, None, params, scales)
+
+    def prior(z_t, t):
+        return with_eps(SCHEDULE.alpha_t(t) * z_t, z_t, t)
+
+    @jax.jit
+    def distance(t):
+        seen = [denoise(z, t).z_0 for denoise in (prior, wrap(prior))]
+        return [LPIPS("alex").apply({"params": params}, x, target)[0] for x in seen]
+
+    before, after = distance(jnp.array(500))
+    assert 0 < after < 0.95 * before
