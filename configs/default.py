@@ -37,6 +37,9 @@ def get_config() -> ConfigDict:
 
     c.unet = unet()
     c.conditioners = ConfigDict()  # name -> fields of that conditioner; empty = unconditional
+    # Conditioners that stay as they are: name -> where their weights lie: a folder of transformers
+    # or diffusers, a weight file, or a workdir. Their fields follow from what is there.
+    c.pretrained = ConfigDict()
     c.diffusion = diffusion()
     c.classifier = ConfigDict()
     c.classifier.num_classes = 1000

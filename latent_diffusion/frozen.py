@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data, parallel, workdir
 from latent_diffusion.conditioners import make_conditioner
+from latent_diffusion.convert import Part, as_params
+from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.losses.perceptual import load_lpips_params
-from latent_diffusion.types import lookup
+from latent_diffusion.types import Params, lookup
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 def load_constants(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
     """Replace the random weights in a task's `constants` by the real ones.
 
-    directory: the run's workdir, which keeps its own copy of a frozen first stage.
+    directory: the run's workdir, which keeps its own copy of everything frozen.
     source: the training examples, over which the latent scale is measured.
     """
     return lookup(_LOADERS, config.task, "task")(config, directory, constants, source)
@@ -35,6 +38,50 @@ def _perceptual(config: ConfigDict, directory: Path, constants: Any, source: Any
         if net == "none"
         else constants.replace(lpips=load_lpips_params(net, path or None))
     )
+
+
+def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
+    """The config with the fields of its pretrained conditioners, as their files say.
+
+    What the config says of them already stands. Raises ValueError, in one line, where one isn't
+    usable. Only the headers of files are read.
+    """
+    config = config.copy_and_resolve_references()
+    for name, path in config.pretrained.items():
+        if name not in config.conditioners:
+            raise ValueError(
+                f"pretrained.{name} is none of the conditioners: {', '.join(config.conditioners)}"
+            )
+        if workdir.kept_conditioner(directory, name).exists():
+            _, fields = workdir.load_conditioner(directory, name)
+        else:
+            fields = _read(name, path, config.conditioners[name]).fields
+        config.conditioners[name] = ConfigDict({**fields, **config.conditioners[name]})
+    return config
+
+
+def _read(name: str, path: str, given: ConfigDict) -> Part:
+    if not path:
+        raise ValueError(f"pretrained.{name} is empty: say where its weights lie")
+    if not Path(path).exists():
+        raise ValueError(f"pretrained.{name}={path} does not exist")
+    return read_pretrained(name, path, given.to_dict())
+
+
+def _denoising(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+    constants = _first_stage(config, directory, constants, source)
+    frozen: dict[str, Params] = {}
+    for name, path in config.pretrained.items():
+        kept = workdir.kept_conditioner(directory, name)
+        if kept.exists():
+            path, params = str(kept), workdir.load_conditioner(directory, name)[0]
+        else:
+            part = _read(name, path, config.conditioners[name])
+            params = as_params(part)
+            workdir.save_conditioner(directory, name, params, part.fields, path)
+        workdir.check_same_tree(constants.conditioner[name], params, path)
+        frozen[name] = jax.tree.map(jnp.asarray, params)
+    return constants.replace(conditioner=frozen)
 
 
 def _first_stage(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
@@ -61,7 +108,7 @@ def _as_denoised(config: ConfigDict, directory: Path, constants: Any, source: An
 
 _LOADERS: dict[str, Callable[..., Any]] = {
     "autoencoding": _perceptual,
-    "denoising": _first_stage,
+    "denoising": _denoising,
     "classifying": _as_denoised,
 }
 

@@ -125,6 +125,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     directory = Path(directory).absolute()
     make_task = lookup(TASKS, config.task, "task")
     config = init_from.resolve(workdir.resolve(config), directory)
+    config = frozen.resolve(config, directory)
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}

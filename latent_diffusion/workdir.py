@@ -3,13 +3,15 @@
     config.json            the resolved experiment
     tokenizer.json         the vocabulary, where there is one
     first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
+    conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
-A denoiser's workdir keeps its own copy of the first stage: it can be moved, and retraining the
-first stage elsewhere can't change it.
+A denoiser's workdir keeps its own copy of what is frozen: it can be moved, and what is done to the
+originals can't change it.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
+from latent_diffusion.conditioners import Conditioner, make_conditioner
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.tokenizers import TOKENIZERS, Tokenizer, WordTokenizer, load_tokenizer
 from latent_diffusion.types import Params, lookup
@@ -118,6 +121,25 @@ def load_first_stage(workdir: Path, module: nn.Module) -> FirstStage:
     )
 
 
+def kept_conditioner(workdir: Path, name: str) -> Path:
+    """The file that keeps the pretrained conditioner `name`."""
+    return workdir / f"conditioner_{name}.safetensors"
+
+
+def save_conditioner(
+    workdir: Path, name: str, params: Params, fields: Mapping[str, Any], source: str
+) -> None:
+    """Keep a copy of a pretrained conditioner. source: where it came from."""
+    metadata = {"source": source, "fields": dict(fields)}
+    save_tree(kept_conditioner(workdir, name), params, metadata)
+
+
+def load_conditioner(workdir: Path, name: str) -> tuple[Params, dict[str, Any]]:
+    """Parameters and fields of a conditioner that `save_conditioner` kept."""
+    tree, metadata = load_tree(kept_conditioner(workdir, name))
+    return tree, metadata["fields"]
+
+
 def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> Tokenizer | None:
     """The workdir's tokenizer, made the first time: read from files, or from the captions."""
     own = config.tokenizer
@@ -125,16 +147,36 @@ def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> Tokenizer 
         return None
     kind = lookup(TOKENIZERS, own.name, "tokenizer.name")
     if (workdir / TOKENIZER).exists():
-        return load_tokenizer(workdir / TOKENIZER)
-    if kind is WordTokenizer:
+        tokenizer = load_tokenizer(workdir / TOKENIZER)
+    elif kind is WordTokenizer:
         tokenizer = kind.train(data.captions(source), own.vocab_size, own.max_length)
     elif not own.path:
         raise ValueError(f"tokenizer.name={own.name!r} needs tokenizer.path, where its files lie")
     else:
         tokenizer = kind.read(own.path, own.max_length)
+    check_reads(make_conditioner(config.conditioners), tokenizer)
     if jax.process_index() == 0:
         tokenizer.save(workdir / TOKENIZER)
     return tokenizer
+
+
+def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a text encoder that would misread this tokenizer's numbers."""
+    for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
+        if "tokens" not in part.keys:
+            continue
+        if part.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"conditioners.{name}.vocab_size={part.vocab_size}, "
+                f"but the tokenizer has {tokenizer.vocab_size} tokens"
+            )
+        for field in ("empty", "pad_id"):
+            own, wanted = getattr(part, field), getattr(tokenizer, field)
+            if own != wanted:
+                raise ValueError(
+                    f"conditioners.{name}.{field}={own}, but the tokenizer's is {wanted}: set it, "
+                    "or dropped conditions aren't the empty prompt"
+                )
 
 
 def check_same_tree(expected: Params, got: Params, source: str) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tiny import BATCH, SIZE, make_batch, make_config
 
 from latent_diffusion import parallel
@@ -14,11 +15,16 @@ from latent_diffusion.losses.adversarial import hinge_d_loss
 from latent_diffusion.tasks import TASKS
 
 RNG = jax.random.key(7)
+FROZEN = {"vocab_size": 2048, "max_positions": 4, "width": 16, "depth": 1, "num_heads": 2}
+FROZEN |= {"pooling": "mean"}
 
 
 @functools.cache
 def _setup(task, *fields):
     config = make_config(task, **dict(fields))
+    if task == "denoising":
+        config.conditioners.bert = ConfigDict(FROZEN)
+        config.pretrained.bert = "anywhere"  # the loop would read it; random weights do here
     made = TASKS[task](config)
     init = jax.jit(lambda rng: made.init(rng, batch_spec(config)))
     state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
@@ -125,10 +131,30 @@ def test_denoising_learns_and_leaves_the_first_stage_alone():
     assert _moved(first.params["unet"], state.params["unet"])
     # The text encoder gets a gradient once the U-Net's zero-initialised outputs have moved.
     assert _moved(first.params["conditioner"], state.params["conditioner"])
-    # Frozen: no optimiser slot, no average, no place in the state at all.
-    frozen = {leaf.shape for leaf in jax.tree.leaves(constants.first_stage.params)}
-    assert frozen
     assert set(state.params) == set(state.ema_params) == {"unet", "conditioner"}
+
+
+def test_frozen_means_frozen():
+    """Neither the first stage nor a pretrained conditioner has any place in the state."""
+    made, state, constants, batch, step = _setup("denoising")
+    before = jax.tree.map(np.array, constants)
+    assert jax.tree.leaves(constants.first_stage.params)
+    assert set(constants.conditioner) == {"bert"}
+    for _ in range(3):
+        state, _ = step(state, constants, batch, RNG)
+    jax.tree.map(np.testing.assert_array_equal, before, constants)
+    # Neither optimiser memory nor an average: one array each for parameters, their average and
+    # the two moments, of what learns alone.
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert sum("token_emb" in path for path in paths) == 4
+    assert not any("bert" in path for path in paths)
+    # It is read: other weights of it give another loss.
+    zeros = jax.tree.map(jnp.zeros_like, constants.conditioner)
+    _, a = step(state, constants, batch, RNG)
+    _, b = step(state, constants.replace(conditioner=zeros), batch, RNG)
+    assert float(a["loss"]) != float(b["loss"])
+    counted = made.components(state, constants)
+    assert counted["bert (frozen)"] is constants.conditioner["bert"]
 
 
 def test_ema_follows_the_new_parameters_with_warm_up():

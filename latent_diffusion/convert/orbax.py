@@ -54,7 +54,9 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     out = "out_2/kernel" if unet.get("num_codes") is None else "id_predictor_1/kernel"
     part = as_part(unet, params["unet"])
     unet["out_channels"] = part.params[out].shape[-1]
-    conditioner = params.get("conditioner", {})
+    conditioner = dict(params.get("conditioner", {}))
+    for name in config.get("pretrained", {}):
+        conditioner[name], _ = workdir.load_conditioner(directory, name)
     return replace(
         bundle,
         unet=part,

@@ -2,8 +2,9 @@
 
     L = E over z_0 = E(x), t, eps of  w_t · ‖ target(z_0, eps, t) − unet(z_t, t, conditioning) ‖²
 
-The first stage is frozen: it travels in `constants`, so it has no gradient, no optimiser slot and
-no moving average. The order of `train_step` is fixed, and nothing else draws noise.
+The first stage is frozen, and so are pretrained conditioners: they travel in `constants`, so they
+have no gradient, no optimiser slot and no moving average. The order of `train_step` is fixed, and
+nothing else draws noise.
 """
 
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Constants(flax.struct.PyTreeNode):
     """
 
     first_stage: FirstStage
+    conditioner: Params  # pretrained parts, by name
     base: Params = None
 
 
@@ -92,6 +94,7 @@ class Denoising:
     drop_rate: float = 0.1
     ema_decay: float = 0.9999
     lora: Config | None = None
+    pretrained: frozenset[str] = frozenset()  # names of conditioners that are frozen
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -106,9 +109,10 @@ class Denoising:
         conditioner, drop = self.denoiser.conditioner, jnp.zeros(1, bool)
         told = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
         conditioning, variables = conditioner.init_with_output(key_c, told, drop)
+        found = variables.get("params", {})
         params = {
             "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
-            "conditioner": variables.get("params", {}),
+            "conditioner": {k: v for k, v in found.items() if k not in self.pretrained},
         }
         base = None
         if self.lora is not None:
@@ -125,20 +129,24 @@ class Denoising:
             opt_state=self.tx.init(params),
             squares=jnp.ones(num_timesteps) if follows_loss else None,
         )
-        return state, Constants(first_stage, base)
+        frozen = {k: v for k, v in found.items() if k in self.pretrained}
+        return state, Constants(first_stage, frozen, base)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
         """The parts that a reader wants counted, by name."""
+        frozen = {f"{name} (frozen)": tree for name, tree in constants.conditioner.items()}
         if self.lora is not None:
             return {
                 "lora": state.params["lora"],
                 "denoiser (frozen)": constants.base["unet"],
                 "conditioner (frozen)": constants.base["conditioner"],
+                **frozen,
                 "first stage (frozen)": constants.first_stage.params,
             }
         return {
             "denoiser": state.params["unet"],
             "conditioner": state.params["conditioner"],
+            **frozen,
             "first stage (frozen)": constants.first_stage.params,
         }
 
@@ -202,7 +210,7 @@ class Denoising:
     ) -> dict[str, jax.Array]:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
         size = _batch_size(batch)
-        denoiser = self.denoiser.replace(params=self._merged(state.ema_params, constants))
+        denoiser = self._with_params(state.ema_params, constants)
         keys = example_keys(rng, size, axis_name)
         timesteps, options = plan(denoiser.schedule, self.sampling, {})
         latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)})
@@ -222,11 +230,12 @@ class Denoising:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
-    def _merged(self, params: Params, constants: Constants) -> Params:
-        """The denoiser's parameters: those of the state, or the base with its adaptation."""
-        if self.lora is None:
-            return params
-        return lora.merge(constants.base, params["lora"], self.lora["alpha"])
+    def _with_params(self, params: Params, constants: Constants) -> Denoiser:
+        """The denoiser with what is trained, what that adapts, and the frozen conditioners."""
+        if self.lora is not None:
+            params = lora.merge(constants.base, params["lora"], self.lora["alpha"])
+        conditioner = {**params["conditioner"], **constants.conditioner}
+        return self.denoiser.replace(params={**params, "conditioner": conditioner})
 
     def _image(self, batch_size: int) -> Float[Array, "B H W C"]:
         return jnp.zeros((batch_size, *self.image_shape))
@@ -246,7 +255,7 @@ class Denoising:
         """
         train = dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
-        denoiser = self.denoiser.replace(params=self._merged(params, constants))
+        denoiser = self._with_params(params, constants)
         k_z, k_t, k_eps, k_drop, k_offset, k_input, k_cond = split_per_example(keys, 7)
         z_0 = constants.first_stage.encode(batch, k_z)
         t, unbias = self._timesteps(k_t, squares if train else None)
@@ -319,4 +328,5 @@ def make_denoising(config: Config) -> Denoising:
         drop_rate=own["drop_rate"],
         ema_decay=config["ema_decay"],
         lora=config["lora"] if config["lora"]["rank"] else None,
+        pretrained=frozenset(config["pretrained"]),
     )
