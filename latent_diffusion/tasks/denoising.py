@@ -71,7 +71,7 @@ class Constants(flax.struct.PyTreeNode):
     """
 
     first_stage: FirstStage
-    conditioner: Params  # pretrained parts, by name
+    conditioner: Params = flax.struct.field(default_factory=dict)  # pretrained parts, by name
     base: Params = None
 
 
