@@ -1,18 +1,22 @@
 """Whole models through every format and back: the same tensors under the same names, bitwise."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, clip_text, text, unet
 from latent_diffusion.convert.concat import NOISE_LEVEL
+from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.tensors import in_memory
 
@@ -143,3 +147,36 @@ def test_half_precision_files_are_half_as_long(tmp_path):
     assert half < 0.55 * whole
     tensors = load_file(tmp_path / "float16.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {np.dtype(np.float16)}
+
+
+def test_the_command_says_what_is_there_and_converts_it(tmp_path):
+    bundle = replace(make_bundle("text"), unet=None, conditioners={})
+    convert.write(bundle, tmp_path / "model.safetensors", "compvis")
+    command = [
+        sys.executable,
+        "-m",
+        "latent_diffusion.convert",
+        str(tmp_path / "model.safetensors"),
+    ]
+
+    def run(*flags):
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+
+    done = run(str(tmp_path / "folder"), "--to=diffusers", "--dtype=float16")
+    assert done.returncode == 0, done.stderr
+    size = sum(tensor.size for tensor in bundle.autoencoder.params.values()) / 1e6
+    assert f"{size:10.2f} M in {len(bundle.autoencoder.params)} arrays, float32" in done.stdout
+    assert "missing           a denoiser" in done.stdout
+    (tensors,) = (load_file(file) for file in (tmp_path / "folder").glob("*.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
+    done = run(str(tmp_path / "folder"), "--to=diffusers")
+    assert done.returncode == 1 and done.stderr.endswith("folder exists; remove it first\n")
+
+
+def test_what_a_model_lacks_is_said():
+    bundle = make_bundle("clip")
+    text = describe(bundle)
+    assert "inputs            9 channels, context 64" in text
+    assert text.endswith("missing           a tokenizer")
+    alone = describe(replace(bundle, autoencoder=None, conditioners={}))
+    assert alone.endswith("missing           a first stage, a conditioner (context of width 64)")
