@@ -6,6 +6,8 @@ draws noise of its own it is handed ours, and its posteriors are taken at their 
 
 import json
 import os
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+import public_keys  # noqa: E402
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (  # noqa: E402
     LDMBertConfig,
@@ -122,7 +125,7 @@ def make_plain_unet(in_channels):
     )
 
 
-def make_clip(folder):
+def make_clip(folder, length=24, **fields):
     """A text encoder and its tokenizer: single letters, and a few merges."""
     from latent_diffusion.tokenizers.clip import _CHARACTER as letters
 
@@ -135,17 +138,16 @@ def make_clip(folder):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
     special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 24, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     torch.manual_seed(5)
-    encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=24, projection_dim=32,
-            bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
-            pad_token_id=len(vocabulary) - 1,
-        )
+    tiny = dict(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=length, projection_dim=32,
+        bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
+        pad_token_id=len(vocabulary) - 1,
     )  # fmt: skip
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**tiny, **fields}))
     return {
         "text_encoder": randomised(encoder, 5, 0.1),
         "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder),
@@ -186,8 +188,6 @@ def start_noise(number, *shape):
 def in_order(monkeypatch, pipeline, *noises):
     """diffusers' draws of noise become these, one after the other."""
     left = [to_torch(noise) for noise in noises]
-    import sys
-
     module = sys.modules[type(pipeline).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: left.pop(0).reshape(shape))
     return left
@@ -443,3 +443,28 @@ def test_our_own_text_model_sampled_by_diffusers(tmp_path):
         output_type="np", height=SIDE * F, width=SIDE * F,
     )  # fmt: skip
     check(sample(model, prompts, z_T=z_T, guidance_scale=2.0, spacing="trailing"), theirs.images)
+
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(MEMORY < 16e9, reason="needs 12 GB of memory")
+def test_one_step_of_stable_diffusion_1_in_its_real_shape(tmp_path):
+    torch.manual_seed(9)
+    parts = make_clip(tmp_path / "vocabulary", 77, **public_keys.CLIP_L, vocab_size=49408)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(**public_keys.SD_VAE).eval(),
+        unet=diffusers.UNet2DConditionModel(**{**public_keys.SD_UNET, "sample_size": SIDE}).eval(),
+        scheduler=SCHEDULERS["ddim"](),
+        **parts,
+        **ABSENT,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    z_T = draw(0, 2, SIDE, SIDE, 4)
+    theirs = pipeline(PROMPTS, latents=to_torch(z_T), num_inference_steps=1, output_type="np")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    del pipeline, parts
+    model = ldm.load(tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline")
+    assert sum(x.size for x in jax.tree.leaves(model.denoiser.params["unet"])) == 859_520_964
+    check(sample(model, z_T=z_T, num_steps=1), theirs.images)
