@@ -22,8 +22,9 @@ from latent_diffusion.convert.tensors import in_memory
 
 WIDTH = 64  # of the texts
 AUTOENCODER = dict(
-    channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=4, embed_dim=4, resolution=16
-)
+    channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=4, embed_dim=4, resolution=16,
+    regularization="kl",
+)  # fmt: skip
 UNET = dict(
     model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,),
     num_heads=8, out_channels=4,

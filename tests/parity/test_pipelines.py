@@ -73,6 +73,7 @@ def make_vae():
             latent_channels=4,
             norm_num_groups=8,
             sample_size=SIDE * F,
+            scaling_factor=0.5,
         )
     )
 
@@ -171,6 +172,11 @@ def to_torch(x):
     return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
 
 
+def picture(x):
+    """In [0, 1], as diffusers wants pictures."""
+    return to_torch(x) / 2 + 0.5
+
+
 def draw(seed, *shape):
     return np.array(jax.random.normal(jax.random.key(seed), shape))
 
@@ -248,7 +254,7 @@ def test_image_to_image(tmp_path, monkeypatch):
     image = np.tanh(draw(1, 2, SIDE * F, SIDE * F, 3))
     in_order(monkeypatch, pipeline, start_noise(2, SIDE, SIDE, 4))
     theirs = pipeline(
-        PROMPTS, image=to_torch(image), strength=0.6, num_inference_steps=20, output_type="np"
+        PROMPTS, image=picture(image), strength=0.6, num_inference_steps=20, output_type="np"
     )
     check(sample(model, image=image, strength=0.6), theirs.images)
 
@@ -262,7 +268,7 @@ def test_inpainting(tmp_path, monkeypatch):
     mask = mask.astype(np.float32)
     in_order(monkeypatch, pipeline, draw(0, 2, SIDE, SIDE, 4))
     theirs = pipeline(
-        PROMPTS, image=to_torch(image), mask_image=to_torch(mask), num_inference_steps=20,
+        PROMPTS, image=picture(image), mask_image=to_torch(mask), num_inference_steps=20,
         height=SIDE * F, width=SIDE * F, output_type="np", strength=1.0,
     )  # fmt: skip
     got = sample(model, image=image, mask=mask, z_T=draw(0, 2, SIDE, SIDE, 4))
@@ -280,7 +286,7 @@ def test_depth_to_image(tmp_path, monkeypatch):
     depth = 3 + draw(2, 2, SIDE * F, SIDE * F, 1)
     in_order(monkeypatch, pipeline, start_noise(2, SIDE, SIDE, 4))
     theirs = pipeline(
-        PROMPTS, image=to_torch(image), depth_map=to_torch(depth)[:, 0], strength=0.75,
+        PROMPTS, image=picture(image), depth_map=to_torch(depth)[:, 0], strength=0.75,
         num_inference_steps=20, output_type="np",
     )  # fmt: skip
     check(sample(model, image=image, depth=depth, strength=0.75), theirs.images)
@@ -299,7 +305,7 @@ def test_upscaling(tmp_path, monkeypatch):
     _, noise = split_per_example(keys, 2)
     in_order(monkeypatch, pipeline, normal_per_example(noise, (SIDE, SIDE, 3)))
     theirs = pipeline(
-        PROMPTS, image=to_torch(low_res), noise_level=30, latents=to_torch(z_T),
+        PROMPTS, image=picture(low_res), noise_level=30, latents=to_torch(z_T),
         num_inference_steps=20, output_type="np",
     )  # fmt: skip
     check(sample(model, low_res=low_res, noise_level=30, z_T=z_T), theirs.images)
@@ -368,7 +374,9 @@ def lora_file(path, unet, encoder, kind):
         for name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear):
                 continue
-            if not name.endswith(("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj")):
+            if not name.endswith(
+                ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "out_proj")
+            ):
                 continue
             down = rng.normal(size=(rank, module.in_features)).astype(np.float32)
             up = rng.normal(size=(module.out_features, rank)).astype(np.float32)
@@ -411,7 +419,7 @@ def make_own():
         )
 
     autoencoder = dict(channels=16, channel_mult=(1, 2), num_res_blocks=1, num_groups=8,
-                       embed_dim=4, z_channels=4, resolution=16)  # fmt: skip
+                       embed_dim=4, z_channels=4, resolution=16, regularization="kl")  # fmt: skip
     unet = dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1,
                 attention_resolutions=(1,), num_heads=2, num_groups=8, out_channels=4)  # fmt: skip
     words = dict(vocab_size=12, max_length=6, width=32, depth=1, num_heads=2, head_dim=16)
