@@ -12,6 +12,8 @@ from absl import app, flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
 OUT = flags.DEFINE_string("out", None, "Where the images go.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
@@ -96,6 +98,8 @@ def main(argv: list[str]) -> None:
             class_labels=sampling.read_labels(CLASS_LABELS.value),
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
+            tokenizer=TOKENIZER.value,
+            lora=sampling.read_adaptations(LORA.value),
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

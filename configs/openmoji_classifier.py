@@ -15,7 +15,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c = without_condition(variant)
     c.task = "classifying"
     c.first_stage.path = "runs/gallery/unconditional"
-    c.first_stage.cache = False
     c.classifier.num_classes = 9
     c.unet.num_head_channels = 16
     c.num_steps = 1200

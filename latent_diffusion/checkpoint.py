@@ -281,11 +281,14 @@ class Checkpointer:
 
 
 def _without_copies() -> dict[str, Any]:
-    """Options of a handler of numpy trees that reads arrays as it writes them, 1 GB at a time."""
+    """Options of a handler of numpy trees that reads arrays as it writes them.
+
+    One file an array: Orbax's joint ones are gathered in memory before they are written.
+    """
     numpy_only = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
     )
-    return {"type_handler_registry": numpy_only, "save_concurrent_gb": 1}
+    return {"type_handler_registry": numpy_only, "use_ocdbt": False}
 
 
 # ---------------------------------------------------------------------------- one-shot trees

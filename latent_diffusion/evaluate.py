@@ -178,12 +178,13 @@ def _sample_set(o: dict[str, Any], config: Any) -> Any:
     model = load(o["workdir"])
     count = o["num_images"] or DEFAULT_SAMPLES
     source = data.make_source(config.data, "test")
+    transform = data.make_transform(config.data, train=False)
     own = {
         name: o[name] for name in ("sampler", "num_steps", "guidance_scale") if o[name] is not None
     }
     return generate.samples(
         model,
-        generate.conditions_of(model, source, count, o["seed"]),
+        generate.conditions_of(model, source, transform, count, o["seed"]),
         count,
         o["seed"],
         o["batch_size"],

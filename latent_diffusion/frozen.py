@@ -55,7 +55,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
         if workdir.kept_conditioner(directory, name).exists():
             _, fields = workdir.load_conditioner(directory, name)
         else:
-            fields = _read(name, path, config.conditioners[name]).fields
+            fields = dict(_read(name, path, config.conditioners[name]).fields)
         config.conditioners[name] = ConfigDict({**fields, **config.conditioners[name]})
     return config
 

@@ -75,6 +75,8 @@ def start_from(config: ConfigDict, state: Any) -> Any:
     """
     if not config.init_from or (config.task == "denoising" and config.lora.rank):
         return state
+    if config.task not in ("autoencoding", "denoising"):
+        raise ValueError(f"init_from serves autoencoding and denoising, not {config.task!r}")
     theirs = parameters_of(convert.read(config.init_from), config.task)
     params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))
     ema_params = state.ema_params

@@ -28,7 +28,7 @@ def load(
     ema: bool | None = None,
     variant: str | None = None,
     tokenizer: str | os.PathLike | None = None,
-    lora: Mapping[str | os.PathLike, float] | None = None,
+    lora: Mapping[Any, float] | None = None,
 ) -> Model:
     """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 

@@ -152,7 +152,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         state = parallel.place(state, mode, **layout)
         restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
         state, start = (state, 0) if restored is None else (restored.state, restored.step)
-        if config.task == "denoising" and config.first_stage.cache:
+        if config.task != "autoencoding" and config.first_stage.cache:
             train_source = frozen.cache_moments(config, constants.first_stage, train_source)
 
         index, count = parallel.process_shard(mode, mesh)

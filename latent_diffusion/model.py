@@ -206,10 +206,9 @@ class Model(flax.struct.PyTreeNode):
             for i, (text, _) in enumerate(more_prompts)
         }
         strength = options.get("strength")
-        if "mask" not in told:
-            batch |= _known_image(image, mask, strength, (total, height, width))
-        elif strength is not None:
-            batch |= _known_image(image, None, strength, (total, height, width))
+        hole = None if "mask" in told else mask
+        if "image" not in told or strength is not None or hole is not None:
+            batch |= _known_image(image, hole, strength, (total, height, width))
         if z_T is not None:
             if z_T.shape != (total, *shape):
                 raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
@@ -283,7 +282,7 @@ class Model(flax.struct.PyTreeNode):
     def _tokens(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts as the model's tokenizer writes them; a word it doesn't know is named."""
         if self.tokenizer is None:
-            raise ValueError("prompts given, but this model has no tokenizer")
+            raise ValueError("this model has no tokenizer: load it with tokenizer=PATH")
         for prompt in prompts:
             if unknown := self.tokenizer.unknown_words(prompt):
                 log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))

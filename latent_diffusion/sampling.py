@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
         return [(text.strip(), float(weight)) for text, _, weight in pairs]
     except ValueError as error:
         raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
+
+
+def read_adaptations(entries: Sequence[str]) -> dict[str, float]:
+    """Weights by file, from "FILE:0.8" or "FILE"."""
+    weights = {}
+    for entry in entries:
+        file, colon, weight = entry.rpartition(":")
+        try:
+            weights[file if colon else entry] = float(weight) if colon else 1.0
+        except ValueError as error:
+            raise ValueError(f"--lora={entry}: write FILE or FILE:WEIGHT") from error
+    return weights
 
 
 def read_interval(values: Sequence[str] | None) -> tuple[float, float] | None:
@@ -113,10 +125,15 @@ def sample_to_disk(
     class_labels: list[int] | None = None,
     num_images: int = 4,
     seed: int = 0,
+    tokenizer: str | None = None,
+    lora: Mapping[str, float] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C]."""
-    model = load(path)
+    """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
+
+    tokenizer, lora: see `load`.
+    """
+    model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()
     images = to_uint8(
         model.sample(jax.random.key(seed), prompts, class_labels, num_images=num_images, **options)

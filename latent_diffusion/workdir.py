@@ -66,7 +66,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         return config
     if config.task == "denoising" and config.autoencoder.regularization == "identity":
         return config
-    if config.init_from and not config.first_stage.path:
+    if config.task == "denoising" and config.init_from and not config.first_stage.path:
         return config  # it brings its own
     wanted, example = _BUILDS_ON[config.task]
     hint = (

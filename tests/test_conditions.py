@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from latent_diffusion import conditions
+from latent_diffusion import conditions, sampling
 from latent_diffusion.conditioners import CONDITIONERS, make_conditioner
 from latent_diffusion.denoiser import Denoiser
 from latent_diffusion.first_stage import init_first_stage, make_autoencoder
@@ -189,12 +190,12 @@ def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
     given = {"class_labels": [1], "num_images": 4, "mode": "single"}
     target = IMAGE.reshape(4, 2, 4, 2, 3).mean((1, 3))
 
-    def distance(**guides):
-        images = made.sample(RNG, **given, **guides, clip_x0=1.0)
+    def distance(wanted):
+        images = made.sample(RNG, **given, target=wanted, target_scale=3.0, clip_x0=1.0)
         reduced = jax.image.resize(images, (4, 4, 4, 3), "cubic")
         return float(jnp.mean(jnp.square(reduced - target)))
 
-    assert distance(target=target, target_scale=3.0) < 0.8 * distance()
+    assert distance(target) < 0.8 * distance(np.zeros_like(target))
     for wrong, message in (
         ({"classifier_labels": [1]}, "give classifier and classifier_labels"),
         ({"target": np.zeros((2, 4, 4, 3))}, "2 of target for 4 images"),
@@ -203,3 +204,27 @@ def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             made.sample(RNG, **given, **wrong)
+
+
+def test_conditions_from_files(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    palette = Image.fromarray(labels)
+    palette.putpalette([7 * i % 256 for i in range(768)])  # colours don't matter, indices do
+    for name, picture in (("grey.png", Image.fromarray(labels)), ("palette.png", palette)):
+        picture.save(tmp_path / name)
+        read = sampling.read_levels(str(tmp_path / name))
+        np.testing.assert_array_equal(read, labels[None])
+    assert sampling.read_levels(str(tmp_path / "grey.png"), channel=True).shape == (1, 3, 4, 1)
+    (tmp_path / "layout.json").write_text("[[3, [0.1, 0.2, 0.6, 0.9]]]")
+    layout = sampling.read_json(str(tmp_path / "layout.json"))
+    np.testing.assert_array_equal(
+        batch_of(["layout"], layout=layout)["layout"],
+        batch_of(["layout"], layout=[(3, BOX)])["layout"],
+    )
+    np.save(tmp_path / "embedding.npy", np.ones(6))
+    assert sampling.read_array(str(tmp_path / "embedding.npy")).shape == (6,)
+    assert sampling.read_levels(None) is sampling.read_json(None) is sampling.read_array(None)
+    (tmp_path / "bad").write_text("no")
+    for read in (sampling.read_json, sampling.read_array):
+        with pytest.raises(ValueError, match=r"bad: (not JSON|no NumPy array)"):
+            read(str(tmp_path / "bad"))

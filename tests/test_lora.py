@@ -37,7 +37,7 @@ def make_bundle():
 
 def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
     rng = np.random.default_rng(0)
-    params = {"a": {"kernel": rng.normal(size=(4, 6))}, "b": {"kernel": rng.normal(size=(6, 6))}}
+    params = {name: {"kernel": rng.normal(size=(4, 6)).astype(np.float32)} for name in "ab"}
     config = {"rank": 2, "targets": ("^a/",)}
     factors = lora.init(jax.random.key(0), params, config)
     assert flatten_dict(factors, sep="/").keys() == {"a/kernel/down", "a/kernel/up"}

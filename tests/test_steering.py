@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import steering
+from latent_diffusion import guides, steering
 from latent_diffusion.diffusion import Prediction
+from latent_diffusion.first_stage import init_first_stage
+from latent_diffusion.losses.perceptual import LPIPS
+from latent_diffusion.models.autoencoder import Identity
 from latent_diffusion.models.unet import UNet
 from latent_diffusion.samplers import SAMPLERS
 from latent_diffusion.schedules import make_schedule, spacing
@@ -109,3 +112,23 @@ def test_half_a_unet_scores_classes(pool):
     if pool == "attention":
         np.testing.assert_allclose(count / 1e6, 111.6, atol=0.05)
     assert not any(name.startswith("output_blocks") for name in variables["params"])
+
+
+def test_a_target_pulls_by_the_perceptual_distance():
+    params = guides.load_distance("lpips")
+    pixels = init_first_stage(Identity(3), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    rng = np.random.default_rng(2)
+    z, target = (jnp.asarray(rng.uniform(-1, 1, (1, 32, 32, 3)), jnp.float32) for _ in range(2))
+    scales = guides.Scales(target=30.0, distance="lpips")
+    wrap = guides.guide({"target": target}, SCHEDULE, pixels, None, params, scales)
+
+    def prior(z_t, t):
+        return with_eps(SCHEDULE.alpha_t(t) * z_t, z_t, t)
+
+    @jax.jit
+    def distance(t):
+        seen = [denoise(z, t).z_0 for denoise in (prior, wrap(prior))]
+        return [LPIPS("alex").apply({"params": params}, x, target)[0] for x in seen]
+
+    before, after = distance(jnp.array(500))
+    assert 0 < after < 0.95 * before

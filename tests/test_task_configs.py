@@ -1,7 +1,9 @@
 """Every task of the paper on the embedded data: its config, its batches, two steps of training."""
 
+import functools
 import itertools
 from importlib import import_module
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 from latent_diffusion import data
+from latent_diffusion.conditioners import make_conditioner
+from latent_diffusion.evaluation.generate import conditions_of
 from latent_diffusion.loop import batch_spec
 from latent_diffusion.tasks import TASKS
 
@@ -48,24 +52,46 @@ def started(task, spec):
     return zeros.replace(params=params, ema_params=params), constants
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_task_trains_on_the_batches_of_its_config(name):
+@functools.cache
+def made(name):
+    """Task, two batches of its data, and the shapes that the loop expects of them."""
     config = tiny(name)
     source = data.make_source(config.data, "train")
     transform = data.make_transform(config.data, train=True)
     batches = data.iterate(source, transform, batch_size=config.batch_size, seed=0)
-    spec = batch_spec(config)
-    task = TASKS[config.task](config)
+    return TASKS[config.task](config), list(itertools.islice(batches, 2)), batch_spec(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_data_makes_the_batches_that_the_task_reads(name):
+    task, batches, spec = made(name)
+    for batch in batches:
+        for key, wanted in spec.items():
+            assert (batch[key].shape, batch[key].dtype) == (wanted.shape, wanted.dtype), key
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), spec)
+    step = functools.partial(jax.eval_shape, task.train_step, state, constants)
+    after, metrics = step(batches[0], jax.random.key(1))
+    assert metrics["loss"].shape == ()
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    without = [key for key in spec if key != "image"][:1]
+    for key in without:  # and it does read them
+        with pytest.raises(ValueError, match=f"conditioning needs {key}; the batch has"):
+            step({k: v for k, v in batches[0].items() if k != key}, jax.random.key(1))
+
+
+# One that attends to a trained encoder's tokens, one beside the latent through the first stage.
+@pytest.mark.parametrize("name", ["layout", "inpainting"])
+def test_a_task_takes_two_steps(name):
+    task, batches, spec = made(name)
     state, constants = started(task, spec)
     step = jax.jit(task.train_step)
     before = state.params
-    for batch in itertools.islice(batches, 2):
-        for key, wanted in spec.items():
-            assert (batch[key].shape, batch[key].dtype) == (wanted.shape, wanted.dtype), key
+    for batch in batches:
         state, metrics = step(state, constants, batch, jax.random.key(1))
     assert np.isfinite(float(metrics["loss"]))
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before["unet"], state.params["unet"])
-    assert any(jax.tree.leaves(moved))
+    for part in before:
+        moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before[part], state.params[part])
+        assert all(jax.tree.leaves(moved)), part
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,3 +104,20 @@ def test_the_full_config_has_the_sizes_of_its_data(name):
         length = 3 * fields.max_objects + 2 * fields.encode_crop
         assert config.conditioners.layout.max_length == length
         assert config.conditioners.layout.vocab_size == fields.vocab_size
+
+
+def test_evaluation_tells_a_model_what_belongs_together():
+    config = tiny("super_resolution")
+    config.conditioners.class_label = {"num_classes": 9}
+    conditioner = make_conditioner(config.conditioners)
+    model = SimpleNamespace(denoiser=SimpleNamespace(conditioner=conditioner))
+    source = data.make_source(config.data, "test")
+    transform = data.make_transform(config.data, train=False)
+    told = conditions_of(model, source, transform, len(source) + 5, seed=3)
+    assert list(told) == ["low_res", "class_labels"]
+    labels, pictures = told["class_labels"][:200], told["low_res"][:200]
+    own = {transform(source[i])["low_res"].tobytes(): i for i in range(len(source))}
+    places = [own[picture.tobytes()] for picture in pictures]
+    assert sorted(places[: len(source)]) == list(range(len(source)))  # each once, then again
+    assert len(places) == len(source) + 5
+    assert labels == [source[i]["class_label"] for i in places]

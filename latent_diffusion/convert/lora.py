@@ -42,6 +42,7 @@ _OLD = (
     (r"\.lora\.down\.", ".lora_A."),
     (r"\.lora\.up\.", ".lora_B."),
     (r"^text_encoder\.(?=encoder\.)", "text_encoder.text_model."),
+    (r"^lora_te1_", "lora_te_"),
 )
 
 

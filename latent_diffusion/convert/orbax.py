@@ -46,7 +46,7 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
         raise CheckpointError(f"{directory} has no checkpoint yet")
     params = restored.state["ema_params"]
     if config.get("lora", {}).get("rank"):
-        return _adapted(bundle, config, params["lora"])
+        return _adapted(bundle, directory, config, params["lora"])
     tokenizer = None
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
@@ -70,7 +70,7 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     )
 
 
-def _adapted(bundle: Bundle, config: ConfigDict, factors: Params) -> Bundle:
+def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Params) -> Bundle:
     """The model that the run adapted, which is read where it was, with the run's factors added."""
     from latent_diffusion.convert import read
 
@@ -82,8 +82,19 @@ def _adapted(bundle: Bundle, config: ConfigDict, factors: Params) -> Bundle:
         adapted.setdefault(part, {})[kernel] = {**own, "alpha": alpha}
     for part, kernels in adapted.items():
         base = merged(base, part, kernels)
-    first_stage = {"scale_factor": bundle.scale_factor, "shift": bundle.shift}
-    return replace(base, autoencoder=bundle.autoencoder, **first_stage, lora=adapted)
+    tokenizer = base.tokenizer
+    if (directory / workdir.TOKENIZER).exists():
+        tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    return replace(
+        base,
+        autoencoder=bundle.autoencoder,
+        scale_factor=bundle.scale_factor,
+        shift=bundle.shift,
+        diffusion=config.diffusion.to_dict(),
+        sampling=config.sampling.to_dict(),
+        tokenizer=tokenizer,
+        lora=adapted,
+    )
 
 
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:

@@ -1,5 +1,6 @@
 """Samples of a trained model as a set of pictures that is made as it is read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +9,56 @@ import numpy as np
 from PIL import Image
 
 from latent_diffusion import data
+from latent_diffusion.conditions import argument
 from latent_diffusion.evaluation.collect import CHUNK
 from latent_diffusion.evaluation.images import ImageSet
 from latent_diffusion.metrics import to_uint8
 from latent_diffusion.model import Model
-from latent_diffusion.types import Config, lookup
+from latent_diffusion.types import Config
 
 
-def conditions_of(model: Model, source: Any, count: int, seed: int) -> dict[str, list[Any]]:
-    """Prompts or class labels for `count` samples, as they occur in `source`, in random order."""
+class Rows:
+    """Some examples' values of one condition, read when they are asked for."""
+
+    def __init__(self, rows: np.ndarray, read: Callable[[int], Any]):
+        self._rows, self._read = rows, read
+
+    def __getitem__(self, where: slice) -> list[Any] | np.ndarray:
+        values = [self._read(int(i)) for i in self._rows[where]]
+        return np.stack(values) if isinstance(values[0], np.ndarray) else values
+
+
+def conditions_of(
+    model: Model, source: Any, transform: Any, count: int, seed: int
+) -> dict[str, Rows]:
+    """What `count` samples are told, as it occurs in `source`, in random order; by name.
+
+    transform: that of evaluation, which makes the conditions that the data doesn't hold.
+    """
     keys = model.denoiser.conditioner.keys if model.denoiser else ()
+    captions = data.captions(source) if "tokens" in keys else []
+    total = len(captions) or len(source)
+    if keys and not total:
+        raise ValueError("the data has no conditions to sample for")
     order = np.random.default_rng(seed).permutation
+    passes = [order(total) for _ in range(0, count, max(total, 1))]
+    rows = np.concatenate(passes)[:count]
+    if set(keys) - {"tokens"} and total != len(source):
+        raise ValueError("several captions a picture can't be paired with other conditions")
 
-    def cycled(values: list[Any]) -> list[Any]:
-        if not values:
-            raise ValueError("the data has no conditions to sample for")
-        rows = np.concatenate([order(len(values)) for _ in range(0, count, len(values))])
-        return [values[i] for i in rows[:count]]
+    def reader(key: str) -> Callable[[int], Any]:
+        if key == "tokens":
+            return captions.__getitem__
+        if key == "class_label":
+            return lambda i: int(source[i]["class_label"])
+        return lambda i: transform(source[i], np.random.default_rng(i))[key]
 
-    def prompts() -> tuple[str, list[Any]]:
-        return "prompts", cycled(data.captions(source))
-
-    def labels() -> tuple[str, list[Any]]:
-        return "class_labels", cycled([int(source[i]["class_label"]) for i in range(len(source))])
-
-    known = {"tokens": prompts, "class_label": labels}
-    return dict(lookup(known, key, "condition to evaluate with")() for key in keys)
+    return {argument(key): Rows(rows, reader(key)) for key in keys}
 
 
 def samples(
     model: Model,
-    conditions: dict[str, list[Any]],
+    conditions: dict[str, Rows],
     count: int,
     seed: int,
     batch_size: int,

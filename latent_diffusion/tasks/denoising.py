@@ -71,7 +71,7 @@ class Constants(flax.struct.PyTreeNode):
     """
 
     first_stage: FirstStage
-    conditioner: Params  # pretrained parts, by name
+    conditioner: Params = flax.struct.field(default_factory=dict)  # pretrained parts, by name
     base: Params = None
 
 
@@ -231,7 +231,7 @@ class Denoising:
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
     def _with_params(self, params: Params, constants: Constants) -> Denoiser:
-        """The denoiser with what is trained, the adapted base, and the pretrained conditioners."""
+        """The denoiser with what is trained, what that adapts, and the frozen conditioners."""
         if self.lora is not None:
             params = lora.merge(constants.base, params["lora"], self.lora["alpha"])
         conditioner = {**params["conditioner"], **constants.conditioner}

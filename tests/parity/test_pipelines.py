@@ -6,6 +6,8 @@ draws noise of its own it is handed ours, and its posteriors are taken at their 
 
 import json
 import os
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,27 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+import public_keys  # noqa: E402
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (  # noqa: E402
     LDMBertConfig,
     LDMBertModel,
 )
+from safetensors.numpy import save_file  # noqa: E402
 
 import latent_diffusion as ldm  # noqa: E402
+from latent_diffusion import convert  # noqa: E402
 from latent_diffusion import model as model_module  # noqa: E402
+from latent_diffusion.convert import autoencoder as autoencoder_  # noqa: E402
+from latent_diffusion.convert import text  # noqa: E402
+from latent_diffusion.convert import unet as unet_  # noqa: E402
+from latent_diffusion.loading import as_model  # noqa: E402
 from latent_diffusion.rng import (  # noqa: E402
     keys_of_examples,
     normal_per_example,
     split_per_example,
 )
+from latent_diffusion.tokenizers import WordTokenizer  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -63,6 +73,7 @@ def make_vae():
             latent_channels=4,
             norm_num_groups=8,
             sample_size=SIDE * F,
+            scaling_factor=0.5,
         )
     )
 
@@ -115,7 +126,7 @@ def make_plain_unet(in_channels):
     )
 
 
-def make_clip(folder):
+def make_clip(folder, length=24, **fields):
     """A text encoder and its tokenizer: single letters, and a few merges."""
     from latent_diffusion.tokenizers.clip import _CHARACTER as letters
 
@@ -128,17 +139,16 @@ def make_clip(folder):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
     special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 24, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     torch.manual_seed(5)
-    encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=24, projection_dim=32,
-            bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
-            pad_token_id=len(vocabulary) - 1,
-        )
+    tiny = dict(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=length, projection_dim=32,
+        bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
+        pad_token_id=len(vocabulary) - 1,
     )  # fmt: skip
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**tiny, **fields}))
     return {
         "text_encoder": randomised(encoder, 5, 0.1),
         "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder),
@@ -162,6 +172,11 @@ def to_torch(x):
     return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).contiguous()
 
 
+def picture(x):
+    """In [0, 1], as diffusers wants pictures."""
+    return to_torch(x) / 2 + 0.5
+
+
 def draw(seed, *shape):
     return np.array(jax.random.normal(jax.random.key(seed), shape))
 
@@ -179,8 +194,6 @@ def start_noise(number, *shape):
 def in_order(monkeypatch, pipeline, *noises):
     """diffusers' draws of noise become these, one after the other."""
     left = [to_torch(noise) for noise in noises]
-    import sys
-
     module = sys.modules[type(pipeline).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: left.pop(0).reshape(shape))
     return left
@@ -241,7 +254,7 @@ def test_image_to_image(tmp_path, monkeypatch):
     image = np.tanh(draw(1, 2, SIDE * F, SIDE * F, 3))
     in_order(monkeypatch, pipeline, start_noise(2, SIDE, SIDE, 4))
     theirs = pipeline(
-        PROMPTS, image=to_torch(image), strength=0.6, num_inference_steps=20, output_type="np"
+        PROMPTS, image=picture(image), strength=0.6, num_inference_steps=20, output_type="np"
     )
     check(sample(model, image=image, strength=0.6), theirs.images)
 
@@ -255,7 +268,7 @@ def test_inpainting(tmp_path, monkeypatch):
     mask = mask.astype(np.float32)
     in_order(monkeypatch, pipeline, draw(0, 2, SIDE, SIDE, 4))
     theirs = pipeline(
-        PROMPTS, image=to_torch(image), mask_image=to_torch(mask), num_inference_steps=20,
+        PROMPTS, image=picture(image), mask_image=to_torch(mask), num_inference_steps=20,
         height=SIDE * F, width=SIDE * F, output_type="np", strength=1.0,
     )  # fmt: skip
     got = sample(model, image=image, mask=mask, z_T=draw(0, 2, SIDE, SIDE, 4))
@@ -273,7 +286,7 @@ def test_depth_to_image(tmp_path, monkeypatch):
     depth = 3 + draw(2, 2, SIDE * F, SIDE * F, 1)
     in_order(monkeypatch, pipeline, start_noise(2, SIDE, SIDE, 4))
     theirs = pipeline(
-        PROMPTS, image=to_torch(image), depth_map=to_torch(depth)[:, 0], strength=0.75,
+        PROMPTS, image=picture(image), depth_map=to_torch(depth)[:, 0], strength=0.75,
         num_inference_steps=20, output_type="np",
     )  # fmt: skip
     check(sample(model, image=image, depth=depth, strength=0.75), theirs.images)
@@ -292,7 +305,7 @@ def test_upscaling(tmp_path, monkeypatch):
     _, noise = split_per_example(keys, 2)
     in_order(monkeypatch, pipeline, normal_per_example(noise, (SIDE, SIDE, 3)))
     theirs = pipeline(
-        PROMPTS, image=to_torch(low_res), noise_level=30, latents=to_torch(z_T),
+        PROMPTS, image=picture(low_res), noise_level=30, latents=to_torch(z_T),
         num_inference_steps=20, output_type="np",
     )  # fmt: skip
     check(sample(model, low_res=low_res, noise_level=30, z_T=z_T), theirs.images)
@@ -352,3 +365,114 @@ def test_the_papers_super_resolution(tmp_path, monkeypatch):
     in_order(monkeypatch, pipeline, z_T)
     theirs = pipeline(image=to_torch(low_res), num_inference_steps=20, output_type="np")
     check(sample(ldm.load(tmp_path), None, low_res=low_res, z_T=z_T), theirs.images)
+
+
+def lora_file(path, unet, encoder, kind):
+    """Random factors for the attention of both, in kohya's names or diffusers'."""
+    rng, tensors, rank = np.random.default_rng(7), {}, 3
+    for prefix, model in (("unet", unet), ("te", encoder)):
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            if not name.endswith(
+                ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "out_proj")
+            ):
+                continue
+            down = rng.normal(size=(rank, module.in_features)).astype(np.float32)
+            up = rng.normal(size=(module.out_features, rank)).astype(np.float32)
+            whole = (
+                name if prefix == "unet" or name.startswith("text_model") else f"text_model.{name}"
+            )
+            if kind == "kohya":
+                key = f"lora_{prefix}_{whole.replace('.', '_')}"
+                tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": 0.1 * up}
+                tensors[f"{key}.alpha"] = np.float32(2.0)
+            else:
+                key = f"{'unet' if prefix == 'unet' else 'text_encoder'}.{whole}"
+                tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": 0.1 * up}
+    save_file({name: np.asarray(array) for name, array in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_adaptations(kind, tmp_path):
+    pytest.importorskip("peft")
+    pipeline, model = stable(diffusers.StableDiffusionPipeline, tmp_path, make_unet(), **ABSENT)
+    file = tmp_path / "lora.safetensors"
+    lora_file(file, pipeline.unet, pipeline.text_encoder, kind)
+    adapted = ldm.load(tmp_path / "pipeline", lora={file: 1.0})
+    plain, z_T = sample(model, z_T=draw(0, 2, SIDE, SIDE, 4)), draw(0, 2, SIDE, SIDE, 4)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    theirs = pipeline(PROMPTS, latents=to_torch(z_T), num_inference_steps=20, output_type="np")
+    ours = sample(adapted, z_T=z_T)
+    check(ours, theirs.images)
+    assert np.abs(ours - plain).max() > 0.05
+
+
+def make_own():
+    """A model as our training leaves it: words, v-prediction, latents normalised per channel."""
+    rng = np.random.default_rng(8)
+
+    def part(fields, shapes):
+        return convert.as_part(
+            fields,
+            jax.tree.map(lambda x: (0.15 * rng.normal(size=x.shape)).astype(np.float32), shapes),
+        )
+
+    autoencoder = dict(channels=16, channel_mult=(1, 2), num_res_blocks=1, num_groups=8,
+                       embed_dim=4, z_channels=4, resolution=16, regularization="kl")  # fmt: skip
+    unet = dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1,
+                attention_resolutions=(1,), num_heads=2, num_groups=8, out_channels=4)  # fmt: skip
+    words = dict(vocab_size=12, max_length=6, width=32, depth=1, num_heads=2, head_dim=16)
+    return as_model(
+        convert.Bundle(
+            autoencoder=part(autoencoder, autoencoder_.shapes(autoencoder)),
+            scale_factor=np.array([0.5, 1.0, 2.0, 1.5], np.float32),
+            shift=np.array([0.1, -0.2, 0.0, 0.3], np.float32),
+            unet=part(unet, unet_.shapes(unet, 4, 32, None)),
+            conditioners={"text": part(words, text.shapes(words))},
+            diffusion={"schedule": "cosine", "num_timesteps": 1000, "beta_start": 1e-4,
+                       "beta_end": 0.02, "zero_terminal_snr": False, "prediction": "v"},
+            tokenizer=WordTokenizer.train(["a red cat", "two dogs far away", "são"], 12, 6),
+            image_size=SIDE * F,
+        )
+    )  # fmt: skip
+
+
+def test_our_own_text_model_sampled_by_diffusers(tmp_path):
+    model, z_T = make_own(), draw(0, 2, SIDE, SIDE, 4)
+    model.save(tmp_path, format="diffusers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red São’s cat", "two dogs, far-away unknown"]
+    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=6, truncation=True)
+    np.testing.assert_array_equal(ids["input_ids"], model.tokenizer(prompts))
+    theirs = pipeline(
+        prompts, latents=to_torch(z_T), num_inference_steps=20, guidance_scale=2.0,
+        output_type="np", height=SIDE * F, width=SIDE * F,
+    )  # fmt: skip
+    check(sample(model, prompts, z_T=z_T, guidance_scale=2.0, spacing="trailing"), theirs.images)
+
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(MEMORY < 16e9, reason="needs 12 GB of memory")
+def test_one_step_of_stable_diffusion_1_in_its_real_shape(tmp_path):
+    torch.manual_seed(9)
+    parts = make_clip(tmp_path / "vocabulary", 77, **public_keys.CLIP_L, vocab_size=49408)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(**public_keys.SD_VAE).eval(),
+        unet=diffusers.UNet2DConditionModel(**{**public_keys.SD_UNET, "sample_size": SIDE}).eval(),
+        scheduler=SCHEDULERS["ddim"](),
+        **parts,
+        **ABSENT,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    z_T = draw(0, 2, SIDE, SIDE, 4)
+    theirs = pipeline(PROMPTS, latents=to_torch(z_T), num_inference_steps=1, output_type="np")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    del pipeline, parts
+    model = ldm.load(tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline")
+    assert sum(x.size for x in jax.tree.leaves(model.denoiser.params["unet"])) == 859_520_964
+    check(sample(model, z_T=z_T, num_steps=1), theirs.images)
