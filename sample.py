@@ -32,6 +32,13 @@ QUANTIZE_X0 = flags.DEFINE_bool("quantize_x0", None, "Round z_0 to the first sta
 IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
 STRENGTH = flags.DEFINE_float("strength", None, "In [0, 1]: how much of --image is made anew.")
 MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
+ETA = flags.DEFINE_float("eta", None, "Of ddim and the ancestral samplers: the share of noise.")
+SPACING = flags.DEFINE_string("spacing", None, "Of the timesteps: trailing, karras, original …")
+CFG_PP = flags.DEFINE_bool("cfg_pp", None, "CFG++; --guidance_scale in [0, 1].")
+PERPENDICULAR = flags.DEFINE_float(
+    "perpendicular", None, "Weight of --negative_prompts where they don't share with the prompt."
+)
+PROGRESS = flags.DEFINE_bool("progress", None, "Show a bar that counts network evaluations.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
@@ -54,6 +61,11 @@ def main(argv: list[str]) -> None:
         "dynamic_threshold": DYNAMIC_THRESHOLD.value,
         "quantize_x0": QUANTIZE_X0.value,
         "strength": STRENGTH.value,
+        "eta": ETA.value,
+        "spacing": SPACING.value,
+        "cfg_pp": CFG_PP.value,
+        "perpendicular": PERPENDICULAR.value,
+        "progress": sampling.progress_bar() if PROGRESS.value else None,
     }
     try:
         options |= {

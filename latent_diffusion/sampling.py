@@ -1,7 +1,7 @@
 """Checkpoint-based sampling to disk: what `sample.py` does."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,18 @@ def read_picture(path: str | None, mode: str) -> np.ndarray | None:
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert(mode), np.float32)[None]
     return pixels / 127.5 - 1 if mode == "RGB" else (pixels[..., None] > 127).astype(np.float32)
+
+
+def progress_bar() -> Callable[[Any], None]:
+    """A bar that counts the network's evaluations (of every device), for option `progress`."""
+    from tqdm import tqdm
+
+    bar = tqdm(unit=" evaluations", disable=False)  # asked for, whatever the environment
+
+    def advance(t: Any) -> None:
+        bar.update()
+
+    return advance
 
 
 def sample_to_disk(

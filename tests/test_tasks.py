@@ -49,15 +49,19 @@ def test_discriminator_learns_from_its_step_on_and_reaches_the_generator_from_it
     late = (("autoencoding.disc_start", 2), ("autoencoding.adversarial_start", 3))
     _, first, constants, batch, step = _setup("autoencoding", *late)
     _, _, _, _, step_without = _setup(
-        "autoencoding", *late, ("autoencoding.adversarial_weight", 0.0)
+        "autoencoding", ("autoencoding.disc_start", 100), ("autoencoding.adversarial_start", 100)
     )
     state = bare = first
     for number in range(4):
         before = state.disc_params
-        state, _ = step(state, constants, batch, RNG)
+        state, metrics = step(state, constants, batch, RNG)
         bare, _ = step_without(bare, constants, batch, RNG)
-        assert _moved(before, state.disc_params) == (number >= 2), number
-        assert _moved(state.params, bare.params) == (number >= 3), number
+        assert _moved(before, state.disc_params) == (number >= 2) == bool(metrics["disc_factor"])
+        assert _moved(state.params, bare.params) == (number >= 3)
+        assert bool(metrics["adversarial_factor"]) == (number >= 3)
+    # Each update moves its own player: G learned beside a D that never moved, and alike beside one
+    # that did, until that one's verdict reached it.
+    assert _moved(first.params, bare.params) and not _moved(first.disc_params, bare.disc_params)
 
 
 def test_one_pass_gradients_equal_three_separate_differentiations():

@@ -307,6 +307,7 @@ class Autoencoder(nn.Module):
         posterior = DiagonalGaussian.from_moments(moments)
         metrics = {
             **_moments_of(z),
+            "posterior_mean": jnp.mean(posterior.mean),
             "posterior_mean_abs": jnp.mean(jnp.abs(posterior.mean)),
             "posterior_std": jnp.mean(posterior.std),
         }

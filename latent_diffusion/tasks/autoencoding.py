@@ -179,7 +179,9 @@ class Autoencoding:
         d_weight = self.adversarial_weight * adaptive_weight(
             *pmean((last_layer(d_rec), last_layer(d_adv)), axis_name)
         )
-        g_weight = d_weight * gate(state.step, self.adversarial_start, self.adversarial_ramp)
+        adversarial_factor = gate(state.step, self.adversarial_start, self.adversarial_ramp)
+        disc_factor = gate(state.step, self.disc_start)
+        g_weight = d_weight * adversarial_factor
         (g_grads,) = generator_vjp((d_rec + g_weight * d_adv, jnp.full_like(reg, self.reg_weight)))
         grads = {"autoencoder": g_grads, "logvar": d_logvar * self.learn_logvar}
 
@@ -189,7 +191,7 @@ class Autoencoding:
             fake, stats = discriminate(disc_params, stats, x_rec)
             loss = lookup(D_LOSSES, self.disc_loss, "disc_loss")(real, fake)
             logits = {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
-            return loss * gate(state.step, self.disc_start), (loss, stats, logits)
+            return loss * disc_factor, (loss, stats, logits)
 
         disc_grads, (d_loss, disc_stats, logits) = jax.grad(disc_loss, has_aux=True)(
             state.disc_params
@@ -202,6 +204,8 @@ class Autoencoding:
             "g_loss": g_loss,
             "disc_loss": d_loss,
             "d_weight": d_weight,
+            "disc_factor": disc_factor,
+            "adversarial_factor": adversarial_factor,
             **logits,
             **reg_metrics,
         }
