@@ -52,7 +52,9 @@ def test_decode_undoes_the_scale(normalization):
 
 def test_weights_of_another_architecture_are_named():
     want, have = ({"encoder": {"kernel": np.zeros(shape)}} for shape in ((3, 3, 8), (3, 3, 4)))
-    message = r"^runs/a holds another architecture: encoder/kernel: expected \(3, 3, 8\), got \(3, 3"
+    message = (
+        r"^runs/a holds another architecture: encoder/kernel: expected \(3, 3, 8\), got \(3, 3"
+    )
     with pytest.raises(ValueError, match=message):
         check_same_tree(want, have, "runs/a")
     with pytest.raises(ValueError, match=r"encoder/bias: expected nothing, got \(8,\)"):

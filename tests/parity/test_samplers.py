@@ -350,3 +350,7 @@ def test_equals_k_diffusion(name, function, rows, spacing, num_steps, k_sampling
     x = torch.from_numpy(np.asarray(Z_T, np.float64)) * (1 + sigmas[0] ** 2) ** 0.5
     expected = getattr(k_sampling, function)(k_model, x, sigmas, **own)
     assert_close(ours(name, timesteps), expected.numpy())
+
+
+def test_every_sampler_is_compared():
+    assert {case[0] for case in [*CASES, *K_CASES]} == set(SAMPLERS)
