@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 from absl import app, flags
@@ -28,7 +29,7 @@ def mosaic(side: int, piece: int = 64) -> np.ndarray:
     """Held-out pictures of piece×piece pixels, edge to edge: [1 side side 3] in [-1, 1]."""
     from latent_diffusion import data, workdir
 
-    config = workdir.load_config(WORKDIR.value).data
+    config = workdir.load_config(Path(WORKDIR.value)).data
     config.image_size = piece
     source = data.make_source(config, "test")
     count = side // piece
@@ -101,6 +102,9 @@ def compare(side: int, tile: int) -> None:
 
 def main(argv: list[str]) -> None:
     """Measure in processes of their own, then compare."""
+    from latent_diffusion.startup import quiet_and_cached
+
+    quiet_and_cached()
     if ONE.value:
         side, tile = map(int, ONE.value)
         print(json.dumps(measure(side, tile or None)))
