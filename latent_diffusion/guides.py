@@ -29,6 +29,14 @@ class Scales:
     distance: str = "l2"
 
 
+def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
+    """Raise ValueError for a classifier that was trained with other noise than the denoiser."""
+    if classifier is not None:
+        theirs, ours = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
+        if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-6):
+            raise ValueError("the classifier was trained with another noise schedule")
+
+
 def entries(
     classifier: NoisyClassifier | None, labels: Any, target: Any, channels: int, total: int
 ) -> dict[str, np.ndarray]:

@@ -164,9 +164,9 @@ class Model(flax.struct.PyTreeNode):
         `classifier_labels`, and by `target` [N h w C] toward pictures that become it when they are
         reduced to its size, by "l2" or "lpips"; scale 1 is Bayes' rule (App. C of the paper).
 
-        options: `sampler`, `num_steps`,
-        `spacing`, `guidance_scale` (a number, or one a step), and those of the sampler (`eta` …)
-        and the spacing (`end` …); else the model's defaults (see `denoiser.plan`).
+        options: `sampler`, `num_steps`, `spacing`, `guidance_scale` (a number, or one a step), and
+        those of the sampler (`eta` …) and the spacing (`end` …); else the model's defaults (see
+        `denoiser.plan`).
 
         negative_prompts: instead of the unconditional; one for all, or one a prompt; the option
         `perpendicular` = weight steers away only from what they don't share with the prompt (beside
@@ -187,11 +187,8 @@ class Model(flax.struct.PyTreeNode):
         given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
         given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
         given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
-        given |= {
-            key: {"image": image, "mask": mask}[key]
-            for key in ("image", "mask")
-            if key in denoiser.conditioner.keys
-        }
+        pictures = {"image": image, "mask": mask}  # conditions of some models
+        given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
         told, (height, width) = self._conditions(given, image_size)
         told = {k: np.repeat(v, num_images, axis=0) for k, v in told.items()}
         total = len(next(iter(told.values()), np.zeros(num_images)))
@@ -215,6 +212,7 @@ class Model(flax.struct.PyTreeNode):
             batch["z_T"] = np.asarray(z_T)
 
         channels = getattr(first_stage.module, "image_channels", 3)
+        guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         scales = guides.Scales(classifier_scale, target_scale, target_distance)
         distance = None if target is None else guides.load_distance(target_distance)
