@@ -187,7 +187,7 @@ def test_identity_first_stage_changes_nothing():
         {},
         {"transformer_depth": 0, "legacy_qkv_order": False},
         {"use_scale_shift_norm": True, "resblock_updown": True},
-        {"remat": True, "dtype": jnp.bfloat16, "dropout": 0.1},
+        {"remat": "dots_saveable", "dtype": jnp.bfloat16, "dropout": 0.1},
         {"disable_self_attentions": (True, False), "num_head_channels": 4},
         {"vector_projection": True, "num_codes": 5},
     ],
