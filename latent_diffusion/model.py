@@ -302,21 +302,6 @@ def _in_range(images: Array | np.ndarray) -> jax.Array:
     return images
 
 
-def _in_range(images: Array | np.ndarray) -> jax.Array:
-    """The images, unless their pixels are 0 … 255. Under jit only their dtype is known."""
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
-        )
-    images = jnp.asarray(images)
-    if isinstance(images, jax.core.Tracer) or images.size == 0:
-        return images
-    reach = float(jnp.max(jnp.abs(images)))
-    if not reach <= 2:  # NaN fails too
-        raise ValueError(f"images have values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
-    return images
-
-
 def _known_image(
     image: Array | np.ndarray | None,
     mask: Array | np.ndarray | None,
