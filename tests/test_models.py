@@ -223,6 +223,9 @@ def test_unet_says_what_it_expected():
         unet.init(
             KEY, jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), Conditioning(vector=jnp.zeros((1, 3)))
         )
+    with pytest.raises(ValueError, match="concat is 2×4, the latent 4×4"):
+        beside = Conditioning(concat=jnp.zeros((1, 2, 4, 3)))
+        unet.init(KEY, jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), beside)
     with pytest.raises(ValueError, match="cannot be split into heads"):
         UNet(**(SMALL_UNET | {"num_heads": 3})).init(
             KEY, jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), Conditioning(context=jnp.zeros((1, 2, 3)))

@@ -24,6 +24,7 @@ from latent_diffusion.conditioners.masked_image import MaskedImage
 from latent_diffusion.conditioners.neighbours import Neighbours
 from latent_diffusion.conditioners.spatial_rescaler import SpatialRescaler
 from latent_diffusion.conditioners.text import TextTransformer
+from latent_diffusion.conditioners.word_map import WordMap
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Keys, lookup
 
 CONDITIONERS: dict[str, Any] = {
@@ -39,6 +40,7 @@ CONDITIONERS: dict[str, Any] = {
     "depth": Depth,
     "neighbours": Neighbours,
     "image_embedding": ImageEmbedding,
+    "word_map": WordMap,
 }
 
 

@@ -162,8 +162,13 @@ class UNet(nn.Module):
                 f"unet: latent of {z_t.shape[1]}×{z_t.shape[2]} must be divisible by {factor}"
             )
         emb = self._embedding(t, conditioning.vector)
-        context = conditioning.context
-        h = z_t if conditioning.concat is None else jnp.concatenate([z_t, conditioning.concat], -1)
+        context, concat = conditioning.context, conditioning.concat
+        if concat is not None and concat.shape[1:3] != z_t.shape[1:3]:
+            raise ValueError(
+                f"unet: conditioning.concat is {concat.shape[1]}×{concat.shape[2]}, "
+                f"the latent {z_t.shape[1]}×{z_t.shape[2]}"
+            )
+        h = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
 
         # Down: every block's output is kept for the way up.
         h = Conv(self.model_channels, dtype=self.dtype, name="input_blocks_0_0")(h)
