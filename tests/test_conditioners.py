@@ -228,7 +228,7 @@ def test_several_conditioners_join_along_their_axes():
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
     # A hybrid: one condition beside the latent, many to attend to, one with the timestep.
     hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
-    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1)
+    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2)
     assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
     assert hybrid.vector.shape == (3, 6)
     both = combine(
