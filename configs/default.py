@@ -182,7 +182,7 @@ def unet() -> ConfigDict:
     # What the backward pass recomputes: "none" | "full" (all within blocks) | "dots_saveable" |
     # "dots_with_no_batch_dims_saveable" (all but matrix products)
     c.remat = "none"
-    c.attention = "auto"  # "auto" | "xla" | "cudnn"
+    c.attention = "auto"  # "auto" | "xla" | "cudnn" | "splash" (TPU)
     c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c
 

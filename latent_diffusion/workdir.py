@@ -171,7 +171,8 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
                 f"but the tokenizer has {tokenizer.vocab_size} tokens"
             )
         for field in ("empty", "pad_id"):
-            own, wanted = getattr(part, field), getattr(tokenizer, field)
+            wanted = getattr(tokenizer, field)
+            own = getattr(part, field, wanted)
             if own != wanted:
                 raise ValueError(
                     f"conditioners.{name}.{field}={own}, but the tokenizer's is {wanted}: set it, "

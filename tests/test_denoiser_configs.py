@@ -15,32 +15,33 @@ from latent_diffusion.models.unet import UNet
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.types import Conditioning
 
-# Millions of parameters of the released U-Nets.
+# Millions of parameters of the released U-Nets, and tensors.
 RELEASED = {
-    "celebahq": 274.06,
-    "ffhq": 274.06,
-    "bedrooms": 274.06,
-    "churches": 294.97,
-    "cin256": 394.98,
-    "cin256_v2": 400.92,
-    "text2img256": 403.62,
-    "txt2img_1p4b": 872.30,
-    "layout2img": 246.28,
-    "semantic_synthesis": 215.23,
-    "semantic_synthesis:512": 215.23,
-    "super_resolution": 113.62,
-    "super_resolution:bicubic": 113.62,
-    "inpainting": 387.25,
-    "rdm": 1335.48,
-    "sd_v1": 859.52,
-    "sd_v2": 865.91,
-    "sd_v2:768": 865.91,
+    "celebahq": (274.06, 368),
+    "ffhq": (274.06, 368),
+    "bedrooms": (274.06, 368),
+    "churches": (294.97, 520),
+    "cin256": (394.98, 626),
+    "cin256_v2": (400.92, 688),
+    "text2img256": (403.62, 688),
+    "txt2img_1p4b": (872.30, 686),
+    "layout2img": (246.28, 1328),
+    "semantic_synthesis": (215.23, 216),
+    "semantic_synthesis:512": (215.23, 216),
+    "super_resolution": (113.62, 306),
+    "super_resolution:bicubic": (113.62, 306),
+    "inpainting": (387.25, 416),
+    "rdm": (1335.48, 688),
+    "sd_v1": (859.52, 686),
+    "sd_v2": (865.91, 686),
+    "sd_v2:768": (865.91, 686),
 }
 F = ("f1", "f2", "f4", "f8", "f16", "f32")
-# Rows of the paper's Tab. 13 and 14, in whole millions as printed there.
+# Rows of the paper's Tab. 13 and 14, in whole millions. Two are printed otherwise there: ImageNet
+# f4 as 391, but 400 in its Tab. 3, and CelebA-HQ f16 as 260, though it is f32 with another latent.
 PRINTED = {
-    **dict(zip((f"celebahq:{f}" for f in F), (270, 265, 274, 258, 260, 258), strict=True)),
-    **dict(zip((f"cin256:{f}" for f in F), (396, 391, 391, 395, 395, 395), strict=True)),
+    **dict(zip((f"celebahq:{f}" for f in F), (270, 265, 274, 258, 258, 258), strict=True)),
+    **dict(zip((f"cin256:{f}" for f in F), (396, 391, 401, 395, 395, 395), strict=True)),
     "inpainting:small": 215,
 }
 OTHERS = ("sd_v1:inpainting", "sd_v2:inpainting", "sd_v2:depth", "sd_v2_upscaler")
@@ -71,27 +72,28 @@ def beside(config):
 
 @functools.cache
 def unet_size(out_channels, in_channels, context, fields):
-    """Millions of parameters; nothing is computed."""
+    """Millions of parameters, and tensors; nothing is computed."""
     unet = UNet(out_channels=out_channels, **{**dict(fields), "remat": "none"})
     side = 2 ** (len(unet.channel_mult) - 1)
     told = Conditioning(context=context and jnp.zeros((1, 1, context)))
     z_t = jnp.zeros((1, side, side, in_channels))
-    return count(jax.eval_shape(unet.init, jax.random.key(0), z_t, jnp.zeros(1), told))
+    params = jax.eval_shape(unet.init, jax.random.key(0), z_t, jnp.zeros(1), told)
+    return count(params), len(jax.tree.leaves(params))
 
 
 def size(config):
     """What more channels in and out add to a U-Net of 3 is two convolutions of 3×3."""
     latent, more, context = beside(config)
-    base = unet_size(3, 3, context, tuple(sorted(config.unet.to_dict().items())))
+    base, tensors = unet_size(3, 3, context, tuple(sorted(config.unet.to_dict().items())))
     ends = 9 * config.unet.model_channels * (latent + more - 3 + latent - 3) + (latent - 3)
-    return base + ends / 1e6
+    return base + ends / 1e6, tensors
 
 
 @pytest.mark.parametrize("name", [*RELEASED, *PRINTED])
 def test_the_unet_has_the_published_size(name):
-    millions = size(get(name))
+    millions, tensors = size(get(name))
     if name in RELEASED:
-        assert round(millions, 2) == RELEASED[name]
+        assert (round(millions, 2), tensors) == RELEASED[name]
     else:
         assert abs(millions - PRINTED[name]) < 1.05, millions
 
