@@ -173,6 +173,7 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
         for field in ("empty", "pad_id"):
             wanted = getattr(tokenizer, field)
             own = getattr(part, field, wanted)
+            own = tuple(own) if isinstance(own, list) else own  # as JSON has it
             if own != wanted:
                 raise ValueError(
                     f"conditioners.{name}.{field}={own}, but the tokenizer's is {wanted}: set it, "
