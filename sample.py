@@ -5,7 +5,6 @@
 Writes 00000.png … in prompt-major order, grid.png, samples.npz and prompts.txt.
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
@@ -32,12 +31,17 @@ QUANTIZE_X0 = flags.DEFINE_bool("quantize_x0", None, "Round z_0 to the first sta
 IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
 STRENGTH = flags.DEFINE_float("strength", None, "In [0, 1]: how much of --image is made anew.")
 MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.sampling`."""
-    from latent_diffusion import sampling
+    from latent_diffusion import processes, sampling
     from latent_diffusion.startup import quiet_and_cached
 
     quiet_and_cached()
@@ -55,7 +59,9 @@ def main(argv: list[str]) -> None:
         "quantize_x0": QUANTIZE_X0.value,
         "strength": STRENGTH.value,
     }
+    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
+        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
         options |= {
             "negative_prompts": sampling.read_prompts(NEGATIVE_PROMPTS.value, None),
             "more_prompts": sampling.read_weighted(MORE_PROMPTS.value),
@@ -74,7 +80,7 @@ def main(argv: list[str]) -> None:
             **{name: value for name, value in options.items() if value is not None},
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        processes.exit_with(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ first stage elsewhere can't change it.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from latent_diffusion import data
+from latent_diffusion import data, processes
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
 from latent_diffusion.first_stage import FirstStage
 from latent_diffusion.tokenizers import TOKENIZERS, WordTokenizer, load_tokenizer
@@ -29,12 +30,19 @@ TOKENIZER = "tokenizer.json"
 FIRST_STAGE = "first_stage.safetensors"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there complete or not at all, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the resolved experiment; process 0 only."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=2)
-        (workdir / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_whole(workdir / CONFIG, text + "\n")
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -110,12 +118,13 @@ def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> WordTokeni
     if config.tokenizer.name == "none":
         return None
     kind = lookup(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
-    if not (workdir / TOKENIZER).exists():
+    if jax.process_index() == 0 and not (workdir / TOKENIZER).exists():
         captions = data.captions(source)
         tokenizer = kind.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_length)
-        if jax.process_index() == 0:
-            tokenizer.save(workdir / TOKENIZER)
-        return tokenizer
+        partial = workdir / f".{TOKENIZER}.partial"
+        tokenizer.save(partial)
+        os.replace(partial, workdir / TOKENIZER)
+    processes.barrier("tokenizer")
     return load_tokenizer(workdir / TOKENIZER)
 
 

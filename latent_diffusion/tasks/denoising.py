@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.accumulation import value_and_grad_in_parts
 from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.denoiser import Denoiser, make_denoiser, plan
 from latent_diffusion.diffusion import (
@@ -35,7 +36,6 @@ from latent_diffusion.first_stage import FirstStage, init_first_stage, make_auto
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
-    device_key,
     example_keys,
     normal_per_example,
     pmean,
@@ -84,6 +84,7 @@ class Denoising:
     input_perturbation: float = 0.0
     drop_rate: float = 0.1
     ema_decay: float = 0.9999
+    grad_accumulation: int = 1
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -135,12 +136,13 @@ class Denoising:
         rng = jax.random.fold_in(rng, state.step)
         keys = example_keys(rng, _batch_size(batch), axis_name)
 
-        def loss_fn(params: Params):
-            dropout = {"dropout": device_key(rng, axis_name)}
+        def loss_fn(params: Params, batch: Batch, keys: Keys):
+            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
             per_example = self._loss(params, state.squares, constants, batch, keys, dropout)
             return jnp.mean(per_example["loss"]), per_example
 
-        (loss, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
+        (loss, seen), grads = value_and_grad(state.params, batch, keys)
         loss, grads = pmean((loss, grads), axis_name)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -287,4 +289,5 @@ def make_denoising(config: Config) -> Denoising:
         input_perturbation=own["input_perturbation"],
         drop_rate=own["drop_rate"],
         ema_decay=config["ema_decay"],
+        grad_accumulation=config["grad_accumulation"],
     )
