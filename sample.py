@@ -5,7 +5,6 @@
 Writes 00000.png … in prompt-major order, grid.png, samples.npz and prompts.txt.
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
@@ -48,12 +47,17 @@ NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_re
 DEPTH = flags.DEFINE_string("depth", None, "A picture, light where things are near.")
 NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [N k D] or [k D].")
 IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.sampling`."""
-    from latent_diffusion import sampling
+    from latent_diffusion import processes, sampling
     from latent_diffusion.startup import quiet_and_cached
 
     quiet_and_cached()
@@ -76,7 +80,9 @@ def main(argv: list[str]) -> None:
         "perpendicular": PERPENDICULAR.value,
         "progress": sampling.progress_bar() if PROGRESS.value else None,
     }
+    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
+        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
         options |= {
             "negative_prompts": sampling.read_prompts(NEGATIVE_PROMPTS.value, None),
             "more_prompts": sampling.read_weighted(MORE_PROMPTS.value),
@@ -104,7 +110,7 @@ def main(argv: list[str]) -> None:
             **{name: value for name, value in options.items() if value is not None},
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        processes.exit_with(f"error: {error}")
 
 
 if __name__ == "__main__":

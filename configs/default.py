@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     c.task = "denoising"
     c.seed = 0
     c.batch_size = 64  # global: summed over all devices and processes
+    c.grad_accumulation = 1  # micro-batches of a step: less memory, the same numbers
     c.num_steps = 100_000
     c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
 
@@ -131,6 +132,8 @@ def autoencoder() -> ConfigDict:
     c.z_channels = 4
     c.embed_dim = 4  # channels of the latent
     c.tanh_out = False
+    c.remat = False  # recompute activations in the backward pass
+    c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
     c.num_codes = 8192  # vq and gumbel: size of the codebook
     c.codebook_beta = 0.25  # vq
     c.codebook_legacy = True  # beta on the codebook term (released models), else on the commitment

@@ -218,9 +218,8 @@ class Model(flax.struct.PyTreeNode):
         distance = None if target is None else guides.load_distance(target_distance)
 
         mode = parallel.resolve_mode(mode)
-        devices = 1 if mode == "single" else jax.device_count()
         batch_size = min(batch_size, total)
-        batch_size += -batch_size % devices
+        batch_size += -batch_size % parallel.num_parts(mode)
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         weights = tuple(float(weight) for _, weight in more_prompts)
         program = _program(
@@ -231,6 +230,7 @@ class Model(flax.struct.PyTreeNode):
         for start in range(0, total, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), total - 1)  # pad with the last
             part = {key: value[index] for key, value in batch.items()}
+            part = parallel.process_rows(part, mode)
             images.append(program({}, frozen, part, rng))
         return np.concatenate(images)[:total]
 

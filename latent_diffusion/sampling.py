@@ -131,7 +131,7 @@ def sample_to_disk(
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora: see `load`.
+    tokenizer, lora: see `load`. Process 0 alone writes and prints.
     """
     model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()
@@ -139,6 +139,8 @@ def sample_to_disk(
         model.sample(jax.random.key(seed), prompts, class_labels, num_images=num_images, **options)
     )
     seconds = time.perf_counter() - start
+    if jax.process_index() != 0:
+        return images
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(out / f"{i:05d}.png")
@@ -150,7 +152,7 @@ def sample_to_disk(
     lines = [name for name in names for _ in range(num_images)]
     (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(
-        f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s, "
-        f"compilation included): {out / 'grid.png'}"
+        f"{len(images)} images in {seconds:.1f} s on {jax.device_count()} devices "
+        f"({len(images) / seconds:.1f} images/s, compilation included): {out / 'grid.png'}"
     )
     return images
