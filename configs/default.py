@@ -12,8 +12,12 @@ def get_config() -> ConfigDict:
     c.task = "denoising"
     c.seed = 0
     c.batch_size = 64  # global: summed over all devices and processes
+    c.grad_accumulation = 1  # micro-batches of a step: less memory, the same numbers
     c.num_steps = 100_000
     c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
+
+    c.init_from = ""  # start from the parameters there: whatever latent_diffusion.load reads
+    c.init_from_only = ""  # a regex over parameter paths, "unet/" say; "" = all of them
 
     c.data = data()
     c.tokenizer = ConfigDict()
@@ -56,6 +60,12 @@ def get_config() -> ConfigDict:
     c.optimizer.no_decay = ()  # regexes over parameter paths
     c.optimizer.frozen = ()  # regexes over parameter paths
     c.optimizer.grad_clip = 0.0  # global norm; 0 = off
+
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # > 0: train a low-rank adaptation of init_from's parameters, and only it
+    c.lora.alpha = 1.0  # its strength: alpha/rank times the product of its factors is added
+    # Kernels that it adapts; the default is the U-Net's attention. CLIP's: "self_attn/(qkv|out)"
+    c.lora.targets = (r"unet/.*attn\d/to_",)
 
     c.parallel = ConfigDict()
     c.parallel.mode = "auto"  # "single" | "pmap" | "mesh" | "auto" (one device: single, else pmap)
@@ -122,6 +132,8 @@ def autoencoder() -> ConfigDict:
     c.z_channels = 4
     c.embed_dim = 4  # channels of the latent
     c.tanh_out = False
+    c.remat = False  # recompute activations in the backward pass
+    c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
     c.num_codes = 8192  # vq and gumbel: size of the codebook
     c.codebook_beta = 0.25  # vq
     c.codebook_legacy = True  # beta on the codebook term (released models), else on the commitment

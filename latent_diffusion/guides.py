@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,7 +66,7 @@ def entries(
 def load_distance(name: str) -> Params | None:
     """The parameters of a distance, None where it has none."""
     net = lookup(DISTANCES, name, "target_distance")
-    return None if net is None else load_lpips_params(net)
+    return None if net is None else jax.tree.map(jnp.asarray, load_lpips_params(net))
 
 
 def guide(

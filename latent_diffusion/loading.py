@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latent_diffusion import convert, workdir
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError
@@ -26,15 +27,23 @@ def load(
     config: str | os.PathLike | None = None,
     ema: bool | None = None,
     variant: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    lora: Mapping[Any, float] | None = None,
 ) -> Model:
     """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 
     config: the yaml of a single file; None takes the one of the same name beside it, if any.
     ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
-    the average. variant: "fp16" or "non_ema" files of a folder. Parameters become float32.
+    the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: of a file that has a
+    text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
+    looks for them beside the file. lora: files to merge, with their weights. Parameters become
+    float32.
     Raises ValueError or CheckpointError, in one line, where there is no model.
     """
-    return as_model(convert.read(path, config=config, ema=ema, variant=variant))
+    bundle = convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
+    for file, weight in (lora or {}).items():
+        bundle = convert.with_lora(bundle, Path(file), weight)
+    return as_model(bundle)
 
 
 def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
@@ -80,7 +89,14 @@ def as_model(bundle: convert.Bundle) -> Model:
         tokenizer=bundle.tokenizer,
         defaults=dict(bundle.sampling),
         image_size=bundle.image_size,
-        origin={**bundle.notes, **({"diffusion": bundle.diffusion} if denoiser else {})},
+        origin={
+            **bundle.notes,
+            **({"diffusion": bundle.diffusion} if denoiser else {}),
+            "unused": {
+                name: {key: np.array(tensor.read()) for key, tensor in part.unused.items()}
+                for name, part in bundle.parts()
+            },
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
         raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
 
 
+def read_adaptations(entries: Sequence[str]) -> dict[str, float]:
+    """Weights by file, from "FILE:0.8" or "FILE"."""
+    weights = {}
+    for entry in entries:
+        file, colon, weight = entry.rpartition(":")
+        try:
+            weights[file if colon else entry] = float(weight) if colon else 1.0
+        except ValueError as error:
+            raise ValueError(f"--lora={entry}: write FILE or FILE:WEIGHT") from error
+    return weights
+
+
 def read_interval(values: Sequence[str] | None) -> tuple[float, float] | None:
     """(low, high) from its flag."""
     if values is None:
@@ -62,6 +74,18 @@ def read_picture(path: str | None, mode: str) -> np.ndarray | None:
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert(mode), np.float32)[None]
     return pixels / 127.5 - 1 if mode == "RGB" else (pixels[..., None] > 127).astype(np.float32)
+
+
+def progress_bar() -> Callable[[Any], None]:
+    """A bar that counts the network's evaluations (of every device), for option `progress`."""
+    from tqdm import tqdm
+
+    bar = tqdm(unit=" evaluations", disable=False)  # asked for, whatever the environment
+
+    def advance(t: Any) -> None:
+        bar.update()
+
+    return advance
 
 
 def read_levels(path: str | None, channel: bool = False) -> np.ndarray | None:
@@ -101,15 +125,22 @@ def sample_to_disk(
     class_labels: list[int] | None = None,
     num_images: int = 4,
     seed: int = 0,
+    tokenizer: str | None = None,
+    lora: Mapping[str, float] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C]."""
-    model = load(path)
+    """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
+
+    tokenizer, lora: see `load`. Process 0 alone writes and prints.
+    """
+    model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()
     images = to_uint8(
         model.sample(jax.random.key(seed), prompts, class_labels, num_images=num_images, **options)
     )
     seconds = time.perf_counter() - start
+    if jax.process_index() != 0:
+        return images
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(out / f"{i:05d}.png")
@@ -121,7 +152,7 @@ def sample_to_disk(
     lines = [name for name in names for _ in range(num_images)]
     (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(
-        f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s, "
-        f"compilation included): {out / 'grid.png'}"
+        f"{len(images)} images in {seconds:.1f} s on {jax.device_count()} devices "
+        f"({len(images) / seconds:.1f} images/s, compilation included): {out / 'grid.png'}"
     )
     return images

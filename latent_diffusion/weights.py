@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Return what `pid` stands for."""
         if self._persistent is None:
-            raise pickle.UnpicklingError(f"refused to load external data {pid!r}")
+            raise pickle.UnpicklingError(f"refused to load external data {reprlib.repr(pid)}")
         return self._persistent(pid)
 
 

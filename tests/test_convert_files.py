@@ -91,6 +91,7 @@ def test_tensors_are_read_when_asked_for_and_not_before(tmp_path):
         ({"x": {"dtype": "F32"}}, b"", None, "damaged header"),
         (b"{not json", b"", None, "damaged header"),
         (b"{", b"", 1 << 40, "header claims"),
+        (b'{"x":' + b"[" * 100_000, b"", None, "damaged header"),
     ],
 )
 def test_damaged_safetensors_are_refused(tmp_path, header, data, length, reason):
@@ -269,6 +270,79 @@ def test_hostile_or_damaged_pickles_are_refused(tmp_path, tree, reason):
     with pytest.raises(ValueError, match=reason) as error:
         open_tensors(path)
     assert str(path) in str(error.value)
+
+
+def raw_pickle(path, pickled):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        # The memo would become an array of 2³¹ pointers.
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "memo index 2,147,483,647 in a pickle of 9 bytes"),
+        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x3f.", "damaged pickle"),  # 2⁶² bytes
+        (b"\x80\x02}q\x00", "damaged pickle"),  # no end
+        (b"\x80\x02\xff.", "damaged pickle"),
+        (b"\x80\x02\x82\x01.", "extension"),
+        (b"(i__main__\nx\n.", r"refused to load '__main__\.x'"),
+    ],
+)
+def test_programs_that_no_writer_of_tensors_makes_are_refused(tmp_path, pickled, reason):
+    with pytest.raises(ValueError, match=reason):
+        open_tensors(raw_pickle(tmp_path / "bad.ckpt", pickled))
+
+
+def test_a_message_about_a_bomb_is_short(tmp_path):
+    """Forty lists, each twice in the next: a small file whose full text has 2⁴⁰ words."""
+    nested = b"".join(b"]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(1, 40))
+    program = b"\x80\x02]q\x00" + nested + b"Q."
+    with pytest.raises(ValueError, match="refused to load external data") as error:
+        open_tensors(raw_pickle(tmp_path / "bad.ckpt", program))
+    assert len(str(error.value)) < 2000
+
+
+def test_two_entries_of_one_name_are_refused(tmp_path):
+    """Else one program checks the one, and another reads the other."""
+    path = torch_zip(tmp_path / "bad.ckpt", {"x": X}, {"0": FLAT, "1": FLAT})
+    path.write_bytes(path.read_bytes().replace(b"archive/data/1", b"archive/data/0"))
+    with pytest.raises(ValueError, match="same name"):
+        open_tensors(path)
+
+
+def test_encrypted_entries_are_refused(tmp_path):
+    path = torch_zip(tmp_path / "bad.ckpt", {"x": X}, {"0": FLAT})
+    data = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(mark) + at] |= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="encrypted"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "safetensors"])
+def test_whatever_byte_is_wrong_the_file_is_read_or_refused_in_one_way(tmp_path, kind):
+    """Two thousand damaged copies: nothing but tensors, or a ValueError that names the file."""
+    good = tmp_path / "good"
+    if kind == "zip":
+        torch_zip(good, {"x": X, "n": 3}, {"0": FLAT})
+    else:
+        write_safetensors(good, {"x": in_memory(FLAT), "y": in_memory(FLAT)})
+    data, bad, rng = good.read_bytes(), tmp_path / "bad", np.random.default_rng(0)
+    refused = 0
+    for i in range(1000):
+        copy = bytearray(data)
+        copy[rng.integers(len(copy))] = rng.integers(256)
+        bad.write_bytes(copy if i % 2 else copy[: rng.integers(len(copy))])
+        try:
+            for tensor in open_tensors(bad).tensors.values():
+                assert tensor.read().size == tensor.size
+        except ValueError as error:
+            assert str(bad) in str(error)
+            refused += 1
+    assert refused > 500  # every truncated one
 
 
 def test_a_pickle_cannot_alter_what_it_may_call(tmp_path):

@@ -173,12 +173,14 @@ def test_reading_is_strict_and_tells_both_sides():
     theirs["loss.logvar"] = in_memory(np.zeros(()))
     del theirs["decoder.conv_out.bias"]
     theirs["encoder.conv_in.weight"] = in_memory(np.zeros((8, 4, 3, 3), np.float32))
+    theirs["encoder.conv_in.bias"] = in_memory(np.zeros(8, np.int64))
     with pytest.raises(ValueError, match="does not fit") as error:
         read_tensors(table, shapes, theirs, "vae.safetensors")
     text = str(error.value)
     assert "1 missing: decoder/conv_out/bias ← decoder.conv_out.bias" in text
     assert "encoder/conv_in/kernel (3, 3, 3, 8) ← encoder.conv_in.weight (8, 4, 3, 3)" in text
     assert "1 left over: loss.logvar" in text
+    assert "1 not floating-point: encoder/conv_in/bias ← encoder.conv_in.bias int64" in text
     with pytest.raises(ValueError, match="no name for other/kernel"):
         write_tensors(table, {"other/kernel": in_memory(np.zeros(3))})
 

@@ -9,16 +9,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from latent_diffusion import workdir
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
 from latent_diffusion.convert.compvis import read_compvis, write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
+from latent_diffusion.convert.lora import with_lora, write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
 from latent_diffusion.types import lookup
 
-__all__ = ["FORMATS", "Bundle", "Part", "as_params", "as_part", "bundle_of", "read", "write"]
+__all__ = [
+    "FORMATS",
+    "Bundle",
+    "Part",
+    "as_params",
+    "as_part",
+    "bundle_of",
+    "read",
+    "with_lora",
+    "write",
+]
 
-FORMATS = {"diffusers": write_diffusers, "compvis": write_compvis, "orbax": write_orbax}
+FORMATS = {
+    "diffusers": write_diffusers,
+    "compvis": write_compvis,
+    "orbax": write_orbax,
+    "lora": write_diffusers_lora,  # the adaptation of a workdir alone
+    "kohya": write_kohya_lora,
+}
 
 
 def read(
@@ -27,15 +46,17 @@ def read(
     config: str | os.PathLike | None = None,
     ema: bool | None = None,
     variant: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
 ) -> Bundle:
     """Read a workdir, a folder of diffusers, or a file of the original.
 
-    config, ema: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
+    config, ema, tokenizer: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
     Raises ValueError where it is none of them, or isn't what it claims to be.
     """
     path = Path(path)
     if path.is_file():
-        return read_compvis(path, None if config is None else Path(config), ema)
+        own = (None if given is None else Path(given) for given in (config, tokenizer))
+        return read_compvis(path, next(own), ema, next(own))
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
     if is_diffusers(path):
@@ -55,6 +76,10 @@ def write(
     dtype: Any = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write a bundle in one of `FORMATS`; dtype: of its floating-point parameters, if to change."""
+    """Write a bundle in one of `FORMATS`; dtype: of its floating-point parameters, if to change.
+
+    progress: told the numbers of parameters as they are written.
+    """
     writer = lookup(FORMATS, format, "format")
-    writer(bundle if dtype is None else bundle.astype(dtype), Path(path), progress)
+    bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))
+    writer(bundle, Path(path), progress)

@@ -1,13 +1,16 @@
 """A model between formats: architecture in our words, parameters still unread."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.convert.tables import Table, read_tensors
 from latent_diffusion.convert.tensors import Tensor, in_memory
 from latent_diffusion.models.autoencoder import Identity
 from latent_diffusion.schedules import BETAS, NoiseSchedule, make_schedule
@@ -18,10 +21,15 @@ DIFFUSION = {"num_timesteps": 1000, "zero_terminal_snr": False, "prediction": "e
 
 @dataclass(frozen=True)
 class Part:
-    """One module: its fields, and its parameters by path ("encoder/conv_in/kernel")."""
+    """One module: its fields, and its parameters by path ("encoder/conv_in/kernel").
+
+    unused: tensors of its file that no computation here needs, by their names there; who writes
+    the same kind of file writes them again.
+    """
 
     fields: Mapping[str, Any]
     params: Mapping[str, Tensor]
+    unused: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Bundle:
     conditioners: by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
     `beta_start`, `beta_end`, `zero_terminal_snr`, `prediction`, as in a config. sampling: what
     `sample` falls back to. image_size: of a trained image, in pixels. notes: what a format must
-    remember to write the same file again, e.g. `linear_projections`.
+    remember to write the same file again, e.g. `linear_projections`. lora: factors that are in the
+    parameters already, by part and path, for formats that hold nothing else.
     """
 
     autoencoder: Part | None = None
@@ -44,6 +53,7 @@ class Bundle:
     tokenizer: Any = None
     image_size: int = 256
     notes: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """The parts there are, by name."""
@@ -69,7 +79,9 @@ class Bundle:
         """The same model with floating-point parameters of another dtype."""
 
         def cast(part: Part) -> Part:
-            return replace(part, params={k: t.astype(dtype) for k, t in part.params.items()})
+            params = {k: t.astype(dtype) for k, t in part.params.items()}
+            unused = {k: t.astype(dtype) for k, t in part.unused.items()}
+            return Part(part.fields, params, unused)
 
         return replace(
             self,
@@ -84,9 +96,32 @@ def flat(tree: Params) -> dict[str, Any]:
     return flatten_dict(tree, sep="/")
 
 
-def as_part(fields: Mapping[str, Any], tree: Params) -> Part:
+def as_part(
+    fields: Mapping[str, Any], tree: Params, unused: Mapping[str, np.ndarray] | None = None
+) -> Part:
     """A part whose parameters are in memory already."""
-    return Part(fields, {path: in_memory(leaf) for path, leaf in flat(tree).items()})
+    params = {path: in_memory(leaf) for path, leaf in flat(tree).items()}
+    return Part(fields, params, {name: in_memory(x) for name, x in (unused or {}).items()})
+
+
+def read_part(
+    where: Path,
+    fields: Mapping[str, Any],
+    table: Table,
+    tree: Params,
+    tensors: Mapping[str, Tensor],
+    unused: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+) -> Part:
+    """A part of a file. tree: its parameters' shapes.
+
+    unused, ignored: regular expressions over names that may be left over; the first are kept for
+    who writes the file again.
+    """
+    shapes = {path: leaf.shape for path, leaf in flat(tree).items()}
+    params = read_tensors(table, shapes, tensors, str(where), (*unused, *ignored))
+    kept = {n: t for n, t in tensors.items() if any(re.fullmatch(p, n) for p in unused)}
+    return Part(fields, params, kept)
 
 
 def as_params(part: Part) -> Params:
@@ -176,12 +211,17 @@ def bundle_of(model: Any) -> Bundle:
         tokenizer=model.tokenizer,
         sampling=model.defaults,
         image_size=model.image_size,
-        notes={k: v for k, v in model.origin.items() if k != "diffusion"},
+        notes={k: v for k, v in model.origin.items() if k not in ("diffusion", "unused")},
     )
+    unused = model.origin.get("unused", {})
     if model.first_stage is not None:
         bundle = replace(
             bundle,
-            autoencoder=as_part(_fields(model.first_stage.module), model.first_stage.params),
+            autoencoder=as_part(
+                _fields(model.first_stage.module),
+                model.first_stage.params,
+                unused.get("autoencoder"),
+            ),
             scale_factor=model.first_stage.scale_factor,
             shift=model.first_stage.shift,
         )
@@ -195,9 +235,9 @@ def bundle_of(model: Any) -> Bundle:
     conditioner = denoiser.params.get("conditioner", {})
     return replace(
         bundle,
-        unet=as_part(_fields(denoiser.unet), denoiser.params["unet"]),
+        unet=as_part(_fields(denoiser.unet), denoiser.params["unet"], unused.get("unet")),
         conditioners={
-            name: as_part(fields, conditioner.get(name, {}))
+            name: as_part(fields, conditioner.get(name, {}), unused.get(name))
             for name, fields in denoiser.conditioner.config.items()
         },
         diffusion=diffusion,

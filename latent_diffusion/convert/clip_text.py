@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from latent_diffusion.conditioners.clip_text import ClipText
+from latent_diffusion.convert.bundle import Part
 from latent_diffusion.convert.tables import (
     LINEAR,
     SAME,
@@ -15,8 +17,9 @@ from latent_diffusion.convert.tables import (
     Table,
     inside,
     joint_qkv,
+    write_tensors,
 )
-from latent_diffusion.convert.tensors import Tensor
+from latent_diffusion.convert.tensors import Tensor, in_memory
 from latent_diffusion.models.clip import ACTIVATIONS
 from latent_diffusion.types import lookup
 
@@ -174,3 +177,25 @@ def _ids(vocab_size: int) -> Fields:
 
 def _unless_default(mlp_width: int, width: int) -> int | None:
     return None if mlp_width == 4 * width else mlp_width
+
+
+def transformers_tensors(part: Part) -> dict[str, Tensor]:
+    """Under transformers' names, with what else its file had."""
+    kept = {n: t for n, t in part.unused.items() if n.startswith(("embeddings.", "encoder."))}
+    return {**write_tensors(transformers_table(part.fields), part.params), **kept}
+
+
+def open_clip_tensors(part: Part) -> dict[str, Tensor]:
+    """Under OpenCLIP's names, with what else its file had: zeros where it was none of its files.
+
+    Stable Diffusion 2 skips the last layer, which transformers' files therefore don't have.
+    """
+    tensors = write_tensors(open_clip_table(part.fields), part.params)
+    module, dtype = ClipText(**part.fields), next(iter(part.params.values())).dtype
+    layers = module.depth - module.skip_last
+    last, first = (f"transformer.resblocks.{i}." for i in (layers, 0))
+    wanted = {n.replace(first, last): t.shape for n, t in tensors.items() if n.startswith(first)}
+    wanted |= {"text_projection": (module.width, module.width), "logit_scale": ()}
+    zeros = {name: in_memory(np.zeros(shape, dtype)) for name, shape in wanted.items()}
+    kept = {n: t for n, t in part.unused.items() if n in wanted or n == "attn_mask"}
+    return {**tensors, **zeros, **kept}

@@ -12,25 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from latent_diffusion.convert import autoencoder, text, unet
+from latent_diffusion.convert import autoencoder, cond_stage, tokenizers, unet
 from latent_diffusion.convert.bundle import (
     Bundle,
-    Part,
-    flat,
     input_widths,
+    read_part,
     recognise_schedule,
     with_folded_scale,
 )
-from latent_diffusion.convert.tables import (
-    Table,
-    prefixed,
-    read_tensors,
-    write_tensors,
-)
+from latent_diffusion.convert.concat import conditioners_for
+from latent_diffusion.convert.tables import prefixed, read_tensors, write_tensors
 from latent_diffusion.convert.tensors import (
     Tensor,
     TensorFile,
-    in_memory,
     open_tensors,
     write_safetensors,
 )
@@ -78,11 +72,17 @@ RELEASED = {
 _SD2_BASE_STEPS = 875_000  # the checkpoint of SD v2 (and 2.1) that predicts eps
 
 
-def read_compvis(path: Path, config: Path | None = None, ema: bool | None = None) -> Bundle:
+def read_compvis(
+    path: Path,
+    config: Path | None = None,
+    ema: bool | None = None,
+    tokenizer: Path | None = None,
+) -> Bundle:
     """Read a single file. config: its yaml; None looks for one of the same name beside it.
 
     ema: averaged parameters of the U-Net (True), the live ones (False), or the averaged ones if
-    there are any (None). Raises ValueError with the reason for refusing the file.
+    there are any (None). tokenizer: where that of a text encoder is; None looks beside the file.
+    Raises ValueError with the reason for refusing the file.
     """
     opened = open_tensors(path)
     config = config or next((c for c in (path.with_suffix(".yaml"),) if c.is_file()), None)
@@ -92,11 +92,15 @@ def read_compvis(path: Path, config: Path | None = None, ema: bool | None = None
         if params:
             fields = autoencoder.fields_from_yaml(params)
         table, tree = autoencoder.compvis_table(fields), autoencoder.shapes(fields)
-        return Bundle(autoencoder=_part(path, fields, table, tree, opened.tensors))
+        part = read_part(path, fields, table, tree, opened.tensors, ignored=(r"loss\..*",))
+        return Bundle(autoencoder=part)
     if f"{UNET}input_blocks.0.0.weight" not in opened.tensors:
         some = ", ".join(list(opened.tensors)[:3])
         raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
-    return _read_whole(path, opened, params, ema)
+    bundle = _read_whole(path, opened, params, ema)
+    if tokenizer is None:
+        tokenizer = tokenizers.beside(path, bundle.conditioners)
+    return bundle if tokenizer is None else tokenizers.with_tokenizer(bundle, tokenizer)
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -127,50 +131,58 @@ def _read_whole(
     linear = own[UNET].get("middle_block.1.proj_in.weight")
     is_linear = linear is not None and len(linear.shape) == 2
     in_channels = own[UNET]["input_blocks.0.0.weight"].shape[1]
+    levels = own[UNET].pop("label_emb.weight", None)
     label = own[UNET].get("label_emb.0.0.weight")
     tree = unet.shapes(fields, in_channels, context, None if label is None else label.shape[1])
+    table = unet.compvis_table(fields, is_linear)
+    conditioners = cond_stage.read(path, own[COND_STAGE], params)
+    if not conditioners.keys() & {"spatial_rescaler"}:
+        text_to = bool(conditioners.keys() & {"text", "clip_text"})
+        conditioners |= conditioners_for(in_channels, fields["out_channels"], text_to, levels)
+    diffusion = _diffusion(opened, params, released)
+    used = {name for prefix in own for name in tensors if name.startswith(prefix)}
+    rest = {name: tensors[name] for name in tensors.keys() - used}
+    read_tensors((), {}, rest, str(path), IGNORED)  # refuses what is neither used nor known
     bundle = Bundle(
-        unet=_part(path, fields, unet.compvis_table(fields, is_linear), tree, own[UNET]),
-        diffusion=_diffusion(opened, params, released),
+        unet=read_part(path, fields, table, tree, own[UNET]),
+        conditioners=conditioners,
+        diffusion=diffusion,
         scale_factor=_scale_factor(tensors, params, released),
-        image_size=256,
-        notes={"linear_projections": is_linear},
+        sampling={**SAMPLING, "guidance_scale": 7.5 if "clip_text" in conditioners else 1.0},
+        notes={
+            "linear_projections": is_linear,
+            "parameters": _which(opened.tensors, ema),
+            "first_stage_twice": "encoder.conv_in.weight" in own[COND_STAGE],
+        },
     )
-    bundle = replace(bundle, sampling=SAMPLING)
-    if own[FIRST_STAGE]:
-        given = params.get("first_stage_config", {}).get("params")
-        known = autoencoder.fields_from_shapes(own[FIRST_STAGE])
-        ae = autoencoder.fields_from_yaml(given) if given else known
-        table, ae_tree = autoencoder.compvis_table(ae), autoencoder.shapes(ae)
-        part = _part(path, ae, table, ae_tree, own[FIRST_STAGE])
-        bundle = replace(bundle, autoencoder=part)
-        side = params.get("image_size") or (64 if fields["out_channels"] < 16 else 48)
-        bundle = replace(bundle, image_size=side * bundle.downsampling)
-    conditioners = _conditioners(path, own[COND_STAGE])
-    used = [name for prefix in own for name in _names(own[prefix], prefix)]
-    _check_left_over(path, tensors, used)
-    return replace(bundle, conditioners=conditioners)
+    if not own[FIRST_STAGE]:
+        return bundle
+    given = params.get("first_stage_config", {}).get("params")
+    known = autoencoder.fields_from_shapes(own[FIRST_STAGE])
+    ae = autoencoder.fields_from_yaml(given) if given else known
+    ae_table, ae_tree = autoencoder.compvis_table(ae), autoencoder.shapes(ae)
+    part = read_part(path, ae, ae_table, ae_tree, own[FIRST_STAGE], ignored=(r"loss\..*",))
+    bundle = replace(bundle, autoencoder=part)
+    side = params.get("image_size") or _side(fields, context, diffusion["prediction"])
+    return replace(bundle, image_size=side * bundle.downsampling)
 
 
-SAMPLING = {
-    "sampler": "ddim",
-    "num_steps": 50,
-    "spacing": "original",
-    "guidance_scale": 1.0,
-}
+def _side(fields: Mapping[str, Any], context: int | None, prediction: str) -> int:
+    """Of the latents that a released model was trained on."""
+    if fields["out_channels"] == 16:
+        return 48  # retrieval-augmented, 768²
+    if (context, prediction) == (1024, "v"):
+        return 96 if fields["model_channels"] == 320 else 128  # Stable Diffusion 2, its upscaler
+    if fields["out_channels"] == 4 and context != 768 and fields["model_channels"] != 320:
+        return 32  # the paper's with f = 8
+    return 64 if context != 1280 else 32
+
+
+SAMPLING = {"sampler": "ddim", "num_steps": 50, "spacing": "original"}
 
 
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _names(own: Mapping[str, Tensor], prefix: str) -> list[str]:
-    return [prefix + name for name in own]
-
-
-def _check_left_over(path: Path, tensors: Mapping[str, Tensor], used: list[str]) -> None:
-    rest = {name: tensors[name] for name in tensors.keys() - set(used)}
-    read_tensors((), {}, rest, str(path), IGNORED)
 
 
 def _choose_ema(path: Path, tensors: Mapping[str, Tensor], ema: bool | None) -> dict[str, Tensor]:
@@ -224,46 +236,11 @@ def _diffusion(
     return {**schedule, "prediction": prediction}
 
 
-def _part(
-    where: Path,
-    fields: Mapping[str, Any],
-    table: Table,
-    tree: Any,
-    tensors: Mapping[str, Tensor],
-    ignored: tuple[str, ...] = (r"loss\..*",),
-) -> Part:
-    shapes = {path: leaf.shape for path, leaf in flat(tree).items()}
-    return Part(fields, read_tensors(table, shapes, tensors, str(where), ignored))
-
-
-def _conditioners(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    """The conditioner, recognised by a tensor of its own. A copy of the first stage is none."""
-    if not tensors or "encoder.conv_in.weight" in tensors:
-        return {}
-    for mark, (name, read) in CONDITIONERS.items():
-        if mark in tensors:
-            return {name: read(where, tensors)}
-    some = ", ".join(list(tensors)[:3])
-    raise ValueError(f"{where}: unknown conditioner: its tensors are {some} …")
-
-
-def _read_text(where: Path, tensors: Mapping[str, Tensor]) -> Part:
-    fields = text.fields_from_shapes(tensors)
-    return _part(
-        where, fields, text.compvis_table(fields), text.shapes(fields), tensors, text.UNUSED
-    )
-
-
-def _read_class_label(where: Path, tensors: Mapping[str, Tensor]) -> Part:
-    rows, width = tensors["embedding.weight"].shape
-    fields = {"num_classes": rows - 1, "width": width}
-    return Part(fields, {"embedding/embedding": tensors["embedding.weight"]})
-
-
-CONDITIONERS: dict[str, tuple[str, Callable[[Path, Mapping[str, Tensor]], Part]]] = {
-    "transformer.token_emb.weight": ("text", _read_text),
-    "embedding.weight": ("class_label", _read_class_label),
-}
+def _which(tensors: Mapping[str, Tensor], ema: bool | None) -> str:
+    """Whether the U-Net's parameters are averages, for those who ask."""
+    if "model_ema.decay" not in tensors and "model_ema.num_updates" not in tensors:
+        return "the only ones in the file"
+    return "live ones; the file has averages, too" if ema is False else "averages; live ones, too"
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -281,14 +258,15 @@ def write_compvis(
             f"{path}: the name of a file in the original's format ends in .safetensors"
         )
     bundle = with_folded_scale(bundle)
-    tensors, config = _write_parts(bundle)
+    tensors, config = as_compvis(bundle)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, tensors, progress=progress)
     text_of_yaml = yaml.safe_dump({"model": config}, sort_keys=False)
     path.with_suffix(".yaml").write_text(text_of_yaml, encoding="utf-8")
 
 
-def _write_parts(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors under the original's names, still unread, and the `model` of its yaml."""
     tensors: dict[str, Tensor] = {}
     first_stage: dict[str, Any] = {}
     if bundle.autoencoder is not None:
@@ -309,14 +287,25 @@ def _write_parts(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     params = {**_yaml_diffusion(bundle.diffusion), "image_size": side, "unet_config": own}
     params["channels"] = bundle.unet.fields["out_channels"]
     params["scale_factor"] = float(bundle.scale_factor)
-    params["conditioning_key"] = "crossattn" if context else None
     if first_stage:
         params["first_stage_config"] = first_stage
-    condition, conditioner = _write_conditioner(bundle)
-    tensors.update(condition)
+    condition, conditioner, key = cond_stage.write(bundle)
+    tensors.update({COND_STAGE + name: tensor for name, tensor in condition.items()})
+    if (levels := cond_stage.noise_levels(bundle)) is not None:
+        tensors[f"{UNET}label_emb.weight"] = levels
     params["cond_stage_config"] = conditioner
-    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
-    return tensors, {"target": target, "params": params}
+    params["conditioning_key"] = key
+    return tensors, {"target": _TARGETS.get(tuple(bundle.conditioners), DDPM), "params": params}
+
+
+DDPM = "ldm.models.diffusion.ddpm.LatentDiffusion"
+_TARGETS: dict[
+    tuple[str, ...], str
+] = {  # classes of later versions of the original's code, by what they condition on
+    ("clip_text", "masked_image"): "ldm.models.diffusion.ddpm.LatentInpaintDiffusion",
+    ("clip_text", "depth"): "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion",
+    ("clip_text", "low_res"): "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion",
+}
 
 
 def _yaml_diffusion(diffusion: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,26 +318,3 @@ def _yaml_diffusion(diffusion: Mapping[str, Any]) -> dict[str, Any]:
         "timesteps": diffusion["num_timesteps"],
         "parameterization": diffusion["prediction"],
     }
-
-
-def _write_conditioner(bundle: Bundle) -> tuple[dict[str, Tensor], Any]:
-    if not bundle.conditioners:
-        return {}, "__is_unconditional__"
-    if len(bundle.conditioners) > 1 or next(iter(bundle.conditioners)) not in (
-        "text",
-        "class_label",
-    ):
-        names = ", ".join(bundle.conditioners)
-        raise ValueError(f"the original's format can't hold these conditioners: {names}")
-    name, part = next(iter(bundle.conditioners.items()))
-    if name == "class_label":
-        table = part.params["embedding/embedding"]
-        params = {"n_classes": table.shape[0], "embed_dim": table.shape[1], "key": "class_label"}
-        target = "ldm.modules.encoders.modules.ClassEmbedder"
-        return {f"{COND_STAGE}embedding.weight": table}, {"target": target, "params": params}
-    tensors = write_tensors(prefixed(text.compvis_table(part.fields), COND_STAGE), part.params)
-    vocabulary, width = part.params["token_emb/embedding"].shape
-    for leaf, shape in (("weight", (vocabulary, width)), ("bias", (vocabulary,))):
-        zeros = in_memory(np.zeros(shape, part.params["token_emb/embedding"].dtype))
-        tensors[f"{COND_STAGE}transformer.to_logits.{leaf}"] = zeros
-    return tensors, text.yaml_from_fields(part.fields)

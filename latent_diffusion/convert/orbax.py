@@ -1,18 +1,24 @@
 """Our own format: a workdir, as training leaves it, but with nothing to resume."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion import workdir
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
+from latent_diffusion.convert.lora import merged
+from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.lora import flatten_factors
 from latent_diffusion.tokenizers import load_tokenizer
+from latent_diffusion.types import Params
 
 
 def read_orbax(directory: Path) -> Bundle:
@@ -39,6 +45,8 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     if restored is None:
         raise CheckpointError(f"{directory} has no checkpoint yet")
     params = restored.state["ema_params"]
+    if config.get("lora", {}).get("rank"):
+        return _adapted(bundle, directory, config, params["lora"])
     tokenizer = None
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
@@ -62,6 +70,33 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     )
 
 
+def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Params) -> Bundle:
+    """The model that the run adapted, which is read where it was, with the run's factors added."""
+    from latent_diffusion.convert import read
+
+    base = read(config.init_from)
+    adapted: dict[str, dict[str, Any]] = {}
+    for path, own in flatten_factors(factors).items():
+        part, _, kernel = path.removeprefix("conditioner/").partition("/")
+        alpha = np.float32(config.lora.alpha)
+        adapted.setdefault(part, {})[kernel] = {**own, "alpha": alpha}
+    for part, kernels in adapted.items():
+        base = merged(base, part, kernels)
+    tokenizer = base.tokenizer
+    if (directory / workdir.TOKENIZER).exists():
+        tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    return replace(
+        base,
+        autoencoder=bundle.autoencoder,
+        scale_factor=bundle.scale_factor,
+        shift=bundle.shift,
+        diffusion=config.diffusion.to_dict(),
+        sampling=config.sampling.to_dict(),
+        tokenizer=tokenizer,
+        lora=adapted,
+    )
+
+
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
     """Write a workdir that `load` and `--config.first_stage.path` take."""
     config: dict[str, Any] = {
@@ -74,35 +109,52 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
         "sampling": dict(bundle.sampling),
         "origin": dict(bundle.notes),
     }
-    state: dict[str, Any] = {}
     if bundle.autoencoder is not None:
         config["autoencoder"] = _plain(bundle.autoencoder.fields)
-        params = as_params(bundle.autoencoder)
-        progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
-        scale = jnp.asarray(bundle.scale_factor, jnp.float32)
-        module = make_autoencoder(bundle.autoencoder.fields)
-        first_stage = FirstStage(params, scale, jnp.asarray(bundle.shift, jnp.float32), module)
-        workdir.save_first_stage(path, first_stage, "converted")
-        if bundle.unet is None:
-            state["params"] = {"autoencoder": params}
+        _write_first_stage(bundle, path, progress)
     if bundle.unet is not None:
-        config["unet"] = {
-            k: v for k, v in _plain(bundle.unet.fields).items() if k != "out_channels"
-        }
-        state["ema_params"] = {"unet": _gather(bundle.unet, progress)}
-        conditioner = {n: _gather(part, progress) for n, part in bundle.conditioners.items()}
-        state["ema_params"]["conditioner"] = conditioner
+        own = _plain(bundle.unet.fields)
+        config["unet"] = {name: value for name, value in own.items() if name != "out_channels"}
     workdir.save_config(ConfigDict(config), path)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(path / workdir.TOKENIZER)
-    with Checkpointer(path / "checkpoints") as checkpoints:
-        checkpoints.save(0, state)
+    with Checkpointer(path / "checkpoints", copy=False) as checkpoints:
+        checkpoints.save(0, _state(bundle))
+    progress(sum(t.size for name, t in _checkpointed(bundle)))
 
 
-def _gather(part: Part, progress: Any) -> Any:
-    params = as_params(part)
-    progress(sum(leaf.size for leaf in jax.tree.leaves(params)))
-    return params
+def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
+    assert bundle.autoencoder is not None
+    first_stage = FirstStage(
+        as_params(bundle.autoencoder),
+        jnp.asarray(bundle.scale_factor, jnp.float32),
+        jnp.asarray(bundle.shift, jnp.float32),
+        make_autoencoder(bundle.autoencoder.fields),
+    )
+    workdir.save_first_stage(path, first_stage, "converted")
+    if bundle.unet is not None:
+        progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
+
+
+def _state(bundle: Bundle) -> dict[str, Any]:
+    """The checkpoint's tree, still in the file it came from."""
+    if bundle.unet is None:
+        return {"params": {"autoencoder": _views(bundle.autoencoder)}}
+    conditioner = {name: _views(part) for name, part in bundle.conditioners.items()}
+    return {"ema_params": {"unet": _views(bundle.unet), "conditioner": conditioner}}
+
+
+def _views(part: Part | None) -> Any:
+    """The parameters as float32, mapped from their file where they are that already."""
+    assert part is not None
+    arrays = {k: np.asarray(t.astype(np.float32).read()) for k, t in part.params.items()}
+    return unflatten_dict(arrays, sep="/")
+
+
+def _checkpointed(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
+    for name, part in bundle.parts():
+        if name != "autoencoder" or bundle.unet is None:
+            yield from part.params.items()
 
 
 def _plain(fields: Any) -> dict[str, Any]:

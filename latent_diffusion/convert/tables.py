@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latent_diffusion.convert.tensors import Tensor
+from latent_diffusion.convert.tensors import Tensor, is_float
 
 
 class Layout(NamedTuple):
@@ -158,10 +158,10 @@ def read_tensors(
     """Our parameters, still unread, from the tensors of others.
 
     shapes: every parameter that must come out, by path. ignored: regular expressions over names
-    that may be left over. Raises one ValueError that lists what is missing, left over or of
-    another shape, on both sides.
+    that may be left over. Raises one ValueError that lists what is missing, left over, of another
+    shape or not floating-point, on both sides.
     """
-    missing, wrong, ours = [], [], {}
+    missing, wrong, integers, ours = [], [], [], {}
     left = set(source)
     for pair in pairs(table, shapes):
         left -= set(pair.theirs)
@@ -175,9 +175,17 @@ def read_tensors(
             theirs = " + ".join(f"{name} {source[name].shape}" for name in pair.theirs)
             wrong.append(f"{pair.ours} {shapes[pair.ours]} ← {theirs}")
             continue
+        if not all(is_float(part.dtype) for part in parts):
+            integers.append(f"{pair.ours} ← {pair.theirs[0]} {parts[0].dtype}")
+            continue
         ours[pair.ours] = _derived(pair.layout.read, parts, got)
     left = {name for name in left if not any(re.fullmatch(p, name) for p in ignored)}
-    problems = {"missing": missing, "of another shape": wrong, "left over": sorted(left)}
+    problems = {
+        "missing": missing,
+        "of another shape": wrong,
+        "not floating-point": integers,
+        "left over": sorted(left),
+    }
     told = [f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v]
     if told:
         raise ValueError(f"{what} does not fit: {'; '.join(told)}")

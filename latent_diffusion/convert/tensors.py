@@ -21,6 +21,8 @@ DTYPES = {  # safetensors' names
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
@@ -53,8 +55,8 @@ class Tensor:
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether elements are floating-point numbers, bfloat16 included."""
-    return dtype.kind == "f" or dtype == DTYPES["BF16"]
+    """Whether elements are floating-point numbers, those that numpy doesn't know included."""
+    return dtype.kind == "f" or dtype in (DTYPES[name] for name in ("BF16", "F8_E4M3", "F8_E5M2"))
 
 
 def in_memory(array: Any) -> Tensor:
@@ -97,8 +99,8 @@ def _open_sharded(path: Path) -> TensorFile:
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(shards.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an index of shards ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not an index of shards ({error!r:.200})") from error
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{path}: shard {name!r} lies outside the folder")
@@ -123,10 +125,10 @@ def _open_safetensors(path: Path) -> TensorFile:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = [(name, *_entry(path, name, spec)) for name, spec in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path}: damaged header ({error!r})") from error
+        raise ValueError(f"{path}: damaged header ({error!r:.200})") from error
     expected = 0
     for name, _, _, start, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
         if start != expected:

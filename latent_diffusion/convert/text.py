@@ -4,26 +4,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from latent_diffusion.conditioners.text import TextTransformer
+from latent_diffusion.convert.bundle import Part
 from latent_diffusion.convert.tables import KINDS, Leaf, Rule, Table
-from latent_diffusion.convert.tensors import Tensor
+from latent_diffusion.convert.tensors import Tensor, in_memory
 from latent_diffusion.tokenizers import Tokenizer
 
 Fields = dict[str, Any]
 
 _POSITIONS = (Leaf("pos_emb", (".weight",), KINDS["norm"][0].layout),)
 # A head over the vocabulary that training by next words left behind; no conditioning needs it.
-UNUSED = (r"(transformer\.)?to_logits\.(weight|bias)",)
+UNUSED = (r"to_logits\.(weight|bias)",)
 
 
 def compvis_table(fields: Mapping[str, Any]) -> Table:
-    """x-transformers' names: even layers attend, odd ones feed forward."""
-    layers = r"transformer.attn_layers.layers.\1"
+    """x-transformers' names: even layers attend, odd ones feed forward. Without `transformer.`."""
+    layers = r"attn_layers.layers.\1"
     return (
-        Rule("token_emb", "transformer.token_emb", "embedding"),
-        Rule("", "transformer.pos_emb.emb", _POSITIONS),
-        Rule("norm", "transformer.norm", "norm"),
+        Rule("token_emb", "token_emb", "embedding"),
+        Rule("", "pos_emb.emb", _POSITIONS),
+        Rule("norm", "norm", "norm"),
         Rule(r"layers_(\d+)_norm", f"{layers}.0", "norm"),
         Rule(r"layers_(\d+)_attn/(\w+)", rf"{layers}.1.\2", "linear"),
         Rule(r"layers_(\d+)_net_0", f"{layers}.1.net.0.0", "linear"),
@@ -54,6 +56,18 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
     return table
 
 
+def head(part: Part) -> dict[str, Tensor]:
+    """The head over the vocabulary, which others insist on: their own, or zeros."""
+    vocabulary = part.params.get("token_emb/embedding")
+    assert vocabulary is not None
+    rows, width = vocabulary.shape
+    zeros = {
+        f"to_logits.{leaf}": in_memory(np.zeros(shape, vocabulary.dtype))
+        for leaf, shape in (("weight", (rows, width)), ("bias", (rows,)))
+    }
+    return {name: part.unused.get(name, zeros[name]) for name in zeros}
+
+
 def shapes(fields: Mapping[str, Any]) -> Any:
     """The tree of parameter shapes of a text transformer with these fields."""
     module = TextTransformer(**fields)
@@ -64,12 +78,12 @@ def shapes(fields: Mapping[str, Any]) -> Any:
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     """Read the architecture off the original's tensors; heads are always 64 wide there."""
-    vocab_size, width = tensors["transformer.token_emb.weight"].shape
-    layers = {n.split(".")[3] for n in tensors if n.startswith("transformer.attn_layers.layers.")}
-    inner = tensors["transformer.attn_layers.layers.0.1.to_q.weight"].shape[0]
+    vocab_size, width = tensors["token_emb.weight"].shape
+    layers = {n.split(".")[2] for n in tensors if n.startswith("attn_layers.layers.")}
+    inner = tensors["attn_layers.layers.0.1.to_q.weight"].shape[0]
     return {
         "vocab_size": vocab_size,
-        "max_length": tensors["transformer.pos_emb.emb.weight"].shape[0],
+        "max_length": tensors["pos_emb.emb.weight"].shape[0],
         "width": width,
         "depth": len(layers) // 2,
         "num_heads": inner // 64,
@@ -91,7 +105,7 @@ def _empty(vocab_size: int) -> Fields:
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """`cond_stage_config` of the original's yaml; ValueError where its code is less general."""
     module = TextTransformer(**fields)
-    if (module.num_heads, module.head_dim) != (8, 64):
+    if (module.num_heads, module.head_dim) != (8, 64) and module.depth:
         raise ValueError(
             f"the original's text transformer has 8 heads of 64, this one {module.num_heads} of "
             f"{module.head_dim}; save it as diffusers"

@@ -6,6 +6,8 @@ tensors need. None of them does more than describe where a tensor lies; nothing 
 
 import math
 import pickle
+import pickletools
+import reprlib
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,7 +20,10 @@ from latent_diffusion.convert.tensors import DTYPES, Tensor, TensorFile, mapped
 from latent_diffusion.weights import RestrictedUnpickler
 
 _LOCAL_HEADER = 30  # bytes before an entry's name
-MAX_PICKLE = 256 << 20  # bytes; that of a model with 10⁴ tensors has about one million
+MAX_PICKLE = 64 << 20  # bytes; that of a model with 10⁴ tensors has about one million
+
+
+_short = reprlib.repr  # what a file made may be a tree whose full text fills the memory
 
 
 class _Name(NamedTuple):
@@ -62,12 +67,13 @@ def _tensor(
 ) -> Tensor:
     """A view of a storage. rest: gradient flags and hooks, which mean nothing here."""
     if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError(f"a tensor of {storage!r}, which is no storage")
+        raise pickle.UnpicklingError(f"a tensor of {_short(storage)}, which is no storage")
     flat, shape, stride = storage.flat, tuple(shape), tuple(stride)
     if len(shape) != len(stride) or any(
         type(n) is not int or n < 0 for n in (offset, *shape, *stride)
     ):
-        raise pickle.UnpicklingError(f"a tensor at {offset} of shape {shape}, strides {stride}")
+        where = f"{_short(offset)} of shape {_short(shape)}, strides {_short(stride)}"
+        raise pickle.UnpicklingError(f"a tensor at {where}")
     size = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if size and (last >= flat.size or size > flat.size):
@@ -89,7 +95,7 @@ def _tensor(
 def _scalar(dtype: Any, data: Any) -> Any:
     """A numpy scalar, as Lightning's callbacks keep them."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
-        raise pickle.UnpicklingError(f"a numpy scalar of {dtype!r}")
+        raise pickle.UnpicklingError(f"a numpy scalar of {_short(dtype)}")
     return np.frombuffer(data, dtype)[0]
 
 
@@ -131,9 +137,12 @@ def open_torch_zip(path: Path) -> TensorFile:
                 raise ValueError(f"{path}: big-endian storages are not supported")
             if entries[f"{root}data.pkl"].file_size > MAX_PICKLE:
                 raise ValueError(f"{path}: its pickle exceeds {MAX_PICKLE:,} bytes")
+            _check_program(path, archive.read(f"{root}data.pkl"))
             with archive.open(entries[f"{root}data.pkl"]) as file:
                 tree = _unpickle(path, file, root, entries)
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile meets damage in many ways
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path}: damaged or truncated zip file ({error})") from error
     return _as_file(path, tree)
 
@@ -151,22 +160,41 @@ def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Zi
                 f"{path}: entry {info.filename!r} is compressed ({info.compress_size:,} to "
                 f"{info.file_size:,} bytes); torch stores, so this is refused"
             )
+        if info.flag_bits & 1:
+            raise ValueError(f"{path}: entry {info.filename!r} is encrypted")
         if info.header_offset < end:
             raise ValueError(f"{path}: entry {info.filename!r} overlaps another")
         end = info.header_offset + _LOCAL_HEADER + len(info.filename.encode()) + info.file_size
     if end > path.stat().st_size:
         raise ValueError(f"{path}: truncated: its entries end at byte {end:,}")
-    return {info.filename: info for info in archive.infolist()}
+    entries = {info.filename: info for info in archive.infolist()}
+    if len(entries) != len(archive.infolist()):
+        raise ValueError(f"{path}: two of its entries have the same name")
+    return entries
+
+
+def _check_program(path: Path, program: bytes) -> None:
+    """Refuse a pickle that would make the unpickler allocate more than the file is long.
+
+    The memo is an array as long as its largest index, which any four bytes can claim.
+    """
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            place = int(argument) if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0  # type: ignore
+            if place > len(program):
+                raise ValueError(f"memo index {place:,} in a pickle of {len(program):,} bytes")
+    except Exception as error:  # whatever a damaged program makes it stumble over
+        raise ValueError(f"{path}: damaged pickle: {error or type(error).__name__}") from error
 
 
 def _unpickle(path: Path, file: Any, root: str, entries: Mapping[str, zipfile.ZipInfo]) -> Any:
     def storage(pid: Any) -> _Storage:
         """("storage", type, key, device, number of elements) -> the flat array in the file."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"refused to load external data {pid!r}")
+            raise pickle.UnpicklingError(f"refused to load external data {_short(pid)}")
         kind, key, numel = pid[1], pid[2], pid[4]
         if not isinstance(kind, _Name) or kind.name not in _STORAGES:
-            raise pickle.UnpicklingError(f"a storage of unknown type {kind!r}")
+            raise pickle.UnpicklingError(f"a storage of unknown type {_short(kind)}")
         dtype = DTYPES[_STORAGES[kind.name]]
         info = entries.get(f"{root}data/{key}")
         if info is None:
@@ -182,7 +210,8 @@ def _unpickle(path: Path, file: Any, root: str, entries: Mapping[str, zipfile.Zi
     except zipfile.BadZipFile:
         raise
     except Exception as error:  # a hostile pickle can raise anything; none of it is ours to fix
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: {reason[:1000]}") from error
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
@@ -205,6 +234,6 @@ def _as_file(path: Path, tree: Any) -> TensorFile:
         raise ValueError(f"{path}: its state_dict is a {type(inner).__name__}")
     tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors; keys: {', '.join(map(str, tree)) or 'none'}")
+        raise ValueError(f"{path}: holds no tensors; keys: {_short(list(tree))}")
     plain = (bool, int, float, str)
     return TensorFile(tensors, {k: v for k, v in tree.items() if isinstance(v, plain)})

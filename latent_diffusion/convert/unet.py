@@ -325,7 +325,6 @@ _FIXED = {  # settings of diffusers' that our U-Net has one value of
     "mid_block_only_cross_attention": None,
     "reverse_transformer_layers_per_block": None,
     "class_embed_type": None,
-    "num_class_embeds": None,
 }
 
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion import lora
+from latent_diffusion.accumulation import value_and_grad_in_parts
 from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.denoiser import Denoiser, make_denoiser, plan
 from latent_diffusion.diffusion import (
@@ -37,7 +39,6 @@ from latent_diffusion.guidance import paste
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
-    device_key,
     example_keys,
     normal_per_example,
     pmean,
@@ -51,7 +52,8 @@ Metrics = dict[str, jax.Array]
 class State(flax.struct.PyTreeNode):
     """Everything that training changes.
 
-    params: {"unet", "conditioner"}, and "logvar" [T] where it is learned. squares: [T] average
+    params: {"unet", "conditioner"}, or of an adaptation {"lora": {"unet", "conditioner"}}; and
+    "logvar" [T] where it is learned. squares: [T] average
     squared loss of each timestep, where importance sampling follows the loss; else None.
     """
 
@@ -63,10 +65,14 @@ class State(flax.struct.PyTreeNode):
 
 
 class Constants(flax.struct.PyTreeNode):
-    """Everything that training uses and never changes."""
+    """Everything that training uses and never changes.
+
+    base: {"unet", "conditioner"} under a low-rank adaptation, where only its factors are trained.
+    """
 
     first_stage: FirstStage
     conditioner: Params = flax.struct.field(default_factory=dict)  # pretrained parts, by name
+    base: Params = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class Denoising:
     input_perturbation: float = 0.0
     drop_rate: float = 0.1
     ema_decay: float = 0.9999
+    lora: Config | None = None
     pretrained: frozenset[str] = frozenset()  # names of conditioners that are frozen
+    grad_accumulation: int = 1
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -107,6 +115,10 @@ class Denoising:
             "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
             "conditioner": {k: v for k, v in found.items() if k not in self.pretrained},
         }
+        base = None
+        if self.lora is not None:
+            base = params
+            params = {"lora": lora.init(jax.random.fold_in(rng, 1), base, self.lora)}
         num_timesteps = self.denoiser.schedule.num_timesteps
         if self.learn_logvar:
             params["logvar"] = jnp.zeros(num_timesteps)
@@ -119,11 +131,19 @@ class Denoising:
             squares=jnp.ones(num_timesteps) if follows_loss else None,
         )
         frozen = {k: v for k, v in found.items() if k in self.pretrained}
-        return state, Constants(first_stage, frozen)
+        return state, Constants(first_stage, frozen, base)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
         """The parts that a reader wants counted, by name."""
         frozen = {f"{name} (frozen)": tree for name, tree in constants.conditioner.items()}
+        if self.lora is not None:
+            return {
+                "lora": state.params["lora"],
+                "denoiser (frozen)": constants.base["unet"],
+                "conditioner (frozen)": constants.base["conditioner"],
+                **frozen,
+                "first stage (frozen)": constants.first_stage.params,
+            }
         return {
             "denoiser": state.params["unet"],
             "conditioner": state.params["conditioner"],
@@ -144,12 +164,13 @@ class Denoising:
         rng = jax.random.fold_in(rng, state.step)
         keys = example_keys(rng, _batch_size(batch), axis_name)
 
-        def loss_fn(params: Params):
-            dropout = {"dropout": device_key(rng, axis_name)}
+        def loss_fn(params: Params, batch: Batch, keys: Keys):
+            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
             per_example = self._loss(params, state.squares, constants, batch, keys, dropout)
             return jnp.mean(per_example["loss"]), per_example
 
-        (loss, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
+        (loss, seen), grads = value_and_grad(state.params, batch, keys)
         loss, grads = pmean((loss, grads), axis_name)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -212,7 +233,9 @@ class Denoising:
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
     def _with_params(self, params: Params, constants: Constants) -> Denoiser:
-        """The denoiser with what is trained, and the conditioners that aren't."""
+        """The denoiser with what is trained, what that adapts, and the frozen conditioners."""
+        if self.lora is not None:
+            params = lora.merge(constants.base, params["lora"], self.lora["alpha"])
         conditioner = {**params["conditioner"], **constants.conditioner}
         return self.denoiser.replace(params={**params, "conditioner": conditioner})
 
@@ -306,5 +329,7 @@ def make_denoising(config: Config) -> Denoising:
         input_perturbation=own["input_perturbation"],
         drop_rate=own["drop_rate"],
         ema_decay=config["ema_decay"],
+        lora=config["lora"] if config["lora"]["rank"] else None,
         pretrained=frozenset(config["pretrained"]),
+        grad_accumulation=config["grad_accumulation"],
     )

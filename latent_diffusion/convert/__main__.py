@@ -1,0 +1,79 @@
+"""Turn anybody's checkpoint into another's format.
+
+    python -m latent_diffusion.convert SRC DST --to=diffusers|compvis|orbax [--dtype=float16]
+    python -m latent_diffusion.convert SRC --dry_run
+
+SRC is whatever `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for compvis.
+Tensors pass one at a time from the one to the other, so that the memory needed is that of the
+largest one; `orbax` holds whole components. `lora` and `kohya` write the adaptation of a workdir
+that has one, and nothing else.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+TO = flags.DEFINE_enum(
+    "to", None, ["diffusers", "compvis", "orbax", "lora", "kohya"], "The format of DST."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "Of its parameters; default: as they are."
+)
+CONFIG = flags.DEFINE_string("config", None, "The yaml of a single file of the original's.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge, FILE or FILE:WEIGHT; repeatable.")
+VARIANT = flags.DEFINE_string("variant", None, "fp16 | non_ema files of a folder of diffusers'.")
+EMA = flags.DEFINE_bool(
+    "ema", None, "The averaged (or not) parameters of a file that has both; default: averaged."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is in SRC, then stop.")
+
+
+def main(argv: list[str]) -> None:
+    """Read the flags; the work is `latent_diffusion.convert`."""
+    from latent_diffusion.checkpoint import CheckpointError
+    from latent_diffusion.startup import quiet_and_cached
+
+    quiet_and_cached()
+    paths = [Path(path) for path in argv[1:]]
+    if len(paths) != (1 if DRY_RUN.value else 2):
+        raise app.UsageError("give SRC and DST and --to=FORMAT, or SRC and --dry_run")
+    if not DRY_RUN.value and TO.value is None:
+        raise app.UsageError("give --to=diffusers, --to=compvis, --to=orbax, --to=lora or =kohya")
+    try:
+        convert(paths[0], None if DRY_RUN.value else paths[1], TO.value or "")
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def convert(source: Path, target: Path | None = None, to: str = "") -> None:
+    """Print what is in `source`, and write it to `target` if there is one."""
+    from tqdm import tqdm
+
+    from latent_diffusion.convert import read, with_lora, write
+    from latent_diffusion.convert.describe import describe
+
+    bundle = read(
+        source,
+        config=CONFIG.value,
+        ema=EMA.value,
+        variant=VARIANT.value,
+        tokenizer=TOKENIZER.value,
+    )
+    for entry in LORA.value:
+        file, _, weight = entry.partition(":")
+        bundle = with_lora(bundle, Path(file), float(weight or 1))
+    print(describe(bundle))
+    if target is None:
+        return
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists; remove it first")
+    total = sum(t.size for _, part in bundle.parts() for t in part.params.values())
+    with tqdm(total=total, unit="", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        write(bundle, target, to, DTYPE.value, bar.update)
+    print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,143 @@
+"""Tokenizers beside weights: found, read, and written as the files that others read."""
+
+import json
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latent_diffusion.convert import text
+from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.tokenizers import (
+    BertTokenizer,
+    ClipTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
+
+_LENGTH = 77  # tokens, where a text encoder's fields are the defaults
+OURS = "word_tokenizer.json"
+# What a text encoder's tokenizer may be called, beside a single file.
+_BESIDE = {
+    "clip_text": ("tokenizer", "bpe_simple_vocab_16e6.txt.gz", "vocab.json"),
+    "text": ("tokenizer", "vocab.txt"),
+}
+
+
+def beside(path: Path, conditioners: Container[str]) -> Path | None:
+    """The tokenizer in a file's folder, for the text encoder among its conditioners."""
+    for name, files in _BESIDE.items():
+        for file in files if name in conditioners else ():
+            if (path.parent / file).exists():
+                return path.parent if file == "vocab.json" else path.parent / file
+    return None
+
+
+def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
+    """The bundle with the tokenizer at `path`, and its text encoder's null condition by it.
+
+    path: a tokenizer's folder or vocabulary, or our own JSON.
+    """
+    parts = dict(bundle.conditioners)
+    name = next((name for name in ("clip_text", "text") if name in parts), None)
+    if name is None:
+        raise ValueError(f"tokenizer={path}: this model has no text encoder")
+    part = parts[name]
+    length = part.fields.get("max_length", _LENGTH)
+    own = path / OURS if path.is_dir() else path
+    tokenizer: Tokenizer
+    if own.name == OURS and own.is_file():
+        tokenizer = load_tokenizer(own)
+    elif name == "text":
+        tokenizer = BertTokenizer.read(path, length)
+    else:
+        # Stable Diffusion 2 pads with "!", which a bare vocabulary can't say.
+        pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
+        tokenizer = ClipTokenizer.read(path, length, pad)
+    parts[name] = Part(text.with_tokenizer(part.fields, tokenizer), part.params, part.unused)
+    return replace(bundle, conditioners=parts, tokenizer=tokenizer)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
+    """Write the files that transformers reads; returns the name of its class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokenizer, ClipTokenizer):
+        return _write_clip(tokenizer, folder)
+    if isinstance(tokenizer, BertTokenizer):
+        (folder / "vocab.txt").write_text("\n".join(tokenizer.vocabulary) + "\n", encoding="utf-8")
+        config = {"do_lower_case": True, "model_max_length": tokenizer.max_length}
+        _save(folder, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **config})
+        return "BertTokenizer"
+    return _write_words(tokenizer, folder)
+
+
+def _write_clip(tokenizer: ClipTokenizer, folder: Path) -> str:
+    _save(folder, "vocab.json", {token: i for i, token in enumerate(tokenizer.vocabulary)})
+    lines = ["#version: 0.2", *tokenizer.merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokens = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": tokenizer.pad}
+    _save(folder, "special_tokens_map.json", tokens)
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": tokenizer.max_length,
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+    }
+    _save(folder, "tokenizer_config.json", {**config, **tokens})
+    return "CLIPTokenizer"
+
+
+def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
+    """Our own words, in the terms of the tokenizers library: the same rows for the same captions.
+
+    Our JSON goes beside it, which is what we read back.
+    """
+    tokenizer.save(folder / OURS)
+    pad, unknown = "[PAD]", "[UNK]"
+    vocabulary = {pad: 0, unknown: 1}
+    vocabulary |= {word: i for i, word in enumerate(tokenizer.vocabulary, start=2)}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"[\p{L}\p{N}]+(?:-[\p{L}\p{N}]+)*|[#*]"},
+        "behavior": "Removed",
+        "invert": True,
+    }
+    normalizers: list[Mapping[str, Any]] = [
+        {"type": "NFKD"},
+        {"type": "StripAccents"},
+        {"type": "Replace", "pattern": {"Regex": "['’`]"}, "content": ""},
+        {"type": "Lowercase"},
+    ]
+    special = [
+        {"id": i, "content": token, "special": True, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for i, token in enumerate((pad, unknown))
+    ]  # fmt: skip
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": split,
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown},
+    }
+    _save(folder, "tokenizer.json", content)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": tokenizer.max_length,
+        "pad_token": pad,
+        "unk_token": unknown,
+    }
+    _save(folder, "tokenizer_config.json", config)
+    return "PreTrainedTokenizerFast"
+
+
+def _save(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, ensure_ascii=False)
+    (folder / name).write_text(text + "\n", encoding="utf-8")

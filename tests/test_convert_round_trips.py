@@ -1,0 +1,183 @@
+"""Whole models through every format and back: the same tensors under the same names, bitwise."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+from safetensors.numpy import load_file, save_file
+
+import latent_diffusion as ldm
+from latent_diffusion import convert
+from latent_diffusion.convert import autoencoder, clip_text, text, unet
+from latent_diffusion.convert.concat import NOISE_LEVEL
+from latent_diffusion.convert.describe import describe
+from latent_diffusion.convert.scheduler import ASSUMED
+from latent_diffusion.convert.tensors import in_memory
+
+WIDTH = 64  # of the texts
+AUTOENCODER = dict(
+    channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=4, embed_dim=4, resolution=16,
+    regularization="kl",
+)  # fmt: skip
+UNET = dict(
+    model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,),
+    num_heads=8, out_channels=4,
+)  # fmt: skip
+TEXT = dict(vocab_size=11, max_length=5, width=WIDTH, depth=1, num_heads=8, head_dim=64)
+CLIP = dict(vocab_size=11, max_length=5, width=WIDTH, depth=2, num_heads=1)
+LOW_RES = {"num_levels": 7, "width": 128, "keep": True}
+MASKED = {"mask_first": True, "known_mask": 0.0, "hole": 0.0, "keep": True}
+FAMILIES = {  # input channels, linear projections, conditioners, what nothing needs
+    "text": (4, False, {"text": TEXT}, {
+        "cond_stage_model.transformer.to_logits.weight": (11, WIDTH),
+        "cond_stage_model.transformer.to_logits.bias": (11,),
+    }),
+    "clip": (9, False, {"clip_text": CLIP, "masked_image": MASKED}, {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 5),
+    }),
+    "open-clip": (7, True, {
+        "clip_text": {**CLIP, "skip_last": 1, "activation": "gelu", "pad_id": 0},
+        "low_res": LOW_RES,
+    }, {
+        "cond_stage_model.model.text_projection": (WIDTH, WIDTH),
+        "cond_stage_model.model.logit_scale": (),
+    }),
+}  # fmt: skip
+MAKE = {"text": text.shapes, "clip_text": clip_text.shapes}
+RNG = np.random.default_rng(0)
+
+
+def random(shape):
+    return np.asarray(RNG.standard_normal(shape), np.float32)
+
+
+def part(fields, shapes):
+    return convert.as_part(fields, jax.tree.map(lambda x: random(x.shape), shapes))
+
+
+def make_bundle(name):
+    channels, linear, conditioners, _ = FAMILIES[name]
+    parts = {}
+    for key, fields in conditioners.items():
+        params = {NOISE_LEVEL: in_memory(random((7, 128)))} if key == "low_res" else {}
+        parts[key] = convert.Part(fields, params)
+        if key in MAKE:
+            parts[key] = part(fields, MAKE[key](fields))
+    return convert.Bundle(
+        autoencoder=part(AUTOENCODER, autoencoder.shapes(AUTOENCODER)),
+        scale_factor=0.25,
+        unet=part(UNET, unet.shapes(UNET, channels, WIDTH, None)),
+        conditioners=parts,
+        diffusion={**ASSUMED, "prediction": "v" if name == "open-clip" else "eps"},
+        image_size=16,
+        notes={"linear_projections": linear},
+    )
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def folder_tensors(path):
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in path.rglob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whole_models(name, tmp_path):
+    bundle, unused = make_bundle(name), FAMILIES[name][3]
+
+    # A file as the original wrote it, with what nothing needs.
+    first = tmp_path / "first.safetensors"
+    convert.write(bundle, first, "compvis")
+    theirs = load_file(first) | {key: random(shape) for key, shape in unused.items()}
+    save_file(theirs, first)
+    read = convert.read(first)
+    assert list(read.conditioners) == list(bundle.conditioners)
+    assert {k: read.diffusion[k] for k in bundle.diffusion} == bundle.diffusion
+    assert read.scale_factor == 0.25 and read.image_size == 16
+    convert.write(read, tmp_path / "again.safetensors", "compvis")
+    equal(load_file(tmp_path / "again.safetensors"), theirs)
+    configs = [yaml.safe_load((tmp_path / f"{f}.yaml").read_text()) for f in ("first", "again")]
+    assert configs[0] == configs[1]
+
+    # A model in memory remembers it all.
+    ldm.load(first).save(tmp_path / "model.safetensors", format="compvis")
+    equal(load_file(tmp_path / "model.safetensors"), theirs)
+
+    # A pipeline's folder, and the same again.
+    convert.write(read, tmp_path / "folder", "diffusers")
+    pipeline = convert.read(tmp_path / "folder")
+    convert.write(pipeline, tmp_path / "folder2", "diffusers")
+    equal(folder_tensors(tmp_path / "folder2"), folder_tensors(tmp_path / "folder"))
+    for file in (tmp_path / "folder").rglob("*.json"):
+        again = tmp_path / "folder2" / file.relative_to(tmp_path / "folder")
+        assert json.loads(again.read_text()) == json.loads(file.read_text())
+    assert list(pipeline.conditioners) == list(bundle.conditioners)
+    if "low_res" in pipeline.conditioners:
+        assert pipeline.conditioners["low_res"].fields["max_noise_level"] == 350
+
+    # Our own workdir, which keeps what computations need.
+    convert.write(read, tmp_path / "workdir", "orbax")
+    ours = convert.read(tmp_path / "workdir")
+    for (key, got), (other, want) in zip(ours.parts(), bundle.parts(), strict=True):
+        assert key == other
+        equal(*({k: np.asarray(t.read()) for k, t in p.params.items()} for p in (got, want)))
+    assert (
+        ours.unet.fields["out_channels"] == 4
+        and ours.notes["linear_projections"] == read.notes["linear_projections"]
+    )
+
+
+def test_half_precision_files_are_half_as_long(tmp_path):
+    bundle = replace(make_bundle("text"), unet=None, conditioners={})
+    for dtype in (None, "float16"):
+        convert.write(bundle, tmp_path / f"{dtype}.safetensors", "compvis", dtype)
+    whole, half = ((tmp_path / f"{d}.safetensors").stat().st_size for d in (None, "float16"))
+    assert half < 0.55 * whole
+    tensors = load_file(tmp_path / "float16.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {np.dtype(np.float16)}
+
+
+def test_the_command_says_what_is_there_and_converts_it(tmp_path):
+    bundle = replace(make_bundle("text"), unet=None, conditioners={})
+    convert.write(bundle, tmp_path / "model.safetensors", "compvis")
+    command = [
+        sys.executable,
+        "-m",
+        "latent_diffusion.convert",
+        str(tmp_path / "model.safetensors"),
+    ]
+
+    def run(*flags):
+        return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+
+    done = run(str(tmp_path / "folder"), "--to=diffusers", "--dtype=float16")
+    assert done.returncode == 0, done.stderr
+    size = sum(tensor.size for tensor in bundle.autoencoder.params.values()) / 1e6
+    assert f"{size:10.2f} M in {len(bundle.autoencoder.params)} arrays, float32" in done.stdout
+    assert "missing           a denoiser" in done.stdout
+    (tensors,) = (load_file(file) for file in (tmp_path / "folder").glob("*.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
+    done = run(str(tmp_path / "folder"), "--to=diffusers")
+    assert done.returncode == 1 and done.stderr.endswith("folder exists; remove it first\n")
+
+
+def test_what_a_model_lacks_is_said():
+    bundle = make_bundle("clip")
+    text = describe(bundle)
+    assert "inputs            9 channels, context 64" in text
+    assert text.endswith("missing           a tokenizer")
+    alone = describe(replace(bundle, autoencoder=None, conditioners={}))
+    assert alone.endswith("missing           a first stage, a conditioner (context of width 64)")

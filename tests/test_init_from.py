@@ -1,0 +1,138 @@
+"""Training that starts from parameters somebody trained: whole, in part, or with more inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from tiny import SIZE, make_config
+
+import latent_diffusion as ldm
+from latent_diffusion import convert, init_from
+from latent_diffusion.loop import batch_spec
+from latent_diffusion.models.autoencoder import Autoencoder
+from latent_diffusion.tasks import TASKS
+
+
+def make(task="denoising", **fields):
+    """A config, and a state of its task that stands for a fresh one: nothing is compiled."""
+    config = make_config(task, **fields)
+    shapes, _ = jax.eval_shape(TASKS[task](config).init, jax.random.key(0), batch_spec(config))
+    return config, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@functools.cache
+def source():
+    """(config, a state whose every parameter is random)."""
+    config, state = make(seed=7)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), state.params
+    )
+    return config, state.replace(params=params)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """That model as one writes it for others: U-Net, text encoder and first stage."""
+    config, state = source()
+    autoencoder = config.autoencoder.to_dict()
+    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), "float32")
+    shapes = jax.eval_shape(Autoencoder(**autoencoder).init, jax.random.key(0), image)["params"]
+    rng = np.random.default_rng(1)
+    random = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    unet = {**config.unet.to_dict(), "out_channels": autoencoder["embed_dim"]}
+    bundle = convert.Bundle(
+        autoencoder=convert.as_part(autoencoder, random),
+        scale_factor=0.5,
+        unet=convert.as_part(unet, state.params["unet"]),
+        conditioners={
+            "text": convert.as_part(
+                config.conditioners.text.to_dict(), state.params["conditioner"]["text"]
+            )
+        },
+        diffusion=config.diffusion.to_dict(),
+    )
+    path = tmp_path_factory.mktemp("source") / "model"
+    convert.write(bundle, path, "diffusers")
+    return path
+
+
+def flat(state):
+    return flatten_dict(state.params, sep="/")
+
+
+def equal(a, b):
+    return [path for path in a if path in b and np.array_equal(a[path], b[path])]
+
+
+def test_the_whole_model_and_its_average_start_from_the_file(folder):
+    _, theirs = source()
+    config, state = make(init_from=str(folder))
+    state = init_from.start_from(config, state)
+    assert equal(flat(state), flat(theirs)) == list(flat(theirs))
+    for ours, average in zip(*map(jax.tree.leaves, (state.params, state.ema_params)), strict=True):
+        np.testing.assert_array_equal(ours, average)
+    assert int(state.step) == 0
+
+
+def test_a_part_by_its_path(folder):
+    config, fresh = make(init_from=str(folder), init_from_only="^unet/")
+    state = init_from.start_from(config, fresh)
+    _, theirs = source()
+    assert equal(flat(state), flat(theirs)) == [k for k in flat(theirs) if k.startswith("unet/")]
+    rest = [k for k in flat(fresh) if not k.startswith("unet/")]
+    assert set(rest) <= set(equal(flat(state), flat(fresh)))
+
+
+def test_input_channels_that_the_file_lacks_change_nothing_at_first(folder):
+    inpainting = {"masked_image": {}, **source()[0].conditioners.to_dict()}
+    config, fresh = make(init_from=str(folder), conditioners=inpainting)
+    state = init_from.start_from(config, fresh)
+    z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 2)), jnp.array([3.0, 700.0])
+    context = jax.random.normal(jax.random.key(2), (2, 4, 16))
+    unet = TASKS["denoising"](config).denoiser.unet
+    concat = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
+    got = unet.apply(
+        {"params": state.params["unet"]}, z, t, ldm.Conditioning(concat=concat, context=context)
+    )
+    want = unet.apply(
+        {"params": source()[1].params["unet"]}, z, t, ldm.Conditioning(context=context)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.std(want) > 0.1
+
+
+def test_the_first_stage_comes_along_with_its_scale(folder, tmp_path):
+    config = make_config("denoising", init_from=str(folder))
+    config.first_stage.path = ""
+    resolved = init_from.resolve(config, tmp_path)
+    assert resolved.autoencoder.channel_mult == config.autoencoder.channel_mult
+    model = ldm.load(folder)
+    kept = init_from.workdir.load_first_stage(tmp_path, model.first_stage.module)
+    assert float(kept.scale_factor) == 0.5
+    jax.tree.map(np.testing.assert_array_equal, kept.params, model.first_stage.params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unet.model_channels": 16}, r"of another shape: unet/.*: ours .*16.*, there .*8"),
+        ({"conditioners": {"class_label": {"num_classes": 3, "width": 16}}},
+         "1 not in it: conditioner/class_label/embedding/embedding; take a part of it by init_fr"),
+        ({"init_from_only": "unnet"}, "init_from_only='unnet' matches no parameter; they begin w"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(folder, fields, message):
+    config, state = make(init_from=str(folder), **fields)
+    with pytest.raises(ValueError, match=message):
+        init_from.start_from(config, state)
+
+
+def test_first_stages_start_from_a_file_too(folder):
+    config, state = make("autoencoding", init_from=str(folder))
+    state = init_from.start_from(config, state)
+    theirs = ldm.load(folder).first_stage.params
+    jax.tree.map(np.testing.assert_array_equal, state.params["autoencoder"], theirs)

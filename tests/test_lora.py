@@ -1,0 +1,162 @@
+"""Low-rank adaptation: its formula, its training, and the files in which others keep it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from tiny import make_batch, make_config
+
+from latent_diffusion import convert, lora
+from latent_diffusion.convert import clip_text, unet
+from latent_diffusion.convert.lora import read_lora, write_diffusers_lora, write_kohya_lora
+from latent_diffusion.loop import batch_spec
+from latent_diffusion.tasks import TASKS
+
+CLIP = dict(vocab_size=9, max_length=5, width=16, depth=1, num_heads=2)
+UNET = dict(
+    model_channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,),
+    num_heads=2, num_groups=4, out_channels=3,
+)  # fmt: skip
+
+
+def random_tree(shapes, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def make_bundle():
+    return convert.Bundle(
+        unet=convert.as_part(UNET, random_tree(unet.shapes(UNET, 3, 16, None), 0)),
+        conditioners={"clip_text": convert.as_part(CLIP, random_tree(clip_text.shapes(CLIP), 1))},
+    )
+
+
+def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
+    rng = np.random.default_rng(0)
+    params = {name: {"kernel": rng.normal(size=(4, 6)).astype(np.float32)} for name in "ab"}
+    config = {"rank": 2, "targets": ("^a/",)}
+    factors = lora.init(jax.random.key(0), params, config)
+    assert flatten_dict(factors, sep="/").keys() == {"a/kernel/down", "a/kernel/up"}
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(params, factors, 8.0), params)
+    factors["a"]["kernel"]["up"] = up = rng.normal(size=(2, 6))
+    want = params["a"]["kernel"] + 4.0 * np.asarray(factors["a"]["kernel"]["down"]) @ up
+    merged = lora.merge(params, factors, 8.0)
+    np.testing.assert_allclose(merged["a"]["kernel"], want, rtol=1e-5)
+    np.testing.assert_array_equal(merged["b"]["kernel"], params["b"]["kernel"])
+    with pytest.raises(ValueError, match="match no kernel"):
+        lora.init(jax.random.key(0), params, {"rank": 2, "targets": ("c",)})
+    params["a"]["kernel"] = np.zeros((3, 3, 4, 6))
+    with pytest.raises(ValueError, match=r"a/kernel, of shape \(3, 3, 4, 6\): no matrix"):
+        lora.init(jax.random.key(0), params, config)
+
+
+def test_training_moves_the_factors_and_has_no_memory_for_the_rest():
+    config = make_config("denoising", **{"lora.rank": 2, "lora.alpha": 2.0})
+    config.unet.transformer_depth = 1
+    task = TASKS["denoising"](config)
+    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(jax.random.key(0))
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    assert trained < 0.2 * sum(x.size for x in jax.tree.leaves(constants.base))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 2 * trained + 4
+    assert set(state.params) == {"lora"}
+    # The last convolution starts at zero, which would hide all that comes before it.
+    out = constants.base["unet"]["out_2"]
+    out["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), out["kernel"].shape)
+    for name, block in constants.base["unet"].items():
+        if name.endswith("_1") and "proj_out" in block:
+            shape = block["proj_out"]["kernel"].shape
+            block["proj_out"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(2), shape)
+    step = jax.jit(task.train_step)
+    losses = []
+    for _ in range(8):
+        state, values = step(state, constants, make_batch(config), jax.random.key(1))
+        losses.append(float(values["loss"]))
+    assert all(np.isfinite(losses))
+    ups = [x for k, x in flatten_dict(state.params, sep="/").items() if k.endswith("/up")]
+    assert ups and all(float(jnp.abs(up).max()) > 0 for up in ups)
+
+
+def foreign(kind, rank=3, alpha=1.5):
+    """A LoRA file of theirs for `make_bundle`: names, as their tools write them."""
+    rng, tensors = np.random.default_rng(2), {}
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn{}.{}"
+    modules = [
+        ("unet", attention.format(2, "to_k"), 16, 8),
+        ("unet", attention.format(1, "to_q"), 8, 8),
+    ]
+    modules += [("unet", attention.format(2, "to_out.0"), 8, 8)]
+    text = "text_model.encoder.layers.0.self_attn."
+    modules += [("te", f"{text}{name}", 16, 16) for name in ("q_proj", "v_proj", "out_proj")]
+    for part, module, rows, columns in modules:
+        down = rng.normal(size=(rank, rows)).astype(np.float32)
+        up = rng.normal(size=(columns, rank)).astype(np.float32)
+        if kind == "kohya":
+            name = f"lora_{part}_{module.replace('.', '_')}"
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = np.float32(alpha)
+        else:
+            name = f"{'unet' if part == 'unet' else 'text_encoder'}.{module}"
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    return {name: np.asarray(array) for name, array in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_files_of_others_are_merged_by_the_formula_and_written_again_bitwise(kind, tmp_path):
+    path, tensors = tmp_path / "lora.safetensors", foreign(kind)
+    save_file(tensors, path)
+    bundle = make_bundle()
+    adapted = convert.with_lora(bundle, path, 0.5)
+    down, up = (
+        next(v for k, v in tensors.items() if "attn2" in k and "to_k" in k and mark in k)
+        for mark in (("lora_down", "lora_up") if kind == "kohya" else ("lora_A", "lora_B"))
+    )
+    scale = 0.5 * (1.5 / 3 if kind == "kohya" else 1.0)
+    kernel = "input_blocks_1_1/transformer_blocks_0/attn2/to_k/kernel"
+    want = bundle.unet.params[kernel].read() + scale * (up @ down).T
+    np.testing.assert_allclose(adapted.unet.params[kernel].read(), want, rtol=1e-5, atol=1e-6)
+    changed = {k for k, t in adapted.unet.params.items()
+               if not np.array_equal(t.read(), bundle.unet.params[k].read())}  # fmt: skip
+    assert len(changed) == 3 and kernel in changed
+    # q and v of the text encoder are columns of one kernel; k between them stays.
+    qkv = "layers_0/self_attn/qkv/kernel"
+    moved = adapted.conditioners["clip_text"].params[qkv].read()
+    still = moved == bundle.conditioners["clip_text"].params[qkv].read()
+    assert still[:, 16:32].all() and not still[:, :16].any() and not still[:, 32:].any()
+
+    write = write_kohya_lora if kind == "kohya" else write_diffusers_lora
+    write(replace(bundle, lora=read_lora(path, bundle)), tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(again[name], array, strict=True)
+
+
+def test_old_names_of_diffusers_and_files_of_another_model(tmp_path):
+    new = foreign("diffusers")
+    old = {
+        name.replace("to_out.0.lora_A", "processor.to_out_lora.down")
+        .replace("to_out.0.lora_B", "processor.to_out_lora.up")
+        .replace("to_k.lora_A", "processor.to_k_lora.down")
+        .replace("to_k.lora_B", "processor.to_k_lora.up")
+        .replace("_proj.lora_A", "_proj.lora_linear_layer.down")
+        .replace("_proj.lora_B", "_proj.lora_linear_layer.up"): array
+        for name, array in new.items()
+    }
+    bundle = make_bundle()
+    for name, tensors in (("new", new), ("old", old)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    ours = [convert.with_lora(bundle, tmp_path / f"{name}.safetensors") for name in ("new", "old")]
+    for path, tensor in ours[0].unet.params.items():
+        np.testing.assert_array_equal(tensor.read(), ours[1].unet.params[path].read())
+    save_file(
+        {"unet.mid_block.other.lora_A.weight": np.ones((2, 2), np.float32)},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(ValueError, match="is no LoRA of this model: 1 tensors without a place"):
+        convert.with_lora(bundle, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="this model has no LoRA"):
+        write_kohya_lora(bundle, tmp_path / "y.safetensors")
