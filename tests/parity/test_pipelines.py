@@ -296,7 +296,8 @@ def test_depth_to_image(tmp_path, monkeypatch):
 def test_upscaling(tmp_path, monkeypatch):
     unet = make_unet(in_channels=7, num_class_embeds=1000, only_cross_attention=(True, False))
     pipeline, model = stable(
-        diffusers.StableDiffusionUpscalePipeline, tmp_path, unet, max_noise_level=350, vae=make_vae(0.08333),
+        diffusers.StableDiffusionUpscalePipeline, tmp_path, unet, max_noise_level=350,
+        vae=make_vae(0.08333),
         low_res_scheduler=diffusers.DDPMScheduler(
             beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02
         ),
