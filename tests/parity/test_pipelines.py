@@ -43,6 +43,8 @@ from latent_diffusion.tokenizers import WordTokenizer  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
+# diffusers' own, of numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 RNG = jax.random.key(3)
 PROMPTS = ["a red cat", "two dogs, far away"]
 SIDE, F = 8, 2  # of the latents; the first stage's factor
