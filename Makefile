@@ -7,7 +7,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # make demo DEVICES=2: as many CPU devices, so that the training takes the pmap path.
 MANY = $(if $(DEVICES),XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test lint parity clean
+.PHONY: setup demo test soak lint parity clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A run killed 20 times at random moments, at most 15 minutes.
+soak: $(VENV)/.test
+	PYTHONPATH=. $(BIN)/python tests/soak.py
 
 lint: $(VENV)/.lint $(VENV)/.core
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@
 Writes 00000.png … in prompt-major order, grid.png, samples.npz and prompts.txt.
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
@@ -34,6 +33,13 @@ QUANTIZE_X0 = flags.DEFINE_bool("quantize_x0", None, "Round z_0 to the first sta
 IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
 STRENGTH = flags.DEFINE_float("strength", None, "In [0, 1]: how much of --image is made anew.")
 MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
+ETA = flags.DEFINE_float("eta", None, "Of ddim and the ancestral samplers: the share of noise.")
+SPACING = flags.DEFINE_string("spacing", None, "Of the timesteps: trailing, karras, original …")
+CFG_PP = flags.DEFINE_bool("cfg_pp", None, "CFG++; --guidance_scale in [0, 1].")
+PERPENDICULAR = flags.DEFINE_float(
+    "perpendicular", None, "Weight of --negative_prompts where they don't share with the prompt."
+)
+PROGRESS = flags.DEFINE_bool("progress", None, "Show a bar that counts network evaluations.")
 LAYOUT = flags.DEFINE_string("layout", None, "JSON: [[class, [left, top, right, bottom]], ...].")
 SEGMENTATION = flags.DEFINE_string("segmentation", None, "A picture whose levels are classes.")
 LOW_RES = flags.DEFINE_string("low_res", None, "A small picture, to be enlarged.")
@@ -41,12 +47,17 @@ NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_re
 DEPTH = flags.DEFINE_string("depth", None, "A picture, light where things are near.")
 NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [N k D] or [k D].")
 IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.sampling`."""
-    from latent_diffusion import sampling
+    from latent_diffusion import processes, sampling
     from latent_diffusion.startup import quiet_and_cached
 
     quiet_and_cached()
@@ -63,8 +74,15 @@ def main(argv: list[str]) -> None:
         "dynamic_threshold": DYNAMIC_THRESHOLD.value,
         "quantize_x0": QUANTIZE_X0.value,
         "strength": STRENGTH.value,
+        "eta": ETA.value,
+        "spacing": SPACING.value,
+        "cfg_pp": CFG_PP.value,
+        "perpendicular": PERPENDICULAR.value,
+        "progress": sampling.progress_bar() if PROGRESS.value else None,
     }
+    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
+        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
         options |= {
             "negative_prompts": sampling.read_prompts(NEGATIVE_PROMPTS.value, None),
             "more_prompts": sampling.read_weighted(MORE_PROMPTS.value),
@@ -92,7 +110,7 @@ def main(argv: list[str]) -> None:
             **{name: value for name, value in options.items() if value is not None},
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        processes.exit_with(f"error: {error}")
 
 
 if __name__ == "__main__":

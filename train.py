@@ -2,7 +2,8 @@
 
     python train.py --config=configs/X.py[:variant] --workdir=DIR [--config.key=value]
 
-The same workdir again resumes. --dry_run prints the resolved config and the parameter counts.
+The same workdir again resumes. --dry_run prints what the run would be: config, parameters,
+sharding, memory and FLOPs. On several hosts: --distributed, see docs/devices.md.
 """
 
 import sys
@@ -12,29 +13,36 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and images go.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config and parameter counts, then stop.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Describe the run instead of starting it.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
 
 
 def main(argv: list[str]) -> None:
     """Parse nothing, decide nothing: the work is `latent_diffusion.loop`."""
-    from latent_diffusion import loop
+    from latent_diffusion import loop, processes
     from latent_diffusion.startup import quiet_and_cached
 
     quiet_and_cached()
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
         print(loop.dry_run(CONFIG.value))
         return
     if not WORKDIR.value:
         raise app.UsageError("--workdir is needed (or --dry_run)")
     try:
+        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
         loop.train(CONFIG.value, WORKDIR.value)
     except loop.Interrupted as interrupted:
         sys.exit(interrupted.exit_code)
     except loop.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        processes.exit_with(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     c.task = "denoising"
     c.seed = 0
     c.batch_size = 64  # global: summed over all devices and processes
+    c.grad_accumulation = 1  # micro-batches of a step: less memory, the same numbers
     c.num_steps = 100_000
     c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
 
@@ -131,6 +132,8 @@ def autoencoder() -> ConfigDict:
     c.z_channels = 4
     c.embed_dim = 4  # channels of the latent
     c.tanh_out = False
+    c.remat = False  # recompute activations in the backward pass
+    c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
     c.num_codes = 8192  # vq and gumbel: size of the codebook
     c.codebook_beta = 0.25  # vq
     c.codebook_legacy = True  # beta on the codebook term (released models), else on the commitment
@@ -179,8 +182,10 @@ def unet() -> ConfigDict:
     c.vector_projection = False
     c.dropout = 0.0
     c.num_groups = 32
-    c.remat = False  # recompute activations in the backward pass
-    c.attention = "auto"  # "auto" | "xla" | "cudnn"
+    # What the backward pass recomputes: "none" | "full" (all within blocks) | "dots_saveable" |
+    # "dots_with_no_batch_dims_saveable" (all but matrix products)
+    c.remat = "none"
+    c.attention = "auto"  # "auto" | "xla" | "cudnn" | "splash" (TPU)
     c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c
 
@@ -235,6 +240,29 @@ def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> C
     c.optimizer.update({"name": "adam", "b1": 0.5, "b2": 0.9, "learning_rate": 4.5e-6 * batch_size})
     c.checkpoint.every_steps = 5000
     return c
+
+
+def paper_denoiser(first_stage: ConfigDict, batch_size: int, num_steps: int) -> ConfigDict:
+    """The paper's recipe for latent denoising; its experiments add the U-Net and the condition.
+
+    256² pictures of any folder, constant learning rate, 200 steps of DDIM with eta 1. first_stage:
+    its experiment; the workdir that it was trained in is `first_stage.path`.
+    """
+    c = get_config()
+    c.batch_size, c.num_steps = batch_size, num_steps
+    c.data.update({"name": "image_folder", "image_size": 256, "crop": "center"})
+    c.autoencoder = first_stage.autoencoder
+    if c.autoencoder.regularization == "vq":
+        c.first_stage.normalization = "none"  # codes have about unit variance
+    c.sampling.update({"num_steps": 200, "eta": 1.0})
+    c.checkpoint.every_steps = 5000
+    return c
+
+
+def unconditional(c: ConfigDict) -> None:
+    """No condition: plain self-attention, and nothing to drop."""
+    c.unet.transformer_depth = 0
+    c.diffusion.drop_rate = 0.0
 
 
 def apply_variant(

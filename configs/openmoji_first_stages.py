@@ -14,10 +14,10 @@ from configs import default, openmoji_autoencoder
 def get_config(variant: str = "kl_f4") -> ConfigDict:
     c = openmoji_autoencoder.get_config()
     c.data.image_size = c.autoencoder.resolution = 64
-    c.num_steps = 1500
-    c.autoencoding.disc_start = 900
-    c.autoencoding.adversarial_start = 1000
-    c.autoencoding.adversarial_ramp = 300
+    c.num_steps = 1200
+    c.autoencoding.disc_start = 700
+    c.autoencoding.adversarial_start = 800
+    c.autoencoding.adversarial_ramp = 200
     c.log.images_every_steps = 500
     c.checkpoint.every_steps = 500
     return default.apply_variant(

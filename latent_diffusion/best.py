@@ -63,7 +63,7 @@ class Best:
             if (self._run / name).exists() and not link.is_symlink():
                 link.symlink_to(Path("..") / name)
         text = json.dumps(self._record, indent=2) + "\n"
-        (self._directory / RECORD).write_text(text, encoding="utf-8")
+        workdir.write_whole(self._directory / RECORD, text)
 
     def __enter__(self) -> "Best":
         return self

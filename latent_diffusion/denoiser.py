@@ -43,12 +43,16 @@ OPTIONS = (
     "guidance_scale",
     "guidance_interval",
     "guidance_rescale",
+    "cfg_pp",
+    "perpendicular",
     "clip_x0",
     "dynamic_threshold",
     "strength",
     "progress",
     "preview",
 )
+# CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
+CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
 FALLBACK = {"sampler": "ddim", "num_steps": 50, "spacing": "trailing"}
 
 
@@ -193,6 +197,9 @@ class Denoiser(flax.struct.PyTreeNode):
         guidance_scale: float | int | Sequence[float | int] = 1.0,
         guidance_interval: tuple[float | int, float | int] | None = None,
         guidance_rescale: float | int = 0.0,
+        cfg_pp: bool = False,
+        negative: Conditioning | None = None,
+        perpendicular: float | int = 0.0,
         more: Sequence[tuple[Conditioning, float | int]] = (),
         clip_x0: float | int = 0.0,
         dynamic_threshold: float | int = 0.0,
@@ -208,14 +215,16 @@ class Denoiser(flax.struct.PyTreeNode):
     ) -> Float[Array, "B h w c"]:
         """Scaled latents by a whole sampling loop; traceable, so that it compiles as one program.
 
-        keys: one per image, which alone decides its noise. null: the unconditional conditioning, or
-        a negative prompt's. timesteps: [S+1] from `schedules.spacing`. shape: (h, w, c).
-        guidance_scale: a number, or one for each step. more: further conditionings and weights,
-        beside the first with weight 1. clip_x0: bound of estimates of z_0, 0 = off.
-        dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0 by its closest codes. z_0: a
-        known image, of which strength < 1 keeps the coarse part and mask (1 = hole) the rest;
-        strength 1 starts from noise alone. progress, preview: called on the host. guide: wraps the
-        denoiser, see `steering`. own: options of the sampler. See `guidance` for all of these.
+        keys: one per image, which alone decides its noise. null: the unconditional conditioning.
+        timesteps: [S+1] from `schedules.spacing`. shape: (h, w, c). guidance_scale: a number, or
+        one for each step. negative: what to steer away from, instead of null; or beside it, with
+        the weight `perpendicular`, where it isn't what the conditioning wants. more: further
+        conditionings and weights, beside the first with weight 1. clip_x0: bound of estimates of
+        z_0, 0 = off. dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0 by its closest
+        codes. z_0: a known image, of which strength < 1 keeps the coarse part and mask (1 = hole)
+        the rest; strength 1 starts from noise alone. progress, preview: called on the host. guide:
+        wraps the denoiser, see `steering`. own: options of the sampler. See `guidance` for all of
+        these.
         """
         start, steps, fill = split_per_example(keys, 3)
         z_T = normal_per_example(start, shape) if z_T is None else z_T
@@ -236,28 +245,25 @@ class Denoiser(flax.struct.PyTreeNode):
         run = lookup(SAMPLERS, sampler, "sampler")
         table = run.table(self.schedule, timesteps, **own)
 
-        network, (null_, first, *others) = self.prepare(
-            table.t, shape, null, conditioning, *(c for c, _ in more)
+        if cfg_pp and sampler not in CFG_PP_SAMPLERS:
+            raise ValueError(f"cfg_pp works with {', '.join(CFG_PP_SAMPLERS)}, not {sampler}")
+        if negative is not None and not perpendicular:
+            null, negative = negative, None
+        beside = [c for c, _ in more] + ([] if negative is None else [negative])
+        network, (null_, first, *others) = self.prepare(table.t, shape, null, conditioning, *beside)
+        schedule = self.schedule
+        denoise = _guided(
+            (network, schedule, self.prediction),
+            first,
+            null_,
+            scale,
+            more=[(c, weight) for c, (_, weight) in zip(others, more, strict=False)],
+            negative=None if negative is None else others[-1],
+            perpendicular=perpendicular,
+            cfg_pp=cfg_pp,
+            interval=guidance_interval,
+            rescale=guidance_rescale,
         )
-        schedule, kind = self.schedule, self.prediction
-        if more:
-            if guidance_interval is not None or guidance_rescale:
-                raise ValueError("several prompts know no guidance_interval or guidance_rescale")
-            weights = [1.0, *(weight for _, weight in more)]
-            denoise = guidance.composed(
-                network, schedule, kind, [first, *others], weights, null_, scale
-            )
-        else:
-            denoise = guidance.classifier_free(
-                network,
-                schedule,
-                kind,
-                first,
-                null_,
-                scale,
-                interval=guidance_interval,
-                rescale=guidance_rescale,
-            )
         if guide is not None:
             denoise = guide(denoise)
         follow = {"recompute_eps": run.by_eps}
@@ -277,6 +283,44 @@ class Denoiser(flax.struct.PyTreeNode):
             raise ValueError("mask needs the image around its holes")
         denoise = guidance.inpaint(denoise, schedule, z_0, mask, fill)
         return guidance.paste(run(denoise, z_T, timesteps, schedule, steps, **own), z_0, mask)
+
+
+def _guided(
+    given: tuple[guidance.Network, NoiseSchedule, str],
+    conditioning: Prepared,
+    null: Prepared,
+    scale: Any,
+    *,
+    more: Sequence[tuple[Prepared, float | int]],
+    negative: Prepared | None,
+    perpendicular: float | int,
+    cfg_pp: bool,
+    interval: tuple[float | int, float | int] | None,
+    rescale: float | int,
+) -> guidance.Denoiser:
+    """The denoiser of the one kind of guidance that is asked for.
+
+    given: network, schedule and prediction.
+    """
+    kinds = {"more_prompts": more, "perpendicular": perpendicular, "cfg_pp": cfg_pp}
+    chosen = [name for name, value in kinds.items() if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} don't go together")
+    if chosen and (interval is not None or rescale):
+        raise ValueError(f"{chosen[0]} knows no guidance_interval or guidance_rescale")
+    if more:
+        conditionings = [conditioning, *(c for c, _ in more)]
+        weights = [1.0, *(weight for _, weight in more)]
+        return guidance.composed(*given, conditionings, weights, null, scale)
+    if perpendicular:
+        if negative is None:
+            raise ValueError("perpendicular weighs negative_prompts: give them, too")
+        return guidance.perpendicular(*given, conditioning, negative, null, scale, perpendicular)
+    if cfg_pp:
+        return guidance.classifier_free_pp(*given, conditioning, null, scale)
+    return guidance.classifier_free(
+        *given, conditioning, null, scale, interval=interval, rescale=rescale
+    )
 
 
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:

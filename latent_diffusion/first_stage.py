@@ -65,7 +65,9 @@ def make_autoencoder(config: Config, axis_name: str | None = None) -> nn.Module:
     """The autoencoder that `config` describes; regularization "identity" is pixel space."""
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
-    return Autoencoder(**config, axis_name=axis_name)
+    fields = dict(config)
+    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
+    return Autoencoder(**fields, axis_name=axis_name)
 
 
 def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> FirstStage:

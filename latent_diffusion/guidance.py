@@ -56,6 +56,10 @@ def classifier_free(
     (Kynkäänniemi et al. 2024). rescale: in [0, 1], how far to pull each example's standard
     deviation back to the conditional prediction's (Lin et al. 2023, §3.4).
     """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale}")
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"guidance_interval must be (low, high) timesteps, got {interval}")
     plain = from_prediction(network, schedule, kind)
 
     def conditional(z_t: Array, t: Array) -> Prediction:
@@ -91,8 +95,10 @@ def classifier_free_pp(
 ) -> Denoiser:
     """CFG++ (Chung et al. 2024): guided z_0, but the null's eps; scale in [0, 1].
 
-    Only samplers that step with eps (ddim, euler and the like) tell it from classifier_free.
+    For samplers that step once with both (ddim, euler, euler_ancestral).
     """
+    if isinstance(scale, int | float) and not 0 <= scale <= 1:
+        raise ValueError(f"the guidance scale of CFG++ must lie in [0, 1], got {scale}")
     evaluate = _several(network, [null_conditioning, conditioning])
 
     def denoise(z_t: Array, t: Array) -> Prediction:
@@ -232,6 +238,8 @@ def dynamic_threshold(
 
     The threshold is at least 1 and at most `ceiling`.
     """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"dynamic_threshold must lie in (0, 1], got {ratio}")
 
     def threshold(z_0: Array) -> Array:
         bound = jnp.quantile(jnp.abs(z_0), ratio, axis=tuple(range(1, z_0.ndim)), keepdims=True)

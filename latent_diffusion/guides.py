@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +28,14 @@ class Scales:
     classifier: float | int = 1.0
     target: float | int = 1.0
     distance: str = "l2"
+
+
+def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
+    """Raise ValueError for a classifier that was trained with other noise than the denoiser."""
+    if classifier is not None:
+        theirs, ours = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
+        if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-6):
+            raise ValueError("the classifier was trained with another noise schedule")
 
 
 def entries(
@@ -57,7 +66,7 @@ def entries(
 def load_distance(name: str) -> Params | None:
     """The parameters of a distance, None where it has none."""
     net = lookup(DISTANCES, name, "target_distance")
-    return None if net is None else load_lpips_params(net)
+    return None if net is None else jax.tree.map(jnp.asarray, load_lpips_params(net))
 
 
 def guide(

@@ -1,6 +1,7 @@
 """The training loop: the one place where tasks, data, devices, checkpoints and logs meet."""
 
 import itertools
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_diffusion import data, frozen, init_from, metrics, parallel, workdir
+from latent_diffusion import (
+    data,
+    frozen,
+    init_from,
+    metrics,
+    parallel,
+    processes,
+    startup,
+    workdir,
+)
 from latent_diffusion.best import Best
 from latent_diffusion.checkpoint import (
     Checkpointer,
@@ -69,16 +79,33 @@ class Interrupted(Exception):
 
 
 class _Stop:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save; a second one acts at once."""
+    """Notes the first SIGINT or SIGTERM, so that the loop can save; a second one acts at once.
+
+    On several processes SIGTERM is left to JAX's runtime, which lets all stop after the same step.
+    """
 
     def __enter__(self) -> "_Stop":
-        self.signum: int | None = None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._signum: int | None = None
+        alone = jax.process_count() == 1
+        handlers = (
+            {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+            if alone
+            else {signal.SIGINT: self._pass_on}
+        )
+        self._before = {signum: signal.signal(signum, f) for signum, f in handlers.items()}
         return self
 
+    def after(self, step: int) -> int | None:
+        """The signal that ends the run after this step, if any."""
+        return signal.SIGTERM if processes.preempted(step) else self._signum
+
     def _note(self, signum: int, frame: Any) -> None:
-        self.signum = signum
+        self._signum = signum
         self._restore()
+
+    def _pass_on(self, signum: int, frame: Any) -> None:
+        self._restore()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for signum, handler in self._before.items():
@@ -106,14 +133,27 @@ def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def dry_run(config: ConfigDict) -> str:
-    """The resolved config and a table of parameters per component, without allocating any."""
+    """What a run would be, without allocating it: config, parameters, sharding, memory, FLOPs."""
     task = lookup(TASKS, config.task, "task")(config)
-    state, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
-    rows = []
+    mode, mesh = parallel.devices(config.parallel)
+    batch, rng = batch_spec(config), jax.random.key(0)
+    state, constants = jax.eval_shape(task.init, rng, batch)
+    shardings = parallel.state_shardings(state, mode, mesh, config.parallel.rules)
+    lines = [str(config), parallel.describe(shardings.params, state.params)]
     for name, tree in task.components(state, constants).items():
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-        rows.append(f"{name:24s}{count / 1e6:10.2f} M")
-    return f"{config}\n" + "\n".join(rows)
+        lines.append(f"{name:24s}{count / 1e6:10.2f} M")
+    kept = parallel.num_bytes(state, shardings), parallel.num_bytes(constants)
+    lines.append(
+        f"mode {mode} on {jax.device_count()} devices, mesh {dict(mesh.shape) if mesh else '-'}"
+    )
+    lines.append(f"bytes a device: state {kept[0]:,}, constants {kept[1]:,}, and activations")
+    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
+    flops = parallel.count_flops(task.train_step, state, constants, batch, rng)
+    lines.append(
+        f"{flops / 1e12:.4g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"
+    )
+    return "\n".join(lines)
 
 
 def train(config: ConfigDict, directory: str | Path) -> Any:
@@ -127,7 +167,9 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     config = init_from.resolve(workdir.resolve(config), directory)
     config = frozen.resolve(config, directory)
     task = make_task(config)
+    processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
     mode, mesh = parallel.devices(config.parallel)
+    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
     rng = jax.random.key(config.seed)
 
@@ -151,7 +193,9 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
             state = init_from.start_from(config, state)
         state = parallel.place(state, mode, **layout)
         restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
-        state, start = (state, 0) if restored is None else (restored.state, restored.step)
+        start = 0
+        if restored is not None:
+            state, start = parallel.place(restored.state, mode, **layout), restored.step
         if config.task != "autoencoding" and config.first_stage.cache:
             train_source = frozen.cache_moments(config, constants.first_stage, train_source)
 
@@ -181,7 +225,10 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
                 metrics.check_finite(step, values, state.params)
                 speed.add(config.batch_size)
                 progress.update(step)
-                last = step == config.num_steps or stop.signum is not None
+                if step == start + 1:
+                    progress.write(f"first step after {startup.seconds_since_start():.1f} s")
+                signum = stop.after(step)
+                last = step == config.num_steps or signum is not None
                 if step % config.log.every_steps == 0 or last:
                     rate = speed.read()
                     measured = {} if rate is None else {"images_per_second": rate}
@@ -195,14 +242,15 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
                 if step == config.num_steps or (every and step % every == 0):
                     measured = report.evaluation(state, constants, rng)
                     writer.scalars(step, measured)
-                    best.offer(step, state, measured)
+                    best.offer(step, parallel.to_global(state, mode), measured)
                     speed.skip()
                 if step % config.checkpoint.every_steps == 0 or last:
-                    checkpoints.save(step, state, {"seed": config.seed})
-                if stop.signum is not None:
+                    whole = parallel.to_global(state, mode)
+                    checkpoints.save(step, whole, {"seed": config.seed})
+                if signum is not None:
                     checkpoints.wait()
-                    progress.write(str(Interrupted(stop.signum, step)))
-                    raise Interrupted(stop.signum, step)
+                    progress.write(str(Interrupted(signum, step)))
+                    raise Interrupted(signum, step)
     return state
 
 
@@ -221,6 +269,7 @@ class _Reporter:
         self._config, self._source = config, source
         self._transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
         self._shard = parallel.process_shard(mode, layout["mesh"])
+        self._parts = parallel.num_parts(mode, layout["mesh"])
         self._eval_step = parallel.compile_eval(task.eval_step, mode, **layout)
         self._show = parallel.compile_eval(task.show, mode, **layout)
         self._net = None
@@ -272,10 +321,11 @@ class _Reporter:
     def pictures(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, np.ndarray]:
         """One grid: the images of every kind that the task shows, a row each."""
         num = self._config.log.num_images
-        batch = next(self._batches(num))
+        batch = next(self._batches(num + -num % self._parts))  # a whole number for every device
         batch.pop("weight")
         images = self._show(state, constants, batch, rng)
-        return {"_".join(images): metrics.image_grid(np.concatenate(list(images.values())), num)}
+        rows = np.concatenate([kind[:num] for kind in images.values()])
+        return {"_".join(images): metrics.image_grid(rows, num)}
 
     def _batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         return data.epoch(self._source, self._transform, batch_size, *self._shard)

@@ -43,7 +43,7 @@ class Model(flax.struct.PyTreeNode):
 
     def encode(
         self,
-        images: Float[Array, "B H W C"],
+        images: Num[Array | np.ndarray, "B H W C"],
         rng: jax.Array | None = None,
         *,
         tile_size: int | None = None,
@@ -53,9 +53,11 @@ class Model(flax.struct.PyTreeNode):
 
         Sides that are not multiples of f are padded with their last pixels; `decode` crops them.
         tile_size, tile_overlap: pixels; large images go through in tiles (see `tiling`). None:
-        the whole image at once; a quarter of the tile.
+        the whole image at once; a quarter of the tile. Raises ValueError for images of another
+        range (but not for reconstructions, which reach a little beyond).
         """
         first_stage = self._need("first_stage")
+        images = _in_range(images)
         keys = None if rng is None else example_keys(rng, images.shape[0])
         images = pad_to_multiple(images, first_stage.module.downsampling)
         return _encode(first_stage, images, keys, tile_size, tile_overlap)
@@ -75,9 +77,9 @@ class Model(flax.struct.PyTreeNode):
         images = _decode(self._need("first_stage"), latents, tile_size, tile_overlap)
         return images if size is None else images[:, : size[0], : size[1]]
 
-    def encode_to_indices(self, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
+    def encode_to_indices(self, images: Num[Array | np.ndarray, "B H W C"]) -> Int[Array, "B h w"]:
         """Places in the codebook of a vq first stage; ValueError for one without codebook."""
-        return _apply(self._need("first_stage"), "encode_to_indices", images)
+        return _apply(self._need("first_stage"), "encode_to_indices", _in_range(images))
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
         """Images from places in the codebook."""
@@ -162,19 +164,21 @@ class Model(flax.struct.PyTreeNode):
         `classifier_labels`, and by `target` [N h w C] toward pictures that become it when they are
         reduced to its size, by "l2" or "lpips"; scale 1 is Bayes' rule (App. C of the paper).
 
-        options: `sampler`, `num_steps`,
-        `spacing`, `guidance_scale` (a number, or one a step), and those of the sampler (`eta` …)
-        and the spacing (`end` …); else the model's defaults (see `denoiser.plan`).
+        options: `sampler`, `num_steps`, `spacing`, `guidance_scale` (a number, or one a step), and
+        those of the sampler (`eta` …) and the spacing (`end` …); else the model's defaults (see
+        `denoiser.plan`).
 
-        negative_prompts: instead of the unconditional; one for all, or one a prompt. more_prompts:
-        (text, weight) pairs for every image, beside its prompt of weight 1; a negative weight
-        steers away. image: [N H W C] in [-1, 1], mask: [N H W 1]; one for all, or one for each
-        image made; `strength` in [0, 1] says how much of it is made anew, or `mask` (1 = hole)
-        where; outside the hole its pixels are kept. quantize_x0: every estimate of z_0 becomes its
-        closest codes. Further options: `guidance_interval` (low, high) in timesteps,
-        `guidance_rescale`, `clip_x0`, `dynamic_threshold`, `progress(t)` and `preview(t, z_0)`,
-        called on the host from within the loop (by every device for its images). Equal options,
-        the same functions among them, reuse the compiled program.
+        negative_prompts: instead of the unconditional; one for all, or one a prompt; the option
+        `perpendicular` = weight steers away only from what they don't share with the prompt (beside
+        the unconditional). more_prompts: (text, weight) pairs for every image, beside its prompt of
+        weight 1; a negative weight steers away. image: [N H W C] in [-1, 1], mask: [N H W 1]; one
+        for all, or one for each image made; `strength` in [0, 1] says how much of it is made anew,
+        or `mask` (1 = hole) where; outside the hole its pixels are kept. quantize_x0: every
+        estimate of z_0 becomes its closest codes. Further options: `guidance_interval` (low, high)
+        in timesteps, `guidance_rescale`, `cfg_pp` (guidance_scale in [0, 1]), `clip_x0`,
+        `dynamic_threshold`, `progress(t)` and `preview(t, z_0)`, called on the host from within the
+        loop (by every device for its images). Equal options, the same functions among them, reuse
+        the compiled program.
         """
         denoiser, first_stage = self._need("denoiser"), self._need("first_stage")
         timesteps, options = plan(denoiser.schedule, self.defaults, options)
@@ -183,11 +187,8 @@ class Model(flax.struct.PyTreeNode):
         given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
         given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
         given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
-        given |= {
-            key: {"image": image, "mask": mask}[key]
-            for key in ("image", "mask")
-            if key in denoiser.conditioner.keys
-        }
+        pictures = {"image": image, "mask": mask}  # conditions of some models
+        given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
         told, (height, width) = self._conditions(given, image_size)
         told = {k: np.repeat(v, num_images, axis=0) for k, v in told.items()}
         total = len(next(iter(told.values()), np.zeros(num_images)))
@@ -211,14 +212,14 @@ class Model(flax.struct.PyTreeNode):
             batch["z_T"] = np.asarray(z_T)
 
         channels = getattr(first_stage.module, "image_channels", 3)
+        guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         scales = guides.Scales(classifier_scale, target_scale, target_distance)
         distance = None if target is None else guides.load_distance(target_distance)
 
         mode = parallel.resolve_mode(mode)
-        devices = 1 if mode == "single" else jax.device_count()
         batch_size = min(batch_size, total)
-        batch_size += -batch_size % devices
+        batch_size += -batch_size % parallel.num_parts(mode)
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         weights = tuple(float(weight) for _, weight in more_prompts)
         program = _program(
@@ -229,6 +230,7 @@ class Model(flax.struct.PyTreeNode):
         for start in range(0, total, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), total - 1)  # pad with the last
             part = {key: value[index] for key, value in batch.items()}
+            part = parallel.process_rows(part, mode)
             images.append(program({}, frozen, part, rng))
         return np.concatenate(images)[:total]
 
@@ -285,6 +287,21 @@ class Model(flax.struct.PyTreeNode):
         return self.tokenizer(list(prompts))
 
 
+def _in_range(images: Array | np.ndarray) -> jax.Array:
+    """The images, unless their pixels are 0 … 255. Under jit only their dtype is known."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
+        )
+    images = jnp.asarray(images)
+    if isinstance(images, jax.core.Tracer) or images.size == 0:
+        return images
+    reach = float(jnp.max(jnp.abs(images)))
+    if not reach <= 2:  # NaN fails too
+        raise ValueError(f"images have values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
+    return images
+
+
 def _known_image(
     image: Array | np.ndarray | None,
     mask: Array | np.ndarray | None,
@@ -309,6 +326,7 @@ def _known_image(
             )
         return np.broadcast_to(value, (size[0], *value.shape[1:]))
 
+    _in_range(np.asarray(image))
     given = {"known": image} if mask is None else {"known": image, "hole": mask}
     return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}
 
@@ -372,9 +390,10 @@ def _program(
         z_0 = denoiser.sample(
             keys,
             condition(),
-            condition("negative") if "negative" in batch else condition(drop=True),
+            condition(drop=True),
             timesteps,
             shape,
+            negative=condition("negative") if "negative" in batch else None,
             more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
             nearest=first_stage.nearest if quantize_x0 else None,
             guide=guides.guide(batch, denoiser.schedule, first_stage, classifier, distance, scales),

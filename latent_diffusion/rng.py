@@ -48,11 +48,6 @@ def bernoulli_per_example(keys: Keys, probability: float) -> Bool[Array, " B"]:
     return uniform_per_example(keys) < probability
 
 
-def device_key(rng: Key[Array, ""], axis_name: str | None) -> Key[Array, ""]:
-    """A key for noise that cannot be per example (dropout): differs between mapped devices."""
-    return rng if axis_name is None else jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-
-
 def pmean(tree, axis_name: str | None):
     """Mean over the mapped axis; the identity where there is none (arrays are global then)."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,18 @@ def read_picture(path: str | None, mode: str) -> np.ndarray | None:
     return pixels / 127.5 - 1 if mode == "RGB" else (pixels[..., None] > 127).astype(np.float32)
 
 
+def progress_bar() -> Callable[[Any], None]:
+    """A bar that counts the network's evaluations (of every device), for option `progress`."""
+    from tqdm import tqdm
+
+    bar = tqdm(unit=" evaluations", disable=False)  # asked for, whatever the environment
+
+    def advance(t: Any) -> None:
+        bar.update()
+
+    return advance
+
+
 def read_levels(path: str | None, channel: bool = False) -> np.ndarray | None:
     """[1 H W] of the levels in a picture (palettes by their indices); with a last axis if asked."""
     if path is None:
@@ -119,7 +131,7 @@ def sample_to_disk(
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora: see `load`.
+    tokenizer, lora: see `load`. Process 0 alone writes and prints.
     """
     model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()
@@ -127,6 +139,8 @@ def sample_to_disk(
         model.sample(jax.random.key(seed), prompts, class_labels, num_images=num_images, **options)
     )
     seconds = time.perf_counter() - start
+    if jax.process_index() != 0:
+        return images
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(out / f"{i:05d}.png")
@@ -138,7 +152,7 @@ def sample_to_disk(
     lines = [name for name in names for _ in range(num_images)]
     (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(
-        f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s, "
-        f"compilation included): {out / 'grid.png'}"
+        f"{len(images)} images in {seconds:.1f} s on {jax.device_count()} devices "
+        f"({len(images) / seconds:.1f} images/s, compilation included): {out / 'grid.png'}"
     )
     return images

@@ -11,6 +11,7 @@ originals can't change it.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from latent_diffusion import data
+from latent_diffusion import data, processes
 from latent_diffusion.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
 from latent_diffusion.conditioners import Conditioner, make_conditioner
 from latent_diffusion.first_stage import FirstStage
@@ -38,12 +39,19 @@ _BUILDS_ON = {
 }
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there complete or not at all, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the resolved experiment; process 0 only."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=2)
-        (workdir / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_whole(workdir / CONFIG, text + "\n")
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -146,17 +154,19 @@ def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> Tokenizer 
     if own.name == "none":
         return None
     kind = lookup(TOKENIZERS, own.name, "tokenizer.name")
-    if (workdir / TOKENIZER).exists():
-        tokenizer = load_tokenizer(workdir / TOKENIZER)
-    elif kind is WordTokenizer:
-        tokenizer = kind.train(data.captions(source), own.vocab_size, own.max_length)
-    elif not own.path:
-        raise ValueError(f"tokenizer.name={own.name!r} needs tokenizer.path, where its files lie")
-    else:
-        tokenizer = kind.read(own.path, own.max_length)
+    if jax.process_index() == 0 and not (workdir / TOKENIZER).exists():
+        if kind is WordTokenizer:
+            made = kind.train(data.captions(source), own.vocab_size, own.max_length)
+        elif not own.path:
+            raise ValueError(f"tokenizer.name={own.name!r} needs tokenizer.path: its files")
+        else:
+            made = kind.read(own.path, own.max_length)
+        partial = workdir / f".{TOKENIZER}.partial"
+        made.save(partial)
+        os.replace(partial, workdir / TOKENIZER)
+    processes.barrier("tokenizer")
+    tokenizer = load_tokenizer(workdir / TOKENIZER)
     check_reads(make_conditioner(config.conditioners), tokenizer)
-    if jax.process_index() == 0:
-        tokenizer.save(workdir / TOKENIZER)
     return tokenizer
 
 
@@ -171,7 +181,9 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
                 f"but the tokenizer has {tokenizer.vocab_size} tokens"
             )
         for field in ("empty", "pad_id"):
-            own, wanted = getattr(part, field), getattr(tokenizer, field)
+            wanted = getattr(tokenizer, field)
+            own = getattr(part, field, wanted)
+            own = tuple(own) if isinstance(own, list) else own  # as JSON has it
             if own != wanted:
                 raise ValueError(
                     f"conditioners.{name}.{field}={own}, but the tokenizer's is {wanted}: set it, "

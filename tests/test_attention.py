@@ -7,6 +7,7 @@ import pytest
 
 from latent_diffusion.models import attention
 from latent_diffusion.models.blockwise_attention import blockwise_attention
+from latent_diffusion.models.splash_attention import splash_attention
 
 
 @pytest.mark.parametrize(("length", "keys"), [(256, 256), (200, 77)])
@@ -42,6 +43,19 @@ def test_only_long_sequences_on_a_cpu_go_by_blocks(monkeypatch):
     assert attend(1024, 77) == attend(256, 256) == attend(1024, 1024, "xla") == 0
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attend(1024, 1024) == 0
+
+
+def test_splash_is_attention_and_for_tpus_only():
+    """Whatever the lengths and the width, none of which fill the kernel's blocks here."""
+    k_q, k_k, k_v = jax.random.split(jax.random.key(0), 3)
+    q = 3 * jax.random.normal(k_q, (1, 150, 2, 40))
+    k, v = (jax.random.normal(key, (1, 77, 2, 40)) for key in (k_k, k_v))
+    expected = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(splash_attention(q, k, v, interpret=True), expected, atol=2e-5)
+    with pytest.raises(ValueError, match="attention='splash' is for TPUs, this is a cpu"):
+        attention.attend(q, k, v, "splash")
+    causal = attention.attend(k, k, v, "splash", causal=True)
+    np.testing.assert_array_equal(causal, attention.attend(k, k, v, "xla", causal=True))
 
 
 def test_blocks_keep_the_dtype_and_sum_in_float32():

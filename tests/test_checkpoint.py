@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from latent_diffusion import checkpoint, parallel
 from latent_diffusion.checkpoint import (
@@ -24,6 +25,7 @@ from latent_diffusion.checkpoint import (
     Checkpointer,
     CheckpointError,
     WorkdirInUse,
+    integrity,
 )
 
 MESH_RULES = ((".*", "fsdp(min_mb=0)"),)
@@ -219,6 +221,40 @@ def test_damaged_step_is_skipped_named_and_can_be_saved_again(tmp_path, caplog, 
         assert_same(make_state(2), restored.state)
         assert checkpointer.all_steps() == [1, 2]
     assert (tmp_path / "2.rejected-1").exists()
+
+
+def test_no_flipped_bit_is_restored(tmp_path, caplog):
+    save_steps(tmp_path / "run", 1, 2)
+    files = sorted(path for path in (tmp_path / "run" / "2").rglob("*") if path.is_file())
+    rng, noticed = np.random.default_rng(0), 0
+    for trial in range(24):
+        copy = shutil.copytree(tmp_path / "run", tmp_path / str(trial))
+        path = copy / files[trial % len(files)].relative_to(tmp_path / "run")
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        with Checkpointer(copy, read_only=True) as checkpointer:
+            restored = checkpointer.restore(jax.eval_shape(make_state))
+        assert_same(make_state(restored.step), restored.state)
+        noticed += restored.step == 1
+        assert ("going on from the last good checkpoint, step 1" in caplog.text) == (noticed > 0)
+    assert noticed > 5  # the others changed what nobody reads
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float64", "int8", "bool", "uint32", "int64"]
+)
+def test_fingerprints_see_every_bit_and_no_layout(dtype):
+    array = np.random.default_rng(0).normal(size=(6, 8)).astype(jnp.dtype(dtype))
+    with jax.enable_x64(dtype.endswith("64")):
+        mesh = parallel.make_mesh({"data": 2, "fsdp": 4})
+        cut = jax.device_put(array, jax.sharding.NamedSharding(mesh, P("data", "fsdp")))
+        assert int(integrity._device_sum(cut)) == integrity._host_sum(array)
+    assert integrity.fingerprints({"a": array}) == integrity.fingerprints({"a": cut})
+    changed = array.copy()
+    changed.reshape(-1).view(np.uint8)[17] ^= 1
+    assert integrity._host_sum(changed) != integrity._host_sum(array)
+    assert integrity._host_sum(np.zeros((0, 3), array.dtype)) == 0
 
 
 def test_nothing_good_is_an_error(tmp_path):

@@ -68,6 +68,18 @@ def test_no_codebook_no_indices():
         jax.eval_shape(model.encode_to_indices, _images())
 
 
+def test_images_of_another_range_or_with_other_channels_are_refused():
+    model, x = Model(first_stage=_frozen("vq")), _images()
+    bytes_of = ((x + 1) * 127.5).astype(jnp.uint8)
+    for call in (model.encode, model.encode_to_indices):
+        with pytest.raises(ValueError, match=r"dtype uint8, expected floats in \[-1, 1\]"):
+            call(bytes_of)
+        with pytest.raises(ValueError, match=r"values up to 25\d.*, expected \[-1, 1\]"):
+            call(bytes_of.astype(jnp.float32))
+        with pytest.raises(ValueError, match="image has 4 channels, expected 3"):
+            call(jnp.zeros((1, 8, 8, 4)))
+
+
 @pytest.mark.parametrize("mode", ["odd", "tiled"])
 def test_large_and_odd_images_go_through_the_model(mode):
     """Odd sides are padded and cropped; tiles of a model without norms' reach agree inside."""
@@ -139,15 +151,30 @@ def test_gumbel_trains_and_cools_by_equal_factors():
     np.testing.assert_allclose(at, [1.0, 0.1**0.5, 0.1, 0.1], rtol=1e-6)
 
 
-def test_latents_are_logged_per_channel_whatever_the_regularization():
-    config = make_config("autoencoding", **{"autoencoder.regularization": "none"})
+ALWAYS = {"loss", "l1", "lpips", "rec_loss", "nll_loss", "reg_loss", "logvar", "grad_norm"}
+ALWAYS |= {"g_loss", "disc_loss", "d_weight", "disc_factor", "adversarial_factor"}
+ALWAYS |= {"logits_real", "logits_fake"}
+ALWAYS |= {"latent_std", "latent_std_0", "latent_std_1"}  # embed_dim = 2
+
+
+@pytest.mark.parametrize(
+    ("regularization", "own"),
+    [
+        ("kl", {"posterior_mean", "posterior_mean_abs", "posterior_std"}),
+        ("vq", {"perplexity", "codebook_usage"}),
+        ("gumbel", {"perplexity", "codebook_usage"}),
+        ("none", set()),
+    ],
+)
+def test_what_training_logs(regularization, own):
+    fields = {"autoencoder.regularization": regularization, "autoencoding.perceptual": "alex"}
+    config = make_config("autoencoding", **fields, **{"data.image_size": 32})
     task = TASKS["autoencoding"](config)
     state, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
-    _, metrics = jax.eval_shape(
-        task.train_step, state, constants, make_batch(config), jax.random.key(0)
-    )
-    assert {"latent_std", "latent_std_0", "latent_std_1"} <= set(metrics)
-    assert "latent_std_2" not in metrics  # embed_dim = 2
+    batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)}
+    _, metrics = jax.eval_shape(task.train_step, state, constants, batch, jax.random.key(0))
+    assert set(metrics) == ALWAYS | own
+    assert all(value.shape == () for value in metrics.values())
 
 
 def test_conditional_discriminator_sees_the_condition():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import latent_diffusion as ldm
 from configs import openmoji_autoencoder
 from latent_diffusion import loop
 from latent_diffusion.checkpoint import Checkpointer
+from latent_diffusion.evaluation import first_stages
 
 AUTOENCODER = "--config=configs/openmoji_autoencoder.py:smoke"
 TEXT = "--config=configs/openmoji_text.py:smoke"
@@ -66,7 +68,9 @@ def test_sample_writes_prompt_major_images_that_depend_on_seed_and_index_only(tr
     flags = (f"--workdir={trained[1]}", "--prompts=red circle;blue zebra", "--num_images=2")
     done = _run("sample.py", *flags, f"--out={tmp_path / 'a'}")
     assert "zebra" in done.stderr  # an unknown word is named, and sampling goes on
-    _run("sample.py", *flags, f"--out={tmp_path / 'b'}", "--batch_size=3")
+    usual = ("--sampler=ddim", "--spacing=trailing", "--eta=0", "--progress")
+    done = _run("sample.py", *flags, f"--out={tmp_path / 'b'}", "--batch_size=3", *usual)
+    assert " evaluations" in done.stderr
     prompts = (tmp_path / "a" / "prompts.txt").read_text().splitlines()
     assert prompts == ["red circle", "red circle", "blue zebra", "blue zebra"]
     a, b = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in "ab")
@@ -77,6 +81,19 @@ def test_sample_writes_prompt_major_images_that_depend_on_seed_and_index_only(tr
         image = np.asarray(Image.open(tmp_path / "a" / f"{i:05d}.png"))
         np.testing.assert_array_equal(image, a[i])
     assert (tmp_path / "a" / "grid.png").exists()
+
+
+def test_first_stages_are_compared_in_a_table_and_a_picture(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "small")
+    scores = {"psnr": 20.123, "ssim": 0.5, "lpips_alex": 0.25}
+    (tmp_path / "small" / "evaluations.jsonl").write_text(json.dumps({"metrics": scores}))
+    heading, _, line = first_stages.compare(tmp_path).splitlines()
+    assert heading.startswith("| first stage | PSNR | SSIM | LPIPS | latent std | codes in use |")
+    cells = line.split(" | ")
+    assert cells[:4] == ["| small", "20.12", "0.500", "0.2500"] and float(cells[4]) > 0
+    assert cells[5] == "–" and float(cells[6]) > 0 and cells[7].endswith(" M |")
+    with Image.open(tmp_path / "reconstructions.png") as picture:
+        assert picture.width > 12 * 32 and picture.height >= 2 * 32
 
 
 def test_load_gives_a_model_that_encodes_decodes_and_samples(trained):

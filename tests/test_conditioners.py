@@ -168,6 +168,18 @@ def test_the_empty_prompt_is_the_null_condition(name, row):
     np.testing.assert_allclose(_apply(config, NEVER, empty), _apply(config, ALWAYS), atol=1e-6)
 
 
+def test_a_prompt_is_the_sum_of_its_words_maps():
+    config = {"word_map": SMALL["word_map"]}
+
+    def maps(*tokens):
+        return _apply(config, NEVER, {"tokens": jnp.array([tokens] * 3)})
+
+    both = maps(2, 3, 0, 0)
+    np.testing.assert_allclose(both, maps(2, 0, 0, 0) + maps(3, 0, 0, 0), atol=1e-6)
+    np.testing.assert_array_equal(maps(0, 0, 0, 0), np.zeros((3, 4, 4, 2)))
+    np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 2)))
+
+
 def test_prompts_of_another_length_are_refused():
     for name in ("text", "clip_text"):
         with pytest.raises(ValueError, match="4 tokens a prompt, expected max_length=7"):
@@ -202,18 +214,6 @@ def test_a_skipped_layer_has_no_parameters():
     conditioner = make_conditioner({"clip_text": SMALL["clip_text"] | {"skip_last": 1}})
     params = jax.eval_shape(conditioner.init, jax.random.key(0), BATCH, NEVER)["params"]
     assert "layers_0" in params["clip_text"] and "layers_1" not in params["clip_text"]
-
-
-def test_a_prompt_is_the_sum_of_its_words_maps():
-    config = {"word_map": SMALL["word_map"]}
-
-    def maps(*tokens):
-        return _apply(config, NEVER, {"tokens": jnp.array([tokens] * 3)})
-
-    both = maps(2, 3, 0, 0)
-    np.testing.assert_allclose(both, maps(2, 0, 0, 0) + maps(3, 0, 0, 0), atol=1e-6)
-    np.testing.assert_array_equal(maps(0, 0, 0, 0), np.zeros((3, 4, 4, 2)))
-    np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 2)))
 
 
 def test_class_labels_outside_the_range_are_the_null_class():

@@ -46,7 +46,7 @@ VARIANTS = {
         "vector": True,
         "use_scale_shift_norm": True,
         "disable_self_attentions": (True,),
-        "remat": True,
+        "remat": "full",
     },
 }
 

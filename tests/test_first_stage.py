@@ -14,6 +14,7 @@ from latent_diffusion.first_stage import (
     with_measured_scale,
 )
 from latent_diffusion.models.autoencoder import Identity
+from latent_diffusion.workdir import check_same_tree
 
 
 def _pixels(seed):
@@ -47,6 +48,17 @@ def test_channel_scale_gives_every_channel_mean_0_and_variance_1():
 def test_decode_undoes_the_scale(normalization):
     first_stage, z = _measured(normalization)
     np.testing.assert_allclose(first_stage.decode(first_stage.encode({"image": z})), z, atol=1e-4)
+
+
+def test_weights_of_another_architecture_are_named():
+    want, have = ({"encoder": {"kernel": np.zeros(shape)}} for shape in ((3, 3, 8), (3, 3, 4)))
+    message = (
+        r"^runs/a holds another architecture: encoder/kernel: expected \(3, 3, 8\), got \(3, 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_same_tree(want, have, "runs/a")
+    with pytest.raises(ValueError, match=r"encoder/bias: expected nothing, got \(8,\)"):
+        check_same_tree(want, {"encoder": {"bias": np.zeros(8), **want["encoder"]}}, "runs/a")
 
 
 def test_unknown_normalization_is_named():

@@ -68,6 +68,7 @@ def test_image_7_is_the_same_at_any_batch_size_and_number_of_devices():
         {"negative_prompts": [""]},  # the unconditional is the empty prompt
         {"more_prompts": [("green dog", 0.0)]},
         {"guidance_scale": [3.0] * 4, "guidance_interval": (0, 999)},
+        {"negative_prompts": ["red cat", "blue dog"], "perpendicular": 0.7},  # all of it shared
         {"image": IMAGE, "strength": 1.0},  # all of it is made anew
     ],
     ids=lambda options: next(iter(options)),
@@ -97,6 +98,14 @@ def test_a_call_runs_one_program_for_each_batch(monkeypatch):
     monkeypatch.setattr(parallel, "compile_eval", counting)
     sample(num_images=4, batch_size=3, guidance_rescale=0.1)
     assert runs == [3, 3, 3]  # the last one padded
+
+
+def test_cfg_pp_steps_with_the_unconditional_noise():
+    """Scale 0 of it is the unconditional model, whose samples no prompt changes."""
+    images = sample(guidance_scale=0.0, cfg_pp=True)
+    other = sample(["cat", "dog"], guidance_scale=0.0, cfg_pp=True)
+    np.testing.assert_allclose(images, other, atol=2e-4)
+    assert np.abs(sample(guidance_scale=0.6, cfg_pp=True) - images).max() > 0.01
 
 
 def test_strength_0_returns_the_image():
@@ -132,6 +141,16 @@ def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
         ({"sampler": "heun", "eta": 1.0}, "unknown option 'eta' for sampler 'heun'"),
         ({"spacing": "even"}, "unknown spacing 'even'; known: ays"),
         ({"sampler": "dimm"}, "unknown sampler 'dimm'; known: "),
+        ({"cfg_pp": True}, r"scale of CFG\+\+ must lie in \[0, 1\], got 3"),
+        ({"cfg_pp": True, "sampler": "heun"}, "cfg_pp works with ddim, euler, .*, not heun"),
+        ({"cfg_pp": True, "more_prompts": [("cat", 1)]}, "more_prompts and cfg_pp don't go"),
+        ({"cfg_pp": True, "guidance_rescale": 0.5}, "cfg_pp knows no guidance_interval or"),
+        ({"perpendicular": 1.0}, "perpendicular weighs negative_prompts: give them, too"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\], got 1.5"),
+        ({"guidance_interval": (700, 300)}, r"guidance_interval must be \(low, high\) timesteps"),
+        ({"dynamic_threshold": 995.0}, r"dynamic_threshold must lie in \(0, 1\], got 995"),
+        ({"noise_dropout": 1.0, "eta": 1.0}, r"noise_dropout must lie in \[0, 1\), got 1"),
+        ({"image": IMAGE * 127, "strength": 0.5}, r"images have values up to 12\d.*, expected"),
     ],
 )
 def test_bad_input_is_one_line(options, message):

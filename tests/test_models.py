@@ -30,61 +30,6 @@ SMALL_UNET = {
 }
 
 
-def _millions(tree):
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) / 1e6
-
-
-# Facts of the released models.
-PLAIN = {"transformer_depth": 0}
-# (M parameters, tensors), channels in, context width, fields
-UNETS = {
-    "celeba256": (
-        (274.06, 368),
-        3,
-        None,
-        {"model_channels": 224, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32, **PLAIN}
-        | {"attention_resolutions": (8, 4, 2), "out_channels": 3},
-    ),
-    "lsun_churches256": (
-        (294.97, 520),
-        4,
-        None,
-        {"model_channels": 192, "channel_mult": (1, 2, 2, 4, 4), "use_scale_shift_norm": True}
-        | {"attention_resolutions": (1, 2, 4, 8), "resblock_updown": True, **PLAIN},
-    ),
-    "cin256-v2": (
-        (400.92, 688),
-        3,
-        512,
-        {"model_channels": 192, "channel_mult": (1, 2, 3, 5), "num_heads": 1}
-        | {"attention_resolutions": (8, 4, 2), "out_channels": 3},
-    ),
-    "layout2img": (
-        (246.28, 1328),
-        3,
-        512,
-        {"model_channels": 128, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32}
-        | {"attention_resolutions": (8, 4, 2), "out_channels": 3, "transformer_depth": 3},
-    ),
-    "sd_v1": ((859.52, 686), 4, 768, {}),
-    "sd_v2": ((865.91, 686), 4, 1024, {"num_head_channels": 64}),
-}
-
-
-@pytest.mark.parametrize("name", UNETS)
-def test_unet_has_the_released_size(name):
-    (expected, tensors), channels, width, fields = UNETS[name]
-    context = None if width is None else jnp.zeros((1, 4, width))
-    params = jax.eval_shape(
-        UNet(**fields).init,
-        KEY,
-        jnp.zeros((1, 16, 16, channels)),
-        jnp.zeros(1),
-        Conditioning(context=context),
-    )
-    assert (round(_millions(params), 2), len(jax.tree.leaves(params))) == (expected, tensors)
-
-
 def test_timestep_embedding_is_the_golden_one():
     cosines = [-0.83907153, 0.54030231, 0.99500417, 0.99995]
     sines = [-0.54402111, 0.84147098, 0.09983342, 0.00999983]
@@ -187,7 +132,7 @@ def test_identity_first_stage_changes_nothing():
         {},
         {"transformer_depth": 0, "legacy_qkv_order": False},
         {"use_scale_shift_norm": True, "resblock_updown": True},
-        {"remat": True, "dtype": jnp.bfloat16, "dropout": 0.1},
+        {"remat": "dots_saveable", "dtype": jnp.bfloat16, "dropout": 0.1},
         {"disable_self_attentions": (True, False), "num_head_channels": 4},
         {"vector_projection": True, "num_codes": 5},
     ],

@@ -51,6 +51,12 @@ def test_without_options_the_loss_is_the_simple_one():
     close(seen["prior_bits"], diffusion.prior_bits_per_dim(SCHEDULE, BATCH["image"]))
 
 
+def test_the_absolute_loss():
+    assert abs(float(losses(loss="l1")["simple"].mean()) - (2 / np.pi) ** 0.5) < 0.02
+    with pytest.raises(ValueError, match="unknown loss 'l3'; known: l1, l2"):
+        losses(loss="l3")
+
+
 @pytest.mark.parametrize("name", LOSS_WEIGHTS)
 @pytest.mark.parametrize("kind", diffusion.PREDICTIONS)
 def test_weights_belong_to_the_timestep(name, kind):

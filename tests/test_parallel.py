@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import parallel
 from latent_diffusion import rng as rng_lib
+from latent_diffusion.parallel import hlo
 
 BATCH = 16
 MODES = {
@@ -223,6 +224,21 @@ def test_devices_reads_a_config():
     assert parallel.devices(settings) == ("pmap", None)
 
 
+def test_collectives_in_loops_count_as_often_as_they_run():
+    text = """
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r.2 = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%add.1
+}
+ENTRY %main.9 (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %g = (bf16[2,4]{1,0}, bf16[4,4]{1,0}) all-gather-start(%y), dimensions={0}
+  %h = bf16[4,4]{1,0} all-gather-done(%g)
+}
+"""  # noqa: E501
+    assert hlo.total_bytes(text) == {"all-reduce": 5 * 32, "all-gather": 32}
+    assert hlo.host_transfers(text + '  %s = f32[] custom-call(), custom_call_target="callback"')
+
+
 def test_process_shard_on_one_process():
     for name in MODES:
         mode, mesh, _ = build(name)
@@ -307,6 +323,12 @@ def batch_error(name, size):
         (rules_error([(".*", "tensor(")]), ["'tensor('"]),
         (rules_error([(".*", "fsdp(max_mb=1)")]), ["'fsdp(max_mb=1)'", "max_mb"]),
         (rules_error([(".*", "tensor(-1)")]), ["'params/norm/bias'", "(6,)", "4 devices"]),
+        (lambda: parallel.check_batch_size(12, "pmap"), ["batch_size=12", "8 devices"]),
+        (
+            lambda: parallel.check_batch_size(16, "pmap", micro_batches=4),
+            ["batch_size=16", "8 devices × 4 micro-batches"],
+        ),
+        (lambda: parallel.check_batch_size(8, "single", micro_batches=0), ["grad_accumulation=0"]),
         (batch_error("pmap", 12), ["12 examples", "8 devices"]),
         (batch_error("mesh data 2 × fsdp 2 × tensor 2", 10), ["10 examples", "4 devices"]),
     ],

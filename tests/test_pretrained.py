@@ -151,4 +151,5 @@ def test_an_encoder_and_its_tokenizer_must_agree():
     ):
         with pytest.raises(ValueError, match=message):
             workdir.check_reads(make_conditioner({"class_label": {}, "text": fields}), tokenizer)
-    workdir.check_reads(make_conditioner({"text": {"vocab_size": 5}}), tokenizer)
+    fits = {"text": {"vocab_size": 5}, "word_map": {"vocab_size": 5}}
+    workdir.check_reads(make_conditioner(fits), tokenizer)

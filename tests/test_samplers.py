@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_schedules import assert_printed
 
 from latent_diffusion import guidance
 from latent_diffusion.diffusion import Prediction
@@ -105,6 +106,7 @@ def filled(table, rows=ROWS, columns=5):
         restart=fill(table.restart, idle=1.0),
         keep=fill(table.keep),
         correction=fill_all(table.correction),
+        dropout=fill(table.dropout),
     )
 
 
@@ -247,10 +249,12 @@ def test_repeated_timesteps_do_no_harm(name):
 # ------------------------------------------------------- the original LDM, from the fact sheet §5
 
 
-def numbers(S=50):
+def numbers(S=50, spacing="original"):
     """DDIM's constants in the original, float64: timesteps, a, a_prev."""
     bar = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
     t = np.arange(0, 1000, 1000 // S) + 1
+    if spacing == "original_quad":
+        t = (np.linspace(0, np.sqrt(800), S) ** 2).astype(int) + 1
     return t, bar[t], np.append(bar[0], bar[t[:-1]])
 
 
@@ -262,8 +266,13 @@ def test_golden_numbers_of_ddim():
     np.testing.assert_allclose(there.alpha[::-1] ** 2, a_prev, rtol=1e-5)
     noise = ddim_noise(here, there)[::-1][jnp.array([0, 1, 25, 49])]
     np.testing.assert_allclose(noise, [0.02743209, 0.0524426, 0.37680537, 0.56113833], rtol=3e-6)
-    np.testing.assert_allclose(a[[0, 49]], [0.99699443, 2.01956e-4], rtol=1e-6)
-    np.testing.assert_allclose(a_prev[[0, 49]], [0.9985, 2.947856e-4], rtol=1e-6)
+    for t, printed in (
+        (1, ".99699443"),
+        (981, "2.01956e-4"),
+        (0, ".9985"),
+        (961, "2.947856e-4"),
+    ):
+        assert_printed(LINEAR.alphas_cumprod[t], printed)
 
 
 def eps_float64(x, a):
@@ -271,10 +280,9 @@ def eps_float64(x, a):
     return np.sqrt(1 - a) * (x - np.sqrt(a) * 1.5) / (0.16 * a + 1 - a)
 
 
-def original_ddim(x, eta, noises):
-    _, a, a_prev = numbers()
-    for i in range(50):
-        k = 49 - i
+def original_ddim(x, eta, noises, *which):
+    _, a, a_prev = numbers(*which)
+    for i, k in enumerate(reversed(range(len(a)))):
         e = eps_float64(x, a[k])
         sigma = eta * np.sqrt((1 - a_prev[k]) / (1 - a[k]) * (1 - a[k] / a_prev[k]))
         x_0 = (x - np.sqrt(1 - a[k]) * e) / np.sqrt(a[k])
@@ -282,15 +290,15 @@ def original_ddim(x, eta, noises):
     return x
 
 
-def original_plms(x):
-    _, a, a_prev = numbers()
+def original_plms(x, S):
+    _, a, a_prev = numbers(S)
     past = []
 
     def move(x, e, k):
         x_0 = (x - np.sqrt(1 - a[k]) * e) / np.sqrt(a[k])
         return np.sqrt(a_prev[k]) * x_0 + np.sqrt(1 - a_prev[k]) * e
 
-    for k in range(49, -1, -1):
+    for k in reversed(range(S)):
         e = eps_float64(x, a[k])
         if len(past) == 0:
             mean = (e + eps_float64(move(x, e, k), a[k - 1])) / 2
@@ -330,16 +338,22 @@ def ours(name, timesteps, **own):
     return compiled(name, **own)(GAUSSIAN, LINEAR, timesteps, START, KEYS[:4])
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_trajectory_of_the_original_ddim(eta):
-    z_0 = ours("ddim", spacing("original", LINEAR, 50), eta=eta)
-    expected = original_ddim(np.asarray(START, np.float64), eta, noise_of)
+@pytest.mark.parametrize(
+    ("eta", "num_steps", "name"),
+    [(0.0, 10, "original"), (0.0, 20, "original"), (0.0, 50, "original"), (1.0, 50, "original"),
+     (0.4, 20, "original_quad")],
+)  # fmt: skip
+def test_trajectory_of_the_original_ddim(eta, num_steps, name):
+    z_0 = ours("ddim", spacing(name, LINEAR, num_steps), eta=eta)
+    start = np.asarray(START, np.float64)
+    expected = original_ddim(start, eta, noise_of, num_steps, name)
     np.testing.assert_allclose(z_0, expected, atol=1e-5)
 
 
-def test_trajectory_of_the_original_plms():
-    z_0 = ours("plms", spacing("original", LINEAR, 50))
-    expected = original_plms(np.asarray(START, np.float64))
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_trajectory_of_the_original_plms(num_steps):
+    z_0 = ours("plms", spacing("original", LINEAR, num_steps))
+    expected = original_plms(np.asarray(START, np.float64), num_steps)
     np.testing.assert_allclose(z_0, expected, atol=1e-5)
 
 
@@ -387,6 +401,22 @@ def test_temperature_of_ddim_scales_its_noise():
     still, half, full = one_step(0.0), one_step(0.5), one_step(1.0)
     np.testing.assert_allclose(full - still, 2 * (half - still), atol=1e-6)
     assert jnp.max(jnp.abs(full - still)) > 0.1
+
+
+def test_dropout_of_ddims_noise_keeps_its_mean():
+    timesteps = jnp.array([500.0, 300.0])
+
+    def noise(**own):
+        return np.ravel(SAMPLERS["ddim"](still, Z_T, timesteps, LINEAR, KEYS, eta=1.0, **own))
+
+    def still(z_t, t):
+        return Prediction(0 * z_t, 0 * z_t)
+
+    whole, left = noise(), noise(noise_dropout=0.75)
+    np.testing.assert_allclose(left[left != 0], 4 * whole[left != 0], rtol=1e-5)
+    assert abs(np.mean(left == 0) - 0.75) < 0.06
+    with pytest.raises(ValueError, match=r"noise_dropout must lie in \[0, 1\), got 1"):
+        noise(noise_dropout=1.0)
 
 
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])

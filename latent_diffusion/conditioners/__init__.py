@@ -65,7 +65,7 @@ class Conditioner(nn.Module):
     @property
     def keys(self) -> tuple[str, ...]:
         """Batch keys that are read."""
-        return tuple(key for part in self.parts() for key in part.keys)
+        return tuple(dict.fromkeys(key for part in self.parts() for key in part.keys))
 
     @property
     def optional(self) -> tuple[str, ...]:

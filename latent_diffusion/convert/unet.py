@@ -277,7 +277,7 @@ def yaml_from_fields(
         in_channels=in_channels,
         channel_mult=list(module.channel_mult),
         attention_resolutions=list(module.attention_resolutions),
-        use_checkpoint=module.remat,
+        use_checkpoint=module.remat != "none",
         legacy=False,
     )
     if module.num_head_channels:

@@ -2,11 +2,13 @@
 
     python -m latent_diffusion.evaluation.first_stages --root=runs/first_stages
 
-Every folder in the root is a workdir of perceptual compression that
-`python -m latent_diffusion.evaluate --workdir=...` has scored.
+Every folder in the root is a workdir of perceptual compression that `python -m
+latent_diffusion.evaluate --workdir=...` has scored. Latent std and codes in use are those of all
+held-out pictures.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from latent_diffusion import data, workdir
 from latent_diffusion.evaluation.openmoji import draw_with_prompts, reconstructions
 from latent_diffusion.loading import load
 from latent_diffusion.metrics import to_uint8
+from latent_diffusion.model import Model
 from latent_diffusion.startup import quiet_and_cached
 
 ROOT = flags.DEFINE_string("root", "runs/first_stages", "Holds the workdirs to compare.")
@@ -35,22 +38,32 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def row(directory: Path) -> list[str]:
-    """The cells of COLUMNS for one workdir, from what its training and evaluation logged."""
+def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 32) -> np.ndarray:
+    """`function` of all images, `size` at a time; the last batch is padded with the last image."""
+    index = np.minimum(np.arange(len(images) + -len(images) % size), len(images) - 1)
+    parts = [np.asarray(function(images[part])) for part in index.reshape(-1, size)]
+    return np.concatenate(parts)[: len(images)]
+
+
+def row(directory: Path, model: Model, images: np.ndarray) -> list[str]:
+    """The cells of COLUMNS for one workdir: what it logged, and its latents of images [N H W 3]."""
     config = workdir.load_config(directory)
     trained = _records(directory / "metrics.jsonl")
     scores = _records(directory / "evaluations.jsonl")[-1]["metrics"]
-    last = trained[-1]
     speed = np.median([r["images_per_second"] for r in trained if r.get("images_per_second")])
-    params = workdir.load_autoencoder_params(directory, config)
-    size = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e6
-    usage = last.get("codebook_usage")
+    first_stage = model.first_stage
+    assert first_stage is not None
+    size = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(first_stage.params)) / 1e6
+    usage = "–"
+    if config.autoencoder.regularization in ("vq", "gumbel"):
+        used = len(np.unique(in_batches(model.encode_to_indices, images)))
+        usage = f"{used} of {config.autoencoder.num_codes}"
     return [
         f"{scores['psnr']:.2f}",
         f"{scores['ssim']:.3f}",
         f"{scores['lpips_alex']:.4f}",
-        f"{last['latent_std']:.2f}",
-        "–" if usage is None else f"{usage:.0f} of {config.autoencoder.num_codes}",
+        f"{in_batches(model.encode, images).std():.2f}",
+        usage,
         f"{config.batch_size / speed:.2f}",
         f"{size:.2f} M",
     ]
@@ -61,18 +74,19 @@ def compare(root: Path) -> str:
     directories = sorted(path.parent for path in root.glob("*/config.json"))
     if not directories:
         raise ValueError(f"{root} holds no workdir")
-    config = workdir.load_config(directories[0])
-    source = data.make_source(config.data, "test")
+    source = data.make_source(workdir.load_config(directories[0]).data, "test")
+    originals = np.stack([source[i]["image"] for i in range(len(source))])
+    images = originals.astype(np.float32) / 127.5 - 1
     picked = np.linspace(0, len(source) - 1, SHOWN).round().astype(int)
-    originals = np.stack([source[i]["image"] for i in picked])
-    pictures = [("original", originals)]
+    pictures = [("original", originals[picked])]
     lines = [
         f"| first stage | {' | '.join(COLUMNS)} |",
         f"|---|{'---|' * len(COLUMNS)}",
     ]
     for directory in directories:
-        lines.append(f"| {directory.name} | {' | '.join(row(directory))} |")
-        x_rec = reconstructions(load(directory), originals.astype(np.float32) / 127.5 - 1)
+        model = load(directory)
+        lines.append(f"| {directory.name} | {' | '.join(row(directory, model, images))} |")
+        x_rec = reconstructions(model, images[picked])
         pictures.append((directory.name, to_uint8(x_rec)))
     draw_with_prompts(pictures, scale=1).save(root / "reconstructions.png")
     return "\n".join(lines)

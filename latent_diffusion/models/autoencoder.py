@@ -53,12 +53,14 @@ class Backbone(nn.Module):
     resolution: int = 256
     dropout: float = 0.0
     num_groups: int = 32
+    remat: bool = False
     attention: str = "auto"
     dtype: Any = None
 
     def block(self, name: str, features: int) -> ResnetBlock:
         """A residual block."""
-        return ResnetBlock(features, self.dropout, self.num_groups, self.dtype, name=name)
+        block = nn.remat(ResnetBlock, static_argnums=(2,)) if self.remat else ResnetBlock
+        return block(features, self.dropout, self.num_groups, self.dtype, name=name)
 
     def attend(self, name: str):
         """An attention block, or the identity."""
@@ -154,6 +156,7 @@ class Autoencoder(nn.Module):
     stage of a diffusion model the latents stay continuous and `decode` quantises them) or "none".
     z_channels: width of the encoder's output; embed_dim: channels c of the latent.
     codebook_*, gumbel_*: see `VectorQuantizer` and `GumbelQuantizer`.
+    remat: recompute every block's activations in the backward pass (less memory, more time).
     """
 
     channels: int = 128
@@ -177,6 +180,7 @@ class Autoencoder(nn.Module):
     codebook_restart_below: float = 0.0
     gumbel_kl_weight: float = 5e-4
     gumbel_straight_through: bool = True
+    remat: bool = False
     axis_name: str | None = None
     attention: str = "auto"
     dtype: Any = None
@@ -206,6 +210,7 @@ class Autoencoder(nn.Module):
             "resolution": self.resolution,
             "dropout": self.dropout,
             "num_groups": self.num_groups,
+            "remat": self.remat,
             "attention": self.attention,
             "dtype": self.dtype,
         }
@@ -294,23 +299,34 @@ class Autoencoder(nn.Module):
         keys: one per example, for what is drawn in training; None takes the likeliest. temperature:
         of the Gumbel softmax. Averaged codes move, into the collection `codebook`, with `train`.
         """
-        moments = self.encode(x, train)
+        z, regularization, metrics = self.regularize(
+            self.encode(x, train), keys, train, temperature
+        )
+        return Reconstruction(self.decode_codes(z, train), regularization, metrics)
+
+    def regularize(
+        self,
+        moments: Float[Array, "B h w m"],
+        keys: Keys | None = None,
+        train: bool = False,
+        temperature: float | Float[Array, ""] = 1.0,
+    ) -> tuple[Float[Array, "B h w c"], Float[Array, ""], dict[str, Any]]:
+        """What is between `encode` and `decode_codes`: latents, regularization and metrics."""
         if self._has_codes:
             quantized = self._quantize(moments, keys, train, temperature)
-            x_rec = self.decode_codes(quantized.codes, train)
             metrics = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
-            return Reconstruction(x_rec, quantized.loss, {**_moments_of(moments), **metrics})
+            return quantized.codes, quantized.loss, {**_moments_of(moments), **metrics}
         z = self.latents(moments, keys)
-        x_rec = self.decode_codes(z, train)
         if self.regularization == "none":
-            return Reconstruction(x_rec, jnp.zeros(()), _moments_of(z))
+            return z, jnp.zeros(()), _moments_of(z)
         posterior = DiagonalGaussian.from_moments(moments)
         metrics = {
             **_moments_of(z),
+            "posterior_mean": jnp.mean(posterior.mean),
             "posterior_mean_abs": jnp.mean(jnp.abs(posterior.mean)),
             "posterior_std": jnp.mean(posterior.std),
         }
-        return Reconstruction(x_rec, jnp.mean(posterior.kl()), metrics)
+        return z, jnp.mean(posterior.kl()), metrics
 
     @property
     def _has_codes(self) -> bool:

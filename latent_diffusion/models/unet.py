@@ -4,10 +4,11 @@ Submodules carry the names of the released checkpoints (input_blocks, middle_blo
 so that conversion is a short table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from latent_diffusion.models.attention import AttentionBlock, SpatialTransformer
@@ -21,7 +22,7 @@ from latent_diffusion.models.layers import (
     upsample_nearest,
 )
 from latent_diffusion.models.pooling import Pooling
-from latent_diffusion.types import Array, Conditioning, Float, Num
+from latent_diffusion.types import Array, Conditioning, Float, Num, lookup
 
 
 class ResBlock(nn.Module):
@@ -64,6 +65,16 @@ class ResBlock(nn.Module):
         return x + h
 
 
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": None,
+    **{
+        name: getattr(jax.checkpoint_policies, name)
+        for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")
+    },
+}
+
+
 class UNet(nn.Module):
     """Predicts eps, x0 or v from a noisy latent, its timestep and a `Conditioning`.
 
@@ -75,7 +86,8 @@ class UNet(nn.Module):
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
-    remat: recompute every block's activations in the backward pass (less memory, more time).
+    remat: what the backward pass computes again instead of keeping it (less memory, more time): a
+    name of REMAT. "full" keeps the inputs of blocks alone, "dots_saveable" products, too.
     """
 
     out_channels: int = 4
@@ -95,12 +107,17 @@ class UNet(nn.Module):
     pool: str = ""
     dropout: float = 0.0
     num_groups: int = 32
-    remat: bool = False
+    remat: str = "none"
     attention: str = "auto"
     dtype: Any = None
 
+    def _remat(self, block: Any, **options: Any) -> Any:
+        """The module, with its activations recomputed as `remat` says."""
+        policy = lookup(REMAT, self.remat, "unet.remat")
+        return block if self.remat == "none" else nn.remat(block, policy=policy, **options)
+
     def _res_block(self, name: str, features: int, resample: str = "none"):
-        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        block = self._remat(ResBlock, static_argnums=(3,))
         return block(
             features,
             self.dropout,
@@ -123,8 +140,7 @@ class UNet(nn.Module):
                 f"(num_heads={self.num_heads}, num_head_channels={self.num_head_channels})"
             )
         if self.transformer_depth == 0:
-            plain = nn.remat(AttentionBlock) if self.remat else AttentionBlock
-            block = plain(
+            block = self._remat(AttentionBlock)(
                 num_heads,
                 self.legacy_qkv_order,
                 self.num_groups,
@@ -133,7 +149,7 @@ class UNet(nn.Module):
                 name=name,
             )
             return lambda h, context: block(h)
-        transformer = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+        transformer = self._remat(SpatialTransformer)
         disabled = bool(self.disable_self_attentions) and self.disable_self_attentions[level]
         return transformer(
             num_heads,

@@ -34,9 +34,19 @@ def ddpm(
 
 
 def ddim(
-    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 0.0, temperature: float = 1.0
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    eta: float = 0.0,
+    temperature: float = 1.0,
+    noise_dropout: float = 0.0,
 ) -> Table:
-    """DDIM (Song et al. 2021, eq. 12). eta: 0 is deterministic, 1 has DDPM's noise."""
+    """DDIM (Song et al. 2021, eq. 12). eta: 0 is deterministic, 1 has DDPM's noise.
+
+    temperature: scales the noise. noise_dropout: in [0, 1), the share of it that is dropped.
+    """
+    if not 0 <= noise_dropout < 1:
+        raise ValueError(f"noise_dropout must lie in [0, 1), got {noise_dropout}")
     here, there = steps(schedule, timesteps)
     noise = ddim_noise(here, there, eta)
     return Table(
@@ -44,6 +54,7 @@ def ddim(
         z_0=there.alpha[:, None],
         eps=jnp.sqrt(jnp.maximum(there.sigma**2 - noise**2, 0.0))[:, None],
         noise=temperature * noise if eta else None,
+        dropout=jnp.full_like(noise, noise_dropout) if eta and noise_dropout else None,
     )
 
 

@@ -7,8 +7,9 @@ latent at which the current step started:
     base ← restart · z + keep · base + Σ_k correction_k · z_0[k]
     z    ← scale · base + Σ_k z_0_k · z_0[k] + Σ_k eps_k · eps[k] + noise · n,   n ~ N(0, 1)
 
-where [k] is the estimate of k evaluations ago. So the loop is a single `lax.scan` with the network
-in it once, and a method is the formula of its coefficients, vectorised over the steps.
+where [k] is the estimate of k evaluations ago; `dropout` zeroes a share of n. So the loop is a
+single `lax.scan` with the network in it once, and a method is the formula of its coefficients,
+vectorised over the steps.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Shaped
 
 from latent_diffusion.diffusion import Denoiser
-from latent_diffusion.rng import normal_per_example
+from latent_diffusion.rng import normal_per_example, split_per_example, uniform_per_example
 from latent_diffusion.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.types import Array, Float, Keys
 
@@ -74,6 +75,7 @@ class Table(NamedTuple):
     restart: Float[Array, " N"] | None = None
     keep: Float[Array, " N"] | None = None
     correction: Float[Array, "N K"] | None = None
+    dropout: Float[Array, " N"] | None = None
 
 
 def run(
@@ -93,12 +95,19 @@ def run(
         z = _weighted((row.scale, base)) + _combine(row.z_0, z_0) + _combine(row.eps, eps)
         if row.noise is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(rng, i)
-            z = z + row.noise * normal_per_example(keys, z.shape[1:])
+            noise = normal_per_example(keys, z.shape[1:])
+            z = z + row.noise * (noise if row.dropout is None else _drop(keys, noise, row.dropout))
         return (z, base, z_0, eps), None
 
     start = (z, z, _memory(table.z_0, z), _memory(table.eps, z))
     rows = (jnp.arange(table.t.shape[0]), table)
     return jax.lax.scan(evaluate, start, rows)[0][0]
+
+
+def _drop(keys: Keys, noise: Array, share: Array) -> Array:
+    """Inverted dropout: `share` of the elements 0, the others divided by what is left."""
+    kept = uniform_per_example(split_per_example(keys, 1)[0], noise.shape[1:]) >= share
+    return jnp.where(kept, noise / (1 - share), 0.0)
 
 
 def _memory(coefficients: Array | None, z: Array) -> tuple[Array, ...]:

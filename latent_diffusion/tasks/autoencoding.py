@@ -10,6 +10,9 @@ reconstruction and W the last decoder kernel:
 The adaptive weight averages the last-layer gradients over all devices before it takes norms, so it
 doesn't depend on the number of devices. The discriminator sees this step's reconstructions; the
 original recomputes them after the generator has moved.
+
+With `grad_accumulation` encoder, decoder and LPIPS run on a part of the batch at a time. The
+discriminator, whose batch norm wants all of it, and the regulariser stay whole: they are small.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.accumulation import in_parts
 from latent_diffusion.first_stage import make_autoencoder
 from latent_diffusion.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
 from latent_diffusion.losses.perceptual import LPIPS
@@ -28,8 +32,8 @@ from latent_diffusion.losses.similarity import psnr
 from latent_diffusion.models.discriminator import PatchGAN
 from latent_diffusion.models.quantizer import with_moved_codes
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
-from latent_diffusion.rng import device_key, example_keys, pmean
-from latent_diffusion.types import Array, Batch, Config, Float, Params, lookup
+from latent_diffusion.rng import example_keys, pmean
+from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
 
 Metrics = dict[str, jax.Array]
 
@@ -85,6 +89,7 @@ class Autoencoding:
     adversarial_weight: float = 0.5
     adversarial_ramp: int = 0
     ema_decay: float = 0.0
+    grad_accumulation: int = 1
     num_steps: int = 1
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
@@ -134,7 +139,6 @@ class Autoencoding:
         x = batch["image"]
         rng = jax.random.fold_in(rng, state.step)
         keys = example_keys(rng, x.shape[0], axis_name)
-        autoencoder = self.autoencoder.clone(axis_name=axis_name)
         discriminator = self.discriminator.clone(axis_name=axis_name)
 
         def discriminate(params: Params, stats: Params, image: jax.Array):
@@ -146,17 +150,7 @@ class Autoencoding:
             return logits, moved.get("batch_stats", {})
 
         def generate(params: Params):
-            out: Any
-            out, moved = autoencoder.apply(
-                {"params": params, "codebook": state.codebook},
-                x,
-                keys,
-                True,
-                self._temperature(state.step),
-                rngs={"dropout": device_key(rng, axis_name), "codebook": rng},
-                mutable=["codebook"],
-            )
-            return (out.x, out.regularization), (out.metrics, moved.get("codebook", {}))
+            return self._generate(params, state, x, keys, rng, axis_name)
 
         (x_rec, reg), generator_vjp, (reg_metrics, codebook) = jax.vjp(
             generate, state.params["autoencoder"], has_aux=True
@@ -179,7 +173,9 @@ class Autoencoding:
         d_weight = self.adversarial_weight * adaptive_weight(
             *pmean((last_layer(d_rec), last_layer(d_adv)), axis_name)
         )
-        g_weight = d_weight * gate(state.step, self.adversarial_start, self.adversarial_ramp)
+        adversarial_factor = gate(state.step, self.adversarial_start, self.adversarial_ramp)
+        disc_factor = gate(state.step, self.disc_start)
+        g_weight = d_weight * adversarial_factor
         (g_grads,) = generator_vjp((d_rec + g_weight * d_adv, jnp.full_like(reg, self.reg_weight)))
         grads = {"autoencoder": g_grads, "logvar": d_logvar * self.learn_logvar}
 
@@ -189,7 +185,7 @@ class Autoencoding:
             fake, stats = discriminate(disc_params, stats, x_rec)
             loss = lookup(D_LOSSES, self.disc_loss, "disc_loss")(real, fake)
             logits = {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
-            return loss * gate(state.step, self.disc_start), (loss, stats, logits)
+            return loss * disc_factor, (loss, stats, logits)
 
         disc_grads, (d_loss, disc_stats, logits) = jax.grad(disc_loss, has_aux=True)(
             state.disc_params
@@ -202,6 +198,8 @@ class Autoencoding:
             "g_loss": g_loss,
             "disc_loss": d_loss,
             "d_weight": d_weight,
+            "disc_factor": disc_factor,
+            "adversarial_factor": adversarial_factor,
             **logits,
             **reg_metrics,
         }
@@ -211,6 +209,42 @@ class Autoencoding:
         }
         state = state.replace(codebook=codebook, disc_stats=pmean(disc_stats, axis_name))
         return self._update(state, grads, disc_grads), metrics
+
+    def _generate(
+        self,
+        params: Params,
+        state: State,
+        x: Float[Array, "B H W C"],
+        keys: Keys,
+        rng: jax.Array,
+        axis_name: str | None,
+    ):
+        """((x_rec, reg), (metrics, moved codebook)) of a training forward pass.
+
+        The two networks run in micro-batches; what lies between them sees the whole batch.
+        """
+        autoencoder = self.autoencoder.clone(axis_name=axis_name)
+
+        def network(method: str):
+            def run(params: Params, x: jax.Array, keys: Keys):
+                dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
+                return autoencoder.apply({"params": params}, x, True, method=method, rngs=dropout)
+
+            return in_parts(run, self.grad_accumulation)
+
+        moments = network("encode")(params, x, keys)
+        (z, reg, metrics), moved = autoencoder.apply(
+            {"params": params, "codebook": state.codebook},
+            moments,
+            keys,
+            True,
+            self._temperature(state.step),
+            method="regularize",
+            rngs={"codebook": rng},
+            mutable=["codebook"],
+        )
+        x_rec = network("decode_codes")(params, z, keys)
+        return (x_rec, reg), (metrics, moved.get("codebook", {}))
 
     def eval_step(
         self,
@@ -278,7 +312,7 @@ class Autoencoding:
         metrics = {"l1": jnp.mean(l1)}
         rec = l1
         if self.perceptual is not None:
-            distance = self._distance(constants, x, x_rec)
+            distance = in_parts(self._distance, self.grad_accumulation)(constants, x, x_rec)
             metrics["lpips"] = jnp.mean(distance)
             rec = l1 + self.perceptual_weight * distance[:, None, None, None]
         reduce = lookup(REDUCTIONS, self.reduction, "autoencoding.reduction")
@@ -330,6 +364,7 @@ def make_autoencoding(config: Config) -> Autoencoding:
         tx=make_optimizer(config["optimizer"], config["num_steps"]),
         disc_tx=make_optimizer(disc_optimizer, config["num_steps"]),
         ema_decay=config["ema_decay"],
+        grad_accumulation=config["grad_accumulation"],
         num_steps=config["num_steps"],
         **own,
     )

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.accumulation import value_and_grad_in_parts
 from latent_diffusion.classifier import NoisyClassifier
 from latent_diffusion.denoiser import make_unet, schedule_of
 from latent_diffusion.diffusion import q_sample
 from latent_diffusion.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
-    device_key,
     example_keys,
     normal_per_example,
     pmean,
@@ -42,6 +42,7 @@ class Classifying:
     tx: optax.GradientTransformation
     image_shape: tuple[int, int, int]
     ema_decay: float = 0.9999
+    grad_accumulation: int = 1
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces."""
@@ -82,12 +83,13 @@ class Classifying:
         num_timesteps = self.classifier.schedule.num_timesteps
         t = (uniform_per_example(k_t) * num_timesteps).astype(jnp.int32)
 
-        def loss_fn(params: Params):
-            dropout = {"dropout": device_key(rng, axis_name)}
-            seen = self._scores(params, z_0, t, k_eps, batch["class_label"], dropout)
+        def loss_fn(params: Params, z_0: Array, t: Array, keys: Keys, labels: Array):
+            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
+            seen = self._scores(params, z_0, t, keys, labels, dropout)
             return jnp.mean(seen["loss"]), seen
 
-        (_, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
+        (_, seen), grads = value_and_grad(state.params, z_0, t, k_eps, batch["class_label"])
         metrics = pmean({name: jnp.mean(value) for name, value in seen.items()}, axis_name)
         grads = pmean(grads, axis_name)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
@@ -169,4 +171,5 @@ def make_classifying(config: Config) -> Classifying:
         tx=make_optimizer(config["optimizer"], config["num_steps"]),
         image_shape=(size, size, config["autoencoder"]["image_channels"]),
         ema_decay=config["ema_decay"],
+        grad_accumulation=config["grad_accumulation"],
     )

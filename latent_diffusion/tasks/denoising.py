@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_diffusion import lora
+from latent_diffusion.accumulation import value_and_grad_in_parts
 from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.denoiser import Denoiser, make_denoiser, plan
 from latent_diffusion.diffusion import (
@@ -38,7 +39,6 @@ from latent_diffusion.guidance import paste
 from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
-    device_key,
     example_keys,
     normal_per_example,
     pmean,
@@ -95,6 +95,7 @@ class Denoising:
     ema_decay: float = 0.9999
     lora: Config | None = None
     pretrained: frozenset[str] = frozenset()  # names of conditioners that are frozen
+    grad_accumulation: int = 1
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -163,12 +164,13 @@ class Denoising:
         rng = jax.random.fold_in(rng, state.step)
         keys = example_keys(rng, _batch_size(batch), axis_name)
 
-        def loss_fn(params: Params):
-            dropout = {"dropout": device_key(rng, axis_name)}
+        def loss_fn(params: Params, batch: Batch, keys: Keys):
+            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
             per_example = self._loss(params, state.squares, constants, batch, keys, dropout)
             return jnp.mean(per_example["loss"]), per_example
 
-        (loss, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
+        (loss, seen), grads = value_and_grad(state.params, batch, keys)
         loss, grads = pmean((loss, grads), axis_name)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -329,4 +331,5 @@ def make_denoising(config: Config) -> Denoising:
         ema_decay=config["ema_decay"],
         lora=config["lora"] if config["lora"]["rank"] else None,
         pretrained=frozenset(config["pretrained"]),
+        grad_accumulation=config["grad_accumulation"],
     )

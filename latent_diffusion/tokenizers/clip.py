@@ -30,9 +30,9 @@ _LONGEST = 1 << 16  # a length beyond it in a file of settings stands for "unlim
 # Every byte as a printable character, in the order of the vocabulary's first rows.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE}
-_CHARACTER |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
-_BYTE = {character: byte for byte, character in _CHARACTER.items()}
+BYTE_CHARACTERS = {byte: chr(byte) for byte in _PRINTABLE}
+BYTE_CHARACTERS |= {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+_BYTE = {character: byte for byte, character in BYTE_CHARACTERS.items()}
 
 
 def _kind(character: str) -> str:
@@ -149,7 +149,7 @@ class ClipTokenizer:
         return pieces
 
     def _merge(self, word: str) -> list[Piece]:
-        symbols = [_CHARACTER[byte] for byte in word.encode()]
+        symbols = [BYTE_CHARACTERS[byte] for byte in word.encode()]
         symbols[-1] += _END
         never = len(self._ranks)
         while len(symbols) > 1:
@@ -211,7 +211,7 @@ def _read_files(path: Path) -> tuple[list[str], list[str]]:
 def _from_merges(lines: list[str]) -> tuple[list[str], list[str]]:
     """CLIP's vocabulary follows from its merges: bytes, bytes at a word's end, merged pairs."""
     merges = [line for line in lines[1:] if line][:_NUM_MERGES]
-    single = list(_CHARACTER.values())
+    single = list(BYTE_CHARACTERS.values())
     joined = [pair.replace(" ", "") for pair in merges]
     return [*single, *(c + _END for c in single), *joined, BOS, EOS], merges
 

@@ -23,7 +23,7 @@ from latent_diffusion.convert.bundle import as_schedule  # noqa: E402
 from latent_diffusion.convert.scheduler import from_diffusers  # noqa: E402
 from latent_diffusion.denoiser import plan  # noqa: E402
 from latent_diffusion.rng import example_keys, normal_per_example  # noqa: E402
-from latent_diffusion.samplers import SAMPLERS  # noqa: E402
+from latent_diffusion.samplers import SAMPLERS, ddim_inversion  # noqa: E402
 
 BETAS = (0.00085, 0.012)
 SHAPE = (16, 2, 2, 3)
@@ -40,7 +40,7 @@ def model(z, t, xp, kind="eps"):
     side = xp.tanh(a * z / variance)
     z_0 = side + 0.36 * a / variance * (z - a * side)
     eps = (z - a * z_0) / s
-    return {"eps": eps, "x0": z_0, "v": a * eps - s * z_0}[kind]
+    return {"eps": eps, "x0": z_0, "v": a * eps - s * z_0, "flow": eps - z_0}[kind]
 
 
 def torch_model(z, t, kind="eps"):
@@ -171,6 +171,36 @@ def test_equals_diffusers(case, num_steps, monkeypatch):
     mine = np.asarray(timesteps[:-1], np.float64)
     assert set(np.round(mine, 1)) <= set(np.round(visited, 1))
     assert_close(ours(name, timesteps, **own), expected)
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_inversion_equals_diffusers(num_steps):
+    scheduler = diffusers.DDIMInverseScheduler(**COMMON, clip_sample=False)
+    scheduler.set_timesteps(num_steps)
+    z = torch.from_numpy(np.asarray(Z_T, np.float64))
+    for t in scheduler.timesteps:
+        z = scheduler.step(torch_model(z, t), t, z).prev_sample
+    timesteps = schedules.spacing("leading", SCHEDULE, num_steps)
+
+    def network(z_t, t, conditioning):
+        return model(z_t, t.reshape(-1, 1, 1, 1), jnp)
+
+    denoise = guidance.from_prediction(network, SCHEDULE, "eps")
+    answer = jax.jit(lambda z_0: ddim_inversion(denoise, z_0, timesteps, SCHEDULE))(Z_T)
+    assert_close(np.asarray(answer), z.numpy())
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_rectified_flow_equals_diffusers(num_steps):
+    """Whose timesteps count from 1."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(num_steps)
+    z = torch.from_numpy(np.asarray(Z_T, np.float64))
+    for t in scheduler.timesteps:
+        z = scheduler.step(torch_model(z, t - 1, "flow"), t, z).prev_sample
+    schedule = schedules.make_schedule("rectified_flow")
+    timesteps = schedules.spacing("linspace", schedule, num_steps)
+    assert_close(ours("euler", timesteps, "flow", schedule), z.numpy())
 
 
 def assert_read_alike(scheduler, num_steps, monkeypatch, rows=lambda call: call, **step):
@@ -320,3 +350,7 @@ def test_equals_k_diffusion(name, function, rows, spacing, num_steps, k_sampling
     x = torch.from_numpy(np.asarray(Z_T, np.float64)) * (1 + sigmas[0] ** 2) ** 0.5
     expected = getattr(k_sampling, function)(k_model, x, sigmas, **own)
     assert_close(ours(name, timesteps), expected.numpy())
+
+
+def test_every_sampler_is_compared():
+    assert {case[0] for case in [*CASES, *K_CASES]} == set(SAMPLERS)

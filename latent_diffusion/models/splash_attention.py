@@ -1,0 +1,59 @@
+"""Attention by JAX's splash kernel for TPUs, for any number of tokens and any width of a head."""
+
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.types import Array, Float
+
+BLOCK = 128  # tokens and numbers that the kernel takes at once
+
+
+def splash_attention(
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    interpret: bool = False,
+) -> Float[Array, "B L N D"]:
+    """softmax(q kᵀ / √D) v for N heads; scores never leave the chip's own memory.
+
+    interpret: run the kernel step by step on any device, as a test does.
+    """
+    if not interpret and jax.default_backend() != "tpu":
+        raise ValueError(
+            f"attention='splash' is for TPUs, this is a {jax.default_backend()}; use 'auto'"
+        )
+    length, width = q.shape[1], q.shape[3]
+    lost = k.shape[1]
+    q, k, v = (_padded(x.transpose(0, 2, 1, 3)) for x in (q * width**-0.5, k, v))
+    kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
+    # What is padded belongs to another segment, which no query sees.
+    segments = _segment_ids(q.shape[2], k.shape[2], lost)
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
+    return out[:, :, :length, :width].transpose(0, 2, 1, 3)
+
+
+def _padded(x: Float[Array, "B N L D"]) -> Float[Array, "B N M E"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK), (0, -x.shape[3] % BLOCK)))
+
+
+def _kernel(heads: int, length: int, keys: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    mask = splash_attention_mask.FullMask((length, keys))
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def _segment_ids(length: int, keys: int, known: int):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    return splash_attention_kernel.SegmentIds(
+        q=jnp.zeros(length, jnp.int32), kv=(jnp.arange(keys) >= known).astype(jnp.int32)
+    )

@@ -1,0 +1,53 @@
+"""Floating-point operations of a function, counted in its jaxpr: no device, no compilation."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Multiplications and additions in the matrix products and convolutions of `function(*args)`.
+
+    args: arrays or ShapeDtypeStructs. Loops count with their length where it is known (`scan`),
+    else once; of branches the dearest counts; what is recomputed in a backward pass counts again.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * _size(equation.outvars[0]) * math.prod(shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
+        _, in_features, *window = (kernel[i] for i in numbers.rhs_spec)
+        # Of a dilated input most elements are zeros, which no implementation multiplies.
+        taps = math.prod(window) / math.prod(params["lhs_dilation"])
+        return round(2 * _size(equation.outvars[0]) * in_features * taps)
+    inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    return params["length"] * sum(inner) if name == "scan" else sum(inner)
+
+
+def _jaxprs(params: Any) -> Iterator[Any]:
+    """The functions that an equation calls."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _size(variable: Any) -> int:
+    return math.prod(variable.aval.shape)

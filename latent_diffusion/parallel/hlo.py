@@ -1,0 +1,91 @@
+"""Reading compiled programs: what crosses the network, how often, and what shouldn't be there."""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# "%x = f32[8]{0} all-reduce(%y), channel_id=1 ..."; asynchronous ones come as "-start" and "-done"
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_HEADER = re.compile(r"^\s*(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
+_CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
+_SHAPE = re.compile(r"\b([a-z]+)(\d+)[a-z0-9]*\[([\d,]*)\]")
+_HOST = re.compile(
+    r"= \S+ (infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*callback[^\"]*\""
+)
+
+
+class Collective(NamedTuple):
+    """One collective operation: its name, the bytes of its result, and how often a step runs it."""
+
+    kind: str
+    num_bytes: int
+    times: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a compiled program (`compiled.as_text()`), those in loops multiplied."""
+    computations, entry = _computations(text)
+    found: list[Collective] = []
+
+    def walk(name: str, times: int) -> None:
+        for line in computations.get(name, ()):
+            if match := _COLLECTIVE.search(line):
+                found.append(Collective(match[2], _result_bytes(match[1], match[3]), times))
+            trips = _TRIPS.search(line)
+            for role, names in _CALLED.findall(line):
+                inner = times * int(trips[1]) if trips and role == "body" else times
+                for called in re.findall(r"[\w.\-]+", names):
+                    walk(called, inner)
+
+    walk(entry, 1)
+    return found
+
+
+def total_bytes(text: str) -> dict[str, int]:
+    """Bytes that every kind of collective leaves on a device in one run of the program."""
+    totals: dict[str, int] = {}
+    for kind, num_bytes, times in collectives(text):
+        totals[kind] = totals.get(kind, 0) + num_bytes * times
+    return totals
+
+
+def host_transfers(text: str) -> list[str]:
+    """Instructions that talk to the host while the program runs."""
+    return [line.strip() for line in text.splitlines() if _HOST.search(line)]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation, and the name of the first one to run."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if match := _HEADER.match(line):
+            lines = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _result_bytes(shapes: str, asynchronous: str | None) -> int:
+    sizes = list(_sizes(shapes))
+    # Asynchronous operations also list their operands.
+    return max(sizes, default=0) if asynchronous else sum(sizes)
+
+
+def _sizes(shapes: str) -> Iterator[int]:
+    for kind, bits, dims in _SHAPE.findall(shapes):
+        size = 1
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim)
+        yield size * (int(bits) if kind != "pred" else 8) // 8

@@ -1,0 +1,130 @@
+"""Several processes (hosts) as one run: how they find each other, and how they agree.
+
+All processes call them in the same order; only `exit_with` and `preempted` are a process's own.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def connect(
+    distributed: bool,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+) -> None:
+    """Join the processes of this run, if it has several; before anything else touches JAX.
+
+    distributed: recognise the cluster: TPU pods, GKE, Slurm, Open MPI. Anywhere else all of
+    coordinator ("host:port" of process 0), num_processes and process_id are needed.
+    timeout: seconds to wait for the others; then the process ends with a message.
+    Raises ValueError where it isn't known who the others are.
+    """
+    given = (coordinator, num_processes, process_id)
+    if not distributed and all(value is None for value in given):
+        return
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process_id={process_id} is not below {num_processes} processes")
+        if ":" not in coordinator:
+            raise ValueError(f"--coordinator={coordinator} must be HOST:PORT")
+    elif any(value is not None for value in given):
+        raise ValueError("--coordinator, --num_processes and --process_id go together")
+    # The runtime's own time-out aborts the process with a stack trace: be faster.
+    watchdog = threading.Timer(timeout, _give_up, (f"at {coordinator or 'the cluster'}", timeout))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout + 60
+        )
+    except ValueError as error:
+        raise ValueError(
+            "--distributed found no cluster (TPU pod, GKE, Slurm, Open MPI); "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+    finally:
+        watchdog.cancel()
+
+
+def exit_with(message: str) -> NoReturn:
+    """End with an error; at once for one of several processes, so that none waits for it."""
+    if jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        if jax.process_index() == 0:
+            time.sleep(2)  # the others depend on this process, and have something to say, too
+        os._exit(1)
+    sys.exit(message)
+
+
+def _give_up(where: str, timeout: int) -> None:
+    print(f"error: not all processes joined {where} in {timeout} s", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process: all must take the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def preempted(step: int) -> bool:
+    """Whether to stop after `step`, because some process got SIGTERM: all get the same answer.
+
+    Not a collective: call it after every step, and the runtime picks one that all will reach.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def from_first(text: str) -> str:
+    """The text of process 0."""
+    if jax.process_count() == 1:
+        return text
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
+    own = text.encode()[:size].ljust(size)
+    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8))).decode()
+
+
+def check_same(settings: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError, on all processes, where one has other `settings` than process 0.
+
+    settings: nested mappings of what JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return
+    own = _flat(json.loads(json.dumps(settings, default=str)))
+    first = json.loads(from_first(json.dumps(own)))
+    other = sorted(key for key in own.keys() | first.keys() if own.get(key) != first.get(key))
+    if not any_process(bool(other)):
+        return
+    if other:
+        key = other[0]
+        raise ValueError(
+            f"process {jax.process_index()} has another {what} than process 0: "
+            f"{key}={own.get(key)!r} instead of {first.get(key)!r}"
+        )
+    raise ValueError(f"the processes of this run don't have the same {what}; see their messages")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in tree.items())
+    return {name: value for part in parts for name, value in part.items()}

@@ -1,0 +1,132 @@
+"""Tokenizers against transformers', id for id.
+
+The vocabularies are small and made here, of what the texts below need; with those that CLIP and
+BERT are trained with (CLIP_BPE=…/bpe_simple_vocab_16e6.txt.gz, BERT_VOCAB=…/vocab.txt) the same
+tests run on them, too.
+"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+from collections import Counter
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+
+from latent_diffusion.tokenizers import BertTokenizer, ClipTokenizer  # noqa: E402
+from latent_diffusion.tokenizers.bert import split_words as bert_words  # noqa: E402
+from latent_diffusion.tokenizers.clip import split_words as clip_words  # noqa: E402
+
+ODD = """
+!|😀👩🏽‍🚀 flag 🇩🇪 ❤️|ÀÉÎõü ñ façade|İstanbul ΣΑΣ Straße|日本語のテキスト 한국어 中文
+१२३ Ⅷ ² ½ 12,345.6|it's we'll I'd THEY'RE !'s 'tis rock'n'roll|_under_score--dash|ﬁ ǅ
+«quoted» — “x” ≤ € ^`~ @#$%&*()
+[MASK] [SEP]x [mask]|hello!! world! ok|مرحبا بالعالم|שלום עולם|Привет, мир!|ไทย|नमस्ते
+x² + y² = z²|C++/C#|50% off…
+""".replace("\n", "|").split("|")
+ODD += ["", " ", "\t\n  ", "a" * 101, "a" * 400, "word " * 120, "e\u0301 x\u0300\u0301"]
+ODD += ["a\x1fb c\u200bd\u00a0e\u3000f\x85g\x0bh\u2028i", "a\ufffdb\0c", "\ue000x"]
+ODD += ["<|endoftext|> in the <|startoftext|>middle"]
+WORDS = """
+a photo of the cat dog house tree red blue smiling woman man's astronaut riding horse on Mars
+painting café naïve São Tomé 3 42 1999 don't high-resolution UPPER CamelCase 🦊 🚀 ☀️ 猫 мир
+"""
+
+
+def texts():
+    """200 strings: the odd ones above, and captions of 1 to 40 words with some punctuation."""
+    draw = random.Random(0)
+    made = [
+        "".join(
+            draw.choice(WORDS.split()) + draw.choice([" ", " ", " ", ", ", "! "]) for _ in range(n)
+        )
+        for n in (draw.randint(1, 40) for _ in range(200 - len(ODD)))
+    ]
+    return ODD + made
+
+
+def learn_merges(number):
+    """Byte pairs in the order of their frequency in the texts: a small CLIP."""
+    from latent_diffusion.tokenizers.clip import BYTE_CHARACTERS
+
+    words = Counter(w for text in texts() for w in clip_words(text.lower()))
+    split = {w: [BYTE_CHARACTERS[b] for b in w.encode()] for w in words}
+    for symbols in split.values():
+        symbols[-1] += "</w>"
+    merges = []
+    for _ in range(number):
+        pairs = Counter()
+        for word, symbols in split.items():
+            for pair in itertools.pairwise(symbols):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(" ".join(best))
+        for symbols in split.values():
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+def clip_folder(folder):
+    if "CLIP_BPE" in os.environ:
+        tokenizer = ClipTokenizer.read(os.environ["CLIP_BPE"])
+        vocabulary, merges = tokenizer.vocabulary, tokenizer.merges
+    else:
+        from latent_diffusion.tokenizers.clip import BYTE_CHARACTERS
+
+        merges = learn_merges(300)
+        single = list(BYTE_CHARACTERS.values())
+        joined = [pair.replace(" ", "") for pair in merges]
+        vocabulary = [*single, *(c + "</w>" for c in single), *joined]
+        vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    return folder
+
+
+def bert_folder(folder):
+    path = folder / "vocab.txt"
+    if "BERT_VOCAB" in os.environ:
+        shutil.copy(os.environ["BERT_VOCAB"], path)
+        return folder
+    words = Counter(w for text in texts() for w in bert_words(text) if len(w) < 30)
+    characters = sorted({c for w in words for c in w if c.isascii()} | {"猫", "м", "и"})
+    whole = [w for w, _ in words.most_common(90)]
+    parts = [w[:k] for w in words for k in (2, 3) if len(w) > 4] + ["##" + w[2:] for w in whole]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *characters, *(f"##{c}" for c in characters[::2]), *whole, *parts]
+    path.write_text("\n".join(dict.fromkeys(pieces)) + "\n", encoding="utf-8")
+    return folder
+
+
+def compare(ours, theirs):
+    length = ours.max_length
+    kinds = set()
+    for text in texts():
+        want = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
+        assert ours([text])[0].tolist() == want, repr(text)
+        kinds |= set(want)
+    assert len(kinds) > 100  # the texts are spelled, not unknown
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_clip(pad, tmp_path):
+    folder = clip_folder(tmp_path)
+    settings = {"model_max_length": 77, "pad_token": pad}
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder, **settings)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    compare(ClipTokenizer.read(folder), theirs)
+
+
+def test_bert(tmp_path):
+    folder = bert_folder(tmp_path)
+    compare(BertTokenizer.read(folder), transformers.BertTokenizer.from_pretrained(folder))

@@ -1,0 +1,124 @@
+"""Both train steps on eight devices: the same numbers in all modes, and nothing wasted."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from tiny import make_batch, make_config
+
+from latent_diffusion import parallel
+from latent_diffusion.loop import batch_spec
+from latent_diffusion.tasks import TASKS
+
+RNG = jax.random.key(7)
+STEPS = 5
+RULES = (  # small arrays stay whole: every cut costs compile time here
+    (r"(conv2|to_out|proj_out|out_layers_3)/kernel", "tensor(-2)"),
+    (r"(conv1|to_[qkv]|in_layers_2)/kernel", "tensor(-1)"),
+    (".*", "fsdp(min_mb=0.002)"),
+)
+# A bias before a norm has rounding noise for a gradient; eps keeps Adam from magnifying it.
+COMMON = {"optimizer.eps": 1e-2, "optimizer.learning_rate": 1e-3}
+OWN = {"autoencoding": {"autoencoding.reduction": "mean"}, "denoising": {}}
+LESS_MEMORY = {
+    "autoencoding": {"grad_accumulation": 2, "autoencoder.remat": True},
+    "denoising": {"grad_accumulation": 2, "unet.remat": True},
+}
+
+
+def _make(task, **fields):
+    config = make_config(task, **COMMON, **OWN[task], **fields)
+    return TASKS[task](config), config
+
+
+@functools.cache
+def _start(task):
+    made, config = _make(task)
+    init = jax.jit(lambda rng: made.init(rng, batch_spec(config)))
+    return *init(jax.random.key(0, impl="unsafe_rbg")), make_batch(config)
+
+
+@functools.cache
+def _run(task, name):
+    """(state, metrics) after five steps, the compiled program, and the bytes of the state."""
+    first, constants, batch = _start(task)
+    mode, sizes, rules, fields = {
+        "single": ("single", None, (), {}),
+        "pmap": ("pmap", None, (), {}),
+        "mesh": ("mesh", {"data": 2, "fsdp": 2, "tensor": 2}, RULES, LESS_MEMORY[task]),
+    }[name]
+    mesh = parallel.make_mesh(sizes) if sizes else None
+    step = parallel.compile_step(_make(task, **fields)[0].train_step, mode, mesh=mesh, rules=rules)
+    state = parallel.place(jax.tree.map(np.asarray, first), mode, mesh, rules)
+    num_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    compiled = step.lower(state, constants, batch, RNG).compile()
+    for _ in range(STEPS):  # a program that fits its own results never compiles anew
+        state, metrics = compiled(*step.arguments(state, constants, batch, RNG))
+    return jax.tree.map(np.asarray, (state, metrics)), compiled, num_bytes
+
+
+@pytest.mark.parametrize("name", ["pmap", "mesh"])
+@pytest.mark.parametrize("task", TASKS)
+def test_all_modes_take_the_same_steps(task, name):
+    (want, got), first = (_run(task, mode)[0] for mode in ("single", name)), _start(task)[0]
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(want[0].params), strict=True)
+    ]
+    assert max(moved) > 1e-3
+    paths = jax.tree_util.tree_leaves_with_path(want)
+    for (path, a), b in zip(paths, jax.tree.leaves(got), strict=True):
+        scale = max(1.0, float(np.abs(a).max()))
+        np.testing.assert_allclose(
+            b, a, rtol=0, atol=1e-6 * scale, err_msg=parallel.path_string(path)
+        )
+
+
+@pytest.mark.parametrize("name", ["pmap", "mesh"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_step_is_clean(task, name):
+    _, compiled, num_bytes = _run(task, name)
+    text = compiled.as_text()
+    assert hlo.host_transfers(text) == []
+    assert "f64[" not in text
+    assert compiled.memory_analysis().alias_size_in_bytes == num_bytes  # all of it, in place
+    first = _start(task)[0]
+    trained = (first.params, getattr(first, "disc_params", ()))
+    gradients = parallel.num_bytes(trained)
+    reduced = [c for c in hlo.collectives(text) if c.kind == "all-reduce"]
+    if name == "pmap":  # gradients cross the network once, and together
+        assert {c.kind for c in hlo.collectives(text)} == {"all-reduce"}
+        assert sum(c.num_bytes > 0.1 * gradients for c in reduced) == 1
+        assert gradients <= sum(c.num_bytes * c.times for c in reduced) <= 1.1 * gradients
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_bfloat16_has_no_accidental_float32_products(task):
+    names = ["autoencoder.dtype", "unet.dtype", "conditioners.text.dtype"]
+    names = names if task == "denoising" else names[:1]
+    made, config = _make(task, **dict.fromkeys(names, "bfloat16"))
+    state, constants = jax.eval_shape(made.init, RNG, batch_spec(config))
+    lowered = jax.jit(made.train_step).lower(state, constants, batch_spec(config), RNG).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*)\) ->", lowered)
+    # JAX's attention multiplies a softmax's gradient, in float32, by keys in bfloat16.
+    full = [operands for operands in products if "bf16" not in operands]
+    assert len(products) > 20
+    if task == "denoising":
+        assert full == []
+    else:  # the discriminator computes in float32
+        of_discriminator = len(jax.tree.leaves(state.disc_params)) * 6
+        assert len(full) <= of_discriminator < len(products)
+
+
+def test_flops_are_counted_with_their_loops():
+    w, x = np.ones((8, 8), np.float32), np.ones((4, 8), np.float32)
+
+    def loop(w, x):
+        body = jax.checkpoint(lambda carry: jax.nn.silu(carry @ w))
+        return jax.lax.scan(lambda carry, _: (body(carry), None), x, None, length=5)[0].sum()
+
+    assert parallel.count_flops(loop, w, x) == 5 * (2 * 4 * 8 * 8)
+    # Once more forward, and two products backward.
+    assert parallel.count_flops(jax.grad(loop), w, x) == 4 * 5 * (2 * 4 * 8 * 8)
