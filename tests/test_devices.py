@@ -91,7 +91,7 @@ def test_the_step_is_clean(task, name):
     if name == "pmap":  # gradients cross the network once, and together
         assert {c.kind for c in hlo.collectives(text)} == {"all-reduce"}
         assert sum(c.num_bytes > 0.1 * gradients for c in reduced) == 1
-        assert gradients <= sum(c.num_bytes * c.times for c in reduced) <= 1.1 * gradients
+        assert gradients <= sum(c.num_bytes * c.times for c in reduced) <= 1.2 * gradients
 
 
 @pytest.mark.parametrize("task", TASKS)
