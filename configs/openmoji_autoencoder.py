@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.name = "openmoji"
     c.data.image_size = 32
     c.batch_size = 8
-    c.num_steps = 3200
+    c.num_steps = 3600
 
     c.autoencoder.channels = 16
     c.autoencoder.channel_mult = (1, 2, 4)

@@ -3,7 +3,8 @@
 Command   python train.py --config=configs/openmoji_first_stages.py:kl_f4
           --workdir=runs/first_stages/kl_f4
 Variants  :kl_f4 :kl_f8 :vq_f4 :vq_f8 (equal numbers of steps and channels)
-Expected  docs/first_stages.md
+Cost      7 minutes each on two CPU cores
+Expected  PSNR 22.9 (kl_f4), 18.4 (kl_f8), 21.7 (vq_f4), 17.4 (vq_f8); see docs/first_stages.md
 """
 
 from ml_collections import ConfigDict

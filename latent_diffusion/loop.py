@@ -148,7 +148,6 @@ def dry_run(config: ConfigDict) -> str:
         f"mode {mode} on {jax.device_count()} devices, mesh {dict(mesh.shape) if mesh else '-'}"
     )
     lines.append(f"bytes a device: state {kept[0]:,}, constants {kept[1]:,}, and activations")
-    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
     flops = parallel.count_flops(task.train_step, state, constants, batch, rng)
     lines.append(
         f"{flops / 1e12:.4g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"

@@ -36,7 +36,7 @@ def losses(kind="eps", gain=0.0, scale=1.0, params=None, squares=None, dropout=D
     pixels = make_autoencoder({"regularization": "identity", "image_channels": 2})
     first_stage = FirstStage({}, jnp.asarray(scale), jnp.zeros(()), pixels)
     task = Denoising(denoiser, pixels, optax.identity(), (4, 4, 2), {}, **options)
-    params = {"unet": {}, **(params or {})}
+    params = {"unet": {}, "conditioner": {}, **(params or {})}
     return task._loss(params, squares, Constants(first_stage), BATCH, KEYS, dropout)
 
 

@@ -24,11 +24,6 @@ from latent_diffusion.loading import load, load_classifier
 from latent_diffusion.metrics import to_uint8
 from latent_diffusion.startup import quiet_and_cached
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/gallery", "Holds a folder for each trained task.")
-ROWS = flags.DEFINE_integer("rows", 8, "Test examples.")
-SAMPLES = flags.DEFINE_integer("samples", 5, "Samples for each of them.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
-
 SIDE = 96  # pixels of a picture in the sheet
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; uint8
 
@@ -210,4 +205,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string(
+        "workdir", "runs/gallery", "Holds a folder for each trained task."
+    )
+    ROWS = flags.DEFINE_integer("rows", 8, "Test examples.")
+    SAMPLES = flags.DEFINE_integer("samples", 5, "Samples for each of them.")
+    SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
     app.run(main)

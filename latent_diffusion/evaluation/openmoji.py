@@ -25,8 +25,6 @@ from latent_diffusion.metrics import image_grid, to_uint8
 from latent_diffusion.model import Model
 from latent_diffusion.startup import quiet_and_cached
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Holds first_stage/ and denoiser/.")
-
 SEEN = (
     "red heart",
     "grinning face",
@@ -194,4 +192,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Holds first_stage/ and denoiser/.")
     app.run(main)
