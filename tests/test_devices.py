@@ -90,10 +90,12 @@ def test_the_step_is_clean(task, name):
     trained = (first.params, getattr(first, "disc_params", ()))
     gradients = parallel.num_bytes(trained)
     reduced = [c for c in hlo.collectives(text) if c.kind == "all-reduce"]
-    if name == "pmap":  # gradients cross the network once, and together
+    if name == "pmap":  # each player's gradients cross the network once, and together
+        players = 2 if task == "autoencoding" else 1
         assert {c.kind for c in hlo.collectives(text)} == {"all-reduce"}
-        assert sum(c.num_bytes > 0.1 * gradients for c in reduced) == 1
-        assert gradients <= sum(c.num_bytes * c.times for c in reduced) <= 1.2 * gradients
+        assert 1 <= sum(c.num_bytes > 0.1 * gradients for c in reduced) <= players
+        crossed = sum(c.num_bytes * c.times for c in reduced)
+        assert 0.99 * gradients <= crossed <= 1.2 * gradients
 
 
 @pytest.mark.parametrize("task", BOTH)
