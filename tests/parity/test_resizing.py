@@ -20,7 +20,7 @@ def test_sizes(size):
     np.testing.assert_array_equal(pick_nearest(jnp.asarray(X), size), nearest)
     bicubic = F.interpolate(THEIRS, size=size, mode="bicubic").permute(0, 2, 3, 1)
     ours = np.einsum("ih,bhwc,jw->bijc", cubic(24, size[0]), X, cubic(36, size[1]))
-    np.testing.assert_allclose(ours, bicubic, atol=1e-5)
+    np.testing.assert_allclose(ours, bicubic, atol=3e-5)
 
 
 def test_half_the_size():
