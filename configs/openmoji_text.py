@@ -7,7 +7,7 @@ Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/
           (needs the first stage that configs/openmoji_autoencoder.py trains)
 Cost      8 minutes on two CPU cores
 Expected  loss 0.18 at the end; python -m latent_diffusion.evaluation.openmoji --workdir=runs/demo
-          then says: skin tone 70 % on held-out combinations, group 77 % on training captions
+          then says: skin tone 69 % on held-out combinations, group 77 % on training captions
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
