@@ -130,7 +130,7 @@ def make_plain_unet(in_channels):
 
 def make_clip(folder, length=24, **fields):
     """A text encoder and its tokenizer: single letters, and a few merges."""
-    from latent_diffusion.tokenizers.clip import _CHARACTER as letters
+    from latent_diffusion.tokenizers.clip import BYTE_CHARACTERS as letters
 
     singles = list(letters.values())
     merges = ["c a", "ca t</w>", "d o", "do g", "r e", "re d</w>"]
