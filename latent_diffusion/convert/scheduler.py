@@ -179,6 +179,6 @@ def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
         "rescale_betas_zero_snr": diffusion["zero_terminal_snr"],
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,  # of "leading" only; pipelines complain of any other number
         "clip_sample": False,
     }
