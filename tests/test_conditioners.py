@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from latent_diffusion.conditioners import CONDITIONERS, combine, make_conditioner
-from latent_diffusion.conditioners.depth import cubic
 from latent_diffusion.diffusion import q_sample
+from latent_diffusion.models.resize import cubic
 from latent_diffusion.rng import example_keys
 from latent_diffusion.schedules import make_schedule
 from latent_diffusion.types import Conditioning

@@ -4,9 +4,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from latent_diffusion.conditioners.null import zeros_where
+from latent_diffusion.models.resize import cubic
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Keys
 
 
@@ -39,18 +39,3 @@ class Depth(nn.Module):
         high = jnp.max(depth, (1, 2, 3), keepdims=True)
         depth = 2 * (depth - low) / (high - low + 1e-3) - 1
         return Conditioning(concat=zeros_where(drop & (not self.keep), depth))
-
-
-def cubic(old: int, new: int) -> np.ndarray:
-    """[new old]: bicubic interpolation at half-pixel centres, a = −3/4, without antialiasing."""
-    a = -0.75
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
-    matrix = np.zeros((new, old), np.float32)
-    for offset in range(-1, 3):
-        place = np.floor(centre).astype(int) + offset
-        x = np.abs(centre - place)
-        near = ((a + 2) * x - (a + 3)) * x**2 + 1
-        far = (((x - 5) * x + 8) * x - 4) * a
-        weight = np.where(x <= 1, near, far)
-        np.add.at(matrix, (np.arange(new), np.clip(place, 0, old - 1)), weight)
-    return matrix

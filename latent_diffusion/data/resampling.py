@@ -10,17 +10,10 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from latent_diffusion.models.resize import keys_kernel
 from latent_diffusion.types import lookup
 
 Matrix = Callable[[int, int], np.ndarray]  # (old, new) -> [new old]
-
-
-def _keys(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic kernel."""
-    x = np.abs(x)
-    near = ((a + 2) * x - (a + 3)) * x**2 + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
 def _lanczos4(x: np.ndarray) -> np.ndarray:
@@ -59,7 +52,7 @@ def _linear(old: int, new: int) -> np.ndarray:
 
 
 def _cubic(old: int, new: int) -> np.ndarray:
-    return _kernel(old, new, lambda x: _keys(x, -0.75), 2)
+    return _kernel(old, new, keys_kernel, 2)
 
 
 def _lanczos(old: int, new: int) -> np.ndarray:
@@ -78,7 +71,7 @@ def _area(old: int, new: int) -> np.ndarray:
 
 def _matlab(old: int, new: int) -> np.ndarray:
     """imresize: Keys' cubic with a = −1/2, widened when shrinking, mirrored at the border."""
-    return _kernel(old, new, lambda x: _keys(x, -0.5), 2, max(old / new, 1.0), mirror=True)
+    return _kernel(old, new, lambda x: keys_kernel(x, -0.5), 2, max(old / new, 1.0), mirror=True)
 
 
 MATRICES: dict[str, Matrix] = {

@@ -7,26 +7,34 @@ import numpy as np
 
 from latent_diffusion.types import Array, Float
 
-_A = -0.75  # of Keys' cubic kernel (1981), as torch has it; Keys' own and Pillow's is −0.5
+
+def keys_kernel(x: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """Keys' cubic kernel (1981). a: −3/4 in torch and OpenCV; his own and MATLAB's is −1/2."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
 @functools.lru_cache(maxsize=32)
-def _cubic_weights(size: int, wanted: int) -> np.ndarray:
-    """[wanted size]: first and last samples meet, no antialiasing, borders repeated."""
-    place = np.arange(wanted) * ((size - 1) / max(wanted - 1, 1))
-    first = np.floor(place).astype(int)
-    weights = np.zeros((wanted, size))
-    for offset in (-1, 0, 1, 2):
-        d = np.abs(place - (first + offset))
-        near = ((_A + 2) * d - (_A + 3)) * d * d + 1
-        far = ((_A * d - 5 * _A) * d + 8 * _A) * d - 4 * _A
-        column = np.clip(first + offset, 0, size - 1)
-        np.add.at(weights, (np.arange(wanted), column), np.where(d <= 1, near, far))
-    return weights.astype(np.float32)
+def cubic(old: int, new: int, align_corners: bool = False) -> np.ndarray:
+    """[new old]: bicubic interpolation as torch has it: no antialiasing, borders repeated.
+
+    align_corners: first and last samples meet, instead of the edges of the first and last pixels.
+    """
+    if align_corners:
+        centre = np.arange(new) * ((old - 1) / max(new - 1, 1))
+    else:
+        centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first, matrix = np.floor(centre).astype(int), np.zeros((new, old))
+    for place in (first - 1, first, first + 1, first + 2):
+        weight = keys_kernel(centre - place)
+        np.add.at(matrix, (np.arange(new), np.clip(place, 0, old - 1)), weight)
+    return matrix.astype(np.float32)
 
 
 def bicubic_aligned(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B h w C"]:
     """Bicubic interpolation with aligned corners, not antialiased."""
-    rows = jnp.asarray(_cubic_weights(x.shape[1], height))
-    columns = jnp.asarray(_cubic_weights(x.shape[2], width))
+    rows = jnp.asarray(cubic(x.shape[1], height, align_corners=True))
+    columns = jnp.asarray(cubic(x.shape[2], width, align_corners=True))
     return jnp.einsum("hH,wW,bHWc->bhwc", rows, columns, x)
