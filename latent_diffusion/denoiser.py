@@ -333,7 +333,7 @@ def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -
 def make_unet(config: Config, **own: Any) -> UNet:
     """The network that the `unet` fields of a config describe, where a dtype is a name."""
     fields = dict(config)
-    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields["dtype"] else None
+    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
     return UNet(**fields, **own)
 
 

@@ -10,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion import convert, workdir
-from latent_diffusion.checkpoint import Checkpointer, CheckpointError
 from latent_diffusion.classifier import NoisyClassifier
 from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.convert.bundle import as_schedule
-from latent_diffusion.denoiser import Denoiser
+from latent_diffusion.denoiser import Denoiser, make_unet, schedule_of
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.model import Model
-from latent_diffusion.models.unet import UNet
 from latent_diffusion.tasks.classifying import make_classifying
 
 
@@ -52,11 +49,7 @@ def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
     config = workdir.load_config(directory)
     if config.task != "classifying":
         raise ValueError(f"{path} holds a run of {config.task!r}, not of a classifier")
-    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(only=["ema_params"])
-    if restored is None:
-        raise CheckpointError(f"{path} has no checkpoint yet")
-    params = jax.tree.map(jnp.asarray, restored.state["ema_params"]["unet"])
+    params = jax.tree.map(jnp.asarray, workdir.load_entry(directory, "ema_params")["unet"])
     classifier: NoisyClassifier = make_classifying(config).classifier.replace(params=params)
     return classifier
 
@@ -69,7 +62,7 @@ def as_model(bundle: convert.Bundle) -> Model:
             convert.as_params(bundle.autoencoder),
             jnp.asarray(bundle.scale_factor, jnp.float32),
             jnp.asarray(bundle.shift, jnp.float32),
-            make_autoencoder(_with_dtype(bundle.autoencoder.fields)),
+            make_autoencoder(bundle.autoencoder.fields),
         )
     if bundle.unet is not None:
         params = {"unet": convert.as_params(bundle.unet)}
@@ -78,8 +71,8 @@ def as_model(bundle: convert.Bundle) -> Model:
             params["conditioner"] = conditioner
         denoiser = Denoiser(
             params,
-            as_schedule(bundle.diffusion),
-            UNet(**_with_dtype(bundle.unet.fields)),
+            schedule_of(bundle.diffusion),
+            make_unet(bundle.unet.fields),
             make_conditioner({name: part.fields for name, part in bundle.conditioners.items()}),
             bundle.diffusion["prediction"],
         )
@@ -98,9 +91,3 @@ def as_model(bundle: convert.Bundle) -> Model:
             },
         },
     )
-
-
-def _with_dtype(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a module from those of a config, where a dtype is a name."""
-    dtype = fields.get("dtype")
-    return {**fields, "dtype": jnp.dtype(dtype)} if dtype else dict(fields)

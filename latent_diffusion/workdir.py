@@ -100,12 +100,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def load_autoencoder_params(workdir: Path, config: ConfigDict | None = None) -> Params:
     """The averaged (else the last) parameters of a workdir of perceptual compression."""
     config = load_config(workdir) if config is None else config
-    entry = "ema_params" if config.ema_decay else "params"
+    return load_entry(workdir, "ema_params" if config.ema_decay else "params")["autoencoder"]
+
+
+def load_entry(workdir: Path, entry: str) -> Any:
+    """One entry of the state in a workdir's latest good checkpoint; CheckpointError without any."""
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(only=[entry])
     if restored is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet")
-    return restored.state[entry]["autoencoder"]
+    return restored.state[entry]
 
 
 def save_first_stage(workdir: Path, first_stage: FirstStage, source: str) -> None:

@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion.convert.bundle import as_schedule
 from latent_diffusion.convert.scheduler import SCHEDULERS, from_diffusers
-from latent_diffusion.denoiser import plan
+from latent_diffusion.denoiser import plan, schedule_of
 from latent_diffusion.diffusion import PREDICTIONS
 from latent_diffusion.samplers import SAMPLERS
 from latent_diffusion.schedules import spacing
@@ -17,7 +16,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 def read(name, **config):
     """(the schedule, the prediction, the sampling defaults) of a scheduler's config."""
     diffusion, sampling = from_diffusers({"_class_name": name, **BETAS, **config})
-    return as_schedule(diffusion), diffusion["prediction"], sampling
+    return schedule_of(diffusion), diffusion["prediction"], sampling
 
 
 def test_stable_diffusion_1_is_the_originals_plms():

@@ -163,17 +163,6 @@ def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
     raise ValueError("the noise schedule is none of the named ones, which is all a format can say")
 
 
-def as_schedule(diffusion: Mapping[str, Any]) -> NoiseSchedule:
-    """The schedule that `diffusion` describes."""
-    return make_schedule(
-        diffusion["schedule"],
-        diffusion["num_timesteps"],
-        diffusion["beta_start"],
-        diffusion["beta_end"],
-        zero_terminal_snr=diffusion["zero_terminal_snr"],
-    )
-
-
 def with_folded_scale(bundle: Bundle) -> Bundle:
     """The same model with a scalar latent scale and no shift, for formats that know no other.
 

@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion import workdir
-from latent_diffusion.checkpoint import Checkpointer, CheckpointError
+from latent_diffusion.checkpoint import Checkpointer
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.lora import merged
 from latent_diffusion.convert.tensors import Tensor
@@ -40,11 +40,7 @@ def read_orbax(directory: Path) -> Bundle:
 
 
 def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle:
-    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(only=["ema_params"])
-    if restored is None:
-        raise CheckpointError(f"{directory} has no checkpoint yet")
-    params = restored.state["ema_params"]
+    params = workdir.load_entry(directory, "ema_params")
     if config.get("lora", {}).get("rank"):
         return _adapted(bundle, directory, config, params["lora"])
     tokenizer = None

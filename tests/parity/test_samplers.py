@@ -19,9 +19,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from latent_diffusion import guidance, schedules  # noqa: E402
-from latent_diffusion.convert.bundle import as_schedule  # noqa: E402
 from latent_diffusion.convert.scheduler import from_diffusers  # noqa: E402
-from latent_diffusion.denoiser import plan  # noqa: E402
+from latent_diffusion.denoiser import plan, schedule_of  # noqa: E402
 from latent_diffusion.rng import example_keys, normal_per_example  # noqa: E402
 from latent_diffusion.samplers import SAMPLERS, ddim_inversion  # noqa: E402
 
@@ -210,7 +209,7 @@ def assert_read_alike(scheduler, num_steps, monkeypatch, rows=lambda call: call,
         expected = theirs(scheduler, num_steps, monkeypatch, rows, **step)
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     diffusion, sampling = from_diffusers(config)
-    schedule = as_schedule(diffusion)
+    schedule = schedule_of(diffusion)
     timesteps, options = plan(schedule, sampling, {"num_steps": num_steps, **step})
     kind = diffusion["prediction"]
     answer = ours(options.pop("sampler"), timesteps, kind, schedule, **options)
