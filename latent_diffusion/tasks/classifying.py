@@ -19,7 +19,7 @@ from latent_diffusion.classifier import NoisyClassifier
 from latent_diffusion.denoiser import make_unet, schedule_of
 from latent_diffusion.diffusion import q_sample
 from latent_diffusion.first_stage import init_first_stage, make_autoencoder
-from latent_diffusion.optim import ema_update, global_norm, make_optimizer
+from latent_diffusion.optim import global_norm, make_optimizer
 from latent_diffusion.rng import (
     example_keys,
     normal_per_example,
@@ -92,14 +92,7 @@ class Classifying:
         (_, seen), grads = value_and_grad(state.params, z_0, t, k_eps, batch["class_label"])
         metrics = pmean({name: jnp.mean(value) for name, value in seen.items()}, axis_name)
         grads = pmean(grads, axis_name)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            ema_params=ema_update(state.ema_params, params, state.step, self.ema_decay),
-            opt_state=opt_state,
-        )
+        state = state.updated(self.tx, grads, self.ema_decay)
         return state, {**metrics, "grad_norm": global_norm(grads)}
 
     def eval_step(

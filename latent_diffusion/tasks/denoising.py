@@ -63,6 +63,19 @@ class State(flax.struct.PyTreeNode):
     opt_state: Any
     squares: Any = None
 
+    def updated(
+        self, tx: optax.GradientTransformation, grads: Params, ema_decay: float | int
+    ) -> "State":
+        """One step further: new parameters, and their average, which follows the new ones."""
+        updates, opt_state = tx.update(grads, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(
+            step=self.step + 1,
+            params=params,
+            ema_params=ema_update(self.ema_params, params, self.step, ema_decay),
+            opt_state=opt_state,
+        )
+
 
 class Constants(flax.struct.PyTreeNode):
     """Everything that training uses and never changes.
@@ -172,15 +185,8 @@ class Denoising:
         value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
         (loss, seen), grads = value_and_grad(state.params, batch, keys)
         loss, grads = pmean((loss, grads), axis_name)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            ema_params=ema_update(state.ema_params, params, state.step, self.ema_decay),
-            opt_state=opt_state,
-            squares=self._update_squares(state.squares, seen, axis_name),
-        )
+        squares = self._update_squares(state.squares, seen, axis_name)
+        state = state.updated(self.tx, grads, self.ema_decay).replace(squares=squares)
         simple = pmean(jnp.mean(seen["simple"]), axis_name)
         return state, {"loss": loss, "simple": simple, "grad_norm": global_norm(grads)}
 
