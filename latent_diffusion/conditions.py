@@ -7,10 +7,13 @@ condition may be given for one example, which then serves all, or for each of th
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.conditioners import Conditioner
 from latent_diffusion.data.layout import LayoutTokens, Object
+from latent_diffusion.types import Array
 
 ARGUMENTS = {"tokens": "prompts", "class_label": "class_labels"}  # the rest is called as it is
 
@@ -198,3 +201,47 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "neighbours": _neighbours,
     "image_embedding": _image_embedding,
 }
+
+
+def in_range(images: Array | np.ndarray) -> jax.Array:
+    """The images, unless their pixels are 0 … 255. Under jit only their dtype is known."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
+        )
+    images = jnp.asarray(images)
+    if isinstance(images, jax.core.Tracer) or images.size == 0:
+        return images
+    reach = float(jnp.max(jnp.abs(images)))
+    if not reach <= 2:  # NaN fails too
+        raise ValueError(f"images have values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
+    return images
+
+
+def known_image(
+    image: Array | np.ndarray | None,
+    mask: Array | np.ndarray | None,
+    strength: float | int | None,
+    size: tuple[int, int, int],
+) -> dict[str, np.ndarray]:
+    """The batch entries of image-to-image and inpainting: "known" and "hole"."""
+    if strength is not None and not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    if image is None:
+        if mask is not None or strength is not None:
+            raise ValueError("mask and strength change an image: give image, too")
+        return {}
+    if mask is None and strength is None:
+        raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
+
+    def fit(name: str, value: Any) -> np.ndarray:
+        value = np.asarray(value, np.float32)
+        if len(value) not in (1, size[0]) or value.shape[1:3] != size[1:]:
+            raise ValueError(
+                f"{name} has shape {value.shape}, expected 1 or {size[0]} of {size[1:]}"
+            )
+        return np.broadcast_to(value, (size[0], *value.shape[1:]))
+
+    in_range(np.asarray(image))
+    given = {"known": image} if mask is None else {"known": image, "hole": mask}
+    return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}

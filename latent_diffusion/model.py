@@ -57,7 +57,7 @@ class Model(flax.struct.PyTreeNode):
         range (but not for reconstructions, which reach a little beyond).
         """
         first_stage = self._need("first_stage")
-        images = _in_range(images)
+        images = conditions.in_range(images)
         keys = None if rng is None else example_keys(rng, images.shape[0])
         images = pad_to_multiple(images, first_stage.module.downsampling)
         return _encode(first_stage, images, keys, tile_size, tile_overlap)
@@ -79,7 +79,7 @@ class Model(flax.struct.PyTreeNode):
 
     def encode_to_indices(self, images: Num[Array | np.ndarray, "B H W C"]) -> Int[Array, "B h w"]:
         """Places in the codebook of a vq first stage; ValueError for one without codebook."""
-        return _apply(self._need("first_stage"), "encode_to_indices", _in_range(images))
+        return _apply(self._need("first_stage"), "encode_to_indices", conditions.in_range(images))
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
         """Images from places in the codebook."""
@@ -205,7 +205,7 @@ class Model(flax.struct.PyTreeNode):
         strength = options.get("strength")
         hole = None if "mask" in told else mask
         if "image" not in told or strength is not None or hole is not None:
-            batch |= _known_image(image, hole, strength, (total, height, width))
+            batch |= conditions.known_image(image, hole, strength, (total, height, width))
         if z_T is not None:
             if z_T.shape != (total, *shape):
                 raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
@@ -285,50 +285,6 @@ class Model(flax.struct.PyTreeNode):
             if unknown := self.tokenizer.unknown_words(prompt):
                 log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))
         return self.tokenizer(list(prompts))
-
-
-def _in_range(images: Array | np.ndarray) -> jax.Array:
-    """The images, unless their pixels are 0 … 255. Under jit only their dtype is known."""
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
-        )
-    images = jnp.asarray(images)
-    if isinstance(images, jax.core.Tracer) or images.size == 0:
-        return images
-    reach = float(jnp.max(jnp.abs(images)))
-    if not reach <= 2:  # NaN fails too
-        raise ValueError(f"images have values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
-    return images
-
-
-def _known_image(
-    image: Array | np.ndarray | None,
-    mask: Array | np.ndarray | None,
-    strength: float | int | None,
-    size: tuple[int, int, int],
-) -> dict[str, np.ndarray]:
-    """The batch entries of image-to-image and inpainting: "known" and "hole"."""
-    if strength is not None and not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in [0, 1], got {strength}")
-    if image is None:
-        if mask is not None or strength is not None:
-            raise ValueError("mask and strength change an image: give image, too")
-        return {}
-    if mask is None and strength is None:
-        raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
-
-    def fit(name: str, value: Any) -> np.ndarray:
-        value = np.asarray(value, np.float32)
-        if len(value) not in (1, size[0]) or value.shape[1:3] != size[1:]:
-            raise ValueError(
-                f"{name} has shape {value.shape}, expected 1 or {size[0]} of {size[1:]}"
-            )
-        return np.broadcast_to(value, (size[0], *value.shape[1:]))
-
-    _in_range(np.asarray(image))
-    given = {"known": image} if mask is None else {"known": image, "hole": mask}
-    return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "overlap"))
