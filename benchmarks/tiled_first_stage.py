@@ -69,8 +69,10 @@ def in_own_process(side: int, tile: int | None) -> dict[str, float]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, of images in [-1, 1]."""
-    return 10 * np.log10(4 / np.mean(np.square(np.clip(a, -1, 1) - np.clip(b, -1, 1))))
+    """In dB, of one image each, cut to [-1, 1]."""
+    from latent_diffusion.losses import similarity
+
+    return float(similarity.psnr(np.clip(a, -1, 1), np.clip(b, -1, 1))[0])
 
 
 def compare(side: int, tile: int) -> None:

@@ -8,7 +8,6 @@ held-out pictures.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from latent_diffusion import data, workdir
-from latent_diffusion.evaluation.openmoji import draw_with_prompts, reconstructions
+from latent_diffusion.evaluation.openmoji import draw_with_prompts, in_batches, reconstructions
 from latent_diffusion.loading import load
 from latent_diffusion.metrics import to_uint8
 from latent_diffusion.model import Model
@@ -36,13 +35,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
             f"--workdir={path.parent}"
         )
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 32) -> np.ndarray:
-    """`function` of all images, `size` at a time; the last batch is padded with the last image."""
-    index = np.minimum(np.arange(len(images) + -len(images) % size), len(images) - 1)
-    parts = [np.asarray(function(images[part])) for part in index.reshape(-1, size)]
-    return np.concatenate(parts)[: len(images)]
 
 
 def row(directory: Path, model: Model, images: np.ndarray) -> list[str]:

@@ -8,6 +8,7 @@ first_stage/ and denoiser/ have been trained. Nothing here takes part in trainin
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,16 @@ def psnr(x: np.ndarray, x_rec: np.ndarray) -> np.ndarray:
     return 10 * np.log10(4 / np.maximum(mse, 1e-10))
 
 
+def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 32) -> np.ndarray:
+    """`function` of all images, `size` at a time; the last batch is padded with the last image."""
+    index = np.minimum(np.arange(len(images) + -len(images) % size), len(images) - 1)
+    parts = [np.asarray(function(images[part])) for part in index.reshape(-1, size)]
+    return np.concatenate(parts)[: len(images)]
+
+
 def reconstructions(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Decoded posterior modes of images in [-1, 1]."""
-    parts = []
-    for start in range(0, len(images), batch_size):
-        index = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        parts.append(np.asarray(model.decode(model.encode(jax.numpy.asarray(images[index])))))
-    return np.concatenate(parts)[: len(images)]
+    return in_batches(lambda part: model.decode(model.encode(part)), images, batch_size)
 
 
 def training_captions(
