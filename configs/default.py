@@ -111,9 +111,12 @@ def data() -> ConfigDict:
     c.layout.max_objects = 30
     c.layout.encode_crop = True
     c.layout.centres = False
-    c.embedding = ""  # image embeddings, by a name in embedders: "alexnet"
-    c.embedding_path = ""  # the net's weights; "" = an installed package's
+    c.embedding = ""  # image embeddings, by a name in embedders: "alexnet", or "precomputed"
+    # The net's weights ("" = an installed package's); precomputed: a folder that
+    # python -m latent_diffusion.embed wrote
+    c.embedding_path = ""
     c.num_neighbours = 0  # so many most similar training pictures, as embeddings
+    c.search = "numpy"  # for neighbours: "numpy" | "faiss" (the same, faster; an extra)
     return c
 
 

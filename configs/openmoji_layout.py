@@ -1,7 +1,7 @@
 """Layout to image: scenes of OpenMoji drawings from their boxes.
 
 Command   python train.py --config=configs/openmoji_layout.py --workdir=runs/gallery/layout
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          (needs a first stage: configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes)
 Variants  :smoke (a few steps)
 
 The sentence of a scene has four objects of three tokens, on a grid of 32×32 places.
@@ -10,14 +10,14 @@ The sentence of a scene has four objects of three tokens, on a grid of 32×32 pl
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.openmoji_unconditional import with_context
+from configs.openmoji_unconditional import of_scenes, with_context
 
 
 def get_config(variant: str = "") -> ConfigDict:
     layout = {"vocab_size": 1024, "max_length": 12, "width": 128, "depth": 2}
     c = with_context(variant, "layout", **layout, num_heads=4, head_dim=32)
     c.unet.attention_resolutions = (1, 2)  # places are asked for at the latent's own resolution
-    c.data.name = "openmoji_scenes"
+    of_scenes(c)
     c.data.layout.update({"vocab_size": 1024, "max_objects": 4, "encode_crop": False})
     return default.apply_variant(c, variant, {"smoke": smoke})
 

@@ -1,7 +1,7 @@
 """Semantic synthesis: scenes of OpenMoji drawings from their label maps.
 
 Command   python train.py --config=configs/openmoji_semantic.py --workdir=runs/gallery/semantic
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          (needs a first stage: configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes)
 Variants  :smoke (a few steps)
 
 Sixteen subjects and the ground, one-hot, halved twice to the size of the latent, in 8 channels.
@@ -10,11 +10,11 @@ Sixteen subjects and the ground, one-hot, halved twice to the size of the latent
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.openmoji_unconditional import without_condition
+from configs.openmoji_unconditional import of_scenes, without_condition
 
 
 def get_config(variant: str = "") -> ConfigDict:
     c = without_condition(variant)
-    c.data.name = "openmoji_scenes"
+    of_scenes(c)
     c.conditioners = ConfigDict({"spatial_rescaler": {"num_classes": 17, "out_channels": 8}})
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

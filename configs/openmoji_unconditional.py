@@ -16,6 +16,12 @@ def get_config(variant: str = "") -> ConfigDict:
     return default.apply_variant(c, variant, {"smoke": lambda c: None})
 
 
+def of_scenes(c: ConfigDict) -> None:
+    """Draw scenes, on their own first stage."""
+    c.data.name = "openmoji_scenes"
+    c.first_stage.path = "runs/gallery/scenes"
+
+
 def without_condition(variant: str = "") -> ConfigDict:
     """The text experiment's first stage, U-Net, data and recipe, told nothing yet."""
     c = openmoji_text.get_config(variant)

@@ -2,7 +2,9 @@
 
 Command   python train.py --config=configs/rdm.py --workdir=runs/rdm
           --config.data.dir=IMAGES --config.first_stage.path=WORKDIR_OF_kl_f16
-          --config.data.embedding=YOUR_EMBEDDER (the released model: CLIP ViT-L/14, 768 numbers)
+          --config.data.embedding_path=FOLDER
+          after python -m latent_diffusion.embed --config=configs/rdm.py --clip=CLIP --out=FOLDER
+          --config.data.dir=IMAGES (the released model: CLIP ViT-L/14, 768 numbers)
 Cost      1335.48 M parameters; learning rate 1e-4
 Expected  no number is published for the 768² model
 """
@@ -14,7 +16,7 @@ from configs import default, kl_f16
 
 def get_config() -> ConfigDict:
     c = default.paper_denoiser(kl_f16.get_config(), batch_size=64, num_steps=1_000_000)
-    c.data.update({"image_size": 768, "num_neighbours": 4})
+    c.data.update({"image_size": 768, "num_neighbours": 4, "embedding": "precomputed"})
     c.conditioners = ConfigDict({"neighbours": {"num_neighbours": 4, "width": 768}})
     c.unet.update({"model_channels": 448, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32})
     c.unet.remat = "full"

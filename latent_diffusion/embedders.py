@@ -5,7 +5,8 @@ named in its config. Embeddings have the length √D, so that their numbers are 
 U-Net's projections expect.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from latent_diffusion.losses.perceptual import NETS, SCALE, SHIFT, load_lpips_params
-from latent_diffusion.types import Array, Float, Num, Params, lookup
+from latent_diffusion.types import Array, Float, Params, lookup
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,15 @@ def make_embedder(name: str, path: str | Path | None = None) -> Embedder:
 
 
 def embed(
-    embedder: Embedder, images: Num[Array | np.ndarray, "N H W 3"], batch_size: int = 64
+    embedder: Embedder, pictures: Iterable[UInt8[np.ndarray, "H W 3"]], batch_size: int = 64
 ) -> Float[np.ndarray, "N D"]:
-    """Embeddings of many images: bytes, or numbers in [-1, 1]."""
-    apply, found = jax.jit(embedder.apply), []
-    for start in range(0, len(images), batch_size):
-        index = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        part = np.asarray(images[index])
-        if part.dtype == np.uint8:
-            part = part.astype(np.float32) / 127.5 - 1
-        found.append(np.asarray(apply(embedder.params, part)))
-    return np.concatenate(found)[: len(images)]
+    """Embeddings of many pictures of one size, which are asked for a batch at a time."""
+    apply, pictures, found = jax.jit(embedder.apply), iter(pictures), []
+    while part := list(itertools.islice(pictures, batch_size)):
+        filled = np.stack(part + part[-1:] * (batch_size - len(part)))
+        images = filled.astype(np.float32) / 127.5 - 1
+        found.append(np.asarray(apply(embedder.params, images))[: len(part)])
+    return np.concatenate(found)
 
 
 def _scaled(x: Float[Array, "B D"]) -> Float[Array, "B D"]:

@@ -25,13 +25,16 @@ SAMPLES = flags.DEFINE_string("samples", None, "Instead: a folder, or an .npz wi
 REFERENCE = flags.DEFINE_string(
     "reference", None, "A folder, an .npz (arr_0, or mu and sigma), or tfds:NAME@SPLIT."
 )
-METRICS = flags.DEFINE_list("metrics", None, "fid kid is fd kd pr dc | psnr ssim lpips rfid rfd.")
+METRICS = flags.DEFINE_list(
+    "metrics", None, "fid kid is fd kd pr dc clip | psnr ssim lpips rfid rfd."
+)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 0, "0 = as many as there are, or 50000 samples.")
 FEATURES = flags.DEFINE_string("features", "inception", "inception | alexnet | vgg16.")
 FEATURES_PATH = flags.DEFINE_string("features_path", None, "Their weights.")
 FILTER = flags.DEFINE_string(
     "filter", "bicubic", "Resizing: bicubic (clean-fid) | bilinear (pytorch-fid) | tensorflow."
 )
+CLIP_PATH = flags.DEFINE_string("clip_path", None, "Of the metric clip: a CLIPModel's folder.")
 LPIPS_NET = flags.DEFINE_string("lpips", "alex", "Net of the metric lpips: alex | vgg.")
 SPLIT = flags.DEFINE_string("split", None, "Of a workdir's data; first stages: test, else train.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Cut and resize --samples, --reference to it.")
@@ -144,28 +147,56 @@ def _score_samples(o: dict[str, Any], cache: Path, config: Any) -> dict[str, Any
     """Samples of a model (with its config), or a set of pictures, against a reference."""
     from latent_diffusion.evaluation import scores
     from latent_diffusion.evaluation.collect import collect_features
-    from latent_diffusion.evaluation.features import make_features
+    from latent_diffusion.evaluation.features import make_features, with_clip
     from latent_diffusion.evaluation.frechet import save_statistics
 
     metrics = o["metrics"] or ["fd", "pr"]
     o = {**o, "metrics": metrics}
     scores.check_metrics(metrics, o["features"])
-    net = make_features(o["features"], o["features_path"], o["filter"])
+    clip = _clip(o) if "clip" in metrics else None
+    net: Any = None
+    if set(metrics) - set(scores.WITHOUT_FEATURES):
+        net = make_features(o["features"], o["features_path"], o["filter"])
     reference, name = _reference(o, cache, config, net)
     images = _sample_set(o, config)
     count = _count(o, images.count, images.name)
+    captions = None if clip is None else _captions(o, images, count)
     with _progress(count) as report:
         arrays = collect_features(
             images.read,
             count,
-            net,
+            net if clip is None else with_clip(net, clip),
             _folder(cache, o, "samples", images.name, count),
             o["batch_size"],
             report,
         )
+    if clip is not None and captions is not None:
+        arrays["captions"] = clip.embed_texts(captions)
     if o["save_reference"]:
         save_statistics(o["save_reference"], reference.gaussian())
-    return _record(o, scores.score(metrics, arrays, reference, net.name), images.name, name)
+    return _record(o, scores.score(metrics, arrays, reference, o["features"]), images.name, name)
+
+
+def _clip(o: dict[str, Any]) -> Any:
+    from latent_diffusion.clip import load_clip
+
+    if not o["clip_path"]:
+        raise ValueError("the metric clip needs --clip_path: a CLIPModel's folder, with tokenizer")
+    return load_clip(o["clip_path"])
+
+
+def _captions(o: dict[str, Any], images: Any, count: int) -> list[str]:
+    """What the pictures should show: a model's prompts, or the prompts.txt beside pictures."""
+    if images.captions is not None:
+        return images.captions(count)
+    path = Path(o["samples"] or "")
+    path = (path if path.is_dir() else path.parent) / "prompts.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if len(lines) < count:
+        raise ValueError(
+            f"clip needs a caption for each of {count} pictures; {path} has {len(lines)}"
+        )
+    return lines[:count]
 
 
 def _sample_set(o: dict[str, Any], config: Any) -> Any:
@@ -233,7 +264,7 @@ def _folder(cache: Path, o: dict[str, Any], kind: str, name: str, count: int) ->
 
     relevant: tuple[str, ...] = ("samples", "features", "features_path", "filter", "image_size")
     if kind == "samples":
-        relevant += ("seed", "sampler", "num_steps", "guidance_scale", "save_images")
+        relevant += ("clip_path", "seed", "sampler", "num_steps", "guidance_scale", "save_images")
     if kind == "reconstructions":
         relevant += ("metrics", "lpips")
     work = {key: o[key] for key in relevant}
@@ -267,7 +298,17 @@ def _progress(count: int) -> Iterator[Any]:
 
 _FLAGS = (
     *(WORKDIR, SAMPLES, REFERENCE, METRICS, NUM_IMAGES, FEATURES, FEATURES_PATH, FILTER),
-    *(LPIPS_NET, SPLIT, IMAGE_SIZE, SEED, BATCH_SIZE, SAMPLER, NUM_STEPS, GUIDANCE_SCALE),
+    *(
+        CLIP_PATH,
+        LPIPS_NET,
+        SPLIT,
+        IMAGE_SIZE,
+        SEED,
+        BATCH_SIZE,
+        SAMPLER,
+        NUM_STEPS,
+        GUIDANCE_SCALE,
+    ),
     *(SAVE_IMAGES, SAVE_REFERENCE),
 )
 

@@ -213,7 +213,7 @@ def test_results_bear_the_name_of_their_features():
     assert theirs["fid"].value == pytest.approx(frechet_distance(gaussian(x), gaussian(y)))
     with pytest.raises(ValueError, match="fid means Inception features, not 'alexnet'; fd is"):
         scores.check_metrics(["fid"], "alexnet")
-    with pytest.raises(ValueError, match="unknown metric 'fit'; known: dc, fd, fid"):
+    with pytest.raises(ValueError, match="unknown metric 'fit'; known: clip, dc, fd"):
         scores.check_metrics(["fit"], "inception")
     with pytest.raises(ValueError, match="pr needs reference images"):
         scores.score(["pr"], arrays, scores.Reference(statistics=gaussian(y)), "inception")

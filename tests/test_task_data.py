@@ -19,6 +19,7 @@ from latent_diffusion.data.masks import MASKS, draw_mask
 from latent_diffusion.data.openmoji_scenes import NUM_OBJECTS, SUBJECTS, OpenMojiScenes
 from latent_diffusion.data.resampling import MATRICES, PILLOW, resample
 from latent_diffusion.data.retrieval import Database, load_database
+from latent_diffusion.embedders import Embedder
 
 
 def rng(seed=0):
@@ -196,19 +197,24 @@ def test_bad_fields_are_named(changes, message):
 # --- neighbours ---
 
 
-def test_search_is_exact_and_leaves_out_itself(tmp_path):
+@pytest.mark.parametrize("search_by", retrieval.SEARCHES)
+def test_search_is_exact_and_leaves_out_itself(tmp_path, search_by):
     table = rng(1).normal(size=(50, 6)).astype(np.float32)
     queries = rng(2).normal(size=(7, 6)).astype(np.float32)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, table)]
     cosines = unit[0] @ unit[1].T
-    places, scores = Database(table).search(queries, 4)
+    base = Database(table, search_by=search_by)
+    places, scores = base.search(queries, 4)
     np.testing.assert_array_equal(places, np.argsort(-cosines, axis=1)[:, :4])
     np.testing.assert_allclose(scores, np.sort(cosines, axis=1)[:, :-5:-1], atol=1e-6)
     own = np.arange(50)
-    np.testing.assert_array_equal(Database(table).search(table, 1)[0][:, 0], own)
-    assert (Database(table).search(table, 49, own)[0] != own[:, None]).all()
+    np.testing.assert_array_equal(base.search(table, 1)[0][:, 0], own)
+    others = np.argsort(-(unit[1] @ unit[1].T - 9 * np.eye(50)), axis=1)
+    np.testing.assert_array_equal(base.search(table, 5, own)[0], others[:, :5])
+    far = (own + 1) % 50  # an exclusion that isn't among the nearest
+    np.testing.assert_array_equal(base.search(table, 1, far)[0][:, 0], own)
     with pytest.raises(ValueError, match="k=50 neighbours of 49 embeddings"):
-        Database(table).search(table, 50, own)
+        base.search(table, 50, own)
     Database(table, ("a", "b")).save(tmp_path / "base.npz")
     read = load_database(tmp_path / "base.npz")
     np.testing.assert_array_equal(read.embeddings, table)
@@ -221,17 +227,17 @@ def test_search_is_exact_and_leaves_out_itself(tmp_path):
 def test_examples_carry_embeddings_and_their_neighbours_of_the_training_set(monkeypatch):
     colours = rng(3).integers(0, 256, (9, 1, 1, 3)).astype(np.uint8)
     pictures = np.broadcast_to(colours, (9, 16, 16, 3))
-    monkeypatch.setattr(retrieval, "make_embedder", lambda name, path: name)
-    monkeypatch.setattr(retrieval, "embed", lambda net, x: x[:, 0, 0].astype(np.float32))
+    corner = Embedder(3, {}, lambda params, x: x[:, 0, 0] * 127.5 + 127.5)
+    monkeypatch.setattr(retrieval, "make_embedder", lambda name, path: corner)
     monkeypatch.setattr(retrieval, "_MADE", {})
     train, test = (ArraySource({"image": list(p)}) for p in (pictures[:6], pictures[6:]))
     wanted = config(embedding="alexnet", num_neighbours=2)
     for split, source in (("train", train), ("test", test)):
         example = retrieval.with_embeddings(source, split, train, wanted)[1]
         own = example["image"][0, 0].astype(np.float32)
-        np.testing.assert_array_equal(example["image_embedding"], own)
+        np.testing.assert_allclose(example["image_embedding"], own, rtol=1e-5, atol=1e-4)
         base = colours[:6, 0, 0].astype(np.float32)
         cosines = base @ own / np.linalg.norm(base, axis=1) / np.linalg.norm(own)
         best = [i for i in np.argsort(-cosines) if split == "test" or i != 1][:2]
-        np.testing.assert_array_equal(example["neighbours"], base[best])
+        np.testing.assert_allclose(example["neighbours"], base[best], rtol=1e-5, atol=1e-4)
     assert len(retrieval._MADE) == 2  # the training set once

@@ -52,6 +52,7 @@ def shapes(fields: Mapping[str, Any]) -> Any:
 
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
     """Our fields from a config.json of CLIPVisionModelWithProjection or of a whole CLIPModel."""
+    projection_dim = config["projection_dim"]  # a whole CLIP's own, not its vision_config's
     config = {**config, **config.get("vision_config", {})}
     if config.get("layer_norm_eps", 1e-5) != 1e-5:
         raise ValueError(f"CLIP's layer_norm_eps={config['layer_norm_eps']}; supported: 1e-5")
@@ -66,7 +67,7 @@ def fields_from_config(config: Mapping[str, Any]) -> Fields:
         "num_heads": config["num_attention_heads"],
         "mlp_width": None if inner == 4 * width else inner,
         "activation": activation,
-        "projection_dim": config["projection_dim"],
+        "projection_dim": projection_dim,
     }
 
 

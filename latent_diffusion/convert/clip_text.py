@@ -100,10 +100,11 @@ def shapes(fields: Mapping[str, Any]) -> Any:
 
 
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
-    """Our fields from a config.json of CLIPTextModel.
+    """Our fields from a config.json of CLIPTextModel, or of a whole CLIPModel.
 
     What it says of special tokens is wrong in most files; `text.with_tokenizer` knows.
     """
+    config = {**config, **config.get("text_config", {})}
     if config.get("layer_norm_eps", 1e-5) != 1e-5:
         raise ValueError(f"CLIPTextModel.layer_norm_eps={config['layer_norm_eps']}; supported 1e-5")
     width, activation = config["hidden_size"], config.get("hidden_act", "quick_gelu")

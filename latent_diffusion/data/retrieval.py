@@ -5,7 +5,8 @@ A database is a table of embeddings. Searching it is one matrix product, blocked
 """
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,23 @@ from jaxtyping import Float, Int
 
 from latent_diffusion.data.sources import Example
 from latent_diffusion.data.windows import cut, window
-from latent_diffusion.embedders import embed, make_embedder
+from latent_diffusion.embedders import Embedder, embed, make_embedder
+from latent_diffusion.types import lookup
 
 ROWS = 1024  # queries at once
+PRECOMPUTED = "precomputed"
 
 
 @dataclass(frozen=True)
 class Database:
-    """Embeddings [N D] to search in, and what each stands for."""
+    """Embeddings [N D] to search in, and what each stands for.
+
+    search_by: a name in SEARCHES, all of which give the same answers.
+    """
 
     embeddings: Float[np.ndarray, "N D"]
     names: tuple[str, ...] = ()
+    search_by: str = "numpy"
 
     def search(
         self,
@@ -40,17 +47,8 @@ class Database:
         available = len(self.embeddings) - (exclude is not None)
         if not 0 < k <= available:
             raise ValueError(f"k={k} neighbours of {available} embeddings")
-        table, places, scores = _unit(self.embeddings), [], []
-        for start in range(0, len(queries), ROWS):
-            similarity = _unit(queries[start : start + ROWS]) @ table.T
-            rows = np.arange(len(similarity))[:, None]
-            if exclude is not None:
-                similarity[rows[:, 0], exclude[start : start + ROWS]] = -np.inf
-            best = np.argpartition(-similarity, k - 1)[:, :k]
-            best = best[rows, np.argsort(-similarity[rows, best], kind="stable")]
-            places.append(best)
-            scores.append(similarity[rows, best])
-        return np.concatenate(places), np.concatenate(scores)
+        find = lookup(SEARCHES, self.search_by, "data.search")
+        return find(_unit(self.embeddings), _unit(queries), k, exclude)
 
     def neighbours(
         self,
@@ -79,6 +77,38 @@ def _unit(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def _by_numpy(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]:
+    places, scores = [], []
+    for start in range(0, len(queries), ROWS):
+        similarity = queries[start : start + ROWS] @ table.T
+        rows = np.arange(len(similarity))[:, None]
+        if exclude is not None:
+            similarity[rows[:, 0], exclude[start : start + ROWS]] = -np.inf
+        best = np.argpartition(-similarity, k - 1)[:, :k]
+        best = best[rows, np.argsort(-similarity[rows, best], kind="stable")]
+        places.append(best)
+        scores.append(similarity[rows, best])
+    return np.concatenate(places), np.concatenate(scores)
+
+
+def _by_faiss(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]:
+    """The brute-force search of the `faiss` extra: all cores, and no table of similarities."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError('data.search="faiss" needs pip install -e ".[faiss]"') from error
+    wanted = k + (exclude is not None)
+    scores, places = faiss.knn(queries, table, wanted, faiss.METRIC_INNER_PRODUCT)
+    if exclude is None:
+        return places, scores
+    others = places != exclude[:, None]
+    others[others.all(1), -1] = False  # where the query itself isn't among the nearest
+    return places[others].reshape(-1, k), scores[others].reshape(-1, k)
+
+
+SEARCHES = {"numpy": _by_numpy, "faiss": _by_faiss}
+
+
 class Embedded:
     """A source whose examples have `image_embedding` [D], or `neighbours` [k D], or both."""
 
@@ -102,24 +132,52 @@ _MADE: dict[tuple[Any, ...], Database] = {}  # this process's, by data set and n
 def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
     """Every picture of a split as evaluation sees it, embedded by the net of `data_config`.
 
-    Computed once in a process: training and its evaluation share the training set's.
+    Computed once in a process: training and its evaluation share the training set's. The net
+    "precomputed" is what `python -m latent_diffusion.embed` left in `data.embedding_path`.
     """
+    if data_config.embedding == PRECOMPUTED:
+        return _precomputed(source, data_config, split)
     size, net = data_config.image_size, data_config.embedding
     where, path = data_config.dir, data_config.embedding_path
     key = (data_config.name, where, split, len(source), size, net, path)
     if key not in _MADE:
-        crop, shorter_side = data_config.crop, data_config.shorter_side
-        crop = "center" if crop == "random" else crop
-        images, names = [], []
+        embedder = make_embedder(net, path or None)
+        _MADE[key] = database_of(source, data_config, embedder)
+    return _MADE[key]
+
+
+def database_of(source: Any, data_config: Any, embedder: Embedder) -> Database:
+    """Every picture of a source, cut as evaluation does, embedded one batch after the other."""
+    size, crop = data_config.image_size, data_config.crop
+    crop = "center" if crop == "random" else crop
+    names: list[str] = []
+
+    def pictures() -> Iterator[np.ndarray]:
         for i in range(len(source)):
             example, rng = source[i], np.random.default_rng(0)
-            image = example["image"]
-            place = window(image.shape[:2], size, crop, shorter_side, rng)
-            images.append(cut(image, place, size))
             names.append(str(example.get("name", i)))
-        embeddings = embed(make_embedder(net, path or None), np.stack(images))
-        _MADE[key] = Database(embeddings, tuple(names))
-    return _MADE[key]
+            image = example["image"]
+            yield cut(
+                image, window(image.shape[:2], size, crop, data_config.shorter_side, rng), size
+            )
+
+    embeddings = embed(embedder, pictures())
+    return Database(embeddings, tuple(names), data_config.search)
+
+
+def _precomputed(source: Any, data_config: Any, split: str) -> Database:
+    path = Path(data_config.embedding_path) / f"{split}.npz"
+    if not path.is_file():
+        raise ValueError(
+            f"data.embedding_path: no {path}; python -m latent_diffusion.embed makes it"
+        )
+    found = replace(load_database(path), search_by=data_config.search)
+    if len(found.embeddings) != len(source):
+        raise ValueError(
+            f"{path} has {len(found.embeddings)} embeddings, the data {len(source)} pictures; make "
+            "it again for this data"
+        )
+    return found
 
 
 def with_embeddings(source: Any, split: str, database: Any, data_config: Any) -> Embedded:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from latent_diffusion.clip import Clip
 from latent_diffusion.evaluation import inception
 from latent_diffusion.evaluation.resize import FILTERS, resize
 from latent_diffusion.losses.perceptual import NETS, SCALE, SHIFT, load_lpips_params
@@ -72,6 +73,17 @@ def make_features(name: str, path: str | Path | None = None, filter: str = "bicu
     """The feature net `name` with its weights. filter: how pictures come to the net's size."""
     lookup(FILTERS, filter, "filter")
     return lookup(FEATURES, name, "features")(path, filter)
+
+
+def with_clip(net: FeatureNet | None, clip: Clip) -> FeatureNet:
+    """The arrays of `net`, if any, and CLIP's embeddings of the pictures as "clip"."""
+
+    def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
+        own = {} if net is None else net.apply(params["net"], levels)
+        return {**own, "clip": clip.of_images(params["clip"], levels / 127.5 - 1)}
+
+    name, params = ("clip", {}) if net is None else (net.name, net.params)
+    return FeatureNet(name, {"net": params, "clip": clip.params}, apply)
 
 
 def levels_of(images: Num[Array, "B H W C"]) -> Float[Array, "B H W 3"]:

@@ -4,7 +4,8 @@
 
 Every folder in the workdir that holds a trained denoiser becomes NAME.png beside it, with a row for
 each of some test examples: condition | samples | ground truth. A folder with a classifier (see
-configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class.
+configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
+model of text draws image_to_image.png, too, and the unconditional one image_guiding.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from latent_diffusion.metrics import to_uint8
 from latent_diffusion.startup import quiet_and_cached
 
 SIDE = 96  # pixels of a picture in the sheet
+STRENGTHS = (0.4, 0.6, 0.7, 0.8, 1.0)  # of image-to-image
+TITLES = ("condition", "samples", "ground truth")
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; uint8
 
 
@@ -85,6 +88,29 @@ def draw_image_guiding(guided: Path, rows: int, samples: int, seed: int) -> Imag
     )
     images = to_uint8(drawn).reshape(rows, samples, *drawn.shape[1:])
     return sheet(list(zip(to_uint8(small), images, to_uint8(truth), strict=True)))
+
+
+def draw_image_to_image(directory: Path, rows: int, seed: int) -> Image.Image:
+    """The text model in `directory` makes one test picture into what another's caption says.
+
+    The more of it is made anew, the more of the caption and the less of the picture is seen.
+    """
+    config, model = workdir.load_config(directory), load(directory)
+    source = data.make_source(config.data, "test")
+    transform = data.make_transform(config.data, train=False)
+    places = np.linspace(0, len(source) - 1, rows).round().astype(int)
+    examples = [source[int(i)] for i in places]
+    images = np.stack([transform(example)["image"] for example in examples])
+    prompts = [examples[i - 1]["caption"] for i in range(rows)]
+    drawn = [
+        to_uint8(model.sample(jax.random.key(seed), prompts, image=images, strength=strength))
+        for strength in STRENGTHS
+    ]
+    start = to_uint8(images)
+    titles = ("prompt", f"strength {', '.join(map(str, STRENGTHS))}", "started from")
+    return sheet(
+        [(text(prompts[i]), np.stack([d[i] for d in drawn]), start[i]) for i in range(rows)], titles
+    )
 
 
 def _of_class(source: Any, label: int) -> np.ndarray:
@@ -154,13 +180,13 @@ def text(words: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def sheet(rows: Sequence[Row]) -> Image.Image:
-    """condition | samples | truth, enlarged without smoothing."""
+def sheet(rows: Sequence[Row], titles: Sequence[str] = TITLES) -> Image.Image:
+    """condition | samples | truth, enlarged without smoothing, with a title over each."""
     gap, count = 8, len(rows[0][1])
     out = Image.new("RGB", ((count + 2) * SIDE + 2 * gap, len(rows) * (SIDE + 2) + 16), "white")
     pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=11)
     starts = [0, SIDE + gap, (count + 1) * SIDE + 2 * gap]
-    for x, title in zip(starts, ("condition", "samples", "ground truth"), strict=True):
+    for x, title in zip(starts, titles, strict=True):
         pen.text((x + 2, 1), title, "black", font)
     for i, (condition, samples, truth) in enumerate(rows):
         y = 16 + i * (SIDE + 2)
@@ -188,10 +214,12 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
 
     unconditional = root / "unconditional"
     for folder in folders:
-        task = workdir.load_config(folder).task
-        if task == "denoising":
+        config = workdir.load_config(folder)
+        if config.task == "denoising":
             keep(folder.name, draw_task(folder, rows, samples, seed))
-        elif task == "classifying":
+            if config.tokenizer.name != "none":
+                keep("image_to_image", draw_image_to_image(folder, rows, seed))
+        elif config.task == "classifying":
             keep(folder.name, draw_classifier(folder, unconditional, samples, seed))
     if unconditional in folders:
         keep("image_guiding", draw_image_guiding(unconditional, rows, samples, seed))

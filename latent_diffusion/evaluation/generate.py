@@ -84,7 +84,9 @@ def samples(
         )
         return _kept(to_uint8(images), start, images_dir)
 
-    return ImageSet("samples", count, read)
+    prompts = conditions.get("prompts")
+    captions = None if prompts is None else lambda n: list(prompts[0:n])
+    return ImageSet("samples", count, read, captions)
 
 
 def _kept(images: np.ndarray, start: int, folder: Path | None) -> np.ndarray:

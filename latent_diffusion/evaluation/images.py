@@ -18,11 +18,15 @@ GRID = "grid.png"  # which sample.py writes beside the samples
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` pictures of one size; read(start, stop) gives them as uint8 [n H W 3]."""
+    """`count` pictures of one size; read(start, stop) gives them as uint8 [n H W 3].
+
+    captions(n) are those of the first n, where they are known.
+    """
 
     name: str
     count: int
     read: Callable[[int, int], np.ndarray]
+    captions: Callable[[int], list[str]] | None = None
 
 
 def open_images(spec: str, image_size: int = 0) -> ImageSet:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from latent_diffusion.evaluation.clip_score import measure_clip_score
 from latent_diffusion.evaluation.frechet import Gaussian, gaussian, measure_frechet
 from latent_diffusion.evaluation.inception_score import measure_inception_score
 from latent_diffusion.evaluation.kernel import measure_kernel
@@ -78,6 +79,10 @@ def _density_coverage(arrays: Arrays, reference: Reference, net: str) -> dict[st
     return {_named(name, net): value for name, value in found.items()}
 
 
+def _clip(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
+    return {"clip_score": measure_clip_score(arrays["clip"], arrays["captions"])}
+
+
 METRICS: dict[str, Callable[[Arrays, Reference, str], dict[str, Measured]]] = {
     "fid": _frechet,
     "kid": _kernel,
@@ -86,9 +91,11 @@ METRICS: dict[str, Callable[[Arrays, Reference, str], dict[str, Measured]]] = {
     "kd": _kernel,
     "pr": _precision_recall,
     "dc": _density_coverage,
+    "clip": _clip,
 }
 INCEPTION_ONLY = ("fid", "kid", "is")
-WITHOUT_REFERENCE = ("is",)
+WITHOUT_REFERENCE = ("is", "clip")
+WITHOUT_FEATURES = ("clip",)
 
 
 def check_metrics(metrics: list[str], net: str) -> None:

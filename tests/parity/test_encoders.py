@@ -3,6 +3,7 @@
 Outputs agree to 1e-4 of their scale.
 """
 
+import json
 import os
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from latent_diffusion.clip import load_clip  # noqa: E402
 from latent_diffusion.conditioners.bert import Bert  # noqa: E402
 from latent_diffusion.conditioners.clip_image import ClipImage  # noqa: E402
 from latent_diffusion.conditioners.clip_text import ClipText  # noqa: E402
@@ -145,6 +147,34 @@ def test_clip_image(size):
         want = theirs(((pixels + 1) / 2 - mean) / std).image_embeds
     got = ClipImage(**fields).apply({"params": params}, {"image": jnp.asarray(image)}, NEVER)
     close(got.context[:, 0], want)
+
+
+def test_a_whole_clip(tmp_path):
+    torch.manual_seed(0)
+    text_config = {**CLIP_TEXT, "vocab_size": 8, "bos_token_id": 6, "eos_token_id": 7}
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config={**text_config, "pad_token_id": 7}, vision_config=vision, projection_dim=12
+    )
+    theirs = randomised(transformers.CLIPModel(config))
+    theirs.save_pretrained(tmp_path)
+    words = ["a</w>", "b</w>", "c</w>", "a", "b", "c", "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    clip, texts = load_clip(tmp_path), ["a b", "", "c a b a b a b a"]
+    ids = torch.from_numpy(clip.tokenizer(texts)).long()
+    image = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
+    processor = transformers.CLIPImageProcessor()
+    pixels = ((image + 1) / 2 - processor.image_mean) / processor.image_std
+    pixels = torch.from_numpy(pixels.astype(np.float32)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        want = theirs(input_ids=ids, pixel_values=pixels)
+    ours = clip.of_images(clip.params, jnp.asarray(image)), clip.embed_texts(texts)
+    for got, their in zip(ours, (want.image_embeds, want.text_embeds), strict=True):
+        close(got / np.linalg.norm(got, axis=1, keepdims=True), their)
 
 
 @pytest.mark.parametrize("mlp_width", [64, 128])
