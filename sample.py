@@ -52,6 +52,7 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
 CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
+TILE_SIZE = flags.DEFINE_integer("tile_size", None, "Pixels; large pictures in overlapping tiles.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> None:
         "spacing": SPACING.value,
         "cfg_pp": CFG_PP.value,
         "perpendicular": PERPENDICULAR.value,
+        "tile_size": TILE_SIZE.value,
         "progress": sampling.progress_bar() if PROGRESS.value else None,
     }
     cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

@@ -16,7 +16,6 @@ from configs.openmoji_unconditional import of_scenes, with_context
 def get_config(variant: str = "") -> ConfigDict:
     layout = {"vocab_size": 1024, "max_length": 12, "width": 128, "depth": 2}
     c = with_context(variant, "layout", **layout, num_heads=4, head_dim=32)
-    c.unet.attention_resolutions = (1, 2)  # places are asked for at the latent's own resolution
     of_scenes(c)
     c.data.layout.update({"vocab_size": 1024, "max_objects": 4, "encode_crop": False})
     return default.apply_variant(c, variant, {"smoke": smoke})

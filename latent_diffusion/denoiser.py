@@ -1,5 +1,6 @@
 """The conditional denoiser: U-Net, conditioner and noise schedule as one pytree that samples."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from latent_diffusion.schedules import (
     make_schedule,
     spacing,
 )
+from latent_diffusion.tiling import tiled
 from latent_diffusion.types import (
     Array,
     Batch,
@@ -211,6 +213,7 @@ class Denoiser(flax.struct.PyTreeNode):
         progress: Callable[[Any], None] | None = None,
         preview: Callable[[Any, Any], None] | None = None,
         guide: Callable[[Any], Any] | None = None,
+        tile: tuple[int, int] | None = None,
         **own: Any,
     ) -> Float[Array, "B h w c"]:
         """Scaled latents by a whole sampling loop; traceable, so that it compiles as one program.
@@ -223,8 +226,9 @@ class Denoiser(flax.struct.PyTreeNode):
         z_0, 0 = off. dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0 by its closest
         codes. z_0: a known image, of which strength < 1 keeps the coarse part and mask (1 = hole)
         the rest; strength 1 starts from noise alone. progress, preview: called on the host. guide:
-        wraps the denoiser, see `steering`. own: options of the sampler. See `guidance` for all of
-        these.
+        wraps the denoiser, see `steering`. tile: (side, overlap) of the parts of the latent that
+        the network sees, None for the whole. own: options of the sampler. See `guidance` for all
+        of these.
         """
         start, steps, fill = split_per_example(keys, 3)
         z_T = normal_per_example(start, shape) if z_T is None else z_T
@@ -252,6 +256,8 @@ class Denoiser(flax.struct.PyTreeNode):
         beside = [c for c, _ in more] + ([] if negative is None else [negative])
         network, (null_, first, *others) = self.prepare(table.t, shape, null, conditioning, *beside)
         schedule = self.schedule
+        if tile is not None:
+            network = in_tiles(network, *tile)
         denoise = _guided(
             (network, schedule, self.prediction),
             first,
@@ -283,6 +289,26 @@ class Denoiser(flax.struct.PyTreeNode):
             raise ValueError("mask needs the image around its holes")
         denoise = guidance.inpaint(denoise, schedule, z_0, mask, fill)
         return guidance.paste(run(denoise, z_T, timesteps, schedule, steps, **own), z_0, mask)
+
+
+def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Network:
+    """`network` on overlapping tiles of the latent and of what stands beside it, blended.
+
+    For pictures whose activations don't fit. Norms and self-attention see a tile, not the whole.
+    """
+
+    def over_tiles(z_t: Array, now: Array, prepared: Prepared) -> Array:
+        told, channels = prepared.conditioning, z_t.shape[-1]
+
+        def on_tile(x: Array) -> Array:
+            beside = None if told.concat is None else x[..., channels:]
+            part = prepared.replace(conditioning=dataclasses.replace(told, concat=beside))
+            return network(x[..., :channels], now, part)
+
+        parts = [z_t] if told.concat is None else [z_t, told.concat]
+        return tiled(on_tile, jnp.concatenate(parts, -1), side, overlap)
+
+    return over_tiles
 
 
 def _guided(

@@ -145,6 +145,8 @@ class Model(flax.struct.PyTreeNode):
         target_scale: float | int = 1.0,
         target_distance: str = "l2",
         quantize_x0: bool = False,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
         batch_size: int = 64,
         mode: str = "auto",
         **options: Any,
@@ -174,7 +176,8 @@ class Model(flax.struct.PyTreeNode):
         weight 1; a negative weight steers away. image: [N H W C] in [-1, 1], mask: [N H W 1]; one
         for all, or one for each image made; `strength` in [0, 1] says how much of it is made anew,
         or `mask` (1 = hole) where; outside the hole its pixels are kept. quantize_x0: every
-        estimate of z_0 becomes its closest codes. Further options: `guidance_interval` (low, high)
+        estimate of z_0 becomes its closest codes. tile_size, tile_overlap: as in `encode`: network
+        and decoder see a tile at a time. Further options: `guidance_interval` (low, high)
         in timesteps, `guidance_rescale`, `cfg_pp` (guidance_scale in [0, 1]), `clip_x0`,
         `dynamic_threshold`, `progress(t)` and `preview(t, z_0)`, called on the host from within the
         loop (by every device for its images). Equal options, the same functions among them, reuse
@@ -221,6 +224,8 @@ class Model(flax.struct.PyTreeNode):
         batch_size = min(batch_size, total)
         batch_size += -batch_size % parallel.num_parts(mode)
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        if tile_size is not None:
+            options["tile"] = _tile(tile_size, tile_overlap, f)
         weights = tuple(float(weight) for _, weight in more_prompts)
         program = _program(
             mode, shape, weights, quantize_x0, scales, tuple(sorted(options.items()))
@@ -305,13 +310,24 @@ def _encode(
 def _decode(
     first_stage: FirstStage, latents: jax.Array, tile: int | None, overlap: int | None
 ) -> jax.Array:
-    if tile is None:
-        return first_stage.decode(latents)
     f = first_stage.module.downsampling
-    overlap = tile // 4 if overlap is None else overlap
-    if tile % f or overlap % f:
-        raise ValueError(f"tile size {tile} and overlap {overlap} must be multiples of f={f}")
-    return tiled(first_stage.decode, latents, tile // f, overlap // f)
+    return _decoded(first_stage, latents, None if tile is None else _tile(tile, overlap, f))
+
+
+def _decoded(
+    first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] | None
+) -> jax.Array:
+    return (
+        first_stage.decode(latents) if tile is None else tiled(first_stage.decode, latents, *tile)
+    )
+
+
+def _tile(size: int, overlap: int | None, f: int) -> tuple[int, int]:
+    """A tile's side and overlap in the latent, from those in pixels."""
+    overlap = size // 4 // f * f if overlap is None else overlap
+    if size % f or overlap % f:
+        raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
+    return size // f, overlap // f
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -359,7 +375,7 @@ def _program(
             mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
             **dict(options),
         )
-        images = first_stage.decode(z_0)
+        images = _decoded(first_stage, z_0, dict(options).get("tile"))
         if "mask" in batch:  # a model of inpainting: what isn't missing stays as it is
             return paste(images, batch["image"], batch["mask"])
         return images if hole is None else paste(images, known, hole)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser, plan
+from latent_diffusion.denoiser import Denoiser, in_tiles, plan
 from latent_diffusion.models.unet import UNet
 from latent_diffusion.rng import example_keys
 from latent_diffusion.samplers import SAMPLERS
@@ -70,6 +70,19 @@ def test_what_is_computed_once_changes_nothing(name):
         ours, expected = both(now)
         assert float(jnp.std(expected)) > 0.1
         np.testing.assert_allclose(ours, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_tiles_see_their_part_of_the_latent_and_of_what_stands_beside_it():
+    denoiser, conditioning, _ = made()
+    t = jnp.array([300.0])
+    z_t = random(5, 3, 4, 8, 2)
+    wide = conditioning.replace(concat=random(6, 3, 4, 8, 1))
+    network, (prepared,) = denoiser.prepare(t, (4, 8, 2), wide)
+    got = in_tiles(network, 4, 0)(z_t, jnp.full(3, t[0]), prepared)
+    for part in (np.s_[:, :, :4], np.s_[:, :, 4:]):
+        alone = wide.replace(concat=wide.concat[part])
+        expected = denoiser.denoise(z_t[part], jnp.full(3, t[0]), alone)
+        np.testing.assert_allclose(got[part], expected, atol=1e-4)
 
 
 def equations(jaxpr):

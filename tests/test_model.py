@@ -70,11 +70,22 @@ def test_image_7_is_the_same_at_any_batch_size_and_number_of_devices():
         {"guidance_scale": [3.0] * 4, "guidance_interval": (0, 999)},
         {"negative_prompts": ["red cat", "blue dog"], "perpendicular": 0.7},  # all of it shared
         {"image": IMAGE, "strength": 1.0},  # all of it is made anew
+        {"tile_size": 8},  # one tile
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_options_that_change_nothing(options):
     np.testing.assert_allclose(sample(num_images=4, **options), plain(), atol=2e-4)
+
+
+def test_large_pictures_are_made_in_tiles():
+    z_T = np.random.default_rng(2).normal(size=(2, 4, 8, 3)).astype(np.float32)
+    wide = sample(z_T=z_T, image_size=(4, 8), tile_size=4, tile_overlap=0)
+    for part in (np.s_[:, :, :4], np.s_[:, :, 4:]):
+        alone = sample(z_T=np.ascontiguousarray(z_T[part]), image_size=(4, 4))
+        np.testing.assert_allclose(wide[part], alone, atol=2e-4)
+    with pytest.raises(ValueError, match="tile overlap 4 must lie in"):
+        sample(tile_size=4, tile_overlap=4)
 
 
 def test_a_call_compiles_one_program_and_equal_options_reuse_it(caplog):
