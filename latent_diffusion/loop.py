@@ -230,7 +230,8 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
                 last = step == config.num_steps or signum is not None
                 if step % config.log.every_steps == 0 or last:
                     rate = speed.read()
-                    measured = {} if rate is None else {"images_per_second": rate}
+                    measured = {"peak_memory_gib": metrics.peak_memory()}
+                    measured |= {} if rate is None else {"images_per_second": rate}
                     writer.scalars(step, {**values, **measured})
                     progress.report(step, {"loss": float(values["loss"]), "images/s": rate})
                 if metrics.image_log_steps(step, config.log.images_every_steps) or last:

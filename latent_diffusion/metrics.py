@@ -6,6 +6,7 @@ Only process 0 writes; on the others every method does nothing.
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -235,6 +236,16 @@ class Throughput:
     def skip(self) -> None:
         """Leave out what happened since the last reading (evaluation, pictures, a save)."""
         self._since, self._images = None, 0
+
+
+def peak_memory() -> float:
+    """GiB that were in use at most: on the fullest local device, or by this process on CPUs."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if not peaks:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks = [unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
+    return max(peaks) / 2**30
 
 
 class Progress:

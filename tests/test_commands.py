@@ -58,6 +58,7 @@ def test_a_workdir_holds_what_the_readme_says(trained):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert all(np.isfinite(line["loss"]) for line in lines)
+        assert all(line["peak_memory_gib"] > 0 for line in lines)
         assert any(name.startswith("eval_") for name in lines[-1])
         assert (workdir / "checkpoints" / "4").is_dir()
         assert list((workdir / "images").glob("*_00000004.png"))

@@ -13,7 +13,7 @@ import pytest
 import tqdm
 
 from latent_diffusion import metrics
-from latent_diffusion.metrics import NonFiniteError, Progress, Throughput, Writer
+from latent_diffusion.metrics import NonFiniteError, Progress, Throughput, Writer, peak_memory
 
 
 def read_lines(workdir):
@@ -211,3 +211,11 @@ def test_progress_in_a_terminal_is_a_bar(monkeypatch):
         progress.update(10)
     text = terminal.getvalue()
     assert "loss=0.5" in text and "saved step 5\n" in text and "10/10" in text
+
+
+def test_peak_memory_is_the_most_that_was_in_use():
+    before = peak_memory()
+    assert 0.01 < before < 1000
+    taken = np.ones(2**30 // 8)  # 1 GiB
+    del taken
+    assert 1 <= peak_memory() < before + 1.5
