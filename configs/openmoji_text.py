@@ -18,7 +18,7 @@ from configs import default, openmoji_autoencoder
 
 def get_config(variant: str = "") -> ConfigDict:
     c = default.get_config()
-    first_stage = openmoji_autoencoder.get_config(variant)
+    first_stage = openmoji_autoencoder.get_config("smoke" if variant == "smoke" else "")
     c.autoencoder = first_stage.autoencoder
     c.first_stage.path = "runs/demo/first_stage"
     c.first_stage.normalization = "channel"
