@@ -5,7 +5,8 @@
 Every folder in the workdir that holds a trained denoiser becomes NAME.png beside it, with a row for
 each of some test examples: condition | samples | ground truth. A folder with a classifier (see
 configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
-model of text draws image_to_image.png, too, and the unconditional one image_guiding.png.
+model of text draws image_to_image.png, too, and the unconditional one image_guiding.png. What
+conditions of any size allow is drawn at twice the trained size in NAME_larger.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from absl import app, flags
 from PIL import Image, ImageDraw, ImageFont
 
 from latent_diffusion import data, workdir
+from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.conditions import argument
 from latent_diffusion.data import retrieval
 from latent_diffusion.data.layout import LayoutTokens, plot
@@ -31,9 +33,13 @@ TITLES = ("condition", "samples", "ground truth")
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; uint8
 
 
-def draw_task(directory: Path, rows: int, samples: int, seed: int) -> Image.Image:
-    """The sheet of one trained denoiser, on evenly spaced examples of its test split."""
+def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 1) -> Image.Image:
+    """The sheet of one trained denoiser, on evenly spaced examples of its test split.
+
+    scale: how much larger than in training the pictures are, where the condition says their size.
+    """
     config, model = workdir.load_config(directory), load(directory)
+    config.data.image_size *= scale
     source = data.make_source(config.data, "test")
     transform = data.make_transform(config.data, train=False)
     places = np.linspace(0, len(source) - 1, rows).round().astype(int)
@@ -217,6 +223,8 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
         config = workdir.load_config(folder)
         if config.task == "denoising":
             keep(folder.name, draw_task(folder, rows, samples, seed))
+            if {"low_res", "segmentation"} & set(make_conditioner(config.conditioners).keys):
+                keep(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))
             if config.tokenizer.name != "none":
                 keep("image_to_image", draw_image_to_image(folder, rows, seed))
         elif config.task == "classifying":
