@@ -31,6 +31,7 @@ SMALL = {
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
     "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
+    "layout_map": {"vocab_size": 25, "height": 4, "width": 4, "channels": 2},
 }
 NUMPY = np.random.default_rng(0)
 
@@ -45,7 +46,9 @@ BATCH = {
     "low_res": _random(3, 4, 4, 3),
     "depth": 5 + _random(3, 6, 6, 1),
     "segmentation": jnp.asarray(NUMPY.integers(0, 4, (3, 8, 8)), jnp.int32),
-    "layout": jnp.asarray(NUMPY.integers(0, 25, (3, 8)), jnp.int32),
+    "layout": jnp.array(
+        [[3, 0, 12, 7, 6, 24, 0, 24], [1, 2, 14, 24, 0, 0, 0, 24], [5, 0, 24] * 2 + [6, 18]]
+    ),
     "neighbours": _random(3, 2, 6),
     "image_embedding": _random(3, 6),
     "class_label": jnp.array([0, 4, 2]),
@@ -180,6 +183,30 @@ def test_a_prompt_is_the_sum_of_its_words_maps():
     np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 2)))
 
 
+def test_a_layout_fills_its_boxes():
+    config = {"layout_map": SMALL["layout_map"] | {"channels": 3}}
+
+    def filled(*tokens):
+        return _apply(config, NEVER, {"layout": jnp.array([tokens] * 3)})[0]
+
+    none, whole = 24, (0, 24)  # 5×5 places: 0 is the top left corner, 24 the bottom right
+    picture = filled(1, 0, 7, 2, 12, 24, none, none, none)
+    one, two = filled(1, *whole)[0, 0], filled(2, *whole)[0, 0]
+    assert np.abs(one - two).max() > 0.1
+    rows, columns = np.zeros((2, 4)), np.zeros((2, 4))
+    rows[0, :1], columns[0, :2], rows[1, 2:], columns[1, 2:] = 1, 1, 1, 1
+    expected = np.einsum("nh,nw,nc->hwc", rows, columns, np.stack([one, two]))
+    np.testing.assert_allclose(picture, expected, atol=1e-6)
+    # Half a cell is half a vector; and of a picture cut to its left half, boxes are twice as wide.
+    wide = {"layout_map": config["layout_map"] | {"width": 2, "height": 2}}
+    half = _apply(wide, NEVER, {"layout": jnp.array([[1, 0, 21]] * 3)})[0]  # a quarter of the side
+    np.testing.assert_allclose(half[:, 0], np.stack([one, one]) / 2, atol=1e-6)
+    np.testing.assert_allclose(filled(1, 0, 21, 0, 22), filled(1, 0, 22), atol=1e-6)
+    np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 3)))
+    with pytest.raises(ValueError, match="7 tokens aren't three for each object"):
+        filled(1, 0, 24, 1, 0, 24, 1)
+
+
 def test_prompts_of_another_length_are_refused():
     for name in ("text", "clip_text"):
         with pytest.raises(ValueError, match="4 tokens a prompt, expected max_length=7"):
@@ -228,7 +255,7 @@ def test_several_conditioners_join_along_their_axes():
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
     # A hybrid: one condition beside the latent, many to attend to, one with the timestep.
     hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
-    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2)
+    assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2 + 2)
     assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
     assert hybrid.vector.shape == (3, 6)
     both = combine(

@@ -19,6 +19,7 @@ from latent_diffusion.conditioners.clip_text import ClipText
 from latent_diffusion.conditioners.depth import Depth
 from latent_diffusion.conditioners.image_embedding import ImageEmbedding
 from latent_diffusion.conditioners.layout import Layout
+from latent_diffusion.conditioners.layout_map import LayoutMap
 from latent_diffusion.conditioners.low_res import LowRes
 from latent_diffusion.conditioners.masked_image import MaskedImage
 from latent_diffusion.conditioners.neighbours import Neighbours
@@ -34,6 +35,7 @@ CONDITIONERS: dict[str, Any] = {
     "clip_text": ClipText,
     "text": TextTransformer,
     "layout": Layout,
+    "layout_map": LayoutMap,
     "spatial_rescaler": SpatialRescaler,
     "low_res": LowRes,
     "masked_image": MaskedImage,
