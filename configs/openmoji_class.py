@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_class.py --workdir=runs/gallery/class
           (needs the first stage that configs/openmoji_autoencoder.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
@@ -12,5 +14,5 @@ from configs.openmoji_unconditional import with_context
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = with_context(variant, "class_label", num_classes=9, width=128)
+    c = with_context(variant, 1500, "class_label", num_classes=9, width=128)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_classifier.py --workdir=runs/gallery/classifier
           (needs the model that configs/openmoji_unconditional.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
@@ -12,12 +14,11 @@ from configs.openmoji_unconditional import without_condition
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = without_condition(variant)
+    c = without_condition(variant, num_steps=600)
     c.task = "classifying"
     c.first_stage.path = "runs/gallery/unconditional"
     c.classifier.num_classes = 9
     c.unet.num_head_channels = 16
-    c.num_steps = 1200
     return default.apply_variant(c, variant, {"smoke": smoke})
 
 

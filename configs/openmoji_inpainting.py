@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_inpainting.py --workdir=runs/gallery/inpainting
           (needs the first stage that configs/openmoji_autoencoder.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
@@ -12,7 +14,7 @@ from configs.openmoji_unconditional import without_condition
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = without_condition(variant)
+    c = without_condition(variant, num_steps=1000)
     c.data.mask = "lama"
     c.conditioners = ConfigDict({"masked_image": {}})
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_layout.py --workdir=runs/gallery/layout
           (needs a first stage: configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (a few steps)
 
 The sentence of a scene has four objects of three tokens, on a grid of 32×32 places. As for text,
@@ -16,7 +18,7 @@ from configs.openmoji_unconditional import of_scenes, with_context
 
 def get_config(variant: str = "") -> ConfigDict:
     layout = {"vocab_size": 1024, "max_length": 12, "width": 128, "depth": 2}
-    c = with_context(variant, "layout", **layout, num_heads=4, head_dim=32)
+    c = with_context(variant, 1500, "layout", **layout, num_heads=4, head_dim=32)
     of_scenes(c)
     c.conditioners.layout_map = ConfigDict({"vocab_size": 1024})
     c.data.layout.update({"vocab_size": 1024, "max_objects": 4, "encode_crop": False})

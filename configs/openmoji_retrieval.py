@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_retrieval.py --workdir=runs/gallery/retrieval
           (needs the first stage that configs/openmoji_autoencoder.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
@@ -12,7 +14,7 @@ from configs.openmoji_unconditional import with_context
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = with_context(variant, "neighbours", num_neighbours=4, width=1152)
+    c = with_context(variant, 1200, "neighbours", num_neighbours=4, width=1152)
     c.data.embedding = "alexnet"
     c.data.num_neighbours = 4
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

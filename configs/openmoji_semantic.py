@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_semantic.py --workdir=runs/gallery/semantic
           (needs a first stage: configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (a few steps)
 
 Sixteen subjects and the ground, one-hot, halved twice to the size of the latent, in 8 channels.
@@ -14,7 +16,7 @@ from configs.openmoji_unconditional import of_scenes, without_condition
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = without_condition(variant)
+    c = without_condition(variant, num_steps=1200)
     of_scenes(c)
     c.conditioners = ConfigDict({"spatial_rescaler": {"num_classes": 17, "out_channels": 8}})
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -3,6 +3,8 @@
 Command   python train.py --config=configs/openmoji_super_resolution.py
           --workdir=runs/gallery/super_resolution
           (needs the first stage that configs/openmoji_autoencoder.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :bsr (degraded as in BSRGAN instead of bicubic) :smoke (synthetic shapes, a few steps)
 
 With f=4 the small picture has the size of the latent and stands beside it as it is.
@@ -15,7 +17,7 @@ from configs.openmoji_unconditional import without_condition
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = without_condition("" if variant == "bsr" else variant)
+    c = without_condition("" if variant == "bsr" else variant, num_steps=1000)
     c.data.low_res = "bicubic"
     c.conditioners = ConfigDict({"low_res": {}})
     return default.apply_variant(c, variant, {"bsr": bsr, "smoke": lambda c: None})

@@ -3,6 +3,8 @@
 Command   python train.py --config=configs/openmoji_unconditional.py
           --workdir=runs/gallery/unconditional
           (needs the first stage that configs/openmoji_autoencoder.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
@@ -12,7 +14,7 @@ from configs import default, openmoji_text
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = without_condition(variant)
+    c = without_condition(variant, num_steps=2000)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})
 
 
@@ -22,9 +24,11 @@ def of_scenes(c: ConfigDict) -> None:
     c.first_stage.path = "runs/gallery/scenes"
 
 
-def without_condition(variant: str = "") -> ConfigDict:
+def without_condition(variant: str, num_steps: int) -> ConfigDict:
     """The text experiment's first stage, U-Net, data and recipe, told nothing yet."""
     c = openmoji_text.get_config(variant)
+    if variant != "smoke":
+        c.num_steps = num_steps
     c.tokenizer.name = "none"
     c.conditioners = ConfigDict()
     c.unet.transformer_depth = 0
@@ -32,9 +36,9 @@ def without_condition(variant: str = "") -> ConfigDict:
     return c
 
 
-def with_context(variant: str, name: str, **fields: object) -> ConfigDict:
+def with_context(variant: str, num_steps: int, name: str, **fields: object) -> ConfigDict:
     """The same, attending to the tokens of one conditioner."""
-    c = without_condition(variant)
+    c = without_condition(variant, num_steps)
     c.conditioners = ConfigDict({name: fields})
     c.unet.transformer_depth = 1
     c.sampling.guidance_scale = 2.0

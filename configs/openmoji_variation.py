@@ -2,6 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_variation.py --workdir=runs/gallery/variation
           (needs the first stage that configs/openmoji_autoencoder.py trains)
+Cost      2 to 5 minutes on two CPU cores
+Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 
 The net is LPIPS's AlexNet, which comes with a package; CLIP's image encoder has the same place.
@@ -14,6 +16,6 @@ from configs.openmoji_unconditional import with_context
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = with_context(variant, "image_embedding", width=1152)
+    c = with_context(variant, 1200, "image_embedding", width=1152)
     c.data.embedding = "alexnet"
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

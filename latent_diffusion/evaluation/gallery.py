@@ -36,16 +36,20 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; ui
 def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 1) -> Image.Image:
     """The sheet of one trained denoiser, on evenly spaced examples of its test split.
 
+    A model of classes draws each of them, whatever `rows`.
     scale: how much larger than in training the pictures are, where the condition says their size.
     """
     config, model = workdir.load_config(directory), load(directory)
     config.data.image_size *= scale
     source = data.make_source(config.data, "test")
     transform = data.make_transform(config.data, train=False)
+    keys = model.denoiser.conditioner.keys if model.denoiser is not None else ()
     places = np.linspace(0, len(source) - 1, rows).round().astype(int)
+    if keys == ("class_label",):
+        labels = [int(source[i]["class_label"]) for i in range(len(source))]
+        places, rows = np.unique(labels, return_index=True)[1], len(set(labels))
     examples = [source[int(i)] for i in places]
     batch = [transform(e, np.random.default_rng(i)) for i, e in enumerate(examples)]
-    keys = model.denoiser.conditioner.keys if model.denoiser is not None else ()
     given = {argument(key): _given(key, examples, batch) for key in keys}
     drawn = model.sample(
         jax.random.key(seed),
