@@ -6,7 +6,9 @@ wanted, the score of the posterior gives
     eps ← eps − s·sigma_t·∇_{z_t} log p(y | z_t),    z_0 ← z_0 + s·(sigma_t² / alpha_t)·∇ log p.
 
 The scale s = 1 is Bayes' rule, and larger ones sharpen the likelihood. (The paper's equation has a
-plus sign before the gradient of its eps; the score is −eps / sigma_t.)
+plus sign before the gradient of its eps; the score is −eps / sigma_t.) Where z_t is nearly noise
+alone, sigma_t² / alpha_t is in the thousands and the true gradient as small, which a network's is
+not: no step moves z_0 further than LIMIT.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,8 @@ import jax.numpy as jnp
 from latent_diffusion.diffusion import Denoiser, Prediction
 from latent_diffusion.schedules import NoiseSchedule
 from latent_diffusion.types import Array
+
+LIMIT = 4.0  # how far a guide may move an estimate of z_0: root mean square, of its unit scale
 
 
 def by_classifier(
@@ -83,6 +87,9 @@ def toward(
 
 def _moved(pred: Prediction, schedule: NoiseSchedule, t: Array, gradient: Array) -> Prediction:
     alpha_t, sigma_t = schedule.alpha_t(t), schedule.sigma_t(t)
+    size = jnp.sqrt(jnp.mean(jnp.square(gradient), axis=(1, 2, 3), keepdims=True))
+    furthest = LIMIT * alpha_t / sigma_t**2
+    gradient = gradient * jnp.minimum(1.0, furthest / jnp.maximum(size, 1e-20))
     return Prediction(
         pred.z_0 + sigma_t**2 / alpha_t * gradient,
         pred.eps - sigma_t * gradient,

@@ -87,6 +87,23 @@ def test_a_likelihood_of_z_0_gives_the_posterior(t):
     np.testing.assert_allclose(twice - alpha * Z, 2 * (expected - alpha * Z), atol=1e-4)
 
 
+def test_a_networks_gradient_at_pure_noise_does_no_harm():
+    """An estimate of z_0 that follows noise, which the best one doesn't."""
+    schedule, t = make_schedule("cosine"), jnp.array(999)
+    assert schedule.alpha_t(t) < 1e-4
+    z_t = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 4, 3)), jnp.float32)
+
+    def network(z_t, t):
+        return Prediction(0.3 * z_t, z_t)
+
+    def log_likelihood(z_0, t):
+        return -0.5 * jnp.sum(jnp.square(z_0 - 1.0), (1, 2, 3))
+
+    moved = steering.by_likelihood(network, schedule, log_likelihood)(z_t, t).z_0 - 0.3 * z_t
+    np.testing.assert_allclose(jnp.sqrt(jnp.mean(moved**2, (1, 2, 3))), steering.LIMIT, rtol=1e-4)
+    assert float(jnp.mean(moved * (1.0 - 0.3 * z_t))) > 0  # toward it
+
+
 def test_the_likelihood_of_a_target_is_its_distance_to_the_reduced_picture():
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 3)), jnp.float32)
     target = jax.image.resize(images, (2, 4, 4, 3), "cubic") + 0.5

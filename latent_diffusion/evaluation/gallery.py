@@ -28,7 +28,7 @@ from latent_diffusion.metrics import to_uint8
 from latent_diffusion.startup import quiet_and_cached
 
 SIDE = 96  # pixels of a picture in the sheet
-STRENGTHS = (0.4, 0.6, 0.7, 0.8, 1.0)  # of image-to-image
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.8)  # of image-to-image
 TITLES = ("condition", "samples", "ground truth")
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; uint8
 
