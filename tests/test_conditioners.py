@@ -31,7 +31,7 @@ SMALL = {
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
     "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
-    "layout_map": {"vocab_size": 25, "height": 4, "width": 4, "channels": 2},
+    "layout_map": {"vocab_size": 25, "max_length": 8, "height": 4, "width": 4, "channels": 2},
 }
 NUMPY = np.random.default_rng(0)
 
@@ -187,7 +187,8 @@ def test_a_layout_fills_its_boxes():
     config = {"layout_map": SMALL["layout_map"] | {"channels": 3}}
 
     def filled(*tokens):
-        return _apply(config, NEVER, {"layout": jnp.array([tokens] * 3)})[0]
+        own = {"layout_map": config["layout_map"] | {"max_length": len(tokens)}}
+        return _apply(own, NEVER, {"layout": jnp.array([tokens] * 3)})[0]
 
     none, whole = 24, (0, 24)  # 5×5 places: 0 is the top left corner, 24 the bottom right
     picture = filled(1, 0, 7, 2, 12, 24, none, none, none)
@@ -198,13 +199,13 @@ def test_a_layout_fills_its_boxes():
     expected = np.einsum("nh,nw,nc->hwc", rows, columns, np.stack([one, two]))
     np.testing.assert_allclose(picture, expected, atol=1e-6)
     # Half a cell is half a vector; and of a picture cut to its left half, boxes are twice as wide.
-    wide = {"layout_map": config["layout_map"] | {"width": 2, "height": 2}}
+    wide = {"layout_map": config["layout_map"] | {"width": 2, "height": 2, "max_length": 3}}
     half = _apply(wide, NEVER, {"layout": jnp.array([[1, 0, 21]] * 3)})[0]  # a quarter of the side
     np.testing.assert_allclose(half[:, 0], np.stack([one, one]) / 2, atol=1e-6)
     np.testing.assert_allclose(filled(1, 0, 21, 0, 22), filled(1, 0, 22), atol=1e-6)
     np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 3)))
-    with pytest.raises(ValueError, match="7 tokens aren't three for each object"):
-        filled(1, 0, 24, 1, 0, 24, 1)
+    with pytest.raises(ValueError, match="layout_map: 3 tokens, expected max_length=8"):
+        _apply(config, NEVER, {"layout": jnp.array([[1, 0, 24]] * 3)})
 
 
 def test_prompts_of_another_length_are_refused():

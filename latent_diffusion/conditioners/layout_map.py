@@ -19,6 +19,7 @@ class LayoutMap(nn.Module):
     """
 
     vocab_size: int = 8192
+    max_length: int = 92
     height: int = 8
     width: int = 8
     channels: int = 8
@@ -28,8 +29,10 @@ class LayoutMap(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         tokens = batch["layout"]
-        if tokens.shape[1] % 3 == 1:
-            raise ValueError(f"layout_map: {tokens.shape[1]} tokens aren't three for each object")
+        if tokens.shape[1] != self.max_length:
+            raise ValueError(
+                f"layout_map: {tokens.shape[1]} tokens, expected max_length={self.max_length}"
+            )
         count = tokens.shape[1] // 3
         labels, first, last = jnp.moveaxis(tokens[:, : 3 * count].reshape(-1, count, 3), 2, 0)
         corners = [self._point(first), self._point(last)]
