@@ -141,9 +141,13 @@ def test_whole_models(name, tmp_path):
     if "low_res" in pipeline.conditioners:
         assert pipeline.conditioners["low_res"].fields["max_noise_level"] == 350
 
-    # Our own workdir, which keeps what computations need.
-    convert.write(read, tmp_path / "workdir", "orbax")
+    # Our own workdir, which keeps what computations need, and what files say.
+    convert.write(pipeline, tmp_path / "workdir", "orbax")
     ours = convert.read(tmp_path / "workdir")
+    convert.write(ours, tmp_path / "folder3", "diffusers")
+    for file in (tmp_path / "folder").rglob("*.json"):
+        again = tmp_path / "folder3" / file.relative_to(tmp_path / "folder")
+        assert json.loads(again.read_text()) == json.loads(file.read_text())
     got, want = dict(ours.parts()), dict(bundle.parts())
     assert got.keys() == want.keys()
     for key in want:
@@ -160,7 +164,7 @@ def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, t
     classes = convert.Part(fields, {"embedding/embedding": in_memory(random((7, 128)))})
     bundle = replace(make_bundle("text"), conditioners={"class_label": classes})
     if format == "diffusers":
-        with pytest.raises(ValueError, match="for a pipeline of diffusers 'class_label'; known: "):
+        with pytest.raises(ValueError, match="no pipeline for models conditioned by class_label, "):
             convert.write(bundle, tmp_path / "pipeline", format)
         bundle = replace(bundle, autoencoder=None)
     path = tmp_path / "model.safetensors"
@@ -169,6 +173,16 @@ def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, t
     assert again.conditioners["class_label"].fields == fields
     equal(*({k: np.asarray(t.read()) for k, t in b.conditioners["class_label"].params.items()}
             for b in (again, bundle)))  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["diffusers", "compvis"])
+def test_conditioners_that_others_lack_are_named_before_anything_is_written(format, tmp_path):
+    bundle = make_bundle("text")
+    maps = convert.Part({}, {"embedding/embedding": in_memory(random((11, 8)))})
+    bundle = replace(bundle, conditioners={**bundle.conditioners, "word_map": maps})
+    with pytest.raises(ValueError, match=r"conditioned by text \+ word_map.*; save it as orbax"):
+        convert.write(bundle, tmp_path / "model.safetensors", format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_files_are_half_as_long(tmp_path):

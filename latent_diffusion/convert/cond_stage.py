@@ -148,8 +148,8 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], Any, str | None]:
         del parts["clip_image"]  # see `write_embedder`
     concat = next((parts.pop(name) for name in CONCAT if name in parts), None)
     if len(parts) > 1 or not parts.keys() <= WRITERS.keys():
-        names = ", ".join(bundle.conditioners)
-        raise ValueError(f"the original's format can't hold these conditioners: {names}")
+        names = " + ".join(sorted(bundle.conditioners))
+        raise ValueError(f"the original has no model conditioned by {names}; save it as orbax")
     tensors: dict[str, Tensor] = {}
     config: Any = "__is_unconditional__" if concat is None else "__is_first_stage__"
     for name, part in parts.items():

@@ -26,7 +26,6 @@ from latent_diffusion.convert.components import (
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import read_tensors, write_tensors
 from latent_diffusion.convert.tensors import write_safetensors
-from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 
@@ -231,17 +230,16 @@ def _pipeline(bundle: Bundle) -> str:
     """The class that runs the model: the one it came from, or one for its conditioners."""
     if "pipeline" in bundle.notes:
         return bundle.notes["pipeline"]
-    kind = lookup(
-        {" + ".join(key): name for key, name in PIPELINES.items()},
-        " + ".join(sorted(bundle.conditioners)),
-        "combination of conditioners for a pipeline of diffusers",
-    )
-    if (
-        kind == "LDMTextToImagePipeline"
-        and bundle.conditioners["text"].fields["max_length"] != _LENGTH
-    ):
-        return "StableDiffusionPipeline"  # which asks the tokenizer for the length
-    return kind
+    conditioners = tuple(sorted(bundle.conditioners))
+    if conditioners not in PIPELINES:
+        known = ", ".join(" + ".join(names) or "nothing" for names in PIPELINES)
+        raise ValueError(
+            f"diffusers has no pipeline for models conditioned by {' + '.join(conditioners)}, only "
+            f"by {known}; save it as orbax"
+        )
+    if conditioners == ("text",) and bundle.conditioners["text"].fields["max_length"] != _LENGTH:
+        return PIPELINES["clip_text",]  # which asks the tokenizer for the length
+    return PIPELINES[conditioners]
 
 
 def _folders(pipeline: str) -> dict[str, str]:

@@ -24,7 +24,8 @@ def read_orbax(directory: Path) -> Bundle:
     """Read a workdir: its averaged parameters, and its first stage."""
     config = workdir.load_config(directory)
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
-    bundle = Bundle(image_size=config.data.image_size, notes=dict(config.get("origin", {})))
+    notes = config.origin.to_dict() if "origin" in config else {}
+    bundle = Bundle(image_size=config.data.image_size, notes=notes)
     if config.task == "autoencoding" and not (directory / workdir.FIRST_STAGE).exists():
         entry = "ema_params" if config.ema_decay else "params"
         params = workdir.open_entry(directory, entry)["autoencoder"]
