@@ -59,6 +59,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.sampling`."""
     from latent_diffusion import processes, sampling
+    from latent_diffusion.convert.lora import read_weights
     from latent_diffusion.startup import quiet_and_cached
 
     quiet_and_cached()
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> None:
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
             tokenizer=TOKENIZER.value,
-            lora=sampling.read_adaptations(LORA.value),
+            lora=read_weights(LORA.value),
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

@@ -39,7 +39,7 @@ def check_names(conditioner: Conditioner, given: Mapping[str, Any]) -> None:
 
 def size_of(given: Mapping[str, Any], f: int) -> tuple[int, int] | None:
     """Height and width of the picture that the conditions imply, or None; f: of the first stage."""
-    for name, factor in (("segmentation", 1), ("image", 1), ("low_res", f)):
+    for name, factor in (("segmentation", 1), ("mask", 1), ("low_res", f)):
         if given.get(name) is not None:
             shape = np.shape(given[name])
             where = -2 if name == "segmentation" else -3
@@ -64,7 +64,7 @@ def batch_of(
     parts = {key: part for part in conditioner.parts() for key in (*part.keys, *_optional(part))}
     given = {**given}
     if "noise_level" in conditioner.optional and given.get("noise_level") is None:
-        given["noise_level"] = 20
+        given["noise_level"] = parts["noise_level"].usual_level
     batch: dict[str, np.ndarray] = {}
     for key, part in parts.items():
         value = given[argument(key)]
@@ -112,7 +112,9 @@ def _integers(name: str, value: np.ndarray, end: int) -> np.ndarray:
 
 
 def _image(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _numbers("image", value, (*size, 3), -1, 1)
+    """One that is to be filled has the size of the result; one to be varied has any."""
+    height, width = size if "mask" in part.keys else (None, None)
+    return _numbers("image", value, (height, width, 3), -1, 1)
 
 
 def _mask(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:

@@ -159,8 +159,9 @@ class Model(flax.struct.PyTreeNode):
         What a model is conditioned on must be given, and nothing else may be: `prompts`,
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
         tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
-        (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; inpainting
-        models take `image` and `mask`. One example serves all.
+        (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; unCLIP takes
+        an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`. One
+        example serves all.
 
         Any model can be steered as it samples: `classifier` (see `load_classifier`) toward
         `classifier_labels`, and by `target` [N h w C] toward pictures that become it when they are

@@ -44,18 +44,6 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
         raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
 
 
-def read_adaptations(entries: Sequence[str]) -> dict[str, float]:
-    """Weights by file, from "FILE:0.8" or "FILE"."""
-    weights = {}
-    for entry in entries:
-        file, colon, weight = entry.rpartition(":")
-        try:
-            weights[file if colon else entry] = float(weight) if colon else 1.0
-        except ValueError as error:
-            raise ValueError(f"--lora={entry}: write FILE or FILE:WEIGHT") from error
-    return weights
-
-
 def read_interval(values: Sequence[str] | None) -> tuple[float, float] | None:
     """(low, high) from its flag."""
     if values is None:

@@ -112,6 +112,15 @@ def load_entry(workdir: Path, entry: str) -> Any:
     return restored.state[entry]
 
 
+def open_entry(workdir: Path, entry: str) -> Any:
+    """As `load_entry`, but a tree of `Lazy`, which are read when asked for, best in their order."""
+    checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)  # open while they are used
+    tree = checkpoints.open(entry)
+    if tree is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet")
+    return tree
+
+
 def save_first_stage(workdir: Path, first_stage: FirstStage, source: str) -> None:
     """Keep a copy of the frozen first stage and its scale. source: where it came from."""
     tree = {

@@ -14,8 +14,8 @@ import pytest
 from sparse import write_sparse
 
 from latent_diffusion import convert
+from latent_diffusion.convert.components import as_component
 from latent_diffusion.convert.compvis import IGNORED, as_compvis
-from latent_diffusion.convert.diffusers import as_component
 
 FOLDER = Path(__file__).parent / "keys"
 
@@ -79,8 +79,10 @@ CHECKPOINTS = {
     "sd-v1-inpainting": ("sd-v1", "kl-f8", ("diffusers-clip-l", "transformer.")),
     "sd-v2": ("sd-v2", "kl-f8", "conditioner-open-clip-h"),
     "sd-v2-depth": ("sd-v2", "kl-f8", "conditioner-open-clip-h"),
+    "sd-v2-unclip-h": ("sd-v2-unclip-h", "kl-f8", "conditioner-open-clip-h"),
     "sd-x4-upscaler": ("sd-x4-upscaler", "kl-f4-z4", "conditioner-open-clip-h"),
 }
+EMBEDDERS = {"sd-v2-unclip-h": "conditioner-open-clip-h-image"}  # further encoders
 IN_CHANNELS = {"sd-v1-inpainting": 9, "sd-v2-depth": 5}  # beside an otherwise equal U-Net
 INPUTS = {  # conditioners
     "celeba256": [],
@@ -98,6 +100,7 @@ INPUTS = {  # conditioners
     "sd-v1-inpainting": ["clip_text", "masked_image"],
     "sd-v2": ["clip_text"],
     "sd-v2-depth": ["clip_text", "depth"],
+    "sd-v2-unclip-h": ["clip_text", "clip_image"],
     "sd-x4-upscaler": ["clip_text", "low_res"],
 }
 FACTS = {  # M parameters and tensors of the U-Net
@@ -116,6 +119,7 @@ FACTS = {  # M parameters and tensors of the U-Net
     "sd-v1-inpainting": (859.54, 686),
     "sd-v2": (865.91, 686),
     "sd-v2-depth": (865.91, 686),
+    "sd-v2-unclip-h": (870.17, 690),
     "sd-x4-upscaler": (472.37, 686),
 }
 BUFFERS = (
@@ -169,11 +173,14 @@ def check_checkpoint(name, tmp_path):
         **prefixed(UNET, read_key_list(f"unet-{unet}")),
         **prefixed(FIRST_STAGE, read_key_list(f"first-stage-{first_stage}")),
         **prefixed(COND_STAGE, conditioner),
+        **prefixed("embedder.model.", read_key_list(EMBEDDERS[name]) if name in EMBEDDERS else {}),
     }
     if name in IN_CHANNELS:
         width, _, *kernel = keys[f"{UNET}input_blocks.0.0.weight"]
         keys[f"{UNET}input_blocks.0.0.weight"] = (width, IN_CHANNELS[name], *kernel)
     buffers = {buffer: (1000,) for buffer in BUFFERS}
+    if name in EMBEDDERS:
+        buffers |= {f"noise_augmentor.{buffer}": (1000,) for buffer in BUFFERS}
     path = write_sparse(tmp_path / "model.safetensors", {**with_average(keys), **buffers})
     bundle = convert.read(path)
     assert (millions(bundle.unet), len(bundle.unet.params)) == FACTS[name]
@@ -216,6 +223,14 @@ COMPONENTS = {
         "attention_head_dim": [5, 10, 20, 20],
         "cross_attention_dim": 1024,
         "use_linear_projection": True,
+    },
+    "diffusers-sd-v2-unclip-h-unet": {
+        **STABLE,
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 2048,
     },
     "diffusers-ldm-celebahq-unet": {
         "_class_name": "UNet2DModel",

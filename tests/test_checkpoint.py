@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import flax.struct
@@ -239,6 +240,41 @@ def test_no_flipped_bit_is_restored(tmp_path, caplog):
         noticed += restored.step == 1
         assert ("going on from the last good checkpoint, step 1" in caplog.text) == (noticed > 0)
     assert noticed > 5  # the others changed what nobody reads
+
+
+def test_trees_larger_than_memory_are_written_and_read_array_by_array(tmp_path, monkeypatch):
+    alive, most = set(), []
+
+    def lazy(i):
+        def read():
+            array = np.full((3, 5), i, np.float32)
+            alive.add(i)
+            weakref.finalize(array, alive.discard, i)
+            most.append(len(alive))
+            return array
+
+        return checkpoint.Lazy((3, 5), np.dtype(np.float32), read)
+
+    tree = {"params": {"net": {f"layer_{i}": {"kernel": lazy(i)} for i in range(12)}}, "more": {}}
+    with Checkpointer(tmp_path, lazy=True) as checkpointer:
+        checkpointer.save(0, tree)
+    assert len(most) == 24 and max(most) <= 2  # once for the fingerprint, once for the file
+
+    monkeypatch.setattr("latent_diffusion.checkpoint.checkpointer.GROUP", 4 * 15 * 4)
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        whole = checkpointer.restore().state["params"]["net"]
+        layers = checkpointer.open("params")["net"]
+        assert layers.keys() == whole.keys()
+        for name, layer in layers.items():
+            assert layer["kernel"].shape == (3, 5)
+            np.testing.assert_array_equal(layer["kernel"].read(), whole[name]["kernel"])
+        with pytest.raises(CheckpointError, match="holds more, params, not ema_params"):
+            checkpointer.open("ema_params")
+        (file,) = (f for f in (tmp_path / "0" / "state").rglob("*layer_7*/0.0"))
+        file.write_bytes(file.read_bytes()[:-1])
+        assert layers["layer_0"]["kernel"].read().max() == 0  # of another group
+        with pytest.raises(CheckpointError, match=f"can't read {tmp_path / '0'}: "):
+            layers["layer_7"]["kernel"].read()
 
 
 @pytest.mark.parametrize(

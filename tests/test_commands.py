@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_convert_round_trips import make_bundle
 
 import latent_diffusion as ldm
 from configs import openmoji_autoencoder
-from latent_diffusion import loop
+from latent_diffusion import convert, loop, metrics
 from latent_diffusion.checkpoint import Checkpointer
 from latent_diffusion.evaluation import first_stages
 
@@ -82,6 +84,35 @@ def test_sample_writes_prompt_major_images_that_depend_on_seed_and_index_only(tr
         image = np.asarray(Image.open(tmp_path / "a" / f"{i:05d}.png"))
         np.testing.assert_array_equal(image, a[i])
     assert (tmp_path / "a" / "grid.png").exists()
+
+
+def test_a_single_file_is_sampled_with_its_tokenizer_and_an_adaptation(tmp_path):
+    bundle, rng = make_bundle("text"), np.random.default_rng(0)
+    model, style = tmp_path / "model.safetensors", tmp_path / "style.safetensors"
+    convert.write(bundle, model, "compvis")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "two", "dog"]
+    vocabulary = tmp_path / "words" / "vocab.txt"
+    vocabulary.parent.mkdir()
+    vocabulary.write_text("\n".join(words))
+    kernel = "middle_block_1/transformer_blocks_0/attn2/to_v/kernel"
+    rows, columns = bundle.unet.params[kernel].shape
+    factors = {"down": rng.normal(size=(rows, 2)), "up": rng.normal(size=(2, columns))}
+    factors = {k: x.astype(np.float32) for k, x in factors.items()} | {"alpha": np.float32(2)}
+    convert.write(replace(bundle, lora={"unet": {kernel: factors}}), style, "kohya")
+
+    flags = ("--prompts=a red cat", "--num_images=2", "--num_steps=2", f"--out={tmp_path}")
+    _run("sample.py", f"--model={model}", f"--tokenizer={vocabulary}", f"--lora={style}:50", *flags)
+    got = np.load(tmp_path / "samples.npz")["arr_0"].astype(int)
+    plain, adapted = (
+        metrics.to_uint8(
+            ldm.load(model, tokenizer=vocabulary, lora=lora).sample(
+                jax.random.key(0), ["a red cat"], num_images=2, num_steps=2, mode="single"
+            )
+        )
+        for lora in ({}, {style: 50.0})
+    )
+    assert np.abs(got - adapted).max() <= 1  # sums in another order
+    assert np.abs(got - plain).max() > 4 and got.std() > 4
 
 
 def test_first_stages_are_compared_in_a_table_and_a_picture(trained, tmp_path):

@@ -126,7 +126,10 @@ def test_numbers_of_examples_must_agree():
 def test_the_picture_takes_the_size_of_its_conditions():
     assert conditions.size_of({"segmentation": np.zeros((2, 16, 8))}, 2) == (16, 8)
     assert conditions.size_of({"low_res": np.zeros((4, 6, 3))}, 4) == (16, 24)
-    assert conditions.size_of({"class_labels": [1], "image": None}, 4) is None
+    assert conditions.size_of(
+        {"image": np.zeros((1, 8, 6, 3)), "mask": np.zeros((1, 8, 6, 1))}, 2
+    ) == (8, 6)
+    assert conditions.size_of({"class_labels": [1], "image": np.zeros((1, 8, 6, 3))}, 4) is None
     assert set(FIELDS) <= set(CONDITIONERS)
 
 

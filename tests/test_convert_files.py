@@ -79,6 +79,14 @@ def test_tensors_are_read_when_asked_for_and_not_before(tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing half-written stays
 
 
+def test_in_whatever_order_tensors_come_the_file_is_the_same(tmp_path):
+    tensors = {name: in_memory(array) for name, array in ARRAYS.items()}
+    for name in ("sorted", "reversed"):
+        write_safetensors(tmp_path / name, tensors)
+        tensors = dict(reversed(tensors.items()))
+    assert (tmp_path / "sorted").read_bytes() == (tmp_path / "reversed").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("header", "data", "length", "reason"),
     [

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
-from latent_diffusion.convert import autoencoder, clip_text, text, unet
-from latent_diffusion.convert.concat import NOISE_LEVEL
+from latent_diffusion.convert import autoencoder, clip_image, clip_text, text, unet
 from latent_diffusion.convert.describe import describe
+from latent_diffusion.convert.inputs import NOISE_LEVEL
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.tensors import in_memory
 
@@ -31,6 +31,9 @@ UNET = dict(
 )  # fmt: skip
 TEXT = dict(vocab_size=11, max_length=5, width=WIDTH, depth=1, num_heads=8, head_dim=64)
 CLIP = dict(vocab_size=11, max_length=5, width=WIDTH, depth=2, num_heads=1)
+IMAGE = dict(
+    image_size=6, patch_size=3, width=WIDTH, depth=1, num_heads=1, projection_dim=5, num_levels=1000
+)
 LOW_RES = {"num_levels": 7, "width": 128, "keep": True}
 MASKED = {"mask_first": True, "known_mask": 0.0, "hole": 0.0, "keep": True}
 FAMILIES = {  # input channels, linear projections, conditioners, what nothing needs
@@ -48,31 +51,41 @@ FAMILIES = {  # input channels, linear projections, conditioners, what nothing n
         "cond_stage_model.model.text_projection": (WIDTH, WIDTH),
         "cond_stage_model.model.logit_scale": (),
     }),
+    "unclip": (4, True, {"clip_text": CLIP, "clip_image": IMAGE}, {
+        "embedder.model.token_embedding.weight": (11, WIDTH),
+    }),
 }  # fmt: skip
-MAKE = {"text": text.shapes, "clip_text": clip_text.shapes}
+MAKE = {"text": text.shapes, "clip_text": clip_text.shapes, "clip_image": clip_image.shapes}
+VECTORS = {"unclip": 10}
 RNG = np.random.default_rng(0)
 
 
 def random(shape):
-    return np.asarray(RNG.standard_normal(shape), np.float32)
+    return np.asarray(0.1 * RNG.standard_normal(shape), np.float32)
 
 
 def part(fields, shapes):
-    return convert.as_part(fields, jax.tree.map(lambda x: random(x.shape), shapes))
+    """A module's random parameters; scales of norms are about 1, so that signals get through."""
+
+    def leaf(path, x):
+        return random(x.shape) + np.float32(path[-1].key == "scale")
+
+    return convert.as_part(fields, jax.tree_util.tree_map_with_path(leaf, shapes))
 
 
 def make_bundle(name):
     channels, linear, conditioners, _ = FAMILIES[name]
+    fields = {**UNET, "vector_projection": name in VECTORS}
     parts = {}
-    for key, fields in conditioners.items():
+    for key, own in conditioners.items():
         params = {NOISE_LEVEL: in_memory(random((7, 128)))} if key == "low_res" else {}
-        parts[key] = convert.Part(fields, params)
+        parts[key] = convert.Part(own, params)
         if key in MAKE:
-            parts[key] = part(fields, MAKE[key](fields))
+            parts[key] = part(own, MAKE[key](own))
     return convert.Bundle(
         autoencoder=part(AUTOENCODER, autoencoder.shapes(AUTOENCODER)),
         scale_factor=0.25,
-        unet=part(UNET, unet.shapes(UNET, channels, WIDTH, None)),
+        unet=part(fields, unet.shapes(fields, channels, WIDTH, VECTORS.get(name))),
         conditioners=parts,
         diffusion={**ASSUMED, "prediction": "v" if name == "open-clip" else "eps"},
         image_size=16,
@@ -124,20 +137,52 @@ def test_whole_models(name, tmp_path):
     for file in (tmp_path / "folder").rglob("*.json"):
         again = tmp_path / "folder2" / file.relative_to(tmp_path / "folder")
         assert json.loads(again.read_text()) == json.loads(file.read_text())
-    assert list(pipeline.conditioners) == list(bundle.conditioners)
+    assert pipeline.conditioners.keys() == bundle.conditioners.keys()
     if "low_res" in pipeline.conditioners:
         assert pipeline.conditioners["low_res"].fields["max_noise_level"] == 350
 
-    # Our own workdir, which keeps what computations need.
-    convert.write(read, tmp_path / "workdir", "orbax")
+    # Our own workdir, which keeps what computations need, and what files say.
+    convert.write(pipeline, tmp_path / "workdir", "orbax")
     ours = convert.read(tmp_path / "workdir")
-    for (key, got), (other, want) in zip(ours.parts(), bundle.parts(), strict=True):
-        assert key == other
-        equal(*({k: np.asarray(t.read()) for k, t in p.params.items()} for p in (got, want)))
+    convert.write(ours, tmp_path / "folder3", "diffusers")
+    for file in (tmp_path / "folder").rglob("*.json"):
+        again = tmp_path / "folder3" / file.relative_to(tmp_path / "folder")
+        assert json.loads(again.read_text()) == json.loads(file.read_text())
+    got, want = dict(ours.parts()), dict(bundle.parts())
+    assert got.keys() == want.keys()
+    for key in want:
+        equal(*({k: np.asarray(t.read()) for k, t in p[key].params.items()} for p in (got, want)))
     assert (
         ours.unet.fields["out_channels"] == 4
         and ours.notes["linear_projections"] == read.notes["linear_projections"]
     )
+
+
+@pytest.mark.parametrize("format", ["diffusers", "compvis"])
+def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, tmp_path):
+    fields = {"num_classes": 6, "width": 128, "route": "vector"}
+    classes = convert.Part(fields, {"embedding/embedding": in_memory(random((7, 128)))})
+    bundle = replace(make_bundle("text"), conditioners={"class_label": classes})
+    if format == "diffusers":
+        with pytest.raises(ValueError, match="no pipeline for models conditioned by class_label, "):
+            convert.write(bundle, tmp_path / "pipeline", format)
+        bundle = replace(bundle, autoencoder=None)
+    path = tmp_path / "model.safetensors"
+    convert.write(bundle, path, format)
+    again = convert.read(path)
+    assert again.conditioners["class_label"].fields == fields
+    equal(*({k: np.asarray(t.read()) for k, t in b.conditioners["class_label"].params.items()}
+            for b in (again, bundle)))  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["diffusers", "compvis"])
+def test_conditioners_that_others_lack_are_named_before_anything_is_written(format, tmp_path):
+    bundle = make_bundle("text")
+    maps = convert.Part({}, {"embedding/embedding": in_memory(random((11, 8)))})
+    bundle = replace(bundle, conditioners={**bundle.conditioners, "word_map": maps})
+    with pytest.raises(ValueError, match=r"conditioned by text \+ word_map.*; save it as orbax"):
+        convert.write(bundle, tmp_path / "model.safetensors", format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_files_are_half_as_long(tmp_path):
@@ -181,3 +226,24 @@ def test_what_a_model_lacks_is_said():
     assert text.endswith("missing           a tokenizer")
     alone = describe(replace(bundle, autoencoder=None, conditioners={}))
     assert alone.endswith("missing           a first stage, a conditioner (context of width 64)")
+
+
+def test_what_describes_no_model_is_refused_in_one_line(tmp_path):
+    conv = {"model.diffusion_model.input_blocks.0.0.weight": random((8, 4, 3, 3))}
+    save_file(conv, tmp_path / "some.ckpt")
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    save_file(conv, folder / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "UNet2DModel", "block_out_channels": 8}
+    for path, content, message in (
+        (tmp_path / "some.ckpt", None, "its tensors describe no model of the original"),
+        (folder, {"_class_name": "UNet3DModel"}, "unknown component .*'UNet3DModel'; known: "),
+        (folder, {"_class_name": "UNet2DModel"}, "does not say 'block_out_channels'"),
+        (folder, config, "does not describe a UNet2DModel"),
+        (tmp_path / "nowhere", None, "does not exist"),
+    ):
+        if content is not None:
+            (folder / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message) as error:
+            convert.read(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)

@@ -33,19 +33,20 @@ UNET = dict(
     model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
     num_heads=2, num_groups=4, out_channels=3,
 )  # fmt: skip
-UNETS = {  # fields, in_channels, context_dim, linear projections
-    "transformer": (UNET, 3, 6, False),
-    "transformer-linear-deep": ({**UNET, "transformer_depth": 2}, 3, 6, True),
-    "plain": ({**UNET, "transformer_depth": 0, "num_head_channels": 4}, 3, None, False),
+UNETS = {  # fields, widths of its inputs, linear projections
+    "transformer": (UNET, (3, 6, None), False),
+    "transformer-linear-deep": ({**UNET, "transformer_depth": 2}, (3, 6, None), True),
+    "plain": ({**UNET, "transformer_depth": 0, "num_head_channels": 4}, (3, None, None), False),
     "plain-new-order": (
         {**UNET, "transformer_depth": 0, "legacy_qkv_order": False,
-         "attention_resolutions": ()}, 3, None, False,
+         "attention_resolutions": ()}, (3, None, None), False,
     ),
     "updown": (
         {**UNET, "transformer_depth": 0, "num_head_channels": 4, "resblock_updown": True,
-         "use_scale_shift_norm": True}, 3, None, False,
+         "use_scale_shift_norm": True}, (3, None, None), False,
     ),
-    "crossed": ({**UNET, "disable_self_attentions": (True, False)}, 7, 6, False),
+    "crossed": ({**UNET, "disable_self_attentions": (True, False)}, (7, 6, None), False),
+    "vector": ({**UNET, "vector_projection": True}, (3, 6, 5), True),
 }  # fmt: skip
 
 
@@ -78,20 +79,20 @@ def test_autoencoders_round_trip_and_are_recognised(name):
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unets_round_trip_and_are_recognised(name):
-    fields, in_channels, context, linear = UNETS[name]
-    shapes = flat_shapes(unet.shapes(fields, in_channels, context, None))
+    fields, widths, linear = UNETS[name]
+    shapes = flat_shapes(unet.shapes(fields, *widths))
     theirs = check_round_trip(unet.compvis_table(fields, linear), shapes)
     known = unet.fields_from_shapes(theirs)
     heads = {k: v for k, v in fields.items() if k not in known}  # leave no trace in the shapes
-    assert flat_shapes(unet.shapes({**heads, **known}, in_channels, context, None)) == shapes
+    assert flat_shapes(unet.shapes({**heads, **known}, *widths)) == shapes
     assert {k: v for k, v in known.items() if k in fields} == {
         k: v for k, v in fields.items() if k in known
     }
-    assert unet.context_dim(theirs) == context
+    assert unet.context_dim(theirs) == widths[1]
     check_round_trip(unet.diffusers_table(fields, linear), shapes)
     if name == "plain-new-order":
         return  # its configuration in diffusers' words is that of another order
-    config = unet.diffusers_from_fields(fields, in_channels, context, linear, 8)
+    config = unet.diffusers_from_fields(fields, widths, linear, 8)
     again = unet.fields_from_diffusers(config)
     assert {k: again[k] for k in fields if k in again} == {
         k: v for k, v in fields.items() if k in again
@@ -138,6 +139,15 @@ def test_other_encoders_round_trip(family):
     check_round_trip(family.transformers_table(fields), flat_shapes(family.shapes(fields)))
     again = family.fields_from_config(family.config_from_fields(fields))
     assert {name: again[name] for name in fields} == fields
+
+
+def test_clips_image_encoder_in_openclips_names_with_its_statistics():
+    fields = {**ENCODERS[clip_image], "width": 64, "num_heads": 1, "num_levels": 9}
+    fields["activation"] = "quick_gelu"
+    table = [*clip_image.open_clip_table(fields), *clip_image.statistics_table("data_")]
+    theirs = check_round_trip(table, flat_shapes(clip_image.shapes(fields)))
+    assert theirs["data_std"].shape == (1, 5) and theirs["proj"].shape == (64, 5)
+    assert {**clip_image.fields_from_shapes(theirs), "num_levels": 9} == fields
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -194,7 +204,7 @@ def test_what_others_cannot_express_is_said():
         autoencoder.diffusers_from_fields({**KL, "embed_dim": 3}, 32)
     with pytest.raises(ValueError, match="one width for all heads"):
         fields = {**UNET, "transformer_depth": 0, "attention_resolutions": (1, 2)}
-        unet.diffusers_from_fields(fields, 3, None, False, 8)
+        unet.diffusers_from_fields(fields, (3, None, None), False, 8)
     with pytest.raises(ValueError, match=r"UNet2DModel\.freq_shift=1"):
         unet.fields_from_diffusers(
             {"_class_name": "UNet2DModel", "block_out_channels": [8], "freq_shift": 1}
@@ -203,9 +213,9 @@ def test_what_others_cannot_express_is_said():
 
 @pytest.mark.parametrize("name", UNETS)
 def test_yaml_of_a_unet_is_read_back(name):
-    fields, in_channels, context, linear = UNETS[name]
+    fields, widths, linear = UNETS[name]
     fields = {**fields, "num_groups": 32, "model_channels": 32}
-    params = unet.yaml_from_fields(fields, in_channels, context, linear, 8)["params"]
+    params = unet.yaml_from_fields(fields, widths, linear, 8)["params"]
     again = unet.fields_from_yaml(params)
     assert {k: v for k, v in fields.items() if k in again} == {
         k: v for k, v in again.items() if k in fields

@@ -12,6 +12,7 @@ from latent_diffusion.checkpoint.errors import (
     CheckpointError,
     WorkdirInUse,
 )
+from latent_diffusion.checkpoint.lazy import Lazy
 from latent_diffusion.checkpoint.lock import WorkdirLock, acquire_lock
 from latent_diffusion.checkpoint.trees import load_tree, save_tree, tree_hash
 
@@ -19,6 +20,7 @@ __all__ = [
     "ArchitectureMismatch",
     "CheckpointError",
     "Checkpointer",
+    "Lazy",
     "Restored",
     "WorkdirInUse",
     "WorkdirLock",

@@ -1,13 +1,14 @@
 """Checkpoints of a run, by Orbax."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion import processes
 from latent_diffusion.checkpoint import integrity
@@ -24,12 +26,14 @@ from latent_diffusion.checkpoint.errors import (
     reason,
     silence_orbax,
 )
+from latent_diffusion.checkpoint.lazy import Lazy, grouped, lazy_handler
 from latent_diffusion.checkpoint.leaves import as_keys, difference, key_as_data, keys_to_data
 from latent_diffusion.types import PyTree
 
 log = logging.getLogger(__name__)
 
 FORMAT = "latent_diffusion"  # marks a checkpoint as ours
+GROUP = 1 << 28  # bytes that `open` reads at once
 TEMPORARY = ".orbax-checkpoint-tmp"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -46,9 +50,9 @@ class Checkpointer:
     """Saves and restores the checkpoints of one directory; a context manager.
 
     directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk.
-    read_only: for readers beside a running training; touches nothing on disk. copy: numpy arrays
-    are copied before they are written; False where nobody changes them meanwhile and memory is
-    short. Raises CheckpointError where the directory can't be written (or read).
+    read_only: for readers beside a running training; touches nothing on disk. lazy: saves trees of
+    `Lazy`, in the memory of one leaf. Raises CheckpointError where the directory can't be written
+    (or read).
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Checkpointer:
         directory: str | os.PathLike,
         keep: int = 3,
         read_only: bool = False,
-        copy: bool = True,
+        lazy: bool = False,
     ):
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
@@ -73,7 +77,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(**({} if copy else _without_copies())),
+                "state": lazy_handler() if lazy else ocp.PyTreeCheckpointHandler(),
                 "metadata": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -161,6 +165,60 @@ class Checkpointer:
                 "move them away to start afresh"
             )
         return None
+
+    def open(self, entry: str) -> PyTree | None:
+        """A top-level entry of the latest checkpoint, nested dicts of `Lazy`; None without any.
+
+        Leaves are read in groups of GROUP bytes, of which the last is kept: so go through them in
+        the tree's order, and before this is closed. Steps whose description can't be read are
+        skipped, as in `restore`; the reading of a damaged leaf raises CheckpointError, since others
+        may have been used already.
+        """
+        self._manager.reload()
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._open_step(step, entry)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                log.warning("skipping a checkpoint: %s", error)
+        if reasons:
+            raise CheckpointError("; ".join(reasons))
+        return None
+
+    def _open_step(self, step: int, entry: str) -> PyTree:
+        with self._reading(step):
+            known = self._read_metadata(step).get("fingerprints", {})
+            saved = self._read_tree(step, [entry])
+            if known:
+                integrity.check_kinds(saved, known, [entry])
+        flat = flatten_dict(saved)
+        paths, groups = list(flat), grouped(list(flat.values()), GROUP)
+
+        @functools.lru_cache(maxsize=1)
+        def read(group: range) -> Mapping[Any, np.ndarray]:
+            wanted = unflatten_dict({path: flat[path] for path in paths[group.start : group.stop]})
+            with self._reading(step):
+                state = self._read_state(step, wanted, None)
+                if known:
+                    integrity.check_values(state, known)
+            return flatten_dict(state)
+
+        def leaf(path: Any, group: range) -> Lazy:
+            shape, dtype = tuple(flat[path].shape), np.dtype(flat[path].dtype)
+            return Lazy(shape, dtype, lambda: read(group)[path])
+
+        leaves = {paths[i]: leaf(paths[i], group) for group in groups for i in group}
+        return unflatten_dict(leaves)[entry]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever goes wrong within is a CheckpointError that names the step's folder."""
+        try:
+            yield
+        except Exception as error:
+            where = self.directory / str(step)
+            raise CheckpointError(f"can't read {where}: {reason(error)}") from error
 
     def all_steps(self) -> list[int]:
         """The steps on disk, ascending; some of them may turn out to be damaged."""
@@ -278,17 +336,6 @@ class Checkpointer:
             restore_args = jax.tree.map(_restore_args, item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         return self._manager.restore(step, args=ocp.args.Composite(state=args)).state
-
-
-def _without_copies() -> dict[str, Any]:
-    """Options of a handler of numpy trees that reads arrays as it writes them.
-
-    One file an array: Orbax's joint ones are gathered in memory before they are written.
-    """
-    numpy_only = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
-    )
-    return {"type_handler_registry": numpy_only, "use_ocdbt": False}
 
 
 def library_versions() -> dict[str, str]:

@@ -3,12 +3,11 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from latent_diffusion.conditioners.noising import level_and_noise
 from latent_diffusion.conditioners.null import zeros_where
 from latent_diffusion.diffusion import q_sample
-from latent_diffusion.rng import normal_per_example, split_per_example
 from latent_diffusion.schedules import make_schedule
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Keys
 
@@ -32,6 +31,7 @@ class LowRes(nn.Module):
     keep: bool = False
 
     keys = ("low_res",)
+    usual_level = 20  # where a sampling call says none
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -51,20 +51,10 @@ class LowRes(nn.Module):
             )
         if not self.num_levels:
             return batch
-        if rng is None:
-            raise ValueError("low_res: noise needs a key for each example")
         schedule = make_schedule("linear", self.num_levels, self.beta_start, self.beta_end)
-        k_level, k_noise = split_per_example(rng, 2)
-        level = batch.get("noise_level")
-        if level is None:
-            draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, self.max_noise_level))
-            level = draw(k_level)
-        noise = normal_per_example(k_noise, low_res.shape[1:])
-        return {
-            **batch,
-            "low_res": q_sample(schedule, low_res, level, noise),
-            "noise_level": level,
-        }
+        end, shape = self.max_noise_level, low_res.shape[1:]
+        level, noise = level_and_noise("low_res", batch, rng, end, shape)
+        return {**batch, "low_res": q_sample(schedule, low_res, level, noise), "noise_level": level}
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:

@@ -53,6 +53,7 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
 
     from latent_diffusion.convert import read, with_lora, write
     from latent_diffusion.convert.describe import describe
+    from latent_diffusion.convert.lora import read_weights
 
     bundle = read(
         source,
@@ -61,9 +62,8 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
         variant=VARIANT.value,
         tokenizer=TOKENIZER.value,
     )
-    for entry in LORA.value:
-        file, _, weight = entry.partition(":")
-        bundle = with_lora(bundle, Path(file), float(weight or 1))
+    for file, weight in read_weights(LORA.value).items():
+        bundle = with_lora(bundle, Path(file), weight)
     print(describe(bundle))
     if target is None:
         return

@@ -1,6 +1,5 @@
 """A model between formats: architecture in our words, parameters still unread."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from latent_diffusion.convert.tables import Table, read_tensors
+from latent_diffusion.convert.tables import Table, matching, read_tensors
 from latent_diffusion.convert.tensors import Tensor, in_memory
 from latent_diffusion.models.autoencoder import Identity
 from latent_diffusion.schedules import BETAS, NoiseSchedule, make_schedule
@@ -120,8 +119,7 @@ def read_part(
     """
     shapes = {path: leaf.shape for path, leaf in flat(tree).items()}
     params = read_tensors(table, shapes, tensors, str(where), (*unused, *ignored))
-    kept = {n: t for n, t in tensors.items() if any(re.fullmatch(p, n) for p in unused)}
-    return Part(fields, params, kept)
+    return Part(fields, params, matching(unused, tensors))
 
 
 def as_params(part: Part) -> Params:

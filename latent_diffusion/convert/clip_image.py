@@ -1,19 +1,29 @@
 """CLIP's image encoder: its names, shapes and settings in transformers' words."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from latent_diffusion.conditioners.clip_image import ClipImage
-from latent_diffusion.convert.clip_text import transformers_layers
-from latent_diffusion.convert.tables import SAME, Leaf, Rule, Table
+from latent_diffusion.convert.clip_text import open_clip_layers, transformers_layers
+from latent_diffusion.convert.tables import SAME, Layout, Leaf, Rule, Table
+from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.models.clip import ACTIVATIONS
 from latent_diffusion.types import lookup
 
 Fields = dict[str, Any]
 
 _WHOLE = "vision_model"
+_ROW = Layout(lambda w: w[0], lambda x: (x[None],))
+# Of the embeddings, where noise is added to them; files that have them keep them by themselves.
+STATISTICS = ("mean", "std")
+
+
+def statistics_table(prefix: str = "") -> Table:
+    """Their names, where every one begins with `prefix`."""
+    return (Rule("", prefix, tuple(Leaf(name, (name,), _ROW) for name in STATISTICS)),)
 
 
 def transformers_table(fields: Mapping[str, Any]) -> Table:
@@ -33,6 +43,22 @@ def transformers_table(fields: Mapping[str, Any]) -> Table:
     )
 
 
+def open_clip_table(fields: Mapping[str, Any]) -> Table:
+    """The names of OpenAI's and OpenCLIP's code, below `visual.`."""
+    arrays = (
+        Leaf("class_embedding", ("class_embedding",), SAME),
+        Leaf("position_embedding", ("positional_embedding",), SAME),
+    )
+    return (
+        Rule("", "", arrays),
+        Rule("patch_embedding", "conv1", "conv"),
+        Rule("pre_layernorm", "ln_pre", "norm"),
+        Rule("post_layernorm", "ln_post", "norm"),
+        Rule("visual_projection", "", (Leaf("kernel", ("proj",), SAME),)),
+        *open_clip_layers(),
+    )
+
+
 def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Tensors that may be left over: the other half of a whole CLIP, and constant buffers."""
     return (
@@ -45,9 +71,14 @@ def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 def shapes(fields: Mapping[str, Any]) -> Any:
     """The tree of parameter shapes of an encoder with these fields."""
-    batch = {"image": jax.ShapeDtypeStruct((1, 2, 2, 3), "float32")}
-    drop = jax.ShapeDtypeStruct((1,), bool)
-    return jax.eval_shape(ClipImage(**fields).init, jax.random.key(0), batch, drop)["params"]
+    module, one = ClipImage(**fields), (1,)
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, 2, 2, 3), "float32"),
+        "noise_level": jax.ShapeDtypeStruct(one, "int32"),
+        "embedding_noise": jax.ShapeDtypeStruct((1, module.projection_dim), "float32"),
+    }
+    drop = jax.ShapeDtypeStruct(one, bool)
+    return jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"]
 
 
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
@@ -87,3 +118,32 @@ def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "projection_dim": module.projection_dim,
     }
+
+
+def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
+    """Read the architecture off OpenCLIP's tensors, which begin after `visual.`.
+
+    The number of heads is that of the known widths: 64 numbers each, but 80 in ViT-H's 1280.
+    """
+    width, _, patch_size, _ = tensors["conv1.weight"].shape
+    places, inner = tensors["positional_embedding"].shape[0], tensors[f"{LAYERS}0.mlp.c_fc.weight"]
+    depth = len({n.split(".")[2] for n in tensors if n.startswith(LAYERS)})
+    is_huge = width == 1280
+    return {
+        "image_size": patch_size * math.isqrt(places - 1),
+        "patch_size": patch_size,
+        "width": width,
+        "depth": depth,
+        "num_heads": width // (80 if is_huge else 64),
+        "mlp_width": None if inner.shape[0] == 4 * width else inner.shape[0],
+        "activation": "gelu" if is_huge else "quick_gelu",
+        "projection_dim": tensors["proj"].shape[1],
+    }
+
+
+LAYERS = "transformer.resblocks."
+# The text half of a whole CLIP.
+OPEN_CLIP_UNUSED = (
+    r"(transformer|token_embedding|ln_final)\..*",
+    "positional_embedding|text_projection|logit_scale|attn_mask",
+)

@@ -60,8 +60,8 @@ def transformers_table(fields: Mapping[str, Any]) -> Table:
     )
 
 
-def open_clip_table(fields: Mapping[str, Any]) -> Table:
-    """OpenCLIP's names, which Stable Diffusion 2 has in its single files."""
+def open_clip_layers() -> list[Rule]:
+    """A layer of any encoder of CLIP in OpenCLIP's (and OpenAI's) names."""
     layer = (
         Rule("self_attn/qkv", "attn", _STACKED),
         Rule("self_attn/out_proj", "attn.out_proj", "linear"),
@@ -69,11 +69,16 @@ def open_clip_table(fields: Mapping[str, Any]) -> Table:
         Rule("fc1", "mlp.c_fc", "linear"),
         Rule("fc2", "mlp.c_proj", "linear"),
     )
+    return inside([(LAYER, r"transformer.resblocks.\g<i>")], layer)
+
+
+def open_clip_table(fields: Mapping[str, Any]) -> Table:
+    """OpenCLIP's names, which Stable Diffusion 2 has in its single files."""
     return (
         Rule("", "", (Leaf("position_embedding", ("positional_embedding",), SAME),)),
         Rule("token_embedding", "token_embedding", "embedding"),
         Rule("final_layer_norm", "ln_final", "norm"),
-        *inside([(LAYER, r"transformer.resblocks.\g<i>")], layer),
+        *open_clip_layers(),
     )
 
 

@@ -15,12 +15,14 @@ import yaml
 from latent_diffusion.convert import autoencoder, cond_stage, tokenizers, unet
 from latent_diffusion.convert.bundle import (
     Bundle,
+    Part,
     input_widths,
     read_part,
     recognise_schedule,
     with_folded_scale,
 )
-from latent_diffusion.convert.concat import conditioners_for
+from latent_diffusion.convert.cond_stage import AUGMENTOR, EMBEDDER
+from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import prefixed, read_tensors, write_tensors
 from latent_diffusion.convert.tensors import (
     Tensor,
@@ -39,6 +41,7 @@ IGNORED = (
     r"sqrt_recip(m1)?_alphas_cumprod",
     r"posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)",
     r"logvar|scale_factor|lvlb_weights",
+    r"noise_augmentor\.(?!data_).*",
 )
 
 
@@ -87,20 +90,24 @@ def read_compvis(
     opened = open_tensors(path)
     config = config or next((c for c in (path.with_suffix(".yaml"),) if c.is_file()), None)
     params = _load_yaml(config) if config else {}
-    if "encoder.conv_in.weight" in opened.tensors:
-        fields = autoencoder.fields_from_shapes(opened.tensors)
-        if params:
-            fields = autoencoder.fields_from_yaml(params)
-        table, tree = autoencoder.compvis_table(fields), autoencoder.shapes(fields)
-        part = read_part(path, fields, table, tree, opened.tensors, ignored=(r"loss\..*",))
-        return Bundle(autoencoder=part)
-    if f"{UNET}input_blocks.0.0.weight" not in opened.tensors:
-        some = ", ".join(list(opened.tensors)[:3])
-        raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
-    bundle = _read_whole(path, opened, params, ema)
+    try:
+        bundle = _read(path, opened, params, ema)
+    except (LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        what = "its tensors" if config is None else f"its tensors and {config}"
+        raise ValueError(f"{path}: {what} describe no model of the original: {error!r}") from error
     if tokenizer is None:
         tokenizer = tokenizers.beside(path, bundle.conditioners)
     return bundle if tokenizer is None else tokenizers.with_tokenizer(bundle, tokenizer)
+
+
+def _read(path: Path, opened: TensorFile, params: Mapping[str, Any], ema: bool | None) -> Bundle:
+    if "encoder.conv_in.weight" in opened.tensors:
+        own = {"first_stage_config": {"params": params}}
+        return Bundle(autoencoder=_read_first_stage(path, opened.tensors, own))
+    if f"{UNET}input_blocks.0.0.weight" in opened.tensors:
+        return _read_whole(path, opened, params, ema)
+    some = ", ".join(list(opened.tensors)[:3])
+    raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -114,9 +121,46 @@ def _read_whole(
     path: Path, opened: TensorFile, params: Mapping[str, Any], ema: bool | None
 ) -> Bundle:
     tensors = _choose_ema(path, opened.tensors, ema)
-    own = {name: _within(tensors, name) for name in (UNET, FIRST_STAGE, COND_STAGE)}
-    fields = unet.fields_from_shapes(own[UNET])
-    context = unet.context_dim(own[UNET])
+    prefixes = (UNET, FIRST_STAGE, COND_STAGE, EMBEDDER, AUGMENTOR)
+    own = {name: _within(tensors, name) for name in prefixes}
+    used = {name for prefix in own for name in tensors if name.startswith(prefix)}
+    rest = {name: tensors[name] for name in tensors.keys() - used}
+    read_tensors((), {}, rest, str(path), IGNORED)  # refuses what is neither used nor known
+    table = own[UNET].pop("label_emb.weight", None)
+    part, released = _read_unet(path, own[UNET], params)
+    linear = own[UNET].get("middle_block.1.proj_in.weight")
+    in_channels, context, _ = input_widths(part)
+    conditioners = cond_stage.read(path, own[COND_STAGE], params)
+    conditioners |= cond_stage.read_embedder(path, own[EMBEDDER], own[AUGMENTOR], params)
+    if "spatial_rescaler" not in conditioners:
+        text_to = bool(conditioners.keys() & {"text", "clip_text"})
+        channels = in_channels, part.fields["out_channels"]
+        conditioners |= conditioners_for(*channels, text_to, table)
+    diffusion = _diffusion(opened, params, released)
+    bundle = Bundle(
+        unet=part,
+        conditioners=conditioners,
+        diffusion=diffusion,
+        scale_factor=_scale_factor(tensors, params, released),
+        sampling={**SAMPLING, "guidance_scale": 7.5 if "clip_text" in conditioners else 1.0},
+        notes={
+            "linear_projections": linear is not None and len(linear.shape) == 2,
+            "parameters": _which(opened.tensors, ema),
+            "first_stage_twice": "encoder.conv_in.weight" in own[COND_STAGE],
+        },
+    )
+    if not own[FIRST_STAGE]:
+        return bundle
+    bundle = replace(bundle, autoencoder=_read_first_stage(path, own[FIRST_STAGE], params))
+    side = params.get("image_size") or _side(part.fields, context, diffusion["prediction"])
+    return replace(bundle, image_size=side * bundle.downsampling)
+
+
+def _read_unet(
+    path: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
+) -> tuple[Part, Released | None]:
+    """The U-Net, and which of the released ones it is."""
+    fields, context = unet.fields_from_shapes(tensors), unet.context_dim(tensors)
     key = (fields["model_channels"], context, fields["out_channels"])
     released = RELEASED.get(key)
     if params:
@@ -128,43 +172,21 @@ def _read_whole(
         )
     else:
         fields = {**fields, **released.heads}
-    linear = own[UNET].get("middle_block.1.proj_in.weight")
-    is_linear = linear is not None and len(linear.shape) == 2
-    in_channels = own[UNET]["input_blocks.0.0.weight"].shape[1]
-    levels = own[UNET].pop("label_emb.weight", None)
-    label = own[UNET].get("label_emb.0.0.weight")
-    tree = unet.shapes(fields, in_channels, context, None if label is None else label.shape[1])
-    table = unet.compvis_table(fields, is_linear)
-    conditioners = cond_stage.read(path, own[COND_STAGE], params)
-    if not conditioners.keys() & {"spatial_rescaler"}:
-        text_to = bool(conditioners.keys() & {"text", "clip_text"})
-        conditioners |= conditioners_for(in_channels, fields["out_channels"], text_to, levels)
-    diffusion = _diffusion(opened, params, released)
-    used = {name for prefix in own for name in tensors if name.startswith(prefix)}
-    rest = {name: tensors[name] for name in tensors.keys() - used}
-    read_tensors((), {}, rest, str(path), IGNORED)  # refuses what is neither used nor known
-    bundle = Bundle(
-        unet=read_part(path, fields, table, tree, own[UNET]),
-        conditioners=conditioners,
-        diffusion=diffusion,
-        scale_factor=_scale_factor(tensors, params, released),
-        sampling={**SAMPLING, "guidance_scale": 7.5 if "clip_text" in conditioners else 1.0},
-        notes={
-            "linear_projections": is_linear,
-            "parameters": _which(opened.tensors, ema),
-            "first_stage_twice": "encoder.conv_in.weight" in own[COND_STAGE],
-        },
-    )
-    if not own[FIRST_STAGE]:
-        return bundle
+    projection = tensors.get("middle_block.1.proj_in.weight")
+    linear = projection is not None and len(projection.shape) == 2
+    vector = tensors.get("label_emb.0.0.weight")
+    in_channels = tensors["input_blocks.0.0.weight"].shape[1]
+    tree = unet.shapes(fields, in_channels, context, None if vector is None else vector.shape[1])
+    return read_part(path, fields, unet.compvis_table(fields, linear), tree, tensors), released
+
+
+def _read_first_stage(path: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Part:
     given = params.get("first_stage_config", {}).get("params")
-    known = autoencoder.fields_from_shapes(own[FIRST_STAGE])
-    ae = autoencoder.fields_from_yaml(given) if given else known
-    ae_table, ae_tree = autoencoder.compvis_table(ae), autoencoder.shapes(ae)
-    part = read_part(path, ae, ae_table, ae_tree, own[FIRST_STAGE], ignored=(r"loss\..*",))
-    bundle = replace(bundle, autoencoder=part)
-    side = params.get("image_size") or _side(fields, context, diffusion["prediction"])
-    return replace(bundle, image_size=side * bundle.downsampling)
+    fields = (
+        autoencoder.fields_from_yaml(given) if given else autoencoder.fields_from_shapes(tensors)
+    )
+    table, tree = autoencoder.compvis_table(fields), autoencoder.shapes(fields)
+    return read_part(path, fields, table, tree, tensors, ignored=(r"loss\..*",))
 
 
 def _side(fields: Mapping[str, Any], context: int | None, prediction: str) -> int:
@@ -279,32 +301,36 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not tensors:
             raise ValueError("there is nothing to save: the model is empty")
         return tensors, first_stage
-    in_channels, context, _ = input_widths(bundle.unet)
     linear, side = bundle.linear_projections, bundle.image_size // bundle.downsampling
-    own = unet.yaml_from_fields(bundle.unet.fields, in_channels, context, linear, side)
-    table = prefixed(unet.compvis_table(bundle.unet.fields, linear), UNET)
-    tensors.update(write_tensors(table, bundle.unet.params))
+    own = unet.yaml_from_fields(bundle.unet.fields, input_widths(bundle.unet), linear, side)
+    names = prefixed(unet.compvis_table(bundle.unet.fields, linear), UNET)
+    tensors.update(write_tensors(names, bundle.unet.params))
     params = {**_yaml_diffusion(bundle.diffusion), "image_size": side, "unet_config": own}
     params["channels"] = bundle.unet.fields["out_channels"]
     params["scale_factor"] = float(bundle.scale_factor)
     if first_stage:
         params["first_stage_config"] = first_stage
+    if (numbered := table_of(bundle.conditioners)) is not None:
+        tensors[f"{UNET}label_emb.weight"] = numbered
+        own["params"]["num_classes"] = numbered.shape[0]
     condition, conditioner, key = cond_stage.write(bundle)
     tensors.update({COND_STAGE + name: tensor for name, tensor in condition.items()})
-    if (levels := cond_stage.noise_levels(bundle)) is not None:
-        tensors[f"{UNET}label_emb.weight"] = levels
     params["cond_stage_config"] = conditioner
     params["conditioning_key"] = key
-    return tensors, {"target": _TARGETS.get(tuple(bundle.conditioners), DDPM), "params": params}
+    embedder, further = cond_stage.write_embedder(bundle)
+    tensors.update(embedder)
+    params.update(further)
+    target = _TARGETS.get(frozenset(bundle.conditioners), f"{DDPM}.LatentDiffusion")
+    return tensors, {"target": target, "params": params}
 
 
-DDPM = "ldm.models.diffusion.ddpm.LatentDiffusion"
-_TARGETS: dict[
-    tuple[str, ...], str
-] = {  # classes of later versions of the original's code, by what they condition on
-    ("clip_text", "masked_image"): "ldm.models.diffusion.ddpm.LatentInpaintDiffusion",
-    ("clip_text", "depth"): "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion",
-    ("clip_text", "low_res"): "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion",
+DDPM = "ldm.models.diffusion.ddpm"
+# Classes of later versions of the original's code, by what they condition on.
+_TARGETS = {
+    frozenset({"clip_text", "masked_image"}): f"{DDPM}.LatentInpaintDiffusion",
+    frozenset({"clip_text", "depth"}): f"{DDPM}.LatentDepth2ImageDiffusion",
+    frozenset({"clip_text", "low_res"}): f"{DDPM}.LatentUpscaleDiffusion",
+    frozenset({"clip_text", "clip_image"}): f"{DDPM}.ImageEmbeddingConditionedLatentDiffusion",
 }
 
 

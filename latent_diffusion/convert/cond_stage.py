@@ -1,16 +1,21 @@
 """The original's `cond_stage_model`: which conditioner it is, its tensors and its yaml."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from latent_diffusion.convert import autoencoder, clip_text, text
+from latent_diffusion.conditioners.clip_image import ClipImage
+from latent_diffusion.convert import autoencoder, clip_image, clip_text, text
 from latent_diffusion.convert.bundle import Bundle, Part, read_part
-from latent_diffusion.convert.concat import NOISE_LEVEL
-from latent_diffusion.convert.tables import Rule, below, write_tensors
-from latent_diffusion.convert.tensors import Tensor
+from latent_diffusion.convert.inputs import CLASS, table_of
+from latent_diffusion.convert.tables import Rule, below, matching, prefixed, write_tensors
+from latent_diffusion.convert.tensors import Tensor, in_memory
+
+log = logging.getLogger(__name__)
 
 
 def read(where: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Part]:
@@ -103,6 +108,33 @@ CONDITIONERS: dict[str, Reader] = {
 }
 
 
+def read_embedder(
+    where: Path, tensors: Mapping[str, Tensor], statistics: Mapping[str, Tensor], params: Parameters
+) -> dict[str, Part]:
+    """unCLIP's image encoder, if there is one: the tensors of its whole CLIP.
+
+    statistics: `mean` and `std` [1 D], which standardise embeddings before they are noised. Without
+    them they are 0 and 1, as in the model of ViT-H; that of ViT-L has them in another file.
+    """
+    visual = below(tensors, VISUAL)
+    if not tensors:
+        return {}
+    noising = params.get("noise_aug_config", {}).get("params", {})
+    levels = noising.get("noise_schedule_config", {}).get("timesteps", 1000)
+    fields = {**clip_image.fields_from_shapes(visual), "num_levels": levels}
+    if not statistics:
+        if fields["activation"] == "quick_gelu":
+            log.warning("%s: lacks mean and deviation of image embeddings; taken as 0, 1", where)
+        one = (1, fields["projection_dim"])
+        statistics = {"mean": in_memory(np.zeros(one, "f")), "std": in_memory(np.ones(one, "f"))}
+    table = [*prefixed(clip_image.open_clip_table(fields), VISUAL), *clip_image.statistics_table()]
+    own, tree = {**tensors, **statistics}, clip_image.shapes(fields)
+    return {"clip_image": read_part(where, fields, table, tree, own, clip_image.OPEN_CLIP_UNUSED)}
+
+
+VISUAL = "visual."
+
+
 # --------------------------------------------------------------------------------------- writing
 
 Written = tuple[dict[str, Tensor], Any]
@@ -112,36 +144,81 @@ ENCODERS = "ldm.modules.encoders.modules"
 def write(bundle: Bundle) -> tuple[dict[str, Tensor], Any, str | None]:
     """Tensors without prefix, `cond_stage_config` and `conditioning_key`."""
     parts = dict(bundle.conditioners)
+    if _is_noised(parts):
+        del parts["clip_image"]  # see `write_embedder`
     concat = next((parts.pop(name) for name in CONCAT if name in parts), None)
     if len(parts) > 1 or not parts.keys() <= WRITERS.keys():
-        names = ", ".join(bundle.conditioners)
-        raise ValueError(f"the original's format can't hold these conditioners: {names}")
+        names = " + ".join(sorted(bundle.conditioners))
+        raise ValueError(f"the original has no model conditioned by {names}; save it as orbax")
     tensors: dict[str, Tensor] = {}
     config: Any = "__is_unconditional__" if concat is None else "__is_first_stage__"
     for name, part in parts.items():
         tensors, config = WRITERS[name](part)
-    if concat is None:
-        key = None if not parts else "concat" if "spatial_rescaler" in parts else "crossattn"
-        return tensors, config, key
-    if bundle.autoencoder is not None and bundle.notes.get("first_stage_twice"):
+    twice = concat is not None and bundle.notes.get("first_stage_twice")
+    if twice and bundle.autoencoder is not None:
         table = autoencoder.compvis_table(bundle.autoencoder.fields)
         tensors = write_tensors(table, bundle.autoencoder.params)
-    if noise_levels(bundle) is not None:
-        return tensors, config, "hybrid-adm"
-    return tensors, config, "hybrid" if parts else "concat"
+    return tensors, config, _key(bundle.conditioners, concat is not None, parts)
 
 
-def noise_levels(bundle: Bundle) -> Tensor | None:
-    """The table of noise levels, which the original counts to the U-Net."""
-    low_res = bundle.conditioners.get("low_res")
-    return None if low_res is None else low_res.params.get(NOISE_LEVEL)
+def _key(conditioners: Mapping[str, Part], concat: bool, parts: Mapping[str, Part]) -> str | None:
+    """How the U-Net is told. parts: the conditioners that aren't concatenated as they are."""
+    in_unet = table_of(conditioners) is not None
+    if "class_label" in parts and in_unet:
+        return "adm"
+    if concat:
+        return ("hybrid" if parts else "concat") + ("-adm" if in_unet else "")
+    if "spatial_rescaler" in parts:
+        return "concat"
+    return "crossattn" + ("-adm" if _is_noised(conditioners) else "") if parts else None
 
 
+def _is_noised(conditioners: Mapping[str, Part]) -> bool:
+    """Whether there is unCLIP's image encoder."""
+    return bool(
+        "clip_image" in conditioners and conditioners["clip_image"].fields.get("num_levels")
+    )
+
+
+def write_embedder(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """unCLIP's image encoder and statistics under their whole names, and the yaml's words."""
+    if not _is_noised(bundle.conditioners):
+        return {}, {}
+    part = bundle.conditioners["clip_image"]
+    own = {k: t for k, t in part.params.items() if k not in clip_image.STATISTICS}
+    tensors = {
+        **write_tensors(prefixed(clip_image.open_clip_table(part.fields), EMBEDDER + VISUAL), own),
+        **{EMBEDDER + n: t for n, t in matching(clip_image.OPEN_CLIP_UNUSED, part.unused).items()},
+    }
+    statistics = {k: part.params[k] for k in clip_image.STATISTICS}
+    if statistics["mean"].read().any() or (statistics["std"].read() != 1).any():
+        tensors |= write_tensors(clip_image.statistics_table(AUGMENTOR), statistics)
+    width = part.fields["projection_dim"]
+    schedule = {"timesteps": part.fields["num_levels"], "beta_schedule": "squaredcos_cap_v2"}
+    openai = ClipImage(**part.fields).activation == "quick_gelu"
+    kind = "ClipImageEmbedder" if openai else "FrozenOpenCLIPImageEmbedder"
+    noising = f"{ENCODERS}.CLIPEmbeddingNoiseAugmentation"
+    return tensors, {
+        "embedder_config": {
+            "target": f"{ENCODERS}.{kind}",
+            "params": {"model": "ViT-L/14"} if openai else {},
+        },
+        "noise_aug_config": {
+            "target": noising,
+            "params": {"timestep_dim": width, "noise_schedule_config": schedule},
+        },
+    }
+
+
+EMBEDDER = "embedder.model."
+AUGMENTOR = "noise_augmentor.data_"
 CONCAT = ("masked_image", "low_res", "depth")  # without a module of their own there
 
 
 def _write_class_label(part: Part) -> Written:
-    table = part.params["embedding/embedding"]
+    if part.fields.get("route") == "vector":  # the U-Net has the table
+        return {}, {"target": "torch.nn.Identity"}
+    table = part.params[CLASS]
     params = {"n_classes": table.shape[0], "embed_dim": table.shape[1], "key": "class_label"}
     return {"embedding.weight": table}, {"target": f"{ENCODERS}.ClassEmbedder", "params": params}
 

@@ -8,6 +8,7 @@ from latent_diffusion.convert.bundle import Bundle, Part, input_widths
 from latent_diffusion.convert.tensors import in_memory
 
 _TEXT = {"text", "clip_text", "bert"}
+_IMAGE = {"clip_image", "image_embedding"}
 
 
 def describe(bundle: Bundle) -> str:
@@ -37,9 +38,9 @@ def missing(bundle: Bundle) -> list[str]:
         return [*absent, "a denoiser"] if bundle.autoencoder is not None else absent
     _, context, vector = input_widths(bundle.unet)
     given = bundle.conditioners.keys()
-    if context and not given & (_TEXT | {"class_label", "layout", "neighbours", "clip_image"}):
+    if context and not given & (_TEXT | {"class_label", "layout", "neighbours", *_IMAGE}):
         absent.append(f"a conditioner (context of width {context})")
-    if vector and not given:
+    if vector and not given & _IMAGE:
         absent.append(f"a conditioner (vector of width {vector})")
     if given & _TEXT and bundle.tokenizer is None:
         absent.append("a tokenizer")

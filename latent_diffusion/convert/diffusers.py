@@ -1,38 +1,43 @@
-"""diffusers' folders: whole pipelines and single components, read and written.
+"""diffusers' folders: pipelines, read and written; for their components see `components`.
 
-A pipeline is a folder per component and a model_index.json that names their classes; a component
-is a config.json and a weight file.
+A pipeline is a folder per component, and a model_index.json that names their classes.
 """
 
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import autoencoder, clip_text, scheduler, text, tokenizers, unet
-from latent_diffusion.convert.bundle import (
-    Bundle,
-    Part,
-    input_widths,
-    read_part,
-    with_folded_scale,
+from latent_diffusion.convert import clip_image, scheduler, tokenizers
+from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_folded_scale
+from latent_diffusion.convert.components import (
+    COMPONENTS,
+    IMAGE_ENCODER,
+    VERSION,
+    Json,
+    Progress,
+    load_json,
+    open_weights,
+    read_component,
+    save_json,
+    write_component,
 )
-from latent_diffusion.convert.concat import NOISE_LEVEL, conditioners_for
-from latent_diffusion.convert.tables import below, write_tensors
-from latent_diffusion.convert.tensors import Tensor, find_weights, open_tensors, write_safetensors
-from latent_diffusion.types import lookup
+from latent_diffusion.convert.inputs import conditioners_for, table_of
+from latent_diffusion.convert.tables import read_tensors, write_tensors
+from latent_diffusion.convert.tensors import write_safetensors
 
 log = logging.getLogger(__name__)
 
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-Progress = Callable[[int], Any]
-Json = dict[str, Any]
+UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline"
 # Guidance that a pipeline applies if nothing is said; others apply none.
-_GUIDANCE = {"StableDiffusionUpscalePipeline": 9.0}
+_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0}
 _STABLE_GUIDANCE = 7.5
-_BESIDE_WEIGHTS = ("scheduler", "tokenizer", "low_res_scheduler")
+# Without weights of their own, or read with the component that they serve.
+_BESIDE_WEIGHTS = (
+    "scheduler", "tokenizer", "low_res_scheduler", "image_noising_scheduler", "image_normalizer",
+)  # fmt: skip
+_COSINE = "squaredcos_cap_v2"
 _LOW_RES = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
 
 
@@ -42,7 +47,7 @@ def is_diffusers(path: Path) -> bool:
         return True
     if not (path / "config.json").is_file():
         return False
-    config = _load_json(path / "config.json")
+    config = load_json(path / "config.json")
     return "_class_name" in config or "architectures" in config
 
 
@@ -52,20 +57,21 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     What only judges or prepares pictures (a safety checker, a depth estimator …) is left out.
     """
     if not (path / "model_index.json").is_file():
-        return replace(_read_component(path, variant), diffusion=scheduler.ASSUMED)
-    index = _load_json(path / "model_index.json")
+        return replace(read_component(path, variant), diffusion=scheduler.ASSUMED)
+    index = load_json(path / "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
     bundle = Bundle(diffusion=scheduler.ASSUMED, notes={"pipeline": name})
     for component, kind in _components(path, index).items():
-        if kind in COMPONENTS:
-            bundle = _merge(bundle, _read_component(path / component, variant))
+        # Stable Diffusion's have an image encoder for adapters, which aren't theirs.
+        if kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
+            bundle = _merge(bundle, read_component(path / component, variant))
         elif component not in _BESIDE_WEIGHTS:
             log.warning("%s: its %s (%s) is left out", path, component, kind)
-    bundle = _with_inputs(bundle, path, index)
+    bundle = _with_inputs(bundle, path, index, variant)
     if (path / "scheduler").is_dir():
-        bundle = _with_scheduler(bundle, _load_json(path / "scheduler" / "scheduler_config.json"))
+        bundle = _with_scheduler(bundle, load_json(path / "scheduler" / "scheduler_config.json"))
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
     side = bundle.notes.get("unet", {}).get("sample_size")
@@ -86,30 +92,49 @@ def _components(path: Path, index: Json) -> dict[str, str]:
     return found
 
 
-def _with_inputs(bundle: Bundle, path: Path, index: Json) -> Bundle:
+def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -> Bundle:
     """The bundle with conditioners for what its U-Net takes beside the latent."""
     if bundle.unet is None:
         return bundle
     conditioners = dict(bundle.conditioners)
-    if "low_res" in conditioners:  # which needs the pipeline's schedule
-        config = {**_LOW_RES, "num_train_timesteps": 1000}
-        if (path / "low_res_scheduler").is_dir():
-            config |= _load_json(path / "low_res_scheduler" / "scheduler_config.json")
-        if config["beta_schedule"] != "scaled_linear":
-            raise ValueError(f"{path}: a low_res_scheduler of {config['beta_schedule']!r}")
-        own = {
-            "max_noise_level": index.get("max_noise_level", 350),
-            "beta_start": config["beta_start"],
-            "beta_end": config["beta_end"],
-        }
-        part = conditioners["low_res"]
-        conditioners["low_res"] = Part({**part.fields, **own}, part.params)
-    else:
-        in_channels, _, _ = input_widths(bundle.unet)
-        conditioners |= conditioners_for(
-            in_channels, bundle.unet.fields["out_channels"], bool(conditioners)
-        )
+    if "low_res" in conditioners:
+        conditioners["low_res"] = _low_res_noised(conditioners["low_res"], path, index)
+    elif "clip_image" in conditioners:
+        conditioners["clip_image"] = _image_noised(conditioners["clip_image"], path, variant)
+    elif "class_label" not in conditioners:
+        in_channels, _, vector = input_widths(bundle.unet)
+        if vector is not None:
+            raise ValueError(f"{path}: what its U-Net's vector of {vector} numbers is isn't known")
+        out_channels = bundle.unet.fields["out_channels"]
+        conditioners |= conditioners_for(in_channels, out_channels, bool(conditioners))
     return replace(bundle, conditioners=conditioners)
+
+
+def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
+    """The upscaler's small picture, as its pipeline noises it."""
+    config = {**_LOW_RES, "num_train_timesteps": 1000}
+    if (path / "low_res_scheduler").is_dir():
+        config |= load_json(path / "low_res_scheduler" / "scheduler_config.json")
+    if config["beta_schedule"] != "scaled_linear":
+        raise ValueError(f"{path}: a low_res_scheduler of {config['beta_schedule']!r}")
+    own = {
+        "max_noise_level": index.get("max_noise_level", 350),
+        "beta_start": config["beta_start"],
+        "beta_end": config["beta_end"],
+    }
+    return Part({**part.fields, **own}, part.params)
+
+
+def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
+    """unCLIP's picture, whose embedding is noised between two changes of scale."""
+    config = load_json(path / "image_noising_scheduler" / "scheduler_config.json")
+    if config.get("beta_schedule") != _COSINE:
+        raise ValueError(f"{path}: an image_noising_scheduler of {config.get('beta_schedule')!r}")
+    weights, tensors = open_weights(path / "image_normalizer", variant)
+    shapes = dict.fromkeys(clip_image.STATISTICS, (part.fields["projection_dim"],))
+    found = read_tensors(clip_image.statistics_table(), shapes, tensors, str(weights))
+    fields = {**part.fields, "num_levels": config.get("num_train_timesteps", 1000)}
+    return Part(fields, {**part.params, **found}, part.unused)
 
 
 def _with_scheduler(bundle: Bundle, config: Json) -> Bundle:
@@ -134,89 +159,8 @@ def _merge(whole: Bundle, part: Bundle) -> Bundle:
     return replace(whole, **own)
 
 
-def _read_component(path: Path, variant: str | None) -> Bundle:
-    config = _load_json(path / "config.json")
-    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
-    read = lookup(COMPONENTS, name, f"component in {path}")
-    weights = find_weights(path, STEMS, variant)
-    if weights is None:
-        raise ValueError(f"{path} has a config.json but no weights ({' or '.join(STEMS)} …)")
-    try:
-        return read(weights, {**config, "_class_name": name}, open_tensors(weights).tensors)
-    except KeyError as error:
-        raise ValueError(f"{path / 'config.json'} does not say {error}") from error
-
-
-def _load_json(path: Path) -> Json:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"can't read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"can't read {path}: not a JSON object")
-    return content
-
-
-def _read_autoencoder(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields = autoencoder.fields_from_diffusers(config)
-    table, tree = autoencoder.diffusers_table(fields), autoencoder.shapes(fields)
-    part = read_part(where, fields, table, tree, autoencoder.with_new_names(tensors))
-    # Old files don't say: Stable Diffusion's 0.18215, and 1 for the paper's VQ models.
-    scale = config.get("scaling_factor", 1.0 if config["_class_name"] == "VQModel" else 0.18215)
-    size = config.get("sample_size")
-    return Bundle(
-        autoencoder=part,
-        scale_factor=scale,
-        shift=config.get("shift_factor") or 0.0,
-        image_size=size if isinstance(size, int) else 256,
-        notes={"autoencoder": config},
-    )
-
-
-def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields = unet.fields_from_diffusers(config)
-    linear, own = bool(config.get("use_linear_projection", False)), dict(tensors)
-    in_channels, out_channels = config["in_channels"], config["out_channels"]
-    conditioners = {}
-    if config.get("num_class_embeds") and "class_embedding.weight" in own:
-        levels = own.pop("class_embedding.weight")
-        conditioners = conditioners_for(in_channels, out_channels, True, levels)
-    tree = unet.shapes(fields, in_channels, config.get("cross_attention_dim"), None)
-    part = read_part(where, fields, unet.diffusers_table(fields, linear), tree, own)
-    notes = {"linear_projections": linear, "unet": config}
-    return Bundle(unet=part, conditioners=conditioners, notes=notes)
-
-
-def _read_bert(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields = text.fields_from_diffusers(config)
-    table, tree = text.diffusers_table(fields), text.shapes(fields)
-    part = read_part(where, fields, table, tree, tensors, text.UNUSED)
-    return Bundle(conditioners={"text": part}, notes={"text": config})
-
-
-def _read_clip(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
-    fields = clip_text.fields_from_config(config)
-    table, tree = clip_text.transformers_table(fields), clip_text.shapes(fields)
-    own = below(tensors, prefix)
-    part = read_part(where, fields, table, tree, own, clip_text.unused(fields))
-    notes = {"clip_text": config, "clip_text_prefix": prefix}
-    return Bundle(conditioners={"clip_text": part}, notes=notes)
-
-
-COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
-    "AutoencoderKL": _read_autoencoder,
-    "VQModel": _read_autoencoder,
-    "UNet2DModel": _read_unet,
-    "UNet2DConditionModel": _read_unet,
-    "LDMBertModel": _read_bert,
-    "CLIPTextModel": _read_clip,
-}
-
-
 # --------------------------------------------------------------------------------------- writing
 
-VERSION = "0.30.0"  # of diffusers, whose names for settings these are
 PIPELINES = {  # by the conditioners; those of the paper say `vqvae` and `bert`
     (): "LDMPipeline",
     ("low_res",): "LDMSuperResolutionPipeline",
@@ -224,8 +168,12 @@ PIPELINES = {  # by the conditioners; those of the paper say `vqvae` and `bert`
     ("clip_text",): "StableDiffusionPipeline",
     ("clip_text", "masked_image"): "StableDiffusionInpaintPipeline",
     ("clip_text", "depth"): "StableDiffusionDepth2ImgPipeline",
-    ("clip_text", "low_res"): "StableDiffusionUpscalePipeline",
+    ("clip_text", "low_res"): UPSCALE,
+    ("clip_image", "clip_text"): UNCLIP,
 }
+_LIBRARIES = {"text": "latent_diffusion"} | dict.fromkeys(
+    ("clip_text", "clip_image"), "transformers"
+)
 _LENGTH = 77  # tokens that LDMTextToImagePipeline makes of every prompt
 # Arguments of a pipeline that we have nothing for.
 _ABSENT = {
@@ -233,7 +181,7 @@ _ABSENT = {
     "StableDiffusionInpaintPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionImg2ImgPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionDepth2ImgPipeline": ("depth_estimator", "feature_extractor"),
-    "StableDiffusionUpscalePipeline": ("safety_checker", "feature_extractor", "watermarker"),
+    UPSCALE: ("safety_checker", "feature_extractor", "watermarker"),
 }
 
 
@@ -244,57 +192,61 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     ours becomes one of the tokenizers library.
     """
     bundle = with_folded_scale(bundle)
+    table = table_of(bundle.conditioners)
     parts = [name for name, part in bundle.parts() if part.params]
+    if table is not None:  # which is the U-Net's
+        parts = [name for name in parts if name not in ("low_res", "class_label")]
     if not parts:
         raise ValueError("there is nothing to save: the model is empty")
     if len(parts) == 1:
-        _write_component(bundle, parts[0], path, progress)
+        write_component(bundle, parts[0], path, progress)
         return
     pipeline = _pipeline(bundle)
     index: Json = {"_class_name": pipeline, "_diffusers_version": VERSION}
     names = _folders(pipeline)
     for name in parts:
-        if name == "low_res":  # a table of the U-Net's, and a schedule
-            continue
-        config = _write_component(bundle, name, path / names[name], progress)
+        config = write_component(bundle, name, path / names[name], progress)
         kind = config.get("_class_name") or config["architectures"][0]
-        library = {"text": "latent_diffusion", "clip_text": "transformers"}.get(name, "diffusers")
-        index[names[name]] = [library, kind]
+        index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
     settings = bundle.notes.get("scheduler") or scheduler.to_diffusers(bundle.diffusion)
-    _save_json(path / "scheduler" / "scheduler_config.json", settings)
+    save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None:
         kind = tokenizers.write_tokenizer(bundle.tokenizer, path / "tokenizer")
         index["tokenizer"] = ["transformers", kind]
     elif bundle.conditioners.keys() & {"text", "clip_text"}:
         index["tokenizer"] = [None, None]
-    if pipeline == "StableDiffusionUpscalePipeline":
+    if pipeline == UPSCALE:
         index |= _write_low_res(bundle.conditioners["low_res"].fields, path)
+    if pipeline == UNCLIP:
+        index |= _write_image_noising(bundle.conditioners["clip_image"], path)
     index |= {name: [None, None] for name in _ABSENT.get(pipeline, ())}
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
-    _save_json(path / "model_index.json", index)
+    save_json(path / "model_index.json", index)
 
 
 def _pipeline(bundle: Bundle) -> str:
     """The class that runs the model: the one it came from, or one for its conditioners."""
     if "pipeline" in bundle.notes:
         return bundle.notes["pipeline"]
-    kind = lookup(
-        {" + ".join(key): name for key, name in PIPELINES.items()},
-        " + ".join(sorted(bundle.conditioners)),
-        "combination of conditioners for a pipeline of diffusers",
-    )
-    if kind == "LDMTextToImagePipeline" and bundle.conditioners["text"].fields["max_length"] != 77:
-        return "StableDiffusionPipeline"  # which asks the tokenizer for the length
-    return kind
+    conditioners = tuple(sorted(bundle.conditioners))
+    if conditioners not in PIPELINES:
+        known = ", ".join(" + ".join(names) or "nothing" for names in PIPELINES)
+        raise ValueError(
+            f"diffusers has no pipeline for models conditioned by {' + '.join(conditioners)}, only "
+            f"by {known}; save it as orbax"
+        )
+    if conditioners == ("text",) and bundle.conditioners["text"].fields["max_length"] != _LENGTH:
+        return PIPELINES["clip_text",]  # which asks the tokenizer for the length
+    return PIPELINES[conditioners]
 
 
 def _folders(pipeline: str) -> dict[str, str]:
     if pipeline.startswith("LDM"):
         return {"autoencoder": "vqvae", "unet": "unet", "text": "bert"}
-    encoder = "text_encoder"
-    return {"autoencoder": "vae", "unet": "unet", "clip_text": encoder, "text": encoder}
+    encoders = {"clip_text": "text_encoder", "text": "text_encoder", "clip_image": "image_encoder"}
+    return {"autoencoder": "vae", "unet": "unet", **encoders}
 
 
 def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:
@@ -306,79 +258,34 @@ def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:
         **_LOW_RES,
         **{name: fields[name] for name in ("beta_start", "beta_end") if name in fields},
     }
-    _save_json(path / "low_res_scheduler" / "scheduler_config.json", config)
+    save_json(path / "low_res_scheduler" / "scheduler_config.json", config)
     return {
         "low_res_scheduler": ["diffusers", "DDPMScheduler"],
         "max_noise_level": fields.get("max_noise_level", 350),
     }
 
 
-def as_component(bundle: Bundle, name: str) -> "Written":
-    """config.json, tensors (still unread) and file stem of one of a bundle's parts."""
-    config, tensors, stem = lookup(_WRITERS, name, "part in a folder of diffusers")(bundle)
-    config = {**config, **bundle.notes.get(name, {})}  # what it said when it was read
-    if "architectures" not in config:
-        config.setdefault("_diffusers_version", VERSION)
-    else:
-        config.pop("_class_name", None)
-    return config, tensors, stem
-
-
-def _write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -> Json:
-    config, tensors, stem = as_component(bundle, name)
-    _save_json(path / "config.json", config)
-    write_safetensors(path / f"{stem}.safetensors", tensors, progress=progress)
-    return config
-
-
-Written = tuple[Json, dict[str, Tensor], str]
-
-
-def _write_autoencoder(bundle: Bundle) -> Written:
-    assert bundle.autoencoder is not None
-    fields = bundle.autoencoder.fields
-    config = autoencoder.diffusers_from_fields(fields, bundle.image_size)
-    config["scaling_factor"] = float(bundle.scale_factor)
-    tensors = write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)
-    return config, tensors, STEMS[0]
-
-
-def _write_unet(bundle: Bundle) -> Written:
-    assert bundle.unet is not None
-    fields, linear = bundle.unet.fields, bundle.linear_projections
-    in_channels, context, _ = input_widths(bundle.unet)
-    side = bundle.image_size // bundle.downsampling
-    config = unet.diffusers_from_fields(fields, in_channels, context, linear, side)
-    tensors = write_tensors(unet.diffusers_table(fields, linear), bundle.unet.params)
-    low_res = bundle.conditioners.get("low_res")
-    if low_res is not None and NOISE_LEVEL in low_res.params:
-        tensors["class_embedding.weight"] = low_res.params[NOISE_LEVEL]
-        config["num_class_embeds"] = low_res.params[NOISE_LEVEL].shape[0]
-    return config, tensors, STEMS[0]
-
-
-def _write_text(bundle: Bundle) -> Written:
-    part = bundle.conditioners["text"]
-    tensors = write_tensors(text.diffusers_table(part.fields), part.params)
-    tensors |= text.head(part)  # diffusers' class insists on it
-    return text.diffusers_from_fields(part.fields), tensors, "model"
-
-
-def _write_clip(bundle: Bundle) -> Written:
-    part = bundle.conditioners["clip_text"]
-    prefix = bundle.notes.get("clip_text_prefix", "text_model.")
-    tensors = {prefix + n: t for n, t in clip_text.transformers_tensors(part).items()}
-    return clip_text.config_from_fields(part.fields), tensors, "model"
-
-
-_WRITERS: dict[str, Callable[[Bundle], Written]] = {
-    "autoencoder": _write_autoencoder,
-    "unet": _write_unet,
-    "text": _write_text,
-    "clip_text": _write_clip,
-}
-
-
-def _save_json(path: Path, content: Json) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_image_noising(part: Part, path: Path) -> Json:
+    """What surrounds unCLIP's image encoder; returns what the index says of it."""
+    fields = part.fields
+    statistics = {name: part.params[name] for name in clip_image.STATISTICS}
+    tensors = write_tensors(clip_image.statistics_table(), statistics)
+    kind, folder = "StableUnCLIPImageNormalizer", path / "image_normalizer"
+    own = {"_class_name": kind, "_diffusers_version": VERSION}
+    save_json(folder / "config.json", {**own, "embedding_dim": fields["projection_dim"]})
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    own["_class_name"] = "DDPMScheduler"
+    schedule = {"num_train_timesteps": fields["num_levels"], "beta_schedule": _COSINE}
+    save_json(path / "image_noising_scheduler" / "scheduler_config.json", {**own, **schedule})
+    side = fields["image_size"]
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+    save_json(path / "feature_extractor" / "preprocessor_config.json", processor)
+    return {
+        "image_normalizer": ["stable_diffusion", kind],
+        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }

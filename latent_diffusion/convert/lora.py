@@ -5,7 +5,7 @@ with a block-diagonal B, and come apart again by its zeros.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,18 @@ _OLD = (
     (r"^text_encoder\.(?=encoder\.)", "text_encoder.text_model."),
     (r"^lora_te1_", "lora_te_"),
 )
+
+
+def read_weights(entries: Sequence[str]) -> dict[str, float]:
+    """Weights by file, from what a user writes: "FILE:0.8", or "FILE" for 1."""
+    weights = {}
+    for entry in entries:
+        file, colon, weight = entry.rpartition(":")
+        try:
+            weights[file if colon else entry] = float(weight) if colon else 1.0
+        except ValueError as error:
+            raise ValueError(f"--lora={entry}: write FILE or FILE:WEIGHT") from error
+    return weights
 
 
 def _modules(bundle: Bundle) -> Iterator[tuple[str, Pair]]:

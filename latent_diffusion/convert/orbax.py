@@ -1,6 +1,5 @@
 """Our own format: a workdir, as training leaves it, but with nothing to resume."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion import workdir
-from latent_diffusion.checkpoint import Checkpointer
+from latent_diffusion.checkpoint import Checkpointer, Lazy
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.lora import merged
 from latent_diffusion.convert.tensors import Tensor
@@ -25,9 +24,11 @@ def read_orbax(directory: Path) -> Bundle:
     """Read a workdir: its averaged parameters, and its first stage."""
     config = workdir.load_config(directory)
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
-    bundle = Bundle(image_size=config.data.image_size, notes=dict(config.get("origin", {})))
+    notes = config.origin.to_dict() if "origin" in config else {}
+    bundle = Bundle(image_size=config.data.image_size, notes=notes)
     if config.task == "autoencoding" and not (directory / workdir.FIRST_STAGE).exists():
-        params = workdir.load_autoencoder_params(directory, config)
+        entry = "ema_params" if config.ema_decay else "params"
+        params = workdir.open_entry(directory, entry)["autoencoder"]
         return replace(bundle, autoencoder=as_part(fields, params))
     if fields:
         first_stage = workdir.load_first_stage(directory, make_autoencoder(fields))
@@ -40,7 +41,7 @@ def read_orbax(directory: Path) -> Bundle:
 
 
 def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle:
-    params = workdir.load_entry(directory, "ema_params")
+    params = workdir.open_entry(directory, "ema_params")
     if config.get("lora", {}).get("rank"):
         return _adapted(bundle, directory, config, params["lora"])
     tokenizer = None
@@ -94,7 +95,12 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
 
 
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
-    """Write a workdir that `load` and `--config.first_stage.path` take."""
+    """Write a workdir that `load` and `--config.first_stage.path` take.
+
+    Raises ValueError for a model without first stage and denoiser.
+    """
+    if bundle.unet is None and bundle.autoencoder is None:
+        raise ValueError("a workdir holds a first stage or a denoiser; this model has neither")
     config: dict[str, Any] = {
         "task": "autoencoding" if bundle.unet is None else "denoising",
         "ema_decay": 0.0,
@@ -114,9 +120,8 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
     workdir.save_config(ConfigDict(config), path)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(path / workdir.TOKENIZER)
-    with Checkpointer(path / "checkpoints", copy=False) as checkpoints:
-        checkpoints.save(0, _state(bundle))
-    progress(sum(t.size for name, t in _checkpointed(bundle)))
+    with Checkpointer(path / "checkpoints", lazy=True) as checkpoints:
+        checkpoints.save(0, _state(bundle, progress))
 
 
 def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
@@ -132,25 +137,28 @@ def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
         progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
 
 
-def _state(bundle: Bundle) -> dict[str, Any]:
+def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
     """The checkpoint's tree, still in the file it came from."""
+
+    def lazy(part: Part) -> Any:
+        return unflatten_dict({k: _lazy(t, progress) for k, t in part.params.items()}, sep="/")
+
     if bundle.unet is None:
-        return {"params": {"autoencoder": _views(bundle.autoencoder)}}
-    conditioner = {name: _views(part) for name, part in bundle.conditioners.items()}
-    return {"ema_params": {"unet": _views(bundle.unet), "conditioner": conditioner}}
+        assert bundle.autoencoder is not None
+        return {"params": {"autoencoder": lazy(bundle.autoencoder)}}
+    conditioner = {name: lazy(part) for name, part in bundle.conditioners.items()}
+    return {"ema_params": {"unet": lazy(bundle.unet), "conditioner": conditioner}}
 
 
-def _views(part: Part | None) -> Any:
-    """The parameters as float32, mapped from their file where they are that already."""
-    assert part is not None
-    arrays = {k: np.asarray(t.astype(np.float32).read()) for k, t in part.params.items()}
-    return unflatten_dict(arrays, sep="/")
+def _lazy(tensor: Tensor, progress: Any) -> Lazy:
+    """It is read twice, for its fingerprint and to be written: each counts a half."""
+    tensor = tensor.astype(np.float32)
 
+    def read() -> np.ndarray:
+        progress(tensor.size / 2)
+        return tensor.read()
 
-def _checkpointed(bundle: Bundle) -> Iterator[tuple[str, Tensor]]:
-    for name, part in bundle.parts():
-        if name != "autoencoder" or bundle.unet is None:
-            yield from part.params.items()
+    return Lazy(tensor.shape, tensor.dtype, read)
 
 
 def _plain(fields: Any) -> dict[str, Any]:

@@ -117,6 +117,11 @@ def below(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return under or dict(source)
 
 
+def matching(patterns: Sequence[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose whole name is matched by one of the regular expressions."""
+    return {n: t for n, t in source.items() if any(re.fullmatch(p, n) for p in patterns)}
+
+
 class Pair(NamedTuple):
     """One of our parameters and the tensors of theirs that hold it."""
 
@@ -179,7 +184,7 @@ def read_tensors(
             integers.append(f"{pair.ours} ← {pair.theirs[0]} {parts[0].dtype}")
             continue
         ours[pair.ours] = _derived(pair.layout.read, parts, got)
-    left = {name for name in left if not any(re.fullmatch(p, name) for p in ignored)}
+    left -= matching(ignored, source).keys()
     problems = {
         "missing": missing,
         "of another shape": wrong,

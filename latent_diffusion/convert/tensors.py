@@ -180,14 +180,15 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write tensors one at a time, in order of their names; `progress` is told the elements done.
+    """Write tensors one at a time, in the order given; `progress` is told the elements done.
 
-    Atomic: the file appears complete or not at all.
+    In the file they lie in the order of their names. Atomic: it appears complete or not at all.
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
+    offset, places = 0, {}
     for name, tensor in sorted(tensors.items()):
+        places[name] = offset
         stop = offset + tensor.size * tensor.dtype.itemsize
         header[name] = {
             "dtype": kinds[tensor.dtype],
@@ -202,7 +203,8 @@ def write_safetensors(
     try:
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in sorted(tensors.items()):
+            for name, tensor in tensors.items():
+                file.seek(8 + len(text) + places[name])
                 _write(file, tensor)
                 progress(tensor.size)
         os.replace(partial, path)

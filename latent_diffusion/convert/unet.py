@@ -11,6 +11,7 @@ from latent_diffusion.models.unet import UNet
 from latent_diffusion.types import Conditioning
 
 Fields = dict[str, Any]
+Widths = tuple[int, int | None, int | None]  # channels, of the context, of the vector
 
 _RES = (  # ours, the original's, diffusers', kind
     ("in_layers_0", "in_layers.0", "norm1", "norm"),
@@ -256,14 +257,13 @@ def fields_from_yaml(params: Mapping[str, Any]) -> Fields:
 
 def yaml_from_fields(
     fields: Mapping[str, Any],
-    in_channels: int,
-    context: int | None,
+    widths: Widths,
     linear_projections: bool,
     image_size: int,
 ) -> dict[str, Any]:
     """The inverse of `fields_from_yaml`, with the original's class: ValueError where it has none.
 
-    image_size: of the latents.
+    widths: of its inputs. image_size: of the latents.
     """
     module = UNet(**fields)
     if module.num_groups != 32:
@@ -274,7 +274,7 @@ def yaml_from_fields(
     params = {name: getattr(module, name) for name in _SAME_IN_YAML}
     params.update(
         image_size=image_size,
-        in_channels=in_channels,
+        in_channels=widths[0],
         channel_mult=list(module.channel_mult),
         attention_resolutions=list(module.attention_resolutions),
         use_checkpoint=module.remat != "none",
@@ -287,13 +287,15 @@ def yaml_from_fields(
     if module.transformer_depth:
         params["use_spatial_transformer"] = True
         params["transformer_depth"] = module.transformer_depth
-        params["context_dim"] = context
+        params["context_dim"] = widths[1]
         if linear_projections:
             params["use_linear_in_transformer"] = True
     else:
         params["use_new_attention_order"] = not module.legacy_qkv_order
     if any(module.disable_self_attentions):
         params["disable_self_attentions"] = list(module.disable_self_attentions)
+    if module.vector_projection:
+        params |= {"num_classes": "sequential", "adm_in_channels": widths[2]}
     if module.num_codes:
         params["n_embed"] = module.num_codes
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
@@ -311,7 +313,6 @@ _FIXED = {  # settings of diffusers' that our U-Net has one value of
     "time_embedding_type": "positional",
     "time_embedding_dim": None,
     "add_attention": True,
-    "attn_norm_num_groups": None,
     "dual_cross_attention": False,
     "encoder_hid_dim": None,
     "addition_embed_type": None,
@@ -324,7 +325,6 @@ _FIXED = {  # settings of diffusers' that our U-Net has one value of
     "attention_type": "default",
     "mid_block_only_cross_attention": None,
     "reverse_transformer_layers_per_block": None,
-    "class_embed_type": None,
 }
 
 
@@ -336,6 +336,8 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
             raise ValueError(f"{name}.{key}={config[key]!r}; supported: {value!r}")
     if config.get("act_fn", "silu") not in ("silu", "swish"):
         raise ValueError(f"{name}.act_fn={config['act_fn']!r}; supported: silu")
+    if (embed_type := config.get("class_embed_type")) not in (None, "projection"):
+        raise ValueError(f"{name}.class_embed_type={embed_type!r}; supported: None, 'projection'")
     kinds = config["down_block_types"]
     attends = ["Attn" in kind for kind in kinds]
     resample = [k.startswith("Resnet") for k in kinds] + [config.get("downsample_type") == "resnet"]
@@ -349,9 +351,11 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
         "resblock_updown": any(resample),
         "num_groups": config["norm_num_groups"],
         "dropout": config.get("dropout", 0.0),
+        "vector_projection": embed_type == "projection",
     }
     heads: Any = config.get("attention_head_dim")
     if name == "UNet2DModel":
+        _check_middle_norm(config, fields["use_scale_shift_norm"])
         # One head where nothing is said; else the width of a head.
         own = {"num_heads": 1} if heads is None else {"num_head_channels": heads}
         return {**fields, "transformer_depth": 0, **own}
@@ -369,6 +373,17 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
     return {**fields, "num_head_channels": head_channels.pop()}
 
 
+def _check_middle_norm(config: Mapping[str, Any], scale_shift: bool) -> None:
+    """The attention in the middle has a norm like the others', unless diffusers leaves it out."""
+    groups = config["norm_num_groups"]
+    given = config.get("attn_norm_num_groups") or (None if scale_shift else groups)
+    if given != groups:
+        raise ValueError(
+            f"UNet2DModel.attn_norm_num_groups={given} with {groups} groups in other norms; "
+            f"supported: {groups}"
+        )
+
+
 def _single(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key, default)
     if isinstance(value, list | tuple):
@@ -380,20 +395,19 @@ def _single(config: Mapping[str, Any], key: str, default: int | None = None) -> 
 
 def diffusers_from_fields(
     fields: Mapping[str, Any],
-    in_channels: int,
-    context: int | None,
+    widths: Widths,
     linear_projections: bool,
     image_size: int,
 ) -> dict[str, Any]:
     """A config.json for UNet2DModel or UNet2DConditionModel; ValueError where neither fits.
 
-    image_size: of the latents.
+    widths: of its inputs. image_size: of the latents.
     """
     module = UNet(**fields)
-    if module.vector_projection or module.num_codes:
-        raise ValueError("diffusers export of a U-Net with vector_projection or num_codes")
-    widths = [mult * module.model_channels for mult in module.channel_mult]
-    attends = [_attends(module, level) for level in range(len(widths))]
+    if module.num_codes:
+        raise ValueError("diffusers has no U-Net that predicts codes (num_codes)")
+    outputs = [mult * module.model_channels for mult in module.channel_mult]
+    attends = [_attends(module, level) for level in range(len(outputs))]
     conditional = module.transformer_depth > 0
     kind = ("CrossAttn" if conditional else "Attn", "")
     plain = "Resnet{}sample" if module.resblock_updown else "{}"
@@ -406,8 +420,8 @@ def diffusers_from_fields(
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel" if conditional else "UNet2DModel",
         "act_fn": "silu",
-        "attention_head_dim": _diffusers_heads(module, widths, attends),
-        "block_out_channels": widths,
+        "attention_head_dim": _diffusers_heads(module, outputs, attends),
+        "block_out_channels": outputs,
         "center_input_sample": False,
         "down_block_types": blocks("Down", attends),
         "up_block_types": blocks("Up", attends[::-1]),
@@ -415,7 +429,7 @@ def diffusers_from_fields(
         "dropout": module.dropout,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": in_channels,
+        "in_channels": widths[0],
         "layers_per_block": module.num_res_blocks,
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-5,
@@ -425,13 +439,21 @@ def diffusers_from_fields(
         "sample_size": image_size,
     }
     if not conditional:
+        if module.vector_projection:
+            raise ValueError("diffusers has no U-Net with vector_projection but no cross-attention")
         resample = "resnet" if module.resblock_updown else "conv"
-        return {**config, "downsample_type": resample, "upsample_type": resample}
-    config["cross_attention_dim"] = context
+        config |= {"downsample_type": resample, "upsample_type": resample}
+        if module.use_scale_shift_norm:  # see `_check_middle_norm`
+            config["attn_norm_num_groups"] = module.num_groups
+        return config
+    config["cross_attention_dim"] = widths[1]
     config["transformer_layers_per_block"] = module.transformer_depth
     config["use_linear_projection"] = linear_projections
     if any(module.disable_self_attentions):
         config["only_cross_attention"] = list(module.disable_self_attentions)
+    if module.vector_projection:
+        config["class_embed_type"] = "projection"
+        config["projection_class_embeddings_input_dim"] = widths[2]
     return config
 
 

@@ -26,7 +26,8 @@ class Keys(dict):
 
 def unet(
     mc=320, mult=(1, 2, 4, 4), attend=(4, 2, 1), cin=4, cout=4, context=None, depth=1,
-    linear=False, updown=False, scale_shift=False, cross_only=(), classes=None, blocks=2,
+    linear=False, updown=False, scale_shift=False, cross_only=(), classes=None, vector=None,
+    blocks=2,
 ):  # fmt: skip
     """openaimodel.UNetModel."""
     keys = Keys()
@@ -34,6 +35,9 @@ def unet(
     keys.add("time_embed.2", 4 * mc, 4 * mc)
     if classes:
         keys["label_emb.weight"] = (classes, 4 * mc)
+    if vector:
+        keys.add("label_emb.0.0", 4 * mc, vector)
+        keys.add("label_emb.0.2", 4 * mc, 4 * mc)
 
     def res(name, i, o):
         keys.add(f"{name}.in_layers.0", i)
@@ -124,6 +128,7 @@ UNETS = {
     ),
     "sd-v1": dict(context=768),
     "sd-v2": dict(context=1024, linear=True),
+    "sd-v2-unclip-h": dict(context=1024, linear=True, vector=2048),
     "sd-x4-upscaler": dict(
         mc=256, mult=(1, 2, 2, 4), attend=(2, 4, 8), cin=7, context=1024, linear=True,
         cross_only=(True, True, True, False), classes=1000,
@@ -234,8 +239,28 @@ def open_clip(width=1024, depth=24, projection=1024, vocabulary=49408):
     keys["model.logit_scale"] = ()
     keys.add("model.token_embedding", vocabulary, width, bias=False)
     keys.add("model.ln_final", width)
+    add_layers(keys, "model.transformer", width, depth)
+    return keys
+
+
+def open_clip_image(width=1280, depth=32, projection=1024, patch=14, side=224):
+    """Its other half, with what FrozenOpenCLIPImageEmbedder leaves of the text's."""
+    keys = Keys()
+    keys["visual.class_embedding"] = (width,)
+    keys["visual.positional_embedding"] = (1 + (side // patch) ** 2, width)
+    keys["visual.proj"] = (width, projection)
+    keys.add("visual.conv1", width, 3, patch, patch, bias=False)
+    keys.add("visual.ln_pre", width)
+    keys.add("visual.ln_post", width)
+    add_layers(keys, "visual.transformer", width, depth)
+    text = open_clip(depth=0)
+    return {**keys, **{name.removeprefix("model."): shape for name, shape in text.items()}}
+
+
+def add_layers(keys, transformer, width, depth):
+    """OpenCLIP's layers, which are torch's own attention and two linear maps."""
     for i in range(depth):
-        block = f"model.transformer.resblocks.{i}"
+        block = f"{transformer}.resblocks.{i}"
         keys.add(f"{block}.ln_1", width)
         keys.add(f"{block}.ln_2", width)
         keys[f"{block}.attn.in_proj_weight"] = (3 * width, width)
@@ -243,7 +268,6 @@ def open_clip(width=1024, depth=24, projection=1024, vocabulary=49408):
         keys.add(f"{block}.attn.out_proj", width, width)
         keys.add(f"{block}.mlp.c_fc", 4 * width, width)
         keys.add(f"{block}.mlp.c_proj", width, 4 * width)
-    return keys
 
 
 CONDITIONERS = {
@@ -251,6 +275,7 @@ CONDITIONERS = {
     "bert-1280": lambda: bert(1280, 32),
     "bert-layout": lambda: bert(512, 16, 8192, 92),
     "open-clip-h": open_clip,
+    "open-clip-h-image": open_clip_image,
 }
 
 
@@ -315,6 +340,16 @@ DIFFUSERS = {
             "attention_head_dim": (5, 10, 20, 20),
             "cross_attention_dim": 1024,
             "use_linear_projection": True,
+        }
+    ),
+    "diffusers-sd-v2-unclip-h-unet": lambda: diffusers.UNet2DConditionModel(
+        **{
+            **SD_UNET,
+            "attention_head_dim": (5, 10, 20, 20),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 2048,
         }
     ),
     "diffusers-sd-x4-upscaler-unet": lambda: diffusers.UNet2DConditionModel(

@@ -59,6 +59,7 @@ PLAIN = dict(
     in_channels=3,
     out_channels=3,
 )
+UPSCALER = dict(in_channels=7, num_class_embeds=9, use_linear_projection=True)
 COMPONENTS = {
     "kl": lambda: diffusers.AutoencoderKL(**KL),
     "vq": lambda: diffusers.VQModel(**VQ),
@@ -69,7 +70,16 @@ COMPONENTS = {
     "unet-crossed": lambda: diffusers.UNet2DConditionModel(
         **{**UNET, "only_cross_attention": (True, False)}
     ),
+    "unet-inpainting": lambda: diffusers.UNet2DConditionModel(**{**UNET, "in_channels": 9}),
+    "unet-classes": lambda: diffusers.UNet2DConditionModel(**UNET, num_class_embeds=5),
+    "unet-upscaler": lambda: diffusers.UNet2DConditionModel(
+        **UNET, **UPSCALER, only_cross_attention=(True, False)
+    ),
+    "unet-unclip": lambda: diffusers.UNet2DConditionModel(
+        **UNET, class_embed_type="projection", projection_class_embeddings_input_dim=6
+    ),
     "plain": lambda: diffusers.UNet2DModel(**PLAIN),
+    "plain-classes": lambda: diffusers.UNet2DModel(**PLAIN, num_class_embeds=5),
     "plain-updown": lambda: diffusers.UNet2DModel(
         **{
             **PLAIN,
@@ -78,6 +88,7 @@ COMPONENTS = {
             "downsample_type": "resnet",
             "upsample_type": "resnet",
             "resnet_time_scale_shift": "scale_shift",
+            "attn_norm_num_groups": 8,
         }
     ),
 }
@@ -122,6 +133,27 @@ def draw(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+def check_unet(model, theirs):
+    """All that the network can be told: text, further channels, classes, levels, vectors."""
+    config, told, kwargs = theirs.config, {}, {}
+    x, numbers = draw(0, 2, 8, 8, config.in_channels), jnp.array([1, 4])
+    z_t, concat = x[..., : config.out_channels], x[..., config.out_channels :]
+    if concat.size:
+        told["concat"] = concat
+    if config.get("cross_attention_dim"):
+        told["context"] = draw(1, 2, 5, 24)
+        kwargs["encoder_hidden_states"] = torch.from_numpy(np.array(told["context"]))
+    if config.get("num_class_embeds"):
+        batch = {"class_label": numbers, "noise_level": numbers, "low_res": concat}
+        told["vector"] = model.denoiser.condition(batch, jnp.zeros(2, bool)).vector
+        kwargs["class_labels"] = torch.from_numpy(np.array(numbers)).long()
+    if config.get("class_embed_type"):
+        told["vector"] = draw(2, 2, config.projection_class_embeddings_input_dim)
+        kwargs["class_labels"] = torch.from_numpy(np.array(told["vector"]))
+    want = theirs(to_torch(x), torch.tensor([3, 777]), **kwargs).sample
+    close(model.denoise(z_t, jnp.array([3, 777]), ldm.Conditioning(**told)), to_numpy(want))
+
+
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_components(name, tmp_path):
     torch.manual_seed(1)
@@ -140,13 +172,7 @@ def test_components(name, tmp_path):
             latents = draw(1, 2, 8, 8, z.shape[1])
             close(model.decode(latents), to_numpy(theirs.decode(to_torch(latents) / scale).sample))
         else:
-            z_t, t = draw(0, 2, 8, 8, theirs.config.in_channels), jnp.array([3, 777])
-            args, conditioning = [to_torch(z_t), torch.tensor([3, 777])], None
-            if name.startswith("unet"):
-                context = draw(1, 2, 5, 24)
-                conditioning = ldm.Conditioning(context=context)
-                args.append(torch.from_numpy(np.array(context)))
-            close(model.denoise(z_t, t, conditioning), to_numpy(theirs(*args).sample))
+            check_unet(model, theirs)
     model.save(tmp_path / "ours", format="diffusers")
     assert_same_tensors(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
     again = type(theirs).from_pretrained(tmp_path / "ours")

@@ -25,10 +25,15 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (  # 
     LDMBertConfig,
     LDMBertModel,
 )
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (  # noqa: E402
+    StableUnCLIPImageNormalizer,
+)
+from ml_collections import ConfigDict  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 import latent_diffusion as ldm  # noqa: E402
-from latent_diffusion import convert  # noqa: E402
+from configs import default  # noqa: E402
+from latent_diffusion import convert, loop  # noqa: E402
 from latent_diffusion import model as model_module  # noqa: E402
 from latent_diffusion.convert import autoencoder as autoencoder_  # noqa: E402
 from latent_diffusion.convert import text  # noqa: E402
@@ -315,6 +320,55 @@ def test_upscaling(tmp_path, monkeypatch):
     check(sample(model, low_res=low_res, noise_level=30, z_T=z_T), theirs.images)
 
 
+def test_variations_of_a_picture(tmp_path, monkeypatch):
+    side, width = 12, 10  # of what CLIP sees; of its embedding
+    torch.manual_seed(10)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=side, patch_size=4, projection_dim=width,
+    )  # fmt: skip
+    normalizer = StableUnCLIPImageNormalizer(width)
+    with torch.no_grad():
+        normalizer.mean += 0.3 * torch.randn(1, width)
+        normalizer.std += 0.3 * torch.rand(1, width)
+    unet = make_unet(class_embed_type="projection", projection_class_embeddings_input_dim=2 * width)
+    pipeline, model = stable(
+        diffusers.StableUnCLIPImg2ImgPipeline, tmp_path, unet,
+        image_encoder=randomised(transformers.CLIPVisionModelWithProjection(vision), 10, 0.3),
+        feature_extractor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        image_normalizer=normalizer,
+        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+    )  # fmt: skip
+    image, z_T = np.tanh(draw(1, 2, side, side, 3)), draw(0, 2, SIDE, SIDE, 4)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(image_keys(2), model_module.CONDITIONS)
+    _, noise = split_per_example(keys, 2)
+    noise = torch.from_numpy(np.array(normal_per_example(noise, (width,))))
+    monkeypatch.setattr(
+        sys.modules[type(pipeline).__module__], "randn_tensor", lambda shape, **_: noise
+    )
+    processor = pipeline.feature_extractor
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std)
+    )
+    theirs = pipeline(
+        (picture(image) - mean) / std, PROMPTS, noise_level=200, latents=to_torch(z_T),
+        num_inference_steps=20, output_type="np", height=SIDE * F, width=SIDE * F,
+    )  # fmt: skip
+    ours = sample(model, image=image, noise_level=200, z_T=z_T)
+    check(ours, theirs.images)
+    assert np.abs(ours - sample(model, image=image, z_T=z_T)).max() > 1 / 255  # level 0
+    # diffusers reads what we write of it.
+    model.save(tmp_path / "ours", format="diffusers")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    for name in ("image_encoder", "image_normalizer", "unet"):
+        want = getattr(pipeline, name).state_dict()
+        for key, value in getattr(again, name).state_dict().items():
+            assert torch.equal(value, want[key]), key
+    assert again.feature_extractor.crop_size == processor.crop_size
+
+
 def bert_pipeline(folder, scheduler, vae):
     words = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "two",
              "dog", "##s", ",", "far", "away"]  # fmt: skip
@@ -410,6 +464,43 @@ def test_adaptations(kind, tmp_path):
     ours = sample(adapted, z_T=z_T)
     check(ours, theirs.images)
     assert np.abs(ours - plain).max() > 0.05
+
+
+def adapting(folder, model):
+    """A short training of factors beside the attention of both networks of a pipeline's folder."""
+    config, bundle = default.get_config(), convert.bundle_of(model)
+    config.update_from_flattened_dict({
+        "init_from": str(folder), "tokenizer.name": "clip", "tokenizer.max_length": 24,
+        "tokenizer.path": str(folder / "tokenizer"), "data.image_size": SIDE * F,
+        "batch_size": 8, "num_steps": 3, "log.every_steps": 1, "log.images_every_steps": 0,
+        "log.eval_batches": 1, "log.num_images": 1, "sampling.num_steps": 2,
+        "optimizer.learning_rate": 0.05, "lora.rank": 2, "lora.alpha": 3.0,
+        "lora.targets": (r"unet/.*attn\d/to_", r"clip_text/.*self_attn/(qkv|out_proj)"),
+    })  # fmt: skip
+    unet = {k: v for k, v in bundle.unet.fields.items() if k in config.unet}
+    config.unet.update(unet)
+    config.conditioners = ConfigDict({"clip_text": dict(bundle.conditioners["clip_text"].fields)})
+    config.diffusion.update(bundle.diffusion)
+    return config
+
+
+def test_adaptations_that_we_train(tmp_path):
+    pytest.importorskip("peft")
+    pipeline, model = stable(diffusers.StableDiffusionPipeline, tmp_path, make_unet(), **ABSENT)
+    loop.train(adapting(tmp_path / "pipeline", model), tmp_path / "run")
+    z_T = draw(0, 2, SIDE, SIDE, 4)
+    options = {**model.defaults, "num_steps": 20}
+    ours = sample(ldm.load(tmp_path / "run"), z_T=z_T, **options)
+    assert np.abs(ours - sample(model, z_T=z_T)).max() > 0.05
+    for kind in ("lora", "kohya"):
+        file = tmp_path / f"{kind}.safetensors"
+        convert.write(convert.read(tmp_path / "run"), file, kind)
+        pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+        theirs = pipeline(PROMPTS, latents=to_torch(z_T), num_inference_steps=20, output_type="np")
+        check(ours, theirs.images)
+        pipeline.unload_lora_weights()
+        merged = ldm.load(tmp_path / "pipeline", lora={file: 1.0})
+        check(sample(merged, z_T=z_T), theirs.images)
 
 
 def make_own():
