@@ -89,7 +89,7 @@ def test_losses_are_means_by_example():
 
 @pytest.mark.parametrize(
     ("name", "kind", "expected"),
-    [  # fact sheet §12
+    [  # the published formulas in float64
         ("elbo", "eps", [0.50337056, 0.50337056, 0.05186331, 0.00453382, 0.00994535]),
         ("elbo_original", "eps", [0.50337056, 0.50337056, 0.05186331, 0.00453382, 0.00994535]),
         ("elbo_original", "x0", [0.49775201, 0.49775201, 0.48758739, 0.09032146, 0.00298249]),
@@ -102,7 +102,7 @@ def test_golden_elbo_weights(name, kind, expected):
 
 def test_posterior_variance():
     variance = posterior_variance(LINEAR)
-    assert variance[0] == 0  # whose clipped log is the fact sheet's −46.0517 = ln 1e-20
+    assert variance[0] == 0  # whose clipped log is −46.0517 = ln 1e-20
     betas, bar = (np.asarray(x, np.float64) for x in (LINEAR.betas, LINEAR.alphas_cumprod))
     np.testing.assert_allclose(variance[1:], betas[1:] * (1 - bar[:-1]) / (1 - bar[1:]), rtol=1e-4)
     np.testing.assert_allclose(posterior_variance(LINEAR, 1.0), betas, rtol=1e-6)

@@ -246,7 +246,7 @@ def test_repeated_timesteps_do_no_harm(name):
     assert np.all(np.isfinite(z_0)) and np.all(np.abs(z_0 - 1.5) < 20)
 
 
-# ------------------------------------------------------- the original LDM, from the fact sheet §5
+# -------------------------------------------------------------- the original LDM
 
 
 def numbers(S=50, spacing="original"):

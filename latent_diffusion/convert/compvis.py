@@ -46,7 +46,7 @@ IGNORED = (
 
 
 class Released(NamedTuple):
-    """What the shapes of a released model don't tell (fact sheet §7.2, §10)."""
+    """What the shapes of a released model don't tell, from its config."""
 
     beta_start: float
     beta_end: float

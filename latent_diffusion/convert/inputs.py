@@ -1,7 +1,7 @@
 """Which conditioners fill the inputs that a U-Net has beside its latent.
 
 Files don't say so themselves: the pipeline or the class that runs them knows. The number of
-channels tells them apart (fact sheets of the paper's models and of Stable Diffusion's).
+channels tells those of the paper's models and of Stable Diffusion apart.
 """
 
 from collections.abc import Mapping
