@@ -7,7 +7,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # make demo DEVICES=2: as many CPU devices, so that the training takes the pmap path.
 MANY = $(if $(DEVICES),XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test soak lint parity clean
+.PHONY: setup demo test soak lint parity bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,11 @@ parity: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e ".[parity]"
 	$(BIN)/python -m pip install --quiet --no-deps k-diffusion  # only its samplers are used
 	$(BIN)/python -m pytest tests/parity -o addopts="-q"
+
+# Speed beside PyTorch's, into runs/bench. make bench BENCH="--device=gpu --only=unet_forward"
+bench: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet torch==2.13.0 diffusers lpips
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

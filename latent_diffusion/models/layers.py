@@ -85,15 +85,18 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.astype(jnp.float32).reshape(
-            x.shape[0], -1, self.num_groups, channels // self.num_groups
-        )
-        mean = jnp.mean(grouped, (1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(grouped - mean), (1, 3), keepdims=True)
+        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+
+        def group_mean(values: Array) -> Array:
+            """Of [B L C], for every channel: [B 1 C]; over positions first, which vectorises."""
+            means = jnp.mean(values, 1).reshape(x.shape[0], self.num_groups, -1)
+            return jnp.repeat(jnp.mean(means, -1), channels // self.num_groups, -1)[:, None]
+
+        mean = group_mean(flat)
+        variance = group_mean(jnp.square(flat - mean))
         # One multiply-add per element: fold the statistics into per-channel factors first.
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, self.num_groups, -1)
-        offset = bias.reshape(1, 1, self.num_groups, -1) - mean * factor
-        return (grouped * factor + offset).reshape(x.shape).astype(x.dtype)
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+        return (flat * factor + (bias - mean * factor)).reshape(x.shape).astype(x.dtype)
 
 
 def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) -> Any:
