@@ -28,7 +28,7 @@ def attend(
 
     causal: position i sees none after it. mask: false for what nobody may look at.
     "auto" on a CPU puts heads before tokens, as its matrix products want them, and takes long
-    sequences block by block: twice as fast, and 5 times at 1,024 tokens.
+    sequences block by block: up to twice as fast, and 5 times at 1,024 tokens.
     "splash" is a kernel for TPUs, where every device has its own examples (single, pmap); text
     encoders, whose few tokens are masked, leave it to XLA.
     """
