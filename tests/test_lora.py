@@ -10,9 +10,16 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from tiny import make_batch, make_config
 
-from latent_diffusion import convert, lora
+from latent_diffusion import convert, lora, workdir
+from latent_diffusion.checkpoint import Checkpointer
 from latent_diffusion.convert import clip_text, unet
-from latent_diffusion.convert.lora import read_lora, write_diffusers_lora, write_kohya_lora
+from latent_diffusion.convert.lora import (
+    read_lora,
+    read_weights,
+    write_diffusers_lora,
+    write_kohya_lora,
+)
+from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.loop import batch_spec
 from latent_diffusion.tasks import TASKS
 
@@ -160,3 +167,45 @@ def test_old_names_of_diffusers_and_files_of_another_model(tmp_path):
         convert.with_lora(bundle, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="this model has no LoRA"):
         write_kohya_lora(bundle, tmp_path / "y.safetensors")
+
+
+def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    convert.write(replace(make_bundle(), diffusion=ASSUMED), base, "orbax")
+    bundle = convert.read(base)
+    params = {"unet": convert.as_params(bundle.unet)}
+    params["conditioner"] = {"clip_text": convert.as_params(bundle.conditioners["clip_text"])}
+    config = {"rank": 2, "targets": ("attn2/to_k", "self_attn/qkv")}
+    factors = lora.init(jax.random.key(0), params, config)
+    factors = random_tree(factors, 3)
+    # As training leaves it.
+    settings = workdir.load_config(base)
+    settings.init_from, settings.lora = str(base), {"rank": 2, "alpha": 3.0}
+    workdir.save_config(settings, run)
+    with Checkpointer(run / "checkpoints") as checkpoints:
+        checkpoints.save(0, {"ema_params": {"lora": factors}})
+    adapted = convert.read(run)
+    want = flatten_dict(lora.merge(params, factors, 3.0)["unet"], sep="/")
+    for path, tensor in adapted.unet.params.items():
+        np.testing.assert_allclose(tensor.read(), want[path], rtol=1e-5, atol=1e-5)
+    for kind in ("lora", "kohya"):
+        convert.write(adapted, tmp_path / f"{kind}.safetensors", kind)
+        again = convert.with_lora(bundle, tmp_path / f"{kind}.safetensors")
+        changed = 0
+        for (_, part), (_, other), (_, old) in zip(
+            adapted.parts(), again.parts(), bundle.parts(), strict=True
+        ):
+            for path, tensor in part.params.items():
+                x = tensor.read()
+                np.testing.assert_allclose(x, other.params[path].read(), rtol=1e-4, atol=1e-4)
+                changed += not np.array_equal(x, old.params[path].read())
+        assert changed == sum(path.endswith("down") for path in flatten_dict(factors, sep="/"))
+
+
+def test_weights_of_adaptations_as_a_user_writes_them():
+    assert read_weights(["a.safetensors", "b:c.safetensors:-0.5"]) == {
+        "a.safetensors": 1.0,
+        "b:c.safetensors": -0.5,
+    }
+    with pytest.raises(ValueError, match="--lora=a:x: write FILE or FILE:WEIGHT"):
+        read_weights(["a:x"])

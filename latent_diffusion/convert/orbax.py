@@ -76,7 +76,8 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
     for path, own in flatten_factors(factors).items():
         part, _, kernel = path.removeprefix("conditioner/").partition("/")
         alpha = np.float32(config.lora.alpha)
-        adapted.setdefault(part, {})[kernel] = {**own, "alpha": alpha}
+        arrays = {name: np.asarray(factor) for name, factor in own.items()}
+        adapted.setdefault(part, {})[kernel] = {**arrays, "alpha": alpha}
     for part, kernels in adapted.items():
         base = merged(base, part, kernels)
     tokenizer = base.tokenizer
