@@ -30,6 +30,14 @@ def test_blocks_equal_the_whole_with_gradients(length, keys, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *values)
 
 
+def test_heads_first_equals_the_whole():
+    q, k, v = (
+        jax.random.normal(key, (2, 9, 2, 4)) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    expected = jax.nn.dot_product_attention(q, k[:, :5], v[:, :5])
+    np.testing.assert_allclose(attention.heads_first(q, k[:, :5], v[:, :5]), expected, atol=1e-6)
+
+
 def test_only_long_sequences_on_a_cpu_go_by_blocks(monkeypatch):
     seen = []
     monkeypatch.setattr(attention, "blockwise_attention", lambda q, k, v: seen.append(q) or q)

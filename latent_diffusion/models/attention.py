@@ -39,8 +39,10 @@ def attend(
         known = "xla"
     masked = causal or mask is not None
     if implementation == "auto" and not masked and jax.default_backend() == "cpu":
-        long = min(q.shape[1], k.shape[1]) >= LONG
-        return (blockwise_attention if long else heads_first)(q, k, v)
+        if min(q.shape[1], k.shape[1]) >= LONG:
+            return blockwise_attention(q, k, v)
+        if q.dtype == jnp.float32:
+            return heads_first(q, k, v)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -56,8 +58,7 @@ def heads_first(
 ) -> Float[Array, "B L N D"]:
     """The definition, in matrix products of [B N L D]."""
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    return (nn.softmax(scores).astype(v.dtype) @ v).swapaxes(1, 2)
+    return (nn.softmax(q @ k.swapaxes(2, 3)) @ v).swapaxes(1, 2)
 
 
 def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
