@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
-from latent_diffusion.convert import autoencoder, clip_image, clip_text, text, unet
+from latent_diffusion.convert import autoencoder, clip_image, clip_text, cond_stage, text, unet
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.inputs import NOISE_LEVEL
 from latent_diffusion.convert.scheduler import ASSUMED
@@ -173,6 +174,17 @@ def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, t
     assert again.conditioners["class_label"].fields == fields
     equal(*({k: np.asarray(t.read()) for k, t in b.conditioners["class_label"].params.items()}
             for b in (again, bundle)))  # fmt: skip
+
+
+def test_boxes_are_told_from_words_by_their_number():
+    fields = dict(vocab_size=8192, max_length=92, width=16, depth=1, num_heads=8, head_dim=64)
+    inner = part(fields, text.shapes(fields)).params
+    layout = convert.Part(fields, {f"transformer/{path}": t for path, t in inner.items()})
+    tensors, _, key = cond_stage.write(convert.Bundle(conditioners={"layout": layout}))
+    assert key == "crossattn"
+    again = cond_stage.read(Path("layout2img.ckpt"), tensors, {})
+    assert again.keys() == {"layout"} and again["layout"].fields == fields
+    equal(*({k: t.read() for k, t in p.params.items()} for p in (again["layout"], layout)))
 
 
 @pytest.mark.parametrize("format", ["diffusers", "compvis"])

@@ -40,7 +40,7 @@ def _read_text(where: Path, tensors: Mapping[str, Tensor], params: Parameters) -
     part = read_part(where, fields, table, tree, tensors, text.UNUSED)
     if (fields["vocab_size"], fields["max_length"]) != LAYOUT:
         return {"text": part}
-    fields.pop("empty")
+    fields.pop("empty", None)
     inner = {f"transformer/{path}": tensor for path, tensor in part.params.items()}
     return {"layout": Part(fields, inner, part.unused)}
 
