@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder  # None until it is set, to its type
 
 
 def get_config() -> ConfigDict:
@@ -93,7 +94,8 @@ def get_config() -> ConfigDict:
 def data() -> ConfigDict:
     c = ConfigDict()
     c.name = "synthetic"  # "openmoji" | "image_folder" | "tfds:NAME" | "synthetic"
-    c.dir = None  # image_folder: the folder; else where prepared data lives (None = the user cache)
+    # image_folder: the folder; else where prepared data lives (None = the user cache)
+    c.dir = placeholder(str)
     c.image_size = 32
     c.crop = "none"  # "none" (resize both sides) | "center" | "random"
     c.shorter_side = 0  # resize to this before cropping image_size; 0 = crop the largest square
@@ -136,7 +138,7 @@ def autoencoder() -> ConfigDict:
     c.embed_dim = 4  # channels of the latent
     c.tanh_out = False
     c.remat = False  # recompute activations in the backward pass
-    c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
+    c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     c.num_codes = 8192  # vq and gumbel: size of the codebook
     c.codebook_beta = 0.25  # vq
     c.codebook_legacy = True  # beta on the codebook term (released models), else on the commitment
@@ -176,7 +178,7 @@ def unet() -> ConfigDict:
     c.num_res_blocks = 2
     c.attention_resolutions = (4, 2, 1)  # downsampling factors
     c.num_heads = 8
-    c.num_head_channels = None  # wins over num_heads
+    c.num_head_channels = placeholder(int)  # wins over num_heads
     c.transformer_depth = 1  # 0 = plain self-attention, no context
     c.disable_self_attentions = ()
     c.legacy_qkv_order = True
@@ -189,7 +191,7 @@ def unet() -> ConfigDict:
     # "dots_with_no_batch_dims_saveable" (all but matrix products)
     c.remat = "none"
     c.attention = "auto"  # "auto" | "xla" | "cudnn" | "splash" (TPU)
-    c.dtype = None  # None = float32 | "bfloat16" (compute; parameters stay float32)
+    c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c
 
 
@@ -219,7 +221,8 @@ def sampling() -> ConfigDict:
     c.sampler = "ddim"  # a name in latent_diffusion.SAMPLERS
     c.num_steps = 50
     c.spacing = "trailing"  # a name in schedules.SPACINGS
-    c.eta = None  # of samplers that have it: how much fresh noise; None = the sampler's own
+    # Of samplers that have it: how much fresh noise; None = the sampler's own
+    c.eta = placeholder(float)
     c.guidance_scale = 1.0
     return c
 

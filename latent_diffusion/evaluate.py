@@ -6,12 +6,12 @@
 
 A workdir's samples are scored as they are made, against its own training data unless --reference
 says otherwise; nothing but features is kept, in its evaluations/, where an interrupted evaluation
-goes on. Results are printed and appended to its evaluations.jsonl.
+goes on. Results are printed and appended to its evaluations.jsonl. On several hosts:
+--distributed, see docs/devices.md.
 """
 
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,6 +47,11 @@ SAVE_IMAGES = flags.DEFINE_string("save_images", None, "Also write the samples t
 SAVE_REFERENCE = flags.DEFINE_string(
     "save_reference", None, "Write the reference's mu and sigma to this .npz."
 )
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
+CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
 
 DEFAULT_SAMPLES = 50_000
 
@@ -54,8 +59,12 @@ DEFAULT_SAMPLES = 50_000
 def evaluate(**options: Any) -> dict[str, Any]:
     """Score what the flags of the same names describe: the record that is logged.
 
-    Raises ValueError (one line) for input that can't be scored.
+    On several processes all get the record, and process 0 alone writes. Raises ValueError (one
+    line) for input that can't be scored.
     """
+    import jax
+
+    from latent_diffusion import processes
     from latent_diffusion.evaluation import reconstruction
 
     o = {flag.name: flag.default for flag in _FLAGS} | options
@@ -63,6 +72,7 @@ def evaluate(**options: Any) -> dict[str, Any]:
         raise ValueError("give either --workdir or --samples")
     if o["num_images"] < 0:
         raise ValueError(f"num_images={o['num_images']} must be at least 1 (or 0, for all)")
+    processes.check_same(o, "set of options")
     start = time.perf_counter()
     with _cache(o["workdir"]) as cache:
         if o["workdir"] is None:
@@ -71,7 +81,7 @@ def evaluate(**options: Any) -> dict[str, Any]:
             record = _score_workdir(o, cache, reconstruction)
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record}
     record["seconds"] = round(time.perf_counter() - start, 1)
-    if o["workdir"] is not None:
+    if o["workdir"] is not None and jax.process_index() == 0:
         with (Path(o["workdir"]) / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     return record
@@ -145,6 +155,8 @@ def _score_first_stage(o: dict[str, Any], cache: Path, config: Any) -> dict[str,
 
 def _score_samples(o: dict[str, Any], cache: Path, config: Any) -> dict[str, Any]:
     """Samples of a model (with its config), or a set of pictures, against a reference."""
+    import jax
+
     from latent_diffusion.evaluation import scores
     from latent_diffusion.evaluation.collect import collect_features
     from latent_diffusion.evaluation.features import make_features, with_clip
@@ -172,7 +184,7 @@ def _score_samples(o: dict[str, Any], cache: Path, config: Any) -> dict[str, Any
         )
     if clip is not None and captions is not None:
         arrays["captions"] = clip.embed_texts(captions)
-    if o["save_reference"]:
+    if o["save_reference"] and jax.process_index() == 0:
         save_statistics(o["save_reference"], reference.gaussian())
     return _record(o, scores.score(metrics, arrays, reference, o["features"]), images.name, name)
 
@@ -315,16 +327,23 @@ _FLAGS = (
 
 def main(argv: list[str]) -> None:
     """Evaluate and print."""
+    import jax
+
+    from latent_diffusion import processes
     from latent_diffusion.checkpoint import CheckpointError
     from latent_diffusion.startup import quiet_and_cached
 
     quiet_and_cached()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
+        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
         record = evaluate(**{flag.name: flag.value for flag in _FLAGS})
     except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+        processes.exit_with(f"error: {error}")
+    if jax.process_index() != 0:
+        return
     print(f"{record['num_images']} images of {record['images']}, against {record['reference']}")
     for name, value in record["metrics"].items():
         print(f"{name:24s} {value:12.5g} ± {record['errors'][name]:.2g}")

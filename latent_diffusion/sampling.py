@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from latent_diffusion import processes
 from latent_diffusion.loading import load
 from latent_diffusion.metrics import image_grid, to_uint8
 
@@ -121,6 +122,9 @@ def sample_to_disk(
 
     tokenizer, lora: see `load`. Process 0 alone writes and prints.
     """
+    asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
+    own = {name: value for name, value in options.items() if not callable(value)}
+    processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()
     images = to_uint8(

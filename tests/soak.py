@@ -1,13 +1,18 @@
-"""Kill a run twenty times at random moments; its final weights must be those of one that lived.
+"""Kill a run twenty times; its final weights must be those of one that lived.
 
     make soak, or: python tests/soak.py [--kills=20] [--seed=0] [--minutes=15]
 
-Moments are uniform over the life of a start: imports, restore, compilation, steps, saves. At the
-end every kill is listed with where it hit.
+Two kills in five come at a random moment of a start's life: imports, restore, compilation, steps,
+saves. The others wait for what could go wrong: during the first save, during a later one, while the
+last checkpoint is being read. At the end every kill is listed with where it hit.
 """
 
 import argparse
+import contextlib
+import itertools
+import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -17,9 +22,11 @@ from pathlib import Path
 import conftest  # noqa: F401 - eight devices, as for the tests
 import jax
 import numpy as np
-import test_processes as runs
+from test_processes import end, start_run
 
 from latent_diffusion.checkpoint import Checkpointer
+
+MOMENTS = ("random", "restore", "save", "random", "restore")
 
 
 def main() -> None:
@@ -30,6 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     rng, began = random.Random(options.seed), time.monotonic()
     num_steps = 10 * options.kills
+    moments = itertools.chain(["first save"] * 2, itertools.cycle(MOMENTS))
     with tempfile.TemporaryDirectory() as folder:
         lived, killed = Path(folder) / "lived", Path(folder) / "killed"
         start = time.monotonic()
@@ -37,18 +45,19 @@ def main() -> None:
         life = time.monotonic() - start  # mostly start-up: a kill may hit any of it
         kills, same = 0, True
         while kills < options.kills and time.monotonic() - began < 60 * options.minutes:
-            process = runs._start(killed, num_steps=num_steps)
-            time.sleep(rng.uniform(0, life))
-            if process.poll() is not None:  # it has reached the end: once more from the start
+            moment = next(moments)
+            if moment == "restore" and not saved(killed):
+                moment = "random"
+            process = start_run(killed, num_steps=num_steps)
+            if not wait_for(moment, process, killed / "checkpoints", rng.uniform(0, life)):
+                end([process])  # it has reached the end: once more from the start
                 same = same and final(lived) == final(killed)
                 shutil.rmtree(killed)
                 continue
-            saving = [path.name for path in (killed / "checkpoints").glob("*tmp*")]
             process.kill()
-            (error,) = runs._end([process])
+            (error,) = end([process])
             kills += 1
-            where = f"after {last_line(error)!r}, saving {saving or 'nothing'}"
-            print(f"kill {kills}: {where}", flush=True)
+            print(f"kill {kills:2d}: {moment:10s} {last_line(error)}", flush=True)
         finish(killed, num_steps)
         same = same and final(lived) == final(killed)
     minutes = (time.monotonic() - began) / 60
@@ -56,10 +65,50 @@ def main() -> None:
     sys.exit(0 if same and kills else 1)
 
 
+def saved(workdir: Path) -> bool:
+    """Whether a checkpoint is complete."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def wait_for(moment: str, process, checkpoints: Path, seconds: float) -> bool:
+    """Until the moment has come; False where the process has ended before."""
+    until, left = time.monotonic() + seconds, saves(checkpoints)
+    reached = {
+        "random": lambda: time.monotonic() > until,
+        "first save": lambda: saves(checkpoints) - left,
+        "save": lambda: saves(checkpoints) - left,
+        "restore": lambda: reads(process.pid, checkpoints),
+    }[moment]
+    while process.poll() is None:
+        if reached():
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def saves(checkpoints: Path) -> set[int]:
+    """The checkpoints that are being written, or were when a run was killed; as inodes."""
+    found = set()
+    for path in checkpoints.glob("*tmp*"):
+        with contextlib.suppress(OSError):
+            found.add(path.stat().st_ino)
+    return found
+
+
+def reads(pid: int, checkpoints: Path) -> bool:
+    """Whether a process has a file of a complete checkpoint open."""
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if re.match(rf"{re.escape(str(checkpoints))}/\d+/", os.readlink(descriptor)):
+                    return True
+    return False
+
+
 def finish(workdir: Path, num_steps: int) -> None:
     """Let a run reach its end."""
-    process = runs._start(workdir, num_steps=num_steps)
-    (error,) = runs._end([process])
+    process = start_run(workdir, num_steps=num_steps)
+    (error,) = end([process])
     if process.returncode:
         sys.exit(error)
 
@@ -75,7 +124,7 @@ def final(workdir: Path) -> dict[str, bytes]:
 def last_line(error: str) -> str:
     """What the run had said last."""
     lines = [line for line in error.splitlines() if line.strip()]
-    return lines[-1] if lines else "nothing said"
+    return repr(lines[-1]) if lines else "nothing said"
 
 
 if __name__ == "__main__":

@@ -242,6 +242,10 @@ def test_bad_input_is_one_line_that_names_it(flags, message, tmp_path):
 
 
 def test_dry_run_counts_parameters_without_data_or_workdir():
-    done = _run("train.py", "--config=configs/openmoji_text.py", "--dry_run")
+    unset = {"data.dir": "elsewhere", "unet.dtype": "bfloat16", "autoencoder.dtype": "bfloat16"}
+    unset |= {"unet.num_head_channels": 16, "sampling.eta": 0.5}
+    flags = [f"--config.{field}={value}" for field, value in unset.items()]
+    done = _run("train.py", "--config=configs/openmoji_text.py", "--dry_run", *flags)
+    assert "elsewhere" in done.stdout and done.stdout.count("bfloat16") == 2  # in the config
     assert "denoiser" in done.stdout
     assert "first stage (frozen)" in done.stdout

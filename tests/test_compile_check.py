@@ -1,9 +1,23 @@
-"""What a compilation for absent machines is asked, and how its answer reads."""
+"""What a compilation for absent machines is asked, what it finds, and how its answer reads."""
 
+import importlib.util
+import json
+
+import jax
 import pytest
+import several
+from conftest import ROOT
 
+from benchmarks import compile_table
 from latent_diffusion import compile_check
-from latent_diffusion.compile_check import Checked
+from latent_diffusion.compile_check import GIB, Checked
+from latent_diffusion.parallel import chips
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Eight chips that are there: this machine's devices."""
+    monkeypatch.setattr(chips, "topology_devices", lambda topology: jax.devices())
 
 
 @pytest.mark.parametrize(
@@ -16,22 +30,87 @@ from latent_diffusion.compile_check import Checked
 )
 def test_bad_topologies_are_one_line(text, message):
     with pytest.raises(ValueError, match=message):
-        compile_check.parse_topology(text)
+        chips.parse_topology(text)
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("libtpu")), reason="its compiler is here")
+def test_a_missing_compiler_is_one_line():
+    message = r"^can't compile for v5e:2x2: [^\n]*; needs latent_diffusion\[aot\]$"
+    with pytest.raises(ValueError, match=message):
+        compile_check.check(several.make_config(), "v5e:2x2", ["train"])
+
+
+def test_other_bad_input_is_one_line(here):
+    with pytest.raises(ValueError, match="unknown program 'eval'; known: sample, train"):
+        compile_check.check(several.make_config(), "v5e:2x4", ["eval"])
+    with pytest.raises(ValueError, match="batch_size=12 doesn't divide over 8 devices"):
+        compile_check.check(several.make_config(batch_size=12), "v5e:2x4", ["train"])
+
+
+def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, monkeypatch):
+    fields = {"parallel.mesh": {"data": 1, "fsdp": -1, "tensor": 1}, "parallel.mode": "mesh"}
+    fields["parallel.rules"] = ((".*", "fsdp(min_mb=0.004)"),)
+    config = several.make_config(**fields)
+    train, sample = compile_check.check(config, "v5e:2x4", ["train", "sample"])
+    assert train.mode == "data 1 × fsdp 8 × tensor 1" and not train.problem
+    assert 0 < sample.arguments < train.arguments < train.peak  # no moments, one set of parameters
+    assert train.network["all-gather"] > 0 and train.network["all-reduce"] > 0
+    assert train.flops > 0 and sample.flops > 0
+
+    file = tmp_path / "results.json"
+    for _ in range(2):  # the second replaces the first
+        compile_check.write_json(file, config, "tiny", "v5e:2x4", [train, sample])
+    names = [(row["config"], row["program"]) for row in json.loads(file.read_text())]
+    assert names == [("tiny", "sample"), ("tiny", "train")]
+
+    (counted,) = compile_check.check(config, "v5e:2x4", ["train"], compile=False)
+    assert counted.flops == train.flops and counted.peak == 0
+    assert train.arguments - counted.arguments < 2**20  # the batch
+
+    small = chips.CHIPS["v5e"]._replace(memory=train.arguments / 3 / GIB)
+    monkeypatch.setitem(chips.CHIPS, "v5e", small)
+    config.parallel.mode = "pmap"
+    (known,) = compile_check.check(config, "v5e:2x4", ["train"])
+    assert known.problem.startswith("state and constants alone take") and known.seconds == 0
 
 
 def test_report_compares_memory_and_finds_what_limits():
     network = {"all-reduce": 10**9, "all-gather": 2 * 10**9}
-    fits = Checked("train", 60.0, 8 * 10**9, 10**9, 1.97e12, network)
-    large = Checked("sample", 60.0, flops=1.97e12, problem="needs 134.00G, has 15.75G")
+    fits = Checked("train", "pmap", GIB, 1.97e12, 60.0, 8 * GIB, network)
+    large = Checked("sample", "pmap", 819 * 10**9, 1.97e12, problem="needs 134 of 15.75G")
     lines = compile_check.report([fits, large], "v5e:4x4", 256).splitlines()
-    assert "8 of 16 GB a chip (50 %), arguments 1 GB" in lines[1]
-    assert "1,970.0 GFLOP a chip, 10.00 ms" in lines[2]
-    assert "1000.00 MB a chip, 10.00 ms" in lines[3] and "2000.00 MB a chip, 10.00 ms" in lines[4]
-    assert "20.00 ms at published peaks: 12800 images/s" in lines[5]
-    assert "DOES NOT FIT: needs 134.00G, has 15.75G" in lines[8]
-    assert "10.00 ms at published peaks" in lines[10]
+    assert "8 of 16 GiB a chip (50 %), arguments 1" in lines[1]
+    assert "2,000.00 MB a chip" in lines[2] and "1,000.00 MB a chip" in lines[3]
+    assert "1,970.0 GFLOP a chip" in lines[4] and "10.00 ms" in lines[5]
+    assert "network takes" in lines[7] and "20.00 ms" in lines[7]
+    assert "1.28e+04 images/s, bound by network" in lines[8]
+    assert "DOES NOT FIT: needs 134 of 15.75G" in lines[11]
+    assert "256 images/s, bound by memory" in lines[16]
 
 
 def test_a_gpu_is_described_by_its_published_limits():
-    target = compile_check._gpu_target("h100", compile_check.CHIPS["h100"])
+    target = chips._gpu_target("h100", chips.CHIPS["h100"])
     assert "core_count: 132" in target and "major: 9" in target
+
+
+def test_the_table_shows_what_is_known_and_what_is_not():
+    fits = Checked("train", "", 4 * GIB, 1.97e12, peak=8 * GIB, network={})
+    cells = list(compile_table.cells())
+    fsdp, pmap = (cell.key() | fits._asdict() | {"mode": cell.key()["mode"]} for cell in cells[:2])
+    pmap |= {"arguments": 12 * GIB, "peak": 0, "problem": "needs 20.0 GiB"}
+    assert compile_table.find([pmap, fsdp], cells[0]).peak == 8 * GIB
+    assert compile_table.find([pmap, fsdp], cells[2]) is None
+    *_, row = compile_table.table([pmap, fsdp]).splitlines()
+    words = (
+        "cin256-v2, train | v5e-16 | 16 | **no**: needs 20.0 GiB | 8.0 of 16 | 8.0 GiB | 2.56e+04"
+    )
+    assert row.startswith(f"| {words} images/s (compute)")
+    *_, row = compile_table.table([fsdp]).splitlines()
+    assert "| not yet computed | 8.0 of 16 | – |" in row
+
+
+def test_the_documented_table_is_what_was_computed():
+    records = json.loads((ROOT / compile_table.RESULTS).read_text())
+    documented = (ROOT / "docs" / "devices.md").read_text()
+    shown = compile_table.table(records) if records else "none of them is computed yet"
+    assert shown in documented

@@ -26,6 +26,7 @@ from latent_diffusion.checkpoint.errors import (
     reason,
     silence_orbax,
 )
+from latent_diffusion.checkpoint.handlers import state_handler
 from latent_diffusion.checkpoint.lazy import Lazy, grouped, lazy_handler
 from latent_diffusion.checkpoint.leaves import as_keys, difference, key_as_data, keys_to_data
 from latent_diffusion.types import PyTree
@@ -77,7 +78,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "state": lazy_handler() if lazy else ocp.PyTreeCheckpointHandler(),
+                "state": lazy_handler() if lazy else state_handler(),
                 "metadata": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(

@@ -1,7 +1,8 @@
 """From pictures to arrays of numbers, a chunk at a time, over all devices, and resumable.
 
 What a step gives for every picture is written to memory-mapped `.npy` files as it comes, so memory
-stays constant, and an interrupted evaluation goes on where it was.
+stays constant, and an interrupted evaluation goes on where it was. Of several processes the first
+writes; the others keep theirs in memory, so that all hold all numbers.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion import parallel
+from latent_diffusion import parallel, processes
 from latent_diffusion.evaluation.features import FeatureNet, levels_of
 
 CHUNK = 512  # pictures between two notes of progress; part of what decides a sample's noise
@@ -36,7 +37,9 @@ def collect(
 
     read(start, stop) gives a chunk as a batch of host arrays. directory: where the arrays are, or
     will be; another call with the same directory must mean the same work (see `cache_folder`).
-    The last batch is filled up by repetition, and what comes of that is dropped.
+    The last batch is filled up by repetition, and what comes of that is dropped. On several
+    processes every one reads all pictures, its devices work on their share, and `directory` is one
+    that all see (or an empty one).
     """
     directory.mkdir(parents=True, exist_ok=True)
     batch_size += -batch_size % jax.device_count()
@@ -47,24 +50,39 @@ def collect(
         for name, value in _run_chunk(run, constants, read(start, stop), batch_size).items():
             if name not in arrays:
                 shape = (count, *value.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(
-                    directory / f"{name}.npy", "w+", value.dtype, shape
-                )
+                arrays[name] = _new(directory / f"{name}.npy", value.dtype, shape)
             arrays[name][start:stop] = value
-        for array in arrays.values():
-            array.flush()
-        (directory / PROGRESS).write_text(json.dumps({"done": stop, "arrays": sorted(arrays)}))
+        if jax.process_index() == 0:
+            for array in arrays.values():
+                array.flush()
+            (directory / PROGRESS).write_text(json.dumps({"done": stop, "arrays": sorted(arrays)}))
         report(stop)
     return dict(arrays)
 
 
-def _resume(directory: Path) -> tuple[int, dict[str, np.memmap]]:
+def _new(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """An array on disk; one in memory where another process writes."""
+    if jax.process_index() != 0:
+        return np.empty(shape, dtype)
+    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+
+def _resume(directory: Path) -> tuple[int, dict[str, Any]]:
+    """How many pictures are done, and their arrays; the same on all processes."""
+    mode: Any = "r+" if jax.process_index() == 0 else "c"  # "c": changes stay in memory
     try:
-        progress = json.loads((directory / PROGRESS).read_text())
-        names = progress["arrays"]
-        arrays = {n: np.lib.format.open_memmap(directory / f"{n}.npy", "r+") for n in names}
+        text = (directory / PROGRESS).read_text() if jax.process_index() == 0 else "{}"
+    except OSError:
+        text = "{}"
+    text, arrays = processes.from_first(text), {}
+    try:
+        progress = json.loads(text)
+        for name in progress["arrays"]:
+            arrays[name] = np.lib.format.open_memmap(directory / f"{name}.npy", mode)
     except (OSError, ValueError, KeyError):
-        return 0, {}  # nothing yet, or killed while noting it
+        progress = {"done": 0}  # nothing yet, or killed while noting it
+    if processes.any_process(not progress["done"]):
+        return 0, {}
     return progress["done"], arrays
 
 
@@ -75,6 +93,7 @@ def _run_chunk(
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, count, batch_size):
         index = np.minimum(np.arange(start, start + batch_size), count - 1)
+        index = parallel.process_rows(index, "auto")
         batch = {name: value[index] for name, value in chunk.items()}
         for name, value in run({}, constants, batch, jax.random.key(0)).items():
             parts.setdefault(name, []).append(value)
@@ -89,7 +108,8 @@ def cache_folder(root: Path, work: Mapping[str, Any]) -> Path:
     text = json.dumps(work, sort_keys=True, default=str)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "work.json").write_text(text + "\n")
+    if jax.process_index() == 0:
+        (folder / "work.json").write_text(text + "\n")
     return folder
 
 

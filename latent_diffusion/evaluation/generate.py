@@ -90,7 +90,7 @@ def samples(
 
 
 def _kept(images: np.ndarray, start: int, folder: Path | None) -> np.ndarray:
-    if folder is not None:
+    if folder is not None and jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images, start):
             Image.fromarray(image).save(folder / f"{i:05d}.png")

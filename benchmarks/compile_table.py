@@ -1,0 +1,166 @@
+"""Which machines the large experiments fit, in which mode: the table of docs/devices.md.
+
+    python benchmarks/compile_table.py              # prints the table
+    python benchmarks/compile_table.py --missing    # the commands of what isn't computed yet
+    python benchmarks/compile_table.py --missing | sh
+
+Every cell is one run of `latent_diffusion.compile_check`, minutes on two cores; its numbers stay in
+docs/compile_table.json.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latent_diffusion.compile_check import GIB, Checked, least_seconds
+from latent_diffusion.parallel.chips import parse_topology
+
+RESULTS = "docs/compile_table.json"
+TOPOLOGIES = {
+    "v5e-16": "v5e:4x4",
+    "v5p-8": "v5p:2x2x1",  # named after cores, of which a chip has two
+    "v6e-8": "v6e:2x4",
+    "8 × H100": "h100:8",
+}
+FSDP = "data 1 × fsdp {} × tensor 1"
+
+
+class Experiment(NamedTuple):
+    """A config and its global batches, small enough that a chip gets a few images at once."""
+
+    config: str
+    train: int
+    sample: int
+
+
+EXPERIMENTS = {
+    "cin256-v2": Experiment("cin256_v2", 256, 64),
+    "txt2img-1p4B": Experiment("txt2img_1p4b", 256, 64),
+    "SD v1": Experiment("sd_v1", 64, 64),
+}
+
+
+class Cell(NamedTuple):
+    """One program on one machine in one mode."""
+
+    config: str
+    program: str
+    topology: str
+    batch_size: int
+    fsdp: bool
+
+    def command(self) -> str:
+        """What computes it."""
+        words = ["python -m latent_diffusion.compile_check", f"--config=configs/{self.config}.py"]
+        words += [f"--topology={self.topology}", f"--programs={self.program}", f"--json={RESULTS}"]
+        words += [f"--config.batch_size={self.batch_size}", "--config.unet.dtype=bfloat16"]
+        words += ["--config.autoencoder.dtype=bfloat16"]
+        if self.fsdp:
+            words += ["--config.parallel.mode=mesh", "--config.parallel.mesh.data=1"]
+            words += ["--config.parallel.mesh.fsdp=-1"]
+        return " ".join(words)
+
+    def key(self) -> dict[str, Any]:
+        """The fields of its record that say what it is."""
+        mode = FSDP.format(num_chips(self.topology)) if self.fsdp else "pmap"
+        own = {k: v for k, v in self._asdict().items() if k != "fsdp"}
+        return {**own, "mode": mode, "dtype": "bfloat16", "micro_batches": 1}
+
+
+def num_chips(topology: str) -> int:
+    """The number of chips in "v5e:4x4"."""
+    count = 1
+    for side in parse_topology(topology)[2].split("x"):
+        count *= int(side)
+    return count
+
+
+def cells() -> Iterator[Cell]:
+    """All of them. A sampler's state is small: it needs no FSDP."""
+    for topology in TOPOLOGIES.values():
+        for one in EXPERIMENTS.values():
+            yield Cell(one.config, "train", topology, one.train, True)
+            yield Cell(one.config, "train", topology, one.train, False)
+            yield Cell(one.config, "sample", topology, one.sample, False)
+
+
+def find(records: list[dict[str, Any]], cell: Cell) -> Checked | None:
+    """Its numbers, if they are computed."""
+    for record in records:
+        if {k: record[k] for k in cell.key()} == cell.key():
+            return Checked(**{k: record[k] for k in Checked._fields})
+    return None
+
+
+def decided(found: Checked | None) -> bool:
+    """Whether it is known if it fits."""
+    return found is not None and bool(found.peak or found.problem)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The table in Markdown: a row for every program and machine of which something is known."""
+    lines = [
+        "| | machine | images a chip | pmap, GiB a chip | FSDP, GiB a chip | saved | at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in EXPERIMENTS.items():
+        for program, batch in (("train", one.train), ("sample", one.sample)):
+            for machine, topology in TOPOLOGIES.items():
+                both = [
+                    find(records, Cell(one.config, program, topology, batch, fsdp))
+                    for fsdp in (False, True)
+                ]
+                if both == [None, None]:
+                    continue
+                cells = [f"{name}, {program}", machine, f"{batch / num_chips(topology):g}"]
+                cells += [memory(both[0], topology)]
+                cells += [memory(both[1], topology) if program == "train" else "–"]
+                cells += [saved(*both), rate(both, topology, batch)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory(found: Checked | None, topology: str) -> str:
+    """The peak against what the chip has."""
+    have = parse_topology(topology)[1].memory
+    if found is None:
+        return "not yet computed"
+    if found.problem:
+        return f"**no**: {found.problem}"
+    if not found.peak:
+        return f"{found.arguments / GIB:.1f} of {have:g}, and activations (not yet computed)"
+    return f"{found.peak / GIB:.1f} of {have:g}"
+
+
+def saved(pmap: Checked | None, fsdp: Checked | None) -> str:
+    """How much less a chip holds before the step starts."""
+    if pmap is None or fsdp is None:
+        return "–"
+    return f"{(pmap.arguments - fsdp.arguments) / GIB:.1f} GiB"
+
+
+def rate(both: list[Checked | None], topology: str, batch: int) -> str:
+    """The most images a second at published peaks, in the faster mode that fits."""
+    rates = [
+        (batch / max(least.values()), max(least, key=lambda k: least[k]))
+        for one in both
+        if one is not None and not one.problem
+        for least in [least_seconds(one, topology)]
+    ]
+    return "{:.3g} images/s ({})".format(*max(rates)) if rates else "–"
+
+
+def main() -> None:
+    """Print the table, or the commands of what it lacks."""
+    path = Path(RESULTS)
+    records = json.loads(path.read_text()) if path.exists() else []
+    if "--missing" in sys.argv[1:]:
+        print("\n".join(cell.command() for cell in cells() if not decided(find(records, cell))))
+    else:
+        print(table(records))
+
+
+if __name__ == "__main__":
+    main()

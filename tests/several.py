@@ -1,0 +1,57 @@
+"""A small run that does everything, and one of the two processes that do it together."""
+
+import sys
+
+import numpy as np
+
+from configs import openmoji_text
+from latent_diffusion import loop, processes, sampling
+from latent_diffusion.evaluate import evaluate
+from latent_diffusion.startup import quiet_and_cached
+
+STEPS = 8
+FIELDS = {  # everything that a run does, on as little as possible
+    "autoencoder.regularization": "identity",
+    "data.image_size": 8,
+    "unet.model_channels": 8,
+    "unet.channel_mult": (1,),
+    "unet.attention_resolutions": (),
+    "unet.num_groups": 4,
+    "sampling.num_steps": 1,
+    "first_stage.num_batches": 1,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+    "optimizer.eps": 1e-2,
+    "log.eval_every_steps": 4,
+    "log.images_every_steps": 8,
+    "log.num_images": 2,
+}
+# Steps enough that something of each image's own noise is left.
+SAMPLING = {"prompts": ["red circle", "blue square"], "num_images": 3, "num_steps": 4}
+
+
+def make_config(num_steps=STEPS, **fields):
+    config = openmoji_text.get_config("smoke")
+    config.update_from_flattened_dict({**FIELDS, "num_steps": num_steps, **fields})
+    return config
+
+
+def score(workdir):
+    """The Fréchet distance of 24 samples to a normal distribution."""
+    reference = workdir / "statistics.npz"
+    if not reference.exists():
+        np.savez(reference, mu=np.zeros(256), sigma=np.eye(256))
+    options = {"metrics": ["fd"], "features": "alexnet", "num_images": 24, "batch_size": 8}
+    return evaluate(workdir=str(workdir), reference=str(reference), **options)["metrics"]
+
+
+def main(workdir, coordinator, process_id):
+    """Train until SIGTERM comes, then sample and score what there is."""
+    quiet_and_cached()
+    processes.connect(False, coordinator, 2, int(process_id), 200)
+    try:
+        loop.train(make_config(num_steps=1_000_000), workdir)
+    except loop.Interrupted as interrupted:
+        print(f"exit code {interrupted.exit_code}", file=sys.stderr)
+    sampling.sample_to_disk(workdir, workdir / "samples", **SAMPLING)
+    score(workdir)
