@@ -5,8 +5,7 @@
 
 SRC is whatever `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for compvis.
 Tensors pass one at a time from the one to the other, so that the memory needed is that of the
-largest one; `orbax` holds whole components. `lora` and `kohya` write the adaptation of a workdir
-that has one, and nothing else.
+largest one. `lora` and `kohya` write the adaptation of a workdir that has one, and nothing else.
 """
 
 import sys
