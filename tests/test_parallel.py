@@ -341,6 +341,7 @@ def test_bad_input_is_one_line(call, words):
     assert [word for word in words if word not in message] == []
 
 
+@pytest.mark.skipif(jax.__version_info__[:2] != (0, 10), reason="later JAX chooses well itself")
 def test_convolutions_of_a_step_on_a_cpu_are_not_ynnpacks():
     """They are by default in JAX 0.10, which costs a training step a quarter of its time."""
 
