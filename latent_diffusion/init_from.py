@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion import convert, workdir
-from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.tensor import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -113,7 +113,7 @@ def load_entry(workdir: Path, entry: str) -> Any:
 
 
 def open_entry(workdir: Path, entry: str) -> Any:
-    """As `load_entry`, but a tree of `Lazy`, which are read when asked for, best in their order."""
+    """As `load_entry`, but a tree of `Tensor`; they are best read in their order."""
     checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)  # open while they are used
     tree = checkpoints.open(entry)
     if tree is None:

@@ -28,6 +28,7 @@ from latent_diffusion.checkpoint import (
     WorkdirInUse,
     integrity,
 )
+from latent_diffusion.tensor import Tensor
 
 MESH_RULES = ((".*", "fsdp(min_mb=0)"),)
 
@@ -253,7 +254,7 @@ def test_trees_larger_than_memory_are_written_and_read_array_by_array(tmp_path, 
             most.append(len(alive))
             return array
 
-        return checkpoint.Lazy((3, 5), np.dtype(np.float32), read)
+        return Tensor((3, 5), np.dtype(np.float32), read)
 
     tree = {"params": {"net": {f"layer_{i}": {"kernel": lazy(i)} for i in range(12)}}, "more": {}}
     with Checkpointer(tmp_path, lazy=True) as checkpointer:

@@ -13,12 +13,12 @@ import pytest
 import safetensors.numpy
 
 from latent_diffusion.convert.tensors import (
-    Tensor,
     find_weights,
     in_memory,
     open_tensors,
     write_safetensors,
 )
+from latent_diffusion.tensor import Tensor
 
 ARRAYS = {
     "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

@@ -12,7 +12,6 @@ from latent_diffusion.checkpoint.errors import (
     CheckpointError,
     WorkdirInUse,
 )
-from latent_diffusion.checkpoint.lazy import Lazy
 from latent_diffusion.checkpoint.lock import WorkdirLock, acquire_lock
 from latent_diffusion.checkpoint.trees import load_tree, save_tree, tree_hash
 
@@ -20,7 +19,6 @@ __all__ = [
     "ArchitectureMismatch",
     "CheckpointError",
     "Checkpointer",
-    "Lazy",
     "Restored",
     "WorkdirInUse",
     "WorkdirLock",

@@ -27,8 +27,9 @@ from latent_diffusion.checkpoint.errors import (
     silence_orbax,
 )
 from latent_diffusion.checkpoint.handlers import state_handler
-from latent_diffusion.checkpoint.lazy import Lazy, grouped, lazy_handler
+from latent_diffusion.checkpoint.lazy import grouped, lazy_handler
 from latent_diffusion.checkpoint.leaves import as_keys, difference, key_as_data, keys_to_data
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Checkpointer:
 
     directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk.
     read_only: for readers beside a running training; touches nothing on disk. lazy: saves trees of
-    `Lazy`, in the memory of one leaf. Raises CheckpointError where the directory can't be written
+    `Tensor`, in the memory of one leaf. Raises CheckpointError where the directory can't be written
     (or read).
     """
 
@@ -168,7 +169,7 @@ class Checkpointer:
         return None
 
     def open(self, entry: str) -> PyTree | None:
-        """A top-level entry of the latest checkpoint, nested dicts of `Lazy`; None without any.
+        """A top-level entry of the latest checkpoint, nested dicts of `Tensor`; None without any.
 
         Leaves are read in groups of GROUP bytes, of which the last is kept: so go through them in
         the tree's order, and before this is closed. Steps whose description can't be read are
@@ -205,9 +206,9 @@ class Checkpointer:
                     integrity.check_values(state, known)
             return flatten_dict(state)
 
-        def leaf(path: Any, group: range) -> Lazy:
+        def leaf(path: Any, group: range) -> Tensor:
             shape, dtype = tuple(flat[path].shape), np.dtype(flat[path].dtype)
-            return Lazy(shape, dtype, lambda: read(group)[path])
+            return Tensor(shape, dtype, lambda: read(group)[path])
 
         leaves = {paths[i]: leaf(paths[i], group) for group in groups for i in group}
         return unflatten_dict(leaves)[entry]

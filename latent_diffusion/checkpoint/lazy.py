@@ -2,35 +2,14 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 
-
-@dataclass(frozen=True, eq=False)
-class Lazy:
-    """An array that isn't in memory; `read()` returns it, and is called once for every use."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it would take."""
-        return self.size * self.dtype.itemsize
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.read(), dtype, copy=copy)
+from latent_diffusion.tensor import Tensor
 
 
 def grouped(leaves: Sequence[Any], limit: int) -> list[range]:
@@ -67,8 +46,8 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def lazy_handler() -> ocp.PyTreeCheckpointHandler:
-    """A handler of trees of `Lazy`, one file an array: joint ones are gathered in memory first."""
+    """A handler of trees of `Tensor`, a file each: joint ones are gathered in memory first."""
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Lazy, LazyHandler(deepcopy_host_arrays=False))
+        (Tensor, LazyHandler(deepcopy_host_arrays=False))
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)

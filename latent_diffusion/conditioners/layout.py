@@ -6,7 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from latent_diffusion.conditioners.text import TextTransformer
-from latent_diffusion.types import Array, Batch, Bool, Conditioning
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Int
+
+
+def sentences(name: str, batch: Batch, max_length: int) -> Int[Array, "B L"]:
+    """The batch's `layout`; ValueError in a conditioner's name where it has another length."""
+    tokens = batch["layout"]
+    if tokens.shape[1] != max_length:
+        raise ValueError(f"{name}: {tokens.shape[1]} tokens, expected max_length={max_length}")
+    return tokens
 
 
 class Layout(nn.Module):
@@ -28,11 +36,7 @@ class Layout(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
-        tokens = batch["layout"]
-        if tokens.shape[1] != self.max_length:
-            raise ValueError(
-                f"layout: {tokens.shape[1]} tokens, expected max_length={self.max_length}"
-            )
+        tokens = sentences("layout", batch, self.max_length)
         tokens = jnp.where(drop[:, None], self.vocab_size - 1, tokens)
         encoder = TextTransformer(
             vocab_size=self.vocab_size,

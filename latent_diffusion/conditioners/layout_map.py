@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.conditioners.layout import sentences
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int
 
 
@@ -28,17 +29,11 @@ class LayoutMap(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
-        tokens = batch["layout"]
-        if tokens.shape[1] != self.max_length:
-            raise ValueError(
-                f"layout_map: {tokens.shape[1]} tokens, expected max_length={self.max_length}"
-            )
+        tokens = sentences("layout_map", batch, self.max_length)
         count = tokens.shape[1] // 3
         labels, first, last = jnp.moveaxis(tokens[:, : 3 * count].reshape(-1, count, 3), 2, 0)
         corners = [self._point(first), self._point(last)]
-        if (
-            tokens.shape[1] % 3 == 2
-        ):  # boxes are those of the whole picture, of which a part is seen
+        if tokens.shape[1] % 3 == 2:  # boxes are the whole picture's, and a part of it is seen
             start, end = self._point(tokens[:, -2:-1]), self._point(tokens[:, -1:])
             seen = jnp.maximum(end - start, 1e-3)
             corners = [(corner - start) / seen for corner in corners]

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from latent_diffusion.convert.tables import Rule, Table, inside
-from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.models.autoencoder import Autoencoder
+from latent_diffusion.tensor import Tensor
 
 Fields = dict[str, Any]
 

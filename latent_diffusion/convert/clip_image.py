@@ -9,8 +9,8 @@ import jax
 from latent_diffusion.conditioners.clip_image import ClipImage
 from latent_diffusion.convert.clip_text import open_clip_layers, transformers_layers
 from latent_diffusion.convert.tables import SAME, Layout, Leaf, Rule, Table
-from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.models.clip import ACTIVATIONS
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.types import lookup
 
 Fields = dict[str, Any]

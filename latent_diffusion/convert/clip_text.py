@@ -19,8 +19,9 @@ from latent_diffusion.convert.tables import (
     joint_qkv,
     write_tensors,
 )
-from latent_diffusion.convert.tensors import Tensor, in_memory
+from latent_diffusion.convert.tensors import in_memory
 from latent_diffusion.models.clip import ACTIVATIONS
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.types import lookup
 
 Fields = dict[str, Any]

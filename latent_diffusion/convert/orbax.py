@@ -10,12 +10,12 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion import workdir
-from latent_diffusion.checkpoint import Checkpointer, Lazy
+from latent_diffusion.checkpoint import Checkpointer
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.lora import merged
-from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.lora import flatten_factors
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.tokenizers import load_tokenizer
 from latent_diffusion.types import Params
 
@@ -151,7 +151,7 @@ def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
     return {"ema_params": {"unet": lazy(bundle.unet), "conditioner": conditioner}}
 
 
-def _lazy(tensor: Tensor, progress: Any) -> Lazy:
+def _lazy(tensor: Tensor, progress: Any) -> Tensor:
     """It is read twice, for its fingerprint and to be written: each counts a half."""
     tensor = tensor.astype(np.float32)
 
@@ -159,7 +159,7 @@ def _lazy(tensor: Tensor, progress: Any) -> Lazy:
         progress(tensor.size / 2)
         return tensor.read()
 
-    return Lazy(tensor.shape, tensor.dtype, read)
+    return Tensor(tensor.shape, tensor.dtype, read)
 
 
 def _plain(fields: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from latent_diffusion.convert import bert, clip_image, clip_text, text
 from latent_diffusion.convert.bundle import Part, flat
 from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.convert.tables import Table, below, read_tensors
-from latent_diffusion.convert.tensors import Tensor, find_weights, open_tensors
+from latent_diffusion.convert.tensors import find_weights, open_tensors
+from latent_diffusion.tensor import Tensor
 
 Fields = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]

@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from latent_diffusion.tensor import Tensor
+
 DTYPES = {  # safetensors' names
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -31,32 +33,6 @@ DTYPES = {  # safetensors' names
     "BOOL": np.dtype("?"),
 }
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An array that isn't in memory yet. `read()` returns it, possibly as a view of the file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def astype(self, dtype: Any) -> "Tensor":
-        """The same numbers in another dtype; integers and booleans stay as they are."""
-        wanted = np.dtype(dtype)
-        if wanted == self.dtype or not is_float(self.dtype):
-            return self
-        return Tensor(self.shape, wanted, lambda: self.read().astype(wanted))
-
-
-def is_float(dtype: np.dtype) -> bool:
-    """Whether elements are floating-point numbers, those that numpy doesn't know included."""
-    return dtype.kind == "f" or dtype in (DTYPES[name] for name in ("BF16", "F8_E4M3", "F8_E5M2"))
 
 
 def in_memory(array: Any) -> Tensor:

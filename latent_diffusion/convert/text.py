@@ -9,7 +9,8 @@ import numpy as np
 from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.convert.bundle import Part
 from latent_diffusion.convert.tables import KINDS, Leaf, Rule, Table
-from latent_diffusion.convert.tensors import Tensor, in_memory
+from latent_diffusion.convert.tensors import in_memory
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.tokenizers import Tokenizer
 
 Fields = dict[str, Any]

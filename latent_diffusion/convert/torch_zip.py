@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_diffusion.convert.tensors import DTYPES, Tensor, TensorFile, mapped
+from latent_diffusion.convert.tensors import DTYPES, TensorFile, mapped
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.weights import RestrictedUnpickler
 
 _LOCAL_HEADER = 30  # bytes before an entry's name

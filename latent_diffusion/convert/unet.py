@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from latent_diffusion.convert.tables import Kind, Rule, Table, inside, joint_qkv
-from latent_diffusion.convert.tensors import Tensor
 from latent_diffusion.models.unet import UNet
+from latent_diffusion.tensor import Tensor
 from latent_diffusion.types import Conditioning
 
 Fields = dict[str, Any]

@@ -36,20 +36,18 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; ui
 def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 1) -> Image.Image:
     """The sheet of one trained denoiser, on evenly spaced examples of its test split.
 
-    A model of classes draws each of them, whatever `rows`.
-    scale: how much larger than in training the pictures are, where the condition says their size.
+    A model of classes draws each of them, whatever `rows`. scale: how much larger than in
+    training the pictures are, where the condition says their size.
     """
     config, model = workdir.load_config(directory), load(directory)
     config.data.image_size *= scale
     source = data.make_source(config.data, "test")
-    transform = data.make_transform(config.data, train=False)
     keys = model.denoiser.conditioner.keys if model.denoiser is not None else ()
-    places = np.linspace(0, len(source) - 1, rows).round().astype(int)
+    places = _spread(source, rows)
     if keys == ("class_label",):
         labels = [int(source[i]["class_label"]) for i in range(len(source))]
         places, rows = np.unique(labels, return_index=True)[1], len(set(labels))
-    examples = [source[int(i)] for i in places]
-    batch = [transform(e, np.random.default_rng(i)) for i, e in enumerate(examples)]
+    examples, batch = _examples(config, source, places)
     given = {argument(key): _given(key, examples, batch) for key in keys}
     drawn = model.sample(
         jax.random.key(seed),
@@ -85,9 +83,8 @@ def draw_image_guiding(guided: Path, rows: int, samples: int, seed: int) -> Imag
     """The unconditional model in `guided`, steered to a fourfold reduction of test pictures."""
     config, model = workdir.load_config(guided), load(guided)
     source = data.make_source(config.data, "test")
-    transform = data.make_transform(config.data, train=False)
-    places = np.linspace(0, len(source) - 1, rows).round().astype(int)
-    truth = np.stack([transform(source[int(i)])["image"] for i in places])
+    _, batch = _examples(config, source, _spread(source, rows))
+    truth = np.stack([example["image"] for example in batch])
     size = truth.shape[1] // 4
     small = np.asarray(jax.image.resize(truth, (rows, size, size, 3), "cubic"))
     drawn = model.sample(
@@ -107,10 +104,8 @@ def draw_image_to_image(directory: Path, rows: int, seed: int) -> Image.Image:
     """
     config, model = workdir.load_config(directory), load(directory)
     source = data.make_source(config.data, "test")
-    transform = data.make_transform(config.data, train=False)
-    places = np.linspace(0, len(source) - 1, rows).round().astype(int)
-    examples = [source[int(i)] for i in places]
-    images = np.stack([transform(example)["image"] for example in examples])
+    examples, batch = _examples(config, source, _spread(source, rows))
+    images = np.stack([example["image"] for example in batch])
     prompts = [examples[i - 1]["caption"] for i in range(rows)]
     drawn = [
         to_uint8(model.sample(jax.random.key(seed), prompts, image=images, strength=strength))
@@ -121,6 +116,18 @@ def draw_image_to_image(directory: Path, rows: int, seed: int) -> Image.Image:
     return sheet(
         [(text(prompts[i]), np.stack([d[i] for d in drawn]), start[i]) for i in range(rows)], titles
     )
+
+
+def _spread(source: Any, rows: int) -> np.ndarray:
+    """The places of `rows` examples, evenly spaced."""
+    return np.linspace(0, len(source) - 1, rows).round().astype(int)
+
+
+def _examples(config: Any, source: Any, places: np.ndarray) -> tuple[list[Any], list[Any]]:
+    """Some examples as they are, and as evaluation sees them."""
+    transform = data.make_transform(config.data, train=False)
+    examples = [source[int(i)] for i in places]
+    return examples, [transform(e, np.random.default_rng(i)) for i, e in enumerate(examples)]
 
 
 def _of_class(source: Any, label: int) -> np.ndarray:
