@@ -1,4 +1,4 @@
-"""What training uses and never changes: LPIPS, the first stage, its scale, cached latents."""
+"""What training uses and never changes: LPIPS, the first stage, its scale, conditioners."""
 
 import itertools
 import logging
@@ -12,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data, parallel, workdir
-from latent_diffusion.conditioners import make_conditioner
 from latent_diffusion.convert import Part, as_params
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.first_stage import FirstStage, latent_sums, with_measured_scale
@@ -139,29 +138,3 @@ def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> F
         np.round(measured.shift, 5),
     )
     return measured
-
-
-def cache_moments(config: ConfigDict, first_stage: FirstStage, source: Any) -> data.ArraySource:
-    """Encode every training example once: a source of `moments` and of all that isn't an image.
-
-    Pictures stay where a condition is made of them. The cache lies in this process's memory.
-    Raises ValueError where images are augmented at random, since a cache would freeze the draw.
-    """
-    if config.data.flip or config.data.crop == "random":
-        raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
-    mode, mesh = parallel.devices(config.parallel)
-    index, count = parallel.process_shard(mode, mesh)
-
-    def encode(state: Any, first_stage: FirstStage, batch: Any, rng: Any, *, axis_name=None):
-        return first_stage.moments(batch["image"])
-
-    run = parallel.compile_eval(encode, mode, mesh=mesh)
-    transform = data.make_transform(config.data, train=False)
-    batches = data.epoch(source, transform, config.batch_size, index, count)
-    rng = jax.random.key(0)
-    moments = [run({}, first_stage, {"image": batch["image"]}, rng) for batch in batches]
-    seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
-    kept = {*data.KEYS, "caption", "boxes", "labels"} - (set() if seen else {"image"})
-    examples = [source[i] for i in range(len(source))]
-    arrays = {key: [example[key] for example in examples] for key in examples[0] if key in kept}
-    return data.ArraySource({"moments": np.concatenate(moments)[: len(source)], **arrays})

@@ -16,6 +16,7 @@ from latent_diffusion import (
     frozen,
     init_from,
     metrics,
+    moments,
     parallel,
     processes,
     startup,
@@ -182,21 +183,26 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         workdir.save_config(config, directory)
         tokenizer = workdir.make_tokenizer(config, directory, train_source)
 
-        # Fresh state, the frozen parts, then whatever the latest checkpoint holds.
+        # Fresh state or its shapes alone, the frozen parts, then what the latest checkpoint holds.
         # XLA takes minutes to compile hundreds of small threefry draws, and seconds for these.
         init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
-        state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_rng)
+        init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
+        resumes = bool(checkpoints.all_steps())
+        state, constants = jax.eval_shape(init, init_rng) if resumes else init(init_rng)
         constants = frozen.load_constants(config, directory, constants, train_source)
         constants = init_from.base_from(config, constants)
-        if not checkpoints.all_steps():
+        start = 0
+        if resumes:
+            restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
+            assert restored is not None
+            state, start = restored.state, restored.step
+        else:
             state = init_from.start_from(config, state)
         state = parallel.place(state, mode, **layout)
-        restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
-        start = 0
-        if restored is not None:
-            state, start = parallel.place(restored.state, mode, **layout), restored.step
         if config.task != "autoencoding" and config.first_stage.cache:
-            train_source = frozen.cache_moments(config, constants.first_stage, train_source)
+            train_source = moments.with_moments(
+                config, directory, constants.first_stage, train_source
+            )
 
         index, count = parallel.process_shard(mode, mesh)
         batches = data.iterate(

@@ -4,6 +4,7 @@
     tokenizer.json         the vocabulary, where there is one
     first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
     conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
+    moments-IDENTITY.npy   the training set's latents, where they are encoded once
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
 A denoiser's workdir keeps its own copy of what is frozen: it can be moved, and what is done to the

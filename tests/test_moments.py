@@ -1,0 +1,71 @@
+"""Latents that are encoded once: the right ones, once, and whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import SIZE, make_config
+
+from latent_diffusion import data, moments, workdir
+from latent_diffusion.first_stage import FirstStage, make_autoencoder
+
+COUNT = 19  # no multiple of the batch
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(config, workdir, first stage, images of the source)."""
+    config = make_config("denoising")
+    module = make_autoencoder(config.autoencoder.to_dict())
+    init = jax.jit(lambda rng: module.init(rng, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
+    params = init(jax.random.key(0, impl="unsafe_rbg"))
+    first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
+    workdir.save_first_stage(tmp_path, first_stage, "here")
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, SIZE, 3), np.uint8)
+    return config, tmp_path, first_stage, images
+
+
+def source_of(images):
+    captions = [f"number {i}" for i in range(len(images))]
+    return data.ArraySource({"image": images, "caption": captions, "other": np.arange(len(images))})
+
+
+def test_every_example_is_encoded_once_and_anew_only_for_other_pictures(made, monkeypatch):
+    config, directory, first_stage, images = made
+    cached = moments.with_moments(config, directory, first_stage, source_of(images))
+    assert len(cached) == COUNT
+    assert set(cached[0]) == {"moments", "caption"} and cached[18]["caption"] == "number 18"
+    want = jax.jit(first_stage.moments)(images / np.float32(127.5) - 1)
+    np.testing.assert_allclose([cached[i]["moments"] for i in range(COUNT)], want, atol=1e-5)
+    (file,) = directory.glob("moments-*.npy")
+
+    encode = moments._encoded
+    monkeypatch.setattr(moments, "_encoded", None)
+    again = moments.with_moments(config, directory, first_stage, source_of(images))
+    np.testing.assert_array_equal(again[3]["moments"], cached[3]["moments"])
+
+    monkeypatch.setattr(moments, "_encoded", encode)
+    other = moments.with_moments(config, directory, first_stage, source_of(images[::-1]))
+    np.testing.assert_allclose(other[0]["moments"], want[18], atol=1e-5)
+    assert [path != file for path in directory.glob("moments-*.npy")] == [True]
+
+
+def test_what_fails_midway_leaves_nothing_that_passes_for_whole(made, monkeypatch):
+    config, directory, first_stage, images = made
+
+    def failing(*args):
+        yield np.zeros((8, 4, 4, 4), np.float32)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(moments, "_encoded", failing)
+    with pytest.raises(OSError, match="disk full"):
+        moments.with_moments(config, directory, first_stage, source_of(images))
+    assert list(directory.glob("moments-*")) == []
+
+
+@pytest.mark.parametrize(("field", "value"), [("flip", True), ("crop", "random")])
+def test_random_pictures_have_no_one_encoding(made, field, value):
+    config, *rest, images = made
+    config.data[field] = value
+    with pytest.raises(ValueError, match=r"first_stage\.cache=True needs data\.flip=False"):
+        moments.with_moments(config, *rest, source_of(images))
