@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from latent_diffusion.convert import autoencoder, bert, clip_image, clip_text, unet
+from latent_diffusion.convert import (
+    autoencoder,
+    bert,
+    clip_image,
+    clip_text,
+    unet,
+    unet_compvis,
+    unet_diffusers,
+)
 from latent_diffusion.convert.tables import KINDS, joint_qkv, read_tensors, write_tensors
 from latent_diffusion.convert.tensors import in_memory
 from latent_diffusion.models.attention import AttentionBlock
@@ -82,18 +90,18 @@ def test_unets_round_trip_and_are_recognised(name):
     fields, widths, linear = UNETS[name]
     shapes = flat_shapes(unet.shapes(fields, *widths))
     theirs = check_round_trip(unet.compvis_table(fields, linear), shapes)
-    known = unet.fields_from_shapes(theirs)
+    known = unet_compvis.fields_from_shapes(theirs)
     heads = {k: v for k, v in fields.items() if k not in known}  # leave no trace in the shapes
     assert flat_shapes(unet.shapes({**heads, **known}, *widths)) == shapes
     assert {k: v for k, v in known.items() if k in fields} == {
         k: v for k, v in fields.items() if k in known
     }
-    assert unet.context_dim(theirs) == widths[1]
+    assert unet_compvis.context_dim(theirs) == widths[1]
     check_round_trip(unet.diffusers_table(fields, linear), shapes)
     if name == "plain-new-order":
         return  # its configuration in diffusers' words is that of another order
-    config = unet.diffusers_from_fields(fields, widths, linear, 8)
-    again = unet.fields_from_diffusers(config)
+    config = unet_diffusers.diffusers_from_fields(fields, widths, linear, 8)
+    again = unet_diffusers.fields_from_diffusers(config)
     assert {k: again[k] for k in fields if k in again} == {
         k: v for k, v in fields.items() if k in again
     }
@@ -204,9 +212,9 @@ def test_what_others_cannot_express_is_said():
         autoencoder.diffusers_from_fields({**KL, "embed_dim": 3}, 32)
     with pytest.raises(ValueError, match="one width for all heads"):
         fields = {**UNET, "transformer_depth": 0, "attention_resolutions": (1, 2)}
-        unet.diffusers_from_fields(fields, (3, None, None), False, 8)
+        unet_diffusers.diffusers_from_fields(fields, (3, None, None), False, 8)
     with pytest.raises(ValueError, match=r"UNet2DModel\.freq_shift=1"):
-        unet.fields_from_diffusers(
+        unet_diffusers.fields_from_diffusers(
             {"_class_name": "UNet2DModel", "block_out_channels": [8], "freq_shift": 1}
         )
 
@@ -215,8 +223,8 @@ def test_what_others_cannot_express_is_said():
 def test_yaml_of_a_unet_is_read_back(name):
     fields, widths, linear = UNETS[name]
     fields = {**fields, "num_groups": 32, "model_channels": 32}
-    params = unet.yaml_from_fields(fields, widths, linear, 8)["params"]
-    again = unet.fields_from_yaml(params)
+    params = unet_compvis.yaml_from_fields(fields, widths, linear, 8)["params"]
+    again = unet_compvis.fields_from_yaml(params)
     assert {k: v for k, v in fields.items() if k in again} == {
         k: v for k, v in again.items() if k in fields
     }

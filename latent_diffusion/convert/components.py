@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import autoencoder, clip_image, clip_text, text, unet
+from latent_diffusion.convert import autoencoder, clip_image, clip_text, text, unet, unet_diffusers
 from latent_diffusion.convert.bundle import Bundle, input_widths, read_part
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import below, matching, write_tensors
@@ -79,7 +79,7 @@ def _read_autoencoder(where: Path, config: Json, tensors: Mapping[str, Tensor]) 
 
 
 def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields = unet.fields_from_diffusers(config)
+    fields = unet_diffusers.fields_from_diffusers(config)
     linear, own = bool(config.get("use_linear_projection", False)), dict(tensors)
     in_channels, out_channels = config["in_channels"], config["out_channels"]
     conditioners = {}
@@ -165,7 +165,7 @@ def _write_unet(bundle: Bundle) -> Written:
     assert bundle.unet is not None
     fields, linear = bundle.unet.fields, bundle.linear_projections
     side = bundle.image_size // bundle.downsampling
-    config = unet.diffusers_from_fields(fields, input_widths(bundle.unet), linear, side)
+    config = unet_diffusers.diffusers_from_fields(fields, input_widths(bundle.unet), linear, side)
     tensors = write_tensors(unet.diffusers_table(fields, linear), bundle.unet.params)
     if (table := table_of(bundle.conditioners)) is not None:
         tensors[_TABLE], config["num_class_embeds"] = table, table.shape[0]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from latent_diffusion.convert import autoencoder, cond_stage, tokenizers, unet
+from latent_diffusion.convert import autoencoder, cond_stage, tokenizers, unet, unet_compvis
 from latent_diffusion.convert.bundle import (
     Bundle,
     Part,
@@ -156,11 +156,11 @@ def _read_unet(
     path: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any]
 ) -> tuple[Part, Released | None]:
     """The U-Net, and which of the released ones it is."""
-    fields, context = unet.fields_from_shapes(tensors), unet.context_dim(tensors)
+    fields, context = unet_compvis.fields_from_shapes(tensors), unet_compvis.context_dim(tensors)
     key = (fields["model_channels"], context, fields["out_channels"])
     released = RELEASED.get(key)
     if params:
-        fields = unet.fields_from_yaml(params["unet_config"]["params"])
+        fields = unet_compvis.fields_from_yaml(params["unet_config"]["params"])
     elif released is None:
         raise ValueError(
             f"{path}: its U-Net (width {key[0]}, context {key[1]}, {key[2]} channels) is none of "
@@ -298,7 +298,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("there is nothing to save: the model is empty")
         return tensors, first_stage
     linear, side = bundle.linear_projections, bundle.image_size // bundle.downsampling
-    own = unet.yaml_from_fields(bundle.unet.fields, input_widths(bundle.unet), linear, side)
+    own = unet_compvis.yaml_from_fields(bundle.unet.fields, input_widths(bundle.unet), linear, side)
     names = prefixed(unet.compvis_table(bundle.unet.fields, linear), UNET)
     tensors.update(write_tensors(names, bundle.unet.params))
     params = {**_yaml_diffusion(bundle.diffusion), "image_size": side, "unet_config": own}
