@@ -124,6 +124,7 @@ def sample_to_disk(
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     own = {name: value for name, value in options.items() if not callable(value)}
+    own |= {"tokenizer": tokenizer, "lora": {str(k): v for k, v in (lora or {}).items()}}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()

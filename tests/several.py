@@ -46,7 +46,7 @@ def score(workdir):
 
 
 def main(workdir, coordinator, process_id):
-    """Train until SIGTERM comes, then sample and score what there is."""
+    """Train until SIGTERM comes, then sample and score what there is; refuse to do so unequally."""
     quiet_and_cached()
     processes.connect(False, coordinator, 2, int(process_id), 200)
     try:
@@ -55,3 +55,12 @@ def main(workdir, coordinator, process_id):
         print(f"exit code {interrupted.exit_code}", file=sys.stderr)
     sampling.sample_to_disk(workdir, workdir / "samples", **SAMPLING)
     score(workdir)
+    own = {"seed": int(process_id)}
+    for call in (
+        lambda: sampling.sample_to_disk(workdir, workdir / "other", **SAMPLING, **own),
+        lambda: evaluate(workdir=str(workdir), metrics=["fd"], **own),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            print(f"refused: {error}", file=sys.stderr)

@@ -78,7 +78,7 @@ def test_all_modes_take_the_same_steps(task, name):
         )
 
 
-@pytest.mark.parametrize("name", ["pmap", "mesh"])
+@pytest.mark.parametrize("name", ["single", "pmap", "mesh"])
 @pytest.mark.parametrize("task", BOTH)
 def test_the_step_is_clean(task, name):
     _, compiled, num_bytes = _run(task, name)
@@ -86,6 +86,8 @@ def test_the_step_is_clean(task, name):
     assert hlo.host_transfers(text) == []
     assert "f64[" not in text
     assert compiled.memory_analysis().alias_size_in_bytes == num_bytes  # all of it, in place
+    if name == "single":
+        assert hlo.collectives(text) == []
     first = _start(task)[0]
     trained = (first.params, getattr(first, "disc_params", ()))
     gradients = parallel.num_bytes(trained)

@@ -159,6 +159,26 @@ def test_step_compiles_once_and_donates(runs, name):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", list(MODES)[:4])
+def test_gradients_cross_the_network_once(name):
+    mode, mesh, rules = build(name)
+    state = parallel.place(initial_state(), mode, mesh, rules)
+    step = parallel.compile_step(train_step, mode, mesh=mesh, rules=rules)
+    program = step.lower(state, CONSTANTS, host_batch(0), jax.random.key(0)).compile().as_text()
+    traffic = hlo.total_bytes(program)
+    gradients, loss, statistics = parallel.num_bytes(state.params), 4, 2 * 2 * 32 * 4
+    if name == "single":
+        assert traffic == {}
+    elif "fsdp" in name:  # parameters forward and backward, gradients back: at most
+        assert traffic.keys() == {"all-gather", "all-reduce"}
+        assert sum(traffic.values()) <= 3 * gradients + loss + statistics
+    else:  # in one operation, less what BatchNorm holds up
+        assert gradients + loss <= traffic.pop("all-reduce") <= gradients + loss + statistics
+        assert traffic == {}
+        kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2)
+        assert max(c.num_bytes for c in hlo.collectives(program)) >= kernels + loss
+
+
 @pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_returns_the_global_batch_in_order(runs, name):
     evaluation = runs[name][2]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import several
-from conftest import ROOT
+from conftest import FAST_COMPILATION, ROOT
 
 import latent_diffusion as ldm
 from latent_diffusion import loop
@@ -23,7 +23,7 @@ OWN = {"images_per_second", "peak_memory_gib"}  # of the machine, not of the run
 
 def start_process(*command, devices=8):
     """Python with some CPU devices, its standard error in a pipe."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, command)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
@@ -88,6 +88,11 @@ def test_two_processes_train_sample_and_score_like_one_and_go_on_as_one(whole, t
     assert ["exit code 143" in error for error in errors] == [True, True]
     assert "stopped by SIGTERM after step" in errors[0]
     assert "step" not in errors[1]  # one voice
+    # Neither samples nor scores what the processes were told differently.
+    other = "process 1 has another set of options than process 0: seed=1 instead of 0"
+    assert errors[1].count(f"refused: {other}") == 2
+    assert errors[0].count("refused: the processes of this run don't have the same") == 2
+    assert not (tmp_path / "other").exists()
     last = logged(tmp_path)[-1]["step"]
     assert 1 <= last < several.STEPS
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
