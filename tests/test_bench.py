@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import FAST_COMPILATION, ROOT
 
 from benchmarks import first_image, ours
 
 
 def test_quick_writes_rows_and_a_table(tmp_path):
     flags = ["--quick", "--nopytorch", "--only=input_pipeline,encode", f"--out={tmp_path}"]
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = {**os.environ, "XLA_FLAGS": FAST_COMPILATION}
     command = [sys.executable, "-m", "benchmarks", *flags]
     subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=400)
     (path,) = tmp_path.glob("*.json")

@@ -41,6 +41,7 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
 def test_training_measures_a_distance_and_keeps_the_best_by_it(tmp_path):
     config = openmoji_autoencoder.get_config("smoke")
     config.num_steps = 2
+    config.parallel.mode = "single"
     config.log.num_images = 8
     config.log.distance = "alexnet"
     config.log.distance_images = 24

@@ -103,6 +103,7 @@ def test_large_and_odd_images_go_through_the_model(mode):
 
 
 def _train(steps, mode="single", **fields):
+    """The first state, and state and metrics after every step."""
     fields = {f"autoencoder.{k}": v for k, v in SMALL.items() if k != "channel_mult"} | fields
     config = make_config("autoencoding", **fields)
     task = TASKS["autoencoding"](config)
@@ -111,9 +112,11 @@ def _train(steps, mode="single", **fields):
     first, batch = state, make_batch(config)
     step = parallel.compile_step(task.train_step, mode, donate_state=False)
     state = parallel.place(state, mode)
+    history = []
     for _ in range(steps):
         state, metrics = step(state, constants, batch, jax.random.key(7))
-    return first, jax.tree.map(np.asarray, state), jax.tree.map(float, metrics)
+        history.append((jax.tree.map(np.asarray, state), jax.tree.map(float, metrics)))
+    return first, history
 
 
 AVERAGED = {
@@ -126,14 +129,15 @@ AVERAGED = {
 
 
 def test_an_averaged_codebook_stays_in_use_and_is_the_same_on_eight_devices():
-    first, state, metrics = _train(25, **AVERAGED)
+    first, history = _train(25, **AVERAGED)
+    state, metrics = history[-1]
     assert metrics["codebook_usage"] >= CODES / 2
     assert metrics["perplexity"] > CODES / 4
     codes = state.params["autoencoder"]["quantize"]["embedding"]
     np.testing.assert_array_equal(codes, state.codebook["quantize"]["embedding"])
     assert (codes != first.params["autoencoder"]["quantize"]["embedding"]).any()
-    _, many, many_metrics = _train(3, "pmap", **AVERAGED)
-    _, one, one_metrics = _train(3, **AVERAGED)
+    _, [*_, (many, many_metrics)] = _train(3, "pmap", **AVERAGED)
+    one, one_metrics = history[2]
     for want, got in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-4 * max(1.0, float(np.abs(want).max())))
     assert one_metrics["codebook_usage"] == many_metrics["codebook_usage"]
@@ -141,7 +145,7 @@ def test_an_averaged_codebook_stays_in_use_and_is_the_same_on_eight_devices():
 
 def test_gumbel_trains_and_cools_by_equal_factors():
     fields = {"autoencoder.regularization": "gumbel", "autoencoding.gumbel_temperature": (1.0, 0.1)}
-    first, state, metrics = _train(2, **fields)
+    first, [_, (state, metrics)] = _train(2, **fields)
     moved = state.params["autoencoder"]["quantize"]["embedding"]
     assert (moved != first.params["autoencoder"]["quantize"]["embedding"]).any()
     assert np.isfinite(list(metrics.values())).all()

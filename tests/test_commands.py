@@ -12,9 +12,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import FAST_COMPILATION, ROOT
 from PIL import Image
 from test_convert_round_trips import make_bundle
+from test_parallel import compilations
 
 import latent_diffusion as ldm
 from configs import openmoji_autoencoder
@@ -24,7 +25,7 @@ from latent_diffusion.evaluation import first_stages
 
 AUTOENCODER = "--config=configs/openmoji_autoencoder.py:smoke"
 TEXT = "--config=configs/openmoji_text.py:smoke"
-ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
+ENV = {**os.environ, "XLA_FLAGS": FAST_COMPILATION}  # one device
 
 
 def _command(script, *flags):
@@ -167,20 +168,50 @@ def test_model_names_what_it_lacks_or_was_not_given(trained):
         model.sample(rng, ["a"], z_T=np.zeros((1, 2, 2, 4), np.float32))
 
 
-def _steady(num_steps):
-    """The smoke autoencoder with a learning rate that doesn't depend on num_steps."""
+def _few(num_steps):
+    """The smoke autoencoder on one device, for so many steps and without pictures."""
     config = openmoji_autoencoder.get_config("smoke")
     config.num_steps = num_steps
     config.parallel.mode = "single"
-    config.optimizer.schedule = "constant"
     config.log.images_every_steps = 0
     return config
 
 
-def test_two_steps_and_two_more_are_bitwise_four(tmp_path):
-    whole = loop.train(_steady(4), tmp_path / "whole")
-    loop.train(_steady(2), tmp_path / "parts")
-    parts = loop.train(_steady(4), tmp_path / "parts")
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A workdir in which two steps were taken."""
+    workdir = tmp_path_factory.mktemp("two") / "steps"
+    loop.train(_few(2), workdir)
+    return workdir
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """How many programs were compiled in each training step, of all runs in turn."""
+    counts, compile_step = [], loop.parallel.compile_step
+
+    def counting(*args, **options):
+        step = compile_step(*args, **options)
+
+        def run(*args):
+            with compilations() as seen:
+                out = step(*args)
+            counts.append(len(seen))
+            return out
+
+        return run
+
+    monkeypatch.setattr(loop.parallel, "compile_step", counting)
+    return counts
+
+
+def test_two_steps_and_two_more_are_bitwise_four_and_the_first_alone_compiles(
+    two_steps, tmp_path, compiled
+):
+    whole = loop.train(_few(4), tmp_path / "whole")
+    assert compiled[0] > 0 and compiled[1:] == [0, 0, 0]
+    shutil.copytree(two_steps, tmp_path / "parts")
+    parts = loop.train(_few(4), tmp_path / "parts")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     losses = [
@@ -193,13 +224,13 @@ def test_two_steps_and_two_more_are_bitwise_four(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_nan_stops_the_run_by_name_and_leaves_the_last_good_checkpoint(tmp_path):
-    loop.train(_steady(2), tmp_path)
-    config = _steady(6)
+def test_nan_stops_the_run_by_name_and_leaves_the_last_good_checkpoint(two_steps, tmp_path):
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    config = _few(6)
     config.optimizer.learning_rate = 1e38
     with pytest.raises(loop.metrics.NonFiniteError, match=r"step \d+: .*loss = "):
-        loop.train(config, tmp_path)
-    with Checkpointer(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        loop.train(config, workdir)
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore().state
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
 
