@@ -1,0 +1,158 @@
+"""How much should the first stage compress? Figs. 6 and 7 of the paper, at a small scale.
+
+    python -m benchmarks.compression --workdir=runs/compression --minutes=20
+
+For f = 16, 8, 4, 2 (the quickest first) and 1, pixel space: a first stage, a denoiser on it, and
+the scores of its samples by several numbers of DDIM steps. All denoisers train for the same time:
+a step of each is timed before anything else, while nothing else should run, and so is sampling.
+Leaves results.json, table.md, plot.png and samples.png in the workdir; what results.json has
+already isn't done again, and an interrupted training goes on.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import compression_report as report
+from benchmarks.compression_timing import BATCH_SIZE, seconds_per_image, steps_in, timed
+from configs.openmoji_compression import FACTORS, get_config
+from latent_diffusion import loop, processes
+from latent_diffusion.evaluation import generate
+from latent_diffusion.evaluation.collect import collect_features
+from latent_diffusion.evaluation.features import FeatureNet, make_features
+from latent_diffusion.evaluation.reconstruction import (
+    collect_reconstructions,
+    score_reconstructions,
+)
+from latent_diffusion.evaluation.scores import Reference, score
+from latent_diffusion.loading import load
+from latent_diffusion.startup import quiet_and_cached
+from latent_diffusion.workdir import write_whole
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/compression", "Where everything goes.")
+MINUTES = flags.DEFINE_float("minutes", 20.0, "Training time of each denoiser.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Samples that each score is made of.")
+PATIENCE = flags.DEFINE_float("patience", 10.0, "Leave out scores whose samples take more minutes.")
+ONLY_TIME = flags.DEFINE_bool("only_time", False, "Stop after timing.")
+
+NUM_STEPS = (10, 20, 50, 100, 200)  # of DDIM
+FEATURES = "alexnet"
+SHOWN = 10  # samples of each model in samples.png
+
+
+class Results:
+    """results.json: what has been found, by kind and name, written as it comes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.found: dict[str, dict[str, Any]] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        )
+
+    def get(self, kind: str, name: object, make: Callable[[], Any]) -> Any:
+        """What is there, made first where nothing is."""
+        kept = self.found.setdefault(kind, {})
+        if str(name) not in kept:
+            kept[str(name)] = make()
+            write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
+        return kept[str(name)]
+
+
+def train_first_stage(f: int, root: Path, net: FeatureNet) -> dict[str, float]:
+    """Train it; PSNR and the Fréchet distance of reconstructions of held-out pictures."""
+    workdir, config = root / f"first_stage_f{f}", get_config(f"first_stage_f{f}")
+    loop.train(config, workdir)
+    stage, images = load(workdir).first_stage, generate.of_data(config, "test")
+    assert stage is not None
+    arrays = collect_reconstructions(
+        stage, images.read, images.count, ["psnr", "rfd"], workdir / "reconstructions", net=net
+    )
+    found = score_reconstructions(arrays, "alex", FEATURES)
+    return {"num_steps": config.num_steps, **{name: x.value for name, x in found.items()}}
+
+
+def train_denoiser(f: int, num_steps: int, root: Path) -> dict[str, float]:
+    """Train it on latents that were encoded before."""
+    config = get_config(f"f{f}")
+    if f > 1:
+        config.first_stage.path = str(root / f"first_stage_f{f}")
+    config.num_steps = num_steps
+    loop.train(config, root / f"f{f}")
+    lines = (root / f"f{f}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"num_steps": num_steps, "eval_loss": json.loads(lines[-1])["eval_loss"]}
+
+
+def features_of_data(root: Path, net: FeatureNet) -> np.ndarray:
+    """Of all training pictures."""
+    images = generate.of_data(get_config("f1"), "train")
+    return collect_features(images.read, images.count, net, root / "real")["features"]
+
+
+def score_samples(
+    workdir: Path, num_steps: int, count: int, real: np.ndarray, net: FeatureNet
+) -> dict[str, Any]:
+    """Fréchet distance, precision and recall against the training pictures, with their errors."""
+    folder = workdir / f"samples_{num_steps}"
+    images = generate.samples(
+        load(workdir), {}, count, 0, BATCH_SIZE, folder / "images", num_steps=num_steps
+    )
+    arrays = collect_features(images.read, count, net, folder / "features", BATCH_SIZE)
+    return scored(arrays["features"], real)
+
+
+def scored(features: np.ndarray, real: np.ndarray) -> dict[str, Any]:
+    """The record of some features."""
+    found = score(["fd", "pr"], {"features": features}, Reference(features=real), FEATURES)
+    return {name: [result.value, result.error] for name, result in found.items()}
+
+
+def some_of(real: np.ndarray, count: int) -> dict[str, Any]:
+    """What as many real pictures score: no model of so few samples can be told from better."""
+    chosen = np.random.default_rng(0).choice(len(real), count, replace=False)
+    return scored(real[chosen], real)
+
+
+def compare(root: Path) -> None:
+    """All of it, the quickest models first; table and pictures anew after every one."""
+    results = Results(root / "results.json")
+    count, factors = NUM_IMAGES.value, FACTORS[::-1]
+    for f in factors:
+        results.get("timed", f, lambda f=f: timed(get_config(f"f{f}")))
+    if ONLY_TIME.value:
+        return
+    net = make_features(FEATURES)
+    real = features_of_data(root, net)
+    results.get("real", count, lambda: some_of(real, count))
+    for f in factors:
+        speed = results.found["timed"][str(f)]
+        if f > 1:
+            results.get("first_stages", f, lambda f=f: train_first_stage(f, root, net))
+        num_steps = steps_in(MINUTES.value, speed["seconds_per_step"])
+        results.get("denoisers", f, lambda f=f, n=num_steps: train_denoiser(f, n, root))
+        for n in NUM_STEPS:
+            if seconds_per_image(speed, n) * count <= 60 * PATIENCE.value:
+                work = (root / f"f{f}", n, count, real, net)
+                results.get(f"scores_f{f}", n, lambda work=work: score_samples(*work))
+        report.write(root, results.found, NUM_STEPS, SHOWN)
+
+
+def main(argv: list[str]) -> None:
+    """Say in one line what stopped it."""
+    quiet_and_cached()
+    root = Path(WORKDIR.value).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        compare(root)
+    except loop.Interrupted as interrupted:
+        sys.exit(interrupted.exit_code)
+    except loop.USER_ERRORS as error:
+        processes.exit_with(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,131 @@
+"""Table and plots of benchmarks/compression.py from what it has found."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.compression_timing import seconds_per_image
+from latent_diffusion.metrics import image_grid
+
+FD, PRECISION, RECALL = "fd_alexnet", "precision_alexnet", "recall_alexnet"
+
+Found = Mapping[str, Mapping[str, Any]]
+
+
+def scores(found: Found) -> dict[int, dict[int, Any]]:
+    """Those of every f that has some, by number of DDIM steps; f ascending."""
+    rows = {
+        int(kind.removeprefix("scores_f")): {int(n): s for n, s in by_steps.items()}
+        for kind, by_steps in found.items()
+        if kind.startswith("scores_f") and by_steps
+    }
+    return dict(sorted(rows.items()))
+
+
+def common_steps(rows: Mapping[int, Mapping[int, Any]]) -> int:
+    """The largest number of DDIM steps that every model has been scored with."""
+    return max(set.intersection(*(set(row) for row in rows.values())))
+
+
+def table(found: Found, num_steps: Sequence[int]) -> str:
+    """Two Markdown tables: the models, and their samples by numbers of DDIM steps."""
+    rows = scores(found)
+    n = common_steps(rows)
+    lines = [
+        f"| f | latent | training steps | s/step | PSNR | rFD | FD, {n} steps | precision | recall "
+        "| images/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for f, row in rows.items():
+        timed, stage = found["timed"][str(f)], found.get("first_stages", {}).get(str(f))
+        cells = [
+            f"{f}" if stage else f"{f} (pixels)",
+            "×".join(map(str, timed["latent"])),
+            f"{found['denoisers'][str(f)]['num_steps']:,}",
+            f"{timed['seconds_per_step']:.3g}",
+            f"{stage['psnr']:.1f}" if stage else "–",
+            f"{stage['rfd_alexnet']:.3g}" if stage else "–",
+            *(_with_error(row[n][name]) for name in (FD, PRECISION, RECALL)),
+            f"{1 / seconds_per_image(timed, n):.3g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for count, real in found.get("real", {}).items():
+        cells = [_with_error(real[name]) for name in (FD, PRECISION, RECALL)]
+        lines.append(f"| {count} real pictures | | | | | | {' | '.join(cells)} | |")
+    lines += [
+        "",
+        f"| f | {' | '.join(f'{n} steps' for n in num_steps)} |",
+        f"|---|{'---|' * len(num_steps)}",
+    ]
+    for f, row in rows.items():
+        timed = found["timed"][str(f)]
+        cells = [
+            f"{row[n][FD][0]:.2f} ({seconds_per_image(timed, n):.3g} s)"
+            if n in row
+            else f"– ({seconds_per_image(timed, n):.3g} s)"
+            for n in num_steps
+        ]
+        lines.append(f"| {f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_error(measured: Sequence[float]) -> str:
+    value, error = measured
+    digits = 2 if abs(error) < 1 else 1
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def draw(found: Found, path: Path) -> None:
+    """Left: f against FD. Right: seconds an image against FD, a line of DDIM steps for each f."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = scores(found)
+    n = common_steps(rows)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    values, errors = zip(*(row[n][FD] for row in rows.values()), strict=True)
+    left.errorbar(list(rows), values, errors, marker="o", capsize=3, label=f"samples, {n} steps")
+    stages = {f: found.get("first_stages", {}).get(str(f)) for f in rows}
+    rebuilt = {f: stage["rfd_alexnet"] for f, stage in stages.items() if stage}
+    left.plot(list(rebuilt), list(rebuilt.values()), "s--", label="reconstructions")
+    left.set_xscale("log", base=2)
+    left.set_xticks(list(rows), [str(f) for f in rows])
+    left.set(xlabel="f (1: pixels)", ylabel="Fréchet distance (AlexNet)", ylim=(0, None))
+    for f, row in rows.items():
+        points = [
+            (seconds_per_image(found["timed"][str(f)], n), score[FD][0]) for n, score in row.items()
+        ]
+        right.plot(*zip(*points, strict=True), marker="o", label=f"f = {f}")
+        for n, point in zip(row, points, strict=True):
+            right.annotate(str(n), point, (3, 3), textcoords="offset points", fontsize=7)
+    for real in found.get("real", {}).values():
+        for axes in (left, right):
+            axes.axhline(real[FD][0], color="grey", linestyle=":", label="real pictures")
+    right.set(xscale="log", xlabel="seconds an image (numbers: DDIM steps)", ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def sheet(root: Path, rows: Mapping[int, Any], shown: int) -> np.ndarray:
+    """The first samples of every f, a row each, at the number of steps that all have."""
+    n = common_steps(rows)
+    folders = [root / f"f{f}" / f"samples_{n}" / "images" for f in rows]
+    paths = [folder / f"{i:05d}.png" for folder in folders for i in range(shown)]
+    return image_grid(np.stack([np.asarray(Image.open(path)) for path in paths]), shown)
+
+
+def write(root: Path, found: Found, num_steps: Sequence[int], shown: int) -> None:
+    """table.md, plot.png and samples.png; nothing before there are scores."""
+    if not scores(found):
+        return
+    (root / "table.md").write_text(table(found, num_steps), encoding="utf-8")
+    draw(found, root / "plot.png")
+    Image.fromarray(sheet(root, scores(found), shown)).save(root / "samples.png")
