@@ -62,6 +62,16 @@ class Results:
             write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
         return kept[str(name)]
 
+    def check(self, **settings: float) -> None:
+        """Raise ValueError where an earlier run had other settings; one folder, one comparison."""
+        for name, value in settings.items():
+            before = self.get("settings", name, lambda value=value: value)
+            if before != value:
+                raise ValueError(
+                    f"{self.path} was begun with --{name}={before}; --{name}={value} needs another "
+                    "--workdir"
+                )
+
 
 def train_first_stage(f: int, root: Path, net: FeatureNet) -> dict[str, float]:
     """Train it; PSNR and the Fréchet distance of reconstructions of held-out pictures."""
@@ -121,6 +131,7 @@ def compare(root: Path) -> None:
     """All of it, the quickest models first; table and pictures anew after every one."""
     results = Results(root / "results.json")
     count, factors = NUM_IMAGES.value, FACTORS[::-1]
+    results.check(minutes=MINUTES.value, num_images=count)
     for f in factors:
         results.get("timed", f, lambda f=f: timed(get_config(f"f{f}")))
     if ONLY_TIME.value:

@@ -38,22 +38,10 @@ def table(found: Found, num_steps: Sequence[int]) -> str:
         f"| f | latent | training steps | s/step | PSNR | rFD | FD, {n} steps | precision | recall "
         "| images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
+        *(_model(found, f, n) for f in rows),
     ]
-    for f, row in rows.items():
-        timed, stage = found["timed"][str(f)], found.get("first_stages", {}).get(str(f))
-        cells = [
-            f"{f}" if stage else f"{f} (pixels)",
-            "×".join(map(str, timed["latent"])),
-            f"{found['denoisers'][str(f)]['num_steps']:,}",
-            f"{timed['seconds_per_step']:.3g}",
-            f"{stage['psnr']:.1f}" if stage else "–",
-            f"{stage['rfd_alexnet']:.3g}" if stage else "–",
-            *(_with_error(row[n][name]) for name in (FD, PRECISION, RECALL)),
-            f"{1 / seconds_per_image(timed, n):.3g}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     for count, real in found.get("real", {}).items():
-        cells = [_with_error(real[name]) for name in (FD, PRECISION, RECALL)]
+        cells = [_with_error(real[FD]), "", _with_error(real[RECALL])]  # they are precise by nature
         lines.append(f"| {count} real pictures | | | | | | {' | '.join(cells)} | |")
     lines += [
         "",
@@ -61,15 +49,27 @@ def table(found: Found, num_steps: Sequence[int]) -> str:
         f"|---|{'---|' * len(num_steps)}",
     ]
     for f, row in rows.items():
-        timed = found["timed"][str(f)]
-        cells = [
-            f"{row[n][FD][0]:.2f} ({seconds_per_image(timed, n):.3g} s)"
-            if n in row
-            else f"– ({seconds_per_image(timed, n):.3g} s)"
-            for n in num_steps
-        ]
+        fds = [f"{row[n][FD][0]:.2f}" if n in row else "–" for n in num_steps]
+        seconds = [f"{seconds_per_image(found['timed'][str(f)], n):.3g}" for n in num_steps]
+        cells = [f"{fd} ({s} s)" for fd, s in zip(fds, seconds, strict=True)]
         lines.append(f"| {f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _model(found: Found, f: int, num_steps: int) -> str:
+    timed, stage = found["timed"][str(f)], found.get("first_stages", {}).get(str(f))
+    score = found[f"scores_f{f}"][str(num_steps)]
+    cells = [
+        f"{f}" if stage else f"{f} (pixels)",
+        "×".join(map(str, timed["latent"])),
+        f"{found['denoisers'][str(f)]['num_steps']:,}",
+        f"{timed['seconds_per_step']:.3g}",
+        f"{stage['psnr']:.1f}" if stage else "–",
+        f"{stage['rfd_alexnet']:.2f}" if stage else "–",
+        *(_with_error(score[name]) for name in (FD, PRECISION, RECALL)),
+        f"{1 / seconds_per_image(timed, num_steps):.3g}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _with_error(measured: Sequence[float]) -> str:
@@ -95,7 +95,7 @@ def draw(found: Found, path: Path) -> None:
     left.plot(list(rebuilt), list(rebuilt.values()), "s--", label="reconstructions")
     left.set_xscale("log", base=2)
     left.set_xticks(list(rows), [str(f) for f in rows])
-    left.set(xlabel="f (1: pixels)", ylabel="Fréchet distance (AlexNet)", ylim=(0, None))
+    left.set(xlabel="f (1: pixels)", ylabel="Fréchet distance (AlexNet)")
     for f, row in rows.items():
         points = [
             (seconds_per_image(found["timed"][str(f)], n), score[FD][0]) for n, score in row.items()
@@ -106,8 +106,9 @@ def draw(found: Found, path: Path) -> None:
     for real in found.get("real", {}).values():
         for axes in (left, right):
             axes.axhline(real[FD][0], color="grey", linestyle=":", label="real pictures")
-    right.set(xscale="log", xlabel="seconds an image (numbers: DDIM steps)", ylim=(0, None))
+    right.set(xscale="log", xlabel="seconds an image (numbers: DDIM steps)")
     for axes in (left, right):
+        axes.set_yscale("log")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.2)
     figure.savefig(path, dpi=110)

@@ -46,8 +46,8 @@ def test_the_table_compares_at_steps_that_all_have_and_shows_what_was_left_out()
     first, second = report.table(FOUND, (10, 20, 50)).split("\n\n")
     assert "FD, 10 steps" in first
     assert "| 1 (pixels) | 64×64×3 | 30 | 2 | – | – | 70.00 ± 0.50 | 0.50 ± 0.01" in first
-    assert "| 4 | 16×16×3 | 1,200 | 0.5 | 20.0 | 3 | 9.00 ± 0.50 |" in first
-    assert "| 8 real pictures |" in first
+    assert "| 4 | 16×16×3 | 1,200 | 0.5 | 20.0 | 3.00 | 9.00 ± 0.50 |" in first
+    assert "| 8 real pictures | | | | | | 9.00 ± 0.50 |  | 0.25 ± 0.01 | |" in first
     assert "| 1 | 70.00 (1.5 s) | – (2.5 s) | – (5.5 s) |" in second
     assert "| 4 | 9.00 (0.375 s) | 4.00 (0.625 s) | – (1.38 s) |" in second
 
@@ -70,6 +70,10 @@ def test_what_has_been_found_is_not_done_again(tmp_path):
     again = Results(tmp_path / "results.json")
     assert again.get("timed", 4, lambda: pytest.fail("done again")) == {"seconds": 1.0}
     assert again.get("timed", 8, lambda: 2) == 2
+    again.check(minutes=4.0)
+    again.check(minutes=4.0)
+    with pytest.raises(ValueError, match=r"begun with --minutes=4.0; --minutes=20.0 needs another"):
+        Results(tmp_path / "results.json").check(minutes=20.0)
 
 
 def unet_shapes(config):
