@@ -11,7 +11,6 @@ already isn't done again, and an interrupted training goes on.
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import compression_report as report
+from benchmarks.compression_results import Results
 from benchmarks.compression_timing import BATCH_SIZE, seconds_per_image, steps_in, timed
 from configs.openmoji_compression import FACTORS, get_config
 from latent_diffusion import loop, processes
@@ -32,7 +32,6 @@ from latent_diffusion.evaluation.reconstruction import (
 from latent_diffusion.evaluation.scores import Reference, score
 from latent_diffusion.loading import load
 from latent_diffusion.startup import quiet_and_cached
-from latent_diffusion.workdir import write_whole
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/compression", "Where everything goes.")
 MINUTES = flags.DEFINE_float("minutes", 20.0, "Training time of each denoiser.")
@@ -43,34 +42,6 @@ ONLY_TIME = flags.DEFINE_bool("only_time", False, "Stop after timing.")
 NUM_STEPS = (10, 20, 50, 100, 200)  # of DDIM
 FEATURES = "alexnet"
 SHOWN = 10  # samples of each model in samples.png
-
-
-class Results:
-    """results.json: what has been found, by kind and name, written as it comes."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, dict[str, Any]] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )
-
-    def get(self, kind: str, name: object, make: Callable[[], Any]) -> Any:
-        """What is there, made first where nothing is."""
-        kept = self.found.setdefault(kind, {})
-        if str(name) not in kept:
-            kept[str(name)] = make()
-            write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
-        return kept[str(name)]
-
-    def check(self, **settings: float) -> None:
-        """Raise ValueError where an earlier run had other settings; one folder, one comparison."""
-        for name, value in settings.items():
-            before = self.get("settings", name, lambda value=value: value)
-            if before != value:
-                raise ValueError(
-                    f"{self.path} was begun with --{name}={before}; --{name}={value} needs another "
-                    "--workdir"
-                )
 
 
 def train_first_stage(f: int, root: Path, net: FeatureNet) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import compression_report as report
-from benchmarks.compression import Results
+from benchmarks.compression_results import Results
 from benchmarks.compression_timing import seconds_per_image, steps_in
 from configs.openmoji_compression import FACTORS, get_config
 from latent_diffusion.denoiser import make_unet
