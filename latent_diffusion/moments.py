@@ -9,7 +9,6 @@ the size of a training set isn't bounded by memory.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,15 +34,20 @@ def with_moments(
     """
     if config.data.flip or config.data.crop == "random":
         raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
+    processes.barrier("the first stage is kept")  # its file is part of the identity
     path = directory / f"moments-{_identity(config, directory, source)}.npy"
     if processes.any_process(not path.exists()):
         _write(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
     seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
     kept = {*data.KEYS, "caption", "boxes", "labels"} - (set() if seen else {"image"})
-    examples = [source[i] for i in range(len(source))]
-    arrays = {key: [example[key] for example in examples] for key in examples[0] if key in kept}
+    told = [_of(source[i], kept) for i in range(len(source))]
+    arrays = {key: [example[key] for example in told] for key in told[0]}
     return data.ArraySource({"moments": np.load(path, mmap_mode="r"), **arrays})
+
+
+def _of(example: data.Example, keys: set[str]) -> data.Example:
+    return {key: value for key, value in example.items() if key in keys}
 
 
 def _identity(config: ConfigDict, directory: Path, source: data.Source) -> str:
@@ -74,17 +78,18 @@ def _encoded(
 
 def _write(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
     """One .npy of `length` rows, complete or not at all; process 0 writes, the others encode."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial if jax.process_index() == 0 else os.devnull, "wb") as file:
+    if jax.process_index() != 0:
+        for _ in batches:
+            pass
+        return
+    with workdir.whole(path) as partial, partial.open("wb") as file:
         left = length
         for batch in batches:
-            if left == length:
+            if left == length:  # the first one tells the shape
                 header = {"descr": "<f4", "fortran_order": False}
                 header["shape"] = (length, *batch.shape[1:])
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(batch[:left], "<f4").tobytes())
             left -= min(left, len(batch))
-    if jax.process_index() == 0:
-        for old in path.parent.glob("moments-*.npy"):
-            old.unlink()
-        os.replace(partial, path)
+    for other in set(path.parent.glob("moments-*.npy")) - {path}:
+        other.unlink()

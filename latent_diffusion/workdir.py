@@ -11,9 +11,10 @@ A denoiser's workdir keeps its own copy of what is frozen: it can be moved, and 
 originals can't change it.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,21 @@ _BUILDS_ON = {
 }
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another path to write: the file is under `path` when that is done, whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there complete or not at all, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
@@ -175,9 +186,8 @@ def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> Tokenizer 
             raise ValueError(f"tokenizer.name={own.name!r} needs tokenizer.path: its files")
         else:
             made = kind.read(own.path, own.max_length)
-        partial = workdir / f".{TOKENIZER}.partial"
-        made.save(partial)
-        os.replace(partial, workdir / TOKENIZER)
+        with whole(workdir / TOKENIZER) as partial:
+            made.save(partial)
     processes.barrier("tokenizer")
     tokenizer = load_tokenizer(workdir / TOKENIZER)
     check_reads(make_conditioner(config.conditioners), tokenizer)
