@@ -276,7 +276,12 @@ def apply_variant(
 ) -> ConfigDict:
     """Apply the part after the colon in `--config=FILE:VARIANT`; "" is the full experiment."""
     if variant:
-        if variant not in variants:
-            raise ValueError(f"unknown variant {variant!r}; known: {', '.join(sorted(variants))}")
-        variants[variant](config)
+        find_variant(variant, variants)(config)
     return config
+
+
+def find_variant(variant: str, variants: Mapping[str, Callable]) -> Callable:
+    """`variants[variant]`; ValueError that names the known ones where there is none."""
+    if variant not in variants:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(sorted(variants))}")
+    return variants[variant]

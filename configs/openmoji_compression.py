@@ -22,9 +22,8 @@ LATENT_CHANNELS = {2: 2, 4: 3, 8: 4, 16: 8}
 def get_config(variant: str = "f4") -> ConfigDict:
     variants = {f"first_stage_f{f}": first_stage for f in FACTORS[1:]}
     variants |= {f"f{f}": denoiser for f in FACTORS}
-    if variant not in variants:
-        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(sorted(variants))}")
-    return variants[variant](int(variant.rpartition("f")[2]))
+    make = default.find_variant(variant, variants)
+    return make(int(variant.rpartition("f")[2]))
 
 
 def first_stage(f: int) -> ConfigDict:
