@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.convolution import conv2d
-from latent_diffusion.models.layers import upsample_nearest
+from latent_diffusion.convolution import conv2d, upsample_nearest
 from latent_diffusion.tiling import pad_to_multiple, tiled
 
 

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 
 from latent_diffusion.conditioners.null import zeros_where
-from latent_diffusion.models.layers import Conv, average_pool
+from latent_diffusion.convolution import average_pool
+from latent_diffusion.models.layers import Conv
 from latent_diffusion.types import Array, Batch, Bool, Conditioning
 
 

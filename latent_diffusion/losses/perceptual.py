@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
-from latent_diffusion.convolution import conv2d
+from latent_diffusion.convolution import conv2d, max_pool
 from latent_diffusion.types import Array, Float, Params, lookup
 from latent_diffusion.weights import load_pickle
 
@@ -49,7 +49,7 @@ class VGG16(nn.Module):
         features = []
         for block, widths in enumerate(self.WIDTHS, 1):
             if block > 1:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x, 2, 2)
             for i, width in enumerate(widths, 1):
                 x = nn.relu(_Conv(width, 3, padding=1, name=f"conv{block}_{i}")(x))
             features.append(x)
@@ -65,9 +65,9 @@ class AlexNet(nn.Module):
     def __call__(self, x: Float[Array, "B H W 3"]) -> list[Float[Array, "B ..."]]:
         """Return the five rectified layers, at about 1/4, 1/8, 1/16, 1/16 and 1/16 of the size."""
         relu1 = nn.relu(_Conv(64, 11, stride=4, padding=2, name="conv1")(x))
-        x = nn.max_pool(relu1, (3, 3), (2, 2))
+        x = max_pool(relu1, 3, 2)
         relu2 = nn.relu(_Conv(192, 5, padding=2, name="conv2")(x))
-        x = nn.max_pool(relu2, (3, 3), (2, 2))
+        x = max_pool(relu2, 3, 2)
         relu3 = nn.relu(_Conv(384, 3, padding=1, name="conv3")(x))
         relu4 = nn.relu(_Conv(256, 3, padding=1, name="conv4")(relu3))
         relu5 = nn.relu(_Conv(256, 3, padding=1, name="conv5")(relu4))

@@ -11,7 +11,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from latent_diffusion.models.attention import attention_2d
-from latent_diffusion.models.layers import Conv, GroupNorm, upsample_nearest
+from latent_diffusion.models.layers import Conv, GroupNorm, UpsampleConv
 from latent_diffusion.models.posterior import DiagonalGaussian
 from latent_diffusion.models.quantizer import GumbelQuantizer, Quantized, VectorQuantizer
 from latent_diffusion.types import Array, Float, Int, Keys
@@ -128,9 +128,8 @@ class Decoder(Backbone):
                 if self.attends_at(level):
                     h = self.attend(f"up_{level}_attn_{i}")(h)
             if level:
-                h = Conv(h.shape[-1], dtype=self.dtype, name=f"up_{level}_upsample_conv")(
-                    upsample_nearest(h)
-                )
+                name = f"up_{level}_upsample_conv"
+                h = UpsampleConv(h.shape[-1], dtype=self.dtype, name=name)(h)
         x = self.head(h, self.out_channels).astype(jnp.float32)
         return jnp.tanh(x) if self.tanh_out else x
 

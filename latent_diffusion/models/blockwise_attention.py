@@ -4,8 +4,8 @@ The whole matrix of scores is never in memory: the forward pass keeps the output
 of each row's sum, from which the backward pass makes a block's probabilities again (Rabe & Staats
 2021; Dao et al. 2022). XLA does neither on CPUs. Two more things are for XLA on CPUs: sums along
 the last axis are slow there and matrix products fast, so a column of ones beside the values gives
-the softmax's denominator; and the backward pass has keys in rows, so that two of its three
-products need no transposed scores.
+the softmax's denominator; and the backward pass has keys in rows and the queries' gradients in
+columns, so that none of its products needs transposed scores.
 """
 
 import jax
@@ -61,11 +61,11 @@ def _backward(kept: tuple, d_out: Array) -> tuple[Array, Array, Array]:
         (d_k, d_v), (q, log_sum, d_out, mean) = sums, rows
         p = jnp.exp(k @ q.T - log_sum)  # [S C]
         d_scores = p * (v @ d_out.T - mean)
-        return (d_k + d_scores @ q, d_v + p @ d_out), d_scores.T @ k
+        return (d_k + d_scores @ q, d_v + p @ d_out), k.T @ d_scores  # [D C]
 
     zeros = (jnp.zeros_like(k), jnp.zeros_like(v))
     (d_k, d_v), d_q = jax.lax.scan(block, zeros, (q, log_sum, d_out, mean))
-    return d_q, d_k, d_v
+    return d_q.swapaxes(1, 2), d_k, d_v
 
 
 _head.defvjp(_forward, _backward)

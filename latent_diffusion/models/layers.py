@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.convolution import conv2d
+from latent_diffusion.convolution import conv2d, upsample_conv2d
 from latent_diffusion.types import Array, Float, Num
 
 Padding = str | Sequence[tuple[int, int]]
@@ -43,13 +43,25 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", init, (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = self.convolve(x, kernel)
+        return y if bias is None else y + bias
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """Of promoted arrays."""
         padding = self.padding
         if isinstance(padding, str):
             strides = (self.stride, self.stride)
-            padding = jax.lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, padding)
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
         (top, bottom), (left, right) = padding
-        y = conv2d(x, kernel, self.stride, ((top, bottom), (left, right)))
-        return y if bias is None else y + bias
+        return conv2d(x, kernel, self.stride, ((top, bottom), (left, right)))
+
+
+class UpsampleConv(Conv):
+    """A 3×3 convolution of the image at twice its size, nearest neighbour."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """Of promoted arrays."""
+        return upsample_conv2d(x, kernel)
 
 
 class Dense(nn.Module):
@@ -111,20 +123,6 @@ def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) 
     if not module.is_initializing():
         module.sow(collection, "value", value, reduce_fn=lambda _, new: new)
     return value
-
-
-def upsample_nearest(x: Float[Array, "B H W C"], factor: int = 2) -> Float[Array, "B H2 W2 C"]:
-    """Repeat every pixel `factor` times along height and width."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(
-        x[:, :, None, :, None, :], (batch, height, factor, width, factor, channels)
-    )
-    return x.reshape(batch, height * factor, width * factor, channels)
-
-
-def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    """Mean over 2×2 blocks; an odd last row or column is dropped."""
-    return nn.avg_pool(x, (2, 2), (2, 2))
 
 
 def timestep_embedding(

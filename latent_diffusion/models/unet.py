@@ -11,15 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.convolution import average_pool, upsample_nearest
 from latent_diffusion.models.attention import AttentionBlock, SpatialTransformer
 from latent_diffusion.models.layers import (
     Conv,
     Dense,
     GroupNorm,
-    average_pool,
+    UpsampleConv,
     precomputed,
     timestep_embedding,
-    upsample_nearest,
 )
 from latent_diffusion.models.pooling import Pooling
 from latent_diffusion.types import Array, Conditioning, Float, Num, lookup
@@ -43,11 +43,11 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
     ) -> Float[Array, "B h w F"]:
-        resample = {"none": lambda y: y, "up": upsample_nearest, "down": average_pool}[
-            self.resample
-        ]
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="in_layers_0")(x))
-        h = Conv(self.features, dtype=self.dtype, name="in_layers_2")(resample(h))
+        if self.resample == "down":
+            h, x = average_pool(h), average_pool(x)
+        conv = UpsampleConv if self.resample == "up" else Conv
+        h = conv(self.features, dtype=self.dtype, name="in_layers_2")(h)
         width = (2 if self.scale_shift else 1) * self.features
         project = Dense(width, dtype=self.dtype, name="emb_layers_1")
         emb = precomputed(self, "of_timestep", lambda: project(nn.silu(emb)))[:, None, None, :]
@@ -59,7 +59,8 @@ class ResBlock(nn.Module):
             h = norm(h + emb)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
         h = Conv(self.features, zero_init=True, dtype=self.dtype, name="out_layers_3")(h)
-        x = resample(x)
+        if self.resample == "up":
+            x = upsample_nearest(x)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="skip_connection")(x)
         return x + h
@@ -262,4 +263,4 @@ class UNet(nn.Module):
     def _upsample(self, name: str, h: Array, emb: Array, train: bool) -> Array:
         if self.resblock_updown:
             return self._res_block(name, h.shape[-1], "up")(h, emb, train)
-        return Conv(h.shape[-1], dtype=self.dtype, name=f"{name}_conv")(upsample_nearest(h))
+        return UpsampleConv(h.shape[-1], dtype=self.dtype, name=f"{name}_conv")(h)

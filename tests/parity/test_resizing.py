@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from latent_diffusion.conditioners.masked_image import pick_nearest
-from latent_diffusion.models.layers import average_pool
+from latent_diffusion.convolution import average_pool
 from latent_diffusion.models.resize import cubic
 
 X = np.random.default_rng(0).normal(size=(2, 24, 36, 3)).astype(np.float32)
