@@ -1,11 +1,11 @@
 """Which machines the large experiments fit, in which mode: the table of docs/devices.md.
 
-    python benchmarks/compile_table.py              # prints the table
-    python benchmarks/compile_table.py --missing    # the commands of what isn't computed yet
-    python benchmarks/compile_table.py --missing | sh
+    python -m benchmarks.compile_table              # prints the table
+    python -m benchmarks.compile_table --missing    # the commands of what isn't computed yet
+    python -m benchmarks.compile_table --missing | sh
 
-Every cell is one run of `latent_diffusion.compile_check`, minutes on two cores; its numbers stay in
-docs/compile_table.json.
+Every cell is one run of `latent_diffusion.compile_check --quick`, a minute or three on two cores;
+its numbers stay in docs/compile_table.json.
 """
 
 import json
@@ -56,7 +56,7 @@ class Cell(NamedTuple):
         words = ["python -m latent_diffusion.compile_check", f"--config=configs/{self.config}.py"]
         words += [f"--topology={self.topology}", f"--programs={self.program}", f"--json={RESULTS}"]
         words += [f"--config.batch_size={self.batch_size}", "--config.unet.dtype=bfloat16"]
-        words += ["--config.autoencoder.dtype=bfloat16"]
+        words += ["--config.autoencoder.dtype=bfloat16", "--quick"]
         if self.fsdp:
             words += ["--config.parallel.mode=mesh", "--config.parallel.mesh.data=1"]
             words += ["--config.parallel.mesh.fsdp=-1"]

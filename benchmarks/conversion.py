@@ -1,6 +1,6 @@
 """Seconds and memory of conversions of Stable Diffusion 1 in its real shape.
 
-    python benchmarks/conversion.py            # 13 GB of temporary files
+    python -m benchmarks.conversion            # 13 GB of temporary files
 
 Writes a folder of diffusers' with random float32 weights (4.26 GB), sends it through the command
 `python -m latent_diffusion.convert` to a single file and back, and to a workdir and back, each in a

@@ -1,6 +1,6 @@
 """What computing keys, values and timestep embeddings once per sampling call gains.
 
-    python benchmarks/prepared_sampling.py
+    python -m benchmarks.prepared_sampling
 
 Runs guided DDIM steps of a small U-Net with a context of 77×768 both ways, alternately, with
 guidance at every step and in an interval, and prints the median seconds of each and their ratio.

@@ -1,6 +1,6 @@
 """Tiled encoding and decoding: peak memory, seams, and distance from the untiled result.
 
-    python benchmarks/tiled_first_stage.py --workdir=runs/demo/first_stage
+    python -m benchmarks.tiled_first_stage --workdir=runs/demo/first_stage
 
 Encodes and decodes mosaics of held-out pictures. Each size runs in a process of its own, whose peak
 resident memory is printed; sides in --whole also run without tiles. At the smallest of those, tiled

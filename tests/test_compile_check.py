@@ -57,6 +57,10 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     assert train.network["all-gather"] > 0 and train.network["all-reduce"] > 0
     assert train.flops > 0 and sample.flops > 0
 
+    (quick,) = compile_check.check(config, "v5e:2x4", ["train"], quick=True)
+    assert quick._replace(seconds=0, peak=0) == train._replace(seconds=0, peak=0)
+    assert quick.peak == pytest.approx(train.peak, rel=0.1)
+
     file = tmp_path / "results.json"
     for _ in range(2):  # the second replaces the first
         compile_check.write_json(file, config, "tiny", "v5e:2x4", [train, sample])
