@@ -43,6 +43,27 @@ def conv2d(
     return x @ kernel.reshape(-1, kernel.shape[-1])
 
 
+def _without_stride(x: Array, kernel: Array, stride: int) -> tuple[Array, Array]:
+    """Blocks of stride² pixels become channels: then the same convolution has stride 1."""
+    blocks = [-(-k // stride) for k in kernel.shape[:2]]
+    sizes = [  # of the input, in whole blocks, as far as the outputs see it
+        ((n - k) // stride + b) * stride
+        for n, k, b in zip(x.shape[1:3], kernel.shape[:2], blocks, strict=True)
+    ]
+    x = _resized(x, (x.shape[0], *sizes, x.shape[3]))
+    kernel = _resized(kernel, (*(b * stride for b in blocks), *kernel.shape[2:]))
+    (b, h, w, c), (k, m, _, f), s = x.shape, kernel.shape, stride
+    x = x.reshape(b, h // s, s, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
+    kernel = kernel.reshape(k // s, s, m // s, s, c, f).transpose(0, 2, 1, 3, 4, 5)
+    return x.reshape(b, h // s, w // s, -1), kernel.reshape(k // s, m // s, -1, f)
+
+
+def _resized(array: Array, shape: tuple[int, ...]) -> Array:
+    """Cut or fill with zeros at the far end of every axis (negative padding cuts)."""
+    pads = [(0, new - old, 0) for new, old in zip(shape, array.shape, strict=True)]
+    return jax.lax.pad(array, jnp.zeros((), array.dtype), pads)
+
+
 def upsample_conv2d(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]
 ) -> Float[Array, "B H2 W2 F"]:
@@ -100,24 +121,3 @@ def max_pool(x: Float[Array, "B H W C"], window: int, stride: int) -> Float[Arra
         for j in range(window)
     )
     return functools.reduce(lambda best, tap: jnp.where(tap > best, tap, best), taps)
-
-
-def _without_stride(x: Array, kernel: Array, stride: int) -> tuple[Array, Array]:
-    """Blocks of stride² pixels become channels: then the same convolution has stride 1."""
-    blocks = [-(-k // stride) for k in kernel.shape[:2]]
-    sizes = [  # of the input, in whole blocks, as far as the outputs see it
-        ((n - k) // stride + b) * stride
-        for n, k, b in zip(x.shape[1:3], kernel.shape[:2], blocks, strict=True)
-    ]
-    x = _resized(x, (x.shape[0], *sizes, x.shape[3]))
-    kernel = _resized(kernel, (*(b * stride for b in blocks), *kernel.shape[2:]))
-    (b, h, w, c), (k, m, _, f), s = x.shape, kernel.shape, stride
-    x = x.reshape(b, h // s, s, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
-    kernel = kernel.reshape(k // s, s, m // s, s, c, f).transpose(0, 2, 1, 3, 4, 5)
-    return x.reshape(b, h // s, w // s, -1), kernel.reshape(k // s, m // s, -1, f)
-
-
-def _resized(array: Array, shape: tuple[int, ...]) -> Array:
-    """Cut or fill with zeros at the far end of every axis (negative padding cuts)."""
-    pads = [(0, new - old, 0) for new, old in zip(shape, array.shape, strict=True)]
-    return jax.lax.pad(array, jnp.zeros((), array.dtype), pads)
