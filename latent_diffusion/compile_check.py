@@ -32,6 +32,7 @@ QUICK = flags.DEFINE_bool("quick", False, "Compile in an eighth of the time.")
 JSON = flags.DEFINE_string("json", None, "Add the numbers to this file.")
 
 GIB = 2**30
+LOWEST_LEVEL = 9  # XLA's number for O0
 
 
 class Checked(NamedTuple):
@@ -139,7 +140,7 @@ def _compile(lowered: Any, known: Checked, memory: int, quick: bool) -> Checked:
     from latent_diffusion.parallel import hlo
 
     try:
-        compiled = lowered.compile({"exec_time_optimization_effort": -1.0} if quick else None)
+        compiled = lowered.compile({"optimization_level": LOWEST_LEVEL} if quick else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
