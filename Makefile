@@ -50,7 +50,8 @@ parity: $(VENV)/.test
 
 # Speed beside PyTorch's, into runs/bench. make bench BENCH="--device=gpu --only=unet_forward"
 bench: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet torch==2.13.0 diffusers lpips
+	$(BIN)/python -m pip install --quiet torch==2.13.0 diffusers
+	$(BIN)/python -m pip install --quiet --no-deps lpips  # which would bring a torchvision that nobody needs
 	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
