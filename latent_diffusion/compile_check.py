@@ -158,7 +158,10 @@ def _compile(lowered: Any, known: Checked, memory: int, quick: bool) -> Checked:
 def _what_it_needs(error: str) -> str:
     """The compiler's first line, or the sentence of it that says how much memory is needed."""
     line = error.partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].strip()
-    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", error)
+    size = r"([\d.]+[KMGT])"
+    found = re.search(f"[Uu]sed {size} of {size} hbm", error) or re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)", error
+    )
     return f"needs {found[1]}iB of {found[2]}iB" if found else line
 
 

@@ -78,6 +78,19 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     assert known.problem.startswith("state and constants alone take") and known.seconds == 0
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 17.14G of 15.75G hbm. Exceeded by 1.39G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (17.14G) exceeds"
+        " available HBM (15.75G).",
+    ],
+)
+def test_how_much_is_missing_is_read_from_what_the_compiler_says(message):
+    told = compile_check._what_it_needs(f"RESOURCE_EXHAUSTED: XLA:TPU compile: {message}\nmore")
+    assert told == "needs 17.14GiB of 15.75GiB"
+
+
 def test_report_compares_memory_and_finds_what_limits():
     network = {"all-reduce": 10**9, "all-gather": 2 * 10**9}
     fits = Checked("train", "pmap", GIB, 1.97e12, 60.0, 8 * GIB, network)
