@@ -107,7 +107,10 @@ def check(
             continue
         start = time.perf_counter()
         lowered = parallel.lower_for(devices, step, mode, args, evaluate=not train, **layout)
-        known = _compile(lowered, known, memory, quick)
+        options = {"optimization_level": LOWEST_LEVEL} if quick else {}
+        if parse_topology(topology)[1].platform == "cuda":
+            options["xla_gpu_enable_triton_gemm"] = False  # XLA would time its tiles on the GPU
+        known = _compile(lowered, known, memory, options)
         checked.append(known._replace(seconds=round(time.perf_counter() - start, 1)))
     return checked
 
@@ -133,14 +136,14 @@ def _layout(config: Any, devices: Sequence[Any]) -> tuple[str, Any]:
     return mode, mesh
 
 
-def _compile(lowered: Any, known: Checked, memory: int, quick: bool) -> Checked:
+def _compile(lowered: Any, known: Checked, memory: int, options: dict[str, Any]) -> Checked:
     """What the compiler plans; it refuses by itself what doesn't fit a TPU."""
     import jax
 
     from latent_diffusion.parallel import hlo
 
     try:
-        compiled = lowered.compile({"optimization_level": LOWEST_LEVEL} if quick else None)
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
