@@ -149,7 +149,10 @@ def rate(both: list[Checked | None], topology: str, batch: int) -> str:
         if one is not None and not one.problem
         for least in [least_seconds(one, topology)]
     ]
-    return "{:.3g} images/s ({})".format(*max(rates)) if rates else "–"
+    if not rates:
+        return "–"
+    best, limit = max(rates)
+    return f"{float(f'{best:.3g}'):,g} images/s ({limit})"
 
 
 def main() -> None:
