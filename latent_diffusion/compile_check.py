@@ -74,7 +74,11 @@ def check(
 
     for program in programs:
         lookup(dict.fromkeys(["train", "sample"]), program, "program")
-    memory = int(parse_topology(topology)[1].memory * GIB)
+    _, chip, _ = parse_topology(topology)
+    memory = int(chip.memory * GIB)
+    options = {"optimization_level": LOWEST_LEVEL} if quick else {}
+    if chip.platform == "cuda":
+        options["xla_gpu_enable_triton_gemm"] = False  # XLA would time its tiles on the GPU
     devices = topology_devices(topology)
     config = config.copy_and_resolve_references().unlock()
     for part in (config.unet, config.autoencoder):
@@ -107,9 +111,6 @@ def check(
             continue
         start = time.perf_counter()
         lowered = parallel.lower_for(devices, step, mode, args, evaluate=not train, **layout)
-        options = {"optimization_level": LOWEST_LEVEL} if quick else {}
-        if parse_topology(topology)[1].platform == "cuda":
-            options["xla_gpu_enable_triton_gemm"] = False  # XLA would time its tiles on the GPU
         known = _compile(lowered, known, memory, options)
         checked.append(known._replace(seconds=round(time.perf_counter() - start, 1)))
     return checked

@@ -44,9 +44,11 @@ class ResBlock(nn.Module):
         self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], train: bool = False
     ) -> Float[Array, "B h w F"]:
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="in_layers_0")(x))
+        conv = Conv
         if self.resample == "down":
             h, x = average_pool(h), average_pool(x)
-        conv = UpsampleConv if self.resample == "up" else Conv
+        elif self.resample == "up":
+            conv, x = UpsampleConv, upsample_nearest(x)
         h = conv(self.features, dtype=self.dtype, name="in_layers_2")(h)
         width = (2 if self.scale_shift else 1) * self.features
         project = Dense(width, dtype=self.dtype, name="emb_layers_1")
@@ -59,8 +61,6 @@ class ResBlock(nn.Module):
             h = norm(h + emb)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
         h = Conv(self.features, zero_init=True, dtype=self.dtype, name="out_layers_3")(h)
-        if self.resample == "up":
-            x = upsample_nearest(x)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, dtype=self.dtype, name="skip_connection")(x)
         return x + h
