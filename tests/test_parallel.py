@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import parallel
 from latent_diffusion import rng as rng_lib
+from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.parallel import hlo
 
 BATCH = 16
@@ -177,6 +178,29 @@ def test_gradients_cross_the_network_once(name):
         assert traffic == {}
         kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params) if leaf.ndim == 2)
         assert max(c.num_bytes for c in hlo.collectives(program)) >= kernels + loss
+
+
+def test_fsdp_sends_parameters_of_a_text_encoder_not_its_activations():
+    net = TextTransformer(
+        vocab_size=100, max_length=16, width=64, depth=2, num_heads=2, head_dim=32
+    )
+    batch = {"tokens": np.ones((128, 16), np.int32), "drop": np.zeros(128, bool)}
+
+    def step(params, constants, batch, rng, *, axis_name=None):
+        def loss(params):
+            return jnp.mean(net.apply(params, batch, batch["drop"]).context ** 2)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - g, params, grads), {"loss": value}
+
+    mesh, rules = parallel.make_mesh({"fsdp": 8}), ((".*", "fsdp(min_mb=0)"),)
+    params = net.init(jax.random.key(0), *jax.tree.map(jnp.asarray, (batch, batch["drop"])))
+    params = parallel.place(params, "mesh", mesh, rules)
+    compiled = parallel.compile_step(step, "mesh", mesh=mesh, rules=rules)
+    lowered = compiled.lower(params, {}, batch, jax.random.key(0))
+    traffic = hlo.total_bytes(lowered.compile().as_text())
+    # Forward, backward, and gradients back
+    assert sum(traffic.values()) <= 3 * parallel.num_bytes(params)
 
 
 @pytest.mark.parametrize("name", EVALUATED)

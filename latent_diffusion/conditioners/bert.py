@@ -54,8 +54,8 @@ class Bert(nn.Module):
         tokens = empty_where(drop, tokens, self.empty, self.pad_id)
         known = tokens != self.pad_id
         x = self._table("word_embeddings", self.vocab_size)(tokens)
-        x = x + self._table("token_type_embeddings", self.type_vocab_size)(jnp.zeros(1, int))
-        x = x + self._table("position_embeddings", self.max_positions)(jnp.arange(length))
+        x = x + self._table("token_type_embeddings", self.type_vocab_size).embedding[0]
+        x = x + self._table("position_embeddings", self.max_positions).embedding[:length]
         x = layer_norm("norm", _EPSILON)(x)
         for i in range(self.depth):
             x = BertLayer(self.num_heads, self.mlp_width, self.dtype, name=f"layers_{i}")(x, known)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -61,7 +62,7 @@ def compile_step(
         # Outputs laid out like the inputs: donation can alias, and step 2 doesn't recompile.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out = (shardings, replicated(mode, mesh))
-        return _jit(step, out_shardings=out, donate_argnums=donate)
+        return _jit(step, mesh, out_shardings=out, donate_argnums=donate)
 
     return _bind(build, lambda out: out, mode, mesh, rules)
 
@@ -79,7 +80,7 @@ def compile_eval(
     def build(state: PyTree) -> Any:
         if mode == "pmap":
             return _pmap(step, out_axes=0)
-        return _jit(step, out_shardings=NamedSharding(mesh, BATCH_SPEC) if mesh else None)
+        return _jit(step, mesh, out_shardings=NamedSharding(mesh, BATCH_SPEC) if mesh else None)
 
     def gather(out: PyTree) -> PyTree:
         if mode == "pmap":
@@ -128,7 +129,8 @@ def lower_for(
     state = jax.tree.map(laid_out, state, shardings)
     rest = (laid_out(constants, whole), laid_out(batch, rows), laid_out(rng, whole))
     out = rows if evaluate else (shardings, whole)
-    return jax.jit(_flat(step), out_shardings=out, donate_argnums=donate).lower(state, rest)
+    function = _flat(_rows_kept(step, mesh))
+    return jax.jit(function, out_shardings=out, donate_argnums=donate).lower(state, rest)
 
 
 def _flat(step: Step, **options: Any) -> Step:
@@ -141,7 +143,29 @@ def _flat(step: Step, **options: Any) -> Step:
     return function
 
 
-def _jit(step: Step, **options: Any) -> Any:
+def _rows_kept(step: Step, mesh: Mesh) -> Step:
+    """The step, with what it looks up in tables (`nn.Embed`) cut as the batch is.
+
+    Else XLA cuts it as the table is, along features, and all that follows: under FSDP a text
+    transformer would send its activations, many times the bytes of its parameters.
+    """
+    rows = NamedSharding(mesh, BATCH_SPEC)
+
+    def keep(call: Step, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        looked_up = isinstance(context.module, nn.Embed) and context.method_name == "__call__"
+        return jax.lax.with_sharding_constraint(out, rows) if looked_up else out
+
+    @functools.wraps(step)
+    def function(*args: Any) -> Any:
+        with nn.intercept_methods(keep):
+            return step(*args)
+
+    return function
+
+
+def _jit(step: Step, mesh: Mesh | None, **options: Any) -> Any:
+    step = _rows_kept(step, mesh) if mesh else step
     concerned = jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10)
     own = _NO_YNN_CONVOLUTIONS if concerned else None
     return jax.jit(_flat(step), compiler_options=own, **options)
