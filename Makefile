@@ -4,8 +4,9 @@ VENV ?= .venv$(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL = 3
 
-# make demo DEVICES=2: as many CPU devices, so that the training takes the pmap path.
-MANY = $(if $(DEVICES),XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
+# make demo DEVICES=2: as many CPU devices, so that the training takes the pmap path. NPROC: threads
+# for XLA, more than the devices can block by waiting for each other.
+MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
 .PHONY: setup demo test soak lint parity bench clean
 

@@ -18,6 +18,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count=8 {FAST_COMPILATION}"
 ).strip()
+# A thread that waits in a collective serves no other device. With one for each, as XLA would have
+# it, a program with independent collectives can wait for ever.
+os.environ["NPROC"] = "32"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
