@@ -3,7 +3,7 @@
 Command   python -m benchmarks.compression (trains all of these, every denoiser for as long)
 Variants  :first_stage_f2 … :first_stage_f16, and on their latents :f2 … :f16; :f1 is pixel space
 Cost      5 minutes for each first stage on two CPU cores, and for a denoiser what one gives it
-Expected  after 4 minutes each FD 42, 14, 8.3, 6.7, 8.2 for f = 1 … 16; see docs/compression.md
+Expected  after 20 minutes each FD 10, 5.4, 4.8, 6.0, 7.8 for f = 1 … 16; see docs/compression.md
 
 All denoisers share the recipe and the U-Net but for its first and last convolution. Latents have as
 many channels as in the paper's own comparison (Tab. 13).
