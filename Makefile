@@ -27,7 +27,7 @@ setup: $(VENV)/.core
 demo: $(VENV)/.demo
 	$(MANY) $(BIN)/python train.py --config=configs/openmoji_autoencoder.py --workdir=runs/demo/first_stage
 	$(MANY) $(BIN)/python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
-	$(BIN)/python -m latent_diffusion.evaluation.openmoji --workdir=runs/demo
+	$(BIN)/python -m demo.openmoji --workdir=runs/demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

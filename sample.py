@@ -57,10 +57,11 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
 
 
 def main(argv: list[str]) -> None:
-    """Read the flags; the work is `latent_diffusion.sampling`."""
-    from latent_diffusion import processes, sampling
+    """Read the flags; the work is `latent_diffusion.generation.sampling`."""
     from latent_diffusion.convert.lora import read_weights
-    from latent_diffusion.startup import quiet_and_cached
+    from latent_diffusion.generation import sampling
+    from latent_diffusion.runtime import processes
+    from latent_diffusion.runtime.startup import quiet_and_cached
 
     quiet_and_cached()
 

@@ -22,9 +22,11 @@ CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait 
 
 
 def main(argv: list[str]) -> None:
-    """Parse nothing, decide nothing: the work is `latent_diffusion.loop`."""
-    from latent_diffusion import loop, processes
-    from latent_diffusion.startup import quiet_and_cached
+    """Parse nothing, decide nothing: the work is `latent_diffusion.training.loop`."""
+    from latent_diffusion.runtime import processes
+    from latent_diffusion.runtime.startup import quiet_and_cached
+    from latent_diffusion.training import loop
+    from latent_diffusion.training.dry_run import dry_run
 
     quiet_and_cached()
 
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
-        print(loop.dry_run(CONFIG.value))
+        print(dry_run(CONFIG.value))
         return
     if not WORKDIR.value:
         raise app.UsageError("--workdir is needed (or --dry_run)")

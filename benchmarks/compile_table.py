@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_diffusion.compile_check import GIB, Checked, least_seconds
-from latent_diffusion.parallel.chips import parse_topology
+from latent_diffusion.runtime.parallel.chips import parse_topology
 
 RESULTS = "docs/compile_table.json"
 TOPOLOGIES = {

@@ -21,17 +21,15 @@ from benchmarks import compression_report as report
 from benchmarks.compression_results import Results
 from benchmarks.compression_timing import BATCH_SIZE, seconds_per_image, steps_in, timed
 from configs.openmoji_compression import FACTORS, get_config
-from latent_diffusion import loop, processes
-from latent_diffusion.evaluation import generate
-from latent_diffusion.evaluation.collect import collect_features
-from latent_diffusion.evaluation.features import FeatureNet, make_features
-from latent_diffusion.evaluation.reconstruction import (
-    collect_reconstructions,
-    score_reconstructions,
-)
-from latent_diffusion.evaluation.scores import Reference, score
-from latent_diffusion.loading import load
-from latent_diffusion.startup import quiet_and_cached
+from latent_diffusion.evaluate import generate
+from latent_diffusion.evaluate.collect import collect_features
+from latent_diffusion.evaluate.features import FeatureNet, make_features
+from latent_diffusion.evaluate.reconstruction import collect_reconstructions, score_reconstructions
+from latent_diffusion.evaluate.scores import Reference, score
+from latent_diffusion.generation.loading import load
+from latent_diffusion.runtime import processes
+from latent_diffusion.runtime.startup import quiet_and_cached
+from latent_diffusion.training import loop
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/compression", "Where everything goes.")
 MINUTES = flags.DEFINE_float("minutes", 20.0, "Training time of each denoiser.")

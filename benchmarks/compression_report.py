@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.compression_timing import seconds_per_image
-from latent_diffusion.metrics import image_grid
+from latent_diffusion.runtime.metrics import image_grid
 
 FD, PRECISION, RECALL = "fd_alexnet", "precision_alexnet", "recall_alexnet"
 

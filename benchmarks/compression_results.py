@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.workdir import write_whole
+from latent_diffusion.runtime.workdir import write_whole
 
 
 class Results:

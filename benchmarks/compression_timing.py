@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_diffusion import data, loop, metrics, parallel
-from latent_diffusion.model import Model
+from latent_diffusion import data
+from latent_diffusion.generation.model import Model
+from latent_diffusion.runtime import metrics, parallel
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 BATCH_SIZE = 32  # of sampling
 TIMED = (10, 20)  # numbers of DDIM steps that are timed; all others follow
@@ -30,7 +32,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 def timed(config: ConfigDict) -> dict[str, Any]:
     """What training and sampling cost; for that, random weights do."""
     task = TASKS["denoising"](config)
-    spec, rng = loop.batch_spec(config), jax.random.key(0, impl="unsafe_rbg")
+    spec, rng = batch_spec(config), jax.random.key(0, impl="unsafe_rbg")
     state, constants = jax.jit(lambda rng: task.init(rng, spec))(rng)
     first_stage, unet = constants.first_stage, jax.tree.map(np.asarray, state.params["unet"])
     denoiser = task.denoiser.replace(params={"unet": unet})

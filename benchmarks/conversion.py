@@ -21,8 +21,8 @@ from absl import app, flags
 from configs import sd_v1
 from latent_diffusion.convert import Bundle, Part, autoencoder, clip_text, unet, write
 from latent_diffusion.convert.bundle import flat
-from latent_diffusion.convert.tensors import open_tensors
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.types import Params
 
 FOLDER = flags.DEFINE_string("folder", None, "For the temporary files; default: the system's.")

@@ -129,7 +129,7 @@ def set_up(side: str, device: str) -> Any:
 
         torch.set_num_threads(threads())
     else:
-        from latent_diffusion.startup import quiet_and_cached
+        from latent_diffusion.runtime.startup import quiet_and_cached
 
         quiet_and_cached()
     return importlib.import_module(f"benchmarks.{side}")

@@ -13,11 +13,12 @@ from PIL import Image
 import latent_diffusion as ldm
 from benchmarks import reference
 from benchmarks.measure import Call
-from latent_diffusion import data, parallel
-from latent_diffusion.denoiser import Denoiser, plan
-from latent_diffusion.losses.perceptual import load_lpips_params
+from latent_diffusion import data
+from latent_diffusion.models.denoiser import Denoiser, plan
+from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.rng import example_keys
-from latent_diffusion.startup import quiet_and_cached
+from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.startup import quiet_and_cached
 from latent_diffusion.tasks import TASKS
 
 

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser
-from latent_diffusion.guidance import classifier_free
-from latent_diffusion.models.unet import UNet
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.guidance import classifier_free
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import make_schedule, spacing
 from latent_diffusion.rng import example_keys, normal_per_example, split_per_example
-from latent_diffusion.samplers import SAMPLERS
-from latent_diffusion.schedules import make_schedule, spacing
 from latent_diffusion.types import Conditioning
 
 SHAPE, STEPS, RUNS, SCALE = (8, 8, 4), 20, 9, 5.0

@@ -133,7 +133,7 @@ def denoising_step(folder: Path, quick: bool) -> Call:
 def autoencoding_step(folder: Path, quick: bool) -> Call:
     """A training step of perceptual compression: both players, LPIPS, adaptive weight."""
     from benchmarks.torch_lpips import make_lpips
-    from latent_diffusion.losses.perceptual import load_lpips_params
+    from latent_diffusion.nets.losses.perceptual import load_lpips_params
 
     x, config = inputs(quick)["image"], reference.autoencoding(quick)
     own, betas = config.autoencoding, (config.optimizer.b1, config.optimizer.b2)

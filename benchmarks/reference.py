@@ -71,10 +71,10 @@ def write(folder: Path, quick: bool) -> None:
     import jax
     from flax.traverse_util import flatten_dict
 
-    from latent_diffusion.first_stage import FirstStage
-    from latent_diffusion.loop import batch_spec
-    from latent_diffusion.model import Model
+    from latent_diffusion.generation.model import Model
+    from latent_diffusion.models.first_stage import FirstStage
     from latent_diffusion.tasks import TASKS
+    from latent_diffusion.training.batch_spec import batch_spec
 
     configs = {"autoencoding": autoencoding(quick), "denoising": denoising(quick)}
     tasks: Any = {name: TASKS[name](config) for name, config in configs.items()}

@@ -27,7 +27,8 @@ ONE = flags.DEFINE_list("one", None, "side,tile: what this program asks of its p
 
 def mosaic(side: int, piece: int = 64) -> np.ndarray:
     """Held-out pictures of piece×piece pixels, edge to edge: [1 side side 3] in [-1, 1]."""
-    from latent_diffusion import data, workdir
+    from latent_diffusion import data
+    from latent_diffusion.runtime import workdir
 
     config = workdir.load_config(Path(WORKDIR.value)).data
     config.image_size = piece
@@ -70,7 +71,7 @@ def in_own_process(side: int, tile: int | None) -> dict[str, float]:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """In dB, of one image each, cut to [-1, 1]."""
-    from latent_diffusion.losses import similarity
+    from latent_diffusion.nets.losses import similarity
 
     return float(similarity.psnr(np.clip(a, -1, 1), np.clip(b, -1, 1))[0])
 
@@ -104,7 +105,7 @@ def compare(side: int, tile: int) -> None:
 
 def main(argv: list[str]) -> None:
     """Measure in processes of their own, then compare."""
-    from latent_diffusion.startup import quiet_and_cached
+    from latent_diffusion.runtime.startup import quiet_and_cached
 
     quiet_and_cached()
     if ONE.value:

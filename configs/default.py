@@ -115,7 +115,7 @@ def data() -> ConfigDict:
     c.layout.centres = False
     c.embedding = ""  # image embeddings, by a name in embedders: "alexnet", or "precomputed"
     # The net's weights ("" = an installed package's); precomputed: a folder that
-    # python -m latent_diffusion.embed wrote
+    # python -m latent_diffusion.training.embed wrote
     c.embedding_path = ""
     c.num_neighbours = 0  # so many most similar training pictures, as embeddings
     c.search = "numpy"  # for neighbours: "numpy" | "faiss" (the same, faster; an extra)

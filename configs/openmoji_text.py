@@ -6,7 +6,7 @@ a hybrid: every word also has a small map of its own beside the latent (`word_ma
 Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
           (needs the first stage that configs/openmoji_autoencoder.py trains)
 Cost      7 minutes on two CPU cores
-Expected  loss 0.18 at the end; python -m latent_diffusion.evaluation.openmoji --workdir=runs/demo
+Expected  loss 0.18 at the end; python -m demo.openmoji --workdir=runs/demo
           then says: skin tone 77 % on held-out combinations, group 78 % on training captions
 Variants  :smoke (synthetic shapes, a few steps)
 """

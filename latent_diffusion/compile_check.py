@@ -66,10 +66,10 @@ def check(
     """
     import jax
 
-    from latent_diffusion import parallel
-    from latent_diffusion.loop import batch_spec
-    from latent_diffusion.parallel.chips import parse_topology, topology_devices
+    from latent_diffusion.runtime import parallel
+    from latent_diffusion.runtime.parallel.chips import parse_topology, topology_devices
     from latent_diffusion.tasks import TASKS
+    from latent_diffusion.training.batch_spec import batch_spec
     from latent_diffusion.types import lookup
 
     for program in programs:
@@ -121,7 +121,7 @@ def _layout(config: Any, devices: Sequence[Any]) -> tuple[str, Any]:
 
     One chip is a pmap of one.
     """
-    from latent_diffusion import parallel
+    from latent_diffusion.runtime import parallel
 
     mode = parallel.resolve_mode(config.parallel.mode)
     if mode != "mesh":
@@ -141,7 +141,7 @@ def _compile(lowered: Any, known: Checked, memory: int, options: dict[str, Any])
     """What the compiler plans; it refuses by itself what doesn't fit a TPU."""
     import jax
 
-    from latent_diffusion.parallel import hlo
+    from latent_diffusion.runtime.parallel import hlo
 
     try:
         compiled = lowered.compile(options)
@@ -174,7 +174,7 @@ def least_seconds(one: Checked, topology: str) -> dict[str, float]:
 
     memory: every argument is read once, which for a train step includes the state.
     """
-    from latent_diffusion.parallel.chips import parse_topology
+    from latent_diffusion.runtime.parallel.chips import parse_topology
 
     _, chip, _ = parse_topology(topology)
     # An all-reduce sends every byte about twice, the others about once.
@@ -188,7 +188,7 @@ def least_seconds(one: Checked, topology: str) -> dict[str, float]:
 
 def report(checked: Sequence[Checked], topology: str, batch_size: int) -> str:
     """One paragraph a program: memory against what the chip has, work, and the least time."""
-    from latent_diffusion.parallel.chips import parse_topology
+    from latent_diffusion.runtime.parallel.chips import parse_topology
 
     _, chip, _ = parse_topology(topology)
     lines = []

@@ -5,9 +5,11 @@ import sys
 import numpy as np
 
 from configs import openmoji_text
-from latent_diffusion import loop, processes, sampling
-from latent_diffusion.evaluate import evaluate
-from latent_diffusion.startup import quiet_and_cached
+from latent_diffusion.evaluate.__main__ import evaluate
+from latent_diffusion.generation import sampling
+from latent_diffusion.runtime import processes
+from latent_diffusion.runtime.startup import quiet_and_cached
+from latent_diffusion.training import loop
 
 STEPS = 8
 FIELDS = {  # everything that a run does, on as little as possible

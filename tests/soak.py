@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from test_processes import end, start_run
 
-from latent_diffusion.checkpoint import Checkpointer
+from latent_diffusion.runtime.checkpoint import Checkpointer
 
 MOMENTS = ("random", "restore", "save", "random", "restore")
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.losses.adversarial import (
+from latent_diffusion.nets.losses.adversarial import (
     D_LOSSES,
     adaptive_weight,
     gate,

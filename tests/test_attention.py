@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.models import attention
-from latent_diffusion.models import blockwise_attention as by_blocks
-from latent_diffusion.models.blockwise_attention import blockwise_attention
-from latent_diffusion.models.splash_attention import splash_attention
+from latent_diffusion.nets import attention
+from latent_diffusion.nets import blockwise_attention as by_blocks
+from latent_diffusion.nets.blockwise_attention import blockwise_attention
+from latent_diffusion.nets.splash_attention import splash_attention
 
 
 @pytest.mark.parametrize(("length", "keys"), [(256, 256), (200, 77)])  # one block, and four

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import openmoji_autoencoder
-from latent_diffusion import loop
-from latent_diffusion.best import Best
-from latent_diffusion.checkpoint import Checkpointer
-from latent_diffusion.evaluate import evaluate
+from latent_diffusion.evaluate.__main__ import evaluate
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.training import loop
+from latent_diffusion.training.best import Best
 
 
 def test_the_best_state_is_kept_across_restarts(tmp_path):

@@ -20,15 +20,15 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from latent_diffusion import checkpoint, parallel
-from latent_diffusion.checkpoint import (
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.runtime import checkpoint, parallel
+from latent_diffusion.runtime.checkpoint import (
     ArchitectureMismatch,
     Checkpointer,
     CheckpointError,
     WorkdirInUse,
     integrity,
 )
-from latent_diffusion.tensor import Tensor
 
 MESH_RULES = ((".*", "fsdp(min_mb=0)"),)
 
@@ -261,7 +261,7 @@ def test_trees_larger_than_memory_are_written_and_read_array_by_array(tmp_path, 
         checkpointer.save(0, tree)
     assert len(most) == 24 and max(most) <= 2  # once for the fingerprint, once for the file
 
-    monkeypatch.setattr("latent_diffusion.checkpoint.checkpointer.GROUP", 4 * 15 * 4)
+    monkeypatch.setattr("latent_diffusion.runtime.checkpoint.checkpointer.GROUP", 4 * 15 * 4)
     with Checkpointer(tmp_path, read_only=True) as checkpointer:
         whole = checkpointer.restore().state["params"]["net"]
         layers = checkpointer.open("params")["net"]

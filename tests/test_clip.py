@@ -11,13 +11,14 @@ from PIL import Image
 
 from configs import default
 from latent_diffusion import data
-from latent_diffusion.clip import load_clip
 from latent_diffusion.convert import clip_image, clip_text
 from latent_diffusion.convert.bundle import as_part
+from latent_diffusion.convert.clip import load_clip
 from latent_diffusion.convert.tables import prefixed, write_tensors
-from latent_diffusion.convert.tensors import in_memory, write_safetensors
-from latent_diffusion.embed import embed_data
-from latent_diffusion.evaluate import evaluate
+from latent_diffusion.evaluate.__main__ import evaluate
+from latent_diffusion.files.tensor import in_memory
+from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.training.embed import embed_data
 
 IMAGE = dict(image_size=8, patch_size=4, width=8, depth=1, num_heads=2, projection_dim=6)
 WORDS = ["a</w>", "b</w>", "c</w>", "a", "b", "c", "<|startoftext|>", "<|endoftext|>"]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tiny import make_batch, make_config
 
-from latent_diffusion import parallel
-from latent_diffusion.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.loop import batch_spec
-from latent_diffusion.model import Model
+from latent_diffusion.generation.model import Model
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 CODES = 16
 SMALL = {"channels": 4, "channel_mult": (1, 1), "num_res_blocks": 1, "num_groups": 2}

@@ -19,9 +19,11 @@ from test_parallel import compilations
 
 import latent_diffusion as ldm
 from configs import openmoji_autoencoder
-from latent_diffusion import convert, loop, metrics
-from latent_diffusion.checkpoint import Checkpointer
-from latent_diffusion.evaluation import first_stages
+from demo import first_stages
+from latent_diffusion import convert
+from latent_diffusion.runtime import metrics, parallel
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.training import loop
 
 AUTOENCODER = "--config=configs/openmoji_autoencoder.py:smoke"
 TEXT = "--config=configs/openmoji_text.py:smoke"
@@ -188,7 +190,7 @@ def two_steps(tmp_path_factory):
 @pytest.fixture
 def compiled(monkeypatch):
     """How many programs were compiled in each training step, of all runs in turn."""
-    counts, compile_step = [], loop.parallel.compile_step
+    counts, compile_step = [], parallel.compile_step
 
     def counting(*args, **options):
         step = compile_step(*args, **options)
@@ -201,7 +203,7 @@ def compiled(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(loop.parallel, "compile_step", counting)
+    monkeypatch.setattr(parallel, "compile_step", counting)
     return counts
 
 
@@ -228,7 +230,7 @@ def test_nan_stops_the_run_by_name_and_leaves_the_last_good_checkpoint(two_steps
     workdir = shutil.copytree(two_steps, tmp_path / "run")
     config = _few(6)
     config.optimizer.learning_rate = 1e38
-    with pytest.raises(loop.metrics.NonFiniteError, match=r"step \d+: .*loss = "):
+    with pytest.raises(metrics.NonFiniteError, match=r"step \d+: .*loss = "):
         loop.train(config, workdir)
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore().state

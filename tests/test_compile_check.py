@@ -11,7 +11,7 @@ from conftest import ROOT
 from benchmarks import compile_table
 from latent_diffusion import compile_check
 from latent_diffusion.compile_check import GIB, Checked
-from latent_diffusion.parallel import chips
+from latent_diffusion.runtime.parallel import chips
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from benchmarks import compression_report as report
 from benchmarks.compression_results import Results
 from benchmarks.compression_timing import seconds_per_image, steps_in
 from configs.openmoji_compression import FACTORS, get_config
-from latent_diffusion.denoiser import make_unet
-from latent_diffusion.first_stage import make_autoencoder
+from latent_diffusion.models.denoiser import make_unet
+from latent_diffusion.models.first_stage import make_autoencoder
 
 SCORE = {"fd_alexnet": [9.0, 0.5], "precision_alexnet": [0.5, 0.01], "recall_alexnet": [0.25, 0.01]}
 FOUND = {

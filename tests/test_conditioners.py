@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.conditioners import CONDITIONERS, combine, make_conditioner
-from latent_diffusion.diffusion import q_sample
-from latent_diffusion.models.resize import cubic
+from latent_diffusion.nets.conditioners import CONDITIONERS, combine, make_conditioner
+from latent_diffusion.nets.resize import cubic
+from latent_diffusion.process.diffusion import q_sample
+from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.rng import example_keys
-from latent_diffusion.schedules import make_schedule
 from latent_diffusion.types import Conditioning
 
 SMALL = {

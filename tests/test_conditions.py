@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import conditions, sampling
-from latent_diffusion.conditioners import CONDITIONERS, make_conditioner
-from latent_diffusion.denoiser import Denoiser
-from latent_diffusion.first_stage import init_first_stage, make_autoencoder
-from latent_diffusion.model import Model
-from latent_diffusion.models.unet import UNet
-from latent_diffusion.schedules import make_schedule
+from latent_diffusion.generation import conditions, sampling
+from latent_diffusion.generation.model import Model
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.schedules import make_schedule
 
 RNG = jax.random.key(5)
 SIZE = (8, 8)

@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from latent_diffusion.convert.tensors import (
-    find_weights,
-    in_memory,
-    open_tensors,
-    write_safetensors,
-)
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.files.tensors import find_weights, open_tensors, write_safetensors
 
 ARRAYS = {
     "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

@@ -19,7 +19,7 @@ from latent_diffusion.convert import autoencoder, clip_image, clip_text, cond_st
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.inputs import NOISE_LEVEL
 from latent_diffusion.convert.scheduler import ASSUMED
-from latent_diffusion.convert.tensors import in_memory
+from latent_diffusion.files.tensor import in_memory
 
 WIDTH = 64  # of the texts
 AUTOENCODER = dict(

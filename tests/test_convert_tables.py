@@ -15,8 +15,8 @@ from latent_diffusion.convert import (
     unet_diffusers,
 )
 from latent_diffusion.convert.tables import KINDS, joint_qkv, read_tensors, write_tensors
-from latent_diffusion.convert.tensors import in_memory
-from latent_diffusion.models.attention import AttentionBlock
+from latent_diffusion.files.tensor import in_memory
+from latent_diffusion.nets.attention import AttentionBlock
 
 
 def flat_shapes(tree):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.convolution import conv2d, max_pool, upsample_conv2d, upsample_nearest
+from latent_diffusion.nets.convolution import conv2d, max_pool, upsample_conv2d, upsample_nearest
 
 # side, kernel, stride, padding: ordinary ones, then images or outputs smaller than the kernel
 CASES = [

@@ -12,9 +12,9 @@ from latent_diffusion.data import DATASETS, ArraySource, epoch, iterate, make_so
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.sources import Remember
 from latent_diffusion.data.synthetic import SHAPES
+from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.data.transforms import to_float, to_uint8
 from latent_diffusion.data.windows import CROPS, resize
-from latent_diffusion.tokenizers import WordTokenizer
 
 
 def config(**changes):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser, in_tiles, plan
-from latent_diffusion.models.unet import UNet
+from latent_diffusion.models.denoiser import Denoiser, in_tiles, plan
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import make_schedule, spacing
 from latent_diffusion.rng import example_keys
-from latent_diffusion.samplers import SAMPLERS
-from latent_diffusion.schedules import make_schedule, spacing
 from latent_diffusion.types import Conditioning
 
 SHAPE = (4, 4, 2)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import loop
-from latent_diffusion.conditioners import CONDITIONERS
-from latent_diffusion.first_stage import make_autoencoder
-from latent_diffusion.models.unet import UNet
+from latent_diffusion.models.first_stage import make_autoencoder
+from latent_diffusion.nets.conditioners import CONDITIONERS
+from latent_diffusion.nets.unet import UNet
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.types import Conditioning
 
 # Millions of parameters of the released U-Nets, and tensors.
@@ -102,7 +102,7 @@ def test_the_unet_has_the_published_size(name):
 def test_config_builds(name):
     config = get(name)
     TASKS[config.task](config)
-    spec = loop.batch_spec(config)
+    spec = batch_spec(config)
     assert spec["image"].shape == (config.batch_size, *[config.data.image_size] * 2, 3)
     assert importlib.import_module(f"configs.{name.partition(':')[0]}").__doc__.count("\n") > 3
 
@@ -128,7 +128,7 @@ def test_trained_conditioners_have_the_released_size(name, released, head):
     ((kind, fields),) = config.conditioners.items()
     module = CONDITIONERS[kind](**fields)
     (key,) = module.keys
-    spec = loop.batch_spec(config)[key]
+    spec = batch_spec(config)[key]
     batch = {key: jnp.zeros((1, *spec.shape[1:]), spec.dtype)}
     params = jax.eval_shape(module.init, jax.random.key(0), batch, jnp.zeros(1, bool))
     assert abs(count(params) - (released - head / 1e6)) < 0.0051

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tiny import make_batch, make_config
 
-from latent_diffusion import parallel
-from latent_diffusion.loop import batch_spec
-from latent_diffusion.parallel import hlo
+from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.parallel import hlo
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.trees import path_string
 
 RNG = jax.random.key(7)
 STEPS = 5
@@ -73,9 +74,7 @@ def test_all_modes_take_the_same_steps(task, name):
     paths = jax.tree_util.tree_leaves_with_path(want)
     for (path, a), b in zip(paths, jax.tree.leaves(got), strict=True):
         scale = max(1.0, float(np.abs(a).max()))
-        np.testing.assert_allclose(
-            b, a, rtol=0, atol=1e-6 * scale, err_msg=parallel.path_string(path)
-        )
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-6 * scale, err_msg=path_string(path))
 
 
 @pytest.mark.parametrize("name", ["single", "pmap", "mesh"])

@@ -3,25 +3,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.diffusion import (
-    LOSS_WEIGHTS,
-    LOSSES,
+from latent_diffusion.process.diffusion import (
     PREDICTIONS,
-    TIMESTEP_SAMPLING,
-    importance_weights,
-    loss_density,
-    offset_noise,
-    perturb_input,
     posterior_variance,
     prediction_target,
     prior_bits_per_dim,
     q_sample,
     to_z_0_and_eps,
+)
+from latent_diffusion.process.objectives import (
+    LOSS_WEIGHTS,
+    LOSSES,
+    TIMESTEP_SAMPLING,
+    importance_weights,
+    loss_density,
+    offset_noise,
+    perturb_input,
     update_squares,
     weigh_by_logvar,
 )
+from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.rng import example_keys, normal_per_example
-from latent_diffusion.schedules import make_schedule
 
 LINEAR = make_schedule("linear", beta_start=0.0015, beta_end=0.0195)
 SCHEDULES = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from latent_diffusion.models.discriminator import NORMS, ActNorm, PatchGAN
+from latent_diffusion.nets.discriminator import NORMS, ActNorm, PatchGAN
 
 
 def normal(seed, *shape):

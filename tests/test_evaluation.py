@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion.evaluation import inception, scores
-from latent_diffusion.evaluation.clip_score import measure_clip_score
-from latent_diffusion.evaluation.collect import collect
-from latent_diffusion.evaluation.features import make_features
-from latent_diffusion.evaluation.frechet import (
+from latent_diffusion.evaluate import inception, scores
+from latent_diffusion.evaluate.clip_score import measure_clip_score
+from latent_diffusion.evaluate.collect import collect
+from latent_diffusion.evaluate.features import make_features
+from latent_diffusion.evaluate.frechet import (
     Gaussian,
     combined,
     frechet_distance,
@@ -21,15 +21,12 @@ from latent_diffusion.evaluation.frechet import (
     measure_frechet,
     save_statistics,
 )
-from latent_diffusion.evaluation.images import open_images
-from latent_diffusion.evaluation.inception_score import inception_score, measure_inception_score
-from latent_diffusion.evaluation.kernel import kernel_distance, measure_kernel
-from latent_diffusion.evaluation.neighbours import (
-    measure_density_coverage,
-    measure_precision_recall,
-)
-from latent_diffusion.evaluation.resize import FILTERS
-from latent_diffusion.losses.similarity import psnr, ssim
+from latent_diffusion.evaluate.images import open_images
+from latent_diffusion.evaluate.inception_score import inception_score, measure_inception_score
+from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
+from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
+from latent_diffusion.evaluate.resize import FILTERS
+from latent_diffusion.nets.losses.similarity import psnr, ssim
 
 RNG = np.random.default_rng(0)
 
@@ -129,7 +126,7 @@ def test_precision_and_recall_of_constructed_manifolds():
 
 
 def test_neighbours_agree_with_all_distances_beyond_one_block(monkeypatch):
-    from latent_diffusion.evaluation import neighbours
+    from latent_diffusion.evaluate import neighbours
 
     x, y = RNG.normal(size=(50, 3)), RNG.normal(size=(70, 3))
     monkeypatch.setattr(neighbours, "COLUMNS", 32)
@@ -171,7 +168,7 @@ def test_resizing_keeps_constants_and_its_own_size(filter):
 
 
 def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    from latent_diffusion.evaluation import collect as module
+    from latent_diffusion.evaluate import collect as module
 
     monkeypatch.setattr(module, "CHUNK", 10)
     x = RNG.normal(size=(37, 2)).astype(np.float32)
@@ -258,7 +255,7 @@ def test_folders_with_something_wrong_are_named(tmp_path):
 
 
 def test_folders_are_scored_by_the_command(tmp_path):
-    from latent_diffusion.evaluate import evaluate
+    from latent_diffusion.evaluate.__main__ import evaluate
 
     write_pictures(tmp_path / "a", 24)
     write_pictures(tmp_path / "b", 24, start=100)

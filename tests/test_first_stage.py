@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.first_stage import (
+from latent_diffusion.models.first_stage import (
     NORMALIZATIONS,
     FirstStage,
     init_first_stage,
@@ -13,8 +13,8 @@ from latent_diffusion.first_stage import (
     make_autoencoder,
     with_measured_scale,
 )
-from latent_diffusion.models.autoencoder import Identity
-from latent_diffusion.workdir import check_same_tree
+from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.trees import check_same_tree
 
 
 def _pixels(seed):

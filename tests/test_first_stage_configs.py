@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import loop
-from latent_diffusion.first_stage import make_autoencoder
-from latent_diffusion.models.autoencoder import Autoencoder
+from latent_diffusion.models.first_stage import make_autoencoder
+from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.dry_run import dry_run
 
 # Released models: millions of parameters; the paper's other rows: None.
 SIZES = {
@@ -62,5 +62,5 @@ def test_unknown_variant_lists_the_known_ones():
 def test_the_discriminators_have_the_released_sizes():
     for name, millions in (("kl_f4", 2.77), ("vq_f8", 0.66)):
         config = get(name)
-        row = next(r for r in loop.dry_run(config).splitlines() if r.startswith("discriminator"))
+        row = next(r for r in dry_run(config).splitlines() if r.startswith("discriminator"))
         assert float(row.split()[1]) == millions

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from latent_diffusion.evaluation import gallery
-from latent_diffusion.evaluation.gallery import SIDE, coloured, sheet, text
+from demo import gallery
+from demo.gallery import SIDE, coloured, sheet, text
 
 
 def grey(level, size=4):

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import guidance
-from latent_diffusion.diffusion import Prediction, q_sample
+from latent_diffusion.process import guidance
+from latent_diffusion.process.diffusion import Prediction, q_sample
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import make_schedule, spacing
 from latent_diffusion.rng import example_keys, normal_per_example
-from latent_diffusion.samplers import SAMPLERS
-from latent_diffusion.schedules import make_schedule, spacing
 
 SCHEDULE = make_schedule()
 TIMESTEPS = spacing("trailing", SCHEDULE, 4)  # 999, 749, 499, 249, −1

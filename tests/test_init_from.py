@@ -10,10 +10,11 @@ from flax.traverse_util import flatten_dict
 from tiny import SIZE, make_config
 
 import latent_diffusion as ldm
-from latent_diffusion import convert, init_from
-from latent_diffusion.loop import batch_spec
-from latent_diffusion.models.autoencoder import Autoencoder
+from latent_diffusion import convert
+from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import init_from
+from latent_diffusion.training.batch_spec import batch_spec
 
 
 def make(task="denoising", **fields):
@@ -111,7 +112,7 @@ def test_the_first_stage_comes_along_with_its_scale(folder, tmp_path):
     resolved = init_from.resolve(config, tmp_path)
     assert resolved.autoencoder.channel_mult == config.autoencoder.channel_mult
     model = ldm.load(folder)
-    kept = init_from.workdir.load_first_stage(tmp_path, model.first_stage.module)
+    kept = init_from.kept.load_first_stage(tmp_path, model.first_stage.module)
     assert float(kept.scale_factor) == 0.5
     jax.tree.map(np.testing.assert_array_equal, kept.params, model.first_stage.params)
 

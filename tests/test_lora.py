@@ -10,8 +10,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from tiny import make_batch, make_config
 
-from latent_diffusion import convert, lora, workdir
-from latent_diffusion.checkpoint import Checkpointer
+from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, unet
 from latent_diffusion.convert.lora import (
     read_lora,
@@ -20,8 +19,11 @@ from latent_diffusion.convert.lora import (
     write_kohya_lora,
 )
 from latent_diffusion.convert.scheduler import ASSUMED
-from latent_diffusion.loop import batch_spec
+from latent_diffusion.optimisation import low_rank
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 CLIP = dict(vocab_size=9, max_length=5, width=16, depth=1, num_heads=2)
 UNET = dict(
@@ -46,19 +48,19 @@ def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
     rng = np.random.default_rng(0)
     params = {name: {"kernel": rng.normal(size=(4, 6)).astype(np.float32)} for name in "ab"}
     config = {"rank": 2, "targets": ("^a/",)}
-    factors = lora.init(jax.random.key(0), params, config)
+    factors = low_rank.init(jax.random.key(0), params, config)
     assert flatten_dict(factors, sep="/").keys() == {"a/kernel/down", "a/kernel/up"}
-    jax.tree.map(np.testing.assert_array_equal, lora.merge(params, factors, 8.0), params)
+    jax.tree.map(np.testing.assert_array_equal, low_rank.merge(params, factors, 8.0), params)
     factors["a"]["kernel"]["up"] = up = rng.normal(size=(2, 6))
     want = params["a"]["kernel"] + 4.0 * np.asarray(factors["a"]["kernel"]["down"]) @ up
-    merged = lora.merge(params, factors, 8.0)
+    merged = low_rank.merge(params, factors, 8.0)
     np.testing.assert_allclose(merged["a"]["kernel"], want, rtol=1e-5)
     np.testing.assert_array_equal(merged["b"]["kernel"], params["b"]["kernel"])
     with pytest.raises(ValueError, match="match no kernel"):
-        lora.init(jax.random.key(0), params, {"rank": 2, "targets": ("c",)})
+        low_rank.init(jax.random.key(0), params, {"rank": 2, "targets": ("c",)})
     params["a"]["kernel"] = np.zeros((3, 3, 4, 6))
     with pytest.raises(ValueError, match=r"a/kernel, of shape \(3, 3, 4, 6\): no matrix"):
-        lora.init(jax.random.key(0), params, config)
+        low_rank.init(jax.random.key(0), params, config)
 
 
 def test_training_moves_the_factors_and_has_no_memory_for_the_rest():
@@ -176,7 +178,7 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp
     params = {"unet": convert.as_params(bundle.unet)}
     params["conditioner"] = {"clip_text": convert.as_params(bundle.conditioners["clip_text"])}
     config = {"rank": 2, "targets": ("attn2/to_k", "self_attn/qkv")}
-    factors = lora.init(jax.random.key(0), params, config)
+    factors = low_rank.init(jax.random.key(0), params, config)
     factors = random_tree(factors, 3)
     # As training leaves it.
     settings = workdir.load_config(base)
@@ -185,7 +187,7 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp
     with Checkpointer(run / "checkpoints") as checkpoints:
         checkpoints.save(0, {"ema_params": {"lora": factors}})
     adapted = convert.read(run)
-    want = flatten_dict(lora.merge(params, factors, 3.0)["unet"], sep="/")
+    want = flatten_dict(low_rank.merge(params, factors, 3.0)["unet"], sep="/")
     for path, tensor in adapted.unet.params.items():
         np.testing.assert_allclose(tensor.read(), want[path], rtol=1e-5, atol=1e-5)
     for kind in ("lora", "kohya"):

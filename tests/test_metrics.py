@@ -12,8 +12,14 @@ import PIL.Image
 import pytest
 import tqdm
 
-from latent_diffusion import metrics
-from latent_diffusion.metrics import NonFiniteError, Progress, Throughput, Writer, peak_memory
+from latent_diffusion.runtime import metrics
+from latent_diffusion.runtime.metrics import (
+    NonFiniteError,
+    Progress,
+    Throughput,
+    Writer,
+    peak_memory,
+)
 
 
 def read_lines(workdir):

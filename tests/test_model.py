@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import parallel
-from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser
-from latent_diffusion.first_stage import init_first_stage, make_autoencoder
-from latent_diffusion.model import Model
-from latent_diffusion.models.unet import UNet
-from latent_diffusion.schedules import make_schedule
-from latent_diffusion.tokenizers import WordTokenizer
+from latent_diffusion.data.tokenizers import WordTokenizer
+from latent_diffusion.generation.model import Model
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.runtime import parallel
 
 RNG = jax.random.key(5)
 IMAGE = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny import SIZE, make_config
 
-from latent_diffusion import data, moments, workdir
-from latent_diffusion.first_stage import FirstStage, make_autoencoder
+from latent_diffusion import data
+from latent_diffusion.convert import kept
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.training import moments
 
 COUNT = 19  # no multiple of the batch
 
@@ -20,7 +22,7 @@ def made(tmp_path):
     init = jax.jit(lambda rng: module.init(rng, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
     params = init(jax.random.key(0, impl="unsafe_rbg"))
     first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
-    workdir.save_first_stage(tmp_path, first_stage, "here")
+    kept.save_first_stage(tmp_path, first_stage, "here")
     images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, SIZE, 3), np.uint8)
     return config, tmp_path, first_stage, images
 

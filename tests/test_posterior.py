@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from latent_diffusion.models.posterior import DiagonalGaussian
+from latent_diffusion.nets.posterior import DiagonalGaussian
 
 
 def random_posterior(seed, batch=2, shape=(2, 3, 4)):

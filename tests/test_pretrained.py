@@ -12,17 +12,21 @@ from ml_collections import ConfigDict
 from tiny import make_config
 
 import latent_diffusion as ldm
-from latent_diffusion import convert, frozen, loop, workdir
-from latent_diffusion.checkpoint import Checkpointer
-from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.convert import bert, clip_text
+from latent_diffusion import convert
+from latent_diffusion.convert import bert, clip_text, kept
 from latent_diffusion.convert.bundle import as_part
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.convert.tables import prefixed, write_tensors
-from latent_diffusion.convert.tensors import write_safetensors
-from latent_diffusion.first_stage import FirstStage
+from latent_diffusion.data.tokenizers import WordTokenizer
+from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks.denoising import make_denoising
-from latent_diffusion.tokenizers import WordTokenizer
+from latent_diffusion.training import frozen
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.tokenizer import check_reads
 
 BERT = dict(vocab_size=64, max_positions=8, width=16, depth=1, num_heads=2)
 CLIP = dict(vocab_size=9, max_length=4, width=64, depth=2, num_heads=1)
@@ -70,10 +74,10 @@ def test_a_run_keeps_its_own_copy(bert_folder, tmp_path):
     resolved = frozen.resolve(config, run)
     assert resolved.conditioners.bert.width == 16 and resolved.conditioners.bert.empty == ()
     task = make_denoising(resolved)
-    state, constants = jax.eval_shape(task.init, jax.random.key(0), loop.batch_spec(resolved))
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(resolved))
     assert set(state.params["conditioner"]) == set(state.ema_params["conditioner"]) == {"text"}
     first_stage = FirstStage({}, jnp.ones(()), jnp.zeros(()), task.autoencoder)
-    workdir.save_first_stage(run, first_stage, "")
+    kept.save_first_stage(run, first_stage, "")
     same(frozen.load_constants(resolved, run, constants, None).conditioner["bert"], params)
 
     shutil.rmtree(source)
@@ -150,6 +154,6 @@ def test_an_encoder_and_its_tokenizer_must_agree():
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            workdir.check_reads(make_conditioner({"class_label": {}, "text": fields}), tokenizer)
+            check_reads(make_conditioner({"class_label": {}, "text": fields}), tokenizer)
     fits = {"text": {"vocab_size": 5}, "word_map": {"vocab_size": 5}}
-    workdir.check_reads(make_conditioner(fits), tokenizer)
+    check_reads(make_conditioner(fits), tokenizer)

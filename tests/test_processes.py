@@ -15,8 +15,8 @@ import several
 from conftest import FAST_COMPILATION, ROOT
 
 import latent_diffusion as ldm
-from latent_diffusion import loop
-from latent_diffusion.metrics import to_uint8
+from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.training import loop
 
 OWN = {"images_per_second", "peak_memory_gib"}  # of the machine, not of the run
 

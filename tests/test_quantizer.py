@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.models.quantizer import (
+from latent_diffusion.nets.quantizer import (
     GumbelQuantizer,
     VectorQuantizer,
     to_all,

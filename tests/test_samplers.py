@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from test_schedules import assert_printed
 
-from latent_diffusion import guidance
-from latent_diffusion.diffusion import Prediction
+from benchmarks.exact import Mixture
+from latent_diffusion.process import guidance
+from latent_diffusion.process.diffusion import Prediction
+from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
+from latent_diffusion.process.samplers.first_order import ddim_noise
+from latent_diffusion.process.samplers.table import Table, run, steps
+from latent_diffusion.process.schedules import make_schedule, spacing
 from latent_diffusion.rng import example_keys, normal_per_example
-from latent_diffusion.samplers import SAMPLERS, ddim_inversion
-from latent_diffusion.samplers.exact import Mixture
-from latent_diffusion.samplers.first_order import ddim_noise
-from latent_diffusion.samplers.table import Table, run, steps
-from latent_diffusion.schedules import make_schedule, spacing
 from latent_diffusion.types import lookup
 
 SCHEDULES = {
@@ -494,7 +494,7 @@ def test_unknown_names():
 
 
 def test_the_convergence_picture_is_drawn(tmp_path, monkeypatch):
-    from latent_diffusion.samplers import __main__ as plot
+    from benchmarks import convergence as plot
 
     assert set(plot.DETERMINISTIC) == set(ORDERS) - {"euler"}  # which is ddim
     monkeypatch.setattr(plot, "DETERMINISTIC", ("ddim",))

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from latent_diffusion.convert.scheduler import SCHEDULERS, from_diffusers
-from latent_diffusion.denoiser import plan, schedule_of
-from latent_diffusion.diffusion import PREDICTIONS
-from latent_diffusion.samplers import SAMPLERS
-from latent_diffusion.schedules import spacing
+from latent_diffusion.models.denoiser import plan, schedule_of
+from latent_diffusion.process.diffusion import PREDICTIONS
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import spacing
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 

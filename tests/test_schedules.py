@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.schedules import BETAS, CLEAN, SPACINGS, make_schedule, spacing
+from latent_diffusion.process.schedules import BETAS, CLEAN, SPACINGS, make_schedule, spacing
 
 LINEAR = make_schedule("linear", beta_start=0.0015, beta_end=0.0195)
 

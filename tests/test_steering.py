@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import guides, steering
-from latent_diffusion.diffusion import Prediction
-from latent_diffusion.first_stage import init_first_stage
-from latent_diffusion.losses.perceptual import LPIPS
-from latent_diffusion.models.autoencoder import Identity
-from latent_diffusion.models.unet import UNet
-from latent_diffusion.samplers import SAMPLERS
-from latent_diffusion.schedules import make_schedule, spacing
+from latent_diffusion.generation import guides
+from latent_diffusion.models.first_stage import init_first_stage
+from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.nets.losses.perceptual import LPIPS
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process import steering
+from latent_diffusion.process.diffusion import Prediction
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import make_schedule, spacing
 
 SCHEDULE = make_schedule()
 CENTRES, SPREAD = np.array([-2.0, 1.0]), 0.5  # two clouds of clean latents, of equal weight

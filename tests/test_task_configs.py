@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from latent_diffusion import data
-from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser
-from latent_diffusion.evaluation.generate import conditions_of
-from latent_diffusion.loop import batch_spec
-from latent_diffusion.model import Model
-from latent_diffusion.models.unet import UNet
-from latent_diffusion.schedules import make_schedule
+from latent_diffusion.evaluate.generate import conditions_of
+from latent_diffusion.generation.model import Model
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 NAMES = (
     "unconditional",

@@ -14,12 +14,12 @@ from latent_diffusion.data.degradations import (
     degrade,
     gaussian_kernel,
 )
+from latent_diffusion.data.embedders import Embedder
 from latent_diffusion.data.layout import LayoutTokens
 from latent_diffusion.data.masks import MASKS, draw_mask
 from latent_diffusion.data.openmoji_scenes import NUM_OBJECTS, SUBJECTS, OpenMojiScenes
 from latent_diffusion.data.resampling import MATRICES, PILLOW, resample
 from latent_diffusion.data.retrieval import Database, load_database
-from latent_diffusion.embedders import Embedder
 
 
 def rng(seed=0):

@@ -9,9 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 from tiny import BATCH, SIZE, make_batch, make_config
 
-from latent_diffusion.loop import batch_spec
-from latent_diffusion.losses.adversarial import hinge_d_loss
+from latent_diffusion.nets.losses.adversarial import hinge_d_loss
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 RNG = jax.random.key(7)
 FROZEN = {"vocab_size": 2048, "max_positions": 4, "width": 16, "depth": 1, "num_heads": 2}

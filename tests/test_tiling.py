@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.convolution import conv2d, upsample_nearest
-from latent_diffusion.tiling import pad_to_multiple, tiled
+from latent_diffusion.nets.convolution import conv2d, upsample_nearest
+from latent_diffusion.process.tiling import pad_to_multiple, tiled
 
 
 def picture(height, width, channels=3):

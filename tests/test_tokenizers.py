@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from latent_diffusion.tokenizers import (
+from latent_diffusion.data.tokenizers import (
     TOKENIZERS,
     BertTokenizer,
     ClipTokenizer,

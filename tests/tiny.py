@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs import openmoji_autoencoder, openmoji_classifier, openmoji_text
-from latent_diffusion.loop import batch_spec
+from latent_diffusion.training.batch_spec import batch_spec
 
 SIZE, BATCH = 16, 8
 EXPERIMENTS = {

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from latent_diffusion import workdir
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
 from latent_diffusion.convert.compvis import read_compvis, write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
 from latent_diffusion.convert.lora import with_lora, write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
+from latent_diffusion.runtime import workdir
 from latent_diffusion.types import lookup
 
 __all__ = [

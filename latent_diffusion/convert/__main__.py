@@ -31,8 +31,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is in SRC, then stop."
 
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.convert`."""
-    from latent_diffusion.checkpoint import CheckpointError
-    from latent_diffusion.startup import quiet_and_cached
+    from latent_diffusion.runtime.checkpoint import CheckpointError
+    from latent_diffusion.runtime.startup import quiet_and_cached
 
     quiet_and_cached()
     paths = [Path(path) for path in argv[1:]]

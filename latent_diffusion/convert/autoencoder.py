@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from latent_diffusion.convert.tables import Rule, Table, inside
-from latent_diffusion.models.autoencoder import Autoencoder
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.nets.autoencoder import Autoencoder
 
 Fields = dict[str, Any]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from latent_diffusion.conditioners.bert import Bert
 from latent_diffusion.convert.tables import Rule, Table, inside, joint_qkv
+from latent_diffusion.nets.conditioners.bert import Bert
 
 Fields = dict[str, Any]
 

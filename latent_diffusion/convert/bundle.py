@@ -10,10 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.tables import Table, matching, read_tensors
-from latent_diffusion.convert.tensors import in_memory
-from latent_diffusion.models.autoencoder import Identity
-from latent_diffusion.schedules import BETAS, NoiseSchedule, make_schedule
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedule
 from latent_diffusion.types import Params
 
 DIFFUSION = {"num_timesteps": 1000, "zero_terminal_snr": False, "prediction": "eps"}

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from latent_diffusion.conditioners.clip_image import ClipImage
 from latent_diffusion.convert.clip_text import open_clip_layers, transformers_layers
 from latent_diffusion.convert.tables import SAME, Layout, Leaf, Rule, Table
-from latent_diffusion.models.clip import ACTIVATIONS
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.nets.clip import ACTIVATIONS
+from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.types import lookup
 
 Fields = dict[str, Any]

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.conditioners.clip_text import ClipText
 from latent_diffusion.convert.bundle import Part
 from latent_diffusion.convert.tables import (
     LINEAR,
@@ -19,9 +18,9 @@ from latent_diffusion.convert.tables import (
     joint_qkv,
     write_tensors,
 )
-from latent_diffusion.convert.tensors import in_memory
-from latent_diffusion.models.clip import ACTIVATIONS
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.nets.clip import ACTIVATIONS
+from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.types import lookup
 
 Fields = dict[str, Any]

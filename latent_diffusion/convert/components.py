@@ -9,8 +9,8 @@ from latent_diffusion.convert import autoencoder, clip_image, clip_text, text, u
 from latent_diffusion.convert.bundle import Bundle, input_widths, read_part
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import below, matching, write_tensors
-from latent_diffusion.convert.tensors import find_weights, open_tensors, write_safetensors
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensors import find_weights, open_tensors, write_safetensors
 from latent_diffusion.types import lookup
 
 Json = dict[str, Any]

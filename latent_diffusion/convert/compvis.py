@@ -24,9 +24,9 @@ from latent_diffusion.convert.bundle import (
 from latent_diffusion.convert.cond_stage import AUGMENTOR, EMBEDDER
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import prefixed, read_tensors, write_tensors
-from latent_diffusion.convert.tensors import TensorFile, open_tensors, write_safetensors
-from latent_diffusion.schedules import make_schedule
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, TensorFile
+from latent_diffusion.files.tensors import open_tensors, write_safetensors
+from latent_diffusion.process.schedules import make_schedule
 
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # Tensors that carry nothing: schedules are recomputed, losses and averages have no place here.

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.conditioners.clip_image import ClipImage
 from latent_diffusion.convert import autoencoder, clip_image, clip_text, text
 from latent_diffusion.convert.bundle import Bundle, Part, read_part
 from latent_diffusion.convert.inputs import CLASS, table_of
 from latent_diffusion.convert.tables import Rule, below, matching, prefixed, write_tensors
-from latent_diffusion.convert.tensors import in_memory
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.nets.conditioners.clip_image import ClipImage
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.convert.bundle import Bundle, Part, input_widths
-from latent_diffusion.convert.tensors import in_memory
+from latent_diffusion.files.tensor import in_memory
 
 _TEXT = {"text", "clip_text", "bert"}
 _IMAGE = {"clip_image", "image_embedding"}

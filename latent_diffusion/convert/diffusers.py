@@ -25,7 +25,7 @@ from latent_diffusion.convert.components import (
 )
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import read_tensors, write_tensors
-from latent_diffusion.convert.tensors import write_safetensors
+from latent_diffusion.files.tensors import write_safetensors
 
 log = logging.getLogger(__name__)
 

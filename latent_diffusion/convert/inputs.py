@@ -7,7 +7,7 @@ channels tells those of the paper's models and of Stable Diffusion apart.
 from collections.abc import Mapping
 
 from latent_diffusion.convert.bundle import Part
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
 
 NOISE_LEVEL, CLASS = "noise_level/embedding", "embedding/embedding"
 

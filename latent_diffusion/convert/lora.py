@@ -15,8 +15,8 @@ import numpy as np
 from latent_diffusion.convert import clip_text, unet
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.tables import Pair, Table, pairs, prefixed
-from latent_diffusion.convert.tensors import in_memory, open_tensors, write_safetensors
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.files.tensors import open_tensors, write_safetensors
 
 Factors = dict[str, Any]  # "down" [in r], "up" [r out], "alpha" []
 Progress = Callable[[int], Any]

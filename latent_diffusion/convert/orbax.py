@@ -9,14 +9,15 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from latent_diffusion import workdir
-from latent_diffusion.checkpoint import Checkpointer
+from latent_diffusion.convert import kept
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.lora import merged
-from latent_diffusion.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.lora import flatten_factors
-from latent_diffusion.tensor import Tensor
-from latent_diffusion.tokenizers import load_tokenizer
+from latent_diffusion.data.tokenizers import load_tokenizer
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.optimisation.low_rank import flatten_factors
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.types import Params
 
 
@@ -31,7 +32,7 @@ def read_orbax(directory: Path) -> Bundle:
         params = workdir.open_entry(directory, entry)["autoencoder"]
         return replace(bundle, autoencoder=as_part(fields, params))
     if fields:
-        first_stage = workdir.load_first_stage(directory, make_autoencoder(fields))
+        first_stage = kept.load_first_stage(directory, make_autoencoder(fields))
         part = as_part(fields, first_stage.params)
         scale = {"scale_factor": first_stage.scale_factor, "shift": first_stage.shift}
         bundle = replace(bundle, autoencoder=part, **scale)
@@ -53,7 +54,7 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     unet["out_channels"] = part.params[out].shape[-1]
     conditioner = dict(params.get("conditioner", {}))
     for name in config.get("pretrained", {}):
-        conditioner[name], _ = workdir.load_conditioner(directory, name)
+        conditioner[name], _ = kept.load_conditioner(directory, name)
     return replace(
         bundle,
         unet=part,
@@ -133,7 +134,7 @@ def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
         jnp.asarray(bundle.shift, jnp.float32),
         make_autoencoder(bundle.autoencoder.fields),
     )
-    workdir.save_first_stage(path, first_stage, "converted")
+    kept.save_first_stage(path, first_stage, "converted")
     if bundle.unet is not None:
         progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
 

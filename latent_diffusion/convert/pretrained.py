@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_diffusion import workdir
 from latent_diffusion.convert import bert, clip_image, clip_text, text
 from latent_diffusion.convert.bundle import Part, flat
 from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.convert.tables import Table, below, read_tensors
-from latent_diffusion.convert.tensors import find_weights, open_tensors
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensors import find_weights, open_tensors
+from latent_diffusion.runtime import workdir
 
 Fields = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]

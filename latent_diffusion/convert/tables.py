@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latent_diffusion.tensor import Tensor, is_float
+from latent_diffusion.files.tensor import Tensor, is_float
 
 
 class Layout(NamedTuple):

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.conditioners.text import TextTransformer
 from latent_diffusion.convert.bundle import Part
 from latent_diffusion.convert.tables import KINDS, Leaf, Rule, Table
-from latent_diffusion.convert.tensors import in_memory
-from latent_diffusion.tensor import Tensor
-from latent_diffusion.tokenizers import Tokenizer
+from latent_diffusion.data.tokenizers import Tokenizer
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.nets.conditioners.text import TextTransformer
 
 Fields = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from latent_diffusion.convert import text
 from latent_diffusion.convert.bundle import Bundle, Part
-from latent_diffusion.tokenizers import (
+from latent_diffusion.data.tokenizers import (
     BertTokenizer,
     ClipTokenizer,
     Tokenizer,

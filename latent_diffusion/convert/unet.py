@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from latent_diffusion.convert.tables import Kind, Rule, Table, inside, joint_qkv
-from latent_diffusion.models.unet import UNet
+from latent_diffusion.nets.unet import UNet
 from latent_diffusion.types import Conditioning
 
 Widths = tuple[int, int | None, int | None]  # channels, of the context, of the vector

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from latent_diffusion.convert.unet import Widths
-from latent_diffusion.models.unet import UNet
-from latent_diffusion.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.nets.unet import UNet
 
 Fields = dict[str, Any]
 

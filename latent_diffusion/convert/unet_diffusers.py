@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latent_diffusion.convert import unet
-from latent_diffusion.models.unet import UNet
+from latent_diffusion.nets.unet import UNet
 
 Fields = dict[str, Any]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from latent_diffusion.data import image_folder, openmoji, openmoji_scenes, synthetic, tfds
+from latent_diffusion.data import image_folder, openmoji_scenes, openmoji_source, synthetic, tfds
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.pipeline import epoch, iterate
 from latent_diffusion.data.retrieval import with_embeddings
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 DATASETS: dict[str, Callable[[Any, str], Any]] = {
-    "openmoji": openmoji.make,
+    "openmoji": openmoji_source.make,
     "openmoji_scenes": openmoji_scenes.make,
     "image_folder": image_folder.make,
     "synthetic": synthetic.make,

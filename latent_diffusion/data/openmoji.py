@@ -22,13 +22,9 @@ import functools
 import hashlib
 import io
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
-
-from latent_diffusion.data.sources import Example, Remember
-from latent_diffusion.data.transforms import on_white
 
 GROUPS = (
     "Smileys & Emotion",
@@ -163,43 +159,3 @@ def held_out_combinations() -> list[str]:
     """
     toned = [e.caption for e in catalogue() if e.combination and skin_tone(e.caption) >= 0]
     return sorted(toned, key=lambda c: (_TONE.sub("", c).split(), skin_tone(c)))
-
-
-class OpenMojiSource:
-    """A split of the prepared data: `image` on white, `alpha` uint8 [H W], caption and label."""
-
-    class_names = GROUPS
-
-    def __init__(self, records: Any):
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def captions(self) -> list[str]:
-        """All captions, in order."""
-        return [record["caption"].decode() for record in self.records]
-
-    def __getitem__(self, index: int) -> Example:
-        record = self.records[int(index)]
-        rgba = np.asarray(Image.open(io.BytesIO(record["image"])))
-        return {
-            "image": on_white(rgba),
-            "alpha": rgba[..., 3].copy(),
-            "caption": record["caption"].decode(),
-            "class_label": int(record["class_label"]),
-            "name": record["hexcode"].decode(),
-        }
-
-
-def make(data_config: Any, split: str) -> Remember:
-    """The prepared data at `data_config.image_size`, drawn once into `data_config.dir`.
-
-    split: "train", "test", or TFDS's arithmetic on them ("train+test", "train[:100]"). With no dir
-    TFDS's own cache is used ($TFDS_DATA_DIR, else ~/tensorflow_datasets).
-    """
-    from latent_diffusion.data import openmoji_builder
-    from latent_diffusion.data.tfds import records
-
-    builder = openmoji_builder.prepare(data_config.image_size, data_config.dir or None)
-    return Remember(OpenMojiSource(records(builder, split, "openmoji", encoded=["image"])))

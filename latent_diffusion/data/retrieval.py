@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from latent_diffusion.data.embedders import Embedder, embed, make_embedder
 from latent_diffusion.data.sources import Example
 from latent_diffusion.data.windows import cut, window
-from latent_diffusion.embedders import Embedder, embed, make_embedder
 from latent_diffusion.types import lookup
 
 ROWS = 1024  # queries at once
@@ -133,7 +133,7 @@ def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
     """Every picture of a split as evaluation sees it, embedded by the net of `data_config`.
 
     Computed once in a process: training and its evaluation share the training set's. The net
-    "precomputed" is what `python -m latent_diffusion.embed` left in `data.embedding_path`.
+    "precomputed" is what `python -m latent_diffusion.training.embed` left in `data.embedding_path`.
     """
     if data_config.embedding == PRECOMPUTED:
         return _precomputed(source, data_config, split)
@@ -169,7 +169,7 @@ def _precomputed(source: Any, data_config: Any, split: str) -> Database:
     path = Path(data_config.embedding_path) / f"{split}.npz"
     if not path.is_file():
         raise ValueError(
-            f"data.embedding_path: no {path}; python -m latent_diffusion.embed makes it"
+            f"data.embedding_path: no {path}; python -m latent_diffusion.training.embed makes it"
         )
     found = replace(load_database(path), search_by=data_config.search)
     if len(found.embeddings) != len(source):

@@ -1,1 +1,1 @@
-"""Linen modules: arrays in, arrays out; no config objects, no disk, no mesh."""
+"""Networks with their parameters and their process: the first stage, the denoiser, a classifier."""

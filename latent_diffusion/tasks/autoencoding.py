@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.accumulation import in_parts
-from latent_diffusion.first_stage import make_autoencoder
-from latent_diffusion.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
-from latent_diffusion.losses.perceptual import LPIPS
-from latent_diffusion.losses.similarity import psnr
-from latent_diffusion.models.discriminator import PatchGAN
-from latent_diffusion.models.quantizer import with_moved_codes
-from latent_diffusion.optim import ema_update, global_norm, make_optimizer
+from latent_diffusion.models.first_stage import make_autoencoder
+from latent_diffusion.nets.discriminator import PatchGAN
+from latent_diffusion.nets.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
+from latent_diffusion.nets.losses.perceptual import LPIPS
+from latent_diffusion.nets.losses.similarity import psnr
+from latent_diffusion.nets.quantizer import with_moved_codes
+from latent_diffusion.optimisation.micro_batches import in_parts
+from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import example_keys, pmean
 from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
 

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.accumulation import value_and_grad_in_parts
-from latent_diffusion.classifier import NoisyClassifier
-from latent_diffusion.denoiser import make_unet, schedule_of
-from latent_diffusion.diffusion import q_sample
-from latent_diffusion.first_stage import init_first_stage, make_autoencoder
-from latent_diffusion.optim import global_norm, make_optimizer
+from latent_diffusion.models.classifier import NoisyClassifier
+from latent_diffusion.models.denoiser import make_unet, schedule_of
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
+from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
+from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.rng import (
     example_keys,
     normal_per_example,

@@ -16,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion import lora
-from latent_diffusion.accumulation import value_and_grad_in_parts
-from latent_diffusion.conditioners import make_conditioner
-from latent_diffusion.denoiser import Denoiser, make_denoiser, plan
-from latent_diffusion.diffusion import (
+from latent_diffusion.models.denoiser import Denoiser, make_denoiser, plan
+from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.optimisation import low_rank
+from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
+from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
+from latent_diffusion.process.diffusion import prediction_target, prior_bits_per_dim, q_sample
+from latent_diffusion.process.guidance import paste
+from latent_diffusion.process.objectives import (
     LOSS_WEIGHTS,
     LOSSES,
     TIMESTEP_SAMPLING,
@@ -28,15 +32,9 @@ from latent_diffusion.diffusion import (
     loss_density,
     offset_noise,
     perturb_input,
-    prediction_target,
-    prior_bits_per_dim,
-    q_sample,
     update_squares,
     weigh_by_logvar,
 )
-from latent_diffusion.first_stage import FirstStage, init_first_stage, make_autoencoder
-from latent_diffusion.guidance import paste
-from latent_diffusion.optim import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import (
     bernoulli_per_example,
     example_keys,
@@ -131,7 +129,7 @@ class Denoising:
         base = None
         if self.lora is not None:
             base = params
-            params = {"lora": lora.init(jax.random.fold_in(rng, 1), base, self.lora)}
+            params = {"lora": low_rank.init(jax.random.fold_in(rng, 1), base, self.lora)}
         num_timesteps = self.denoiser.schedule.num_timesteps
         if self.learn_logvar:
             params["logvar"] = jnp.zeros(num_timesteps)
@@ -241,7 +239,7 @@ class Denoising:
     def _with_params(self, params: Params, constants: Constants) -> Denoiser:
         """The denoiser with what is trained, what that adapts, and the frozen conditioners."""
         if self.lora is not None:
-            params = lora.merge(constants.base, params["lora"], self.lora["alpha"])
+            params = low_rank.merge(constants.base, params["lora"], self.lora["alpha"])
         conditioner = {**params["conditioner"], **constants.conditioner}
         return self.denoiser.replace(params={**params, "conditioner": conditioner})
 

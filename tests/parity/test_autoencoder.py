@@ -12,8 +12,8 @@ from test_convert import KL, VQ, close, draw, randomised, to_numpy, to_torch
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-import latent_diffusion as ldm  # noqa: E402
-from latent_diffusion.models.posterior import DiagonalGaussian  # noqa: E402
+import latent_diffusion as ldm
+from latent_diffusion.nets.posterior import DiagonalGaussian
 
 THREE = {
     "block_out_channels": (32, 32, 64),

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-import latent_diffusion as ldm  # noqa: E402
+import latent_diffusion as ldm
 
 diffusers.utils.logging.set_verbosity_error()
 WIDTHS = (32, 64)

@@ -7,17 +7,17 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.training_utils import compute_snr  # noqa: E402
+from diffusers.training_utils import compute_snr
 
-from latent_diffusion import guidance  # noqa: E402
-from latent_diffusion.diffusion import (  # noqa: E402
-    LOSS_WEIGHTS,
+from latent_diffusion.process import guidance
+from latent_diffusion.process.diffusion import (
     Prediction,
     posterior_variance,
     prediction_target,
     q_sample,
 )
-from latent_diffusion.schedules import make_schedule  # noqa: E402
+from latent_diffusion.process.objectives import LOSS_WEIGHTS
+from latent_diffusion.process.schedules import make_schedule
 
 CURVES = {
     "linear": "scaled_linear",

@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from latent_diffusion.losses import adversarial  # noqa: E402
-from latent_diffusion.models.discriminator import NORMS, PatchGAN  # noqa: E402
+from latent_diffusion.nets.discriminator import NORMS, PatchGAN
+from latent_diffusion.nets.losses import adversarial
 
 nn, F = torch.nn, torch.nn.functional
 WIDTH, CHANNELS = 4, 5  # conditional: five input channels

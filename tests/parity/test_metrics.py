@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from latent_diffusion.evaluation import inception  # noqa: E402
-from latent_diffusion.evaluation.resize import resize  # noqa: E402
+from latent_diffusion.evaluate import inception
+from latent_diffusion.evaluate.resize import resize
 
 
 def need(name):
@@ -126,7 +126,7 @@ def features():
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")  # pytorch-fid's
 def test_frechet_distance_equals_torch_fidelitys_and_pytorch_fids(features):
-    from latent_diffusion.evaluation.frechet import frechet_distance, gaussian
+    from latent_diffusion.evaluate.frechet import frechet_distance, gaussian
 
     a, b = map(gaussian, features)
     ours = frechet_distance(a, b)
@@ -141,7 +141,7 @@ def test_frechet_distance_equals_torch_fidelitys_and_pytorch_fids(features):
 
 
 def test_kernel_distance_equals_torch_fidelitys(features):
-    from latent_diffusion.evaluation.kernel import kernel_distance
+    from latent_diffusion.evaluate.kernel import kernel_distance
 
     theirs = need("torch_fidelity.metric_kid").kid_features_to_metric(
         *map(torch.from_numpy, (features[0][:280], features[1])),
@@ -154,7 +154,7 @@ def test_kernel_distance_equals_torch_fidelitys(features):
 
 
 def test_inception_score_equals_torch_fidelitys():
-    from latent_diffusion.evaluation.inception_score import inception_score
+    from latent_diffusion.evaluate.inception_score import inception_score
 
     logits = np.random.default_rng(0).normal(size=(50, 12)).astype(np.float32)
     theirs = need("torch_fidelity.metric_isc").isc_features_to_metric(
@@ -164,7 +164,7 @@ def test_inception_score_equals_torch_fidelitys():
 
 
 def test_precision_and_recall_equal_torch_fidelitys(features):
-    from latent_diffusion.evaluation.neighbours import measure_precision_recall
+    from latent_diffusion.evaluate.neighbours import measure_precision_recall
 
     fake, real = features
     theirs = need("torch_fidelity.metric_prc").prc_features_to_metric(
@@ -176,7 +176,7 @@ def test_precision_and_recall_equal_torch_fidelitys(features):
 
 
 def test_psnr_and_ssim_equal_scikit_images():
-    from latent_diffusion.losses.similarity import psnr, ssim
+    from latent_diffusion.nets.losses.similarity import psnr, ssim
 
     skimage = need("skimage.metrics")
     x, y = np.random.default_rng(0).uniform(-1, 1, (2, 3, 24, 31, 3)).astype(np.float32)

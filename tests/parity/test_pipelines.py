@@ -19,32 +19,29 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-import public_keys  # noqa: E402
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # noqa: E402
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (  # noqa: E402
+import public_keys
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertConfig,
     LDMBertModel,
 )
-from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (  # noqa: E402
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
     StableUnCLIPImageNormalizer,
 )
-from ml_collections import ConfigDict  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
-import latent_diffusion as ldm  # noqa: E402
-from configs import default  # noqa: E402
-from latent_diffusion import convert, loop  # noqa: E402
-from latent_diffusion import model as model_module  # noqa: E402
-from latent_diffusion.convert import autoencoder as autoencoder_  # noqa: E402
-from latent_diffusion.convert import text  # noqa: E402
-from latent_diffusion.convert import unet as unet_  # noqa: E402
-from latent_diffusion.loading import as_model  # noqa: E402
-from latent_diffusion.rng import (  # noqa: E402
-    keys_of_examples,
-    normal_per_example,
-    split_per_example,
-)
-from latent_diffusion.tokenizers import WordTokenizer  # noqa: E402
+import latent_diffusion as ldm
+from configs import default
+from latent_diffusion import convert
+from latent_diffusion.convert import autoencoder as autoencoder_
+from latent_diffusion.convert import text
+from latent_diffusion.convert import unet as unet_
+from latent_diffusion.data.tokenizers import WordTokenizer
+from latent_diffusion.generation import model as model_module
+from latent_diffusion.generation.loading import as_model
+from latent_diffusion.rng import keys_of_examples, normal_per_example, split_per_example
+from latent_diffusion.training import loop
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -135,7 +132,7 @@ def make_plain_unet(in_channels):
 
 def make_clip(folder, length=24, **fields):
     """A text encoder and its tokenizer: single letters, and a few merges."""
-    from latent_diffusion.tokenizers.clip import BYTE_CHARACTERS as letters
+    from latent_diffusion.data.tokenizers.clip import BYTE_CHARACTERS as letters
 
     singles = list(letters.values())
     merges = ["c a", "ca t</w>", "d o", "do g", "r e", "re d</w>"]

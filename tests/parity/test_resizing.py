@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latent_diffusion.conditioners.masked_image import pick_nearest
-from latent_diffusion.convolution import average_pool
-from latent_diffusion.models.resize import cubic
+from latent_diffusion.nets.conditioners.masked_image import pick_nearest
+from latent_diffusion.nets.convolution import average_pool
+from latent_diffusion.nets.resize import cubic
 
 X = np.random.default_rng(0).normal(size=(2, 24, 36, 3)).astype(np.float32)
 THEIRS = torch.from_numpy(X).permute(0, 3, 1, 2)

@@ -18,11 +18,11 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from latent_diffusion import guidance, schedules  # noqa: E402
-from latent_diffusion.convert.scheduler import from_diffusers  # noqa: E402
-from latent_diffusion.denoiser import plan, schedule_of  # noqa: E402
-from latent_diffusion.rng import example_keys, normal_per_example  # noqa: E402
-from latent_diffusion.samplers import SAMPLERS, ddim_inversion  # noqa: E402
+from latent_diffusion.convert.scheduler import from_diffusers
+from latent_diffusion.models.denoiser import plan, schedule_of
+from latent_diffusion.process import guidance, schedules
+from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
+from latent_diffusion.rng import example_keys, normal_per_example
 
 BETAS = (0.00085, 0.012)
 SHAPE = (16, 2, 2, 3)

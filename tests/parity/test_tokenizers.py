@@ -17,9 +17,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
-from latent_diffusion.tokenizers import BertTokenizer, ClipTokenizer  # noqa: E402
-from latent_diffusion.tokenizers.bert import split_words as bert_words  # noqa: E402
-from latent_diffusion.tokenizers.clip import split_words as clip_words  # noqa: E402
+from latent_diffusion.data.tokenizers import BertTokenizer, ClipTokenizer
+from latent_diffusion.data.tokenizers.bert import split_words as bert_words
+from latent_diffusion.data.tokenizers.clip import split_words as clip_words
 
 ODD = """
 !|😀👩🏽‍🚀 flag 🇩🇪 ❤️|ÀÉÎõü ñ façade|İstanbul ΣΑΣ Straße|日本語のテキスト 한국어 中文
@@ -51,7 +51,7 @@ def texts():
 
 def learn_merges(number):
     """Byte pairs in the order of their frequency in the texts: a small CLIP."""
-    from latent_diffusion.tokenizers.clip import BYTE_CHARACTERS
+    from latent_diffusion.data.tokenizers.clip import BYTE_CHARACTERS
 
     words = Counter(w for text in texts() for w in clip_words(text.lower()))
     split = {w: [BYTE_CHARACTERS[b] for b in w.encode()] for w in words}
@@ -81,7 +81,7 @@ def clip_folder(folder):
         tokenizer = ClipTokenizer.read(os.environ["CLIP_BPE"])
         vocabulary, merges = tokenizer.vocabulary, tokenizer.merges
     else:
-        from latent_diffusion.tokenizers.clip import BYTE_CHARACTERS
+        from latent_diffusion.data.tokenizers.clip import BYTE_CHARACTERS
 
         merges = learn_merges(300)
         single = list(BYTE_CHARACTERS.values())

@@ -1,0 +1,1 @@
+"""The OpenMoji demonstration: its judge, its numbers, and the gallery of trained tasks."""

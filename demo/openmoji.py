@@ -1,0 +1,201 @@
+"""Numbers and pictures of the OpenMoji demo: what `make demo` ends with.
+
+    python -m demo.openmoji --workdir=runs/demo
+
+Writes metrics.json, reconstructions.png, samples.png and losses.png into the workdir, whose
+first_stage/ and denoiser/ have been trained. Nothing here takes part in training.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from absl import app, flags
+from PIL import Image, ImageDraw, ImageFont
+
+from demo import judge
+from latent_diffusion import data
+from latent_diffusion.data import openmoji
+from latent_diffusion.generation.loading import load
+from latent_diffusion.generation.model import Model
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.metrics import image_grid, to_uint8
+from latent_diffusion.runtime.startup import quiet_and_cached
+
+SEEN = (
+    "red heart",
+    "grinning face",
+    "dog face",
+    "red apple",
+    "sun",
+    "flag: Japan",
+    "woman police officer light skin tone",
+    "man farmer dark skin tone",
+)
+HELD_OUT = (
+    "woman firefighter dark skin tone",
+    "woman firefighter light skin tone",
+    "woman pilot medium skin tone",
+    "man judge medium-dark skin tone",
+    "woman superhero medium-light skin tone",
+    "man police officer dark skin tone",
+    "woman farmer light skin tone",
+    "man technologist medium skin tone",
+)
+COLUMNS = 8
+PER_GROUP = 30
+
+
+def psnr(x: np.ndarray, x_rec: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of every image [N], in dB, for images in [-1, 1]."""
+    mse = np.mean(np.square(x - np.clip(x_rec, -1, 1)), axis=(1, 2, 3))
+    return 10 * np.log10(4 / np.maximum(mse, 1e-10))
+
+
+def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 32) -> np.ndarray:
+    """`function` of all images, `size` at a time; the last batch is padded with the last image."""
+    index = np.minimum(np.arange(len(images) + -len(images) % size), len(images) - 1)
+    parts = [np.asarray(function(images[part])) for part in index.reshape(-1, size)]
+    return np.concatenate(parts)[: len(images)]
+
+
+def reconstructions(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Decoded posterior modes of images in [-1, 1]."""
+    return in_batches(lambda part: model.decode(model.encode(part)), images, batch_size)
+
+
+def training_captions(
+    examples: list[dict[str, Any]], per_group: int
+) -> tuple[list[str], list[int]]:
+    """`per_group` training captions of each of the nine groups, evenly spaced over the split."""
+    captions, labels = [], []
+    for label in range(len(openmoji.GROUPS)):
+        mine = [e["caption"] for e in examples if e["class_label"] == label]
+        picked = np.linspace(0, len(mine) - 1, per_group).round().astype(int)
+        captions += [mine[i] for i in picked]
+        labels += [label] * per_group
+    return captions, labels
+
+
+def draw_with_prompts(rows: list[tuple[str, np.ndarray]], scale: int = 2) -> Image.Image:
+    """A row of pictures for each prompt, the prompt written at its left."""
+    font = ImageFont.load_default(size=14)
+    grids = [Image.fromarray(image_grid(images, len(images))) for _, images in rows]
+    grids = [g.resize((g.width * scale, g.height * scale), Image.Resampling.NEAREST) for g in grids]
+    margin = max(int(font.getlength(prompt)) for prompt, _ in rows) + 20
+    height = grids[0].height
+    sheet = Image.new("RGB", (margin + grids[0].width, height * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, ((prompt, _), grid) in enumerate(zip(rows, grids, strict=True)):
+        pen.text((10, i * height + height // 2), prompt, fill="black", font=font, anchor="lm")
+        sheet.paste(grid, (margin, i * height))
+    return sheet
+
+
+def draw_losses(root: Path) -> None:
+    """losses.png: the curves of both stages, from their metrics.jsonl."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    stage_1, stage_2 = (
+        [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("first_stage", "denoiser")
+    )
+    for axis, records, names, title in (
+        (axes[0], stage_1, ("l1", "lpips"), "perceptual compression: reconstruction"),
+        (axes[1], stage_1, ("logits_real", "logits_fake"), "perceptual compression: PatchGAN"),
+        (axes[2], stage_2, ("loss",), "latent denoising"),
+    ):
+        for name in names:
+            points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(root / "losses.png", dpi=100)
+    plt.close(figure)
+
+
+def evaluate(root: Path) -> dict[str, float]:
+    """Measure both stages of a demo, draw its pictures, write metrics.json; returns the numbers."""
+    config = workdir.load_config(root / "denoiser")
+    model = load(root / "denoiser")
+    train, test = (data.make_source(config.data, split) for split in ("train", "test"))
+    train_examples = [train[i] for i in range(len(train))]
+    test_examples = [test[i] for i in range(len(test))]
+    numbers: dict[str, float] = {}
+
+    # Stage 1, on pictures it hasn't seen.
+    held_out = np.stack([e["image"] for e in test_examples])
+    x = held_out.astype(np.float32) / 127.5 - 1
+    x_rec = reconstructions(model, x)
+    numbers["reconstruction_psnr"] = float(np.mean(psnr(x, x_rec)))
+    shown = np.linspace(0, len(x) - 1, 32).round().astype(int)
+    pairs = np.concatenate([np.concatenate([x[i], x_rec[i]], 0)[None] for i in shown])
+    _enlarged(image_grid(pairs, 16)).save(root / "reconstructions.png")
+
+    # The judge, from real training pictures.
+    tone_of = np.array([openmoji.skin_tone(e["caption"]) for e in train_examples])
+    images = np.stack([e["image"] for e in train_examples])
+    tone_judge = judge.fit(images[tone_of >= 0], tone_of[tone_of >= 0])
+    group_judge = judge.fit(images, np.array([e["class_label"] for e in train_examples]))
+    test_tone = np.array([openmoji.skin_tone(e["caption"]) for e in test_examples])
+    test_group = np.array([e["class_label"] for e in test_examples])
+    toned = test_tone >= 0
+    numbers["tone_accuracy_real_held_out"] = judge.balanced_accuracy(
+        tone_judge, held_out[toned], test_tone[toned]
+    )
+    numbers["group_accuracy_real_held_out"] = judge.balanced_accuracy(
+        group_judge, held_out, test_group
+    )
+
+    # Stage 2: combinations never seen, and training captions.
+    prompts = openmoji.held_out_combinations()
+    captions, groups = training_captions(train_examples, PER_GROUP)
+    start = time.perf_counter()
+    samples = to_uint8(model.sample(jax.random.key(0), [*prompts, *captions], batch_size=120))
+    numbers["samples_per_second"] = len(samples) / (time.perf_counter() - start)
+    numbers["tone_accuracy_held_out_combinations"] = judge.balanced_accuracy(
+        tone_judge,
+        samples[: len(prompts)],
+        np.array([openmoji.skin_tone(prompt) for prompt in prompts]),
+    )
+    numbers["group_accuracy_training_captions"] = judge.balanced_accuracy(
+        group_judge, samples[len(prompts) :], np.array(groups)
+    )
+    fixed = [*SEEN, *HELD_OUT]
+    drawn = to_uint8(
+        model.sample(jax.random.key(1), fixed, num_images=COLUMNS, batch_size=120)
+    ).reshape(len(fixed), COLUMNS, *samples.shape[1:])
+    titles = [*SEEN, *(f"{prompt}  (held out)" for prompt in HELD_OUT)]
+    draw_with_prompts(list(zip(titles, drawn, strict=True))).save(root / "samples.png")
+    draw_losses(root)
+    (root / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return numbers
+
+
+def _enlarged(image: np.ndarray, scale: int = 2) -> Image.Image:
+    picture = Image.fromarray(image)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate and print."""
+    quiet_and_cached()
+    root = Path(WORKDIR.value)
+    for name, value in evaluate(root).items():
+        print(f"{name:40s} {value:8.3f}")
+    for name in ("reconstructions.png", "samples.png", "losses.png", "metrics.json"):
+        print(root / name)
+
+
+if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Holds first_stage/ and denoiser/.")
+    app.run(main)

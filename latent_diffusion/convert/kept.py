@@ -1,0 +1,60 @@
+"""The frozen parts of a run, kept in its workdir: a first stage with its scale, conditioners."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.runtime.checkpoint import load_tree, save_tree
+from latent_diffusion.runtime.workdir import FIRST_STAGE, load_config, load_entry
+from latent_diffusion.types import Params
+
+
+def load_autoencoder_params(workdir: Path, config: ConfigDict | None = None) -> Params:
+    """The averaged (else the last) parameters of a workdir of perceptual compression."""
+    config = load_config(workdir) if config is None else config
+    return load_entry(workdir, "ema_params" if config.ema_decay else "params")["autoencoder"]
+
+
+def save_first_stage(workdir: Path, first_stage: FirstStage, source: str) -> None:
+    """Keep a copy of the frozen first stage and its scale. source: where it came from."""
+    tree = {
+        "params": first_stage.params,
+        "scale_factor": first_stage.scale_factor,
+        "shift": first_stage.shift,
+    }
+    save_tree(workdir / FIRST_STAGE, tree, {"source": source})
+
+
+def load_first_stage(workdir: Path, module: nn.Module) -> FirstStage:
+    """The first stage that `save_first_stage` kept."""
+    tree, _ = load_tree(workdir / FIRST_STAGE)
+    return FirstStage(
+        params=tree.get("params", {}),
+        scale_factor=jnp.asarray(tree["scale_factor"]),
+        shift=jnp.asarray(tree["shift"]),
+        module=module,
+    )
+
+
+def conditioner_file(workdir: Path, name: str) -> Path:
+    """The file that keeps the pretrained conditioner `name`."""
+    return workdir / f"conditioner_{name}.safetensors"
+
+
+def save_conditioner(
+    workdir: Path, name: str, params: Params, fields: Mapping[str, Any], source: str
+) -> None:
+    """Keep a copy of a pretrained conditioner. source: where it came from."""
+    metadata = {"source": source, "fields": dict(fields)}
+    save_tree(conditioner_file(workdir, name), params, metadata)
+
+
+def load_conditioner(workdir: Path, name: str) -> tuple[Params, dict[str, Any]]:
+    """Parameters and fields of a conditioner that `save_conditioner` kept."""
+    tree, metadata = load_tree(conditioner_file(workdir, name))
+    return tree, metadata["fields"]

@@ -1,0 +1,45 @@
+"""Captions to integers.
+
+A tokenizer maps captions to int32 [N L] with a fixed L, and is saved beside the checkpoint: the
+numbers mean nothing without it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from latent_diffusion.data.tokenizers.bert import BertTokenizer
+from latent_diffusion.data.tokenizers.clip import ClipTokenizer
+from latent_diffusion.data.tokenizers.word import WordTokenizer, words
+from latent_diffusion.types import lookup
+
+__all__ = [
+    "TOKENIZERS",
+    "BertTokenizer",
+    "ClipTokenizer",
+    "Tokenizer",
+    "WordTokenizer",
+    "load_tokenizer",
+    "words",
+]
+
+Tokenizer = WordTokenizer | ClipTokenizer | BertTokenizer
+TOKENIZERS: dict[str, Any] = {
+    "word": WordTokenizer,
+    "clip": ClipTokenizer,
+    "bert": BertTokenizer,
+}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a saved tokenizer of any kind; ValueError names a file that is not one."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = data["kind"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None
+    tokenizer = lookup(TOKENIZERS, kind, f"tokenizer kind in {path}")
+    try:
+        return tokenizer.from_dict(data)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None

@@ -1,0 +1,172 @@
+"""BERT's word pieces (Wu et al. 2016; Devlin et al. 2019), uncased, from its vocabulary.
+
+The paper's text-to-image model reads captions through this tokenizer.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+
+PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+_SPECIAL = (PAD, UNK, CLS, SEP, "[MASK]")
+_LONGEST_WORD = 100  # characters; a longer one is unknown
+_CJK = (  # every ideograph is a word
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+    (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+
+
+def _is_removed(character: str) -> bool:
+    """Control and format characters, but for tabs and ends of lines."""
+    if character in "\t\n\r":
+        return False
+    return character == "�" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
+
+
+def _stands_alone(character: str) -> bool:
+    """Punctuation, every sign of ASCII's, and ideographs."""
+    if character.isascii():
+        return not character.isalnum() and character.isprintable() and character != " "
+    code = ord(character)
+    return unicodedata.category(character)[0] == "P" or any(a <= code <= b for a, b in _CJK)
+
+
+def split_words(text: str) -> Iterator[str]:
+    """Lower-case words without accents; signs and ideographs are words of their own."""
+    text = "".join(c for c in text if not _is_removed(c))
+    text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+    text = "".join(f" {c} " if _stands_alone(c) else c for c in text)
+    yield from "".join(c.lower() for c in text).split()
+
+
+class BertTokenizer:
+    """[CLS] pieces [SEP] padding: ids of a BERT-like encoder.
+
+    vocabulary: the token of every id; pieces within a word begin with "##". max_length: tokens a
+    caption, both ends included. Special tokens written out in a caption count as such.
+    """
+
+    kind = "bert"
+
+    def __init__(self, vocabulary: Sequence[str], max_length: int = 77):
+        check_length(max_length, 2)
+        self.vocabulary, self.max_length = tuple(vocabulary), max_length
+        self._ids = {token: i for i, token in enumerate(self.vocabulary)}
+        for token in (PAD, UNK, CLS, SEP):
+            if token not in self._ids:
+                raise ValueError(f"the vocabulary has no {token!r}")
+        known = [re.escape(token) for token in _SPECIAL if token in self._ids]
+        self._special = re.compile(f"({'|'.join(known)})")
+        self._cut: set[str] = set()  # captions warned about
+
+    @classmethod
+    def read(cls, path: str | Path, max_length: int = 77) -> "BertTokenizer":
+        """From a pipeline of diffusers, a tokenizer's folder, or its vocab.txt.
+
+        Raises ValueError that names the path where there is no uncased BERT tokenizer.
+        """
+        path = Path(path)
+        if (path / "tokenizer").is_dir():
+            path = path / "tokenizer"
+        try:
+            settings = path / "tokenizer_config.json"
+            if settings.is_file():
+                said = json.loads(settings.read_text(encoding="utf-8"))
+                if not said.get("do_lower_case", True):
+                    raise ValueError("it is cased; only uncased ones are supported")
+            return cls(_read_vocabulary(path), max_length)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path} is no BERT tokenizer: {type(e).__name__}: {e}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return len(self.vocabulary)
+
+    @property
+    def empty(self) -> tuple[int, ...]:
+        """Tokens of the empty prompt, before its padding."""
+        return self._ids[CLS], self._ids[SEP]
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a row."""
+        return self._ids[PAD]
+
+    def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
+        """Token ids. Longer captions are cut, with one warning each that says what was lost."""
+        return fill_rows(
+            captions,
+            self._pieces,
+            self.max_length,
+            self.pad_id,
+            self._cut,
+            start=self.empty[:1],
+            end=self.empty[1:],
+            join=lambda pieces: " ".join(pieces).replace(" ##", ""),
+        )
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """The caption's words that the pieces can't spell."""
+        return [word for word in split_words(caption) if self._word(word)[0].id == self._ids[UNK]]
+
+    def _pieces(self, caption: str) -> list[Piece]:
+        pieces: list[Piece] = []
+        for part in self._special.split(caption):
+            if self._special.fullmatch(part):
+                pieces.append(Piece(self._ids[part], part))
+            else:
+                pieces += [piece for word in split_words(part) for piece in self._word(word)]
+        return pieces
+
+    def _word(self, word: str) -> list[Piece]:
+        """The longest piece that fits, again and again; one unknown where none does."""
+        unknown, pieces, start = [Piece(self._ids[UNK], word)], [], 0
+        if len(word) > _LONGEST_WORD:
+            return unknown
+        while start < len(word):
+            prefix = "##" if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self._ids), None)
+            if end is None:
+                return unknown
+            token = prefix + word[start:end]
+            pieces.append(Piece(self._ids[token], token))
+            start = end
+        return pieces
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` needs, ready for JSON."""
+        return {
+            "kind": self.kind,
+            "max_length": self.max_length,
+            "vocabulary": list(self.vocabulary),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "BertTokenizer":
+        """The inverse of `to_dict`."""
+        return cls(data["vocabulary"], data["max_length"])
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load_tokenizer` reads."""
+        write_json(self.to_dict(), path)
+
+
+def _read_vocabulary(path: Path) -> list[str]:
+    """One token a line, or the ids of a tokenizer.json."""
+    if path.is_dir():
+        path = path / ("vocab.txt" if (path / "vocab.txt").is_file() else "tokenizer.json")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return text.removesuffix("\n").split("\n")
+    ids = json.loads(text)["model"]["vocab"]
+    return sorted(ids, key=lambda token: ids[token])

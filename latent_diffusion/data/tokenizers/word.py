@@ -1,0 +1,86 @@
+"""Whole words, numbered by how frequent they are in the training captions."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+
+PAD, UNK = 0, 1
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*]")  # the two signs that tell keycaps apart are words
+_APOSTROPHES = re.compile(r"['’`]")
+
+
+def words(caption: str) -> list[str]:
+    """Lower-case words of letters and digits, accents and apostrophes dropped.
+
+    "São Tomé & Príncipe" -> sao tome principe; "man’s shoe" -> mans shoe; "e-mail" -> e mail.
+    """
+    if not caption.isascii():
+        decomposed = unicodedata.normalize("NFKD", caption)
+        caption = "".join(c for c in decomposed if not unicodedata.combining(c))
+    return _WORD.findall(_APOSTROPHES.sub("", caption).lower())
+
+
+class WordTokenizer:
+    """One row per word, the most frequent first; 0 pads, 1 stands for every unknown word.
+
+    vocabulary: the words of rows 2, 3, ... vocab_size: rows of the table, fixed by the
+    config whether or not the vocabulary fills them. max_length: tokens per caption, L.
+    """
+
+    kind = "word"
+    empty: tuple[int, ...] = ()  # tokens of the empty prompt, before its padding
+    pad_id = PAD
+
+    def __init__(self, vocabulary: Sequence[str], vocab_size: int, max_length: int):
+        if vocab_size < len(vocabulary) + 2:
+            raise ValueError(f"vocab_size {vocab_size} is below {len(vocabulary)} words + 2")
+        check_length(max_length, 1)
+        self.vocabulary = tuple(vocabulary)
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self._cut: set[str] = set()  # captions warned about
+        self._ids = {word: i for i, word in enumerate(vocabulary, start=2)}
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> "WordTokenizer":
+        """Number the words by falling frequency, ties by alphabet; the rarest find no row."""
+        counts = Counter(word for caption in captions for word in words(caption))
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(ranked[: max(vocab_size - 2, 0)], vocab_size, max_length)
+
+    def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
+        """Token ids, padded with 0 on the right. Longer captions are cut, with one warning each."""
+        return fill_rows(captions, self._pieces, self.max_length, PAD, self._cut)
+
+    def _pieces(self, caption: str) -> list[Piece]:
+        return [Piece(self._ids.get(word, UNK), word) for word in words(caption)]
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """The caption's words that have no row of their own."""
+        return [word for word in words(caption) if word not in self._ids]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` needs, ready for JSON."""
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "vocabulary": list(self.vocabulary),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "WordTokenizer":
+        """The inverse of `to_dict`."""
+        return cls(data["vocabulary"], data["vocab_size"], data["max_length"])
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON that `load_tokenizer` reads."""
+        write_json(self.to_dict(), path)

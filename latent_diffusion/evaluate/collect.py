@@ -1,0 +1,134 @@
+"""From pictures to arrays of numbers, a chunk at a time, over all devices, and resumable.
+
+What a step gives for every picture is written to memory-mapped `.npy` files as it comes, so memory
+stays constant, and an interrupted evaluation goes on where it was. Of several processes the first
+writes; the others keep theirs in memory, so that all hold all numbers.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from latent_diffusion.evaluate.features import FeatureNet, levels_of
+from latent_diffusion.runtime import parallel, processes
+
+CHUNK = 512  # pictures between two notes of progress; part of what decides a sample's noise
+PROGRESS = "progress.json"
+
+Read = Callable[[int, int], Mapping[str, np.ndarray]]
+Report = Callable[[int], None]
+
+
+def collect(
+    step: Callable[..., Mapping[str, jax.Array]],
+    constants: Any,
+    read: Read,
+    count: int,
+    directory: Path,
+    batch_size: int = 64,
+    report: Report = lambda done: None,
+) -> dict[str, np.ndarray]:
+    """Run `step(state, constants, batch, rng)` over pictures 0 ... count - 1: arrays [count ...].
+
+    read(start, stop) gives a chunk as a batch of host arrays. directory: where the arrays are, or
+    will be; another call with the same directory must mean the same work (see `cache_folder`).
+    The last batch is filled up by repetition, and what comes of that is dropped. On several
+    processes every one reads all pictures, its devices work on their share, and `directory` is one
+    that all see (or an empty one).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    batch_size += -batch_size % jax.device_count()
+    run = parallel.compile_eval(step, "auto")
+    done, arrays = _resume(directory)
+    for start in range(done, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        for name, value in _run_chunk(run, constants, read(start, stop), batch_size).items():
+            if name not in arrays:
+                shape = (count, *value.shape[1:])
+                arrays[name] = _new(directory / f"{name}.npy", value.dtype, shape)
+            arrays[name][start:stop] = value
+        if jax.process_index() == 0:
+            for array in arrays.values():
+                array.flush()
+            (directory / PROGRESS).write_text(json.dumps({"done": stop, "arrays": sorted(arrays)}))
+        report(stop)
+    return dict(arrays)
+
+
+def _new(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """An array on disk; one in memory where another process writes."""
+    if jax.process_index() != 0:
+        return np.empty(shape, dtype)
+    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+
+def _resume(directory: Path) -> tuple[int, dict[str, Any]]:
+    """How many pictures are done, and their arrays; the same on all processes."""
+    mode: Any = "r+" if jax.process_index() == 0 else "c"  # "c": changes stay in memory
+    try:
+        text = (directory / PROGRESS).read_text() if jax.process_index() == 0 else "{}"
+    except OSError:
+        text = "{}"
+    text, arrays = processes.from_first(text), {}
+    try:
+        progress = json.loads(text)
+        for name in progress["arrays"]:
+            arrays[name] = np.lib.format.open_memmap(directory / f"{name}.npy", mode)
+    except (OSError, ValueError, KeyError):
+        progress = {"done": 0}  # nothing yet, or killed while noting it
+    if processes.any_process(not progress["done"]):
+        return 0, {}
+    return progress["done"], arrays
+
+
+def _run_chunk(
+    run: Any, constants: Any, chunk: Mapping[str, np.ndarray], batch_size: int
+) -> dict[str, np.ndarray]:
+    count = len(next(iter(chunk.values())))
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, count, batch_size):
+        index = np.minimum(np.arange(start, start + batch_size), count - 1)
+        index = parallel.process_rows(index, "auto")
+        batch = {name: value[index] for name, value in chunk.items()}
+        for name, value in run({}, constants, batch, jax.random.key(0)).items():
+            parts.setdefault(name, []).append(value)
+    return {name: np.concatenate(values)[:count] for name, values in parts.items()}
+
+
+def cache_folder(root: Path, work: Mapping[str, Any]) -> Path:
+    """The folder under `root` for some work; the same one whenever the work is the same.
+
+    work: everything that decides the numbers; it is written beside them.
+    """
+    text = json.dumps(work, sort_keys=True, default=str)
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (folder / "work.json").write_text(text + "\n")
+    return folder
+
+
+def collect_features(
+    read: Callable[[int, int], np.ndarray],
+    count: int,
+    net: FeatureNet,
+    directory: Path,
+    batch_size: int = 64,
+    report: Report = lambda done: None,
+) -> dict[str, np.ndarray]:
+    """What `net` makes of pictures 0 ... count - 1; read(start, stop) gives them as uint8."""
+
+    def step(
+        state: Any, params: Any, batch: Any, rng: Any, *, axis_name: str | None = None
+    ) -> dict[str, jax.Array]:
+        return net.apply(params, levels_of(batch["image"]))
+
+    def chunk(start: int, stop: int) -> dict[str, np.ndarray]:
+        return {"image": read(start, stop)}
+
+    return collect(step, net.params, chunk, count, directory, batch_size, report)

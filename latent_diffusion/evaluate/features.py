@@ -1,0 +1,95 @@
+"""Nets whose features stand for a picture. A score bears the name of its features."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from latent_diffusion.convert.clip import Clip
+from latent_diffusion.evaluate import inception
+from latent_diffusion.evaluate.resize import FILTERS, resize
+from latent_diffusion.nets.losses.perceptual import NETS, SCALE, SHIFT, load_lpips_params
+from latent_diffusion.types import Array, Float, Num, Params, lookup
+
+CLASSIFIER_SIZE = 224  # what AlexNet and VGG16 were trained at
+
+
+@dataclass(frozen=True)
+class FeatureNet:
+    """A frozen net. apply(params, levels [B H W 3] of 0 ... 255) gives arrays [B D] by name.
+
+    They are "features", and "logits" where there is a class score.
+    """
+
+    name: str
+    params: Params
+    apply: Callable[[Params, Array], dict[str, Array]]
+
+
+def make_inception(path: str | Path | None, filter: str) -> FeatureNet:
+    """What FID, KID and the Inception score mean. path: the usual weights."""
+
+    def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
+        x = resize(levels, inception.SIZE, filter)
+        out: Any = inception.InceptionV3().apply({"params": params}, x)
+        return dict(zip(("features", "logits"), out, strict=True))
+
+    return FeatureNet("inception", inception.load_inception_params(path), apply)
+
+
+def _make_classifier(name: str, net: str, path: str | Path | None, filter: str) -> FeatureNet:
+    """The last layer of an LPIPS backbone, averaged over positions (256 or 512 numbers)."""
+
+    def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
+        x = resize(levels, CLASSIFIER_SIZE, filter) / 127.5 - 1
+        layers: Any = NETS[net]().apply(
+            {"params": params}, (x - jnp.array(SHIFT)) / jnp.array(SCALE)
+        )
+        return {"features": jnp.mean(layers[-1], (1, 2))}
+
+    return FeatureNet(name, load_lpips_params(net, path or None)["net"], apply)
+
+
+def make_alexnet(path: str | Path | None, filter: str) -> FeatureNet:
+    """AlexNet's relu5. path: as for `load_lpips_params`; None = the installed package."""
+    return _make_classifier("alexnet", "alex", path, filter)
+
+
+def make_vgg16(path: str | Path | None, filter: str) -> FeatureNet:
+    """VGG16's relu5_3. path: as for `load_lpips_params`; None = the installed package."""
+    return _make_classifier("vgg16", "vgg", path, filter)
+
+
+FEATURES: dict[str, Callable[[str | Path | None, str], FeatureNet]] = {
+    "inception": make_inception,
+    "alexnet": make_alexnet,
+    "vgg16": make_vgg16,
+}
+
+
+def make_features(name: str, path: str | Path | None = None, filter: str = "bicubic") -> FeatureNet:
+    """The feature net `name` with its weights. filter: how pictures come to the net's size."""
+    lookup(FILTERS, filter, "filter")
+    return lookup(FEATURES, name, "features")(path, filter)
+
+
+def with_clip(net: FeatureNet | None, clip: Clip) -> FeatureNet:
+    """The arrays of `net`, if any, and CLIP's embeddings of the pictures as "clip"."""
+
+    def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
+        own = {} if net is None else net.apply(params["net"], levels)
+        return {**own, "clip": clip.of_images(params["clip"], levels / 127.5 - 1)}
+
+    name, params = ("clip", {}) if net is None else (net.name, net.params)
+    return FeatureNet(name, {"net": params, "clip": clip.params}, apply)
+
+
+def levels_of(images: Num[Array, "B H W C"]) -> Float[Array, "B H W 3"]:
+    """Bytes as float levels; images in [-1, 1] as the levels that a PNG of them would hold."""
+    if images.dtype == jnp.uint8:
+        levels = images.astype(jnp.float32)
+    else:
+        levels = jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255)
+    return jnp.broadcast_to(levels, (*levels.shape[:3], 3)) if levels.shape[3] == 1 else levels

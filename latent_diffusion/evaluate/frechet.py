@@ -1,0 +1,119 @@
+"""Fréchet distance of two sets of features, each summed up by a Gaussian (Heusel et al. 2017).
+
+    d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁^½ Σ₂ Σ₁^½)^½
+
+It is called FID only over the features of `inception`. All sums are in float64, on the host, and
+take memory for a mean and a covariance whatever the number of images.
+"""
+
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from latent_diffusion.evaluate.measured import Measured, check_count
+
+GROUPS = 10  # of the jackknife
+MIN_IMAGES = 2 * GROUPS
+BLOCK = 4096  # rows turned to float64 at once
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean [D] and covariance [D D] of `count` rows (0: unknown, from somebody's file)."""
+
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray  # divided by count - 1, as np.cov
+
+
+def gaussian(features: np.ndarray) -> Gaussian:
+    """Sum up features [N D], an array in memory or mapped from a file, block by block."""
+    starts = range(0, len(features), BLOCK)
+    return combined([_of_block(features[i : i + BLOCK]) for i in starts])
+
+
+def grouped(features: np.ndarray, groups: int = GROUPS) -> list[Gaussian]:
+    """The Gaussians of `groups` disjoint parts of nearly equal size, rows dealt out in turn."""
+    return [gaussian(features[i::groups]) for i in range(groups)]
+
+
+def combined(parts: Iterable[Gaussian]) -> Gaussian:
+    """The Gaussian of the union of disjoint sets (Chan et al. 1983)."""
+    total, *rest = parts
+    count, mean = total.count, total.mean
+    scatter = total.covariance * (count - 1)
+    for part in rest:
+        difference, both = part.mean - mean, count + part.count
+        scatter = scatter + part.covariance * (part.count - 1)
+        scatter += np.outer(difference, difference) * (count * part.count / both)
+        mean = mean + difference * (part.count / both)
+        count = both
+    return Gaussian(count, mean, scatter / max(count - 1, 1))
+
+
+def _of_block(rows: np.ndarray) -> Gaussian:
+    rows = np.asarray(rows, np.float64)
+    mean = rows.mean(0)
+    centred = rows - mean
+    return Gaussian(len(rows), mean, centred.T @ centred / max(len(rows) - 1, 1))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """The squared distance above; 0 for equal Gaussians."""
+    return _distance(a, b, _root(b.covariance))
+
+
+def _distance(a: Gaussian, b: Gaussian, root_b: np.ndarray) -> float:
+    """root_b: the square root of b's covariance, the costly part, shared by many calls."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of width {a.mean.size} against {b.mean.size}")
+    eigenvalues = np.linalg.eigvalsh(root_b @ a.covariance @ root_b)
+    cross = np.sqrt(np.maximum(eigenvalues, 0)).sum()
+    shift = a.mean - b.mean
+    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def measure_frechet(features: np.ndarray, reference: Gaussian, name: str) -> Measured:
+    """Fréchet distance of features [N D] to a reference.
+
+    error: the jackknife's standard error over ten groups of the samples; the bias that every
+    finite N has (Chong & Forsyth 2020) isn't in it, so compare equal N only.
+    """
+    check_count(name, len(features), MIN_IMAGES)
+    parts = grouped(features)
+    root = _root(reference.covariance)
+    value = _distance(combined(parts), reference, root)
+    without = [
+        _distance(combined(parts[:i] + parts[i + 1 :]), reference, root) for i in range(len(parts))
+    ]
+    spread = np.sum(np.square(np.array(without) - np.mean(without)))
+    error = np.sqrt((len(parts) - 1) / len(parts) * spread)
+    return Measured(value, float(error), len(features))
+
+
+def save_statistics(path: str | Path, statistics: Gaussian) -> None:
+    """Write `mu` and `sigma`, as pytorch-fid and ADM's evaluator read them, and the `count`."""
+    np.savez(path, mu=statistics.mean, sigma=statistics.covariance, count=statistics.count)
+
+
+def load_statistics(path: str | Path) -> Gaussian:
+    """Read `mu` and `sigma` of an .npz file, whoever wrote it; ValueError without them."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "count") if name in file}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"can't read {path}: {error}") from error
+    if "mu" not in arrays or "sigma" not in arrays:
+        raise ValueError(f"{path} holds no statistics: no mu and sigma")
+    mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    if covariance.shape != (mean.size, mean.size):
+        raise ValueError(f"{path}: mu {mean.shape} does not fit sigma {covariance.shape}")
+    return Gaussian(int(arrays.get("count", 0)), mean, covariance)

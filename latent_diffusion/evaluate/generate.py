@@ -1,0 +1,109 @@
+"""Samples of a trained model as a set of pictures that is made as it is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from latent_diffusion import data
+from latent_diffusion.evaluate.collect import CHUNK
+from latent_diffusion.evaluate.images import ImageSet
+from latent_diffusion.generation.conditions import argument
+from latent_diffusion.generation.model import Model
+from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.types import Config
+
+
+class Rows:
+    """Some examples' values of one condition, read when they are asked for."""
+
+    def __init__(self, rows: np.ndarray, read: Callable[[int], Any]):
+        self._rows, self._read = rows, read
+
+    def __getitem__(self, where: slice) -> list[Any] | np.ndarray:
+        values = [self._read(int(i)) for i in self._rows[where]]
+        return np.stack(values) if isinstance(values[0], np.ndarray) else values
+
+
+def conditions_of(
+    model: Model, source: Any, transform: Any, count: int, seed: int
+) -> dict[str, Rows]:
+    """What `count` samples are told, as it occurs in `source`, in random order; by name.
+
+    transform: that of evaluation, which makes the conditions that the data doesn't hold.
+    """
+    keys = model.denoiser.conditioner.keys if model.denoiser else ()
+    captions = data.captions(source) if "tokens" in keys else []
+    total = len(captions) or len(source)
+    if keys and not total:
+        raise ValueError("the data has no conditions to sample for")
+    order = np.random.default_rng(seed).permutation
+    passes = [order(total) for _ in range(0, count, max(total, 1))]
+    rows = np.concatenate(passes)[:count]
+    if set(keys) - {"tokens"} and total != len(source):
+        raise ValueError("several captions a picture can't be paired with other conditions")
+
+    def reader(key: str) -> Callable[[int], Any]:
+        if key == "tokens":
+            return captions.__getitem__
+        if key == "class_label":
+            return lambda i: int(source[i]["class_label"])
+        return lambda i: transform(source[i], np.random.default_rng(i))[key]
+
+    return {argument(key): Rows(rows, reader(key)) for key in keys}
+
+
+def samples(
+    model: Model,
+    conditions: dict[str, Rows],
+    count: int,
+    seed: int,
+    batch_size: int,
+    images_dir: Path | None = None,
+    **options: Any,
+) -> ImageSet:
+    """`count` samples; the i-th depends on the seed, its condition and i only.
+
+    images_dir: also write them as NNNNN.png. options: those of `Model.sample`.
+    """
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if start % CHUNK:
+            raise ValueError(f"samples are made in chunks of {CHUNK}, not from {start}")
+        rng = jax.random.fold_in(jax.random.key(seed), start // CHUNK)
+        wanted: dict[str, Any] = {name: rows[start:stop] for name, rows in conditions.items()}
+        images = model.sample(
+            rng,
+            num_images=1 if wanted else stop - start,
+            batch_size=batch_size,
+            **wanted,
+            **options,
+        )
+        return _kept(to_uint8(images), start, images_dir)
+
+    prompts = conditions.get("prompts")
+    captions = None if prompts is None else lambda n: list(prompts[0:n])
+    return ImageSet("samples", count, read, captions)
+
+
+def _kept(images: np.ndarray, start: int, folder: Path | None) -> np.ndarray:
+    if folder is not None and jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images, start):
+            Image.fromarray(image).save(folder / f"{i:05d}.png")
+    return images
+
+
+def of_data(config: Config, split: str) -> ImageSet:
+    """The pictures of a run's own data as its evaluation sees them: nothing random, as uint8."""
+    source = data.make_source(config.data, split)
+    transform = data.make_transform(config.data, train=False)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        examples = ({"image": source[i]["image"]} for i in range(start, stop))
+        return to_uint8(np.stack([transform(example)["image"] for example in examples]))
+
+    return ImageSet(f"{config.data.name}@{split}", len(source), read)

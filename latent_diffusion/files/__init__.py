@@ -1,0 +1,1 @@
+"""Reading what others wrote: tensors in files, and pickles that never execute code."""

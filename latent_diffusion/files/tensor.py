@@ -1,0 +1,87 @@
+"""Arrays that lie elsewhere: known by shape and dtype, read when asked for."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {  # safetensors' names
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_SMALL = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """An array that isn't in memory yet. `read()` returns it, possibly as a view of a file.
+
+    It is read anew for every use. NumPy takes it for the array that it stands for.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it would take."""
+        return self.size * self.dtype.itemsize
+
+    def astype(self, dtype: Any) -> "Tensor":
+        """The same numbers in another dtype; integers and booleans stay as they are."""
+        wanted = np.dtype(dtype)
+        if wanted == self.dtype or not is_float(self.dtype):
+            return self
+        return Tensor(self.shape, wanted, lambda: self.read().astype(wanted))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.read(), dtype, copy=copy)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether elements are floating-point numbers, those that numpy doesn't know included."""
+    return dtype.kind == "f" or dtype in _SMALL
+
+
+def in_memory(array: Any) -> Tensor:
+    """A Tensor of an array of any library; device arrays are copied to the host when read."""
+    return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
+
+
+def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A Tensor at a byte offset of a file, mapped into memory at every reading."""
+
+    def read() -> np.ndarray:
+        if not math.prod(shape):
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, shape)
+
+    return Tensor(shape, dtype, read)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Named tensors, and what else the file holds that is plain data (`global_step` …)."""
+
+    tensors: dict[str, Tensor]
+    metadata: Mapping[str, Any] = field(default_factory=dict)

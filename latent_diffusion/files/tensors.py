@@ -1,0 +1,172 @@
+"""Tensors that lie in files: known by shape and dtype, read when asked for.
+
+`open_tensors` reads .safetensors, torch's zip files (.ckpt .bin .pt .pth) and sharded indices of
+either. Files are memory-mapped, so that a 4 GB checkpoint costs the memory of the tensor in hand.
+Whatever is wrong with a file is a ValueError of one line that names the file.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.files.tensor import DTYPES, Tensor, TensorFile, mapped
+from latent_diffusion.files.torch_zip import open_torch_zip
+
+MAX_HEADER = 100 << 20  # bytes; the format's own limit
+
+
+def open_tensors(path: str | os.PathLike) -> TensorFile:
+    """Open a weight file, whatever its kind. Raises ValueError with the reason for refusing it."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.name.endswith(".index.json"):
+        return _open_sharded(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\x03\x04":
+        return open_torch_zip(path)
+    if start[8:9] == b"{":
+        return _open_safetensors(path)
+    if start[:1] == b"\x80":
+        raise ValueError(
+            f"{path}: a bare pickle, or torch's format from before 1.6; load and save it again "
+            "with a newer torch"
+        )
+    raise ValueError(f"{path}: neither a safetensors file nor a torch zip file, or cut short")
+
+
+def _open_sharded(path: Path) -> TensorFile:
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(shards.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not an index of shards ({error!r:.200})") from error
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{path}: shard {name!r} lies outside the folder")
+    opened = {name: open_tensors(path.with_name(name)).tensors for name in names}
+    missing = [t for t, name in shards.items() if t not in opened[name]]
+    if missing:
+        raise ValueError(f"{path}: {missing[0]!r} is not in its shard {shards[missing[0]]!r}")
+    return TensorFile({tensor: opened[name][tensor] for tensor, name in shards.items()})
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise ValueError(
+                f"{path}: its header claims {length:,} bytes, more than there are or than the "
+                f"{MAX_HEADER:,} allowed (truncated?)"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        entries = [(name, *_entry(path, name, spec)) for name, spec in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: damaged header ({error!r:.200})") from error
+    expected = 0
+    for name, _, _, start, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
+        if start != expected:
+            raise ValueError(f"{path}: {name!r} starts at byte {start}, expected {expected}")
+        expected = stop
+    if 8 + length + expected != size:
+        raise ValueError(
+            f"{path}: {size:,} bytes, but its header describes {8 + length + expected:,} "
+            "(truncated or padded)"
+        )
+    return TensorFile(
+        {
+            name: mapped(path, 8 + length + start, dtype, shape)
+            for name, dtype, shape, start, _ in entries
+        },
+        metadata,
+    )
+
+
+def _entry(path: Path, name: str, spec: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    if spec["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{path}: {name!r} has unknown dtype {spec['dtype']!r}; known: {', '.join(DTYPES)}"
+        )
+    dtype, shape, (start, stop) = DTYPES[spec["dtype"]], tuple(spec["shape"]), spec["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{path}: {name!r} has shape {shape} at {start}:{stop}")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{path}: {name!r} has shape {shape} of {spec['dtype']} but {stop - start} bytes"
+        )
+    return dtype, shape, start, stop
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Write tensors one at a time, in the order given; `progress` is told the elements done.
+
+    In the file they lie in the order of their names. Atomic: it appears complete or not at all.
+    """
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset, places = 0, {}
+    for name, tensor in sorted(tensors.items()):
+        places[name] = offset
+        stop = offset + tensor.size * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, tensor in tensors.items():
+                file.seek(8 + len(text) + places[name])
+                _write(file, tensor)
+                progress(tensor.size)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(file: Any, tensor: Tensor) -> None:
+    array = tensor.read()
+    if array.shape != tensor.shape or array.dtype != tensor.dtype:
+        raise ValueError(f"expected {tensor.shape} {tensor.dtype}, got {array.shape} {array.dtype}")
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def find_weights(folder: Path, stems: Iterable[str], variant: str | None = None) -> Path | None:
+    """The weight file of a component's folder: full precision first, safetensors before torch's.
+
+    stems: file names without ending. variant: "fp16" or "non_ema" to insist on such a file.
+    """
+    for tag in (f".{variant}",) if variant else ("", ".fp16"):
+        for stem in stems:
+            for ending in (".safetensors", ".bin"):
+                for name in (
+                    f"{stem}{tag}{ending}",
+                    f"{stem}{ending}.index{tag}.json",
+                    f"{stem}{ending}{tag}.index.json",
+                ):
+                    if (folder / name).is_file():
+                        return folder / name
+    return None

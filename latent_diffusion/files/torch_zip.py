@@ -1,0 +1,239 @@
+"""torch's zip files without torch: a pickle of structure, and one stored entry per storage.
+
+The pickle is read by the restricted unpickler, which is handed stand-ins for the few names that
+tensors need. None of them does more than describe where a tensor lies; nothing else is reachable.
+"""
+
+import math
+import pickle
+import pickletools
+import reprlib
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from latent_diffusion.files.tensor import DTYPES, Tensor, TensorFile, mapped
+from latent_diffusion.files.unpickler import RestrictedUnpickler
+
+_LOCAL_HEADER = 30  # bytes before an entry's name
+MAX_PICKLE = 64 << 20  # bytes; that of a model with 10⁴ tensors has about one million
+
+
+_short = reprlib.repr  # what a file made may be a tree whose full text fills the memory
+
+
+class _Name(NamedTuple):
+    """A global that may be mentioned but does nothing: a dtype, a storage type, a callback."""
+
+    name: str
+
+
+class _Call(NamedTuple):
+    """A function that a pickle may call but, being a tuple, not alter."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+class _Storage(NamedTuple):
+    """A flat array in the file."""
+
+    flat: Tensor
+
+
+_STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+_TORCH_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
+
+
+def _tensor(
+    storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
+) -> Tensor:
+    """A view of a storage. rest: gradient flags and hooks, which mean nothing here."""
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError(f"a tensor of {_short(storage)}, which is no storage")
+    flat, shape, stride = storage.flat, tuple(shape), tuple(stride)
+    if len(shape) != len(stride) or any(
+        type(n) is not int or n < 0 for n in (offset, *shape, *stride)
+    ):
+        where = f"{_short(offset)} of shape {_short(shape)}, strides {_short(stride)}"
+        raise pickle.UnpicklingError(f"a tensor at {where}")
+    size = math.prod(shape)
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if size and (last >= flat.size or size > flat.size):
+        raise pickle.UnpicklingError(
+            f"a tensor at {offset} of shape {shape}, strides {stride} exceeds its storage of "
+            f"{flat.size} elements"
+        )
+
+    def read() -> np.ndarray:
+        if not size:
+            return np.empty(shape, flat.dtype)
+        start = flat.read()[offset:]
+        strides = [step * flat.dtype.itemsize for step in stride]
+        return np.lib.stride_tricks.as_strided(start, shape, strides, writeable=False)
+
+    return Tensor(shape, flat.dtype, read)
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    """A numpy scalar, as Lightning's callbacks keep them."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"a numpy scalar of {_short(dtype)}")
+    return np.frombuffer(data, dtype)[0]
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How pickles of protocol 2 spell bytes."""
+    return text.encode(encoding)
+
+
+ALLOWED: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _Call(_tensor),
+    "torch._utils._rebuild_tensor": _Call(_tensor),
+    "torch._utils._rebuild_parameter": _Call(lambda data, *rest: data),
+    "torch.Size": _Call(tuple),
+    "_codecs.encode": _Call(_encode),
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray.scalar": _Call(_scalar),
+    "numpy._core.multiarray.scalar": _Call(_scalar),
+    **{f"torch.{name}": _Name(name) for name in (*_STORAGES, *_TORCH_DTYPES)},
+    # Keys of the dictionary of callbacks in files that Lightning saved; never built.
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Name("ModelCheckpoint"),
+}
+
+
+def open_torch_zip(path: Path) -> TensorFile:
+    """Open a file that torch.save wrote. Raises ValueError with the reason for refusing it.
+
+    Of a training checkpoint it is the `state_dict` that counts; the rest of the plain data is
+    metadata.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = _check_entries(path, archive)
+            root = next((name[: -len("data.pkl")] for name in entries if _is_pickle(name)), None)
+            if root is None:
+                raise ValueError(f"{path}: a zip file without data.pkl: torch didn't write it")
+            order = entries.get(f"{root}byteorder")
+            if order is not None and archive.read(order) != b"little":
+                raise ValueError(f"{path}: big-endian storages are not supported")
+            if entries[f"{root}data.pkl"].file_size > MAX_PICKLE:
+                raise ValueError(f"{path}: its pickle exceeds {MAX_PICKLE:,} bytes")
+            _check_program(path, archive.read(f"{root}data.pkl"))
+            with archive.open(entries[f"{root}data.pkl"]) as file:
+                tree = _unpickle(path, file, root, entries)
+    except Exception as error:  # zipfile meets damage in many ways
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: damaged or truncated zip file ({error})") from error
+    return _as_file(path, tree)
+
+
+def _is_pickle(name: str) -> bool:
+    return name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)
+
+
+def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Entries by name; refuses what a program that only stores tensors never writes."""
+    end = 0
+    for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise ValueError(
+                f"{path}: entry {info.filename!r} is compressed ({info.compress_size:,} to "
+                f"{info.file_size:,} bytes); torch stores, so this is refused"
+            )
+        if info.flag_bits & 1:
+            raise ValueError(f"{path}: entry {info.filename!r} is encrypted")
+        if info.header_offset < end:
+            raise ValueError(f"{path}: entry {info.filename!r} overlaps another")
+        end = info.header_offset + _LOCAL_HEADER + len(info.filename.encode()) + info.file_size
+    if end > path.stat().st_size:
+        raise ValueError(f"{path}: truncated: its entries end at byte {end:,}")
+    entries = {info.filename: info for info in archive.infolist()}
+    if len(entries) != len(archive.infolist()):
+        raise ValueError(f"{path}: two of its entries have the same name")
+    return entries
+
+
+def _check_program(path: Path, program: bytes) -> None:
+    """Refuse a pickle that would make the unpickler allocate more than the file is long.
+
+    The memo is an array as long as its largest index, which any four bytes can claim.
+    """
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            place = int(argument) if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0  # type: ignore
+            if place > len(program):
+                raise ValueError(f"memo index {place:,} in a pickle of {len(program):,} bytes")
+    except Exception as error:  # whatever a damaged program makes it stumble over
+        raise ValueError(f"{path}: damaged pickle: {error or type(error).__name__}") from error
+
+
+def _unpickle(path: Path, file: Any, root: str, entries: Mapping[str, zipfile.ZipInfo]) -> Any:
+    def storage(pid: Any) -> _Storage:
+        """("storage", type, key, device, number of elements) -> the flat array in the file."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise pickle.UnpicklingError(f"refused to load external data {_short(pid)}")
+        kind, key, numel = pid[1], pid[2], pid[4]
+        if not isinstance(kind, _Name) or kind.name not in _STORAGES:
+            raise pickle.UnpicklingError(f"a storage of unknown type {_short(kind)}")
+        dtype = DTYPES[_STORAGES[kind.name]]
+        info = entries.get(f"{root}data/{key}")
+        if info is None:
+            raise pickle.UnpicklingError(f"storage {key!r} is missing")
+        if type(numel) is not int or numel < 0 or info.file_size != numel * dtype.itemsize:
+            raise pickle.UnpicklingError(
+                f"storage {key!r} claims {numel} elements of {dtype} but has {info.file_size} bytes"
+            )
+        return _Storage(mapped(path, _data_offset(path, info), dtype, (numel,)))
+
+    try:
+        return RestrictedUnpickler(file, ALLOWED, storage).load()
+    except zipfile.BadZipFile:
+        raise
+    except Exception as error:  # a hostile pickle can raise anything; none of it is ours to fix
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: {reason[:1000]}") from error
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin; the lengths of name and padding stand in its local header."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(_LOCAL_HEADER)
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    start = info.header_offset + _LOCAL_HEADER + name + extra
+    if header[:4] != b"PK\x03\x04" or start + info.file_size > path.stat().st_size:
+        raise pickle.UnpicklingError(f"entry {info.filename!r} is truncated")
+    return start
+
+
+def _as_file(path: Path, tree: Any) -> TensorFile:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(tree).__name__}")
+    inner = tree.get("state_dict", tree)
+    if not isinstance(inner, dict):
+        raise ValueError(f"{path}: its state_dict is a {type(inner).__name__}")
+    tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors; keys: {_short(list(tree))}")
+    plain = (bool, int, float, str)
+    return TensorFile(tensors, {k: v for k, v in tree.items() if isinstance(v, plain)})

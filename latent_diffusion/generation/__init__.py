@@ -1,0 +1,1 @@
+"""Trained models in use: loading, conditions, sampling, pictures on disk."""

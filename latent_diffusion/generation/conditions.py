@@ -1,0 +1,249 @@
+"""What users say of a picture, as batch entries; and one line about whatever doesn't fit.
+
+Names are those of the batch, but for `prompts` (tokens) and `class_labels` (class_label). Every
+condition may be given for one example, which then serves all, or for each of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.data.layout import LayoutTokens, Object
+from latent_diffusion.nets.conditioners import Conditioner
+from latent_diffusion.types import Array
+
+ARGUMENTS = {"tokens": "prompts", "class_label": "class_labels"}  # the rest is called as it is
+
+
+def argument(key: str) -> str:
+    """What the users call a batch key."""
+    return ARGUMENTS.get(key, key)
+
+
+def check_names(conditioner: Conditioner, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a condition is missing, or is none of the model's."""
+    wanted = [argument(key) for key in conditioner.keys]
+    for name in wanted:
+        if given.get(name) is None:
+            key = next(key for key in conditioner.keys if argument(key) == name)
+            raise ValueError(f"this model is conditioned on {key}: give {name}")
+    known = [*wanted, *(argument(key) for key in conditioner.optional)]
+    for name, value in given.items():
+        if value is not None and name not in known:
+            takes = ", ".join(known) or "no condition"
+            raise ValueError(f"{name} given, but this model takes {takes}")
+
+
+def size_of(given: Mapping[str, Any], f: int) -> tuple[int, int] | None:
+    """Height and width of the picture that the conditions imply, or None; f: of the first stage."""
+    for name, factor in (("segmentation", 1), ("mask", 1), ("low_res", f)):
+        if given.get(name) is not None:
+            shape = np.shape(given[name])
+            where = -2 if name == "segmentation" else -3
+            if len(shape) >= -where:
+                return shape[where] * factor, shape[where + 1] * factor
+    return None
+
+
+def batch_of(
+    conditioner: Conditioner,
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    given: Mapping[str, Any],
+    size: tuple[int, int],
+    latent_size: tuple[int, int],
+) -> dict[str, np.ndarray]:
+    """The batch entries [N ...] that a conditioner reads.
+
+    given: by name; tokenize: prompts to tokens; size, latent_size: (height, width).
+    Raises ValueError for what the model doesn't take, lacks, or can't read.
+    """
+    check_names(conditioner, given)
+    parts = {key: part for part in conditioner.parts() for key in (*part.keys, *_optional(part))}
+    given = {**given}
+    if "noise_level" in conditioner.optional and given.get("noise_level") is None:
+        given["noise_level"] = parts["noise_level"].usual_level
+    batch: dict[str, np.ndarray] = {}
+    for key, part in parts.items():
+        value = given[argument(key)]
+        if key == "tokens":
+            batch[key] = tokenize(value)
+        else:
+            batch[key] = _READERS[key](part, value, size, latent_size)
+    return _of_one_length(batch)
+
+
+def _optional(part: Any) -> tuple[str, ...]:
+    return getattr(part, "optional", ())
+
+
+def _of_one_length(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    lengths = {argument(key): len(value) for key, value in batch.items()}
+    longest = max(lengths.values(), default=1)
+    if wrong := [name for name, n in lengths.items() if n not in (1, longest)]:
+        most = next(name for name, n in lengths.items() if n == longest)
+        raise ValueError(f"{lengths[wrong[0]]} {wrong[0]} for {longest} {most}")
+    return {key: np.repeat(value, longest // len(value), 0) for key, value in batch.items()}
+
+
+def _class_labels(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _integers("class_labels", np.atleast_1d(value), part.num_classes + 1)
+
+
+def _noise_level(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _integers("noise_level", np.atleast_1d(value), part.max_noise_level)
+
+
+def _segmentation(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    maps = np.asarray(value)
+    maps = _of_shape("segmentation", maps[None] if maps.ndim == 2 else maps, (*size,))
+    return _integers("segmentation", maps, part.num_classes)
+
+
+def _integers(name: str, value: np.ndarray, end: int) -> np.ndarray:
+    if value.dtype.kind not in "iu":
+        raise ValueError(f"{name}: got {value.dtype}, expected integers")
+    if value.size and not 0 <= value.min() <= value.max() < end:
+        wrong = value.min() if value.min() < 0 else value.max()
+        raise ValueError(f"{name}: {wrong} must lie in [0, {end})")
+    return value.astype(np.int32)
+
+
+def _image(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    """One that is to be filled has the size of the result; one to be varied has any."""
+    height, width = size if "mask" in part.keys else (None, None)
+    return _numbers("image", value, (height, width, 3), -1, 1)
+
+
+def _mask(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _numbers("mask", value, (*size, 1), 0, 1)
+
+
+def _low_res(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _numbers("low_res", value, (*latent, 3), -1, 1)
+
+
+def _depth(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _numbers("depth", value, (None, None, 1), -np.inf, np.inf)
+
+
+def _neighbours(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _numbers("neighbours", value, (None, part.width), -np.inf, np.inf)
+
+
+def _image_embedding(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    return _numbers("image_embedding", value, (part.width,), -np.inf, np.inf)
+
+
+def _numbers(
+    name: str, value: Any, shape: tuple[int | None, ...], low: float | int, high: float | int
+) -> np.ndarray:
+    value = np.asarray(value, np.float32)
+    value = _of_shape(name, value[None] if value.ndim == len(shape) else value, shape)
+    if value.size and not (value.min() >= low and value.max() <= high):  # NaN fails too
+        raise ValueError(
+            f"{name}: values in [{value.min():g}, {value.max():g}], expected [{low:g}, {high:g}]"
+        )
+    return value
+
+
+def _of_shape(name: str, value: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
+    fits = value.ndim == len(shape) + 1 and all(
+        want in (None, got) for want, got in zip(shape, value.shape[1:], strict=True)
+    )
+    if not fits or not len(value):
+        expected = " ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has shape {value.shape}, expected [N {expected}]")
+    return value
+
+
+def _layout(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+    """Sentences [N L] as they are, or objects (label, box), for one example or a list of them."""
+    if isinstance(value, np.ndarray):
+        value = value[None] if value.ndim == 1 else value
+        value = _of_shape("layout", value, (part.max_length,))
+        return _integers("layout", value, part.vocab_size)
+    one = bool(value) and not isinstance(value[0][0], Sequence)
+    rest = part.max_length % 3
+    if rest not in (0, 2):
+        raise ValueError(f"layout: max_length={part.max_length} isn't 3·n or 3·n + 2; give tokens")
+    tokens = LayoutTokens(part.vocab_size, part.max_length // 3, rest == 2)
+    return np.stack([tokens.build(_objects(example)) for example in ([value] if one else value)])
+
+
+def _objects(example: Any) -> list[Object]:
+    objects = []
+    for entry in example:
+        try:
+            label, (left, top, right, bottom) = entry
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"layout: {entry!r}: write (class, (left, top, right, bottom))"
+            ) from None
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(
+                f"layout: box {(left, top, right, bottom)} must have 0 ≤ left < right ≤ 1 and "
+                "0 ≤ top < bottom ≤ 1"
+            )
+        objects.append(Object(int(label), (left, top, right, bottom)))
+    return objects
+
+
+_READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
+    "class_label": _class_labels,
+    "layout": _layout,
+    "segmentation": _segmentation,
+    "image": _image,
+    "mask": _mask,
+    "low_res": _low_res,
+    "noise_level": _noise_level,
+    "depth": _depth,
+    "neighbours": _neighbours,
+    "image_embedding": _image_embedding,
+}
+
+
+def in_range(images: Array | np.ndarray) -> jax.Array:
+    """The images, unless their pixels are 0 … 255. Under jit only their dtype is known."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
+        )
+    images = jnp.asarray(images)
+    if isinstance(images, jax.core.Tracer) or images.size == 0:
+        return images
+    reach = float(jnp.max(jnp.abs(images)))
+    if not reach <= 2:  # NaN fails too
+        raise ValueError(f"images have values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
+    return images
+
+
+def known_image(
+    image: Array | np.ndarray | None,
+    mask: Array | np.ndarray | None,
+    strength: float | int | None,
+    size: tuple[int, int, int],
+) -> dict[str, np.ndarray]:
+    """The batch entries of image-to-image and inpainting: "known" and "hole"."""
+    if strength is not None and not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    if image is None:
+        if mask is not None or strength is not None:
+            raise ValueError("mask and strength change an image: give image, too")
+        return {}
+    if mask is None and strength is None:
+        raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
+
+    def fit(name: str, value: Any) -> np.ndarray:
+        value = np.asarray(value, np.float32)
+        if len(value) not in (1, size[0]) or value.shape[1:3] != size[1:]:
+            raise ValueError(
+                f"{name} has shape {value.shape}, expected 1 or {size[0]} of {size[1:]}"
+            )
+        return np.broadcast_to(value, (size[0], *value.shape[1:]))
+
+    in_range(np.asarray(image))
+    given = {"known": image} if mask is None else {"known": image, "hole": mask}
+    return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}

@@ -1,0 +1,99 @@
+"""What steers an already trained model while it samples: a classifier, or a picture to resemble."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.models.classifier import NoisyClassifier
+from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
+from latent_diffusion.process import steering
+from latent_diffusion.process.diffusion import Denoiser
+from latent_diffusion.process.schedules import NoiseSchedule
+from latent_diffusion.types import Params, lookup
+
+# How far a picture is from its target -> the LPIPS net it needs, if any.
+DISTANCES = {"l2": None, "lpips": "alex"}
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How strongly, and by which distance; static, so that programs are told apart by it."""
+
+    classifier: float | int = 1.0
+    target: float | int = 1.0
+    distance: str = "l2"
+
+
+def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
+    """Raise ValueError for a classifier that was trained with other noise than the denoiser."""
+    if classifier is not None:
+        theirs, ours = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
+        if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-6):
+            raise ValueError("the classifier was trained with another noise schedule")
+
+
+def entries(
+    classifier: NoisyClassifier | None, labels: Any, target: Any, channels: int, total: int
+) -> dict[str, np.ndarray]:
+    """The batch entries [total ...] that a guide reads; ValueError for what doesn't fit."""
+    found = {}
+    if (classifier is None) != (labels is None):
+        raise ValueError("a classifier guides to classes: give classifier and classifier_labels")
+    if classifier is not None:
+        found["guide_label"] = np.atleast_1d(np.asarray(labels, np.int32))
+        end = classifier.unet.out_channels
+        if not 0 <= found["guide_label"].min() <= found["guide_label"].max() < end:
+            raise ValueError(f"classifier_labels: {labels} must lie in [0, {end})")
+    if target is not None:
+        target = np.asarray(target, np.float32)
+        found["target"] = target[None] if target.ndim == 3 else target
+        if found["target"].ndim != 4 or found["target"].shape[3] != channels:
+            raise ValueError(f"target has shape {target.shape}, expected [N h w {channels}]")
+    for name, value in found.items():
+        if len(value) not in (1, total):
+            raise ValueError(
+                f"{len(value)} of {name} for {total} images; give one, or one for each"
+            )
+    return {name: np.repeat(value, total // len(value), 0) for name, value in found.items()}
+
+
+def load_distance(name: str) -> Params | None:
+    """The parameters of a distance, None where it has none."""
+    net = lookup(DISTANCES, name, "target_distance")
+    return None if net is None else jax.tree.map(jnp.asarray, load_lpips_params(net))
+
+
+def guide(
+    batch: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    first_stage: FirstStage,
+    classifier: NoisyClassifier | None,
+    distance: Params | None,
+    scales: Scales,
+) -> Callable[[Denoiser], Denoiser] | None:
+    """A wrapper of denoisers for what `entries` put into a batch; None where that is nothing."""
+    if not {"guide_label", "target"} & set(batch):
+        return None
+
+    def wrap(denoise: Denoiser) -> Denoiser:
+        if classifier is not None:
+            label = batch["guide_label"]
+            denoise = steering.by_classifier(
+                denoise, schedule, lambda z, t: classifier.log_prob(z, t, label), scales.classifier
+            )
+        if "target" in batch:
+            target, net = jnp.asarray(batch["target"]), DISTANCES[scales.distance]
+            compare: Any = None
+            if net is not None:
+                compare = functools.partial(LPIPS(net).apply, {"params": distance or {}})
+            likelihood = steering.toward(target, first_stage.decode, compare)
+            denoise = steering.by_likelihood(denoise, schedule, likelihood, scales.target)
+        return denoise
+
+    return wrap

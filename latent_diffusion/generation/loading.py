@@ -1,0 +1,94 @@
+"""`load(path)`: a trained model from wherever it lies."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion import convert
+from latent_diffusion.generation.model import Model
+from latent_diffusion.models.classifier import NoisyClassifier
+from latent_diffusion.models.denoiser import Denoiser, make_unet, schedule_of
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.runtime import workdir
+from latent_diffusion.tasks.classifying import make_classifying
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    ema: bool | None = None,
+    variant: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    lora: Mapping[Any, float] | None = None,
+) -> Model:
+    """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
+
+    config: the yaml of a single file; None takes the one of the same name beside it, if any.
+    ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
+    the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: of a file that has a
+    text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
+    looks for them beside the file. lora: files to merge, with their weights. Parameters become
+    float32.
+    Raises ValueError or CheckpointError, in one line, where there is no model.
+    """
+    bundle = convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
+    for file, weight in (lora or {}).items():
+        bundle = convert.with_lora(bundle, Path(file), weight)
+    return as_model(bundle)
+
+
+def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
+    """The classifier in a workdir of `classifying`, with its averaged parameters."""
+    directory = Path(path)
+    config = workdir.load_config(directory)
+    if config.task != "classifying":
+        raise ValueError(f"{path} holds a run of {config.task!r}, not of a classifier")
+    params = jax.tree.map(jnp.asarray, workdir.load_entry(directory, "ema_params")["unet"])
+    classifier: NoisyClassifier = make_classifying(config).classifier.replace(params=params)
+    return classifier
+
+
+def as_model(bundle: convert.Bundle) -> Model:
+    """Read a bundle's parameters into memory and build its modules."""
+    first_stage = denoiser = None
+    if bundle.autoencoder is not None:
+        first_stage = FirstStage(
+            convert.as_params(bundle.autoencoder),
+            jnp.asarray(bundle.scale_factor, jnp.float32),
+            jnp.asarray(bundle.shift, jnp.float32),
+            make_autoencoder(bundle.autoencoder.fields),
+        )
+    if bundle.unet is not None:
+        params = {"unet": convert.as_params(bundle.unet)}
+        conditioner = {n: convert.as_params(part) for n, part in bundle.conditioners.items()}
+        if conditioner:
+            params["conditioner"] = conditioner
+        denoiser = Denoiser(
+            params,
+            schedule_of(bundle.diffusion),
+            make_unet(bundle.unet.fields),
+            make_conditioner({name: part.fields for name, part in bundle.conditioners.items()}),
+            bundle.diffusion["prediction"],
+        )
+    return Model(
+        first_stage=first_stage,
+        denoiser=denoiser,
+        tokenizer=bundle.tokenizer,
+        defaults=dict(bundle.sampling),
+        image_size=bundle.image_size,
+        origin={
+            **bundle.notes,
+            **({"diffusion": bundle.diffusion} if denoiser else {}),
+            "unused": {
+                name: {key: np.array(tensor.read()) for key, tensor in part.unused.items()}
+                for name, part in bundle.parts()
+            },
+        },
+    )

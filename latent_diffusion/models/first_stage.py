@@ -1,0 +1,118 @@
+"""The frozen first stage: pixels → moments → latents → pixels, and the latent scale.
+
+The denoiser sees latents of about unit variance (paper App. G). `scale_factor` and `shift` are
+applied here, in `latents` and `decode`, and nowhere else.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.nets.autoencoder import Autoencoder, Identity
+from latent_diffusion.rng import example_keys, pmean
+from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
+
+
+class FirstStage(flax.struct.PyTreeNode):
+    """An autoencoder that no longer learns, with the scale of its latents.
+
+    scale_factor, shift: [] (one scalar, as in the paper) or [c] (per channel).
+    """
+
+    params: Params
+    scale_factor: Any
+    shift: Any
+    module: nn.Module = flax.struct.field(pytree_node=False)
+
+    def moments(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w m"]:
+        """What can be cached: the encoder's output, before sampling and scaling."""
+        return self._apply("encode", x)
+
+    def latents(
+        self, moments: Float[Array, "B h w m"], keys: Keys | None = None
+    ) -> Float[Array, "B h w c"]:
+        """Scaled latents; sampled per example with `keys`, the posterior's mode without."""
+        z = self._apply("latents", moments, keys)
+        return (z - self.shift) * self.scale_factor
+
+    def encode(self, batch: Batch, keys: Keys | None = None) -> Float[Array, "B h w c"]:
+        """Scaled latents of a batch, from its cached `moments` if it has them, else its `image`."""
+        moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
+        return self.latents(moments, keys)
+
+    def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
+        """Pixels from scaled latents."""
+        return self._apply("decode", z / self.scale_factor + self.shift)
+
+    def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        """Scaled latents replaced by the closest entries of the codebook."""
+        if getattr(self.module, "regularization", "none") in ("kl", "none"):
+            raise ValueError("quantize_x0 needs a first stage with a codebook")
+        z = z / self.scale_factor + self.shift
+        codes = self._apply(lambda module, z: module.quantize(z).codes, z)
+        return (codes - self.shift) * self.scale_factor
+
+    def _apply(self, method: Any, *args: Any) -> Any:
+        return self.module.apply({"params": self.params}, *args, method=method)
+
+
+def make_autoencoder(config: Config, axis_name: str | None = None) -> nn.Module:
+    """The autoencoder that `config` describes; regularization "identity" is pixel space."""
+    if config["regularization"] == "identity":
+        return Identity(config["image_channels"])
+    fields = dict(config)
+    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
+    return Autoencoder(**fields, axis_name=axis_name)
+
+
+def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> FirstStage:
+    """A first stage with random weights and unit scale: what loaded weights are poured into."""
+    params = module.init(rng, image).get("params", {})
+    return FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
+
+
+def _statistics_all(mean: np.ndarray, mean_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The paper's: 1/std over all elements, latents are not centred."""
+    return np.zeros(()), np.asarray(np.sqrt(np.mean(mean_square) - np.mean(mean) ** 2))
+
+
+def _statistics_channel(mean: np.ndarray, mean_square: np.ndarray):
+    """Every channel centred and scaled on its own."""
+    return mean, np.sqrt(mean_square - mean**2)
+
+
+def _statistics_none(mean: np.ndarray, mean_square: np.ndarray):
+    return np.zeros(()), np.ones(())
+
+
+NORMALIZATIONS = {
+    "scalar": _statistics_all,
+    "channel": _statistics_channel,
+    "none": _statistics_none,
+}
+
+
+def latent_sums(state, constants: FirstStage, batch, rng, *, axis_name=None):
+    """A step for `parallel.compile_step`: per-channel mean and mean square of the latents."""
+    z = constants.encode(batch, example_keys(rng, next(iter(batch.values())).shape[0], axis_name))
+    sums = {"mean": jnp.mean(z, (0, 1, 2)), "mean_square": jnp.mean(jnp.square(z), (0, 1, 2))}
+    return state, pmean(sums, axis_name)
+
+
+def with_measured_scale(
+    first_stage: FirstStage, sums: Iterable[Mapping[str, Any]], normalization: str
+) -> FirstStage:
+    """Set scale and shift from the `latent_sums` of many batches (equal weight each)."""
+    statistics = lookup(NORMALIZATIONS, normalization, "first_stage.normalization")
+    gathered = [jax.tree.map(lambda x: np.asarray(x, np.float64), s) for s in sums]
+    mean = np.mean([s["mean"] for s in gathered], 0)
+    mean_square = np.mean([s["mean_square"] for s in gathered], 0)
+    shift, std = statistics(mean, mean_square)
+    return first_stage.replace(
+        scale_factor=jnp.asarray(1.0 / std, jnp.float32), shift=jnp.asarray(shift, jnp.float32)
+    )

@@ -1,0 +1,119 @@
+"""CLIP's image embedding as a condition: variations of an image."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.nets.clip import ClipLayer, layer_norm
+from latent_diffusion.nets.conditioners.noising import level_and_noise
+from latent_diffusion.nets.conditioners.null import zeros_where
+from latent_diffusion.nets.layers import Conv, Dense, timestep_embedding
+from latent_diffusion.nets.resize import bicubic_aligned
+from latent_diffusion.process.diffusion import q_sample
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Keys
+
+# Of CLIP's training images in [0, 1].
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+class ClipImage(nn.Module):
+    """Vision transformer over `image`; its projected class token is the context [B 1 D].
+
+    The defaults are OpenAI's ViT-L/14 (Radford et al. 2021). The embedding is not normalised; an
+    example that is dropped has zeros instead.
+
+    image_size: side of what the network sees; images of other sizes are resized, squashed.
+    projection_dim: D.
+    num_levels: of noise; 0 = none. With them the embedding, standardised by a `mean` and `std` that
+    are kept as parameters, is noised to a level (the batch's `noise_level`, else any) of a cosine
+    schedule, and becomes with the level's sinusoids a vector [B 2·D]: Stable Diffusion's unCLIP
+    (Ramesh et al. 2022).
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_width: int | None = None
+    activation: str = "quick_gelu"
+    projection_dim: int = 768
+    num_levels: int = 0
+    dtype: Any = None
+
+    keys = ("image",)
+    usual_level = 0  # where a sampling call says none
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Keys that are drawn where the batch doesn't have them."""
+        return ("noise_level",) if self.num_levels else ()
+
+    @property
+    def max_noise_level(self) -> int:
+        """Levels lie below."""
+        return self.num_levels
+
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Draw the noise of the embedding."""
+        if not self.num_levels:
+            return batch
+        shape = (self.projection_dim,)
+        level, noise = level_and_noise("clip_image", batch, rng, self.num_levels, shape)
+        return {**batch, "noise_level": level, "embedding_noise": noise}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"clip_image: image_size={self.image_size} is not divisible by "
+                f"patch_size={self.patch_size}"
+            )
+        x = self._patches(batch["image"])
+        init = nn.initializers.normal(self.width**-0.5)
+        first = self.param("class_embedding", init, (self.width,))
+        x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, self.width)), x], axis=1)
+        x = x + self.param("position_embedding", init, x.shape[1:])
+        x = layer_norm("pre_layernorm")(x)
+        for i in range(self.depth):
+            x = ClipLayer(
+                self.num_heads,
+                self.mlp_width,
+                self.activation,
+                dtype=self.dtype,
+                name=f"layers_{i}",
+            )(x)
+        x = layer_norm("post_layernorm")(x[:, :1])
+        x = Dense(self.projection_dim, use_bias=False, name="visual_projection")(x)
+        if not self.num_levels:
+            return Conditioning(context=zeros_where(drop, x))
+        return Conditioning(vector=zeros_where(drop, self._noised(x[:, 0], batch)))
+
+    def _noised(self, embedding: Float[Array, "B D"], batch: Batch) -> Float[Array, "B E"]:
+        mean = self.param("mean", nn.initializers.zeros, (self.projection_dim,))
+        std = self.param("std", nn.initializers.ones, (self.projection_dim,))
+        schedule, level = make_schedule("cosine", self.num_levels), batch["noise_level"]
+        noised = q_sample(schedule, (embedding - mean) / std, level, batch["embedding_noise"])
+        told = timestep_embedding(level, self.projection_dim)
+        return jnp.concatenate([noised * std + mean, told], axis=-1)
+
+    def _patches(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
+        x = bicubic_aligned(image, self.image_size, self.image_size)
+        x = ((x + 1) / 2 - _MEAN) / _STD
+        x = Conv(
+            self.width,
+            self.patch_size,
+            self.patch_size,
+            "VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(x)
+        return x.reshape(len(x), -1, self.width)

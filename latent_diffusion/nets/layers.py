@@ -1,0 +1,139 @@
+"""The few layers that both networks are made of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.nets.convolution import conv2d, upsample_conv2d
+from latent_diffusion.types import Array, Float, Num
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+def _uniform(bound: float):
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def _fan_in_uniform(fan_in: int):
+    """U(±1/√fan_in) for weights and biases alike: what the reference networks start from."""
+    return _uniform(fan_in**-0.5)
+
+
+class Conv(nn.Module):
+    """2-d convolution, NHWC, initialised as the reference networks are: U(±1/√fan_in)."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    zero_init: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(int(np.prod(shape[:3])))
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", init, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = self.convolve(x, kernel)
+        return y if bias is None else y + bias
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """Of promoted arrays."""
+        padding = self.padding
+        if isinstance(padding, str):
+            strides = (self.stride, self.stride)
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+        (top, bottom), (left, right) = padding
+        return conv2d(x, kernel, self.stride, ((top, bottom), (left, right)))
+
+
+class UpsampleConv(Conv):
+    """A 3×3 convolution of the image at twice its size, nearest neighbour."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """Of promoted arrays."""
+        return upsample_conv2d(x, kernel)
+
+
+class Dense(nn.Module):
+    """Linear map of the last axis, initialised as the reference networks are."""
+
+    features: int
+    use_bias: bool = True
+    zero_init: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = x @ kernel
+        return y if bias is None else y + bias
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32 whatever the compute dtype (Wu & He 2018)."""
+
+    num_groups: int = 32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(
+                f"GroupNorm: {channels} channels are not divisible by num_groups={self.num_groups}"
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+
+        def group_mean(values: Array) -> Array:
+            """Of [B L C], for every channel: [B 1 C]; over positions first, which vectorises."""
+            means = jnp.mean(values, 1).reshape(x.shape[0], self.num_groups, -1)
+            return jnp.repeat(jnp.mean(means, -1), channels // self.num_groups, -1)[:, None]
+
+        mean = group_mean(flat)
+        variance = group_mean(jnp.square(flat - mean))
+        # One multiply-add per element: fold the statistics into per-channel factors first.
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+        return (flat * factor + (bias - mean * factor)).reshape(x.shape).astype(x.dtype)
+
+
+def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) -> Any:
+    """`compute()`, unless the module's variables in `collection` hold its value already.
+
+    Applying the network with that collection mutable is how to get the values. A sampler does it
+    once, before its loop, for whatever doesn't depend on the latent; see `Denoiser.prepare`.
+    """
+    if module.has_variable(collection, "value") and not module.is_mutable_collection(collection):
+        return module.get_variable(collection, "value")
+    value = compute()
+    if not module.is_initializing():
+        module.sow(collection, "value", value, reduce_fn=lambda _, new: new)
+    return value
+
+
+def timestep_embedding(
+    t: Num[Array, " B"], dim: int, max_period: float = 10_000.0
+) -> Float[Array, "B D"]:
+    """[cos(t·ω_i), sin(t·ω_i)] with ω_i = max_period^(−i/half), half = dim // 2, as in LDM.
+
+    t: timesteps, integer-valued or fractional. Odd dims get a zero column.
+    """
+    half = dim // 2
+    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half).astype(np.float32)
+    angles = t[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

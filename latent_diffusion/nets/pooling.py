@@ -1,0 +1,75 @@
+"""From feature maps to class scores: the heads of a classifier on half a U-Net.
+
+Dhariwal & Nichol (2021), whose classifiers guide; four of them, as in the reference.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from latent_diffusion.nets.attention import attend
+from latent_diffusion.nets.layers import Dense, GroupNorm
+from latent_diffusion.types import Array, Float, lookup
+
+HIDDEN = 2048  # of the spatial poolings
+
+
+class Pooling(nn.Module):
+    """Logits [B features] from the last feature map h and the means of all of them.
+
+    kind: "adaptive" averages h over the positions; "attention" lets their mean attend to them;
+    "spatial" and "spatial_v2" read the means of every block, through a hidden layer without and
+    with a norm.
+    """
+
+    kind: str
+    features: int
+    head_dim: int = 64
+    num_groups: int = 32
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "B H W C"], means: list[Float[Array, "B ..."]]
+    ) -> Float[Array, "B F"]:
+        pools = {
+            "adaptive": self._adaptive,
+            "attention": self._attention,
+            "spatial": self._spatial,
+            "spatial_v2": self._spatial_v2,
+        }
+        return lookup(pools, self.kind, "pool")(h, means).astype(jnp.float32)
+
+    def _normed(self, h: Array) -> Array:
+        return nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="norm")(h))
+
+    def _adaptive(self, h: Array, means: list[Array]) -> Array:
+        pooled = jnp.mean(self._normed(h), (1, 2))
+        return Dense(self.features, zero_init=True, dtype=self.dtype, name="proj_out")(pooled)
+
+    def _attention(self, h: Array, means: list[Array]) -> Array:
+        channels = h.shape[-1]
+        if channels % self.head_dim:
+            raise ValueError(
+                f"pool: {channels} channels can't be split into heads of {self.head_dim}"
+            )
+        x = self._normed(h).reshape(h.shape[0], -1, channels)
+        x = jnp.concatenate([jnp.mean(x, 1, keepdims=True), x], 1)
+        init = nn.initializers.normal(channels**-0.5)
+        x = x + self.param("positions", init, (x.shape[1], channels))
+        qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3, -1, self.head_dim), 3, axis=2)
+        pooled = attend(q[:, :1, 0], k[:, :, 0], v[:, :, 0], self.attention)
+        pooled = pooled.reshape(h.shape[0], channels)
+        return Dense(self.features, dtype=self.dtype, name="proj_out")(pooled)
+
+    def _spatial(self, h: Array, means: list[Array]) -> Array:
+        x = Dense(HIDDEN, dtype=self.dtype, name="hidden")(jnp.concatenate(means, -1))
+        return Dense(self.features, dtype=self.dtype, name="proj_out")(nn.relu(x))
+
+    def _spatial_v2(self, h: Array, means: list[Array]) -> Array:
+        x = Dense(HIDDEN, dtype=self.dtype, name="hidden")(jnp.concatenate(means, -1))
+        x = nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="norm")(x))
+        return Dense(self.features, dtype=self.dtype, name="proj_out")(x)

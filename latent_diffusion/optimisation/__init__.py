@@ -1,0 +1,1 @@
+"""Optimisers, averages of parameters, micro-batches and low-rank factors."""

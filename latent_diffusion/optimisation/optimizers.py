@@ -1,0 +1,95 @@
+"""Optimisers, learning-rate curves, and the exponential moving average of parameters."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_diffusion.trees import path_string
+from latent_diffusion.types import Array, Config, Float, Int, Params, lookup
+
+Schedule = Callable[[Any], Any]
+
+
+def _constant(peak: float, decay_steps: int, end_factor: float) -> Schedule:
+    return optax.constant_schedule(peak)
+
+
+def _cosine(peak: float, decay_steps: int, end_factor: float) -> Schedule:
+    return optax.cosine_decay_schedule(peak, max(decay_steps, 1), alpha=end_factor)
+
+
+def _linear(peak: float, decay_steps: int, end_factor: float) -> Schedule:
+    return optax.linear_schedule(peak, peak * end_factor, max(decay_steps, 1))
+
+
+LR_SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear}
+OPTIMIZERS = {"adam": optax.scale_by_adam, "adamw": optax.scale_by_adam}
+
+
+def learning_rate_schedule(config: Config, num_steps: int) -> Schedule:
+    """Linear warm-up from 0, then the named curve down to `end_factor`·peak at `num_steps`."""
+    curve = lookup(LR_SCHEDULES, config["schedule"], "optimizer.schedule")
+    peak, warmup = config["learning_rate"], config["warmup_steps"]
+    decay = curve(peak, num_steps - warmup, config["end_factor"])
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def path_mask(patterns: Sequence[str]) -> Callable[[Params], Params]:
+    """A function from a tree to booleans: does any pattern occur in the leaf's path?"""
+    compiled = [re.compile(pattern) for pattern in patterns]
+
+    def mask(tree: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: any(p.search(path_string(path)) for p in compiled), tree
+        )
+
+    return mask
+
+
+def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, learning rate; frozen paths stay put.
+
+    config: the `optimizer` fields of configs/default.py. `adamw` decays every parameter, norms
+    and biases too, as the reference does, except paths that match `no_decay`.
+    """
+    adam = lookup(OPTIMIZERS, config["name"], "optimizer.name")
+    parts = [optax.clip_by_global_norm(config["grad_clip"])] if config["grad_clip"] else []
+    parts.append(adam(b1=config["b1"], b2=config["b2"], eps=config["eps"]))
+    if config["name"] == "adamw":
+        no_decay = path_mask(config["no_decay"])
+        parts.append(
+            optax.add_decayed_weights(
+                config["weight_decay"], lambda tree: jax.tree.map(lambda x: not x, no_decay(tree))
+            )
+        )
+    parts.append(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)))
+    tx = optax.chain(*parts)
+    if not config["frozen"]:
+        return tx
+    frozen = path_mask(config["frozen"])
+
+    def labels(tree: Params) -> Params:
+        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(tree))
+
+    return optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def ema_update(ema_params: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
+    """Move the average towards the *new* parameters: decay min(decay, (1 + n)/(10 + n)).
+
+    step: updates done before this one, so n = step + 1 as in the reference. decay 0 copies.
+    """
+    n = step + 1
+    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda ema, p: ema + rate * (p - ema), ema_params, params)
+
+
+def global_norm(tree: Params) -> Float[Array, ""]:
+    """L2 norm over all leaves."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

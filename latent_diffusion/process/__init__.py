@@ -1,0 +1,1 @@
+"""The diffusion process as mathematics: schedules, noising, guidance, steering, samplers."""

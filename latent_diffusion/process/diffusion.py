@@ -1,0 +1,92 @@
+"""The diffusion process: noising, and the quantities that a network may predict of it.
+
+z_t = alpha_t z_0 + sigma_t eps (Ho et al. 2020; Kingma et al. 2021). Every prediction type is a
+combination a z_0 + b eps, so one 2×2 system converts all of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from latent_diffusion.process.schedules import NoiseSchedule, Timestep
+from latent_diffusion.types import Array, Float, lookup
+
+
+class Prediction(NamedTuple):
+    """What a denoiser knows about z_t: estimates of the clean latent and of the noise in it."""
+
+    z_0: Float[Array, "B ..."]
+    eps: Float[Array, "B ..."]
+
+
+Denoiser = Callable[[Array, Array], Prediction]  # (z_t [B ...], t scalar) -> Prediction
+
+
+# kind -> (a, b): the network predicts a z_0 + b eps.
+PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | float]]] = {
+    "eps": lambda alpha, sigma: (0.0, 1.0),
+    "x0": lambda alpha, sigma: (1.0, 0.0),
+    "v": lambda alpha, sigma: (-sigma, alpha),  # Salimans & Ho 2022
+    "flow": lambda alpha, sigma: (-1.0, 1.0),  # velocity of a rectified flow (Liu et al. 2022)
+}
+
+
+def _expand(coefficient: Array, like: Array) -> Array:
+    """Coefficients [B] or [] against a latent [B ...]."""
+    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
+
+
+def q_sample(
+    schedule: NoiseSchedule, z_0: Float[Array, "B ..."], t: Timestep, eps: Float[Array, "B ..."]
+) -> Float[Array, "B ..."]:
+    """Noise z_0 to timestep t ([B] or a scalar): alpha_t z_0 + sigma_t eps."""
+    return _expand(schedule.alpha_t(t), z_0) * z_0 + _expand(schedule.sigma_t(t), z_0) * eps
+
+
+def prediction_target(
+    kind: str,
+    schedule: NoiseSchedule,
+    z_0: Float[Array, "B ..."],
+    eps: Float[Array, "B ..."],
+    t: Timestep,
+) -> Float[Array, "B ..."]:
+    """What a network of this kind ("eps", "x0", "v" or "flow") should answer for z_t."""
+    alpha_t, sigma_t = (_expand(c, z_0) for c in (schedule.alpha_t(t), schedule.sigma_t(t)))
+    a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
+    return a * z_0 + b * eps
+
+
+def to_z_0_and_eps(
+    kind: str,
+    pred: Float[Array, "B ..."],
+    alpha_t: Float[Array, "..."],
+    sigma_t: Float[Array, "..."],
+    z_t: Float[Array, "B ..."],
+) -> Prediction:
+    """Convert a network's prediction at z_t; alpha_t and sigma_t are scalars or [B]."""
+    alpha_t, sigma_t = _expand(alpha_t, z_t), _expand(sigma_t, z_t)
+    a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
+    determinant = alpha_t * b - sigma_t * a
+    z_0 = (b * z_t - sigma_t * pred) / determinant
+    eps = (alpha_t * pred - a * z_t) / determinant
+    return Prediction(z_0, eps)
+
+
+def posterior_variance(schedule: NoiseSchedule, v_posterior: float = 0.0) -> Float[Array, " T"]:
+    """Variance of q(z_{t−1} | z_t, z_0), mixed with beta_t by v_posterior in [0, 1]."""
+    noise = noise_share(schedule)
+    small = schedule.betas * jnp.append(0.0, noise[:-1]) / noise
+    return (1 - v_posterior) * small + v_posterior * schedule.betas
+
+
+def noise_share(schedule: NoiseSchedule) -> Array:
+    """1 − ᾱ_t, without the cancellation."""
+    return schedule.sigmas**2 / (schedule.alphas**2 + schedule.sigmas**2)
+
+
+def prior_bits_per_dim(schedule: NoiseSchedule, z_0: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """KL of q(z_{T−1} | z_0) from N(0, 1), in bits per dimension: what the noise still tells."""
+    alpha, sigma = schedule.alphas[-1], schedule.sigmas[-1]
+    nats = 0.5 * (sigma**2 + jnp.square(alpha * z_0) - 1) - jnp.log(sigma)
+    return jnp.mean(nats.reshape(z_0.shape[0], -1), axis=1) / jnp.log(2.0)

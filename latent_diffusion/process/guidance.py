@@ -1,0 +1,369 @@
+"""Wrappers between a network and a sampler: conditioning, guidance, constraints, previews.
+
+A *network* is `network(z_t [B h w c], t [B], conditioning) -> raw prediction`. A *denoiser*, which
+samplers take, is `denoise(z_t, t scalar) -> Prediction(z_0, eps)`. Guidance makes a denoiser of a
+network and combines raw predictions, as the field does; everything else wraps a denoiser.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.process.diffusion import Denoiser, Prediction, q_sample, to_z_0_and_eps
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.rng import normal_per_example
+from latent_diffusion.types import Array, Float, Keys, Num
+
+Network = Callable[[Array, Array, Any], Array]
+Scale = float | int | Array | Callable[[Array], Array]
+
+# ------------------------------------------------------------------------------ from the network
+
+
+def from_prediction(network: Network, schedule: NoiseSchedule, kind: str) -> Callable:
+    """Turn a network into `denoise(z_t, t, conditioning=None) -> Prediction`.
+
+    kind: what the network predicts, a name in `diffusion.PREDICTIONS`.
+    """
+
+    def denoise(z_t: Array, t: Array, conditioning: Any = None) -> Prediction:
+        pred = network(z_t, _batched(t, z_t), conditioning)
+        return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
+
+    return denoise
+
+
+def classifier_free(
+    network: Network,
+    schedule: NoiseSchedule,
+    kind: str,
+    conditioning: Any,
+    null_conditioning: Any,
+    scale: Scale,
+    *,
+    interval: tuple[float | int, float | int] | None = None,
+    rescale: float = 0.0,
+) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022): null + scale · (conditional − null).
+
+    conditioning, null_conditioning: pytrees of arrays [B ...] (the null's may be [1 ...]); a
+    negative prompt is just another null. Both are evaluated in one batch, null first.
+    scale: a number, an array [] or [B], or a function of the timestep (see `per_step`). The number
+    1 evaluates the network on the conditioning alone.
+    interval: (low, high) timesteps; outside, only the conditional prediction is computed
+    (Kynkäänniemi et al. 2024). rescale: in [0, 1], how far to pull each example's standard
+    deviation back to the conditional prediction's (Lin et al. 2023, §3.4).
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale}")
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"guidance_interval must be (low, high) timesteps, got {interval}")
+    plain = from_prediction(network, schedule, kind)
+
+    def conditional(z_t: Array, t: Array) -> Prediction:
+        return plain(z_t, t, conditioning)
+
+    if isinstance(scale, int | float) and scale == 1:
+        return conditional
+    if null_conditioning is None:
+        raise ValueError(f"guidance scale {scale} needs a null conditioning; without one it is 1")
+    evaluate = _several(network, [null_conditioning, conditioning])
+
+    def guided(z_t: Array, t: Array) -> Prediction:
+        null, cond = evaluate(z_t, t)
+        pred = null + _scale_at(scale, t, null) * (cond - null)
+        if rescale:
+            spread = _std(cond) / _std(pred)
+            pred = pred * (1 + rescale * (spread - 1))
+        return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
+
+    if interval is None:
+        return guided
+    low, high = interval
+    return lambda z_t, t: jax.lax.cond((low <= t) & (t <= high), guided, conditional, z_t, t)
+
+
+def classifier_free_pp(
+    network: Network,
+    schedule: NoiseSchedule,
+    kind: str,
+    conditioning: Any,
+    null_conditioning: Any,
+    scale: Scale,
+) -> Denoiser:
+    """CFG++ (Chung et al. 2024): guided z_0, but the null's eps; scale in [0, 1].
+
+    For samplers that step once with both (ddim, euler, euler_ancestral).
+    """
+    if isinstance(scale, int | float) and not 0 <= scale <= 1:
+        raise ValueError(f"the guidance scale of CFG++ must lie in [0, 1], got {scale}")
+    evaluate = _several(network, [null_conditioning, conditioning])
+
+    def denoise(z_t: Array, t: Array) -> Prediction:
+        alpha_t, sigma_t = schedule.alpha_t(t), schedule.sigma_t(t)
+        null, cond = evaluate(z_t, t)
+        pred = null + _scale_at(scale, t, null) * (cond - null)
+        z_0 = to_z_0_and_eps(kind, pred, alpha_t, sigma_t, z_t).z_0
+        return Prediction(z_0, to_z_0_and_eps(kind, null, alpha_t, sigma_t, z_t).eps)
+
+    return denoise
+
+
+def composed(
+    network: Network,
+    schedule: NoiseSchedule,
+    kind: str,
+    conditionings: Sequence[Any],
+    weights: Sequence[float],
+    null_conditioning: Any,
+    scale: Scale,
+) -> Denoiser:
+    """Several weighted prompts: null + scale · Σ w_i (pred_i − null) (Liu et al. 2022, eq. 11).
+
+    A negative weight steers away from its prompt.
+    """
+    if len(conditionings) != len(weights):
+        raise ValueError(f"{len(conditionings)} conditionings but {len(weights)} weights")
+    evaluate = _several(network, [null_conditioning, *conditionings])
+
+    def denoise(z_t: Array, t: Array) -> Prediction:
+        null, *preds = evaluate(z_t, t)
+        direction = sum(w * (pred - null) for w, pred in zip(weights, preds, strict=True))
+        pred = null + _scale_at(scale, t, null) * direction
+        return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
+
+    return denoise
+
+
+def perpendicular(
+    network: Network,
+    schedule: NoiseSchedule,
+    kind: str,
+    conditioning: Any,
+    negative: Any,
+    null_conditioning: Any,
+    scale: Scale,
+    negative_scale: float = 1.0,
+) -> Denoiser:
+    """Perp-Neg (Armandpour et al. 2023): steer away only from what the prompt doesn't share.
+
+    negative: the conditioning to avoid; its component along the prompt's direction is ignored.
+    """
+    evaluate = _several(network, [null_conditioning, conditioning, negative])
+
+    def denoise(z_t: Array, t: Array) -> Prediction:
+        null, cond, avoid = evaluate(z_t, t)
+        toward, away = cond - null, avoid - null
+        along = _sum(away * toward) / jnp.maximum(_sum(toward * toward), 1e-20)
+        direction = toward - negative_scale * (away - along * toward)
+        pred = null + _scale_at(scale, t, null) * direction
+        return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
+
+    return denoise
+
+
+def per_step(values: Float[Array, " S"], timesteps: Timesteps) -> Callable[[Array], Array]:
+    """A guidance scale for each step: values[i] holds from timesteps[i] down to the next one."""
+    if len(values) != len(timesteps) - 1:
+        raise ValueError(f"{len(values)} guidance scales for {len(timesteps) - 1} steps")
+    return lambda t: values[jnp.minimum(jnp.sum(timesteps[1:] >= t), len(values) - 1)]
+
+
+def _several(network: Network, conditionings: Sequence[Any]) -> Callable[..., list[Array]]:
+    """Evaluate the network under several conditionings in one batch."""
+    shapes = {jax.tree.structure(c) for c in conditionings}
+    if len(shapes) > 1:
+        raise ValueError("conditioning and null conditioning must have the same fields")
+    size = max((x.shape[0] for x in jax.tree.leaves(list(conditionings))), default=1)
+
+    def stack(*leaves: Array) -> Array:
+        if len({x.shape[1:] for x in leaves}) > 1:
+            raise ValueError(
+                "conditioning and null conditioning must have the same shape but for the batch, "
+                f"got {' and '.join(str(x.shape) for x in leaves)}"
+            )
+        return jnp.concatenate([jnp.broadcast_to(x, (size, *x.shape[1:])) for x in leaves])
+
+    stacked = jax.tree.map(stack, *conditionings)
+    count = len(conditionings)
+
+    def evaluate(z_t: Array, t: Array) -> list[Array]:
+        z_t = jnp.concatenate([z_t] * count)
+        return jnp.split(network(z_t, _batched(t, z_t), stacked), count)
+
+    return evaluate
+
+
+def _batched(t: Array, z_t: Array) -> Array:
+    return jnp.broadcast_to(jnp.asarray(t, jnp.float32), z_t.shape[:1])
+
+
+def _scale_at(scale: Scale, t: Array, like: Array) -> Array:
+    value = jnp.asarray(scale(t) if callable(scale) else scale)
+    return value.reshape(value.shape + (1,) * (like.ndim - 1) * value.ndim)
+
+
+def _std(x: Array) -> Array:
+    return jnp.std(x, axis=tuple(range(1, x.ndim)), keepdims=True, ddof=1)
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)), keepdims=True)
+
+
+# --------------------------------------------------------------------------- constraints on z_0
+
+
+def clip(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    low: float = -1.0,
+    high: float = 1.0,
+    recompute_eps: bool = True,
+) -> Denoiser:
+    """Clip the estimate of z_0 (pixel-space models). See `_change_z_0` for recompute_eps."""
+    return _change_z_0(denoise, lambda z_0: jnp.clip(z_0, low, high), schedule, recompute_eps)
+
+
+def dynamic_threshold(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    ratio: float = 0.995,
+    ceiling: float = jnp.inf,
+    recompute_eps: bool = True,
+) -> Denoiser:
+    """Clip |z_0| at its own `ratio` quantile per example, then scale to [−1, 1] (Imagen, §2.3).
+
+    The threshold is at least 1 and at most `ceiling`.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"dynamic_threshold must lie in (0, 1], got {ratio}")
+
+    def threshold(z_0: Array) -> Array:
+        bound = jnp.quantile(jnp.abs(z_0), ratio, axis=tuple(range(1, z_0.ndim)), keepdims=True)
+        bound = jnp.clip(bound, 1.0, ceiling)
+        return jnp.clip(z_0, -bound, bound) / bound
+
+    return _change_z_0(denoise, threshold, schedule, recompute_eps)
+
+
+def norm_threshold(
+    denoise: Denoiser, schedule: NoiseSchedule, limit: float, recompute_eps: bool = True
+) -> Denoiser:
+    """Scale z_0 down where an example's root mean square exceeds `limit` (for latents)."""
+
+    def threshold(z_0: Array) -> Array:
+        rms = jnp.sqrt(jnp.mean(z_0**2, axis=tuple(range(1, z_0.ndim)), keepdims=True))
+        return z_0 * (limit / jnp.maximum(rms, limit))
+
+    return _change_z_0(denoise, threshold, schedule, recompute_eps)
+
+
+def quantize(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    nearest: Callable[[Array], Array],
+    recompute_eps: bool = False,
+) -> Denoiser:
+    """Replace z_0 by `nearest(z_0)`, the closest entries of a VQ model's codebook.
+
+    The original LDM leaves eps as it was, hence the default.
+    """
+    return _change_z_0(denoise, nearest, schedule, recompute_eps)
+
+
+def _change_z_0(
+    denoise: Denoiser,
+    change: Callable[[Array], Array],
+    schedule: NoiseSchedule,
+    recompute_eps: bool,
+) -> Denoiser:
+    """recompute_eps: whether eps follows, so that alpha_t z_0 + sigma_t eps is z_t again."""
+
+    def changed(z_t: Array, t: Array) -> Prediction:
+        pred = denoise(z_t, t)
+        z_0 = change(pred.z_0)
+        if not recompute_eps:
+            return Prediction(z_0, pred.eps)
+        return Prediction(z_0, (z_t - schedule.alpha_t(t) * z_0) / schedule.sigma_t(t))
+
+    return changed
+
+
+# ------------------------------------------------------------------------------ starting from z_0
+
+
+def inpaint(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    known: Float[Array, "B h w c"],
+    mask: Float[Array, "B h w 1"],
+    rng: Keys,
+) -> Denoiser:
+    """Fill the hole (mask 1): before each evaluation, the rest becomes `known`, noised to level t.
+
+    known: latents. rng: one key per image, others than the sampler's. Finish with `paste`, since
+    the sampler's result holds its own version of the known part.
+    """
+
+    def filled(z_t: Array, t: Array) -> Prediction:
+        # Each timestep has its noise, whatever the sampler: fold in the bits of t.
+        bits = jax.lax.bitcast_convert_type(jnp.asarray(t, jnp.float32), jnp.uint32)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(rng, bits)
+        noised = q_sample(schedule, known, t, normal_per_example(keys, known.shape[1:]))
+        return denoise(paste(z_t, noised, mask), t)
+
+    return filled
+
+
+def paste(
+    z: Float[Array, "B h w c"], known: Float[Array, "B h w c"], mask: Float[Array, "B h w 1"]
+) -> Float[Array, "B h w c"]:
+    """z in the hole (mask 1), `known` elsewhere."""
+    return mask * z + (1 - mask) * known
+
+
+def image_to_image(
+    schedule: NoiseSchedule,
+    z_0: Float[Array, "B h w c"],
+    timesteps: Timesteps,
+    strength: float | int,
+    rng: Keys,
+) -> tuple[Float[Array, "B h w c"], Num[Array, " S_left_and_end"]]:
+    """Start from an image: its noised latent, and the last `strength` of the timesteps to run.
+
+    strength: in [0, 1]; 1 runs every step, 0 none. rng: one key per image, others than the
+    sampler's. Returns what a sampler takes as z_T and timesteps.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    total = len(timesteps) - 1
+    skipped = total - int(strength * total + 1e-6)
+    left = timesteps[skipped:]
+    return q_sample(schedule, z_0, left[0], normal_per_example(rng, z_0.shape[1:])), left
+
+
+# ---------------------------------------------------------------------------------- looking inside
+
+
+def with_progress(denoise: Denoiser, callback: Callable[[Any], None]) -> Denoiser:
+    """Call `callback(t)` on the host before each evaluation, without leaving the compiled loop."""
+
+    def observed(z_t: Array, t: Array) -> Prediction:
+        jax.debug.callback(callback, t)
+        return denoise(z_t, t)
+
+    return observed
+
+
+def with_preview(denoise: Denoiser, callback: Callable[[Any, Any], None]) -> Denoiser:
+    """Call `callback(t, z_0)` on the host with each estimate of the clean latents."""
+
+    def observed(z_t: Array, t: Array) -> Prediction:
+        pred = denoise(z_t, t)
+        jax.debug.callback(callback, t, pred.z_0)
+        return pred
+
+    return observed

@@ -1,0 +1,169 @@
+"""The objective of latent denoising: errors, their weights, and the timesteps and noise drawn.
+
+A weight is an array [T] on the error of the network's prediction, whatever it predicts.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.process.diffusion import PREDICTIONS, noise_share, posterior_variance
+from latent_diffusion.process.schedules import NoiseSchedule
+from latent_diffusion.rng import normal_per_example, uniform_per_example
+from latent_diffusion.types import Array, Float, Int, Keys, lookup
+
+
+def l1(pred: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """Mean absolute error of each example."""
+    return jnp.mean(jnp.abs(pred - target).reshape(pred.shape[0], -1), axis=1)
+
+
+def l2(pred: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """Mean squared error of each example."""
+    return jnp.mean(jnp.square(pred - target).reshape(pred.shape[0], -1), axis=1)
+
+
+LOSSES = {"l1": l1, "l2": l2}
+
+
+def _signal_in_error(schedule: NoiseSchedule, kind: str) -> Array:
+    """(squared error in z_0) · SNR / (squared error of the prediction), for every t."""
+    # From log-SNR, which stays finite where alpha is 0.
+    alphas = jnp.hypot(schedule.alphas, schedule.sigmas) * jnp.sqrt(
+        jax.nn.sigmoid(schedule.log_snr)
+    )
+    a, b = lookup(PREDICTIONS, kind, "prediction type")(alphas, schedule.sigmas)
+    return jnp.square(alphas / (alphas * b - schedule.sigmas * a))
+
+
+def simple(schedule: NoiseSchedule, kind: str) -> Float[Array, " T"]:
+    """Weight 1 everywhere: L_simple (Ho et al. 2020, eq. 14)."""
+    return jnp.ones_like(schedule.alphas)
+
+
+def elbo(schedule: NoiseSchedule, kind: str) -> Float[Array, " T"]:
+    """Weights of the variational bound: ½ (SNR(t−1) − SNR(t)) in z_0 (Kingma et al. 2021, eq. 15).
+
+    The infinite weight of t = 0 is replaced by that of t = 1, as LDM does.
+    """
+    betas = schedule.betas[1:]
+    growth = betas / ((1 - betas) * noise_share(schedule)[:-1])  # SNR(t−1) / SNR(t) − 1
+    weights = 0.5 * growth * _signal_in_error(schedule, kind)[1:]
+    return jnp.append(weights[0], weights)
+
+
+def elbo_original(
+    schedule: NoiseSchedule, kind: str, v_posterior: float = 0.0
+) -> Float[Array, " T"]:
+    """LDM's lvlb_weights, for parity: "x0" with its slip (2 − ᾱ for 2(1 − ᾱ)), v and flow 1."""
+    variance = posterior_variance(schedule, v_posterior)[1:]
+    betas, alpha_bar = schedule.betas[1:], schedule.alphas_cumprod[1:]
+    if kind == "eps":
+        weights = betas**2 / (2 * variance * (1 - betas) * noise_share(schedule)[1:])
+    elif kind == "x0":
+        weights = 0.5 * jnp.sqrt(alpha_bar) / (2 - alpha_bar)
+    else:
+        weights = jnp.ones_like(betas)
+    return jnp.append(weights[0], weights)
+
+
+def min_snr(schedule: NoiseSchedule, kind: str, gamma: float = 5.0) -> Float[Array, " T"]:
+    """min(SNR, gamma) on the error in z_0, whatever the network predicts (Hang et al. 2023)."""
+    bounded = jnp.minimum(1.0, gamma * jnp.exp(-schedule.log_snr))  # over SNR
+    return bounded * _signal_in_error(schedule, kind)
+
+
+LOSS_WEIGHTS: dict[str, Callable[..., Array]] = {
+    "simple": simple,
+    "elbo": elbo,
+    "elbo_original": elbo_original,
+    "min_snr": min_snr,
+}
+
+
+def weigh_by_logvar(
+    per_example: Float[Array, " B"], logvar_t: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """Loss under a learned log-variance of the timestep: loss / exp(logvar_t) + logvar_t (LDM)."""
+    return per_example / jnp.exp(logvar_t) + logvar_t
+
+
+# ------------------------------------------------------------ timesteps and noise of training
+
+
+def uniform(keys: Keys, schedule: NoiseSchedule) -> Int[Array, " B"]:
+    """Every timestep equally often."""
+    return _below(uniform_per_example(keys) * schedule.num_timesteps, schedule)
+
+
+def logit_normal(
+    keys: Keys, schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0
+) -> Int[Array, " B"]:
+    """T · sigmoid(N(mean, std²)): the middle more often (Esser et al. 2024, §3.1)."""
+    share = jax.nn.sigmoid(mean + std * normal_per_example(keys, ()))
+    return _below(share * schedule.num_timesteps, schedule)
+
+
+def importance(
+    keys: Keys, schedule: NoiseSchedule, density: Float[Array, " T"] | None = None
+) -> Int[Array, " B"]:
+    """Timesteps in proportion to `density` (unnormalised); None: evenly over log-SNR.
+
+    `importance_weights(density)` keeps the loss unbiased; `loss_density` follows the loss.
+    """
+    if density is None:
+        density = -jnp.diff(schedule.log_snr, prepend=schedule.log_snr[0])
+    cumulative = jnp.cumsum(density)
+    drawn = uniform_per_example(keys) * cumulative[-1]
+    return _below(jnp.searchsorted(cumulative, drawn, side="right"), schedule)
+
+
+TIMESTEP_SAMPLING: dict[str, Callable[..., Array]] = {
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "importance": importance,
+}
+
+
+def _below(t: Array, schedule: NoiseSchedule) -> Array:
+    return jnp.minimum(t.astype(jnp.int32), schedule.num_timesteps - 1)
+
+
+def importance_weights(density: Float[Array, " T"]) -> Float[Array, " T"]:
+    """1 / (T p_t): multiplies the losses of timesteps drawn from `density`."""
+    return jnp.mean(density) / density
+
+
+def loss_density(squares: Float[Array, " T"], uniform_share: float = 1e-3) -> Float[Array, " T"]:
+    """Probabilities ∝ √E[loss²] (Nichol & Dhariwal 2021, §3.3), a share of them uniform."""
+    root = jnp.sqrt(squares)
+    return (1 - uniform_share) * root / jnp.sum(root) + uniform_share / root.shape[0]
+
+
+def update_squares(
+    squares: Float[Array, " T"],
+    t: Int[Array, " B"],
+    losses: Float[Array, " B"],
+    decay: float = 0.9,
+) -> Float[Array, " T"]:
+    """Moving average of the squared loss of each timestep, for `loss_density`; start from ones."""
+    count = jnp.zeros_like(squares).at[t].add(1.0)
+    total = jnp.zeros_like(squares).at[t].add(jnp.square(losses))
+    kept = decay**count
+    return kept * squares + (1 - kept) * total / jnp.maximum(count, 1.0)
+
+
+def offset_noise(
+    keys: Keys, eps: Float[Array, "B *space c"], strength: float
+) -> Float[Array, "B *space c"]:
+    """Add one number per image and channel to the noise, so that brightness diffuses too."""
+    shape = (1,) * (eps.ndim - 2) + eps.shape[-1:]
+    return eps + strength * normal_per_example(keys, shape)
+
+
+def perturb_input(
+    keys: Keys, eps: Float[Array, "B ..."], strength: float = 0.1
+) -> Float[Array, "B ..."]:
+    """The noise for q_sample alone, the target keeping eps (Ning et al. 2023, algorithm 3)."""
+    return eps + strength * normal_per_example(keys, eps.shape[1:])

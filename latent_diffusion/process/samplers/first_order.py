@@ -1,0 +1,117 @@
+"""One evaluation, one straight step: DDPM, DDIM and its inversion, Euler, consistency models."""
+
+import jax.numpy as jnp
+
+from latent_diffusion.process.diffusion import Denoiser
+from latent_diffusion.process.samplers.table import Levels, Table, run, steps
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.types import Array, Float
+
+
+def ddpm(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    large_variance: float = 0.0,
+    temperature: float = 1.0,
+) -> Table:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the timesteps.
+
+    large_variance: 0 is the posterior variance, 1 is beta_t, values between mix them (LDM's
+    v_posterior). temperature: scales the noise.
+    """
+    here, there = steps(schedule, timesteps)
+    lost = -jnp.expm1(2 * (here.lam - there.lam))  # 1 − SNR_t / SNR_s
+    small, large = there.sigma**2 * lost, here.sigma**2 * lost
+    large = jnp.where(there.t < 0, 0.0, large)  # nothing is added to the final answer
+    variance = (1 - large_variance) * small + large_variance * large
+    return Table(
+        here.t,
+        scale=here.alpha / there.alpha * there.sigma**2 / here.sigma**2,
+        z_0=(there.alpha * lost)[:, None],
+        noise=temperature * jnp.sqrt(variance),
+    )
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    eta: float = 0.0,
+    temperature: float = 1.0,
+    noise_dropout: float = 0.0,
+) -> Table:
+    """DDIM (Song et al. 2021, eq. 12). eta: 0 is deterministic, 1 has DDPM's noise.
+
+    temperature: scales the noise. noise_dropout: in [0, 1), the share of it that is dropped.
+    """
+    if not 0 <= noise_dropout < 1:
+        raise ValueError(f"noise_dropout must lie in [0, 1), got {noise_dropout}")
+    here, there = steps(schedule, timesteps)
+    noise = ddim_noise(here, there, eta)
+    return Table(
+        here.t,
+        z_0=there.alpha[:, None],
+        eps=jnp.sqrt(jnp.maximum(there.sigma**2 - noise**2, 0.0))[:, None],
+        noise=temperature * noise if eta else None,
+        dropout=jnp.full_like(noise, noise_dropout) if eta and noise_dropout else None,
+    )
+
+
+def ddim_noise(here: Levels, there: Levels, eta: float = 1.0) -> Float[Array, " S"]:
+    """DDIM's sigma (eq. 16): amplitude of the fresh noise in a step."""
+    return eta * there.sigma * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam)))
+
+
+def ddim_inversion(
+    denoise: Denoiser,
+    z_0: Float[Array, "B *latent"],
+    timesteps: Timesteps,
+    schedule: NoiseSchedule,
+) -> Float[Array, "B *latent"]:
+    """The latent at timesteps[0] from which deterministic DDIM leads (nearly) back to z_0.
+
+    timesteps: the ones of the sampler, descending. The network is evaluated at the timestep to
+    which a step leads, since the first step starts from clean data (or ᾱ_0), which has none.
+    """
+    here, there = steps(schedule, timesteps[::-1])
+    scale = there.alpha / here.alpha
+    eps = there.sigma - scale * here.sigma
+    return run(Table(there.t, scale=scale, eps=eps[:, None]), denoise, z_0)
+
+
+def euler(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
+    """Euler's method for d(z/alpha)/d(sigma/alpha) = eps (Karras et al. 2022).
+
+    In exact arithmetic that is deterministic DDIM, and computing it as such is better conditioned.
+    """
+    return ddim(schedule, timesteps)
+
+
+def euler_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
+    """Euler to a lower noise level, then noise up (k-diffusion): DDIM whose default eta is 1."""
+    return ddim(schedule, timesteps, eta=eta)
+
+
+def lcm(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    timestep_scaling: float = 10.0,
+    sigma_data: float = 0.5,
+) -> Table:
+    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): denoise, noise again.
+
+    For networks distilled to jump to z_0; their boundary condition mixes in the input by
+    timestep_scaling and sigma_data. No noise after the last step.
+    """
+    here, there = steps(schedule, timesteps)
+    scaled = here.t * timestep_scaling
+    skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    out = scaled / jnp.sqrt(scaled**2 + sigma_data**2)
+    return Table(
+        here.t,
+        scale=there.alpha * skip,
+        z_0=(there.alpha * out)[:, None],
+        noise=there.sigma.at[-1].set(0.0),
+    )

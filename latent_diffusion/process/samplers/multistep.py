@@ -1,0 +1,126 @@
+"""Linear multistep methods: PLMS, LMS, DEIS, UniPC. One evaluation a step, several remembered."""
+
+import math
+
+import jax.numpy as jnp
+
+from latent_diffusion.process.samplers.integrals import interpolation_weights, past_nodes, phi
+from latent_diffusion.process.samplers.table import Levels, Table, lagged, levels, ratio, steps
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.types import Array, Float
+
+# Adams–Bashforth on equal steps (Liu et al. 2022, eq. 12). Row 1 returns to the start with the mean
+# of both ends (Heun); later rows skip its evaluation, which is not on the path.
+_PLMS = (
+    (1, 0, 0, 0, 0),
+    (1 / 2, 1 / 2, 0, 0, 0),
+    (3 / 2, 0, -1 / 2, 0, 0),
+    (23 / 12, -16 / 12, 0, 5 / 12, 0),
+    (55 / 24, -59 / 24, 37 / 24, 0, -9 / 24),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24, 0),
+)
+
+
+def plms(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
+    """PLMS, also PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as the original."""
+    count = len(timesteps) - 1
+    every = levels(schedule, timesteps)
+    row = jnp.arange(count + 1)
+    begin, end = jnp.maximum(row - 1, 0), jnp.maximum(row, 1)
+    here, there = Levels(*(x[begin] for x in every)), Levels(*(x[end] for x in every))
+    # The second evaluation lies at the end of the first step; with one step, at its start again.
+    t = jnp.where((row == 1) & (count > 1), there.t, here.t)
+    span = there.alpha * (there.rho - here.rho)
+    again = jnp.where(row == 1, 1.0, 0.0)
+    return Table(
+        t,
+        scale=there.alpha / here.safe_alpha,
+        eps=span[:, None] * jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)],
+        restart=1 - again,
+        keep=again,
+    )
+
+
+def lms(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 4) -> Table:
+    """Adams–Bashforth on unequal steps: eps as a polynomial in sigma/alpha (k-diffusion)."""
+    here, there = steps(schedule, timesteps)
+    step = there.rho - here.rho
+    nodes, usable = past_nodes(here.rho, step, jnp.asarray(order), order)
+    moments = [jnp.full_like(step, 1 / (k + 1)) for k in range(order)]
+    weights = step[:, None] * interpolation_weights(nodes, usable, moments)
+    return _adams(here, there, weights)
+
+
+def deis(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 2) -> Table:
+    """DEIS (Zhang & Chen 2023, tAB): eps as a polynomial in log-SNR, integrated exactly.
+
+    order: up to 4. The order falls in the last steps where there are fewer than 15, and to 1 in a
+    step to clean data.
+    """
+    here, there = steps(schedule, timesteps)
+    h = there.lam - here.lam
+    left = jnp.arange(len(h), 0, -1)
+    few = left if len(h) < 15 else jnp.full_like(left, order)
+    nodes, usable = past_nodes(here.lam, h, jnp.where(there.t < 0, 1, few), order)
+    moments = [math.factorial(k) * jnp.exp(-h) * phi(k + 1, h) for k in range(order)]
+    span = (-h * here.rho)[:, None]  # d rho = −rho d lam
+    return _adams(here, there, span * interpolation_weights(nodes, usable, moments))
+
+
+def unipc(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 2) -> Table:
+    """UniPC, B(h) = e^h − 1, on z_0 (Zhao et al. 2023, algorithms 5 and 6).
+
+    Each evaluation first corrects the latent it was made at, then predicts the next one.
+    order: of the predictor, up to 3; it falls to 1 in the last steps.
+    """
+    here, there = steps(schedule, timesteps)
+    h = there.lam - here.lam
+    row = jnp.arange(len(h))
+    orders = jnp.minimum(jnp.minimum(order, row + 1), len(h) - row)
+    predict = _predictor(here, h, orders, order)
+    correct = _corrector(here, h, orders, order)
+    first = row == 0
+    return Table(
+        here.t,
+        scale=there.sigma / here.sigma,
+        z_0=there.alpha[:, None] * jnp.pad(predict, ((0, 0), (0, 1))),
+        restart=jnp.where(first, 1.0, 0.0),
+        keep=jnp.where(first, 0.0, here.sigma / lagged(here.sigma, 1)),
+        correction=jnp.where(first[:, None], 0.0, here.alpha[:, None] * correct),
+    )
+
+
+def _adams(here: Levels, there: Levels, weights: Float[Array, "S K"]) -> Table:
+    """z/alpha plus the integral of eps."""
+    return Table(here.t, scale=there.alpha / here.safe_alpha, eps=there.alpha[:, None] * weights)
+
+
+def _predictor(here: Levels, h: Array, orders: Array, order: int) -> Float[Array, "S K"]:
+    """UniP: weights of z_0 here and before, relative to alpha there."""
+    nodes, usable = past_nodes(here.lam, h, orders, order)
+    exact = h[:, None] * interpolation_weights(nodes, usable, _data_moments(h, order))
+    if order == 1:
+        return exact
+    # Order 2 replaces the exact weight of the slope by half of B(h): DPM-Solver++(2M).
+    half = -0.5 * jnp.expm1(-h) * ratio(h, lagged(h, 1))
+    simple = jnp.zeros_like(exact).at[:, 0].set(-jnp.expm1(-h) + half).at[:, 1].set(-half)
+    return jnp.where((orders == 2)[:, None], simple, exact)
+
+
+def _corrector(here: Levels, h: Array, orders: Array, order: int) -> Float[Array, "S J"]:
+    """UniC: weights of z_0 here, at the step's start and before it, relative to alpha here."""
+    start, h, orders = lagged(here.lam, 1), lagged(h, 1), lagged(orders, 1)
+    nodes, usable = past_nodes(start, h, orders, order)
+    exists = [u & (jnp.arange(len(h)) > k) for k, u in enumerate(usable)]
+    ones = jnp.ones_like(h)
+    moments = _data_moments(h, order + 1)
+    exact = h[:, None] * interpolation_weights([ones, *nodes], [ones > 0, *exists], moments)
+    # Order 1 replaces the exact weight of the difference by half of B(h).
+    half = -0.5 * jnp.expm1(-h)
+    simple = jnp.zeros_like(exact).at[:, 0].set(half).at[:, 1].set(-jnp.expm1(-h) - half)
+    return jnp.where((orders == 1)[:, None], simple, exact)
+
+
+def _data_moments(h: Array, count: int) -> list[Array]:
+    """∫_0^1 e^{−h(1−u)} u^k du."""
+    return [math.factorial(k) * phi(k + 1, -h) for k in range(count)]

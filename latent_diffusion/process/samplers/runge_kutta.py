@@ -1,0 +1,85 @@
+"""Two evaluations a step, the second one where the first one leads; a single one in the last step.
+
+So S steps cost 2S − 1 evaluations. rho is sigma/alpha, in which d(z/alpha)/d(rho) = eps.
+"""
+
+import jax.numpy as jnp
+
+from latent_diffusion.process.samplers.table import Levels, Table, interleave, levels_at, steps
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.types import Array
+
+
+def heun(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1)."""
+    here, there = steps(schedule, timesteps)
+    half = 0.5 * there.alpha * (there.rho - here.rho)
+    scale = there.alpha / here.safe_alpha
+    return _two_stages(here, there, there, there.rho, scale, eps=(half, half))
+
+
+def dpm2(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
+    """The midpoint method, its midpoint in log-SNR (k-diffusion's after DPM-Solver-2)."""
+    return dpm2_ancestral(schedule, timesteps, eta=0.0)
+
+
+def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
+    """`dpm2` down to a lower noise level, then noise up (k-diffusion)."""
+    here, there = steps(schedule, timesteps)
+    down, up = _ancestral(here, there, eta)
+    middle = levels_at(schedule, jnp.sqrt(here.rho * down))
+    eps = there.alpha * (down - here.rho)
+    scale = there.alpha / here.safe_alpha
+    return _two_stages(here, middle, there, down, scale, eps=(eps,), up=up if eta else None)
+
+
+def dpm_solver_pp_2s_ancestral(
+    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0
+) -> Table:
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1) down, then noise up (k-diffusion)."""
+    here, there = steps(schedule, timesteps)
+    down, up = _ancestral(here, there, eta)
+    middle = levels_at(schedule, jnp.sqrt(here.rho * down))
+    z_0 = there.alpha * (1 - down / here.rho)
+    scale = there.alpha * down / here.sigma
+    return _two_stages(here, middle, there, down, scale, z_0=(z_0,), up=up if eta else None)
+
+
+def _ancestral(here: Levels, there: Levels, eta: float) -> tuple[Array, Array]:
+    """Split a step to `there` into a deterministic one, down to a lower rho, and noise up."""
+    up = jnp.minimum(1.0, eta * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam))))
+    return there.rho * jnp.sqrt(1 - up**2), there.rho * up
+
+
+def _two_stages(
+    here: Levels,
+    middle: Levels,
+    there: Levels,
+    down: Array,
+    scale: Array,
+    z_0: tuple[Array, ...] = (),
+    eps: tuple[Array, ...] = (),
+    up: Array | None = None,
+) -> Table:
+    """A straight step to `middle`, then from the start again to rho = `down`, then noise `up`.
+
+    scale, z_0, eps: the second stage. The last step is straight, and has no second stage.
+    """
+    zeros, ones = jnp.zeros_like(scale), jnp.ones_like(scale)
+
+    def columns(*given: Array) -> Array:
+        return jnp.stack([*given, *[zeros] * (max(len(z_0), len(eps)) - len(given))], axis=1)
+
+    noise = None if up is None else there.alpha * up
+    last = jnp.arange(len(scale)) == len(scale) - 1
+    first = Table(
+        here.t,
+        scale=zeros,
+        z_0=columns(jnp.where(last, there.alpha, middle.alpha)),
+        eps=columns(jnp.where(last, there.alpha * down, middle.sigma)),
+        noise=None if noise is None else jnp.where(last, noise, 0.0),
+        restart=ones,
+        keep=zeros,
+    )
+    second = Table(middle.t, scale, columns(*z_0), columns(*eps), noise, zeros, ones)
+    return interleave(first, second)

@@ -1,0 +1,149 @@
+"""The one sampling loop. Every sampler is a table of coefficients for it.
+
+Each network evaluation, in turn, gives estimates of z_0 and eps at the current latent z. A table's
+row says how the next latent is combined from them, from earlier estimates and from `base`, the
+latent at which the current step started:
+
+    base ← restart · z + keep · base + Σ_k correction_k · z_0[k]
+    z    ← scale · base + Σ_k z_0_k · z_0[k] + Σ_k eps_k · eps[k] + noise · n,   n ~ N(0, 1)
+
+where [k] is the estimate of k evaluations ago; `dropout` zeroes a share of n. So the loop is a
+single `lax.scan` with the network in it once, and a method is the formula of its coefficients,
+vectorised over the steps.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Shaped
+
+from latent_diffusion.process.diffusion import Denoiser
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.rng import normal_per_example, split_per_example, uniform_per_example
+from latent_diffusion.types import Array, Float, Keys
+
+_CLEAN_LAM = 50.0  # stands for the infinite log-SNR of clean data: exp(−50) is 0 beside 1
+
+
+class Levels(NamedTuple):
+    """Noise levels, one entry per step."""
+
+    t: Array
+    alpha: Array
+    sigma: Array
+    lam: Array  # log(alpha/sigma)
+    rho: Array  # sigma/alpha, the "sigma" of Karras et al. 2022
+
+    @property
+    def safe_alpha(self) -> Array:
+        """Alpha to divide by: positive, as log-SNR is finite, where alpha is 0."""
+        return jnp.hypot(self.alpha, self.sigma) / jnp.sqrt(1 + self.rho**2)
+
+
+def levels(schedule: NoiseSchedule, t: Array) -> Levels:
+    """The noise levels of timesteps t (−1 is clean data)."""
+    t = jnp.asarray(t, jnp.float32)
+    lam = jnp.minimum(0.5 * schedule.log_snr_t(t), _CLEAN_LAM)
+    rho = jnp.where(t < 0, 0.0, jnp.exp(-lam))
+    return Levels(t, schedule.alpha_t(t), schedule.sigma_t(t), lam, rho)
+
+
+def levels_at(schedule: NoiseSchedule, rho: Array) -> Levels:
+    """The noise levels where sigma/alpha is rho, at fractional timesteps."""
+    return levels(schedule, schedule.timestep_at(-2 * jnp.log(rho)))
+
+
+def steps(schedule: NoiseSchedule, timesteps: Timesteps) -> tuple[Levels, Levels]:
+    """Where each of the S steps starts, and where it ends."""
+    every = levels(schedule, timesteps)
+    return Levels(*(x[:-1] for x in every)), Levels(*(x[1:] for x in every))
+
+
+class Table(NamedTuple):
+    """Coefficients of N evaluations; see the module's docstring. None stands for zeros.
+
+    t: [N] timesteps of the evaluations. restart defaults to ones: each evaluation is a step.
+    z_0, eps, correction: [N K], latest estimate first.
+    """
+
+    t: Float[Array, " N"]
+    scale: Float[Array, " N"] | None = None
+    z_0: Float[Array, "N K"] | None = None
+    eps: Float[Array, "N K"] | None = None
+    noise: Float[Array, " N"] | None = None
+    restart: Float[Array, " N"] | None = None
+    keep: Float[Array, " N"] | None = None
+    correction: Float[Array, "N K"] | None = None
+    dropout: Float[Array, " N"] | None = None
+
+
+def run(
+    table: Table, denoise: Denoiser, z: Float[Array, "B *latent"], rng: Keys | None = None
+) -> Float[Array, "B *latent"]:
+    """Follow a table from the latent z. Image b's noise at row i depends on rng[b] and i alone."""
+    if table.noise is not None and rng is None:
+        raise ValueError("this sampler draws noise: give it rng, one key per image")
+    z = z.astype(jnp.float32)
+
+    def evaluate(carry, row):
+        (z, base, past_z_0, past_eps), (i, row) = carry, row
+        pred = denoise(z, row.t)
+        z_0, eps = _push(pred.z_0, past_z_0), _push(pred.eps, past_eps)
+        base = _weighted((row.restart, z), (row.keep, base)) if table.restart is not None else z
+        base = base + _combine(row.correction, z_0)
+        z = _weighted((row.scale, base)) + _combine(row.z_0, z_0) + _combine(row.eps, eps)
+        if row.noise is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(rng, i)
+            noise = normal_per_example(keys, z.shape[1:])
+            z = z + row.noise * (noise if row.dropout is None else _drop(keys, noise, row.dropout))
+        return (z, base, z_0, eps), None
+
+    start = (z, z, _memory(table.z_0, z), _memory(table.eps, z))
+    rows = (jnp.arange(table.t.shape[0]), table)
+    return jax.lax.scan(evaluate, start, rows)[0][0]
+
+
+def _drop(keys: Keys, noise: Array, share: Array) -> Array:
+    """Inverted dropout: `share` of the elements 0, the others divided by what is left."""
+    kept = uniform_per_example(split_per_example(keys, 1)[0], noise.shape[1:]) >= share
+    return jnp.where(kept, noise / (1 - share), 0.0)
+
+
+def _memory(coefficients: Array | None, z: Array) -> tuple[Array, ...]:
+    count = 0 if coefficients is None else coefficients.shape[1]
+    return (jnp.zeros_like(z),) * count
+
+
+def _push(latest: Array, past: tuple[Array, ...]) -> tuple[Array, ...]:
+    return (latest, *past)[: len(past)]
+
+
+def _combine(coefficients: Array | None, estimates: tuple[Array, ...]) -> Array | float:
+    if coefficients is None:
+        return 0.0
+    return _weighted(*((coefficients[k], estimates[k]) for k in range(len(coefficients))))
+
+
+def _weighted(*terms: tuple[Array | None, Array]) -> Array | float:
+    return sum((weight * x for weight, x in terms if weight is not None), start=0.0)
+
+
+def interleave(first: Table, second: Table) -> Table:
+    """Alternate the rows of two S-row tables, without the very last: 2S − 1 evaluations."""
+
+    def merge(a, b):
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])[:-1]
+
+    return jax.tree.map(merge, first, second)
+
+
+def lagged(x: Shaped[Array, " S"], k: int) -> Shaped[Array, " S"]:
+    """x of k steps ago; the first one where there is none."""
+    return jnp.concatenate([jnp.repeat(x[:1], k), x])[: x.shape[0]]
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, 0 where the denominator is 0 (a timestep that occurs twice)."""
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))

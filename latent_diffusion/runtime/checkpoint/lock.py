@@ -1,0 +1,68 @@
+"""One run at a time trains in a workdir."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from latent_diffusion.runtime import processes
+from latent_diffusion.runtime.checkpoint.errors import CheckpointError, WorkdirInUse, reason
+
+
+class WorkdirLock:
+    """Held from `acquire_lock` until `release`, or until the process dies in whatever way."""
+
+    def __init__(self, file: Any = None):
+        self._file = file
+
+    def release(self) -> None:
+        """Let others have the workdir."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "WorkdirLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def acquire_lock(workdir: str | os.PathLike) -> WorkdirLock:
+    """Make sure that one run at a time trains in `workdir`; process 0 locks for all processes.
+
+    Raises WorkdirInUse with the holder's pid, CheckpointError where the lock can't be written; on
+    all processes.
+    """
+    lock, error = WorkdirLock(), None
+    if jax.process_index() == 0 and "://" not in os.fspath(workdir):  # object stores have no locks
+        try:
+            lock = _lock(Path(workdir))
+        except (WorkdirInUse, CheckpointError) as caught:
+            error = caught
+    if processes.any_process(error is not None):
+        raise error or WorkdirInUse(f"process 0 can't lock {workdir}; see its message")
+    return lock
+
+
+def _lock(workdir: Path) -> WorkdirLock:
+    path = workdir / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise CheckpointError(f"can't write in {workdir}: {reason(error)}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "an unknown process"
+        file.close()
+        raise WorkdirInUse(f"workdir {workdir} is in use by {holder}; wait or stop it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return WorkdirLock(file)

@@ -1,0 +1,148 @@
+"""Putting states and batches where a compiled step wants them."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from latent_diffusion.runtime.parallel.modes import (
+    AXIS_NAME,
+    BATCH_SPEC,
+    num_parts,
+    process_shard,
+    resolve,
+)
+from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
+from latent_diffusion.types import PyTree
+
+
+@functools.cache
+def _local_mesh() -> Mesh:
+    """What pmap itself uses: the devices of this process, in order."""
+    return Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
+
+
+def replicated(mode: str, mesh: Mesh | None) -> Sharding:
+    """A whole copy on every device that a compiled step sees."""
+    if mode == "single":
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh or _local_mesh(), P())
+
+
+def state_shardings(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
+    """Where the compiled step wants every leaf of the state. Rules count in mode "mesh" only."""
+    mode, mesh = resolve(mode, mesh)
+    if mesh is not None:
+        return infer_shardings(tree, mesh, rules)
+    return jax.tree.map(lambda _: replicated(mode, mesh), tree)
+
+
+def place(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
+    """Put a fresh or restored state (or constants) where the compiled step wants it.
+
+    Python scalars become arrays, so that the second step sees the types of the first; an array
+    that occurs twice (EMA = params at the start) becomes two, so that both can be donated. The
+    result may share memory with `tree`, which a donating step then deletes: use the result only.
+    """
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        twice = id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.copy() if twice and isinstance(leaf, jax.Array) else leaf
+
+    tree = jax.tree.map(_strong, jax.tree.map(own, tree))
+    return jax.tree.map(put, tree, state_shardings(tree, mode, mesh, rules))
+
+
+def abstract(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
+    """ShapeDtypeStructs with shardings: what a checkpoint is restored into, before `place`."""
+    tree = shapes_of(tree)
+    shardings = state_shardings(tree, mode, mesh, rules)
+    if mode == "pmap" and jax.process_count() > 1:
+        shardings = jax.tree.map(lambda _: _everywhere(), tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
+    """Put this process's part of a global batch (numpy, leading axis B) on its devices.
+
+    Raises ValueError where B doesn't divide over the devices. Batches already placed pass through,
+    so a loader may place the next batch while a step runs.
+    """
+    mode, mesh = resolve(mode, mesh)
+    leaves = jax.tree.leaves(host_batch)
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return host_batch
+    if mode == "single":
+        return jax.device_put(host_batch, replicated(mode, mesh))
+    parts = num_parts(mode, mesh) // process_shard(mode, mesh)[1]
+    for leaf in leaves:
+        if len(leaf) % parts:
+            raise ValueError(f"a batch of {len(leaf)} examples doesn't divide over {parts} devices")
+    if mesh is None:
+        sharding = NamedSharding(_local_mesh(), P(AXIS_NAME))
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), host_batch)
+        return jax.device_put(split, sharding)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), host_batch)
+
+
+def to_global(tree: PyTree, mode: str) -> PyTree:
+    """View a pmapped state on several processes as one replicated global state, without copying.
+
+    Checkpoints want global arrays; pmap returns arrays local to each process, and `place` makes
+    them local again.
+    """
+    if mode != "pmap" or jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda leaf: _relabel(leaf, _everywhere()), tree)
+
+
+def _everywhere() -> Sharding:
+    """Replicated over the devices of all processes."""
+    return NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS_NAME,)), P())
+
+
+def _relabel(leaf: jax.Array, sharding: Sharding) -> jax.Array:
+    """The same buffers of this process under another replicated sharding."""
+    if _is_key(leaf):
+        data = _relabel(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    shards = [shard.data for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _strong(leaf: Any) -> Any:
+    """An array without weak type: x + 1.0 would strengthen it, and the next call recompile."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+
+
+def put(leaf: Any, sharding: Sharding) -> jax.Array:
+    """An array, or what numpy makes of `leaf`, under a sharding."""
+    # An uncommitted array would come back committed from step 1, and step 2 would recompile.
+    if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
+        return leaf
+    if sharding.is_fully_addressable and not getattr(leaf, "is_fully_addressable", True):
+        return _relabel(leaf, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # device_put would first compare the values of all processes, a collective for every leaf.
+    if _is_key(leaf):
+        data = put(np.asarray(jax.random.key_data(leaf)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -1,0 +1,227 @@
+"""Compiling a step for its devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from latent_diffusion.runtime import processes
+from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve
+from latent_diffusion.runtime.parallel.placement import place, place_batch, put, replicated
+from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
+from latent_diffusion.types import PyTree
+
+Step = Callable[..., Any]
+# What JAX 0.10 gives to YNNPACK on a CPU, less convolutions, which Eigen computes faster, above all
+# backwards: a step of perceptual compression takes a quarter less time (docs/benchmarks.md).
+_NO_YNN_CONVOLUTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step bound to its devices: `compiled(state, constants, host_batch, rng)`."""
+
+    run: Callable[..., Any]
+    arguments: Callable[..., Any]  # the same arguments -> what the program gets, in place
+    lower: Callable[..., Any]  # the same arguments -> jax.stages.Lowered, to look at the HLO
+
+    def __call__(self, state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> Any:
+        """Place the process-local numpy batch and run."""
+        return self.run(state, constants, host_batch, rng)
+
+
+def compile_step(
+    step: Step,
+    mode: str,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    donate_state: bool = True,
+) -> CompiledStep:
+    """Compile a training step; returns `f(state, constants, host_batch, rng) -> (state, metrics)`.
+
+    host_batch: this process's part of the global batch, numpy with leading axis B.
+    rng: one typed key, the same on all processes. The state is donated: the one passed in is
+    deleted. Metrics must be the same on all devices (the step averages them over `axis_name`).
+    """
+    mode, mesh = resolve(mode, mesh)
+    donate = (0,) if donate_state else ()
+
+    def build(state: PyTree) -> Any:
+        if mode == "pmap":
+            return _pmap(step, out_axes=None, donate_argnums=donate)
+        # Outputs laid out like the inputs: donation can alias, and step 2 doesn't recompile.
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        out = (shardings, replicated(mode, mesh))
+        return _jit(step, mesh, out_shardings=out, donate_argnums=donate)
+
+    return _bind(build, lambda out: out, mode, mesh, rules)
+
+
+def compile_eval(
+    step: Step, mode: str, *, mesh: Mesh | None = None, rules: Rules = ()
+) -> CompiledStep:
+    """Compile a step whose outputs all have a leading axis B: one value, image... per example.
+
+    `f(state, constants, host_batch, rng)` returns them as numpy arrays for the whole global batch,
+    in its order, on every process. The state is not donated. Serves evaluation and sampling.
+    """
+    mode, mesh = resolve(mode, mesh)
+
+    def build(state: PyTree) -> Any:
+        if mode == "pmap":
+            return _pmap(step, out_axes=0)
+        return _jit(step, mesh, out_shardings=NamedSharding(mesh, BATCH_SPEC) if mesh else None)
+
+    def gather(out: PyTree) -> PyTree:
+        if mode == "pmap":
+            out = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), out)
+        if jax.process_count() > 1:
+            return multihost_utils.process_allgather(out, tiled=True)
+        return jax.tree.map(np.asarray, out)
+
+    return _bind(build, gather, mode, mesh, rules)
+
+
+def lower_for(
+    devices: Sequence[Any],
+    step: Step,
+    mode: str,
+    args: Sequence[PyTree],
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    evaluate: bool = False,
+) -> Any:
+    """Lower a step for devices that need not be there: a `jax.stages.Lowered` to compile.
+
+    mode: "pmap" or "mesh", with a mesh over `devices`. args: (state, constants, batch, rng), arrays
+    or ShapeDtypeStructs, the batch global. evaluate: as `compile_eval` does, else `compile_step`.
+    """
+    state, constants, batch, rng = args
+    donate = () if evaluate else (0,)
+    if mode == "pmap":
+        count = len(devices)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, len(x) // count, *x.shape[1:]), x.dtype), batch
+        )
+        options = {"out_axes": 0 if evaluate else None, "donate_argnums": donate}
+        mapped = _pmap(step, devices=devices, **options)
+        return mapped.lower(shapes_of(state), (shapes_of(constants), batch, shapes_of(rng)))
+    assert mesh is not None
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, BATCH_SPEC)
+    shardings = infer_shardings(state, mesh, rules)
+
+    def laid_out(tree: PyTree, sharding: Any) -> PyTree:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes_of(tree)
+        )
+
+    state = jax.tree.map(laid_out, state, shardings)
+    rest = (laid_out(constants, whole), laid_out(batch, rows), laid_out(rng, whole))
+    out = rows if evaluate else (shardings, whole)
+    function = _flat(_rows_kept(step, mesh))
+    return jax.jit(function, out_shardings=out, donate_argnums=donate).lower(state, rest)
+
+
+def _flat(step: Step, **options: Any) -> Step:
+    """A step of (state, (constants, batch, rng))."""
+
+    @functools.wraps(step)
+    def function(state: PyTree, rest: tuple) -> Any:
+        return step(state, *rest, **options)
+
+    return function
+
+
+def _rows_kept(step: Step, mesh: Mesh) -> Step:
+    """The step, with what it looks up in tables (`nn.Embed`) cut as the batch is.
+
+    Else XLA cuts it as the table is, along features, and all that follows: under FSDP a text
+    transformer would send its activations, many times the bytes of its parameters.
+    """
+    rows = NamedSharding(mesh, BATCH_SPEC)
+
+    def keep(call: Step, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        looked_up = isinstance(context.module, nn.Embed) and context.method_name == "__call__"
+        return jax.lax.with_sharding_constraint(out, rows) if looked_up else out
+
+    @functools.wraps(step)
+    def function(*args: Any) -> Any:
+        with nn.intercept_methods(keep):
+            return step(*args)
+
+    return function
+
+
+def _jit(step: Step, mesh: Mesh | None, **options: Any) -> Any:
+    step = _rows_kept(step, mesh) if mesh else step
+    concerned = jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10)
+    own = _NO_YNN_CONVOLUTIONS if concerned else None
+    return jax.jit(_flat(step), compiler_options=own, **options)
+
+
+def _pmap(step: Step, **options: Any) -> Any:
+    # Nested in_axes: JAX 0.10's shortcut for a flat tuple takes one entry per *leaf* whenever the
+    # arguments happen to have as many leaves in all as there are arguments.
+    in_axes = (None, (None, 0, None))
+    return jax.pmap(_flat(step, axis_name=AXIS_NAME), AXIS_NAME, in_axes=in_axes, **options)
+
+
+def _bind(
+    build: Callable[[PyTree], Any],
+    finish: Callable[[Any], Any],
+    mode: str,
+    mesh: Mesh | None,
+    rules: Rules,
+) -> CompiledStep:
+    """Put arguments in place; `build` waits for the first state, whose layout it copies."""
+    function: Any = None
+    met = jax.process_count() == 1
+    constants_seen: list[PyTree] = []  # [given, placed]
+
+    def arguments(state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> tuple:
+        nonlocal function
+        batch = place_batch(host_batch, mode, mesh)
+        if function is None:
+            state = place(state, mode, mesh, rules)
+            function = build(state)
+        if not constants_seen or constants_seen[0] is not constants:
+            constants_seen[:] = [constants, _place_constants(constants, mode, mesh)]
+        return state, (constants_seen[1], batch, put(rng, replicated(mode, mesh)))
+
+    def run(*args: Any) -> Any:
+        nonlocal met
+        args = arguments(*args)
+        if not met:  # hosts aren't equally fast to compile, and collectives don't wait for long
+            function.lower(*args).compile()  # the call below finds it
+            processes.barrier("compiled")
+            met = True
+        return finish(function(*args))
+
+    def lower(*args: Any) -> Any:
+        args = arguments(*args)
+        return function.lower(*args)
+
+    return CompiledStep(run, arguments, lower)
+
+
+def _place_constants(constants: PyTree, mode: str, mesh: Mesh | None) -> PyTree:
+    """Replicate what isn't on all devices yet; leave what the caller has laid out on them."""
+    target = replicated(mode, mesh)
+
+    def replicate(leaf: Any) -> Any:
+        placed = isinstance(leaf, jax.Array) and leaf.sharding.device_set == target.device_set
+        return leaf if placed else put(leaf, target)
+
+    return jax.tree.map(replicate, constants)

@@ -1,0 +1,81 @@
+"""The folder of a run: the names of its files, and how they are written and read.
+
+    config.json            the resolved experiment
+    tokenizer.json         the vocabulary, where there is one
+    first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
+    conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
+    moments-IDENTITY.npy   the training set's latents, where they are encoded once
+    checkpoints/ images/ metrics.jsonl, TensorBoard events
+
+A denoiser's workdir keeps its own copy of what is frozen: it can be moved, and what is done to the
+originals can't change it.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+FIRST_STAGE = "first_stage.safetensors"
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another path to write: the file is under `path` when that is done, whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there complete or not at all, whenever the process is killed."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Write the resolved experiment; process 0 only."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.to_dict(), indent=2)
+        write_whole(workdir / CONFIG, text + "\n")
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """Read a workdir's experiment; ValueError where it isn't a workdir."""
+    try:
+        return ConfigDict(json.loads((workdir / CONFIG).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{workdir} is not a workdir: it has no readable {CONFIG}") from error
+    except ValueError as error:
+        raise ValueError(f"{workdir / CONFIG} is damaged: {error}") from error
+
+
+def load_entry(workdir: Path, entry: str) -> Any:
+    """One entry of the state in a workdir's latest good checkpoint; CheckpointError without any."""
+    with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(only=[entry])
+    if restored is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet")
+    return restored.state[entry]
+
+
+def open_entry(workdir: Path, entry: str) -> Any:
+    """As `load_entry`, but a tree of `Tensor`; they are best read in their order."""
+    checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)  # open while they are used
+    tree = checkpoints.open(entry)
+    if tree is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet")
+    return tree

@@ -1,0 +1,49 @@
+"""The shapes of a run's batches, read off its config before any data is opened."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion.models.first_stage import make_autoencoder
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.types import lookup
+
+_BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype)
+    "image": lambda config: ((*_square(config), config.autoencoder.image_channels), np.float32),
+    "tokens": lambda config: ((config.tokenizer.max_length,), np.int32),
+    "class_label": lambda config: ((), np.int32),
+    "layout": lambda config: ((config.conditioners.layout.max_length,), np.int32),
+    "segmentation": lambda config: (_square(config), np.int32),
+    "mask": lambda config: ((*_square(config), 1), np.float32),
+    "low_res": lambda config: (
+        (*_square(config, make_autoencoder(config.autoencoder).downsampling), 3),
+        np.float32,
+    ),
+    "depth": lambda config: ((*_square(config), 1), np.float32),
+    "neighbours": lambda config: (
+        (config.conditioners.neighbours.num_neighbours, config.conditioners.neighbours.width),
+        np.float32,
+    ),
+    "image_embedding": lambda config: ((config.conditioners.image_embedding.width,), np.float32),
+}
+
+
+def _square(config: ConfigDict, f: int = 1) -> tuple[int, int]:
+    return (config.data.image_size // f, config.data.image_size // f)
+
+
+def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of one global batch, before anything is read."""
+    shapes = {"image": _BATCH_SPECS["image"](config)}
+    if config.task == "denoising":
+        keys = make_conditioner(config.conditioners).keys
+    elif config.task == "classifying":
+        keys = ("class_label",)
+    else:
+        keys = tuple(filter(None, [config.autoencoding.disc_condition]))
+    for key in keys:
+        shapes[key] = lookup(_BATCH_SPECS, key, "batch key")(config)
+    return {
+        key: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+        for key, (shape, dtype) in shapes.items()
+    }

@@ -1,0 +1,49 @@
+"""CLIP's embeddings of a data set's pictures: what a retrieval-augmented model is trained with.
+
+    python -m latent_diffusion.training.embed --config=configs/rdm.py --clip=CLIP --out=FOLDER
+
+writes train.npz and test.npz: FOLDER is then the `data.embedding_path` of
+`data.embedding="precomputed"`. CLIP is a CLIPModel's folder of transformers.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from latent_diffusion import data
+from latent_diffusion.convert.clip import load_clip
+from latent_diffusion.data.embedders import Embedder
+from latent_diffusion.data.retrieval import database_of
+from latent_diffusion.runtime.startup import quiet_and_cached
+
+
+def embed_data(data_config: Any, clip_path: str | Path, out: Path) -> None:
+    """Embed both splits. Raises ValueError, in one line, where CLIP or the data isn't usable."""
+    clip = load_clip(clip_path)
+    embedder = Embedder(clip.image.projection_dim, clip.params, clip.of_images)
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        bare = ConfigDict({**data_config, "embedding": ""})
+        pictures = data.make_source(bare, split)
+        found = database_of(pictures, data_config, embedder)
+        found.save(out / f"{split}.npz")
+        print(f"{out / split}.npz: {len(found.names)} embeddings of {embedder.width} numbers")
+
+
+def main(argv: list[str]) -> None:
+    """Embed what the config names."""
+    quiet_and_cached()
+    try:
+        embed_data(CONFIG.value.data, CLIP.value, Path(OUT.value))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Whose data.", lock_config=True)
+    CLIP = flags.DEFINE_string("clip", None, "A CLIPModel's folder.", required=True)
+    OUT = flags.DEFINE_string("out", None, "Folder of the embeddings.", required=True)
+    app.run(main)

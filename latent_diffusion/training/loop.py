@@ -1,0 +1,100 @@
+"""The training loop: the one place where tasks, data, devices, checkpoints and logs meet."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latent_diffusion.runtime import metrics, parallel, startup
+from latent_diffusion.runtime.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    WorkdirInUse,
+    acquire_lock,
+)
+from latent_diffusion.training.best import Best
+from latent_diffusion.training.start import Start, resolve, start
+from latent_diffusion.training.stop import Interrupted, Stop
+
+# The errors that a user can cause and mend: the commands print them as one line.
+USER_ERRORS = (
+    ValueError,
+    ModuleNotFoundError,
+    OSError,
+    CheckpointError,
+    WorkdirInUse,
+    metrics.NonFiniteError,
+)
+
+
+def train(config: ConfigDict, directory: str | Path) -> Any:
+    """Train to `config.num_steps` in a workdir, from its latest checkpoint if it has one.
+
+    Returns the final state. Raises Interrupted after a signal, NonFiniteError on NaN, and the
+    errors of `USER_ERRORS` for bad input.
+    """
+    directory = Path(directory).absolute()
+    config = resolve(config, directory)
+    with (
+        acquire_lock(directory),
+        Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+        Best(directory, config.checkpoint.best, config.checkpoint.best_mode) as best,
+    ):
+        run = start(config, directory, checkpoints)
+        with (
+            Stop() as stop,
+            metrics.Writer(directory, step=run.step) as writer,
+            metrics.Progress(config.num_steps, run.step) as progress,
+        ):
+            if run.step:
+                progress.write(f"resuming from step {run.step} of {checkpoints.directory}")
+            return _steps(config, run, checkpoints, best, stop, writer, progress)
+
+
+def _steps(
+    config: ConfigDict,
+    run: Start,
+    checkpoints: Checkpointer,
+    best: Best,
+    stop: Stop,
+    writer: metrics.Writer,
+    progress: metrics.Progress,
+) -> Any:
+    """The steps that are left: each is logged, then saved, then evaluated, then drawn."""
+    state, speed = run.state, metrics.Throughput()
+    for step in range(run.step + 1, config.num_steps + 1):
+        state, values = run.train_step(state, run.constants, next(run.batches), run.rng)
+        # Waiting for the values here costs little: the next batch is prefetched.
+        metrics.check_finite(step, values, state.params)
+        speed.add(config.batch_size)
+        progress.update(step)
+        if step == run.step + 1:
+            progress.write(f"first step after {startup.seconds_since_start():.1f} s")
+        signum = stop.after(step)
+        last = step == config.num_steps
+        if _due(step, config.log.every_steps) or last or signum:
+            rate = speed.read()
+            measured = {"peak_memory_gib": metrics.peak_memory()}
+            measured |= {} if rate is None else {"images_per_second": rate}
+            writer.scalars(step, {**values, **measured})
+            progress.report(step, {"loss": float(values["loss"]), "images/s": rate})
+        if _due(step, config.checkpoint.every_steps) or last or signum:
+            checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
+        if signum:
+            checkpoints.wait()
+            progress.write(str(Interrupted(signum, step)))
+            raise Interrupted(signum, step)
+        if _due(step, config.log.eval_every_steps) or last:
+            measured = run.evaluator.measure(state, run.constants, run.rng)
+            writer.scalars(step, measured)
+            best.offer(step, parallel.to_global(state, run.mode), measured)
+            speed.skip()
+        if metrics.image_log_steps(step, config.log.images_every_steps) or last:
+            for name, grid in run.evaluator.draw(state, run.constants, run.rng).items():
+                writer.image(step, name, grid)
+            speed.skip()
+    return state
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

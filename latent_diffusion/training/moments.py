@@ -1,0 +1,96 @@
+"""Latents encoded once: the first stage's moments of every training example, kept in the workdir.
+
+    moments-IDENTITY.npy  float32 [N h w 2C], read by memory map
+
+The identity belongs to the first stage, to `config.data`, and to the number and a sample of the
+examples; a file with another one is encoded anew. So a run that goes on doesn't encode again, and
+the size of a training set isn't bounded by memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion import data
+from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.runtime import parallel, processes, workdir
+
+SAMPLE = 16  # examples whose pixels enter the identity
+
+
+def with_moments(
+    config: ConfigDict, directory: Path, first_stage: FirstStage, source: data.Source
+) -> data.ArraySource:
+    """A source of `moments` and of all else that the examples of `source` have but the image.
+
+    Pictures stay where a condition is made of them. directory: the run's workdir, which all
+    processes see. Raises ValueError where images are augmented at random, since a cache would
+    freeze the draw.
+    """
+    if config.data.flip or config.data.crop == "random":
+        raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
+    processes.barrier("the first stage is kept")  # its file is part of the identity
+    path = directory / f"moments-{_identity(config, directory, source)}.npy"
+    if processes.any_process(not path.exists()):
+        _write(path, _encoded(config, first_stage, source), len(source))
+        processes.barrier("moments are written")
+    seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
+    kept = {*data.KEYS, "caption", "boxes", "labels"} - (set() if seen else {"image"})
+    told = [_of(source[i], kept) for i in range(len(source))]
+    arrays = {key: [example[key] for example in told] for key in told[0]}
+    return data.ArraySource({"moments": np.load(path, mmap_mode="r"), **arrays})
+
+
+def _of(example: data.Example, keys: set[str]) -> data.Example:
+    return {key: value for key, value in example.items() if key in keys}
+
+
+def _identity(config: ConfigDict, directory: Path, source: data.Source) -> str:
+    found = hashlib.sha256((directory / workdir.FIRST_STAGE).read_bytes())
+    found.update(json.dumps(config.data.to_dict(), sort_keys=True).encode())
+    found.update(str(len(source)).encode())
+    for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():
+        found.update(np.ascontiguousarray(source[i]["image"]).tobytes())
+    return found.hexdigest()[:12]
+
+
+def _encoded(
+    config: ConfigDict, first_stage: FirstStage, source: data.Source
+) -> Iterator[np.ndarray]:
+    """Moments of the examples in order, batch by batch, on every process; the last filled up."""
+    mode, mesh = parallel.devices(config.parallel)
+    index, count = parallel.process_shard(mode, mesh)
+
+    def encode(state, first_stage, batch, rng, *, axis_name=None):
+        return first_stage.moments(batch["image"])
+
+    run = parallel.compile_eval(encode, mode, mesh=mesh)
+    transform = data.make_transform(config.data, train=False)
+    rng = jax.random.key(0)
+    for batch in data.epoch(source, transform, config.batch_size, index, count):
+        yield run({}, first_stage, {"image": batch["image"]}, rng)
+
+
+def _write(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
+    """One .npy of `length` rows, complete or not at all; process 0 writes, the others encode."""
+    if jax.process_index() != 0:
+        for _ in batches:
+            pass
+        return
+    with workdir.whole(path) as partial, partial.open("wb") as file:
+        left = length
+        for batch in batches:
+            if left == length:  # the first one tells the shape
+                header = {"descr": "<f4", "fortran_order": False}
+                header["shape"] = (length, *batch.shape[1:])
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(batch[:left], "<f4").tobytes())
+            left -= min(left, len(batch))
+    for other in set(path.parent.glob("moments-*.npy")) - {path}:
+        other.unlink()

@@ -1,0 +1,101 @@
+"""Everything that a run needs before its first step: frozen parts, state, data, compiled steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from latent_diffusion import data
+from latent_diffusion.runtime import parallel, processes, workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import frozen, init_from, moments, stages
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.evaluator import Evaluator
+from latent_diffusion.training.tokenizer import make_tokenizer
+from latent_diffusion.types import lookup
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run in place: `train_step(state, constants, next(batches), rng)` is its next step.
+
+    step: the last step that is done; 0 where the run begins.
+    """
+
+    step: int
+    state: Any
+    constants: Any
+    rng: jax.Array
+    batches: Iterator[Any]
+    train_step: parallel.CompiledStep
+    evaluator: Evaluator
+    mode: str
+
+
+def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
+    """The config with all that its files say: checked, and the same on all processes.
+
+    directory: the run's workdir. Raises ValueError, in one line, where a file isn't usable.
+    """
+    lookup(TASKS, config.task, "task")
+    config = init_from.resolve(stages.resolve(config), directory)
+    config = frozen.resolve(config, directory)
+    processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
+    mode, mesh = parallel.devices(config.parallel)
+    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
+    return config
+
+
+def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
+    """Begin the run of a resolved config in its workdir, or go on from its latest checkpoint."""
+    task = lookup(TASKS, config.task, "task")(config)
+    mode, mesh = parallel.devices(config.parallel)
+    layout = {"mesh": mesh, "rules": config.parallel.rules}
+    train_source = data.make_source(config.data, "train")
+    test_source = data.make_source(config.data, "test")
+    workdir.save_config(config, directory)
+    tokenizer = make_tokenizer(config, directory, train_source)
+
+    # Fresh state or its shapes alone, the frozen parts, then what the latest checkpoint holds.
+    # XLA takes minutes to compile hundreds of small threefry draws, and seconds for these.
+    init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
+    init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
+    resumes = bool(checkpoints.all_steps())
+    state, constants = jax.eval_shape(init, init_rng) if resumes else init(init_rng)
+    constants = frozen.load_constants(config, directory, constants, train_source)
+    constants = init_from.base_from(config, constants)
+    step = 0
+    if resumes:
+        restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
+        assert restored is not None
+        state, step = restored.state, restored.step
+    else:
+        state = init_from.start_from(config, state)
+    state = parallel.place(state, mode, **layout)
+    if config.task != "autoencoding" and config.first_stage.cache:
+        train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
+
+    index, count = parallel.process_shard(mode, mesh)
+    batches = data.iterate(
+        train_source,
+        data.make_transform(config.data, train=True, tokenizer=tokenizer),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=step,
+        process_index=index,
+        process_count=count,
+    )
+    return Start(
+        step=step,
+        state=state,
+        constants=constants,
+        rng=jax.random.key(config.seed),
+        batches=batches,
+        train_step=parallel.compile_step(task.train_step, mode, **layout),
+        evaluator=Evaluator(config, task, test_source, tokenizer, mode, layout),
+        mode=mode,
+    )
