@@ -10,7 +10,7 @@ from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.process import objectives
+from latent_diffusion.process import diffusion
 from latent_diffusion.process.objectives import LOSS_WEIGHTS, TIMESTEP_SAMPLING
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.rng import example_keys, split_per_example
@@ -48,7 +48,7 @@ def test_without_options_the_loss_is_the_simple_one():
     seen = losses()
     close(seen["loss"], seen["simple"])
     assert abs(float(seen["simple"].mean()) - 1) < 0.05  # of eps against nothing
-    close(seen["prior_bits"], objectives.prior_bits_per_dim(SCHEDULE, BATCH["image"]))
+    close(seen["prior_bits"], diffusion.prior_bits_per_dim(SCHEDULE, BATCH["image"]))
 
 
 def test_the_absolute_loss():
