@@ -383,7 +383,7 @@ CHILD = """
     sys.path.insert(0, {tests!r})
     import conftest
     import jax, jax.numpy as jnp
-    from latent_diffusion.checkpoint import Checkpointer, acquire_lock
+    from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock
     lock = acquire_lock({workdir!r})
     checkpointer = Checkpointer({workdir!r} + "/checkpoints", keep=1)
     for step in range(1, 10_000):

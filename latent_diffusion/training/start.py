@@ -1,6 +1,6 @@
 """Everything that a run needs before its first step: frozen parts, state, data, compiled steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Start:
     constants: Any
     rng: jax.Array
     batches: Iterator[Any]
-    train_step: parallel.CompiledStep
+    train_step: Callable[..., Any]
     evaluator: Evaluator
     mode: str
 
