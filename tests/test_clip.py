@@ -99,7 +99,7 @@ def test_a_data_set_is_embedded_once_and_for_all(folder, tmp_path):
         data.make_source(smaller, "train")
     config.embedding_path = str(tmp_path / "elsewhere")
     with pytest.raises(
-        ValueError, match=r"no .*elsewhere/test.npz; python -m latent_diffusion.training.em"
+        ValueError, match=r"no .*elsewhere/test.npz; python -m latent_diff.*embed"
     ):
         data.make_source(config, "test")
 
