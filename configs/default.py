@@ -19,12 +19,17 @@ def get_config() -> ConfigDict:
 
     c.init_from = ""  # start from the parameters there: whatever latent_diffusion.load reads
     c.init_from_only = ""  # a regex over parameter paths, "unet/" say; "" = all of them
+    # Fields that belong to the parameters of init_from come with them, whatever a config says:
+    # architectures, the noise and what is predicted of it, the first stage with its latent scale,
+    # the tokenizer. The log names each that changes; those named here stay as the config has them.
+    c.init_from_changes = ()  # "diffusion.prediction", say
 
     c.data = data()
     c.tokenizer = ConfigDict()
     c.tokenizer.name = "none"  # "word" (built from the training captions) | "clip" | "bert"
     c.tokenizer.path = ""  # clip, bert: a tokenizer's folder, or its file
-    c.tokenizer.vocab_size = 2048  # word: rows of the embedding; rarer words become "unknown"
+    # word: rows of the embedding, rarer words become "unknown"; of new words that init_from lacks
+    c.tokenizer.vocab_size = 2048
     c.tokenizer.max_length = 16  # tokens a prompt
 
     c.autoencoder = autoencoder()

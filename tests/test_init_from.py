@@ -72,7 +72,7 @@ def equal(a, b):
 def test_the_whole_model_and_its_average_start_from_the_file(folder):
     _, theirs = source()
     config, state = make(init_from=str(folder))
-    state = init_from.start_from(config, state)
+    state = init_from.start_from(config, state, init_from.read(config))
     assert equal(flat(state), flat(theirs)) == list(flat(theirs))
     for ours, average in zip(*map(jax.tree.leaves, (state.params, state.ema_params)), strict=True):
         np.testing.assert_array_equal(ours, average)
@@ -81,7 +81,7 @@ def test_the_whole_model_and_its_average_start_from_the_file(folder):
 
 def test_a_part_by_its_path(folder):
     config, fresh = make(init_from=str(folder), init_from_only="^unet/")
-    state = init_from.start_from(config, fresh)
+    state = init_from.start_from(config, fresh, init_from.read(config))
     _, theirs = source()
     assert equal(flat(state), flat(theirs)) == [k for k in flat(theirs) if k.startswith("unet/")]
     rest = [k for k in flat(fresh) if not k.startswith("unet/")]
@@ -91,7 +91,7 @@ def test_a_part_by_its_path(folder):
 def test_input_channels_that_the_file_lacks_change_nothing_at_first(folder):
     inpainting = {"masked_image": {}, **source()[0].conditioners.to_dict()}
     config, fresh = make(init_from=str(folder), conditioners=inpainting)
-    state = init_from.start_from(config, fresh)
+    state = init_from.start_from(config, fresh, init_from.read(config))
     z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 2)), jnp.array([3.0, 700.0])
     context = jax.random.normal(jax.random.key(2), (2, 4, 16))
     unet = TASKS["denoising"](config).denoiser.unet
@@ -106,15 +106,18 @@ def test_input_channels_that_the_file_lacks_change_nothing_at_first(folder):
     assert np.std(want) > 0.1
 
 
-def test_the_first_stage_comes_along_with_its_scale(folder, tmp_path):
+def test_the_first_stage_comes_along_with_its_scale(folder):
     config = make_config("denoising", init_from=str(folder))
-    config.first_stage.path = ""
-    resolved = init_from.resolve(config, tmp_path)
+    resolved = init_from.resolve(config)
     assert resolved.autoencoder.channel_mult == config.autoencoder.channel_mult
-    model = ldm.load(folder)
-    kept = init_from.kept.load_first_stage(tmp_path, model.first_stage.module)
-    assert float(kept.scale_factor) == 0.5
-    jax.tree.map(np.testing.assert_array_equal, kept.params, model.first_stage.params)
+    first_stage = ldm.load(folder).first_stage
+    taken = init_from.first_stage_of(resolved, init_from.read(resolved))
+    assert float(taken.scale_factor) == 0.5
+    jax.tree.map(np.testing.assert_array_equal, taken.params, first_stage.params)
+    config.init_from_changes = ("first_stage.path",)
+    resolved = init_from.resolve(config)
+    assert resolved.first_stage.path == config.first_stage.path != str(folder)
+    assert init_from.first_stage_of(resolved, init_from.read(resolved)) is None
 
 
 @pytest.mark.parametrize(
@@ -129,11 +132,11 @@ def test_the_first_stage_comes_along_with_its_scale(folder, tmp_path):
 def test_what_does_not_fit_is_named(folder, fields, message):
     config, state = make(init_from=str(folder), **fields)
     with pytest.raises(ValueError, match=message):
-        init_from.start_from(config, state)
+        init_from.start_from(config, state, init_from.read(config))
 
 
 def test_first_stages_start_from_a_file_too(folder):
     config, state = make("autoencoding", init_from=str(folder))
-    state = init_from.start_from(config, state)
+    state = init_from.start_from(config, state, init_from.read(config))
     theirs = ldm.load(folder).first_stage.params
     jax.tree.map(np.testing.assert_array_equal, state.params["autoencoder"], theirs)

@@ -14,6 +14,7 @@ originals can't change it.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,32 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def together(workdir: Path) -> Iterator[Path]:
+    """A folder for new files: they move into `workdir` when all are written, else none of them."""
+    folder = workdir / ".partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in folder.iterdir():
+            os.replace(path, workdir / path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the resolved experiment; process 0 only."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=2)
         write_whole(workdir / CONFIG, text + "\n")
+
+
+def load_run(workdir: Path) -> ConfigDict | None:
+    """The experiment of the run in a workdir; None where no step of one is saved."""
+    checkpoints = (workdir / "checkpoints").glob("*")
+    return load_config(workdir) if any(path.name.isdigit() for path in checkpoints) else None
 
 
 def load_config(workdir: Path) -> ConfigDict:

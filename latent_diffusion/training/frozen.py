@@ -12,99 +12,113 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
-from latent_diffusion.convert import Part, as_params, kept
+from latent_diffusion.convert import Bundle, Part, as_params, kept
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.models.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
-from latent_diffusion.runtime import parallel, workdir
+from latent_diffusion.runtime import parallel
+from latent_diffusion.training import init_from, settings
 from latent_diffusion.trees import check_same_tree
 from latent_diffusion.types import Params, lookup
 
 log = logging.getLogger(__name__)
 
 
-def load_constants(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+def load_constants(
+    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
+) -> Any:
     """Replace the random weights in a task's `constants` by the real ones.
 
-    directory: the run's workdir, which keeps its own copy of everything frozen.
-    source: the training examples, over which the latent scale is measured.
+    source: the training examples, over which the latent scale is measured. run: the workdir of a
+    run that goes on, which has its own copies; None where it begins. start: what `init_from` holds.
     """
-    return lookup(_LOADERS, config.task, "task")(config, directory, constants, source)
+    load = lookup(_LOADERS, config.task, "task")
+    return load(config, constants, source, run, start)
 
 
-def _perceptual(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
-    net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
-    return (
-        constants
-        if net == "none"
-        else constants.replace(lpips=load_lpips_params(net, path or None))
-    )
+def save(config: ConfigDict, constants: Any, folder: Path) -> None:
+    """Write the run's own copies of what `load_constants` returned for its beginning."""
+    if config.task == "autoencoding":
+        return
+    kept.save_first_stage(folder, constants.first_stage, str(config.first_stage.path))
+    for name, params in constants.conditioner.items():
+        fields = config.conditioners[name].to_dict()
+        kept.save_conditioner(folder, name, params, fields, config.pretrained[name])
 
 
-def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
+def resolve(config: ConfigDict) -> ConfigDict:
     """The config with the fields of its pretrained conditioners, as their files say.
 
     What the config says of them already stands. Raises ValueError, in one line, where one isn't
     usable. Only the headers of files are read.
     """
-    config = config.copy_and_resolve_references()
     for name, path in config.pretrained.items():
         if name not in config.conditioners:
             raise ValueError(
                 f"pretrained.{name} is none of the conditioners: {', '.join(config.conditioners)}"
             )
-        if kept.conditioner_file(directory, name).exists():
-            _, fields = kept.load_conditioner(directory, name)
-        else:
-            fields = dict(_read(name, path, config.conditioners[name]).fields)
-        config.conditioners[name] = ConfigDict({**fields, **config.conditioners[name]})
+        part = _read(name, path, config.conditioners[name])
+        fields = {f"conditioners.{name}.{field}": value for field, value in part.fields.items()}
+        config = settings.decided(config, fields, f"pretrained.{name}={path}")
     return config
 
 
-def _read(name: str, path: str, given: ConfigDict) -> Part:
+def _read(name: str, path: str, asked: ConfigDict) -> Part:
     if not path:
         raise ValueError(f"pretrained.{name} is empty: say where its weights lie")
     if not Path(path).exists():
         raise ValueError(f"pretrained.{name}={path} does not exist")
-    return read_pretrained(name, path, given.to_dict())
+    return read_pretrained(name, path, asked.to_dict())
 
 
-def _denoising(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
-    constants = _first_stage(config, directory, constants, source)
-    frozen: dict[str, Params] = {}
+def _perceptual(
+    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
+) -> Any:
+    net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
+    if net == "none":
+        return constants
+    return constants.replace(lpips=load_lpips_params(net, path or None))
+
+
+def _denoising(
+    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
+) -> Any:
+    if run is not None:
+        first_stage = kept.load_first_stage(run, constants.first_stage.module)
+    else:
+        first_stage = _first_stage(config, constants.first_stage, source, start)
+    conditioner: dict[str, Params] = {}
     for name, path in config.pretrained.items():
-        file = kept.conditioner_file(directory, name)
-        if file.exists():
-            path, params = str(file), kept.load_conditioner(directory, name)[0]
+        if run is not None:
+            path, params = str(run), kept.load_conditioner(run, name)[0]
         else:
-            part = _read(name, path, config.conditioners[name])
-            params = as_params(part)
-            kept.save_conditioner(directory, name, params, part.fields, path)
+            params = as_params(_read(name, path, config.conditioners[name]))
         check_same_tree(constants.conditioner[name], params, path)
-        frozen[name] = jax.tree.map(jnp.asarray, params)
-    return constants.replace(conditioner=frozen)
+        conditioner[name] = jax.tree.map(jnp.asarray, params)
+    return constants.replace(first_stage=first_stage, conditioner=conditioner)
 
 
-def _first_stage(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
-    if (directory / workdir.FIRST_STAGE).exists():
-        first_stage = kept.load_first_stage(directory, constants.first_stage.module)
-        return constants.replace(first_stage=first_stage)
-    first_stage = constants.first_stage
+def _first_stage(
+    config: ConfigDict, fresh: FirstStage, source: Any, start: Bundle | None
+) -> FirstStage:
+    path = config.first_stage.path
+    theirs = init_from.first_stage_of(config, start)
+    if theirs is not None:
+        check_same_tree(fresh.params, theirs.params, str(path))
+        return theirs
     if config.autoencoder.regularization != "identity":
-        params = kept.load_autoencoder_params(Path(config.first_stage.path))
-        check_same_tree(first_stage.params, params, config.first_stage.path)
-        first_stage = first_stage.replace(params=params)
-    first_stage = measure_scale(config, first_stage, source)
-    kept.save_first_stage(directory, first_stage, str(config.first_stage.path))
-    return constants.replace(first_stage=first_stage)
+        params = kept.load_autoencoder_params(Path(path))
+        check_same_tree(fresh.params, params, path)
+        fresh = fresh.replace(params=params)
+    return measure_scale(config, fresh, source)
 
 
-def _as_denoised(config: ConfigDict, directory: Path, constants: Any, source: Any) -> Any:
+def _as_denoised(
+    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
+) -> Any:
     """The first stage of a denoiser's workdir, at the scale that the denoiser knows."""
-    own = (directory / workdir.FIRST_STAGE).exists()
-    origin = directory if own else Path(config.first_stage.path)
+    origin = Path(config.first_stage.path) if run is None else run
     first_stage = kept.load_first_stage(origin, constants.first_stage.module)
-    kept.save_first_stage(directory, first_stage, str(origin))
     return constants.replace(first_stage=first_stage)
 
 

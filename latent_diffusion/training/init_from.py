@@ -1,13 +1,13 @@
 """Start a training run from parameters that somebody trained: `config.init_from`.
 
-Whatever `latent_diffusion.load` reads serves, whole or in part. The moving average starts from the
-loaded parameters, too; the optimiser starts afresh.
+Whatever `latent_diffusion.load` reads serves, whole or in part. Every fact that belongs to the
+parameters comes with them: `facts` lists the fields. The moving average starts from the loaded
+parameters, too; the optimiser starts afresh.
 """
 
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,69 +17,135 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion import convert
-from latent_diffusion.convert import kept
+from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.runtime import workdir
+from latent_diffusion.nets.autoencoder import Autoencoder
+from latent_diffusion.nets.conditioners import CONDITIONERS
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.training import settings
 
 log = logging.getLogger(__name__)
 
 CONV_IN = "unet/input_blocks_0_0/kernel"
+# Tables with a row for each word: words that the file lacks have their rows at the end.
+_WORDS = r"conditioner/(\w+/token_emb|word_map/embedding)/embedding"
 # Parts of the objective, not of the model: no file has them, and they start afresh.
 _OWN = r"logvar"
+# Fields of a module that its parameters don't depend on: they stay the run's.
+_OF_THE_RUN = {"attention", "axis_name", "dropout", "dtype", "name", "out_channels", "parent"}
+_OF_THE_RUN |= {"pool", "remat", "codebook_beta", "codebook_legacy", "codebook_ema_decay"}
+_OF_THE_RUN |= {"codebook_restart_below", "gumbel_kl_weight", "gumbel_straight_through"}
+_NOISE = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr", "prediction")
 
 
-def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
-    """The config with the first stage of `init_from`, where the run names no other.
-
-    That first stage and its latent scale are kept in the workdir, as `frozen` expects.
-    Raises ValueError where the path holds none, or nothing readable.
-    """
-    if not config.init_from or config.task != "denoising" or config.first_stage.path:
-        return config
-    if config.autoencoder.regularization == "identity":
-        return config
-    bundle = convert.read(config.init_from)
-    if bundle.autoencoder is None:
-        raise ValueError(
-            f"init_from={config.init_from} holds no first stage: name one by first_stage.path"
-        )
-    config = config.copy_and_resolve_references()
-    fields = dict(bundle.autoencoder.fields)
-    config.autoencoder = ConfigDict({**config.autoencoder.to_dict(), **fields})
-    if not (directory / workdir.FIRST_STAGE).exists():
-        first_stage = FirstStage(
-            convert.as_params(bundle.autoencoder),
-            jnp.asarray(bundle.scale_factor, jnp.float32),
-            jnp.asarray(bundle.shift, jnp.float32),
-            make_autoencoder(config.autoencoder.to_dict()),
-        )
-        kept.save_first_stage(directory, first_stage, str(config.init_from))
-    return config
-
-
-def base_from(config: ConfigDict, constants: Any) -> Any:
-    """The constants with `config.init_from` as what a low-rank adaptation adapts."""
-    if config.task != "denoising" or not config.lora.rank:
-        return constants
+def read(config: ConfigDict) -> convert.Bundle | None:
+    """What lies at `config.init_from`, its tensors unread; None where the run starts from noise."""
     if not config.init_from:
-        raise ValueError("lora.rank adapts a trained model: name it by init_from")
-    theirs = parameters_of(convert.read(config.init_from), config.task)
+        if config.lora.rank:
+            raise ValueError("lora.rank adapts a trained model: name it by init_from")
+        return None
+    if config.task not in ("autoencoding", "denoising"):
+        raise ValueError(f"init_from serves autoencoding and denoising, not {config.task!r}")
+    return convert.read(config.init_from)
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """The config with the fields that belong to the parameters of `init_from`, as they have them.
+
+    Fields that `init_from_changes` names stay as they are. Raises ValueError for other names.
+    """
+    bundle = read(config)
+    if bundle is None:
+        return config
+    fields = facts(config, bundle, every=True)
+    if unknown := set(config.init_from_changes) - fields.keys():
+        raise ValueError(
+            f"init_from_changes={sorted(unknown)[0]!r} is none of the fields that come with "
+            f"init_from={config.init_from}: {', '.join(fields)}"
+        )
+    return settings.decided(config, facts(config, bundle), f"init_from={config.init_from}")
+
+
+def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> dict[str, Any]:
+    """The fields that belong to the parameters, by dotted name: networks, noise, words, latents.
+
+    A part of the model brings its fields if all of its parameters are wanted.
+    every: those of `init_from_changes`, too.
+    """
+    fields: dict[str, Any] = {}
+    if config.task == "autoencoding":
+        if bundle.autoencoder is not None and _comes_whole(config, "autoencoder", bundle):
+            fields |= _fields("autoencoder", Autoencoder, bundle.autoencoder)
+    elif bundle.unet is not None and _comes_whole(config, "unet", bundle):
+        fields |= _fields("unet", UNet, bundle.unet)
+        if bundle.diffusion is not ASSUMED:
+            fields |= {f"diffusion.{name}": bundle.diffusion[name] for name in _NOISE}
+        if bundle.autoencoder is not None:
+            fields |= _fields("autoencoder", Autoencoder, bundle.autoencoder)
+            fields["first_stage.path"] = str(config.init_from)
+    if config.task == "denoising":
+        for name in config.conditioners:
+            path = f"conditioner/{name}"
+            if name in bundle.conditioners and _comes_whole(config, path, bundle):
+                part, module = bundle.conditioners[name], CONDITIONERS[name]
+                fields |= _fields(f"conditioners.{name}", module, part)
+                if bundle.tokenizer is not None and "tokens" in module.keys:
+                    fields["tokenizer.name"] = bundle.tokenizer.kind
+                    fields["tokenizer.max_length"] = bundle.tokenizer.max_length
+    kept = () if every else config.init_from_changes
+    return {name: value for name, value in fields.items() if name not in kept}
+
+
+def _comes_whole(config: ConfigDict, path: str, bundle: convert.Bundle) -> bool:
+    """Whether all parameters that the file has below `path` are wanted."""
+    name = path.removeprefix("conditioner/")
+    if name in config.pretrained:
+        return False
+    theirs = [p for p in parameters_of(bundle, config.task) if p.startswith(f"{path}/")]
+    return all(re.search(config.init_from_only, p) for p in theirs)
+
+
+def _fields(section: str, module: Any, part: convert.Part) -> dict[str, Any]:
+    defaults = {name: field.default for name, field in module.__dataclass_fields__.items()}
+    values = {name: part.fields.get(name, default) for name, default in defaults.items()}
+    return {f"{section}.{k}": v for k, v in values.items() if k not in _OF_THE_RUN}
+
+
+def first_stage_of(config: ConfigDict, bundle: convert.Bundle | None) -> FirstStage | None:
+    """The first stage of `init_from` with its latent scale, where the run takes it from there."""
+    if bundle is None:
+        return None
+    pixels = config.autoencoder.regularization == "identity"
+    if not pixels and config.first_stage.path != str(config.init_from):
+        return None
+    return FirstStage(
+        {} if pixels or bundle.autoencoder is None else convert.as_params(bundle.autoencoder),
+        jnp.asarray(bundle.scale_factor, jnp.float32),
+        jnp.asarray(bundle.shift, jnp.float32),
+        make_autoencoder(config.autoencoder.to_dict()),
+    )
+
+
+def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None) -> Any:
+    """The constants with `config.init_from` as what a low-rank adaptation adapts."""
+    if bundle is None or config.task != "denoising" or not config.lora.rank:
+        return constants
+    theirs = parameters_of(bundle, config.task)
     return constants.replace(base=_filled(constants.base, theirs, "", str(config.init_from)))
 
 
-def start_from(config: ConfigDict, state: Any) -> Any:
-    """The fresh state with the parameters that `config.init_from` holds.
+def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) -> Any:
+    """The fresh state with the parameters of `bundle`, which is what `config.init_from` holds.
 
     config.init_from_only: a regular expression over parameter paths; "" is all of them, and then
     each must be in the file. Input channels that the U-Net has beyond the file's start from zero,
-    so that at first they change nothing. Raises one ValueError that names what doesn't fit.
+    so that at first they change nothing; words beyond the file's start at random.
+    Raises one ValueError that names what doesn't fit.
     """
-    if not config.init_from or (config.task == "denoising" and config.lora.rank):
+    if bundle is None or (config.task == "denoising" and config.lora.rank):
         return state
-    if config.task not in ("autoencoding", "denoising"):
-        raise ValueError(f"init_from serves autoencoding and denoising, not {config.task!r}")
-    theirs = parameters_of(convert.read(config.init_from), config.task)
+    theirs = parameters_of(bundle, config.task)
     params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))
     ema_params = state.ema_params
     if ema_params is not None:
@@ -129,7 +195,7 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
     if left := sorted({path.split("/")[0] for path in theirs.keys() - ours.keys()}):
         log.info("init_from: %s of %s has no place in this model", ", ".join(left), source)
     for path in wanted:
-        ours[path] = _with_more_inputs(theirs[path].read(), ours[path].shape)
+        ours[path] = _enlarged(path, theirs[path].read(), ours[path])
     log.info("init_from: %d of %d parameters from %s", len(wanted), len(ours), source)
     return unflatten_dict(ours, sep="/")
 
@@ -141,13 +207,17 @@ def _is_wanted(path: str, only: str) -> bool:
 def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     if path == CONV_IN:  # [3 3 in out]
         return ours[:2] == theirs[:2] and ours[3] == theirs[3] and ours[2] >= theirs[2]
+    if re.fullmatch(_WORDS, path):
+        return ours[1:] == theirs[1:] and ours[0] >= theirs[0]
     return ours == theirs
 
 
-def _with_more_inputs(kernel: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
-    """The kernel, with zeros for the input channels that it lacks."""
-    lacks = [(0, ours - theirs) for ours, theirs in zip(shape, kernel.shape, strict=True)]
-    return jnp.asarray(np.pad(kernel, lacks) if any(b for _, b in lacks) else np.array(kernel))
+def _enlarged(path: str, theirs: np.ndarray, ours: jax.Array) -> jax.Array:
+    """The file's array, with zeros for the input channels that it lacks, or our rows for words."""
+    if ours.shape == theirs.shape:
+        return jnp.asarray(np.array(theirs))
+    fresh = jnp.zeros(ours.shape, ours.dtype) if path == CONV_IN else ours
+    return fresh.at[tuple(slice(n) for n in theirs.shape)].set(theirs)
 
 
 def _restarted(codebook: Any, params: Any) -> Any:

@@ -20,6 +20,7 @@ from latent_diffusion import data
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import parallel, processes, workdir
+from latent_diffusion.runtime.checkpoint import tree_hash
 
 SAMPLE = 16  # examples whose pixels enter the identity
 
@@ -35,8 +36,7 @@ def with_moments(
     """
     if config.data.flip or config.data.crop == "random":
         raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
-    processes.barrier("the first stage is kept")  # its file is part of the identity
-    path = directory / f"moments-{_identity(config, directory, source)}.npy"
+    path = directory / f"moments-{_identity(config, first_stage, source)}.npy"
     if processes.any_process(not path.exists()):
         _write(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
@@ -51,8 +51,8 @@ def _of(example: data.Example, keys: set[str]) -> data.Example:
     return {key: value for key, value in example.items() if key in keys}
 
 
-def _identity(config: ConfigDict, directory: Path, source: data.Source) -> str:
-    found = hashlib.sha256((directory / workdir.FIRST_STAGE).read_bytes())
+def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) -> str:
+    found = hashlib.sha256(tree_hash(first_stage.params).encode())
     found.update(json.dumps(config.data.to_dict(), sort_keys=True).encode())
     found.update(str(len(source)).encode())
     for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():

@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from latent_diffusion.runtime.workdir import load_config
+from latent_diffusion.training import settings
 
 # task -> the task whose workdir it builds on, and a config that trains one
 _BUILDS_ON = {
@@ -14,17 +15,16 @@ _BUILDS_ON = {
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the architecture of the first stage it builds on, if it names one.
+    """The config with the architecture of the run that it builds on; a classifier's noise, too.
 
-    Raises ValueError, with the command that makes one, where that first stage isn't usable.
+    Raises ValueError, with the command that makes one, where that run isn't usable.
     """
-    config = config.copy_and_resolve_references()
     if config.task not in _BUILDS_ON:
         return config
     if config.task == "denoising" and config.autoencoder.regularization == "identity":
         return config
-    if config.task == "denoising" and config.init_from and not config.first_stage.path:
-        return config  # it brings its own
+    if config.task == "denoising" and config.init_from == config.first_stage.path != "":
+        return config  # the parameters brought it along
     wanted, example = _BUILDS_ON[config.task]
     hint = (
         f"train one with: python train.py --config=configs/{example} "
@@ -40,7 +40,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"first_stage.path={path} is not usable: {error}; {hint}") from error
     if theirs.task != wanted:
         raise ValueError(f"first_stage.path={path} holds a run of {theirs.task!r}; {hint}")
-    config.autoencoder = theirs.autoencoder
-    if config.task == "classifying":
-        config.diffusion = theirs.diffusion
-    return config
+    sections = ("autoencoder", "diffusion")[: 2 if config.task == "classifying" else 1]
+    fields = {
+        f"{section}.{name}": value
+        for section in sections
+        for name, value in theirs[section].items()
+        if name in config[section]
+    }
+    return settings.decided(config, fields, f"first_stage.path={path}")

@@ -12,7 +12,7 @@ from latent_diffusion import data
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
-from latent_diffusion.training import frozen, init_from, moments, stages
+from latent_diffusion.training import frozen, init_from, moments, settings, stages
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -37,13 +37,17 @@ class Start:
 
 
 def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
-    """The config with all that its files say: checked, and the same on all processes.
+    """The config with all that files say: checked, the same on all processes, nothing written.
 
-    directory: the run's workdir. Raises ValueError, in one line, where a file isn't usable.
+    directory: the run's workdir. A run that goes on has resolved its config before. Raises
+    ValueError, in one line, where a file isn't usable, or the workdir holds another run.
     """
     lookup(TASKS, config.task, "task")
-    config = init_from.resolve(stages.resolve(config), directory)
-    config = frozen.resolve(config, directory)
+    run = workdir.load_run(directory)
+    if run is None:
+        config = frozen.resolve(stages.resolve(init_from.resolve(config)))
+    else:
+        config = settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
     mode, mesh = parallel.devices(config.parallel)
     parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
@@ -51,33 +55,37 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
 
 
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
-    """Begin the run of a resolved config in its workdir, or go on from its latest checkpoint."""
-    task = lookup(TASKS, config.task, "task")(config)
+    """Begin the run of a resolved config in its workdir, or go on from its latest checkpoint.
+
+    Everything is read, made and checked before the workdir is touched.
+    """
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
     train_source = data.make_source(config.data, "train")
     test_source = data.make_source(config.data, "test")
-    workdir.save_config(config, directory)
-    tokenizer = make_tokenizer(config, directory, train_source)
+    run = directory if checkpoints.all_steps() else None  # whose copies of frozen parts are read
+    bundle = init_from.read(config) if run is None or config.lora.rank else None
+    config, tokenizer = make_tokenizer(config, train_source, run, bundle)
+    task = lookup(TASKS, config.task, "task")(config)
 
     # Fresh state or its shapes alone, the frozen parts, then what the latest checkpoint holds.
     # XLA takes minutes to compile hundreds of small threefry draws, and seconds for these.
     init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
     init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
-    resumes = bool(checkpoints.all_steps())
-    state, constants = jax.eval_shape(init, init_rng) if resumes else init(init_rng)
-    constants = frozen.load_constants(config, directory, constants, train_source)
-    constants = init_from.base_from(config, constants)
+    state, constants = init(init_rng) if run is None else jax.eval_shape(init, init_rng)
+    constants = frozen.load_constants(config, constants, train_source, run, bundle)
+    constants = init_from.base_from(config, constants, bundle)
     step = 0
-    if resumes:
+    if run is None:
+        state = init_from.start_from(config, state, bundle)
+    else:
         restored = checkpoints.restore(parallel.abstract(state, mode, **layout))
         assert restored is not None
         state, step = restored.state, restored.step
-    else:
-        state = init_from.start_from(config, state)
     state = parallel.place(state, mode, **layout)
     if config.task != "autoencoding" and config.first_stage.cache:
         train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
+    _write(config, directory, run, constants, tokenizer)
 
     index, count = parallel.process_shard(mode, mesh)
     batches = data.iterate(
@@ -99,3 +107,19 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         evaluator=Evaluator(config, task, test_source, tokenizer, mode, layout),
         mode=mode,
     )
+
+
+def _write(
+    config: ConfigDict, directory: Path, run: Path | None, constants: Any, tokenizer: Any
+) -> None:
+    """Write what the workdir is to hold, all of it or nothing; process 0 only."""
+    goes_on = run is not None
+    unchanged = goes_on and settings.flat(config) == settings.flat(workdir.load_config(directory))
+    if unchanged or jax.process_index() != 0:
+        return
+    with workdir.together(directory) as folder:
+        workdir.save_config(config, folder)
+        if not goes_on:
+            frozen.save(config, constants, folder)
+            if tokenizer is not None:
+                tokenizer.save(folder / workdir.TOKENIZER)

@@ -1,38 +1,62 @@
-"""The tokenizer of a run: built from the training captions, or read from files."""
+"""The tokenizer of a run: built from the training captions, or from files and parameters."""
 
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.convert import Bundle
 from latent_diffusion.data.tokenizers import TOKENIZERS, Tokenizer, WordTokenizer, load_tokenizer
 from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
-from latent_diffusion.runtime import processes
-from latent_diffusion.runtime.workdir import TOKENIZER, whole
+from latent_diffusion.runtime.workdir import TOKENIZER
+from latent_diffusion.training import init_from, settings
 from latent_diffusion.types import lookup
 
 
-def make_tokenizer(config: ConfigDict, workdir: Path, source: Any) -> Tokenizer | None:
-    """The workdir's tokenizer, made the first time: read from files, or from the captions."""
-    own = config.tokenizer
-    if own.name == "none":
-        return None
-    kind = lookup(TOKENIZERS, own.name, "tokenizer.name")
-    if jax.process_index() == 0 and not (workdir / TOKENIZER).exists():
-        if kind is WordTokenizer:
-            made = kind.train(data.captions(source), own.vocab_size, own.max_length)
-        elif not own.path:
-            raise ValueError(f"tokenizer.name={own.name!r} needs tokenizer.path: its files")
-        else:
-            made = kind.read(own.path, own.max_length)
-        with whole(workdir / TOKENIZER) as partial:
-            made.save(partial)
-    processes.barrier("tokenizer")
-    tokenizer = load_tokenizer(workdir / TOKENIZER)
+def make_tokenizer(
+    config: ConfigDict, source: Any, run: Path | None, start: Bundle | None
+) -> tuple[ConfigDict, Tokenizer | None]:
+    """The tokenizer of a run, and the config with as many rows as it has words.
+
+    source: the training examples. run: the workdir of a run that goes on, which has its tokenizer;
+    None where it begins. start: what `init_from` holds: its tokenizer comes with its parameters.
+    """
+    if config.tokenizer.name == "none":
+        return config, None
+    if run is not None:
+        tokenizer = load_tokenizer(run / TOKENIZER)
+    elif start is not None and "tokenizer.name" in init_from.facts(config, start):
+        config, tokenizer = _from_parameters(config, source, start.tokenizer)
+    else:
+        tokenizer = _new(config.tokenizer, source)
     check_reads(make_conditioner(config.conditioners), tokenizer)
-    return tokenizer
+    return config, tokenizer
+
+
+def _new(fields: ConfigDict, source: Any) -> Tokenizer:
+    kind = lookup(TOKENIZERS, fields.name, "tokenizer.name")
+    if kind is WordTokenizer:
+        return kind.train(data.captions(source), fields.vocab_size, fields.max_length)
+    if not fields.path:
+        raise ValueError(f"tokenizer.name={fields.name!r} needs tokenizer.path: its files")
+    return kind.read(fields.path, fields.max_length)
+
+
+def _from_parameters(
+    config: ConfigDict, source: Any, tokenizer: Tokenizer
+) -> tuple[ConfigDict, Tokenizer]:
+    """Every word that the parameters know keeps its row; the captions' other words get new ones."""
+    if not isinstance(tokenizer, WordTokenizer) or config.lora.rank:
+        return config, tokenizer  # no rows to add; or they would never be trained
+    more = tokenizer.extended(data.captions(source), config.tokenizer.vocab_size)
+    rows = {"tokenizer.vocab_size": more.vocab_size}
+    for name, part in zip(
+        config.conditioners, make_conditioner(config.conditioners).parts(), strict=True
+    ):
+        if "tokens" in part.keys and name not in config.pretrained:
+            rows[f"conditioners.{name}.vocab_size"] = max(part.vocab_size, more.vocab_size)
+    return settings.decided(config, rows, "the tokenizer of init_from"), more
 
 
 def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:

@@ -28,6 +28,12 @@ def words(caption: str) -> list[str]:
     return _WORD.findall(_APOSTROPHES.sub("", caption).lower())
 
 
+def _ranked(captions: Iterable[str]) -> list[str]:
+    """The words of the captions by falling frequency, ties by alphabet."""
+    counts = Counter(word for caption in captions for word in words(caption))
+    return sorted(counts, key=lambda word: (-counts[word], word))
+
+
 class WordTokenizer:
     """One row per word, the most frequent first; 0 pads, 1 stands for every unknown word.
 
@@ -52,9 +58,14 @@ class WordTokenizer:
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> "WordTokenizer":
         """Number the words by falling frequency, ties by alphabet; the rarest find no row."""
-        counts = Counter(word for caption in captions for word in words(caption))
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(ranked[: max(vocab_size - 2, 0)], vocab_size, max_length)
+        return cls(_ranked(captions)[: max(vocab_size - 2, 0)], vocab_size, max_length)
+
+    def extended(self, captions: Iterable[str], num_words: int) -> "WordTokenizer":
+        """This tokenizer with the most frequent `num_words` other words, in rows after its own."""
+        others = [word for word in _ranked(captions) if word not in self._ids]
+        vocabulary = (*self.vocabulary, *others[:num_words])
+        vocab_size = max(self.vocab_size, len(vocabulary) + 2)
+        return WordTokenizer(vocabulary, vocab_size, self.max_length)
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids, padded with 0 on the right. Longer captions are cut, with one warning each."""

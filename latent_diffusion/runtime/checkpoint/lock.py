@@ -21,6 +21,7 @@ class WorkdirLock:
     def release(self) -> None:
         """Let others have the workdir."""
         if self._file is not None:
+            self._file.truncate(0)  # nobody holds it: the file is as it was before
             self._file.close()
             self._file = None
 

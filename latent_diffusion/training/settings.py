@@ -1,0 +1,114 @@
+"""Fields of a config that files decide, and fields in which a run may go on differently.
+
+Where a run begins, files decide some fields: a first stage knows its architecture, parameters know
+what they were trained for. `asked` in config.json remembers what the config said before. So a run
+goes on where the same is asked, or what it has; and it needs none of those files again.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+log = logging.getLogger(__name__)
+
+# Fields in which a run may go on differently, and why. All others belong to what was learned.
+MAY_CHANGE = {
+    "num_steps": "the run may be longer or shorter",
+    "seed": "it draws only the steps to come",
+    "batch_size|grad_accumulation": "the state has no trace of the batch",
+    "ema_decay": "the average may follow faster or slower",
+    r"(log|checkpoint|sampling)\..*": "training doesn't read them",
+    r"parallel\..*": "checkpoints don't depend on devices",
+    r"optimizer\.(?!name|frozen).*": "the optimiser's state serves any rates",
+    r"(unet|autoencoder)\.(attention|dropout|dtype|remat)": "the parameters are the same",
+    r"autoencoding\.(\w+_weight|\w+_start|adversarial_ramp|disc_learning_rate|disc_loss|"
+    r"gumbel_temperature|learn_logvar|perceptual_path|reduction)": "the objective may change",
+    r"diffusion\.(loss|loss_weight|elbo_weight|drop_rate|offset_noise|input_perturbation)": (
+        "the objective may change"
+    ),
+    r"first_stage\.cache": "cached latents are the same",
+    r"data\.(flip|search)": "the pictures are the same",
+}
+_PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
+_MAY_MOVE = r"data\.(dir|embedding_path)"  # the data is the same in another place
+_FREE = r"(conditioners|pretrained)\..*"  # sections whose entries no default names
+
+
+def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them, by their dotted names; `conditioners` names those that there are."""
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    tree = json.loads(json.dumps(tree, default=str))
+    names = {"conditioners": list(tree["conditioners"])} if "conditioners" in tree else {}
+    return {**flatten_dict(tree, sep="."), **names}
+
+
+def decided(config: ConfigDict, fields: Mapping[str, Any], source: str) -> ConfigDict:
+    """The config with `fields` (by dotted name) as files have them.
+
+    source: of the values, for the log, which names every field that was asked for otherwise.
+    """
+    tree, now = config.to_dict(), flat(config)
+    asked = flatten_dict(tree.get("asked", {}), sep=".")
+    changed = {name: value for name, value in fields.items() if now.get(name) != _as_json(value)}
+    for name, value in changed.items():
+        asked.setdefault(name, now.get(name))
+        _set(tree, name, value)
+    if changed:
+        told = (f"{k}={v!r} (asked: {now.get(k)!r})" for k, v in changed.items())
+        log.info("%s decides: %s", source, ", ".join(told))
+        tree["asked"] = unflatten_dict(asked, sep=".")
+    return ConfigDict(tree)
+
+
+def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDict:
+    """The config with which the run in `directory` goes on. run: the config that it has.
+
+    Raises ValueError for the first field that differs from the run's and isn't in `MAY_CHANGE`.
+    """
+    asked = flatten_dict(run.get("asked", ConfigDict()).to_dict(), sep=".")
+    asked = {name: _as_json(value) for name, value in asked.items()}
+    tree, now, before = config.to_dict(), flat(config), flat(run)
+    for name in dict.fromkeys(["task", *now, *before]):
+        have, had = now.get(name), before.get(name)
+        if have == had or name.startswith("asked."):
+            continue
+        if name in asked and have == asked[name]:
+            _set(tree, name, had)
+        elif (name in now) != (name in before) and not re.fullmatch(_FREE, name):
+            continue  # an older program had other fields
+        elif not _is_free(name, have, had):
+            raise ValueError(
+                f"{name}={have!r}, but the run in {directory} has {had!r}: leave the field as it "
+                "was, or start in another workdir"
+            )
+    if asked:
+        tree["asked"] = run.asked.to_dict()
+    return ConfigDict(tree)
+
+
+def _is_free(name: str, have: Any, had: Any) -> bool:
+    """Whether a run may go on with the value `have` of a field, where it had another one."""
+    if any(re.fullmatch(pattern, name) for pattern in MAY_CHANGE):
+        return True
+    if not (re.fullmatch(_PATHS, name) and have and had):
+        return False
+    moved = re.fullmatch(_MAY_MOVE, name) and not Path(had).exists()
+    return bool(moved) or os.path.realpath(have) == os.path.realpath(had)
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value
