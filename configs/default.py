@@ -1,4 +1,4 @@
-"""Every field that exists, with its default. An experiment calls this and states its difference."""
+"""Every field with its default. An experiment calls `get_config` and changes some fields."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,12 +17,12 @@ def get_config() -> ConfigDict:
     c.num_steps = 100_000
     c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
 
-    c.init_from = ""  # start from the parameters there: whatever latent_diffusion.load reads
-    c.init_from_only = ""  # a regex over parameter paths, "unet/" say; "" = all of them
-    # Fields that belong to the parameters of init_from come with them, whatever a config says:
-    # architectures, the noise and what is predicted of it, the first stage with its latent scale,
-    # the tokenizer. The log names each that changes; those named here stay as the config has them.
-    c.init_from_changes = ()  # "diffusion.prediction", say
+    c.init_from = ""  # a path that latent_diffusion.load reads: start from its parameters
+    c.init_from_only = ""  # a regex over parameter paths, such as "unet/"; "" = all
+    # Fields that belong to the parameters of init_from come with them, against the config: the
+    # architectures, the noise and the prediction, the first stage with its latent scale, the
+    # tokenizer. The log names each that changes; the fields listed here don't change.
+    c.init_from_changes = ()  # such as "diffusion.prediction"
 
     c.data = data()
     c.tokenizer = ConfigDict()
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.autoencoding = autoencoding()
 
     c.first_stage = ConfigDict()
-    # A workdir of autoencoding; classifying: of denoising. "" = random weights (only to try things)
+    # The workdir of an autoencoder; for classifying, of a denoiser. "" = the one of init_from
     c.first_stage.path = ""
     c.first_stage.normalization = "scalar"  # "scalar" (the paper's 1/std) | "channel" | "none"
     c.first_stage.num_batches = 64  # over which the latent scale is measured
@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
 
     c.unet = unet()
     c.conditioners = ConfigDict()  # name -> fields of that conditioner; empty = unconditional
-    # Conditioners that stay as they are: name -> where their weights lie: a folder of transformers
-    # or diffusers, a weight file, or a workdir. Their fields follow from what is there.
+    # Frozen conditioners: name -> the path of their weights (a folder of transformers or diffusers,
+    # a weight file, or a workdir), which determine the conditioner's fields
     c.pretrained = ConfigDict()
     c.diffusion = diffusion()
     c.classifier = ConfigDict()
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # "adam" | "adamw"
-    c.optimizer.learning_rate = 1e-4  # as it is: never scaled by batch size or devices
+    c.optimizer.learning_rate = 1e-4  # never scaled by batch size or devices
     c.optimizer.schedule = "constant"  # after warm-up: "constant" | "cosine" | "linear"
     c.optimizer.warmup_steps = 0
     c.optimizer.end_factor = 0.0  # last learning rate ÷ peak
@@ -68,9 +68,9 @@ def get_config() -> ConfigDict:
     c.optimizer.grad_clip = 0.0  # global norm; 0 = off
 
     c.lora = ConfigDict()
-    c.lora.rank = 0  # > 0: train a low-rank adaptation of init_from's parameters, and only it
-    c.lora.alpha = 1.0  # its strength: alpha/rank times the product of its factors is added
-    # Kernels that it adapts; the default is the U-Net's attention. CLIP's: "self_attn/(qkv|out)"
+    c.lora.rank = 0  # > 0: train only a low-rank adaptation of the parameters at init_from
+    c.lora.alpha = 1.0  # alpha/rank times the product of the factors is added to a kernel
+    # The adapted kernels: the U-Net's attention; of CLIP, "self_attn/(qkv|out)"
     c.lora.targets = (r"unet/.*attn\d/to_",)
 
     c.parallel = ConfigDict()
@@ -91,7 +91,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep = 3  # the newest
-    c.checkpoint.best = ""  # and in best/ the best by an evaluated number: "eval_psnr" ...
+    c.checkpoint.best = ""  # also keep, in best/, the best by this number: "eval_psnr" ...
     c.checkpoint.best_mode = "min"  # "min" | "max"
     return c
 
@@ -122,8 +122,8 @@ def data() -> ConfigDict:
     # The net's weights ("" = an installed package's); precomputed: a folder that
     # python -m latent_diffusion.training.embed wrote
     c.embedding_path = ""
-    c.num_neighbours = 0  # so many most similar training pictures, as embeddings
-    c.search = "numpy"  # for neighbours: "numpy" | "faiss" (the same, faster; an extra)
+    c.num_neighbours = 0  # number of the most similar training pictures, given as embeddings
+    c.search = "numpy"  # for neighbours: "numpy" | "faiss" (equal results, faster; an extra)
     return c
 
 
@@ -133,7 +133,7 @@ def autoencoder() -> ConfigDict:
     c.channels = 128
     c.channel_mult = (1, 2, 4, 4)  # one level each; f = 2^(levels - 1)
     c.num_res_blocks = 2  # per level; the decoder has one more
-    c.attn_resolutions = ()  # image sizes with attention, counted from `resolution`
+    c.attn_resolutions = ()  # sizes with attention, in an image of side `resolution`
     c.attn_type = "vanilla"  # "vanilla" | "linear" | "none"
     c.resolution = 256
     c.dropout = 0.0
@@ -146,10 +146,10 @@ def autoencoder() -> ConfigDict:
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     c.num_codes = 8192  # vq and gumbel: size of the codebook
     c.codebook_beta = 0.25  # vq
-    c.codebook_legacy = True  # beta on the codebook term (released models), else on the commitment
+    c.codebook_legacy = True  # beta weighs the codebook term (released models), else the commitment
     c.codebook_l2 = False  # codes on the unit sphere
     c.codebook_ema_decay = 0.0  # e.g. 0.99: codes are moving averages; 0 = trained by gradients
-    c.codebook_restart_below = 0.0  # with averages: uses a batch below which a code starts anew
+    c.codebook_restart_below = 0.0  # with averages: a code with fewer uses a batch starts again
     c.gumbel_kl_weight = 5e-4
     c.gumbel_straight_through = True  # hard codes in training
     return c
@@ -170,8 +170,8 @@ def autoencoding() -> ConfigDict:
     c.disc_loss = "hinge"  # "hinge" | "vanilla"
     c.disc_learning_rate = 0.0  # 0 = the generator's
     c.disc_start = 50_001  # step from which the discriminator learns
-    c.adversarial_start = 50_001  # step from which its verdict reaches the generator
-    c.adversarial_ramp = 0  # steps over which it then fades in
+    c.adversarial_start = 50_001  # step from which its verdict reaches the autoencoder
+    c.adversarial_ramp = 0  # steps over which the verdict then fades in
     c.adversarial_weight = 0.5
     return c
 
@@ -211,13 +211,13 @@ def diffusion() -> ConfigDict:
     c.prediction = "eps"  # "eps" | "x0" | "v" | "flow"
     c.loss = "l2"  # "l2" | "l1"
     c.loss_weight = "simple"  # "simple" | "min_snr" | "elbo" | "elbo_original"
-    c.elbo_weight = 0.0  # of the variational bound, beside the above
+    c.elbo_weight = 0.0  # of the variational bound, which is added to the loss
     c.learn_logvar = False  # a learned log-variance for each timestep
     # "uniform" | "logit_normal" | "importance" (evenly over log-SNR) | "loss" (follows the losses)
     c.timestep_sampling = "uniform"
     c.offset_noise = 0.0  # 0.1: brightness diffuses, too
-    c.input_perturbation = 0.0  # 0.1: noise on the network's input that the target doesn't know
-    c.drop_rate = 0.1  # conditioning dropout: what classifier-free guidance needs
+    c.input_perturbation = 0.0  # 0.1: noise on the input alone, not in the target
+    c.drop_rate = 0.1  # conditioning dropout, for classifier-free guidance
     return c
 
 
@@ -226,7 +226,7 @@ def sampling() -> ConfigDict:
     c.sampler = "ddim"  # a name in latent_diffusion.SAMPLERS
     c.num_steps = 50
     c.spacing = "trailing"  # a name in schedules.SPACINGS
-    # Of samplers that have it: how much fresh noise; None = the sampler's own
+    # Share of fresh noise, in samplers with an eta; None = the sampler's default
     c.eta = placeholder(float)
     c.guidance_scale = 1.0
     return c
@@ -235,8 +235,8 @@ def sampling() -> ConfigDict:
 def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> ConfigDict:
     """The paper's recipe for perceptual compression; its experiments add architecture and start.
 
-    Images of any folder (the paper: OpenImages), shorter side 384, random 256² crops; Adam with
-    betas (0.5, 0.9) and a learning rate of 4.5e-6 for each image of the batch.
+    It takes random 256² crops of images with a shorter side of 384 (in the paper, OpenImages), and
+    Adam with betas (0.5, 0.9) and a learning rate of 4.5e-6 times the batch size.
     """
     c = get_config()
     c.task = "autoencoding"
@@ -256,8 +256,8 @@ def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> C
 def paper_denoiser(first_stage: ConfigDict, batch_size: int, num_steps: int) -> ConfigDict:
     """The paper's recipe for latent denoising; its experiments add the U-Net and the condition.
 
-    256² pictures of any folder, constant learning rate, 200 steps of DDIM with eta 1. first_stage:
-    its experiment; the workdir that it was trained in is `first_stage.path`.
+    It takes the middle square of pictures at 256², a constant learning rate, and 200 steps of DDIM
+    with eta 1. first_stage: the config of the first stage, whose workdir is `first_stage.path`.
     """
     c = get_config()
     c.batch_size, c.num_steps = batch_size, num_steps
@@ -271,7 +271,7 @@ def paper_denoiser(first_stage: ConfigDict, batch_size: int, num_steps: int) -> 
 
 
 def unconditional(c: ConfigDict) -> None:
-    """No condition: plain self-attention, and nothing to drop."""
+    """Remove the condition: plain self-attention and no dropout."""
     c.unet.transformer_depth = 0
     c.diffusion.drop_rate = 0.0
 
@@ -286,7 +286,7 @@ def apply_variant(
 
 
 def find_variant(variant: str, variants: Mapping[str, Callable]) -> Callable:
-    """`variants[variant]`; ValueError that names the known ones where there is none."""
+    """`variants[variant]`; a ValueError for a name that it lacks lists its names."""
     if variant not in variants:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(sorted(variants))}")
     return variants[variant]

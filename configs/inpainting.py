@@ -14,7 +14,7 @@ from configs import default, vq_f4_noattn
 
 def get_config(variant: str = "") -> ConfigDict:
     c = default.paper_denoiser(vq_f4_noattn.get_config(), batch_size=128, num_steps=360_000)
-    default.unconditional(c)  # guided by what is left alone
+    default.unconditional(c)  # the visible pixels suffice
     c.data.update({"crop": "random", "flip": True, "mask": "lama"})
     c.conditioners = ConfigDict({"masked_image": {}})
     c.unet.update({"model_channels": 256, "channel_mult": (1, 2, 3, 4), "num_heads": 8})
@@ -26,6 +26,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def small(c: ConfigDict) -> None:
-    """The paper's first model, that of the efficiency analysis."""
+    """The model of the paper's efficiency analysis."""
     c.unet.update({"model_channels": 128, "channel_mult": (1, 4, 8)})
     c.unet.update({"attention_resolutions": (), "resblock_updown": False})

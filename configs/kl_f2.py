@@ -1,7 +1,7 @@
 """KL first stage, f=2, 2 latent channels (Rombach et al. 2022, Tab. 8).
 
 Command   python train.py --config=configs/kl_f2.py --workdir=runs/kl_f2 --config.data.dir=IMAGES
-Cost      the paper gives neither levels, batch nor steps: here they follow kl_f4
+Cost      the paper states neither levels, batch nor steps; they follow kl_f4
 Expected  rFID 0.086, PSNR 32.5 on ImageNet-val at 256²
 """
 

@@ -3,8 +3,8 @@
 Command   python train.py --config=configs/openmoji_autoencoder.py --workdir=runs/demo/first_stage
 Cost      5½ minutes on two CPU cores
 Expected  PSNR 23.17 dB, AlexNet-LPIPS 0.018 on held-out pictures (eval_psnr, eval_lpips)
-Variants  :scenes (what layout and semantic synthesis draw; 4 minutes) :smoke (synthetic shapes,
-          a few steps)
+Variants  :scenes (the pictures of layout and semantic synthesis; 4 minutes)
+          :smoke (synthetic shapes, a few steps)
 """
 
 from ml_collections import ConfigDict
@@ -50,13 +50,13 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def scenes(c: ConfigDict) -> None:
-    """Pictures with coloured grounds and small objects, which no single drawing resembles."""
+    """Scenes of several drawings: coloured grounds and small objects."""
     c.data.name = "openmoji_scenes"
     c.num_steps = 2400
 
 
 def smoke(c: ConfigDict) -> None:
-    """Everything the full run does, on synthetic shapes, in seconds."""
+    """All parts of the full run, on synthetic shapes, in seconds."""
     c.data.name = "synthetic"
     c.batch_size = 8
     c.num_steps = 4

@@ -1,7 +1,7 @@
 """OpenMoji by its nine groups: smileys, people, animals, food, places, activities, objects …
 
 Command   python train.py --config=configs/openmoji_class.py --workdir=runs/gallery/class
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)

@@ -1,12 +1,12 @@
 """How much should the first stage compress? The paper's Figs. 6 and 7 on OpenMoji at 64×64.
 
-Command   python -m benchmarks.compression (trains all of these, every denoiser for as long)
+Command   python -m benchmarks.compression (each denoiser for the same time)
 Variants  :first_stage_f2 … :first_stage_f16, and on their latents :f2 … :f16; :f1 is pixel space
-Cost      5 minutes for each first stage on two CPU cores, and for a denoiser what one gives it
+Cost      5 minutes for each first stage on two CPU cores, and --minutes for each denoiser
 Expected  after 20 minutes each FD 10, 5.4, 4.8, 6.0, 7.8 for f = 1 … 16; see docs/compression.md
 
-All denoisers share the recipe and the U-Net but for its first and last convolution. Latents have as
-many channels as in the paper's own comparison (Tab. 13).
+All denoisers share the recipe and, except for its first and last convolution, the U-Net. Latents
+have the numbers of channels of the paper's comparison (Tab. 13).
 """
 
 from ml_collections import ConfigDict

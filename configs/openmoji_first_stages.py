@@ -1,4 +1,4 @@
-"""The paper's four most used first stages, side by side on OpenMoji pictures of 64×64 pixels.
+"""The paper's four most used kinds of first stages on OpenMoji pictures of 64×64 pixels.
 
 Command   python train.py --config=configs/openmoji_first_stages.py:kl_f4
           --workdir=runs/first_stages/kl_f4
@@ -32,7 +32,7 @@ def f8(c: ConfigDict) -> None:
 
 
 def vq(c: ConfigDict) -> None:
-    """A codebook of moving averages, which stays in use from the first step on."""
+    """A codebook of moving averages, all of whose codes are used from the first step on."""
     c.autoencoder.update(
         {
             "regularization": "vq",
@@ -45,6 +45,6 @@ def vq(c: ConfigDict) -> None:
 
 
 def vq_f8(c: ConfigDict) -> None:
-    """Both."""
+    """A codebook and one level more."""
     f8(c)
     vq(c)

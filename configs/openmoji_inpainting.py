@@ -1,7 +1,7 @@
-"""Inpainting of OpenMoji, with LaMa's strokes and boxes for holes.
+"""Inpainting of OpenMoji pictures, whose holes are LaMa's strokes and boxes.
 
 Command   python train.py --config=configs/openmoji_inpainting.py --workdir=runs/gallery/inpainting
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)

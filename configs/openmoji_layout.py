@@ -1,13 +1,14 @@
 """Layout to image: scenes of OpenMoji drawings from their boxes.
 
 Command   python train.py --config=configs/openmoji_layout.py --workdir=runs/gallery/layout
-          (needs a first stage: configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes)
+          after configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (a few steps)
 
-The sentence of a scene has four objects of three tokens, on a grid of 32×32 places. As for text,
-a few minutes don't suffice for cross-attention alone: every box is filled beside the latent, too.
+The layout of a scene is four objects of three tokens each, on a grid of 32×32 places. In a few
+minutes, cross-attention alone doesn't learn the places, so every box is also filled beside the
+latent.
 """
 
 from ml_collections import ConfigDict

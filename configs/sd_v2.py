@@ -49,6 +49,6 @@ def inpainting(c: ConfigDict) -> None:
 
 
 def depth(c: ConfigDict) -> None:
-    """Finetuned (--config.init_from) with `depth` in the data, by any estimator."""
+    """Finetuned (--config.init_from) on data that have `depth`, from any estimator."""
     c.conditioners.depth = ConfigDict({"keep": True})
     c.num_steps = 200_000

@@ -4,7 +4,7 @@ Command   python train.py --config=configs/semantic_synthesis.py --workdir=runs/
           --config.data.name=YOUR_DATA_WITH_segmentation --config.first_stage.path=WORKDIR_OF_vq_f4
 Variants  :512 (finetuned on larger crops: --config.init_from=WORKDIR_OF_THIS)
 Cost      215.23 M parameters; 360,000 batches of 48
-Expected  no number is published; it samples convolutionally at 512×1024 and above
+Expected  no number is published; the model also samples at 512×1024 and above
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from configs import default, vq_f4
 
 def get_config(variant: str = "") -> ConfigDict:
     c = default.paper_denoiser(vq_f4.get_config(), batch_size=48, num_steps=360_000)
-    default.unconditional(c)  # guided by the map alone
+    default.unconditional(c)  # the label map suffices
     c.data.update({"crop": "random", "shorter_side": 384, "flip": True})
     c.conditioners = ConfigDict({"spatial_rescaler": {"num_classes": 182, "out_channels": 3}})
     c.unet.update({"model_channels": 128, "channel_mult": (1, 4, 8), "num_heads": 8})

@@ -2,7 +2,7 @@
 
 Command   python train.py --config=configs/vq_f2.py --workdir=runs/vq_f2 --config.data.dir=IMAGES
 Variants  :n64 (64 codes)
-Cost      the paper gives neither levels, batch nor steps: here they follow vq_f4
+Cost      the paper states neither levels, batch nor steps; they follow vq_f4
 Expected  rFID 0.16, PSNR 30.9 on ImageNet-val at 256² (64 codes: 0.40, 29.1)
 """
 

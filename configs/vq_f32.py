@@ -1,7 +1,7 @@
 """VQ first stage, f=32, 16,384 codes of 16 channels (Rombach et al. 2022, Tab. 8).
 
 Command   python train.py --config=configs/vq_f32.py --workdir=runs/vq_f32 --config.data.dir=IMAGES
-Cost      the paper gives neither levels, batch nor steps: here they follow kl_f32 and vq_f16
+Cost      the paper states neither levels, batch nor steps; they follow kl_f32 and vq_f16
 Expected  rFID 31.8, PSNR 17.5 on ImageNet-val at 256²
 """
 
