@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test soak lint parity bench clean
+.PHONY: setup demo test mutants soak lint parity bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every test that a broken line has to make fail, with that line broken: tests/mutants.toml.
+mutants: $(VENV)/.test
+	PYTHONPATH=. $(BIN)/python tests/mutants.py
 
 # A run killed 20 times at random moments, at most 15 minutes.
 soak: $(VENV)/.test

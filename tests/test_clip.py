@@ -98,9 +98,7 @@ def test_a_data_set_is_embedded_once_and_for_all(folder, tmp_path):
     with pytest.raises(ValueError, match=r"train.npz has 5 embeddings, the data 3 pictures"):
         data.make_source(smaller, "train")
     config.embedding_path = str(tmp_path / "elsewhere")
-    with pytest.raises(
-        ValueError, match=r"no .*elsewhere/test.npz; python -m latent_diff.*embed"
-    ):
+    with pytest.raises(ValueError, match=r"no .*elsewhere/test.npz; python -m latent_diff.*embed"):
         data.make_source(config, "test")
 
 

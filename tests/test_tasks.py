@@ -199,3 +199,13 @@ def test_eval_step_and_show_give_one_value_or_image_per_example(task):
     assert {value.shape for value in values.values()} == {(BATCH,)}
     images = jax.eval_shape(made.show, state, constants, batch, RNG)
     assert {image.shape for image in images.values()} == {(BATCH, SIZE, SIZE, 3)}
+
+
+def test_the_average_of_the_first_stage_follows_its_new_parameters():
+    _, state, constants, batch, step = _setup("autoencoding", *GATED)
+    after, _ = step(state, constants, batch, RNG)
+    decay = (1 + 1) / (10 + 1)  # n = 1
+    for old, new, ema in zip(
+        *map(jax.tree.leaves, (state.params, after.params, after.ema_params)), strict=True
+    ):
+        np.testing.assert_allclose(ema, decay * old + (1 - decay) * new, atol=1e-6)

@@ -40,7 +40,7 @@ def boxes(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
     pen, scale = ImageDraw.Draw(image), size / REFERENCE
     margin = 10 * scale
     for _ in range(rng.integers(1, 5)):
-        sides = rng.uniform(30, 150, 2) * scale
+        sides = np.maximum(rng.uniform(30, 150, 2) * scale, 1)
         left, top = rng.uniform(margin, size - margin - sides)
         pen.rectangle((left, top, left + sides[0] - 1, top + sides[1] - 1), fill=255)
     return _as_mask(image)

@@ -1,0 +1,252 @@
+"""Evaluation, pictures and sampling, held against results that are computed by hand."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from answers import (
+    CLASS,
+    PATTERN,
+    RNG,
+    SCALE,
+    SHIFT,
+    SIDE,
+    TEXT,
+    denoiser,
+    first_stage,
+    model,
+    params_of,
+    pixels,
+    read,
+)  # fmt: skip
+
+from latent_diffusion.models.classifier import NoisyClassifier
+from latent_diffusion.nets.discriminator import PatchGAN
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.tasks.autoencoding import Autoencoding
+from latent_diffusion.tasks.autoencoding import Constants as PerceptualConstants
+from latent_diffusion.tasks.autoencoding import State as PerceptualState
+from latent_diffusion.tasks.classifying import Classifying
+from latent_diffusion.tasks.denoising import Constants, Denoising, State
+
+CLOSE = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-4)
+LABELS = np.array([0, 1, 2, 1], np.int32)
+IMAGES = np.random.default_rng(1).uniform(-1, 1, (4, SIDE, SIDE, 3)).astype(np.float32)
+BATCH = {"image": jnp.asarray(IMAGES), "class_label": jnp.asarray(LABELS)}
+
+
+# ---------------------------------------------------------------------------- latent denoising
+
+
+def denoising(**fields):
+    """The task, and a state whose live parameters are far from the averaged ones."""
+    whole = denoiser(CLASS)
+    task = Denoising(
+        denoiser=whole.replace(params={}),
+        autoencoder=first_stage().module,
+        tx=optax.sgd(0.1),
+        image_shape=(SIDE, SIDE, 3),
+        sampling={"sampler": "ddim", "num_steps": 1, "spacing": "trailing", "guidance_scale": 3.0},
+        **fields,
+    )
+    live = params_of(whole.conditioner, bias=5.0, seed=1)
+    state = State(jnp.zeros((), jnp.int32), live, whole.params, task.tx.init(live))
+    return task, state, Constants(first_stage())
+
+
+def numbers(params, labels=LABELS, drop=False):
+    """What the network reads under these parameters."""
+    whole = denoiser(CLASS).replace(params=params)
+    batch = {"class_label": jnp.asarray(labels)}
+    return np.asarray(read(whole.condition(batch, jnp.full(len(labels), drop))))
+
+
+def errors(answers):
+    """Mean squared error of each answer to the latent of its image."""
+    z_0 = (IMAGES - SHIFT) * SCALE
+    return np.mean((answers[:, None, None, None] * PATTERN - z_0) ** 2, (1, 2, 3))
+
+
+def test_evaluation_is_of_the_averaged_parameters_and_never_drops_a_condition():
+    task, state, constants = denoising(drop_rate=1.0)
+    seen = task.eval_step(state, constants, BATCH, RNG)
+    CLOSE(seen["simple"], errors(numbers(state.ema_params)))
+    CLOSE(seen["loss"], seen["simple"])
+
+
+@pytest.mark.parametrize(("rate", "shares"), [(0.0, {0}), (1.0, {4}), (0.5, {1, 2, 3})])
+def test_training_drops_the_share_of_the_conditions(rate, shares):
+    task, state, constants = denoising(drop_rate=rate, learn_logvar=False)
+    _, metrics = task.train_step(state, constants, BATCH, RNG)
+    told, untold = (errors(5 + numbers(state.params, drop=drop)) for drop in (False, True))
+    masks = [(np.arange(16)[:, None] >> np.arange(4)) & 1][0].astype(bool)
+    means = np.where(masks, untold, told).mean(1)
+    (mask,) = masks[np.abs(means - float(metrics["loss"])) < 1e-4]
+    assert mask.sum() in shares
+
+
+def test_the_pictures_of_a_run_are_guided_samples_of_the_averaged_parameters():
+    task, state, constants = denoising()
+    images = task.show(state, constants, BATCH, RNG)
+    told, untold = (numbers(state.ema_params, drop=drop) for drop in (False, True))
+    CLOSE(images["samples"], pixels(untold + 3.0 * (told - untold)))
+    np.testing.assert_array_equal(images["inputs"], IMAGES)
+
+
+def test_a_step_moves_against_the_gradient_and_the_average_follows():
+    task, state, constants = denoising(drop_rate=0.0, ema_decay=0.5)
+
+    def loss(params):
+        answers = params["unet"]["bias"] + read(
+            denoiser(CLASS).replace(params=params).condition(BATCH, jnp.zeros(4, bool))
+        )
+        z_0 = (IMAGES - SHIFT) * SCALE
+        return jnp.mean((answers[:, None, None, None] * PATTERN - z_0) ** 2)
+
+    after, metrics = task.train_step(state, constants, BATCH, RNG)
+    grads = jax.grad(loss)(state.params)["unet"]["bias"]
+    CLOSE(after.params["unet"]["bias"], 5.0 - 0.1 * grads)
+    rate = 1 - min(0.5, 2 / 11)  # warm-up
+    CLOSE(after.ema_params["unet"]["bias"], rate * after.params["unet"]["bias"])
+    assert int(after.step) == 1 and float(metrics["grad_norm"]) > abs(float(grads))
+
+
+def test_every_step_and_every_example_has_its_noise():
+    """With the input for its answer, the network's error is the noise that it sees."""
+    task, state, constants = denoising(drop_rate=0.0)
+    state = state.replace(params=params_of(task.denoiser.conditioner, gain=1.0))
+    same = {"image": jnp.zeros((4, SIDE, SIDE, 3)), "class_label": jnp.zeros(4, jnp.int32)}
+    first = state.replace(ema_params=state.params)
+    losses = [
+        float(task.train_step(first.replace(step=jnp.array(i)), constants, same, RNG)[1]["loss"])
+        for i in range(2)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-4
+    assert len(set(np.asarray(task.eval_step(first, constants, same, RNG)["loss"]).tolist())) == 4
+
+
+# -------------------------------------------------------------------------------- the other tasks
+
+
+class Scores(UNet):
+    """The same scores for every picture."""
+
+    @nn.compact
+    def __call__(self, z_t, t, conditioning=None, train=False):
+        scores = self.param("scores", nn.initializers.zeros, (3,))
+        return jnp.broadcast_to(scores, (len(z_t), 3))
+
+
+def test_a_classifier_is_evaluated_by_its_averaged_parameters():
+    classifier = NoisyClassifier({}, make_schedule(), Scores(3))
+    task = Classifying(classifier, first_stage().module, optax.sgd(0.1), (SIDE, SIDE, 3))
+    live, average = (
+        {"unet": {"scores": jnp.array(scores)}} for scores in ([0.0, 5, 9], [3.0, 2, 1])
+    )
+    state = State(jnp.zeros((), jnp.int32), live, average, task.tx.init(live))
+    seen = task.eval_step(state, Constants(first_stage()), BATCH, RNG)
+    assert set(seen) == {f"{k}_{t}" for k in ("loss", "accuracy", "accuracy_5")
+                         for t in (0, 250, 500, 750)}  # fmt: skip
+    CLOSE(seen["loss_250"], -jax.nn.log_softmax(average["unet"]["scores"])[LABELS])
+    assert seen["accuracy_0"].tolist() == [1, 0, 0, 0]
+    after, metrics = task.train_step(state, Constants(first_stage()), BATCH, RNG)
+    shares = np.bincount(LABELS, minlength=3) / 4
+    CLOSE(
+        after.params["unet"]["scores"],
+        live["unet"]["scores"] - 0.1 * (jax.nn.softmax(live["unet"]["scores"]) - shares),
+    )
+    assert float(metrics["accuracy"]) == 0.25
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder returns, as far as evaluation reads it."""
+
+    x: jax.Array
+
+
+class Scaled(nn.Module):
+    """Reconstructions are gain · x."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Reconstruction(self.param("gain", nn.initializers.ones, ()) * x)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_reconstructions_are_those_of_the_averaged_parameters_if_there_are_any(averaged):
+    task = Autoencoding(Scaled(), PatchGAN(), None, optax.identity(), optax.identity())
+    live, average = ({"autoencoder": {"gain": jnp.array(gain)}} for gain in (0.2, 0.5))
+    state = PerceptualState(0, live, average if averaged else None, *[None] * 5)
+    seen = task.eval_step(state, PerceptualConstants(None), BATCH, RNG)
+    gain = 0.5 if averaged else 0.2
+    CLOSE(seen["l1"], np.mean(np.abs((1 - gain) * IMAGES), (1, 2, 3)))
+    mse = np.mean(((1 - gain) * IMAGES) ** 2, (1, 2, 3))
+    CLOSE(seen["psnr"], 10 * np.log10(4 / mse))
+    images = task.show(state, PerceptualConstants(None), BATCH, RNG)
+    CLOSE(images["reconstructions"], gain * IMAGES)
+
+
+# ---------------------------------------------------------------------------- whole sampling calls
+
+PROMPTS = ("red cat", "blue dog")
+
+
+def sample(prompts=PROMPTS, made=None, **options):
+    options = {"mode": "single", "guidance_scale": 3.0, **options}
+    return (made or model(TEXT)).sample(RNG, list(prompts), **options)
+
+
+def told(*prompts):
+    return np.asarray(read(model(TEXT).condition(prompts=list(prompts))))
+
+
+def test_the_guided_answer_is_decoded():
+    untold, wanted = told(""), told(*PROMPTS)
+    CLOSE(sample(), pixels(untold + 3.0 * (wanted - untold)))
+    CLOSE(sample(guidance_scale=1.0), pixels(wanted))
+    CLOSE(sample(guidance_scale=[0.0]), pixels(np.repeat(untold, 2)))
+    assert np.ptp(wanted) > 0.02 and np.abs(untold - wanted).min() > 0.02
+
+
+def test_each_prompt_is_guided_away_from_its_negative_one():
+    wanted, avoided = told(*PROMPTS), told("green", "cat")
+    expected = np.repeat(avoided + 3.0 * (wanted - avoided), 2)
+    CLOSE(sample(negative_prompts=["green", "cat"], num_images=2), pixels(expected))
+    avoided = told("green")
+    CLOSE(sample(negative_prompts="green"), pixels(avoided + 3.0 * (wanted - avoided)))
+
+
+def test_more_prompts_are_added_with_their_weights():
+    untold, wanted, more = told(""), told(*PROMPTS), told("green", "cat")
+    direction = wanted - untold + 0.5 * (more[0] - untold) - 0.25 * (more[1] - untold)
+    images = sample(more_prompts=[("green", 0.5), ("cat", -0.25)])
+    CLOSE(images, pixels(untold + 3.0 * direction))
+
+
+def test_outside_the_interval_there_is_no_guidance():
+    CLOSE(sample(guidance_interval=(0, 500)), pixels(told(*PROMPTS)))
+    CLOSE(sample(guidance_interval=(900, 999)), sample())
+
+
+def test_rescaled_guidance_has_the_spread_of_the_condition():
+    untold, wanted = told(""), told(*PROMPTS)
+    guided = untold + 3.0 * (wanted - untold)
+    expected = 0.5 * guided + 0.5 * np.abs(wanted) * np.sign(guided)
+    CLOSE(sample(guidance_rescale=0.5), pixels(expected))
+
+
+def test_classes_and_their_null():
+    made = model(CLASS)
+    wanted, untold = (numbers(made.denoiser.params, [2, 0], drop) for drop in (False, True))
+    images = made.sample(RNG, class_labels=[2, 0], guidance_scale=3.0, mode="single")
+    CLOSE(images, pixels(untold + 3.0 * (wanted - untold)))
+    CLOSE(
+        made.condition(class_labels=[2, 0]).context,
+        made.denoiser.condition({"class_label": jnp.array([2, 0])}, jnp.zeros(2, bool)).context,
+    )

@@ -1,0 +1,203 @@
+"""Which test sees the effect of each field of the configs, each argument, each flag.
+
+A field is named here once: as a row of PROGRAMS or EXAMPLES, whose shared test tries the row's
+value, or in CONFIG with the test of its own. `test_wiring.py` holds these tables against the code.
+"""
+
+AUTOENCODER, DENOISER, CLASSIFIER = "autoencoding", "denoising", "classifying"
+VQ = {"autoencoder.regularization": "vq", "autoencoder.num_codes": 4}
+GUMBEL = {"autoencoder.regularization": "gumbel", "autoencoder.num_codes": 4}
+ATTENTION = {"autoencoder.attn_resolutions": (8,), "autoencoder.resolution": 8}
+LINEAR = {"diffusion.schedule": "linear"}
+COSINE = {"optimizer.schedule": "cosine"}
+LPIPS = {"autoencoding.perceptual": "alex", "data.image_size": 32}
+SIXTEEN = {"data.image_size": 16}
+EIGHT = {"autoencoder.resolution": 8}
+VECTOR = {"conditioners": {"class_label": {"num_classes": 3, "width": 32, "route": "vector"}}}
+LORA = {"lora.rank": 1}
+
+# field -> (task, part of it, a value, what else is set): the program that the task traces with this
+# value is another one than with that of tests/tiny.py. Parts: a method, an optimiser ("tx"), or the
+# autoencoder in training.
+PROGRAMS = {
+    "task": (DENOISER, "train_step", CLASSIFIER, {"classifier.pool": "spatial"}),
+    "batch_size": (DENOISER, "train_step", 4, {}),
+    "grad_accumulation": (DENOISER, "train_step", 2, {}),
+    "num_steps": (DENOISER, "tx", 7, COSINE),
+    "ema_decay": (DENOISER, "train_step", 0.8, {}),
+    "conditioners": (DENOISER, "train_step", {}, {}),
+    "pretrained": (DENOISER, "train_step", {"text": "here"}, {}),
+    "autoencoder.attn_resolutions": (
+        AUTOENCODER,
+        "autoencoder",
+        (8,),
+        {"autoencoder.resolution": 8},
+    ),
+    "autoencoder.attn_type": (AUTOENCODER, "autoencoder", "linear", ATTENTION),
+    "autoencoder.channel_mult": (AUTOENCODER, "autoencoder", (1, 2), {}),
+    "autoencoder.channels": (AUTOENCODER, "autoencoder", 8, {}),
+    "autoencoder.codebook_beta": (AUTOENCODER, "autoencoder", 0.5, VQ),
+    "autoencoder.codebook_ema_decay": (AUTOENCODER, "autoencoder", 0.9, VQ),
+    "autoencoder.codebook_l2": (AUTOENCODER, "autoencoder", True, VQ),
+    "autoencoder.codebook_legacy": (AUTOENCODER, "autoencoder", False, VQ),
+    "autoencoder.codebook_restart_below": (
+        *(AUTOENCODER, "train_step", 0.5, {**VQ, "autoencoder.codebook_ema_decay": 0.9}),
+    ),
+    "autoencoder.dropout": (AUTOENCODER, "autoencoder", 0.1, {}),
+    "autoencoder.dtype": (AUTOENCODER, "autoencoder", "bfloat16", {}),
+    "autoencoder.embed_dim": (AUTOENCODER, "autoencoder", 3, {}),
+    "autoencoder.gumbel_kl_weight": (AUTOENCODER, "autoencoder", 0.1, GUMBEL),
+    "autoencoder.gumbel_straight_through": (AUTOENCODER, "autoencoder", False, GUMBEL),
+    "autoencoder.image_channels": (AUTOENCODER, "eval_step", 1, {}),
+    "autoencoder.num_codes": (AUTOENCODER, "autoencoder", 5, VQ),
+    "autoencoder.num_groups": (AUTOENCODER, "autoencoder", 2, {}),
+    "autoencoder.num_res_blocks": (AUTOENCODER, "autoencoder", 2, {}),
+    "autoencoder.regularization": (AUTOENCODER, "autoencoder", "none", {}),
+    "autoencoder.remat": (AUTOENCODER, "autoencoder", True, {}),
+    "autoencoder.resolution": (AUTOENCODER, "autoencoder", 16, ATTENTION),
+    "autoencoder.tanh_out": (AUTOENCODER, "autoencoder", True, {}),
+    "autoencoder.z_channels": (AUTOENCODER, "autoencoder", 3, {}),
+    "autoencoding.adversarial_ramp": (AUTOENCODER, "train_step", 5, {}),
+    "autoencoding.adversarial_start": (AUTOENCODER, "train_step", 7, {}),
+    "autoencoding.adversarial_weight": (AUTOENCODER, "train_step", 0.3, {}),
+    "autoencoding.disc_condition": (AUTOENCODER, "train_step", "mask", {}),
+    "autoencoding.disc_learning_rate": (AUTOENCODER, "disc_tx", 0.25, {}),
+    "autoencoding.disc_loss": (AUTOENCODER, "train_step", "vanilla", {}),
+    "autoencoding.disc_start": (AUTOENCODER, "train_step", 7, {}),
+    "autoencoding.discriminator.channels": (AUTOENCODER, "train_step", 8, {}),
+    "autoencoding.discriminator.norm": (AUTOENCODER, "train_step", "actnorm", {}),
+    "autoencoding.discriminator.num_layers": (
+        AUTOENCODER,
+        "train_step",
+        2,
+        {"data.image_size": 16},
+    ),
+    "autoencoding.gumbel_temperature": (AUTOENCODER, "train_step", (1.0, 0.5), GUMBEL),
+    "autoencoding.learn_logvar": (AUTOENCODER, "train_step", False, {}),
+    "autoencoding.logvar_init": (AUTOENCODER, "init", 0.5, {}),
+    "autoencoding.perceptual": (AUTOENCODER, "eval_step", "alex", {"data.image_size": 32}),
+    "autoencoding.perceptual_weight": (AUTOENCODER, "train_step", 0.5, LPIPS),
+    "autoencoding.reduction": (AUTOENCODER, "train_step", "mean", {}),
+    "autoencoding.reg_weight": (AUTOENCODER, "train_step", 0.5, {}),
+    "unet.attention": (DENOISER, "eval_step", "xla", {"unet.attention": "auto"}),
+    "unet.attention_resolutions": (DENOISER, "eval_step", (1,), {}),
+    "unet.channel_mult": (DENOISER, "eval_step", (2,), {}),
+    "unet.disable_self_attentions": (DENOISER, "eval_step", (True,), {}),
+    "unet.dropout": (DENOISER, "train_step", 0.1, {}),
+    "unet.dtype": (DENOISER, "eval_step", "bfloat16", {}),
+    "unet.legacy_qkv_order": (DENOISER, "eval_step", False, {"unet.transformer_depth": 0}),
+    "unet.model_channels": (DENOISER, "eval_step", 16, {}),
+    "unet.num_groups": (DENOISER, "eval_step", 2, {}),
+    "unet.num_head_channels": (DENOISER, "eval_step", 2, {}),
+    "unet.num_heads": (DENOISER, "eval_step", 1, {}),
+    "unet.num_res_blocks": (DENOISER, "eval_step", 2, {}),
+    "unet.remat": (DENOISER, "train_step", "full", {}),
+    "unet.resblock_updown": (DENOISER, "eval_step", True, {"unet.channel_mult": (1, 1)}),
+    "unet.transformer_depth": (DENOISER, "eval_step", 2, {}),
+    "unet.use_scale_shift_norm": (DENOISER, "eval_step", False, {}),
+    "unet.vector_projection": (DENOISER, "eval_step", True, VECTOR),
+    "diffusion.beta_end": (DENOISER, "eval_step", 0.02, LINEAR),
+    "diffusion.beta_start": (DENOISER, "eval_step", 0.001, LINEAR),
+    "diffusion.drop_rate": (DENOISER, "train_step", 0.25, {}),
+    "diffusion.elbo_weight": (DENOISER, "train_step", 0.25, {}),
+    "diffusion.input_perturbation": (DENOISER, "train_step", 0.25, {}),
+    "diffusion.learn_logvar": (DENOISER, "train_step", True, {}),
+    "diffusion.loss": (DENOISER, "train_step", "l1", {}),
+    "diffusion.loss_weight": (DENOISER, "train_step", "min_snr", {}),
+    "diffusion.num_timesteps": (DENOISER, "train_step", 500, {}),
+    "diffusion.offset_noise": (DENOISER, "train_step", 0.25, {}),
+    "diffusion.prediction": (DENOISER, "train_step", "eps", {}),
+    "diffusion.schedule": (DENOISER, "train_step", "sqrt", {}),
+    "diffusion.timestep_sampling": (DENOISER, "train_step", "logit_normal", {}),
+    "diffusion.zero_terminal_snr": (DENOISER, "train_step", True, LINEAR),
+    "classifier.num_classes": (CLASSIFIER, "eval_step", 5, {}),
+    "classifier.pool": (CLASSIFIER, "eval_step", "spatial", {}),
+    "sampling.eta": (DENOISER, "show", 0.5, {}),
+    "sampling.guidance_scale": (DENOISER, "show", 3.5, {}),
+    "sampling.num_steps": (DENOISER, "show", 3, {}),
+    "sampling.sampler": (DENOISER, "show", "heun", {}),
+    "sampling.spacing": (DENOISER, "show", "leading", {}),
+    "optimizer.b1": (CLASSIFIER, "tx", 0.8, {}),
+    "optimizer.b2": (CLASSIFIER, "tx", 0.8, {}),
+    "optimizer.end_factor": (CLASSIFIER, "tx", 0.5, COSINE),
+    "optimizer.eps": (CLASSIFIER, "tx", 0.5, {}),
+    "optimizer.frozen": (CLASSIFIER, "tx", ("bias",), {}),
+    "optimizer.grad_clip": (CLASSIFIER, "tx", 0.5, {}),
+    "optimizer.learning_rate": (CLASSIFIER, "tx", 0.5, {}),
+    "optimizer.name": (CLASSIFIER, "tx", "adam", {}),
+    "optimizer.no_decay": (CLASSIFIER, "tx", ("bias",), {}),
+    "optimizer.schedule": (CLASSIFIER, "tx", "linear", COSINE),
+    "optimizer.warmup_steps": (CLASSIFIER, "tx", 5, {}),
+    "optimizer.weight_decay": (CLASSIFIER, "tx", 0.5, {}),
+    "lora.alpha": (DENOISER, "train_step", 2.5, LORA),
+    "lora.rank": (DENOISER, "train_step", 1, {}),
+    "lora.targets": (DENOISER, "train_step", (r"unet/.*attn1/to_q",), LORA),
+}
+
+LAYOUT = {"layout.vocab_size": 30, "layout.max_objects": 3}
+# field of `data` -> (a value, what else is set): it changes what the transform of training makes of
+# a picture of 24 × 12 with its boxes and labels.
+EXAMPLES = {
+    "crop": ("center", {}),
+    "flip": (True, {}),
+    "image_size": (4, {}),
+    "shorter_side": (10, {"crop": "center"}),
+    "low_res": ("bicubic", {}),
+    "low_res_factor": (2, {"low_res": "bicubic"}),
+    "mask": ("boxes", {}),
+    "layout.vocab_size": (40, LAYOUT),
+    "layout.max_objects": (2, LAYOUT),
+    "layout.encode_crop": (False, LAYOUT),
+    "layout.centres": (True, LAYOUT),
+}
+
+HERE = "test_wiring.py::test_"
+PERCEPTUAL = f"{HERE}a_run_reads_the_perceptual_weights_that_the_config_names"
+TRAINED = "test_commands.py::test_load_gives_a_model_that_encodes_decodes_and_samples"
+LOOP = f"{HERE}events_of_the_loop_come_when_the_config_says"
+SCALE = f"{HERE}the_latent_scale_is_that_of_the_batches_that_the_config_says"
+START = f"{HERE}a_run_starts_on_its_mesh_from_its_seed_and_with_latents_if_it_caches_them"
+DISTANCE = f"{HERE}a_distance_is_over_so_many_pictures_and_of_the_features_that_the_config_names"
+TOKENIZER = f"{HERE}the_tokenizer_is_the_one_that_the_config_describes"
+EMBEDDED = "test_clip.py::test_a_data_set_is_embedded_once_and_for_all"
+CONFIG = {
+    "autoencoding.perceptual_path": PERCEPTUAL,
+    "checkpoint.best": LOOP,
+    "checkpoint.best_mode": LOOP,
+    "checkpoint.every_steps": LOOP,
+    "checkpoint.keep": LOOP,
+    "data.dir": "test_image_folder.py::test_split_and_class_folders",
+    "data.embedding": EMBEDDED,
+    "data.embedding_path": EMBEDDED,
+    "data.features": "test_tfds.py::test_configured_features",
+    "data.name": "test_image_folder.py::test_split_and_class_folders",
+    "data.num_neighbours": EMBEDDED,
+    "data.search": f"{HERE}neighbours_are_searched_for_by_the_name_in_the_config",
+    "data.test_fraction": "test_image_folder.py::test_hash_split_is_a_partition_that_files_keep",
+    "data.test_split": "test_tfds.py::test_usual_features_are_found",
+    "data.train_split": "test_tfds.py::test_configured_features",
+    "first_stage.cache": START,
+    "first_stage.normalization": SCALE,
+    "first_stage.num_batches": SCALE,
+    "first_stage.path": TRAINED,
+    "init_from": "test_init_from.py::test_the_whole_model_and_its_average_start_from_the_file",
+    "init_from_only": "test_init_from.py::test_a_part_by_its_path",
+    "log.distance": DISTANCE,
+    "log.distance_images": DISTANCE,
+    "log.distance_path": DISTANCE,
+    "log.eval_batches": f"{HERE}an_evaluation_is_the_mean_over_its_batches_without_the_padding",
+    "log.eval_every_steps": LOOP,
+    "log.every_steps": LOOP,
+    "log.images_every_steps": LOOP,
+    "log.num_images": f"{HERE}a_drawing_has_as_many_pictures_as_the_config_says",
+    "parallel.mesh.data": START,
+    "parallel.mesh.fsdp": START,
+    "parallel.mesh.tensor": START,
+    "parallel.mode": START,
+    "parallel.rules": START,
+    "seed": START,
+    "tokenizer.max_length": TOKENIZER,
+    "tokenizer.name": TOKENIZER,
+    "tokenizer.path": TOKENIZER,
+    "tokenizer.vocab_size": TOKENIZER,
+}
