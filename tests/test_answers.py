@@ -17,6 +17,7 @@ from answers import (
     SHIFT,
     SIDE,
     TEXT,
+    Answering,
     denoiser,
     first_stage,
     model,
@@ -250,3 +251,64 @@ def test_classes_and_their_null():
         made.condition(class_labels=[2, 0]).context,
         made.denoiser.condition({"class_label": jnp.array([2, 0])}, jnp.zeros(2, bool)).context,
     )
+
+
+def test_images_are_condition_major():
+    images = sample(num_images=3, guidance_scale=1.0, batch_size=4)
+    CLOSE(images, pixels(np.repeat(told(*PROMPTS), 3)))
+
+
+# option -> (its value, what else is set): other pictures than without it.
+OPTIONS = {
+    "sampler": ("euler_ancestral", {}),
+    "num_steps": (3, {}),
+    "spacing": ("leading", {}),
+    "end": (0, {}),
+    "eta": (1.0, {}),
+    "temperature": (0.5, {"eta": 1.0}),
+    "guidance_scale": (2.0, {}),
+    "guidance_interval": ((0, 500), {}),
+    "guidance_rescale": (0.5, {}),
+    "cfg_pp": (True, {"guidance_scale": 0.5}),
+    "negative_prompts": (["cat"], {}),
+    "more_prompts": ([("cat", 0.5)], {}),
+    "perpendicular": (1.5, {"negative_prompts": ["cat"]}),
+    "clip_x0": (0.3, {}),
+    "dynamic_threshold": (0.5, {}),
+    "strength": (0.3, {"image": IMAGES[:1], "strength": 0.9}),
+    "image": (IMAGES[1:2], {"image": IMAGES[:1], "strength": 0.5}),
+    "mask": (np.zeros((1, SIDE, SIDE, 1), np.float32), {"image": IMAGES[:1], "strength": 0.5}),
+    "num_images": (2, {}),
+    "image_size": ((SIDE, SIDE * 2), {}),
+    "z_T": (np.zeros((2, SIDE, SIDE, 3), np.float32), {}),
+}
+
+
+class Mixing(Answering):
+    """A network whose answer depends on z_t and t by more than a factor."""
+
+    @nn.compact
+    def __call__(self, z_t, t, conditioning=None, train=False):
+        mixed = jnp.tanh(z_t + 3 * read(conditioning)[:, None, None, None])
+        bias = [self.param(name, nn.initializers.zeros, ()) for name in ("gain", "bias")]
+        return mixed * (1 + t / 1000)[:, None, None, None] + sum(bias)
+
+
+MADE = {}
+
+
+def mixed_pictures(options):
+    """Four steps of sampling with these options; made once."""
+    if repr(options) not in MADE:
+        made = model(TEXT)
+        made = made.replace(denoiser=made.denoiser.replace(unet=Mixing()))
+        MADE[repr(options)] = sample(made=made, **{"num_steps": 4, **options})
+    return MADE[repr(options)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_of_sampling_changes_the_pictures(option):
+    value, others = OPTIONS[option]
+    before, after = mixed_pictures(others), mixed_pictures({**others, option: value})
+    assert np.isfinite(after).all()
+    assert before.shape != after.shape or np.abs(before - after).max() > 1e-3

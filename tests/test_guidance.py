@@ -130,6 +130,15 @@ def test_perpendicular_negatives_only_remove_what_is_not_shared():
     assert bool(jnp.all(away < 0))
 
 
+def test_perpendicular_negatives_are_weighed():
+    def change(weight):
+        steered = guidance.perpendicular(network, *TRIPLE, COND, OTHER, NULL, 4.0, weight)
+        return eps(steered) - (0.3 * Z + NULL + 4.0 * (COND - NULL))
+
+    close(change(2.0), 2 * change(1.0), atol=1e-4)
+    assert float(jnp.abs(change(1.0)).max()) > 0.1
+
+
 def test_cfg_pp_takes_z_0_from_the_guided_and_eps_from_the_null_prediction():
     pred = guidance.classifier_free_pp(network, *TRIPLE, COND, NULL, 0.6)(Z, T)
     guided = guidance.classifier_free(network, *TRIPLE, COND, NULL, 0.6)(Z, T)

@@ -273,27 +273,29 @@ def test_the_latent_scale_is_that_of_the_batches_that_the_config_says(normalizat
     np.testing.assert_allclose(measured.shift, shift, atol=1e-5)
 
 
-def test_a_run_reads_the_perceptual_weights_that_the_config_names(monkeypatch, tmp_path):
+def test_a_run_reads_the_perceptual_weights_that_the_config_names(monkeypatch):
     fields = {"autoencoding.perceptual_path": "here", "autoencoding.perceptual": "alex"}
     config = make_config("autoencoding", **fields)
     monkeypatch.setattr(frozen, "load_lpips_params", lambda net, path: {"of": (net, path)})
-    loaded = frozen.load_constants(config, tmp_path, PerceptualConstants(None), None)
+    loaded = frozen.load_constants(config, PerceptualConstants(None), None, None, None)
     assert loaded.lpips == {"of": ("alex", "here")}
 
 
 def test_the_tokenizer_is_the_one_that_the_config_describes(tmp_path):
     config = default.get_config()
     captions = data.ArraySource({"caption": np.array(["a b c d", "a b"])})
-    config.tokenizer.update({"name": "word", "vocab_size": 4, "max_length": 3})
-    words = make_tokenizer(config, tmp_path, captions)
+
+    def made(**fields):
+        config.tokenizer.update(fields)
+        return make_tokenizer(config, captions, None, None)[1]
+
+    words = made(name="word", vocab_size=4, max_length=3)
     assert words(["b c a e"]).tolist() == [[3, 1, 2]] and words.vocab_size == 4
-    assert make_tokenizer(default.get_config(), tmp_path, captions) is None
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b"]))
-    config.tokenizer.update({"name": "bert", "path": str(vocabulary), "max_length": 4})
-    (tmp_path / "other").mkdir()
-    pieces = make_tokenizer(config, tmp_path / "other", captions)
+    pieces = made(name="bert", path=str(vocabulary), max_length=4)
     assert pieces(["b"]).tolist() == [[2, 5, 3, 0]]
+    assert made(name="none") is None
 
 
 # ------------------------------------------------------------------------ fields of an evaluation

@@ -181,6 +181,7 @@ CONFIG = {
     "first_stage.num_batches": SCALE,
     "first_stage.path": TRAINED,
     "init_from": "test_init_from.py::test_the_whole_model_and_its_average_start_from_the_file",
+    "init_from_changes": "test_init_from.py::test_the_first_stage_comes_along_with_its_scale",
     "init_from_only": "test_init_from.py::test_a_part_by_its_path",
     "log.distance": DISTANCE,
     "log.distance_images": DISTANCE,

@@ -1,0 +1,108 @@
+"""Numbers of small networks, stored when `make parity` held them equal to diffusers' and others'.
+
+Whatever changes a network's mathematics (the order of heads, a gate, a norm's epsilon) changes one
+of these, also where PyTorch isn't installed. Parameters are drawn by their paths.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from latent_diffusion.nets.autoencoder import Autoencoder
+from latent_diffusion.nets.conditioners import CONDITIONERS
+from latent_diffusion.nets.discriminator import PatchGAN
+from latent_diffusion.nets.losses.perceptual import LPIPS
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.types import Conditioning
+
+SMALL = {"channels": 8, "num_res_blocks": 1, "num_groups": 4, "z_channels": 2, "embed_dim": 2}
+
+
+def draw(name, *shape):
+    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
+
+
+def unet(context=None, vector=None, **fields):
+    fields = {"num_heads": 2, "channel_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4} | fields
+    told = Conditioning(
+        context=context and jnp.asarray(draw("context", 2, 3, context)),
+        vector=vector and jnp.asarray(draw("vector", 2, vector)),
+    )
+    module = UNet(2, 8, attention_resolutions=(2,), **fields)
+    return module, (draw("z", 2, 8, 8, 2), np.array([3.0, 700.0], np.float32), told)
+
+
+def autoencoder(regularization, **fields):
+    fields = {"channel_mult": (1, 2), "attn_resolutions": ()} | SMALL | fields
+    return Autoencoder(regularization=regularization, **fields), (draw("image", 2, 16, 16, 3),)
+
+
+def conditioner(name, batch, **fields):
+    return CONDITIONERS[name](**fields), (batch, jnp.array([False, True]))
+
+
+TOKENS = {"tokens": jnp.array([[1, 5, 2, 0], [3, 3, 0, 0]], jnp.int32)}
+PICTURE = draw("picture", 2, 32, 32, 3)
+EMPTY = {"empty": (7, 8), "pad_id": 8}
+ENCODER = {"vocab_size": 9, "width": 16, "depth": 1, "num_heads": 2}
+NETS = {
+    "unet": lambda: unet(context=6),
+    "unet of depth 2, attention to the context alone": lambda: unet(
+        context=6, transformer_depth=2, disable_self_attentions=(False, True)
+    ),
+    "unet without context": lambda: unet(transformer_depth=0, num_head_channels=4),
+    "unet of other heads": lambda: unet(transformer_depth=0, legacy_qkv_order=False),
+    "unet with scales and shifts": lambda: unet(
+        context=6, use_scale_shift_norm=True, resblock_updown=True
+    ),
+    "unet with a vector": lambda: unet(context=6, vector=5, vector_projection=True),
+    "autoencoder": lambda: autoencoder("kl", attn_resolutions=(8,), resolution=16),
+    "autoencoder with codes": lambda: autoencoder("vq", num_codes=7),
+    "discriminator": lambda: (PatchGAN(4, 2), (PICTURE,)),
+    "lpips": lambda: (LPIPS("alex"), (PICTURE[:1], PICTURE[1:])),
+    "text": lambda: conditioner("text", TOKENS, **ENCODER, max_length=4, head_dim=8),
+    "bert": lambda: conditioner("bert", TOKENS, **ENCODER, max_positions=4, empty=(7, 8)),
+    "clip_text": lambda: conditioner("clip_text", TOKENS, **ENCODER, max_length=4, **EMPTY),
+}  # fmt: skip
+
+
+def numbers(name):
+    """Mean, spread, and a projection of what the network answers."""
+    module, arguments = NETS[name]()
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *arguments)
+    flat = flatten_dict(shapes, sep="/")
+    variables = unflatten_dict(
+        {path: 0.3 * draw(path, *leaf.shape) for path, leaf in flat.items()}, sep="/"
+    )
+    if "batch_stats" in variables:
+        variables["batch_stats"] = jax.tree.map(np.square, variables["batch_stats"])
+    out = jax.jit(module.apply)(variables, *arguments)
+    out = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(out)]).astype(np.float64)
+    return [out.mean(), out.std(), out @ draw("projection", len(out)) / len(out) ** 0.5]
+
+
+GOLDEN = {
+    "unet": [0.367731, 0.445285, 0.646189],
+    "unet of depth 2, attention to the context alone": [0.357493, 0.437763, 0.669168],
+    "unet without context": [0.404522, 0.647969, 1.09214],
+    "unet of other heads": [0.390694, 0.542642, 0.890891],
+    "unet with scales and shifts": [0.440848, 0.448978, 0.253921],
+    "unet with a vector": [0.359805, 0.48292, 0.599195],
+    "autoencoder": [0.00221322, 1.64371, -0.381857],
+    "autoencoder with codes": [-0.0513792, 0.250664, 0.255255],
+    "discriminator": [53.8022, 309.038, 378.232],
+    "lpips": [0.0331512, 0.0, 0.00239161],
+    "text": [-0.0164707, 0.362543, 0.603812],
+    "bert": [-0.0854925, 0.417775, 0.359238],
+    "clip_text": [0.0645037, 0.411033, 0.120952],
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_network_gives_the_numbers_that_it_gave(name):
+    got = numbers(name)
+    np.testing.assert_allclose(got, GOLDEN[name], rtol=5e-4, atol=5e-4 * GOLDEN[name][1])
