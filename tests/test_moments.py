@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SIZE, make_config
+from tiny import BATCH, SIZE, make_config
 
 from latent_diffusion import data
 from latent_diffusion.convert import kept
@@ -36,7 +36,9 @@ def test_every_example_is_encoded_once_and_anew_only_for_other_pictures(made, mo
     config, directory, first_stage, images = made
     cached = moments.with_moments(config, directory, first_stage, source_of(images))
     assert len(cached) == COUNT
-    assert set(cached[0]) == {"moments", "caption"} and cached[18]["caption"] == "number 18"
+    assert (
+        set(cached[0]) == {"moments", "caption", "window"} and cached[18]["caption"] == "number 18"
+    )
     want = jax.jit(first_stage.moments)(images / np.float32(127.5) - 1)
     np.testing.assert_allclose([cached[i]["moments"] for i in range(COUNT)], want, atol=1e-5)
     (file,) = directory.glob("moments-*.npy")
@@ -71,3 +73,34 @@ def test_random_pictures_have_no_one_encoding(made, field, value):
     config.data[field] = value
     with pytest.raises(ValueError, match=r"first_stage\.cache=True needs data\.flip=False"):
         moments.with_moments(config, *rest, source_of(images))
+
+
+@pytest.mark.parametrize("low_res", ["", "bicubic"])
+def test_conditions_of_cached_examples_are_those_of_the_cut_picture(made, low_res):
+    """Label maps, boxes and small pictures of pictures three times as wide as high."""
+    config, directory, first_stage, _ = made
+    config.data.update({"crop": "center", "low_res": low_res, "low_res_factor": 4})
+    config.data.layout.update({"vocab_size": 1024, "max_objects": 1, "encode_crop": False})
+    images = np.random.default_rng(1).integers(0, 256, (BATCH, SIZE, 3 * SIZE, 3), np.uint8)
+    labels = np.repeat([[0, 1, 2]], SIZE, axis=1) * np.ones((BATCH, SIZE, 1), np.int32)
+    middle = np.array([[1 / 3, 0, 2 / 3, 1]], np.float32)
+    source = data.ArraySource(
+        {
+            "image": images,
+            "segmentation": labels,
+            "boxes": [middle] * BATCH,
+            "labels": [np.array([5])] * BATCH,
+        }
+    )
+    cached = moments.with_moments(config, directory, first_stage, source)
+    assert ("image" in cached[0]) == bool(low_res)
+    if low_res:  # nothing that no batch shows is held
+        assert cached[0]["image"].shape == (SIZE, SIZE, 3)
+    transform = data.make_transform(config.data, train=True)
+    for i in range(BATCH):
+        got, want = (transform(each[i], np.random.default_rng(0)) for each in (cached, source))
+        assert set(got) >= {"moments", "segmentation", "layout", *(["low_res"] if low_res else [])}
+        np.testing.assert_array_equal(got["segmentation"], np.ones((SIZE, SIZE)))
+        np.testing.assert_array_equal(got["layout"], [5, 0, 1023])
+        for key in set(got) - {"moments"}:
+            np.testing.assert_array_equal(got[key], want[key])

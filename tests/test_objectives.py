@@ -1,5 +1,6 @@
 """Every option of the training objective, on a network with a known answer, and all at once."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,13 +32,27 @@ class Scaling(UNet):
         return self.gain * z_t
 
 
-def losses(kind="eps", gain=0.0, scale=1.0, params=None, squares=None, dropout=DROPOUT, **options):
+def losses(*args, **options):
+    return evaluate(*args, **options)[1]
+
+
+def evaluate(
+    kind="eps",
+    gain=0.0,
+    scale=1.0,
+    params=None,
+    squares=None,
+    dropout=DROPOUT,
+    keys=KEYS,
+    **options,
+):
+    """The task, and the losses of one batch."""
     denoiser = Denoiser({}, SCHEDULE, Scaling(gain=gain), make_conditioner({}), kind)
     pixels = make_autoencoder({"regularization": "identity", "image_channels": 2})
     first_stage = FirstStage({}, jnp.asarray(scale), jnp.zeros(()), pixels)
     task = Denoising(denoiser, pixels, optax.identity(), (4, 4, 2), {}, **options)
     params = {"unet": {}, "conditioner": {}, **(params or {})}
-    return task._loss(params, squares, Constants(first_stage), BATCH, KEYS, dropout)
+    return task, task._loss(params, squares, Constants(first_stage), BATCH, keys, dropout)
 
 
 def close(a, b, rtol=1e-5):
@@ -111,6 +126,31 @@ def test_timesteps_that_follow_the_loss_leave_its_mean_alone():
     close(factor[seen["t"] >= 500], 2, rtol=0.01)
     plain = losses(squares=squares, timestep_sampling="loss", dropout=None)
     close(plain["loss"], plain["simple"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_weight": "elbo"},
+        {"elbo_weight": 1e4},
+        {"learn_logvar": True, "params": {"logvar": jnp.linspace(-4, 4, 1000)}},
+    ],
+)
+def test_timesteps_follow_the_loss_that_is_minimised(options):
+    """With the weights learned, an estimate deviates by the noise of single errors (1/4) alone."""
+    options = {"timestep_sampling": "loss", **options}
+
+    @jax.jit
+    def step(squares, rng):
+        task, seen = evaluate(squares=squares, keys=example_keys(rng, 512), **options)
+        return task._update_squares(squares, seen, None), seen["loss"]
+
+    squares = jnp.ones(1000)
+    for rng in jax.random.split(RNG, 300):
+        squares, loss = step(squares, rng)
+    uniform = losses(squares=None, dropout=None, **options)["loss"]
+    deviations = [float(jnp.std(x) / jnp.abs(jnp.mean(x))) for x in (loss, uniform)]
+    assert deviations[0] < 0.5 < 1.0 < deviations[1]
 
 
 def test_unknown_name():

@@ -1,5 +1,7 @@
 """Guidance by gradients where Bayes' rule gives the answer in closed form, and the classifier."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,44 +18,53 @@ from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule, spacing
 
 SCHEDULE = make_schedule()
+SCHEDULES = {
+    "linear": SCHEDULE,
+    "rectified_flow": make_schedule("rectified_flow"),
+    "zero_snr": make_schedule(zero_terminal_snr=True),
+}
 CENTRES, SPREAD = np.array([-2.0, 1.0]), 0.5  # two clouds of clean latents, of equal weight
 Z = jnp.asarray(np.random.default_rng(0).normal(size=(400, 1, 1, 1)), jnp.float32)
-TIMES = [30, 300, 700, 990]
+TIMES = [("linear", 30), ("linear", 300), ("linear", 700), ("linear", 990)]
+TIMES += [("rectified_flow", 500), ("rectified_flow", 999), ("zero_snr", 999)]
 
 
-def cloud(k, z_t, t):
+def cloud(k, z_t, t, schedule=SCHEDULE):
     """log p(z_t | k) up to a constant, and E[z_0 | z_t, k]."""
-    alpha, sigma = SCHEDULE.alpha_t(t), SCHEDULE.sigma_t(t)
+    alpha, sigma = schedule.alpha_t(t), schedule.sigma_t(t)
     variance = alpha**2 * SPREAD**2 + sigma**2
     off = z_t - alpha * CENTRES[k]
     return -0.5 * off**2 / variance, CENTRES[k] + alpha * SPREAD**2 / variance * off
 
 
-def shares(z_t, t):
+def shares(z_t, t, schedule):
     """log p(k | z_t) for both clouds."""
-    return jax.nn.log_softmax(jnp.stack([cloud(k, z_t, t)[0] for k in (0, 1)]), axis=0)
+    return jax.nn.log_softmax(jnp.stack([cloud(k, z_t, t, schedule)[0] for k in (0, 1)]), axis=0)
 
 
-def with_eps(z_0, z_t, t):
-    return Prediction(z_0, (z_t - SCHEDULE.alpha_t(t) * z_0) / SCHEDULE.sigma_t(t))
+def with_eps(z_0, z_t, t, schedule=SCHEDULE):
+    return Prediction(z_0, (z_t - schedule.alpha_t(t) * z_0) / schedule.sigma_t(t))
 
 
-def of_both(z_t, t):
+def of_both(z_t, t, schedule=SCHEDULE):
     """The best denoiser of the mixture."""
-    weights = jnp.exp(shares(z_t, t))
-    return with_eps(sum(weights[k] * cloud(k, z_t, t)[1] for k in (0, 1)), z_t, t)
+    weights = jnp.exp(shares(z_t, t, schedule))
+    z_0 = sum(weights[k] * cloud(k, z_t, t, schedule)[1] for k in (0, 1))
+    return with_eps(z_0, z_t, t, schedule)
 
 
-def log_prob(z_t, t):
-    return shares(z_t, t)[1][:, 0, 0, 0]
+def log_prob(z_t, t, schedule=SCHEDULE):
+    return shares(z_t, t, schedule)[1][:, 0, 0, 0]
 
 
-@pytest.mark.parametrize("t", TIMES)
-def test_a_true_classifier_turns_the_mixture_into_the_cloud(t):
-    t = jnp.array(t)
-    pred = steering.by_classifier(of_both, SCHEDULE, log_prob)(Z, t)
-    expected = with_eps(cloud(1, Z, t)[1], Z, t)
-    scale = 1 / float(SCHEDULE.alpha_t(t))  # of float32's errors in z_0
+@pytest.mark.parametrize(("name", "t"), TIMES)
+def test_a_true_classifier_turns_the_mixture_into_the_cloud(name, t):
+    """Also at pure noise, where the gradient is 0 and its factor infinite."""
+    schedule, t = SCHEDULES[name], jnp.array(t)
+    both, log_p = (functools.partial(f, schedule=schedule) for f in (of_both, log_prob))
+    pred = steering.by_classifier(both, schedule, log_p)(Z, t)
+    expected = with_eps(cloud(1, Z, t, schedule)[1], Z, t, schedule)
+    scale = 1 / max(float(schedule.alpha_t(t)), 1e-3)  # of float32's errors in z_0
     np.testing.assert_allclose(pred.z_0, expected.z_0, atol=1e-4 * scale)
     np.testing.assert_allclose(pred.eps, expected.eps, atol=1e-4)
 
@@ -68,24 +79,32 @@ def test_guided_samples_are_those_of_the_cloud():
     assert (z_0 > -0.5).mean() > 0.98  # nothing in the other cloud
 
 
-@pytest.mark.parametrize("t", TIMES)
-def test_a_likelihood_of_z_0_gives_the_posterior(t):
+@pytest.mark.parametrize(("name", "t"), TIMES)
+def test_a_likelihood_of_z_0_gives_the_posterior(name, t):
     """Clean latents are N(0, 1), seen with noise of variance s²: everything is Gaussian."""
-    t, y, s2 = jnp.array(t), 0.7, 0.3
-    alpha, sigma = SCHEDULE.alpha_t(t), SCHEDULE.sigma_t(t)
+    schedule, t, y, s2 = SCHEDULES[name], jnp.array(t), 0.7, 0.3
+    alpha, sigma = schedule.alpha_t(t), schedule.sigma_t(t)
+    total = alpha**2 + sigma**2  # 1, but for a rectified flow
+    # At pure noise both are taken one timestep before.
+    atol = 1e-4 if float(alpha) else 5 * float(schedule.alpha_t(t - 1))
 
     def prior(z_t, t):
-        return with_eps(SCHEDULE.alpha_t(t) * z_t, z_t, t)
+        alpha, sigma = schedule.alpha_t(t), schedule.sigma_t(t)
+        return with_eps(alpha * z_t / (alpha**2 + sigma**2), z_t, t, schedule)
 
     def log_likelihood(z_0, t):
-        return -0.5 * jnp.square(y - z_0[:, 0, 0, 0]) / (s2 + SCHEDULE.sigma_t(t) ** 2)
+        alpha, sigma = schedule.alpha_t(t), schedule.sigma_t(t)
+        variance = sigma**2 / (alpha**2 + sigma**2)
+        return -0.5 * jnp.square(y - z_0[:, 0, 0, 0]) / (s2 + variance)
 
-    pred = steering.by_likelihood(prior, SCHEDULE, log_likelihood)(Z, t)
-    expected = (s2 * alpha * Z + sigma**2 * y) / (s2 + sigma**2)
-    np.testing.assert_allclose(pred.z_0, expected, atol=1e-4)
-    np.testing.assert_allclose(alpha * pred.z_0 + sigma * pred.eps, Z, atol=1e-4)
-    twice = steering.by_likelihood(prior, SCHEDULE, log_likelihood, 2.0)(Z, t).z_0
-    np.testing.assert_allclose(twice - alpha * Z, 2 * (expected - alpha * Z), atol=1e-4)
+    z_t = jnp.sqrt(total) * jnp.clip(Z, -2, 2)  # no step is cut off
+    pred = steering.by_likelihood(prior, schedule, log_likelihood)(z_t, t)
+    mean, variance = alpha * z_t / total, sigma**2 / total
+    expected = (s2 * mean + variance * y) / (s2 + variance)
+    np.testing.assert_allclose(pred.z_0, expected, atol=atol)
+    np.testing.assert_allclose(alpha * pred.z_0 + sigma * pred.eps, z_t, atol=1e-4)
+    twice = steering.by_likelihood(prior, schedule, log_likelihood, 2.0)(z_t, t).z_0
+    np.testing.assert_allclose(twice - mean, 2 * (expected - mean), atol=2 * atol)
 
 
 def test_a_networks_gradient_at_pure_noise_does_no_harm():

@@ -8,7 +8,7 @@ from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.pipeline import epoch, iterate
 from latent_diffusion.data.retrieval import with_embeddings
 from latent_diffusion.data.sources import ArraySource, Example, Source, captions
-from latent_diffusion.data.transforms import make_transform
+from latent_diffusion.data.transforms import make_cut, make_transform
 from latent_diffusion.types import lookup
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check_batch",
     "epoch",
     "iterate",
+    "make_cut",
     "make_source",
     "make_transform",
 ]

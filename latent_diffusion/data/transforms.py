@@ -17,6 +17,7 @@ from latent_diffusion.data.sources import Example
 from latent_diffusion.data.windows import CROPS, cut, cut_labels, window
 from latent_diffusion.types import lookup
 
+_PICTURES = ("image", "segmentation")  # what a window cuts and a flip turns
 Transform = Callable[[Example, np.random.Generator], Example]
 Tokenizer = Callable[[list[str]], Int[np.ndarray, "N L"]]
 
@@ -37,6 +38,32 @@ def on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
     return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
+def make_cut(data_config: Any, train: bool) -> Transform:
+    """Return `cut_out(example, rng)`: `image` and `segmentation` brought to size.
+
+    `window` [4] is then the part of the whole picture that they show: left, top, right, bottom in
+    [0, 1]. What has a window was cut before (its picture may be gone since) and stays as it is.
+    """
+    crop = "center" if data_config.crop == "random" and not train else data_config.crop
+    lookup(CROPS, crop, "data.crop")
+    size = data_config.image_size
+
+    def cut_out(example: Example, rng: np.random.Generator) -> Example:
+        if "window" in example:
+            return example
+        where, example = None, dict(example)
+        if "image" in example:
+            shape = example["image"].shape[:2]
+            where = window(shape, size, crop, data_config.shorter_side, rng)
+            example["image"] = cut(example["image"], where, size)
+        if "segmentation" in example:
+            labels: Any = np.asarray(example["segmentation"], np.int32)
+            example["segmentation"] = cut_labels(labels, where, size)
+        return {**example, "window": WHOLE if where is None else where.crop}
+
+    return cut_out
+
+
 def make_transform(
     data_config: Any, train: bool, tokenizer: Tokenizer | None = None
 ) -> Callable[..., Example]:
@@ -48,9 +75,7 @@ def make_transform(
     In evaluation (`train` false) nothing is cropped or flipped at random, and of several captions
     the first is taken; masks and degradations come from the generator there, too.
     """
-    crop = "center" if data_config.crop == "random" and not train else data_config.crop
-    lookup(CROPS, crop, "data.crop")
-    size = data_config.image_size
+    cut_out = make_cut(data_config, train)
     conditions = make_conditions(data_config, train)
 
     def tokens_of(example: Example, rng: np.random.Generator) -> np.ndarray:
@@ -63,16 +88,15 @@ def make_transform(
 
     def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
         rng = rng if rng is not None else np.random.default_rng(0)
+        example = cut_out(example, rng)
+        flip = "image" in example and data_config.flip and train and rng.random() < 0.5
+        turned = {k: _flipped(example[k], flip) for k in _PICTURES if k in example}
+        image = turned.pop("image", None)
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}
-        where, flip, image = None, False, example.get("image")
+        out |= turned
         if image is not None:
-            where = window(image.shape[:2], size, crop, data_config.shorter_side, rng)
-            flip = data_config.flip and train and rng.random() < 0.5
-            image = _flipped(cut(image, where, size), flip)
             out["image"] = to_float(image)
-        if "segmentation" in example:
-            out["segmentation"] = _flipped(cut_labels(out["segmentation"], where, size), flip)
-        made = conditions(example, image, WHOLE if where is None else where.crop, flip, rng)
+        made = conditions(example, image, example["window"], flip, rng)
         out |= {k: to_float(v) if v.dtype == np.uint8 else v for k, v in made.items()}
         if tokenizer is not None:
             out["tokens"] = tokens_of(example, rng)

@@ -8,7 +8,8 @@ wanted, the score of the posterior gives
 The scale s = 1 is Bayes' rule, and larger ones sharpen the likelihood. (The paper's equation has a
 plus sign before the gradient of its eps; the score is −eps / sigma_t.) Where z_t is nearly noise
 alone, sigma_t² / alpha_t is in the thousands and the true gradient as small, which a network's is
-not: no step moves z_0 further than LIMIT.
+not: no step moves z_0 further than LIMIT. Where z_t is noise alone (alpha_t is 0), the product has
+a limit, and both factors are taken at the last timestep before.
 """
 
 from collections.abc import Callable
@@ -35,8 +36,9 @@ def by_classifier(
     """
 
     def guided(z_t: Array, t: Array) -> Prediction:
-        gradient = jax.grad(lambda z: jnp.sum(log_prob(z, t)))(z_t)
-        return _moved(denoise(z_t, t), schedule, t, scale * gradient)
+        seen_at = _with_signal(schedule, t)
+        gradient = jax.grad(lambda z: jnp.sum(log_prob(z, seen_at)))(z_t)
+        return _moved(denoise(z_t, t), schedule, z_t, t, scale * gradient)
 
     return guided
 
@@ -54,12 +56,14 @@ def by_likelihood(
     """
 
     def guided(z_t: Array, t: Array) -> Prediction:
+        seen_at = _with_signal(schedule, t)
+
         def estimate(z: Array) -> tuple[Array, Prediction]:
-            pred = denoise(z, t)
-            return jnp.sum(log_likelihood(pred.z_0, t)), pred
+            pred = denoise(z, seen_at)
+            return jnp.sum(log_likelihood(pred.z_0, seen_at)), pred
 
         gradient, pred = jax.grad(estimate, has_aux=True)(z_t)
-        return _moved(pred, schedule, t, scale * gradient)
+        return _moved(pred, schedule, z_t, t, scale * gradient)
 
     return guided
 
@@ -85,12 +89,20 @@ def toward(
     return log_likelihood
 
 
-def _moved(pred: Prediction, schedule: NoiseSchedule, t: Array, gradient: Array) -> Prediction:
-    alpha_t, sigma_t = schedule.alpha_t(t), schedule.sigma_t(t)
+def _with_signal(schedule: NoiseSchedule, t: Array) -> Array:
+    """The timestep, or the last one at which z_t holds any of z_0."""
+    return jnp.minimum(t, jnp.sum(schedule.alphas > 0) - 1)
+
+
+def _moved(
+    pred: Prediction, schedule: NoiseSchedule, z_t: Array, t: Array, gradient: Array
+) -> Prediction:
+    seen_at = _with_signal(schedule, t)
+    alpha_t, sigma_t = schedule.alpha_t(seen_at), schedule.sigma_t(seen_at)
     size = jnp.sqrt(jnp.mean(jnp.square(gradient), axis=(1, 2, 3), keepdims=True))
     furthest = LIMIT * alpha_t / sigma_t**2
     gradient = gradient * jnp.minimum(1.0, furthest / jnp.maximum(size, 1e-20))
     return Prediction(
         pred.z_0 + sigma_t**2 / alpha_t * gradient,
-        pred.eps - sigma_t * gradient,
+        jnp.where(seen_at == t, pred.eps - sigma_t * gradient, z_t / schedule.sigma_t(t)),
     )

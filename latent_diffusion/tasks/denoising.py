@@ -51,8 +51,8 @@ class State(flax.struct.PyTreeNode):
     """Everything that training changes.
 
     params: {"unet", "conditioner"}, or of an adaptation {"lora": {"unet", "conditioner"}}; and
-    "logvar" [T] where it is learned. squares: [T] average
-    squared loss of each timestep, where importance sampling follows the loss; else None.
+    "logvar" [T] where it is learned. squares: [T] average squared objective (with all its weights)
+    of each timestep, where importance sampling follows the loss; else None.
     """
 
     step: Any
@@ -283,7 +283,8 @@ class Denoising:
         if self.elbo_weight:
             loss = loss + self.elbo_weight * LOSS_WEIGHTS["elbo"](schedule, kind)[t] * simple
         bits = prior_bits_per_dim(schedule, z_0)
-        return {"loss": unbias * loss, "simple": simple, "t": t, "prior_bits": bits}
+        seen = {"loss": unbias * loss, "objective": loss, "simple": simple, "t": t}
+        return {**seen, "prior_bits": bits}
 
     def _timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:
         """Timesteps [B], and the factor [B] that keeps the mean of their losses unbiased."""
@@ -303,7 +304,7 @@ class Denoising:
         """The losses of the global batch, remembered for the next draw of timesteps."""
         if squares is None:
             return None
-        t, losses = seen["t"], seen["simple"]
+        t, losses = seen["t"], seen["objective"]
         if axis_name is not None:
             t, losses = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (t, losses))
         return update_squares(squares, t, losses)

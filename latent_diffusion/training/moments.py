@@ -28,9 +28,9 @@ SAMPLE = 16  # examples whose pixels enter the identity
 def with_moments(
     config: ConfigDict, directory: Path, first_stage: FirstStage, source: data.Source
 ) -> data.ArraySource:
-    """A source of `moments` and of all else that the examples of `source` have but the image.
+    """A source of `moments` and of all else that the examples of `source` have, already cut.
 
-    Pictures stay where a condition is made of them. directory: the run's workdir, which all
+    Pictures stay only where a condition is made of them. directory: the run's workdir, which all
     processes see. Raises ValueError where images are augmented at random, since a cache would
     freeze the draw.
     """
@@ -41,9 +41,10 @@ def with_moments(
         _write(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
     seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
-    kept = {*data.KEYS, "caption", "boxes", "labels"} - (set() if seen else {"image"})
-    told = [_of(source[i], kept) for i in range(len(source))]
-    arrays = {key: [example[key] for example in told] for key in told[0]}
+    keys = {*data.KEYS, "caption", "boxes", "labels", "window"} - (set() if seen else {"image"})
+    cut_out, rng = data.make_cut(config.data, train=True), np.random.default_rng(0)
+    examples = [_of(cut_out(source[i], rng), keys) for i in range(len(source))]
+    arrays = {key: [example[key] for example in examples] for key in examples[0]}
     return data.ArraySource({"moments": np.load(path, mmap_mode="r"), **arrays})
 
 
