@@ -1,5 +1,6 @@
-"""Benchmarks: `python -m benchmarks` (or `make bench`), and two programs on single questions.
+"""Benchmarks: `python -m benchmarks` (or `make bench`), and one program for each other question.
 
-A newcomer's way in: `reference` (what is timed), `ours` and `pytorch` (the same calls on both
-sides), `measure` (a process for each, taking turns), `__main__` (the table).
+Read the modules of the first in this order: `reference` (the networks and inputs), `ours` and
+`pytorch` (the same calls on both sides), `measure` (two processes that take turns), `__main__`
+(the table).
 """

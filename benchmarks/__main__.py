@@ -3,7 +3,7 @@
     python -m benchmarks                    # all rows: a quarter of an hour on two CPU cores
     python -m benchmarks --only=encode,decode --seconds=60
 
-Leaves runs/bench/<date>.json and a table beside it; a second run on the same day, device and
+Writes runs/bench/<date>.json and a table beside it; a second run on the same day, device and
 versions replaces the rows that it measures. See docs/benchmarks.md.
 """
 
@@ -41,7 +41,7 @@ PYTORCH = flags.DEFINE_bool("pytorch", True, "Time PyTorch, too, where it is ins
 
 @functools.cache
 def sides() -> tuple[str, ...]:
-    """Ours, and PyTorch's where it is there."""
+    """Our side, and PyTorch's if it is installed and wanted."""
     missing = [
         name for name in ("torch", "diffusers", "lpips") if not importlib.util.find_spec(name)
     ]
@@ -54,7 +54,7 @@ def sides() -> tuple[str, ...]:
 
 
 def processor() -> str:
-    """Its name, as far as the system tells."""
+    """The name of the processor, if the system has one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
@@ -63,7 +63,7 @@ def processor() -> str:
 
 
 def machine(matmul: dict[str, Any]) -> dict[str, Any]:
-    """What the numbers depend on. matmul: the row of that name."""
+    """The conditions on which the numbers depend. matmul: the row of that name."""
     seconds = {side: matmul[f"{side}_seconds"] for side in ("ours", "pytorch")}
     seconds = {side: value for side, value in seconds.items() if value is not None}
     names = ["jax", "flax", *(["torch", "diffusers"] if "pytorch" in seconds else [])]
@@ -79,7 +79,7 @@ def machine(matmul: dict[str, Any]) -> dict[str, Any]:
 
 
 def pipeline_row(row: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of the input pipeline, beside what the faster of the training steps takes."""
+    """The row of the input pipeline, with the rate that the faster training step needs."""
     needs = [
         reference.denoising(QUICK.value).batch_size / step["ours_seconds"]
         for step in steps
@@ -100,20 +100,20 @@ def measure(name: str, setting: Setting, rows: list[dict[str, Any]]) -> dict[str
 
 
 def main(argv: list[str]) -> None:
-    """Measure, printing as it goes, and write the results."""
+    """Measure, print each row, and write the results."""
     for name in ONLY.value:
         if name not in ROWS:
             raise app.UsageError(f"unknown row {name!r}; known: {', '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder), DEVICE.value, QUICK.value)
         in_own_process(reference.write, setting.folder, setting.quick)
-        found = machine(compare("matmul", sides(), setting, budget=3))
-        rate = max(found["matmul_gflops"].values())
+        conditions = machine(compare("matmul", sides(), setting, budget=3))
+        rate = max(conditions["matmul_gflops"].values())
         rows: list[dict[str, Any]] = []
         for name in (row for row in ROWS if row in ONLY.value):
             rows.append(report.with_fractions(measure(name, setting, rows), rate))
             print(json.dumps(rows[-1]), flush=True)
-            path = report.save(Path(OUT.value), found, rows, ROWS)
+            path = report.save(Path(OUT.value), conditions, rows, ROWS)
     print(path.with_suffix(".md").read_text())
     print(path)
 

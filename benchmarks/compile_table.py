@@ -1,11 +1,11 @@
 """Which machines the large experiments fit, in which mode: the table of docs/devices.md.
 
     python -m benchmarks.compile_table              # prints the table
-    python -m benchmarks.compile_table --missing    # the commands of what isn't computed yet
+    python -m benchmarks.compile_table --missing    # prints the commands of missing cells
     python -m benchmarks.compile_table --missing | sh
 
 Every cell is one run of `latent_diffusion.compile_check --quick`, a minute or three on two cores;
-its numbers stay in docs/compile_table.json.
+docs/compile_table.json keeps its numbers.
 """
 
 import json
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
     fsdp: bool
 
     def command(self) -> str:
-        """What computes it."""
+        """The command that computes the cell."""
         words = ["python -m latent_diffusion.compile_check", f"--config=configs/{self.config}.py"]
         words += [f"--topology={self.topology}", f"--programs={self.program}", f"--json={RESULTS}"]
         words += [f"--config.batch_size={self.batch_size}", "--config.unet.dtype=bfloat16"]
@@ -63,10 +63,10 @@ class Cell(NamedTuple):
         return " ".join(words)
 
     def key(self) -> dict[str, Any]:
-        """The fields of its record that say what it is."""
+        """The fields that identify the record of the cell."""
         mode = FSDP.format(num_chips(self.topology)) if self.fsdp else "pmap"
-        own = {k: v for k, v in self._asdict().items() if k != "fsdp"}
-        return {**own, "mode": mode, "dtype": "bfloat16", "micro_batches": 1}
+        fields = {k: v for k, v in self._asdict().items() if k != "fsdp"}
+        return {**fields, "mode": mode, "dtype": "bfloat16", "micro_batches": 1}
 
 
 def num_chips(topology: str) -> int:
@@ -78,7 +78,7 @@ def num_chips(topology: str) -> int:
 
 
 def cells() -> Iterator[Cell]:
-    """All of them. A sampler's state is small: it needs no FSDP."""
+    """All cells. A sampler's state is small and needs no FSDP."""
     for topology in TOPOLOGIES.values():
         for one in EXPERIMENTS.values():
             yield Cell(one.config, "train", topology, one.train, True)
@@ -87,20 +87,20 @@ def cells() -> Iterator[Cell]:
 
 
 def find(records: list[dict[str, Any]], cell: Cell) -> Checked | None:
-    """Its numbers, if they are computed."""
+    """The numbers of a cell, if they are computed."""
     for record in records:
         if {k: record[k] for k in cell.key()} == cell.key():
             return Checked(**{k: record[k] for k in Checked._fields})
     return None
 
 
-def decided(found: Checked | None) -> bool:
-    """Whether it is known if it fits."""
-    return found is not None and bool(found.peak or found.problem)
+def decided(checked: Checked | None) -> bool:
+    """Whether the record says if the program fits."""
+    return checked is not None and bool(checked.peak or checked.problem)
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The table in Markdown: a row for every program and machine of which something is known."""
+    """The table in Markdown: a row for every program and machine with a record."""
     lines = [
         "| | machine | images a chip | pmap, GiB a chip | FSDP, GiB a chip | saved | at most |",
         "|---|---|---|---|---|---|---|",
@@ -122,20 +122,20 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def memory(found: Checked | None, topology: str) -> str:
+def memory(checked: Checked | None, topology: str) -> str:
     """The peak against what the chip has."""
     have = parse_topology(topology)[1].memory
-    if found is None:
+    if checked is None:
         return "not yet computed"
-    if found.problem:
-        return f"**no**: {found.problem}"
-    if not found.peak:
-        return f"{found.arguments / GIB:.1f} of {have:g}, and activations (not yet computed)"
-    return f"{found.peak / GIB:.1f} of {have:g}"
+    if checked.problem:
+        return f"**no**: {checked.problem}"
+    if not checked.peak:
+        return f"{checked.arguments / GIB:.1f} of {have:g}, and activations (not yet computed)"
+    return f"{checked.peak / GIB:.1f} of {have:g}"
 
 
 def saved(pmap: Checked | None, fsdp: Checked | None) -> str:
-    """How much less a chip holds before the step starts."""
+    """The memory for state and constants that FSDP saves on a chip."""
     if pmap is None or fsdp is None:
         return "–"
     return f"{(pmap.arguments - fsdp.arguments) / GIB:.1f} GiB"
@@ -156,7 +156,7 @@ def rate(both: list[Checked | None], topology: str, batch: int) -> str:
 
 
 def main() -> None:
-    """Print the table, or the commands of what it lacks."""
+    """Print the table, or the commands of the missing cells."""
     path = Path(RESULTS)
     records = json.loads(path.read_text()) if path.exists() else []
     if "--missing" in sys.argv[1:]:

@@ -4,9 +4,9 @@
 
 For f = 16, 8, 4, 2 (the quickest first) and 1, pixel space: a first stage, a denoiser on it, and
 the scores of its samples by several numbers of DDIM steps. All denoisers train for the same time:
-a step of each is timed before anything else, while nothing else should run, and so is sampling.
-Leaves results.json, table.md, plot.png and samples.png in the workdir; what results.json has
-already isn't done again, and an interrupted training goes on.
+first, steps of all denoisers and their sampling are timed, during which nothing else should run.
+Writes results.json, table.md, plot.png and samples.png into the workdir. A second run omits the
+work whose results are in results.json and resumes an interrupted training.
 """
 
 import json
@@ -43,7 +43,7 @@ SHOWN = 10  # samples of each model in samples.png
 
 
 def train_first_stage(f: int, root: Path, net: FeatureNet) -> dict[str, float]:
-    """Train it; PSNR and the Fréchet distance of reconstructions of held-out pictures."""
+    """Train a first stage; PSNR and Fréchet distance of its held-out reconstructions."""
     workdir, config = root / f"first_stage_f{f}", get_config(f"first_stage_f{f}")
     loop.train(config, workdir)
     stage, images = load(workdir).first_stage, generate.of_data(config, "test")
@@ -51,12 +51,12 @@ def train_first_stage(f: int, root: Path, net: FeatureNet) -> dict[str, float]:
     arrays = collect_reconstructions(
         stage, images.read, images.count, ["psnr", "rfd"], workdir / "reconstructions", net=net
     )
-    found = score_reconstructions(arrays, "alex", FEATURES)
-    return {"num_steps": config.num_steps, **{name: x.value for name, x in found.items()}}
+    scores = score_reconstructions(arrays, "alex", FEATURES)
+    return {"num_steps": config.num_steps, **{name: x.value for name, x in scores.items()}}
 
 
 def train_denoiser(f: int, num_steps: int, root: Path) -> dict[str, float]:
-    """Train it on latents that were encoded before."""
+    """Train a denoiser on latents that were encoded before; its steps and evaluated loss."""
     config = get_config(f"f{f}")
     if f > 1:
         config.first_stage.path = str(root / f"first_stage_f{f}")
@@ -67,7 +67,7 @@ def train_denoiser(f: int, num_steps: int, root: Path) -> dict[str, float]:
 
 
 def features_of_data(root: Path, net: FeatureNet) -> np.ndarray:
-    """Of all training pictures."""
+    """The features [N D] of all training pictures."""
     images = generate.of_data(get_config("f1"), "train")
     return collect_features(images.read, images.count, net, root / "real")["features"]
 
@@ -85,19 +85,19 @@ def score_samples(
 
 
 def scored(features: np.ndarray, real: np.ndarray) -> dict[str, Any]:
-    """The record of some features."""
-    found = score(["fd", "pr"], {"features": features}, Reference(features=real), FEATURES)
-    return {name: [result.value, result.error] for name, result in found.items()}
+    """The scores of some features, each with its error."""
+    scores = score(["fd", "pr"], {"features": features}, Reference(features=real), FEATURES)
+    return {name: [result.value, result.error] for name, result in scores.items()}
 
 
 def some_of(real: np.ndarray, count: int) -> dict[str, Any]:
-    """What as many real pictures score: no model of so few samples can be told from better."""
+    """The scores of `count` real pictures: the bias of so few samples."""
     chosen = np.random.default_rng(0).choice(len(real), count, replace=False)
     return scored(real[chosen], real)
 
 
 def compare(root: Path) -> None:
-    """All of it, the quickest models first; table and pictures anew after every one."""
+    """Train and score all models, the quickest first; write the report after each of them."""
     results = Results(root / "results.json")
     count, factors = NUM_IMAGES.value, FACTORS[::-1]
     results.check(minutes=MINUTES.value, num_images=count)
@@ -109,7 +109,7 @@ def compare(root: Path) -> None:
     real = features_of_data(root, net)
     results.get("real", count, lambda: some_of(real, count))
     for f in factors:
-        speed = results.found["timed"][str(f)]
+        speed = results.records["timed"][str(f)]
         if f > 1:
             results.get("first_stages", f, lambda f=f: train_first_stage(f, root, net))
         num_steps = steps_in(MINUTES.value, speed["seconds_per_step"])
@@ -118,11 +118,11 @@ def compare(root: Path) -> None:
             if seconds_per_image(speed, n) * count <= 60 * PATIENCE.value:
                 work = (root / f"f{f}", n, count, real, net)
                 results.get(f"scores_f{f}", n, lambda work=work: score_samples(*work))
-        report.write(root, results.found, NUM_STEPS, SHOWN)
+        report.write(root, results.records, NUM_STEPS, SHOWN)
 
 
 def main(argv: list[str]) -> None:
-    """Say in one line what stopped it."""
+    """Compare; an error is one line."""
     quiet_and_cached()
     root = Path(WORKDIR.value).absolute()
     root.mkdir(parents=True, exist_ok=True)

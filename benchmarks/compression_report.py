@@ -1,4 +1,4 @@
-"""Table and plots of benchmarks/compression.py from what it has found."""
+"""Table and plots of benchmarks/compression.py from its results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from latent_diffusion.runtime.metrics import image_grid
 
 FD, PRECISION, RECALL = "fd_alexnet", "precision_alexnet", "recall_alexnet"
 
-Found = Mapping[str, Mapping[str, Any]]
+Records = Mapping[str, Mapping[str, Any]]
 
 
-def scores(found: Found) -> dict[int, dict[int, Any]]:
-    """Those of every f that has some, by number of DDIM steps; f ascending."""
+def scores(records: Records) -> dict[int, dict[int, Any]]:
+    """Scores by f, ascending, and number of DDIM steps."""
     rows = {
         int(kind.removeprefix("scores_f")): {int(n): s for n, s in by_steps.items()}
-        for kind, by_steps in found.items()
+        for kind, by_steps in records.items()
         if kind.startswith("scores_f") and by_steps
     }
     return dict(sorted(rows.items()))
@@ -30,17 +30,17 @@ def common_steps(rows: Mapping[int, Mapping[int, Any]]) -> int:
     return max(set.intersection(*(set(row) for row in rows.values())))
 
 
-def table(found: Found, num_steps: Sequence[int]) -> str:
+def table(records: Records, num_steps: Sequence[int]) -> str:
     """Two Markdown tables: the models, and their samples by numbers of DDIM steps."""
-    rows = scores(found)
+    rows = scores(records)
     n = common_steps(rows)
     lines = [
         f"| f | latent | training steps | s/step | PSNR | rFD | FD, {n} steps | precision | recall "
         "| images/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *(_model(found, f, n) for f in rows),
+        *(_model(records, f, n) for f in rows),
     ]
-    for count, real in found.get("real", {}).items():
+    for count, real in records.get("real", {}).items():
         cells = [_with_error(real[FD]), "", _with_error(real[RECALL])]  # they are precise by nature
         lines.append(f"| {count} real pictures | | | | | | {' | '.join(cells)} | |")
     lines += [
@@ -50,19 +50,19 @@ def table(found: Found, num_steps: Sequence[int]) -> str:
     ]
     for f, row in rows.items():
         fds = [f"{row[n][FD][0]:.2f}" if n in row else "–" for n in num_steps]
-        seconds = [f"{seconds_per_image(found['timed'][str(f)], n):.3g}" for n in num_steps]
+        seconds = [f"{seconds_per_image(records['timed'][str(f)], n):.3g}" for n in num_steps]
         cells = [f"{fd} ({s} s)" for fd, s in zip(fds, seconds, strict=True)]
         lines.append(f"| {f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _model(found: Found, f: int, num_steps: int) -> str:
-    timed, stage = found["timed"][str(f)], found.get("first_stages", {}).get(str(f))
-    score = found[f"scores_f{f}"][str(num_steps)]
+def _model(records: Records, f: int, num_steps: int) -> str:
+    timed, stage = records["timed"][str(f)], records.get("first_stages", {}).get(str(f))
+    score = records[f"scores_f{f}"][str(num_steps)]
     cells = [
         f"{f}" if stage else f"{f} (pixels)",
         "×".join(map(str, timed["latent"])),
-        f"{found['denoisers'][str(f)]['num_steps']:,}",
+        f"{records['denoisers'][str(f)]['num_steps']:,}",
         f"{timed['seconds_per_step']:.3g}",
         f"{stage['psnr']:.1f}" if stage else "–",
         f"{stage['rfd_alexnet']:.2f}" if stage else "–",
@@ -78,19 +78,19 @@ def _with_error(measured: Sequence[float]) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def draw(found: Found, path: Path) -> None:
+def draw(records: Records, path: Path) -> None:
     """Left: f against FD. Right: seconds an image against FD, a line of DDIM steps for each f."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = scores(found)
+    rows = scores(records)
     n = common_steps(rows)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     values, errors = zip(*(row[n][FD] for row in rows.values()), strict=True)
     left.errorbar(list(rows), values, errors, marker="o", capsize=3, label=f"samples, {n} steps")
-    stages = {f: found.get("first_stages", {}).get(str(f)) for f in rows}
+    stages = {f: records.get("first_stages", {}).get(str(f)) for f in rows}
     rebuilt = {f: stage["rfd_alexnet"] for f, stage in stages.items() if stage}
     left.plot(list(rebuilt), list(rebuilt.values()), "s--", label="reconstructions")
     left.set_xscale("log", base=2)
@@ -98,12 +98,13 @@ def draw(found: Found, path: Path) -> None:
     left.set(xlabel="f (1: pixels)", ylabel="Fréchet distance (AlexNet)")
     for f, row in rows.items():
         points = [
-            (seconds_per_image(found["timed"][str(f)], n), score[FD][0]) for n, score in row.items()
+            (seconds_per_image(records["timed"][str(f)], n), score[FD][0])
+            for n, score in row.items()
         ]
         right.plot(*zip(*points, strict=True), marker="o", label=f"f = {f}")
         for n, point in zip(row, points, strict=True):
             right.annotate(str(n), point, (3, 3), textcoords="offset points", fontsize=7)
-    for real in found.get("real", {}).values():
+    for real in records.get("real", {}).values():
         for axes in (left, right):
             axes.axhline(real[FD][0], color="grey", linestyle=":", label="real pictures")
     right.set(xscale="log", xlabel="seconds an image (numbers: DDIM steps)")
@@ -123,10 +124,10 @@ def sheet(root: Path, rows: Mapping[int, Any], shown: int) -> np.ndarray:
     return image_grid(np.stack([np.asarray(Image.open(path)) for path in paths]), shown)
 
 
-def write(root: Path, found: Found, num_steps: Sequence[int], shown: int) -> None:
-    """table.md, plot.png and samples.png; nothing before there are scores."""
-    if not scores(found):
+def write(root: Path, records: Records, num_steps: Sequence[int], shown: int) -> None:
+    """table.md, plot.png and samples.png; nothing if there are no scores."""
+    if not scores(records):
         return
-    (root / "table.md").write_text(table(found, num_steps), encoding="utf-8")
-    draw(found, root / "plot.png")
-    Image.fromarray(sheet(root, scores(found), shown)).save(root / "samples.png")
+    (root / "table.md").write_text(table(records, num_steps), encoding="utf-8")
+    draw(records, root / "plot.png")
+    Image.fromarray(sheet(root, scores(records), shown)).save(root / "samples.png")

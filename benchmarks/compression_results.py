@@ -1,4 +1,4 @@
-"""What benchmarks/compression.py has found so far."""
+"""The results of benchmarks/compression.py, on disk."""
 
 import json
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from latent_diffusion.runtime.workdir import write_whole
 
 
 class Results:
-    """results.json: what has been found, by kind and name, written as it comes."""
+    """results.json: records by kind and name; every new one is written at once."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.found: dict[str, dict[str, Any]] = (
+        self.records: dict[str, dict[str, Any]] = (
             json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         )
 
     def get(self, kind: str, name: object, make: Callable[[], Any]) -> Any:
-        """What is there, made first where nothing is."""
-        kept = self.found.setdefault(kind, {})
-        if str(name) not in kept:
-            kept[str(name)] = make()
-            write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
-        return kept[str(name)]
+        """The record of this kind and name; `make` makes it if there is none."""
+        records = self.records.setdefault(kind, {})
+        if str(name) not in records:
+            records[str(name)] = make()
+            write_whole(self.path, json.dumps(self.records, indent=1) + "\n")
+        return records[str(name)]
 
     def check(self, **settings: float) -> None:
-        """Raise ValueError where an earlier run had other settings; one folder, one comparison."""
+        """Raise ValueError if an earlier run in this folder had other settings."""
         for name, value in settings.items():
             before = self.get("settings", name, lambda value=value: value)
             if before != value:

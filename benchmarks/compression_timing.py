@@ -1,4 +1,4 @@
-"""What training and sampling of benchmarks/compression.py cost on a machine that is quiet."""
+"""The time of training and sampling of benchmarks/compression.py on a quiet machine."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ TIMED = (10, 20)  # numbers of DDIM steps that are timed; all others follow
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Of `repeats` calls after a first one, which compiles."""
+    """The median of `repeats` calls after a first one, which compiles."""
     call()
     seconds = []
     for _ in range(repeats):
@@ -30,7 +30,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def timed(config: ConfigDict) -> dict[str, Any]:
-    """What training and sampling cost; for that, random weights do."""
+    """Seconds of training and sampling, measured with random weights."""
     task = TASKS["denoising"](config)
     spec, rng = batch_spec(config), jax.random.key(0, impl="unsafe_rbg")
     state, constants = jax.jit(lambda rng: task.init(rng, spec))(rng)
@@ -54,7 +54,7 @@ def timed(config: ConfigDict) -> dict[str, Any]:
 
 
 def training(config: ConfigDict, task: Any, state: Any, constants: Any) -> Callable[[], None]:
-    """A call that takes the next step as the loop does, on random moments."""
+    """A function that takes the next training step as the loop does, on random moments."""
     mode, mesh = parallel.devices(config.parallel)
     images = np.zeros((64, *task.image_shape), np.float32)
     shape = jax.eval_shape(constants.first_stage.moments, images).shape
@@ -76,12 +76,12 @@ def training(config: ConfigDict, task: Any, state: Any, constants: Any) -> Calla
 
 
 def steps_in(minutes: float, seconds_per_step: float) -> int:
-    """How many training steps fit, at least one."""
+    """The number of training steps that fit, at least one."""
     return max(1, round(60 * minutes / seconds_per_step))
 
 
 def seconds_per_image(timed: Mapping[str, Any], num_steps: int) -> float:
-    """Decoding takes what it takes, and every DDIM step as long as the next: a straight line."""
+    """Seconds by a straight line: a constant for decoding, and equal ones for every DDIM step."""
     few, more = TIMED
     first, second = (timed["seconds_per_image"][str(n)] for n in TIMED)
     return first + (second - first) * (num_steps - few) / (more - few)

@@ -1,7 +1,9 @@
-"""Draw how the samplers converge: python -m latent_diffusion.process.samplers --plot=FILE.
+"""Plot the convergence of the deterministic samplers.
 
-Data is a mixture of two Gaussians, whose denoiser and probability flow are exact, so that the error
-is the samplers' own. Needs matplotlib (the "demo" extra).
+    python -m benchmarks.convergence --plot=convergence.png
+
+The data are a mixture of two Gaussians, whose denoiser and probability flow have closed forms, so
+that the samplers alone cause the error. Needs matplotlib (the extra "demo").
 """
 
 from pathlib import Path
@@ -27,7 +29,7 @@ DETERMINISTIC = (
     "unipc",
     "deis",
 )
-PLOT = flags.DEFINE_string("plot", None, "The picture to write, e.g. convergence.png.")
+PLOT = flags.DEFINE_string("plot", "convergence.png", "The picture to write.")
 
 
 def errors(name: str, num_steps: tuple[int, ...]) -> list[tuple[int, float]]:
@@ -65,9 +67,7 @@ def draw(path: Path, num_steps: tuple[int, ...] = (8, 16, 32, 64, 128)) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Read the flag."""
-    if len(argv) > 1 or PLOT.value is None:
-        raise app.UsageError("usage: python -m latent_diffusion.process.samplers --plot=FILE")
+    """Draw the picture that the flag names."""
     draw(Path(PLOT.value))
 
 

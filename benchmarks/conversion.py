@@ -3,8 +3,8 @@
     python -m benchmarks.conversion            # 13 GB of temporary files
 
 Writes a folder of diffusers' with random float32 weights (4.26 GB), sends it through the command
-`python -m latent_diffusion.convert` to a single file and back, and to a workdir and back, each in a
-process of its own, and prints a table. Both folders that come back must equal the first bitwise.
+`python -m latent_diffusion.convert` to a single file and back, and to a workdir and back, each in
+a separate process, and prints a table. Both folders that come back must equal the first bitwise.
 """
 
 import os
@@ -36,7 +36,7 @@ CONVERSIONS = (  # from, to, format
 
 
 def random_part(fields: dict, shapes: Params) -> Part:
-    """Parameters that are drawn when they are read, the same ones each time."""
+    """Parameters that are drawn when they are read, with equal values each time."""
 
     def tensor(seed: int, shape: tuple[int, ...]) -> Tensor:
         def read() -> np.ndarray:
@@ -51,12 +51,12 @@ def random_part(fields: dict, shapes: Params) -> Part:
 def stable_diffusion() -> Bundle:
     """The U-Net, the first stage and the text encoder of configs/sd_v1.py."""
     config = sd_v1.get_config()
-    own = {**config.unet.to_dict(), "out_channels": 4}
+    unet_fields = {**config.unet.to_dict(), "out_channels": 4}
     first_stage = config.autoencoder.to_dict()
     return Bundle(
         autoencoder=random_part(first_stage, autoencoder.shapes(first_stage)),
         scale_factor=0.18215,
-        unet=random_part(own, unet.shapes(own, 4, CONTEXT, None)),
+        unet=random_part(unet_fields, unet.shapes(unet_fields, 4, CONTEXT, None)),
         conditioners={"clip_text": random_part({}, clip_text.shapes({}))},
         diffusion=config.diffusion.to_dict(),
         sampling=config.sampling.to_dict(),

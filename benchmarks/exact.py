@@ -1,6 +1,6 @@
-"""Data whose optimal denoiser and probability flow are known in closed form, to check samplers by.
+"""Data whose optimal denoiser and probability flow have closed forms, to check samplers.
 
-Each element of a latent is drawn on its own from a mixture of Gaussians of equal width.
+Each element of a latent is drawn independently from a mixture of Gaussians of equal width.
 """
 
 import flax.struct
@@ -47,7 +47,7 @@ class Mixture:
         start: Timestep,
         end: Timestep,
     ) -> Float[Array, "B *latent"]:
-        """Where the probability flow takes z from timestep `start` to `end`.
+        """The latents to which the probability flow takes z from timestep `start` to `end`.
 
         In one dimension the flow keeps quantiles, so it is inverted by bisection; exact to float32
         for one Gaussian.

@@ -1,7 +1,7 @@
-"""Seconds and memory of a call: each side in a process of its own, taking turns.
+"""Seconds and memory of a call: each side runs in a separate process, and the two take turns.
 
-A process that isn't its turn waits, so that the threads of one library don't disturb the other's,
-and what a process has held at most is what its own library needed.
+One process waits while the other works, so that the threads of one library don't disturb the
+other's, and the peak memory of a process is that of its library.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # by --device, as JAX c
 
 
 class Call(NamedTuple):
-    """Something to time. run returns when all is done; flops: of one run, where it is known."""
+    """A call to time. run returns when all is done; flops: of one run, or None."""
 
     run: Callable[[], Any]
     flops: float | None = None
 
 
 class Setting(NamedTuple):
-    """What the processes must know. folder: of `reference.write`."""
+    """The input of the processes. folder: the one that `reference.write` filled."""
 
     folder: Path
     device: str
@@ -38,7 +38,7 @@ class Setting(NamedTuple):
 
 
 class Worker:
-    """One side's call in a process of its own, compiled and warm."""
+    """One side's call in a separate process, compiled and warm."""
 
     def __init__(self, side: str, name: str, setting: Setting):
         context = multiprocessing.get_context("spawn")
@@ -51,12 +51,12 @@ class Worker:
         self.output, self.flops = self._pipe.recv()
 
     def seconds(self) -> float:
-        """Of one more run."""
+        """The seconds of one more run."""
         self._pipe.send("run")
         return self._pipe.recv()
 
     def close(self) -> float:
-        """End the process; returns the MB that it held at most while it was timed."""
+        """End the process; returns its peak memory in MB while it was timed."""
         self._pipe.send("end")
         peak = self._pipe.recv()
         self._process.join()
@@ -64,7 +64,7 @@ class Worker:
 
 
 def in_own_process(function: Callable[..., None], *args: Any) -> None:
-    """Call it where JAX may start on the CPU, whatever device the benchmark is for."""
+    """Call a function in a process whose JAX starts on the CPU."""
     process = multiprocessing.get_context("spawn").Process(target=_on_cpu, args=(function, *args))
     process.start()
     process.join()
@@ -80,7 +80,7 @@ def _on_cpu(function: Callable[..., None], *args: Any) -> None:
 def compare(name: str, sides: tuple[str, ...], setting: Setting, budget: float) -> dict[str, Any]:
     """One row: medians of both sides' runs, which alternate until `budget` seconds are spent.
 
-    Three rounds at least; one if it is only to be quick.
+    There are at least three rounds, or one if the setting is quick.
     """
     workers = {side: Worker(side, name, setting) for side in sides}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -109,18 +109,18 @@ def ratios(seconds: dict[str, float]) -> dict[str, float | None]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What a process of either side sets before it imports its library."""
-    # Two processes share an accelerator, which JAX would take all the memory of.
+    """The variables that a process of either side sets before it imports its library."""
+    # Two processes share an accelerator; by default JAX takes all of its memory.
     return {"JAX_PLATFORMS": PLATFORMS[device], "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def threads() -> int:
-    """Cores that this process may use, and so both libraries do."""
+    """The number of cores that this process, and so both libraries, may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_up(side: str, device: str) -> Any:
-    """The module of a side, in a process that is for it alone."""
+    """The module of a side, in the process of this side."""
     os.environ.update(environment(device))
     if side == "pytorch":
         if device == "cpu":
@@ -148,14 +148,14 @@ def _serve(pipe: Connection, side: str, name: str, setting: Setting) -> None:
 
 
 def _forget_peak() -> None:
-    """Let the peak of this process start anew (Linux): compiling is no part of a call."""
+    """Reset the peak memory of this process (Linux), since compiling is no part of a call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_memory(side: str, device: str) -> float:
-    """MB that this process held at most: of the accelerator's memory, on a CPU of any."""
+    """Peak memory of this process in MB: of the accelerator, or on a CPU of the host."""
     if device == "cpu":
         try:
             lines = Path("/proc/self/status").read_text().splitlines()

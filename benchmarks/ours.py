@@ -26,8 +26,8 @@ def denoiser(folder: Path, quick: bool) -> Denoiser:
     """The U-Net with the schedule and the conditioner of the training."""
     config = reference.denoising(quick)
     unet = ldm.load(folder / "unet").denoiser
-    own: Any = TASKS[config.task](config)
-    return own.denoiser.replace(params=unet.params, unet=unet.unet)
+    task: Any = TASKS[config.task](config)
+    return task.denoiser.replace(params=unet.params, unet=unet.unet)
 
 
 def first_image(folder: Path, quick: bool) -> np.ndarray:
@@ -53,12 +53,12 @@ def _call(function: Callable[..., Any], params: Any, *args: Any, flops: float) -
 
 
 def count(function: Callable[..., Any], *args: Any) -> float:
-    """FLOPs by XLA's own analysis, of a function without loops."""
+    """FLOPs by XLA's analysis, of a function without loops."""
     return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 
 def matmul(folder: Path, quick: bool) -> Call:
-    """The machine's measure."""
+    """A product of two square matrices, which measures the machine."""
     x = jnp.ones((256 if quick else 2048,) * 2)
     product = jax.jit(jnp.matmul)
     return Call(lambda: float(product(x, x)[0, 0]), 2.0 * len(x) ** 3)
@@ -66,27 +66,27 @@ def matmul(folder: Path, quick: bool) -> Call:
 
 def unet_forward(folder: Path, quick: bool) -> Call:
     """One evaluation of the U-Net."""
-    given, network = reference.inputs(quick), denoiser(folder, quick)
-    inputs = given["z_t"], given["t"], ldm.Conditioning(context=given["context"])
+    arrays, network = reference.inputs(quick), denoiser(folder, quick)
+    inputs = arrays["z_t"], arrays["t"], ldm.Conditioning(context=arrays["context"])
     return _call(Denoiser.denoise, network, *inputs, flops=_flops_of_unet(network, *inputs))
 
 
 def ddim_50_cfg(folder: Path, quick: bool) -> Call:
-    """Guided DDIM in latent space from given noise."""
-    given, network = reference.inputs(quick), denoiser(folder, quick)
-    given = {key: x[: reference.GUIDED] for key, x in given.items()}
+    """Guided DDIM in latent space from stored noise."""
+    arrays, network = reference.inputs(quick), denoiser(folder, quick)
+    arrays = {key: x[: reference.GUIDED] for key, x in arrays.items()}
     timesteps, _ = plan(network.schedule, {}, {"num_steps": 2 if quick else reference.STEPS})
 
     def sample(network, z_T, context):
         cond, null = (ldm.Conditioning(context=c) for c in (context, jnp.zeros_like(context)))
         keys, shape = example_keys(jax.random.key(0), len(z_T)), z_T.shape[1:]
-        own = {"guidance_scale": reference.SCALE, "z_T": z_T}
-        return network.sample(keys, cond, null, timesteps, shape, **own)
+        options = {"guidance_scale": reference.SCALE, "z_T": z_T}
+        return network.sample(keys, cond, null, timesteps, shape, **options)
 
-    z_t, t, context = (np.concatenate([given[key]] * 2) for key in ("z_t", "t", "context"))
+    z_t, t, context = (np.concatenate([arrays[key]] * 2) for key in ("z_t", "t", "context"))
     once = _flops_of_unet(network, z_t, t, ldm.Conditioning(context=context))
     flops = once * (len(timesteps) - 1)
-    return _call(sample, network, given["z_t"], given["context"], flops=flops)
+    return _call(sample, network, arrays["z_t"], arrays["context"], flops=flops)
 
 
 def encode(folder: Path, quick: bool) -> Call:
@@ -100,7 +100,7 @@ def decode(folder: Path, quick: bool) -> Call:
 
 
 def input_pipeline(folder: Path, quick: bool) -> Call:
-    """Batches of the stage-1 step, from JPEG files of 256×256 pixels that nobody remembers."""
+    """Batches of the stage-1 step, from JPEG files of 256×256 pixels, without a cache."""
     config = reference.autoencoding(quick)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
@@ -124,10 +124,10 @@ def input_pipeline(folder: Path, quick: bool) -> Call:
 
 def denoising_step(folder: Path, quick: bool) -> Call:
     """A training step of latent denoising: AdamW and moving average."""
-    given = reference.inputs(quick)
+    arrays = reference.inputs(quick)
     params = {"unet": ldm.load(folder / "unet").denoiser.params["unet"]}
     config = reference.denoising(quick)
-    batch = {"image": given["z_t"], "neighbours": given["context"]}
+    batch = {"image": arrays["z_t"], "neighbours": arrays["context"]}
 
     def start(state):
         return state.replace(params={**state.params, **params})

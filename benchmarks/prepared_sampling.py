@@ -1,10 +1,10 @@
-"""What computing keys, values and timestep embeddings once per sampling call gains.
+"""The gain of computing keys, values and timestep embeddings once per sampling call.
 
     python -m benchmarks.prepared_sampling
 
 Runs guided DDIM steps of a small U-Net with a context of 77×768 both ways, alternately, with
 guidance at every step and in an interval, and prints the median seconds of each and their ratio.
-Seconds are those of the processor, so that other work on the machine hardly counts.
+It counts the processor's seconds, which other work on the machine hardly changes.
 """
 
 import statistics
@@ -40,7 +40,7 @@ def median_seconds(calls: dict[str, Callable[[], jax.Array]]) -> dict[str, float
 
 
 def main() -> None:
-    """Time both."""
+    """Time both ways and print the medians."""
     unet = UNet(4, 64, (1, 2), 1, (1, 2), num_heads=4)
     null, cond = (
         Conditioning(context=jax.random.normal(jax.random.key(i), (1, 77, 768))) for i in (0, 1)

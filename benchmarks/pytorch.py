@@ -1,4 +1,4 @@
-"""PyTorch's side of the benchmark: diffusers' networks, and the steps that one writes with them."""
+"""PyTorch's side of the benchmark: diffusers' networks, and usual training steps with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +23,13 @@ def tensor(x: np.ndarray) -> torch.Tensor:
 
 
 def array(x: torch.Tensor) -> np.ndarray:
-    """And back."""
+    """Images become NHWC."""
     x = x.detach().permute(0, 2, 3, 1) if x.ndim == 4 else x.detach()
     return x.cpu().numpy()
 
 
 def inputs(quick: bool) -> dict[str, torch.Tensor]:
-    """Those of `reference`."""
+    """The inputs of `reference`."""
     return {key: tensor(x) for key, x in reference.inputs(quick).items()}
 
 
@@ -44,19 +44,19 @@ def load_vae(folder: Path) -> nn.Module:
 
 
 def matmul(folder: Path, quick: bool) -> Call:
-    """The machine's measure."""
+    """A product of two square matrices, which measures the machine."""
     x = torch.ones((256 if quick else 2048,) * 2, device=DEVICE)
     return Call(lambda: float((x @ x)[0, 0]))
 
 
 def unet_forward(folder: Path, quick: bool) -> Call:
     """One evaluation of the U-Net."""
-    unet, given = load_unet(folder), inputs(quick)
-    return _call(lambda: unet(given["z_t"], given["t"], given["context"]).sample)
+    unet, arrays = load_unet(folder), inputs(quick)
+    return _call(lambda: unet(arrays["z_t"], arrays["t"], arrays["context"]).sample)
 
 
 def ddim_50_cfg(folder: Path, quick: bool) -> Call:
-    """Guided DDIM in latent space from given noise."""
+    """Guided DDIM in latent space from stored noise."""
     unet = load_unet(folder)
     z_T, context = (inputs(quick)[key][: reference.GUIDED] for key in ("z_t", "context"))
     return _call(lambda: sample(unet, z_T, context, quick))
@@ -82,8 +82,8 @@ def sample(unet: nn.Module, z_T: torch.Tensor, context: torch.Tensor, quick: boo
 @torch.inference_mode()
 def first_image(folder: Path, quick: bool) -> np.ndarray:
     """One guided sample, decoded."""
-    given, vae = inputs(quick), load_vae(folder)
-    z = sample(load_unet(folder), given["z_t"][:1], given["context"][:1], quick)
+    arrays, vae = inputs(quick), load_vae(folder)
+    z = sample(load_unet(folder), arrays["z_t"][:1], arrays["context"][:1], quick)
     return array(vae.decode(z).sample)
 
 
@@ -101,15 +101,17 @@ def decode(folder: Path, quick: bool) -> Call:
 
 def denoising_step(folder: Path, quick: bool) -> Call:
     """A training step of latent denoising: AdamW and moving average."""
-    given, config = inputs(quick), reference.denoising(quick)
-    z_0, context = given["z_t"], given["context"]
+    arrays, config = inputs(quick), reference.denoising(quick)
+    z_0, context = arrays["z_t"], arrays["context"]
     unet = load_unet(folder).train()
     ema = torch.optim.swa_utils.AveragedModel(
         unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
-    own = config.optimizer
     tx = torch.optim.AdamW(
-        unet.parameters(), own.learning_rate, weight_decay=own.weight_decay, fused=True
+        unet.parameters(),
+        config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
     betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, device=DEVICE) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, 0)
@@ -136,9 +138,9 @@ def autoencoding_step(folder: Path, quick: bool) -> Call:
     from latent_diffusion.nets.losses.perceptual import load_lpips_params
 
     x, config = inputs(quick)["image"], reference.autoencoding(quick)
-    own, betas = config.autoencoding, (config.optimizer.b1, config.optimizer.b2)
-    vae, disc = load_vae(folder).train(), _discriminator(folder, own.discriminator)
-    lpips = make_lpips(own.perceptual, load_lpips_params(own.perceptual)).to(DEVICE)
+    fields, betas = config.autoencoding, (config.optimizer.b1, config.optimizer.b2)
+    vae, disc = load_vae(folder).train(), _discriminator(folder, fields.discriminator)
+    lpips = make_lpips(fields.perceptual, load_lpips_params(fields.perceptual)).to(DEVICE)
     lpips.requires_grad_(False)
     logvar = nn.Parameter(torch.zeros((), device=DEVICE))
     players = ([*vae.parameters(), logvar], disc.parameters())
@@ -151,15 +153,15 @@ def autoencoding_step(folder: Path, quick: bool) -> Call:
     def step() -> float:
         posterior = vae.encode(x).latent_dist
         x_rec = vae.decode(posterior.sample()).sample
-        rec = (x - x_rec).abs() + own.perceptual_weight * lpips(x_rec, x)
+        rec = (x - x_rec).abs() + fields.perceptual_weight * lpips(x_rec, x)
         nll = (rec / logvar.exp() + logvar).sum() / len(x)
         disc.requires_grad_(False)
         g_loss = -disc(x_rec).mean()
         (of_rec,) = torch.autograd.grad(nll, last, retain_graph=True)
         (of_adv,) = torch.autograd.grad(g_loss, last, retain_graph=True)
         weight = (of_rec.norm() / (of_adv.norm() + 1e-4)).clamp(0, 1e4).detach()
-        loss = nll + own.reg_weight * posterior.kl().mean()
-        loss = loss + own.adversarial_weight * weight * g_loss
+        loss = nll + fields.reg_weight * posterior.kl().mean()
+        loss = loss + fields.adversarial_weight * weight * g_loss
         tx.zero_grad()
         loss.backward()
         tx.step()
@@ -175,19 +177,19 @@ def autoencoding_step(folder: Path, quick: bool) -> Call:
     return Call(step)
 
 
-def _discriminator(folder: Path, own: Any) -> nn.Module:
-    """PatchGAN with our parameters, whose order is that of its layers."""
-    widths = [own.channels * min(2**n, 8) for n in range(own.num_layers + 1)]
+def _discriminator(folder: Path, fields: Any) -> nn.Module:
+    """PatchGAN with our parameters, layer by layer."""
+    widths = [fields.channels * min(2**n, 8) for n in range(fields.num_layers + 1)]
     layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-    for n in range(1, own.num_layers + 1):
-        stride = 2 if n < own.num_layers else 1
+    for n in range(1, fields.num_layers + 1):
+        stride = 2 if n < fields.num_layers else 1
         layers += [
             nn.Conv2d(widths[n - 1], widths[n], 4, stride, 1, bias=False),
             nn.BatchNorm2d(widths[n]),
             nn.LeakyReLU(0.2),
         ]
     net = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
-    names = [f"{kind}{n}" for n in range(1, own.num_layers + 1) for kind in ("conv", "norm")]
+    names = [f"{kind}{n}" for n in range(1, fields.num_layers + 1) for kind in ("conv", "norm")]
     with_params = [layer for layer in net if list(layer.parameters())]
     with np.load(folder / "discriminator.npz") as arrays:
         for name, layer in zip(["conv_in", *names, "conv_out"], with_params, strict=True):

@@ -1,6 +1,6 @@
-"""What is timed: a text U-Net and its first stage with random weights, and their inputs.
+"""The timed networks, a text U-Net and a first stage with random weights, and their inputs.
 
-`write` leaves both in folders of diffusers, from which either side loads them.
+`write` saves both in folders of diffusers, from which either side loads them.
 """
 
 from pathlib import Path
@@ -11,18 +11,18 @@ from ml_collections import ConfigDict
 
 from configs import default
 
-SCALE, STEPS, GUIDED = 5.0, 50, 2  # of guided sampling, of so many images: the U-Net sees twice
-PICTURES = 64  # files that the input pipeline reads, again and again
+SCALE, STEPS, GUIDED = 5.0, 50, 2  # of guided sampling, which evaluates twice as many images
+PICTURES = 64  # files that the input pipeline reads repeatedly
 
 
 def denoising(quick: bool) -> ConfigDict:
-    """Latent denoising of 32×32×4 latents, which are the data, with 77 tokens of width 256."""
+    """Latent denoising of data of 32×32×4 with contexts of 77 tokens of width 256."""
     c = default.get_config()
     c.batch_size = 1 if quick else 4
     c.autoencoder.update({"regularization": "identity", "image_channels": 4})
     c.data.image_size = 8 if quick else 32
     c.first_stage.normalization = "none"
-    # Embeddings that are the context as they are; their null is zero.
+    # These embeddings are the context; their null is zero.
     c.conditioners = ConfigDict(
         {"neighbours": {"num_neighbours": 7 if quick else 77, "width": 8 if quick else 256}}
     )
@@ -93,7 +93,7 @@ def write(folder: Path, quick: bool) -> None:
 
 
 def drawn(seed: int, shapes: Any) -> Any:
-    """Random weights that about keep the scale of what they meet, none of them zero."""
+    """Random weights, none of them zero, which roughly preserve the scale of their inputs."""
     import jax
 
     rng = np.random.default_rng(seed)

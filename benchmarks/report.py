@@ -22,15 +22,15 @@ def with_fractions(row: dict[str, Any], rate: float) -> dict[str, Any]:
 
 
 def save(folder: Path, machine: dict[str, Any], rows: list[dict[str, Any]], order: Any) -> Path:
-    """Write <date>.json and <date>.md; rows that the day's file has beyond these stay in it."""
+    """Write <date>.json and <date>.md; other rows of the day's file stay in it."""
     path = folder / f"{datetime.date.today().isoformat()}.json"
-    known: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     if path.is_file():
         before = json.loads(path.read_text())
         if _lasting(before["machine"]) == _lasting(machine):
-            known = {row["name"]: row for row in before["rows"]}
-    known |= {row["name"]: row for row in rows}
-    report = {"machine": machine, "rows": [known[name] for name in order if name in known]}
+            by_name = {row["name"]: row for row in before["rows"]}
+    by_name |= {row["name"]: row for row in rows}
+    report = {"machine": machine, "rows": [by_name[name] for name in order if name in by_name]}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     path.with_suffix(".md").write_text(markdown(report))
@@ -38,7 +38,7 @@ def save(folder: Path, machine: dict[str, Any], rows: list[dict[str, Any]], orde
 
 
 def _lasting(machine: dict[str, Any]) -> dict[str, Any]:
-    """Without what is measured anew by every run."""
+    """The machine without the numbers that every run measures again."""
     return {key: value for key, value in machine.items() if key != "matmul_gflops"}
 
 

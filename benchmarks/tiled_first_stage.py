@@ -2,10 +2,10 @@
 
     python -m benchmarks.tiled_first_stage --workdir=runs/demo/first_stage
 
-Encodes and decodes mosaics of held-out pictures. Each size runs in a process of its own, whose peak
-resident memory is printed; sides in --whole also run without tiles. At the smallest of those, tiled
-and untiled reconstructions are compared: PSNR, and the error near seams over that elsewhere.
---crop=FILE writes a piece around four tiles' corner: original, untiled, tiled.
+Encodes and decodes mosaics of held-out pictures. Each size runs in a separate process, whose peak
+resident memory is printed. Sides in --whole also run without tiles; at the first of them, tiled and
+untiled reconstructions are compared: PSNR, and the step across seams. --crop=FILE writes a piece
+around the corner of four tiles: original, untiled, tiled.
 """
 
 import json
@@ -22,7 +22,7 @@ TILED = flags.DEFINE_list("tiled", ["512", "1024", "2048"], "Sides to run in til
 WHOLE = flags.DEFINE_list("whole", ["512", "1024"], "Sides to run untiled.")
 TILE = flags.DEFINE_integer("tile", 256, "Side of a tile, in pixels.")
 CROP = flags.DEFINE_string("crop", None, "A PNG to write.")
-ONE = flags.DEFINE_list("one", None, "side,tile: what this program asks of its processes.")
+ONE = flags.DEFINE_list("one", None, "side,tile: measure this alone, in this process.")
 
 
 def mosaic(side: int, piece: int = 64) -> np.ndarray:
@@ -48,7 +48,7 @@ def reconstruct(model, image: np.ndarray, tile: int | None) -> np.ndarray:
 
 
 def peak_memory() -> float:
-    """The most that this process has held so far, in MB."""
+    """The peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -65,19 +65,21 @@ def measure(side: int, tile: int | None) -> dict[str, float]:
 def in_own_process(side: int, tile: int | None) -> dict[str, float]:
     """`measure` in a fresh process."""
     flags_ = [f"--workdir={WORKDIR.value}", f"--one={side},{tile or 0}"]
-    out = subprocess.run([sys.executable, __file__, *flags_], stdout=subprocess.PIPE, check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", __spec__.name, *flags_], stdout=subprocess.PIPE, check=True
+    )
     return json.loads(out.stdout.splitlines()[-1])
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, of one image each, cut to [-1, 1]."""
+    """PSNR in dB of two images [1 H W C], clipped to [-1, 1]."""
     from latent_diffusion.nets.losses import similarity
 
     return float(similarity.psnr(np.clip(a, -1, 1), np.clip(b, -1, 1))[0])
 
 
 def compare(side: int, tile: int) -> None:
-    """Tiled against untiled."""
+    """Compare tiled and untiled reconstructions of one image, and print the result."""
     from PIL import Image
 
     import latent_diffusion as ldm
@@ -104,7 +106,7 @@ def compare(side: int, tile: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Measure in processes of their own, then compare."""
+    """Measure in separate processes, then compare."""
     from latent_diffusion.runtime.startup import quiet_and_cached
 
     quiet_and_cached()
@@ -116,10 +118,10 @@ def main(argv: list[str]) -> None:
     print("|---|---|---|---|")
     for tile, sides in ((TILE.value, TILED.value), (None, WHOLE.value)):
         for side in sides:
-            seen = in_own_process(int(side), tile)
+            memory = in_own_process(int(side), tile)
             print(
-                f"| {side}×{side} | {tile or 'none'} | {seen['after']:,.0f} MB | "
-                f"{seen['before']:,.0f} MB |",
+                f"| {side}×{side} | {tile or 'none'} | {memory['after']:,.0f} MB | "
+                f"{memory['before']:,.0f} MB |",
                 flush=True,
             )
     compare(int(WHOLE.value[0]), TILE.value)

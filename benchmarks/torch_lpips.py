@@ -1,4 +1,4 @@
-"""The `lpips` package with weights that are here already, so that nothing is downloaded."""
+"""The package `lpips` with installed weights, so that nothing is downloaded."""
 
 import contextlib
 import importlib
@@ -48,7 +48,7 @@ def _with_weights(layers: list[nn.Module], params: Any) -> types.SimpleNamespace
 
 @contextlib.contextmanager
 def _torchvision(params: Any) -> Iterator[None]:
-    """A torchvision that has the two classifiers that `lpips` asks for, and nothing else."""
+    """Replace torchvision by a module with the two classifiers that `lpips` imports."""
     module: Any = types.ModuleType("torchvision")
     module.models = types.SimpleNamespace(
         vgg16=lambda pretrained: _with_weights(_vgg16_features(), params),
@@ -67,6 +67,6 @@ def _torchvision(params: Any) -> Iterator[None]:
 
 
 def make_lpips(net: str, params: Any) -> nn.Module:
-    """`lpips.LPIPS(net)` on the classifier of `load_lpips_params(net)`, and its own linear maps."""
+    """`lpips.LPIPS(net)` with the classifier of `load_lpips_params(net)` and the package's maps."""
     with _torchvision(params):
         return importlib.import_module("lpips").LPIPS(net=net, verbose=False)

@@ -2,12 +2,13 @@
 
     python -m demo.first_stages --root=runs/first_stages
 
-Every folder in the root is a workdir of perceptual compression that `python -m
-latent_diffusion.evaluate --workdir=...` has scored. Latent std and codes in use are those of all
+Every folder in the root is the workdir of a first stage after `python -m latent_diffusion.evaluate
+--workdir=...`. The standard deviation of the latents and the number of used codes are those of all
 held-out pictures.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def row(directory: Path, model: Model, images: np.ndarray) -> list[str]:
-    """The cells of COLUMNS for one workdir: what it logged, and its latents of images [N H W 3]."""
+    """The cells of COLUMNS for one workdir, from its logs and its latents of images [N H W 3]."""
     config = workdir.load_config(directory)
     trained = _records(directory / "metrics.jsonl")
     scores = _records(directory / "evaluations.jsonl")[-1]["metrics"]
@@ -63,7 +64,7 @@ def row(directory: Path, model: Model, images: np.ndarray) -> list[str]:
 
 
 def compare(root: Path) -> str:
-    """The table; writes reconstructions.png into the root. ValueError where there is no workdir."""
+    """The table; writes reconstructions.png into the root. ValueError if it holds no workdir."""
     directories = sorted(path.parent for path in root.glob("*/config.json"))
     if not directories:
         raise ValueError(f"{root} holds no workdir")
@@ -88,7 +89,10 @@ def compare(root: Path) -> str:
 def main(argv: list[str]) -> None:
     """Compare and print."""
     quiet_and_cached()
-    print(compare(Path(ROOT.value)))
+    try:
+        print(compare(Path(ROOT.value)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(Path(ROOT.value) / "reconstructions.png")
 
 

@@ -1,14 +1,15 @@
-"""One picture for each trained task: what it was told, what it drew, and what was there.
+"""One picture for each trained task: conditions, samples and ground truth.
 
     python -m demo.gallery --workdir=runs/gallery
 
 Every folder in the workdir that holds a trained denoiser becomes NAME.png beside it, with a row for
 each of some test examples: condition | samples | ground truth. A folder with a classifier (see
 configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
-model of text draws image_to_image.png, too, and the unconditional one image_guiding.png. What
-conditions of any size allow is drawn at twice the trained size in NAME_larger.png.
+model of text also draws image_to_image.png, and the unconditional one image_guiding.png. A model
+whose conditions may have any size also draws NAME_larger.png, at twice the trained size.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; ui
 def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 1) -> Image.Image:
     """The sheet of one trained denoiser, on evenly spaced examples of its test split.
 
-    A model of classes draws each of them, whatever `rows`. scale: how much larger than in
-    training the pictures are, where the condition says their size.
+    A model of classes draws a row for each class, whatever `rows` says. scale: the side of the
+    pictures over the trained one, for models whose condition determines the size.
     """
     config, model = workdir.load_config(directory), load(directory)
     config.data.image_size *= scale
@@ -49,12 +50,12 @@ def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 
         labels = [int(source[i]["class_label"]) for i in range(len(source))]
         places, rows = np.unique(labels, return_index=True)[1], len(set(labels))
     examples, batch = _examples(config, source, places)
-    given = {argument(key): _given(key, examples, batch) for key in keys}
+    conditions = {argument(key): _argument(key, examples, batch) for key in keys}
     drawn = model.sample(
         jax.random.key(seed),
         num_images=samples if keys else samples * rows,
         batch_size=samples * rows,
-        **given,
+        **conditions,
     )
     images = to_uint8(drawn).reshape(rows, samples, *drawn.shape[1:])
     truth = [to_uint8(example["image"]) for example in batch]
@@ -99,9 +100,9 @@ def draw_image_guiding(guided: Path, rows: int, samples: int, seed: int) -> Imag
 
 
 def draw_image_to_image(directory: Path, rows: int, seed: int) -> Image.Image:
-    """The text model in `directory` makes one test picture into what another's caption says.
+    """The text model in `directory` changes test pictures toward the captions of others.
 
-    The more of it is made anew, the more of the caption and the less of the picture is seen.
+    The higher the strength, the more the result follows the caption and the less the picture.
     """
     config, model = workdir.load_config(directory), load(directory)
     source = data.make_source(config.data, "test")
@@ -125,7 +126,7 @@ def _spread(source: Any, rows: int) -> np.ndarray:
 
 
 def _examples(config: Any, source: Any, places: np.ndarray) -> tuple[list[Any], list[Any]]:
-    """Some examples as they are, and as evaluation sees them."""
+    """Some examples as stored, and as transformed for evaluation."""
     transform = data.make_transform(config.data, train=False)
     examples = [source[int(i)] for i in places]
     return examples, [transform(e, np.random.default_rng(i)) for i, e in enumerate(examples)]
@@ -137,8 +138,8 @@ def _of_class(source: Any, label: int) -> np.ndarray:
     )
 
 
-def _given(key: str, examples: Sequence[Any], batch: Sequence[Any]) -> Any:
-    """What `Model.sample` is given for a batch key."""
+def _argument(key: str, examples: Sequence[Any], batch: Sequence[Any]) -> Any:
+    """The argument of `Model.sample` for a batch key."""
     if key == "tokens":
         return [example["caption"] for example in examples]
     values = [example[key] for example in batch]
@@ -158,8 +159,8 @@ def _condition(config: Any, source: Any, example: Any, made: Any, keys: Sequence
         "neighbours": lambda: _neighbours(config, example["image_embedding"]),
         "image_embedding": lambda: to_uint8(made["image"]),
     }
-    known: list[Callable[[], np.ndarray]] = [pictures[key] for key in keys if key in pictures]
-    return known[0]() if known else text("no condition")
+    shown: list[Callable[[], np.ndarray]] = [pictures[key] for key in keys if key in pictures]
+    return shown[0]() if shown else text("no condition")
 
 
 def _layout(config: Any, source: Any, tokens: np.ndarray) -> np.ndarray:
@@ -168,7 +169,7 @@ def _layout(config: Any, source: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(config: Any, embedding: np.ndarray) -> np.ndarray:
-    """The pictures whose embeddings the model is told, four in a square."""
+    """The pictures whose embeddings are the condition, four in a square."""
     train = data.make_source(config.data, "train")
     database = retrieval.embeddings_of(train, config.data, "train")
     places, _ = database.search(embedding[None], min(4, config.data.num_neighbours))
@@ -225,7 +226,7 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
         raise ValueError(f"{root} holds no workdirs; train one, e.g. configs/openmoji_class.py")
     written = []
 
-    def keep(name: str, picture: Image.Image) -> None:
+    def save(name: str, picture: Image.Image) -> None:
         written.append(root / f"{name}.png")
         picture.save(written[-1])
         print(written[-1], flush=True)
@@ -234,22 +235,25 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
     for folder in folders:
         config = workdir.load_config(folder)
         if config.task == "denoising":
-            keep(folder.name, draw_task(folder, rows, samples, seed))
+            save(folder.name, draw_task(folder, rows, samples, seed))
             if {"low_res", "segmentation"} & set(make_conditioner(config.conditioners).keys):
-                keep(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))
+                save(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))
             if config.tokenizer.name != "none":
-                keep("image_to_image", draw_image_to_image(folder, rows, seed))
+                save("image_to_image", draw_image_to_image(folder, rows, seed))
         elif config.task == "classifying":
-            keep(folder.name, draw_classifier(folder, unconditional, samples, seed))
+            save(folder.name, draw_classifier(folder, unconditional, samples, seed))
     if unconditional in folders:
-        keep("image_guiding", draw_image_guiding(unconditional, rows, samples, seed))
+        save("image_guiding", draw_image_guiding(unconditional, rows, samples, seed))
     return written
 
 
 def main(argv: list[str]) -> None:
-    """Draw and say where."""
+    """Draw, and print the paths."""
     quiet_and_cached()
-    draw(Path(WORKDIR.value), ROWS.value, SAMPLES.value, SEED.value)
+    try:
+        draw(Path(WORKDIR.value), ROWS.value, SAMPLES.value, SEED.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A judge for samples: simple classifiers, fitted on real training pictures only.
+"""A judge of samples: simple classifiers that are fitted on real training pictures only.
 
-It never sees a sample while it is fitted, and its accuracy on real held-out pictures stands beside
-whatever it says of samples.
+Its accuracy on real held-out pictures is reported beside its verdict on samples.
 """
 
 import numpy as np
@@ -13,7 +12,7 @@ BINS = 6  # levels per colour channel
 
 
 def features(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
-    """What the picture looks like from afar (8×8 means) and which colours it has (a histogram)."""
+    """Coarse shape (8×8 means) and colours (a histogram) of every picture."""
     num, height, width, _ = images.shape
     blocks = images.reshape(num, 8, height // 8, 8, width // 8, 3).mean((2, 4)) / 255
     levels = images.astype(np.int64) * BINS // 256
@@ -36,5 +35,5 @@ def balanced_accuracy(
     images: UInt8[np.ndarray, "N H W 3"],
     labels: Int[np.ndarray, " N"],
 ) -> float:
-    """Mean over the classes of the share that the judge recovers."""
+    """Mean over the classes of the share of pictures that the judge classifies rightly."""
     return float(balanced_accuracy_score(labels, judge.predict(features(images))))

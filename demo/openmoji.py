@@ -1,12 +1,13 @@
-"""Numbers and pictures of the OpenMoji demo: what `make demo` ends with.
+"""The numbers and pictures at the end of `make demo`.
 
     python -m demo.openmoji --workdir=runs/demo
 
-Writes metrics.json, reconstructions.png, samples.png and losses.png into the workdir, whose
-first_stage/ and denoiser/ have been trained. Nothing here takes part in training.
+Writes metrics.json, reconstructions.png, samples.png and losses.png into the workdir, which holds
+the trained first_stage/ and denoiser/.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from latent_diffusion import data
 from latent_diffusion.data import openmoji
 from latent_diffusion.generation.loading import load
 from latent_diffusion.generation.model import Model
+from latent_diffusion.nets.losses.similarity import psnr
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import image_grid, to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
@@ -51,12 +53,6 @@ COLUMNS = 8
 PER_GROUP = 30
 
 
-def psnr(x: np.ndarray, x_rec: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of every image [N], in dB, for images in [-1, 1]."""
-    mse = np.mean(np.square(x - np.clip(x_rec, -1, 1)), axis=(1, 2, 3))
-    return 10 * np.log10(4 / np.maximum(mse, 1e-10))
-
-
 def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 32) -> np.ndarray:
     """`function` of all images, `size` at a time; the last batch is padded with the last image."""
     index = np.minimum(np.arange(len(images) + -len(images) % size), len(images) - 1)
@@ -75,15 +71,15 @@ def training_captions(
     """`per_group` training captions of each of the nine groups, evenly spaced over the split."""
     captions, labels = [], []
     for label in range(len(openmoji.GROUPS)):
-        mine = [e["caption"] for e in examples if e["class_label"] == label]
-        picked = np.linspace(0, len(mine) - 1, per_group).round().astype(int)
-        captions += [mine[i] for i in picked]
+        of_group = [e["caption"] for e in examples if e["class_label"] == label]
+        picked = np.linspace(0, len(of_group) - 1, per_group).round().astype(int)
+        captions += [of_group[i] for i in picked]
         labels += [label] * per_group
     return captions, labels
 
 
 def draw_with_prompts(rows: list[tuple[str, np.ndarray]], scale: int = 2) -> Image.Image:
-    """A row of pictures for each prompt, the prompt written at its left."""
+    """A row of pictures for each prompt, with the prompt at its left."""
     font = ImageFont.load_default(size=14)
     grids = [Image.fromarray(image_grid(images, len(images))) for _, images in rows]
     grids = [g.resize((g.width * scale, g.height * scale), Image.Resampling.NEAREST) for g in grids]
@@ -132,16 +128,16 @@ def evaluate(root: Path) -> dict[str, float]:
     test_examples = [test[i] for i in range(len(test))]
     numbers: dict[str, float] = {}
 
-    # Stage 1, on pictures it hasn't seen.
+    # Stage 1, on held-out pictures.
     held_out = np.stack([e["image"] for e in test_examples])
     x = held_out.astype(np.float32) / 127.5 - 1
     x_rec = reconstructions(model, x)
-    numbers["reconstruction_psnr"] = float(np.mean(psnr(x, x_rec)))
+    numbers["reconstruction_psnr"] = float(np.mean(psnr(x, np.clip(x_rec, -1, 1))))
     shown = np.linspace(0, len(x) - 1, 32).round().astype(int)
     pairs = np.concatenate([np.concatenate([x[i], x_rec[i]], 0)[None] for i in shown])
     _enlarged(image_grid(pairs, 16)).save(root / "reconstructions.png")
 
-    # The judge, from real training pictures.
+    # The judge, fitted on real training pictures.
     tone_of = np.array([openmoji.skin_tone(e["caption"]) for e in train_examples])
     images = np.stack([e["image"] for e in train_examples])
     tone_judge = judge.fit(images[tone_of >= 0], tone_of[tone_of >= 0])
@@ -156,7 +152,7 @@ def evaluate(root: Path) -> dict[str, float]:
         group_judge, held_out, test_group
     )
 
-    # Stage 2: combinations never seen, and training captions.
+    # Stage 2, on held-out combinations and on training captions.
     prompts = openmoji.held_out_combinations()
     captions, groups = training_captions(train_examples, PER_GROUP)
     start = time.perf_counter()
@@ -190,7 +186,11 @@ def main(argv: list[str]) -> None:
     """Evaluate and print."""
     quiet_and_cached()
     root = Path(WORKDIR.value)
-    for name, value in evaluate(root).items():
+    try:
+        numbers = evaluate(root)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name, value in numbers.items():
         print(f"{name:40s} {value:8.3f}")
     for name in ("reconstructions.png", "samples.png", "losses.png", "metrics.json"):
         print(root / name)
