@@ -5,14 +5,18 @@ import re
 import resource
 import shutil
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny import make_config
 
+from latent_diffusion import data
+from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer
 from latent_diffusion.runtime import workdir
-from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock
-from latent_diffusion.training import loop, settings
+from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock, load_tree
+from latent_diffusion.training import init_from, loop, settings
 from latent_diffusion.training.start import resolve, start
+from latent_diffusion.training.tokenizer import make_tokenizer
 
 
 def few(task, **fields):
@@ -172,3 +176,85 @@ def test_every_field_that_may_change_exists():
     names = settings.flat(few("denoising"))
     for pattern in settings.MAY_CHANGE:
         assert any(re.fullmatch(pattern, name) for name in names), pattern
+
+
+WORDS = ["blue heart", "red heart", "red circle", "heart", "heart", "a tiny heart", "red", "red"]
+
+
+@pytest.fixture
+def own_pictures(monkeypatch):
+    """Eight pictures with captions of known and new words."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    source = data.ArraySource({"image": images, "caption": WORDS})
+    monkeypatch.setattr(data, "make_source", lambda config, split: source)
+
+
+@pytest.fixture
+def full(runs, tmp_path):
+    """The denoiser's workdir, as if each row of its embedding had a word."""
+    directory = shutil.copytree(runs[1], tmp_path / "full")
+    old = load_tokenizer(directory / workdir.TOKENIZER)
+    words = [*old.vocabulary, *(f"word{i}" for i in range(old.vocab_size))]
+    words = WordTokenizer(words[: old.vocab_size - 2], old.vocab_size, old.max_length)
+    words.save(directory / workdir.TOKENIZER)
+    return directory
+
+
+@pytest.mark.usefixtures("own_pictures")
+def test_what_parameters_were_trained_with_comes_with_them(runs, full, tmp_path, caplog):
+    """Words, noise, prediction, first stage and its scale, heads; and it is said."""
+    before, directory = workdir.load_config(full), tmp_path / "new"
+    config = few("denoising", init_from=str(full))
+    config.diffusion.update({"prediction": "eps", "schedule": "linear", "num_timesteps": 500})
+    config.diffusion.zero_terminal_snr = True
+    config.update_from_flattened_dict({"unet.num_heads": 1, "conditioners.text.num_heads": 2})
+    config.update_from_flattened_dict({"tokenizer.max_length": 9, "tokenizer.vocab_size": 4})
+    config.first_stage.path = str(runs[0])
+    with caplog.at_level("INFO"):
+        begin(config, directory)
+    assert "diffusion.prediction='v' (asked: 'eps')" in caplog.text
+    written = workdir.load_config(directory)
+    for section in ("unet", "diffusion", "autoencoder"):
+        assert written[section] == before[section], section
+    assert written.conditioners.text.num_heads == before.conditioners.text.num_heads
+    for name in ("scale_factor", "shift"):
+        trees = [load_tree(run / workdir.FIRST_STAGE)[0][name] for run in (directory, full)]
+        np.testing.assert_array_equal(*trees)
+
+    old, new = (load_tokenizer(run / workdir.TOKENIZER) for run in (full, directory))
+    assert new.vocabulary == (*old.vocabulary, "heart", "a", "tiny")
+    assert new.max_length == old.max_length
+    assert new.vocab_size == written.conditioners.text.vocab_size == old.vocab_size + 3
+    theirs, ours = (
+        workdir.load_entry(run, "params")["conditioner"]["text"]["token_emb"]["embedding"]
+        for run in (full, directory)
+    )
+    assert len(ours) == len(theirs) + 3
+    np.testing.assert_array_equal(ours[: len(theirs)], theirs)
+    assert np.std(ours[len(theirs) :], axis=1).min() > 0
+    assert resolve(config, directory).tokenizer.vocab_size == new.vocab_size  # asked as before
+
+
+@pytest.mark.usefixtures("own_pictures")
+def test_new_words_take_free_rows_and_none_where_rows_are_not_trained(runs):
+    config = few("denoising", init_from=str(runs[1]))
+    bundle, source = init_from.read(config), data.make_source(config.data, "train")
+    same, words = make_tokenizer(init_from.resolve(config), source, None, bundle)
+    old = load_tokenizer(runs[1] / workdir.TOKENIZER)
+    assert words.vocabulary == (*old.vocabulary, "heart", "a", "tiny")
+    assert words.vocab_size == old.vocab_size == same.conditioners.text.vocab_size
+    config.lora.rank = 2
+    _, words = make_tokenizer(init_from.resolve(config), source, None, bundle)
+    assert words.vocabulary == old.vocabulary
+
+
+def test_a_field_may_depart_from_the_parameters_where_that_is_said(runs, tmp_path):
+    config = few("denoising", init_from=str(runs[1]))
+    config.diffusion.update({"prediction": "eps", "schedule": "linear"})
+    config.init_from_changes = ("diffusion.prediction", "first_stage.path")
+    config.first_stage.path = str(runs[0])
+    resolved = resolve(config, tmp_path)
+    assert resolved.diffusion.prediction == "eps" and resolved.diffusion.schedule == "cosine"
+    config.init_from_changes = ("diffusion.predicton",)
+    with pytest.raises(ValueError, match=r"init_from_changes='diffusion\.predicton' is none of"):
+        resolve(config, tmp_path)
