@@ -154,6 +154,16 @@ def test_described_files_that_are_missing_are_reported(tmp_path, caplog):
     assert "1 described files missing" in caplog.text and "z.png" in caplog.text
 
 
+def test_described_files_of_the_other_split_are_not_missing(tmp_path, caplog):
+    names = [f"{i}.png" for i in range(12)]
+    for name in names:
+        save(tmp_path / name)
+    (tmp_path / "captions.txt").write_text("".join(f"{name}|red\n" for name in names))
+    with caplog.at_level(logging.WARNING):
+        sizes = [len(make_source(config(tmp_path), split)) for split in ("train", "test")]
+    assert min(sizes) > 0 and sum(sizes) == 12 and "missing" not in caplog.text
+
+
 def test_unreadable_files_are_named_once_and_replaced(tmp_path, caplog):
     save(tmp_path / "a.png", (1, 1, 1))
     (tmp_path / "b.png").write_bytes(b"not a picture")

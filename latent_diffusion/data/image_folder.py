@@ -81,7 +81,7 @@ def _annotations(root: Path, paths: list[Path]) -> list[Example]:
         for file in () if described else sorted(root.rglob(name)):
             described |= read(file)
     if described:
-        missing = sorted(set(described) - set(paths))
+        missing = sorted(path for path in described if not path.is_file())
         if missing:
             logger.warning("%s: %d described files missing: %s", root, len(missing), missing[0])
     found = []
