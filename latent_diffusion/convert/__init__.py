@@ -1,7 +1,7 @@
-"""Checkpoints that travel: everybody's latent diffusion weights, read and written.
+"""Weights of latent diffusion models in everybody's formats, read and written.
 
-Readers turn a path into a `Bundle` (architecture in our words, tensors still unread), writers turn
-a bundle into files: any of the one with any of the other.
+A reader turns a path into a `Bundle` (an architecture in our words, with tensors still unread), and
+a writer turns a bundle into files; every reader works with every writer.
 """
 
 import os
@@ -35,7 +35,7 @@ FORMATS = {
     "diffusers": write_diffusers,
     "compvis": write_compvis,
     "orbax": write_orbax,
-    "lora": write_diffusers_lora,  # the adaptation of a workdir alone
+    "lora": write_diffusers_lora,  # the adaptation of a workdir, without its model
     "kohya": write_kohya_lora,
 }
 
@@ -51,12 +51,12 @@ def read(
     """Read a workdir, a folder of diffusers, or a file of the original.
 
     config, ema, tokenizer: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
-    Raises ValueError where it is none of them, or isn't what it claims to be.
+    Raises ValueError for any other path, and for files that are damaged or not supported.
     """
     path = Path(path)
     if path.is_file():
-        own = (None if given is None else Path(given) for given in (config, tokenizer))
-        return read_compvis(path, next(own), ema, next(own))
+        yaml, words = (None if file is None else Path(file) for file in (config, tokenizer))
+        return read_compvis(path, yaml, ema, words)
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
     if is_diffusers(path):
@@ -76,9 +76,11 @@ def write(
     dtype: Any = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write a bundle in one of `FORMATS`; dtype: of its floating-point parameters, if to change.
+    """Write a bundle in one of `FORMATS`.
 
-    progress: told the numbers of parameters as they are written.
+    dtype: of its floating-point parameters; None leaves them as they are. progress: is called with
+    numbers of parameters that are written. Raises ValueError where the format can't express the
+    model.
     """
     writer = lookup(FORMATS, format, "format")
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))

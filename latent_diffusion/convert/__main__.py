@@ -1,11 +1,11 @@
-"""Turn anybody's checkpoint into another's format.
+"""Convert a checkpoint from one format to another.
 
     python -m latent_diffusion.convert SRC DST --to=diffusers|compvis|orbax [--dtype=float16]
     python -m latent_diffusion.convert SRC --dry_run
 
-SRC is whatever `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for compvis.
-Tensors pass one at a time from the one to the other, so that the memory needed is that of the
-largest one. `lora` and `kohya` write the adaptation of a workdir that has one, and nothing else.
+SRC is anything that `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for
+compvis. Tensors pass one at a time, so that the largest one determines the memory. `lora` and
+`kohya` write the adaptation of a workdir that has one, and nothing else.
 """
 
 import sys
@@ -17,16 +17,16 @@ TO = flags.DEFINE_enum(
     "to", None, ["diffusers", "compvis", "orbax", "lora", "kohya"], "The format of DST."
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "float16", "bfloat16"], "Of its parameters; default: as they are."
+    "dtype", None, ["float32", "float16", "bfloat16"], "Of the parameters; default: that of SRC."
 )
-CONFIG = flags.DEFINE_string("config", None, "The yaml of a single file of the original's.")
+CONFIG = flags.DEFINE_string("config", None, "The yaml of a single file of the original.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge, FILE or FILE:WEIGHT; repeatable.")
-VARIANT = flags.DEFINE_string("variant", None, "fp16 | non_ema files of a folder of diffusers'.")
+VARIANT = flags.DEFINE_string("variant", None, "Read the fp16 or non_ema files of a folder.")
 EMA = flags.DEFINE_bool(
-    "ema", None, "The averaged (or not) parameters of a file that has both; default: averaged."
+    "ema", None, "Averaged parameters, if SRC also has live ones (--noema); default: averaged."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what is in SRC, then stop.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the contents of SRC, then stop.")
 
 
 def main(argv: list[str]) -> None:
@@ -47,20 +47,15 @@ def main(argv: list[str]) -> None:
 
 
 def convert(source: Path, target: Path | None = None, to: str = "") -> None:
-    """Print what is in `source`, and write it to `target` if there is one."""
+    """Print the contents of `source`, and write them to `target`, if there is a target."""
     from tqdm import tqdm
 
     from latent_diffusion.convert import read, with_lora, write
     from latent_diffusion.convert.describe import describe
     from latent_diffusion.convert.lora import read_weights
 
-    bundle = read(
-        source,
-        config=CONFIG.value,
-        ema=EMA.value,
-        variant=VARIANT.value,
-        tokenizer=TOKENIZER.value,
-    )
+    yaml, tokenizer = CONFIG.value, TOKENIZER.value
+    bundle = read(source, config=yaml, ema=EMA.value, variant=VARIANT.value, tokenizer=tokenizer)
     for file, weight in read_weights(LORA.value).items():
         bundle = with_lora(bundle, Path(file), weight)
     print(describe(bundle))

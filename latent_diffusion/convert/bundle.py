@@ -1,10 +1,11 @@
-"""A model between formats: architecture in our words, parameters still unread."""
+"""A model between two formats: its architecture in our words, its parameters still unread."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -12,18 +13,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from latent_diffusion.convert.tables import Table, matching, read_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedule
 from latent_diffusion.types import Params
-
-DIFFUSION = {"num_timesteps": 1000, "zero_terminal_snr": False, "prediction": "eps"}
 
 
 @dataclass(frozen=True)
 class Part:
     """One module: its fields, and its parameters by path ("encoder/conv_in/kernel").
 
-    unused: tensors of its file that no computation here needs, by their names there; who writes
-    the same kind of file writes them again.
+    unused: the tensors of its file that no computation here needs, by their names in the file. They
+    are written again into a file of the same kind.
     """
 
     fields: Mapping[str, Any]
@@ -33,13 +33,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything that makes up a model; a part that is None isn't there.
+    """Everything that makes up a model; a part that is None is absent.
 
-    conditioners: by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
-    `beta_start`, `beta_end`, `zero_terminal_snr`, `prediction`, as in a config. sampling: what
-    `sample` falls back to. image_size: of a trained image, in pixels. notes: what a format must
-    remember to write the same file again, e.g. `linear_projections`. lora: factors that are in the
-    parameters already, by part and path, for formats that hold nothing else.
+    scale_factor, shift: latents are (z - shift)·scale_factor; each is a scalar or one per channel.
+    conditioners: parts by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
+    `beta_start`, `beta_end`, `zero_terminal_snr` and `prediction`, as in a config. sampling: the
+    default options of `sample`. image_size: the side of a trained image, in pixels. notes: facts
+    that a format needs to write the same file again, e.g. `linear_projections`. lora: low-rank
+    factors by part and path, which the parameters contain already; the formats of LoRA files hold
+    nothing else.
     """
 
     autoencoder: Part | None = None
@@ -55,50 +57,76 @@ class Bundle:
     lora: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """The parts there are, by name."""
+        """The parts that are present, by name."""
         if self.autoencoder is not None:
             yield "autoencoder", self.autoencoder
         if self.unet is not None:
             yield "unet", self.unet
         yield from self.conditioners.items()
 
+    def with_part(self, name: str, part: Part) -> "Bundle":
+        """The same model with another part of this name."""
+        if name == "autoencoder":
+            return replace(self, autoencoder=part)
+        if name == "unet":
+            return replace(self, unet=part)
+        return replace(self, conditioners={**self.conditioners, name: part})
+
     @property
     def linear_projections(self) -> bool:
-        """Whether others keep the transformers' outer projections as linear maps."""
+        """Whether files have linear maps, not 1×1 convolutions, around the U-Net's transformers."""
         return bool(self.notes.get("linear_projections"))
 
     @property
     def downsampling(self) -> int:
-        """f of the autoencoder; 8, the most common, where there is none."""
+        """The factor f of the autoencoder; 8, the most common one, without an autoencoder."""
         if self.autoencoder is None:
             return 8
         return 2 ** (len(self.autoencoder.fields.get("channel_mult", (1,))) - 1)
 
+    @property
+    def latent_size(self) -> int:
+        """The side of the latent of a trained image."""
+        return self.image_size // self.downsampling
+
     def astype(self, dtype: Any) -> "Bundle":
-        """The same model with floating-point parameters of another dtype."""
-
-        def cast(part: Part) -> Part:
-            params = {k: t.astype(dtype) for k, t in part.params.items()}
-            unused = {k: t.astype(dtype) for k, t in part.unused.items()}
-            return Part(part.fields, params, unused)
-
-        return replace(
-            self,
-            autoencoder=self.autoencoder and cast(self.autoencoder),
-            unet=self.unet and cast(self.unet),
-            conditioners={name: cast(part) for name, part in self.conditioners.items()},
-        )
+        """The same model with its floating-point parameters in another dtype."""
+        bundle = self
+        for name, part in self.parts():
+            params, unused = (
+                {path: tensor.astype(dtype) for path, tensor in tensors.items()}
+                for tensors in (part.params, part.unused)
+            )
+            bundle = bundle.with_part(name, Part(part.fields, params, unused))
+        return bundle
 
 
 def flat(tree: Params) -> dict[str, Any]:
-    """Leaves by path."""
+    """The leaves of a tree by their paths, with "/" between the names."""
     return flatten_dict(tree, sep="/")
+
+
+def conditioner_shapes(name: str, fields: Mapping[str, Any]) -> Params:
+    """The tree of parameter shapes of the conditioner `name` with these fields."""
+    module = CONDITIONERS[name](**fields)
+    side = 2 ** getattr(module, "num_stages", 1)
+    keys = {  # of a batch with one example
+        "tokens": ((1, getattr(module, "max_length", 2)), "int32"),
+        "class_label": ((1,), "int32"),
+        "segmentation": ((1, side, side), "int32"),
+        "image": ((1, 2, 2, 3), "float32"),
+        "noise_level": ((1,), "int32"),
+        "embedding_noise": ((1, getattr(module, "projection_dim", 1)), "float32"),
+    }
+    batch = {key: jax.ShapeDtypeStruct(*spec) for key, spec in keys.items()}
+    drop = jax.ShapeDtypeStruct((1,), bool)
+    return jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"]
 
 
 def as_part(
     fields: Mapping[str, Any], tree: Params, unused: Mapping[str, np.ndarray] | None = None
 ) -> Part:
-    """A part whose parameters are in memory already."""
+    """A part with parameters that are in memory already."""
     params = {path: in_memory(leaf) for path, leaf in flat(tree).items()}
     return Part(fields, params, {name: in_memory(x) for name, x in (unused or {}).items()})
 
@@ -112,10 +140,10 @@ def read_part(
     unused: Sequence[str] = (),
     ignored: Sequence[str] = (),
 ) -> Part:
-    """A part of a file. tree: its parameters' shapes.
+    """Read a part of a file `where`. tree: the shapes of its parameters.
 
-    unused, ignored: regular expressions over names that may be left over; the first are kept for
-    who writes the file again.
+    unused, ignored: regular expressions over names that may be left over; `unused` tensors become
+    those of the part, `ignored` ones are dropped. Raises ValueError where the tensors don't fit.
     """
     shapes = {path: leaf.shape for path, leaf in flat(tree).items()}
     params = read_tensors(table, shapes, tensors, str(where), (*unused, *ignored))
@@ -123,13 +151,13 @@ def read_part(
 
 
 def as_params(part: Part) -> Params:
-    """The parameters as float32 device arrays, in nested dictionaries."""
+    """Read the parameters: float32 arrays on the device, in nested dictionaries."""
     arrays = {k: jnp.array(t.astype(np.float32).read()) for k, t in part.params.items()}
     return unflatten_dict(arrays, sep="/")
 
 
 def input_widths(unet: Part) -> tuple[int, int | None, int | None]:
-    """Channels, context width and vector width that a U-Net takes, read off its parameters."""
+    """The widths of a U-Net's inputs: channels, context, vector; None for an input it lacks."""
     context = unet.params.get("middle_block_1/transformer_blocks_0/attn2/to_k/kernel")
     vector = unet.params.get("label_emb_0/kernel")
     return (
@@ -140,12 +168,12 @@ def input_widths(unet: Part) -> tuple[int, int | None, int | None]:
 
 
 def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The `diffusion` fields that make this schedule; ValueError where no named curve does."""
+    """The `diffusion` fields that make this schedule; ValueError where no named curve makes it."""
     betas = np.asarray(schedule.betas, np.float64)
     num, alphas = len(betas), np.asarray(schedule.alphas)
     ends = [(float(f"{betas[0]:.4g}"), float(f"{betas[-1]:.4g}"))]
     zero_snr = bool(alphas[-1] == 0)
-    if zero_snr:  # the last beta is lost; try those in use
+    if zero_snr:  # rescaling hides the last beta, so the ones of released models are tried
         ends = [(ends[0][0], end) for end in (0.012, 0.02, 0.0195, 0.0205, 0.0155, 0.015)]
     for name in BETAS:
         for start, end in ends:
@@ -158,14 +186,15 @@ def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
                     "beta_end": end,
                     "zero_terminal_snr": zero_snr,
                 }
-    raise ValueError("the noise schedule is none of the named ones, which is all a format can say")
+    raise ValueError("the noise schedule has none of the named curves, and files hold only names")
 
 
 def with_folded_scale(bundle: Bundle) -> Bundle:
-    """The same model with a scalar latent scale and no shift, for formats that know no other.
+    """The same model with a scalar latent scale and no shift, for formats that have no other.
 
-    Per-channel scale s and shift m move into the 1×1 convolutions next to the latent: quant_conv
-    gives (z − m)·s (and log-variances + 2 log s), post_quant_conv takes z/s + m.
+    The scale s and shift m of each channel move into the 1×1 convolutions beside the latent:
+    quant_conv returns (z − m)·s and log-variances + 2 log s, post_quant_conv takes z/s + m. Raises
+    ValueError for an autoencoder with a codebook.
     """
     scale = np.asarray(bundle.scale_factor, np.float32)
     shift = np.asarray(bundle.shift, np.float32)
@@ -173,7 +202,7 @@ def with_folded_scale(bundle: Bundle) -> Bundle:
         return bundle
     fields = bundle.autoencoder.fields
     if fields["regularization"] == "vq":
-        raise ValueError("this format knows no per-channel scale, and codes can't take one on")
+        raise ValueError("this format has one scale for all channels, and codes can't be rescaled")
     width = fields["embed_dim"]
     scale, shift = np.broadcast_to(scale, width), np.broadcast_to(shift, width)
     twice = fields["regularization"] == "kl"
@@ -193,7 +222,7 @@ def with_folded_scale(bundle: Bundle) -> Bundle:
 
 
 def bundle_of(model: Any) -> Bundle:
-    """The bundle of a loaded `Model`. Its origin says what its arrays don't."""
+    """The bundle of a loaded `Model`; its `origin` holds the facts that its arrays don't show."""
     bundle = Bundle(
         tokenizer=model.tokenizer,
         sampling=model.defaults,
@@ -201,20 +230,17 @@ def bundle_of(model: Any) -> Bundle:
         notes={k: v for k, v in model.origin.items() if k not in ("diffusion", "unused")},
     )
     unused = model.origin.get("unused", {})
-    if model.first_stage is not None:
+    if (first_stage := model.first_stage) is not None:
         bundle = replace(
             bundle,
             autoencoder=as_part(
-                _fields(model.first_stage.module),
-                model.first_stage.params,
-                unused.get("autoencoder"),
+                _fields(first_stage.module), first_stage.params, unused.get("autoencoder")
             ),
-            scale_factor=model.first_stage.scale_factor,
-            shift=model.first_stage.shift,
+            scale_factor=first_stage.scale_factor,
+            shift=first_stage.shift,
         )
-    if model.denoiser is None:
+    if (denoiser := model.denoiser) is None:
         return bundle
-    denoiser = model.denoiser
     diffusion = model.origin.get("diffusion") or {
         **recognise_schedule(denoiser.schedule),
         "prediction": denoiser.prediction,
@@ -234,5 +260,5 @@ def bundle_of(model: Any) -> Bundle:
 def _fields(module: Any) -> dict[str, Any]:
     if isinstance(module, Identity):
         return {"regularization": "identity", "image_channels": module.image_channels}
-    own = (name for name in module.__dataclass_fields__ if name not in ("parent", "name"))
-    return {name: getattr(module, name) for name in own if name != "axis_name"}
+    names = (n for n in module.__dataclass_fields__ if n not in ("parent", "name", "axis_name"))
+    return {name: getattr(module, name) for name in names}

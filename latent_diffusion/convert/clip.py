@@ -1,7 +1,7 @@
 """A whole CLIP: pictures and texts as vectors of one space (Radford et al. 2021).
 
-Its two encoders are those that models are conditioned on; here both are projected. For scores of
-samples (`evaluate --metrics=clip`) and for databases of neighbours (`python -m
+Its two encoders are also conditioners; here the outputs of both are projected. It serves scores of
+samples (`evaluate --metrics=clip`) and databases of neighbours (`python -m
 latent_diffusion.training.embed`).
 """
 
@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.convert import as_params
-from latent_diffusion.convert.pretrained import STEMS, read_pretrained
+from latent_diffusion.convert.components import STEMS
+from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.data.tokenizers import ClipTokenizer
 from latent_diffusion.files.tensors import find_weights, open_tensors
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.types import Array, Float, Int, Params
 
-BATCH = 64  # texts at once
+BATCH = 64  # texts that are embedded at a time
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Both encoders with their weights. params: {"image", "text", "projection"}."""
+    """Both encoders with their weights. params: {"image", "text", "projection" [width D]}."""
 
     image: ClipImage
     text: ClipText
@@ -36,30 +37,30 @@ class Clip:
 
     def of_images(self, params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         """Embeddings of pictures in [-1, 1], not normalised; for use under jit."""
-        kept = jnp.zeros(len(images), bool)
-        told: Any = self.image.apply({"params": params["image"]}, {"image": images}, kept)
-        return told.context[:, 0]
+        never = jnp.zeros(len(images), bool)
+        output: Any = self.image.apply({"params": params["image"]}, {"image": images}, never)
+        return output.context[:, 0]
 
     def of_tokens(self, params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B D"]:
-        """Embeddings of texts, not normalised: the state where they end, projected."""
-        kept = jnp.zeros(len(tokens), bool)
-        told: Any = self.text.apply({"params": params["text"]}, {"tokens": tokens}, kept)
+        """Embeddings of texts, not normalised: the state at the end of the text, projected."""
+        never = jnp.zeros(len(tokens), bool)
+        output: Any = self.text.apply({"params": params["text"]}, {"tokens": tokens}, never)
         end = jnp.argmax(tokens == self.tokenizer.empty[1], axis=1)
-        return told.context[jnp.arange(len(tokens)), end] @ params["projection"]
+        return output.context[jnp.arange(len(tokens)), end] @ params["projection"]
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """Embeddings of many texts; those that are too long are cut."""
-        apply, tokens, found = jax.jit(self.of_tokens), self.tokenizer(list(texts)), []
+        """Embeddings of many texts, not normalised; texts that are too long are cut."""
+        apply, tokens, batches = jax.jit(self.of_tokens), self.tokenizer(list(texts)), []
         for start in range(0, len(tokens), BATCH):
             index = np.minimum(np.arange(start, start + BATCH), len(tokens) - 1)
-            found.append(np.asarray(apply(self.params, tokens[index])))
-        return np.concatenate(found)[: len(tokens)]
+            batches.append(np.asarray(apply(self.params, tokens[index])))
+        return np.concatenate(batches)[: len(tokens)]
 
 
 def load_clip(path: str | Path) -> Clip:
-    """A CLIPModel's folder of transformers, with its tokenizer.
+    """Read the folder of a CLIPModel of transformers, with its tokenizer.
 
-    Raises ValueError, in one line, where something is missing.
+    Raises ValueError that says in one line what the folder lacks.
     """
     path = Path(path)
     if not path.is_dir():

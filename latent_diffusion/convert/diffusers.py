@@ -1,6 +1,6 @@
-"""diffusers' folders: pipelines, read and written; for their components see `components`.
+"""diffusers' pipelines, read and written; `components` reads and writes their components.
 
-A pipeline is a folder per component, and a model_index.json that names their classes.
+A pipeline has a folder for each component, and a model_index.json that names their classes.
 """
 
 import logging
@@ -30,10 +30,9 @@ from latent_diffusion.files.tensors import write_safetensors
 log = logging.getLogger(__name__)
 
 UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline"
-# Guidance that a pipeline applies if nothing is said; others apply none.
+# The default guidance scale of pipelines; it is 7.5 for others of Stable Diffusion, 1 elsewhere.
 _GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0}
-_STABLE_GUIDANCE = 7.5
-# Without weights of their own, or read with the component that they serve.
+# Components without weights, and those that are read with the component that they serve.
 _BESIDE_WEIGHTS = (
     "scheduler", "tokenizer", "low_res_scheduler", "image_noising_scheduler", "image_normalizer",
 )  # fmt: skip
@@ -54,7 +53,8 @@ def is_diffusers(path: Path) -> bool:
 def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     """Read a pipeline's or a component's folder. Raises ValueError with the reason for refusing.
 
-    What only judges or prepares pictures (a safety checker, a depth estimator …) is left out.
+    variant: "fp16" or "non_ema" files. Components that only judge or prepare pictures (a safety
+    checker, a depth estimator …) are left out, with a warning.
     """
     if not (path / "model_index.json").is_file():
         return replace(read_component(path, variant), diffusion=scheduler.ASSUMED)
@@ -64,7 +64,7 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
     bundle = Bundle(diffusion=scheduler.ASSUMED, notes={"pipeline": name})
     for component, kind in _components(path, index).items():
-        # Stable Diffusion's have an image encoder for adapters, which aren't theirs.
+        # Other pipelines have an image encoder for adapters alone, which are not read.
         if kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
             bundle = _merge(bundle, read_component(path / component, variant))
         elif component not in _BESIDE_WEIGHTS:
@@ -81,19 +81,19 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
 
 
 def _components(path: Path, index: Json) -> dict[str, str]:
-    """Class by folder, of those that are there."""
-    found = {}
+    """The classes of the components that are present, by folder."""
+    classes = {}
     for name, entry in index.items():
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
         if Path(name).name != name or not isinstance(entry[1], str):
             raise ValueError(f"{path}: its index names a component {name!r} of class {entry[1]!r}")
-        found[name] = entry[1]
-    return found
+        classes[name] = entry[1]
+    return classes
 
 
 def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -> Bundle:
-    """The bundle with conditioners for what its U-Net takes beside the latent."""
+    """The bundle with conditioners for the inputs of its U-Net beside the latent."""
     if bundle.unet is None:
         return bundle
     conditioners = dict(bundle.conditioners)
@@ -104,64 +104,57 @@ def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -
     elif "class_label" not in conditioners:
         in_channels, _, vector = input_widths(bundle.unet)
         if vector is not None:
-            raise ValueError(f"{path}: what its U-Net's vector of {vector} numbers is isn't known")
+            raise ValueError(f"{path}: nothing in it makes the U-Net's vector of {vector} numbers")
         out_channels = bundle.unet.fields["out_channels"]
         conditioners |= conditioners_for(in_channels, out_channels, bool(conditioners))
     return replace(bundle, conditioners=conditioners)
 
 
 def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
-    """The upscaler's small picture, as its pipeline noises it."""
+    """The upscaler's small picture, with the noise that its pipeline adds."""
     config = {**_LOW_RES, "num_train_timesteps": 1000}
     if (path / "low_res_scheduler").is_dir():
         config |= load_json(path / "low_res_scheduler" / "scheduler_config.json")
     if config["beta_schedule"] != "scaled_linear":
         raise ValueError(f"{path}: a low_res_scheduler of {config['beta_schedule']!r}")
-    own = {
-        "max_noise_level": index.get("max_noise_level", 350),
-        "beta_start": config["beta_start"],
-        "beta_end": config["beta_end"],
-    }
-    return Part({**part.fields, **own}, part.params)
+    ends = {name: config[name] for name in ("beta_start", "beta_end")}
+    level = {"max_noise_level": index.get("max_noise_level", 350)}
+    return Part({**part.fields, **level, **ends}, part.params)
 
 
 def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
-    """unCLIP's picture, whose embedding is noised between two changes of scale."""
+    """unCLIP's picture, whose embedding is standardised for the noise and scaled back."""
     config = load_json(path / "image_noising_scheduler" / "scheduler_config.json")
     if config.get("beta_schedule") != _COSINE:
         raise ValueError(f"{path}: an image_noising_scheduler of {config.get('beta_schedule')!r}")
     weights, tensors = open_weights(path / "image_normalizer", variant)
     shapes = dict.fromkeys(clip_image.STATISTICS, (part.fields["projection_dim"],))
-    found = read_tensors(clip_image.statistics_table(), shapes, tensors, str(weights))
+    statistics = read_tensors(clip_image.statistics_table(), shapes, tensors, str(weights))
     fields = {**part.fields, "num_levels": config.get("num_train_timesteps", 1000)}
-    return Part(fields, {**part.params, **found}, part.unused)
+    return Part(fields, {**part.params, **statistics}, part.unused)
 
 
 def _with_scheduler(bundle: Bundle, config: Json) -> Bundle:
     diffusion, sampling = scheduler.from_diffusers(config)
     name = bundle.notes["pipeline"]
-    default = _STABLE_GUIDANCE if name.startswith("StableDiffusion") else 1.0
+    default = 7.5 if name.startswith("StableDiffusion") else 1.0
     sampling["guidance_scale"] = _GUIDANCE.get(name, default)
     notes = {**bundle.notes, "scheduler": config}
     return replace(bundle, diffusion=diffusion, sampling=sampling, notes=notes)
 
 
 def _merge(whole: Bundle, part: Bundle) -> Bundle:
-    own: dict[str, Any] = {
-        "notes": {**whole.notes, **part.notes},
-        "conditioners": {**whole.conditioners, **part.conditioners},
-    }
+    for name, component in part.parts():
+        whole = whole.with_part(name, component)
     if part.autoencoder is not None:
-        own.update(autoencoder=part.autoencoder, scale_factor=part.scale_factor, shift=part.shift)
-        own["image_size"] = part.image_size
-    if part.unet is not None:
-        own["unet"] = part.unet
-    return replace(whole, **own)
+        scale, shift, size = part.scale_factor, part.shift, part.image_size
+        whole = replace(whole, scale_factor=scale, shift=shift, image_size=size)
+    return replace(whole, notes={**whole.notes, **part.notes})
 
 
 # --------------------------------------------------------------------------------------- writing
 
-PIPELINES = {  # by the conditioners; those of the paper say `vqvae` and `bert`
+PIPELINES = {  # by the conditioners
     (): "LDMPipeline",
     ("low_res",): "LDMSuperResolutionPipeline",
     ("text",): "LDMTextToImagePipeline",
@@ -171,11 +164,14 @@ PIPELINES = {  # by the conditioners; those of the paper say `vqvae` and `bert`
     ("clip_text", "low_res"): UPSCALE,
     ("clip_image", "clip_text"): UNCLIP,
 }
-_LIBRARIES = {"text": "latent_diffusion"} | dict.fromkeys(
-    ("clip_text", "clip_image"), "transformers"
-)
+_LIBRARIES = {
+    "text": "latent_diffusion",
+    "clip_text": "transformers",
+    "clip_image": "transformers",
+}
+_DDPM = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
 _LENGTH = 77  # tokens that LDMTextToImagePipeline makes of every prompt
-# Arguments of a pipeline that we have nothing for.
+# Arguments of pipelines for which our models have no component.
 _ABSENT = {
     "StableDiffusionPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionInpaintPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
@@ -186,15 +182,15 @@ _ABSENT = {
 
 
 def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda count: None) -> None:
-    """Write a folder that diffusers loads: a pipeline, or a component where there is only one.
+    """Write a folder that diffusers loads: a pipeline, or the only component of the model.
 
-    A per-channel latent scale is folded into the autoencoder (`with_folded_scale`). A tokenizer of
-    ours becomes one of the tokenizers library.
+    A latent scale per channel moves into the autoencoder (`with_folded_scale`). A word tokenizer
+    becomes one of the tokenizers library. Raises ValueError for a model without a pipeline.
     """
     bundle = with_folded_scale(bundle)
     table = table_of(bundle.conditioners)
     parts = [name for name, part in bundle.parts() if part.params]
-    if table is not None:  # which is the U-Net's
+    if table is not None:  # it belongs to the U-Net in diffusers
         parts = [name for name in parts if name not in ("low_res", "class_label")]
     if not parts:
         raise ValueError("there is nothing to save: the model is empty")
@@ -227,18 +223,18 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
 
 
 def _pipeline(bundle: Bundle) -> str:
-    """The class that runs the model: the one it came from, or one for its conditioners."""
+    """The class that runs the model: that of the folder it came from, or by its conditioners."""
     if "pipeline" in bundle.notes:
         return bundle.notes["pipeline"]
     conditioners = tuple(sorted(bundle.conditioners))
     if conditioners not in PIPELINES:
-        known = ", ".join(" + ".join(names) or "nothing" for names in PIPELINES)
+        names = ", ".join(" + ".join(parts) or "nothing" for parts in PIPELINES)
         raise ValueError(
             f"diffusers has no pipeline for models conditioned by {' + '.join(conditioners)}, only "
-            f"by {known}; save it as orbax"
+            f"by {names}; save it as orbax"
         )
     if conditioners == ("text",) and bundle.conditioners["text"].fields["max_length"] != _LENGTH:
-        return PIPELINES["clip_text",]  # which asks the tokenizer for the length
+        return PIPELINES["clip_text",]  # it takes the length from the tokenizer
     return PIPELINES[conditioners]
 
 
@@ -250,14 +246,9 @@ def _folders(pipeline: str) -> dict[str, str]:
 
 
 def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:
-    """The schedule that noises the small picture; returns what the index says of it."""
-    config = {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": fields["num_levels"],
-        **_LOW_RES,
-        **{name: fields[name] for name in ("beta_start", "beta_end") if name in fields},
-    }
+    """Write the schedule that noises the small picture; returns its entries of the index."""
+    ends = {name: fields[name] for name in ("beta_start", "beta_end") if name in fields}
+    config = {"num_train_timesteps": fields["num_levels"], **_LOW_RES, **ends, **_DDPM}
     save_json(path / "low_res_scheduler" / "scheduler_config.json", config)
     return {
         "low_res_scheduler": ["diffusers", "DDPMScheduler"],
@@ -266,17 +257,16 @@ def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:
 
 
 def _write_image_noising(part: Part, path: Path) -> Json:
-    """What surrounds unCLIP's image encoder; returns what the index says of it."""
+    """Write the components around unCLIP's image encoder; returns their entries of the index."""
     fields = part.fields
     statistics = {name: part.params[name] for name in clip_image.STATISTICS}
     tensors = write_tensors(clip_image.statistics_table(), statistics)
     kind, folder = "StableUnCLIPImageNormalizer", path / "image_normalizer"
-    own = {"_class_name": kind, "_diffusers_version": VERSION}
-    save_json(folder / "config.json", {**own, "embedding_dim": fields["projection_dim"]})
+    config = {**_DDPM, "_class_name": kind, "embedding_dim": fields["projection_dim"]}
+    save_json(folder / "config.json", config)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
-    own["_class_name"] = "DDPMScheduler"
-    schedule = {"num_train_timesteps": fields["num_levels"], "beta_schedule": _COSINE}
-    save_json(path / "image_noising_scheduler" / "scheduler_config.json", {**own, **schedule})
+    schedule = {**_DDPM, "num_train_timesteps": fields["num_levels"], "beta_schedule": _COSINE}
+    save_json(path / "image_noising_scheduler" / "scheduler_config.json", schedule)
     side = fields["image_size"]
     processor = {
         "image_processor_type": "CLIPImageProcessor",

@@ -1,7 +1,7 @@
 """Which conditioners fill the inputs that a U-Net has beside its latent.
 
-Files don't say so themselves: the pipeline or the class that runs them knows. The number of
-channels tells those of the paper's models and of Stable Diffusion apart.
+Files don't say so: the pipeline or the class that runs them implies it. The number of channels
+tells the models of the paper and those of Stable Diffusion apart.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,25 @@ NOISE_LEVEL, CLASS = "noise_level/embedding", "embedding/embedding"
 def conditioners_for(
     in_channels: int, out_channels: int, text: bool, table: Tensor | None = None
 ) -> dict[str, Part]:
-    """The conditioners of a U-Net by its channels; none where they are only the latent's.
+    """Return the conditioners by the U-Net's channels; none where it takes the latent alone.
 
-    text: whether it attends to a text, as Stable Diffusion does; the others are the paper's.
-    table: embeddings by number, added to the timestep's: of noise levels, or of classes.
-    Raises ValueError for a number of channels that no known model has.
+    text: whether the U-Net attends to a text, as Stable Diffusion's does; the others are the
+    paper's. table: embeddings [N D] by number, of noise levels or of classes, which are added to
+    the timestep's. Raises ValueError for a number of channels that no released model has.
     """
     extra = in_channels - out_channels
+    rows, width = (0, 0) if table is None else table.shape
+    if table is not None and extra == 0:
+        fields = {"num_classes": rows - 1, "width": width, "route": "vector"}
+        return {"class_label": Part(fields, {CLASS: table})}
+    if table is not None and extra == 3:
+        fields = {"num_levels": rows, "width": width, "keep": True}
+        return {"low_res": Part(fields, {NOISE_LEVEL: table})}
     if table is not None:
-        return _of_table(table, in_channels, extra)
+        raise ValueError(
+            f"a U-Net with a class embedding and {in_channels} input channels; supported are "
+            "classes without further channels, and an upscaler with a small picture's 3"
+        )
     if extra == 0:
         return {}
     if text and extra == 1:
@@ -36,29 +46,15 @@ def conditioners_for(
     if not text and extra == 3:
         return {"low_res": Part({}, {})}
     raise ValueError(
-        f"a U-Net with {in_channels} input channels for a latent of {out_channels}: what the "
-        "others mean isn't known"
-    )
-
-
-def _of_table(table: Tensor, in_channels: int, extra: int) -> dict[str, Part]:
-    rows, width = table.shape
-    if extra == 0:
-        fields = {"num_classes": rows - 1, "width": width, "route": "vector"}
-        return {"class_label": Part(fields, {CLASS: table})}
-    if extra == 3:
-        fields = {"num_levels": rows, "width": width, "keep": True}
-        return {"low_res": Part(fields, {NOISE_LEVEL: table})}
-    raise ValueError(
-        f"a U-Net with a class embedding and {in_channels} input channels; known are classes "
-        "without further channels, and the upscaler's, of a small picture's 3"
+        f"a U-Net with {in_channels} input channels for a latent of {out_channels}: no released "
+        "model shows the meaning of the others"
     )
 
 
 def table_of(conditioners: Mapping[str, Part]) -> Tensor | None:
-    """The embeddings by number among the conditioners' parameters, which others count to the U-Net.
+    """Return the embeddings [N D] by number that other libraries count among the U-Net's tensors.
 
-    Classes that are a token of the context are none.
+    They are parameters of our conditioners. Classes that are a token of the context have none.
     """
     classes = conditioners.get("class_label")
     if classes is not None and classes.fields.get("route") == "vector":

@@ -1,4 +1,4 @@
-"""Our own format: a workdir, as training leaves it, but with nothing to resume."""
+"""Our format: a workdir as training leaves it, but without a state from which to resume."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,10 @@ from latent_diffusion.types import Params
 
 
 def read_orbax(directory: Path) -> Bundle:
-    """Read a workdir: its averaged parameters, and its first stage."""
+    """Read a workdir: its averaged parameters, and its first stage.
+
+    Raises ValueError for a damaged config and CheckpointError without a usable checkpoint.
+    """
     config = workdir.load_config(directory)
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
     notes = config.origin.to_dict() if "origin" in config else {}
@@ -52,15 +55,14 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     out = "out_2/kernel" if unet.get("num_codes") is None else "id_predictor_1/kernel"
     part = as_part(unet, params["unet"])
     unet["out_channels"] = part.params[out].shape[-1]
-    conditioner = dict(params.get("conditioner", {}))
-    for name in config.get("pretrained", {}):
-        conditioner[name], _ = kept.load_conditioner(directory, name)
+    trees = dict(params.get("conditioner", {}))
+    trees |= {n: kept.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})}
     return replace(
         bundle,
         unet=part,
         conditioners={
-            name: as_part(own.to_dict(), conditioner.get(name, {}))
-            for name, own in config.conditioners.items()
+            name: as_part(fields.to_dict(), trees.get(name, {}))
+            for name, fields in config.conditioners.items()
         },
         diffusion=config.diffusion.to_dict(),
         sampling=config.sampling.to_dict(),
@@ -69,15 +71,15 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
 
 
 def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Params) -> Bundle:
-    """The model that the run adapted, which is read where it was, with the run's factors added."""
+    """Read the model that the run adapted from `init_from`, and add the run's factors to it."""
     from latent_diffusion.convert import read
 
     base = read(config.init_from)
     adapted: dict[str, dict[str, Any]] = {}
-    for path, own in flatten_factors(factors).items():
+    for path, pair in flatten_factors(factors).items():
         part, _, kernel = path.removeprefix("conditioner/").partition("/")
         alpha = np.float32(config.lora.alpha)
-        arrays = {name: np.asarray(factor) for name, factor in own.items()}
+        arrays = {name: np.asarray(factor) for name, factor in pair.items()}
         adapted.setdefault(part, {})[kernel] = {**arrays, "alpha": alpha}
     for part, kernels in adapted.items():
         base = merged(base, part, kernels)
@@ -97,9 +99,10 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
 
 
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
-    """Write a workdir that `load` and `--config.first_stage.path` take.
+    """Write a workdir that `load` and `--config.first_stage.path` read.
 
-    Raises ValueError for a model without first stage and denoiser.
+    progress: is called with numbers of elements that are written. Raises ValueError for a model
+    that has neither a first stage nor a denoiser.
     """
     if bundle.unet is None and bundle.autoencoder is None:
         raise ValueError("a workdir holds a first stage or a denoiser; this model has neither")
@@ -117,8 +120,8 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
         config["autoencoder"] = _plain(bundle.autoencoder.fields)
         _write_first_stage(bundle, path, progress)
     if bundle.unet is not None:
-        own = _plain(bundle.unet.fields)
-        config["unet"] = {name: value for name, value in own.items() if name != "out_channels"}
+        config["unet"] = _plain(bundle.unet.fields)
+        config["unet"].pop("out_channels", None)  # a run takes them from its first stage
     workdir.save_config(ConfigDict(config), path)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(path / workdir.TOKENIZER)
@@ -140,7 +143,7 @@ def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
 
 
 def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
-    """The checkpoint's tree, still in the file it came from."""
+    """The checkpoint's tree, whose arrays are still in the file that was read."""
 
     def lazy(part: Part) -> Any:
         return unflatten_dict({k: _lazy(t, progress) for k, t in part.params.items()}, sep="/")
@@ -153,7 +156,7 @@ def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
 
 
 def _lazy(tensor: Tensor, progress: Any) -> Tensor:
-    """It is read twice, for its fingerprint and to be written: each counts a half."""
+    """A tensor that reports progress; it is read for its fingerprint and again to be written."""
     tensor = tensor.astype(np.float32)
 
     def read() -> np.ndarray:
@@ -165,7 +168,7 @@ def _lazy(tensor: Tensor, progress: Any) -> Tensor:
 
 def _plain(fields: Any) -> dict[str, Any]:
     """Fields as JSON has them: a dtype by its name."""
-    named = {
-        k: str(jnp.dtype(v)) if k == "dtype" and v is not None else v for k, v in fields.items()
-    }
-    return {k: v for k, v in named.items() if k not in ("parent", "name", "axis_name")}
+    named = {k: v for k, v in fields.items() if k not in ("parent", "name", "axis_name")}
+    if named.get("dtype") is not None:
+        named["dtype"] = str(jnp.dtype(named["dtype"]))
+    return named

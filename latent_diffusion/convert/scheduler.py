@@ -16,7 +16,7 @@ ASSUMED = {
 }
 _CURVES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# class -> (sampler, its default timestep_spacing)
+# class → (our sampler, its default timestep_spacing)
 SCHEDULERS = {
     "DDPMScheduler": ("ddpm", "leading"),
     "DDIMScheduler": ("ddim", "leading"),
@@ -33,40 +33,32 @@ SCHEDULERS = {
     "DEISMultistepScheduler": ("deis", "linspace"),
     "LCMScheduler": ("lcm", "leading"),
 }
-# (algorithm_type, solver_order) of the multistep solver -> sampler and options
-_MULTISTEP: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
-    ("dpmsolver", 1): ("ddim", {}),
-    ("dpmsolver++", 1): ("ddim", {}),
-    ("sde-dpmsolver++", 1): ("ddim", {"eta": 1.0}),
-    ("dpmsolver", 2): ("dpm_solver_2m", {}),
-    ("dpmsolver++", 2): ("dpm_solver_pp_2m", {}),
-    ("sde-dpmsolver++", 2): ("dpm_solver_pp_2m_sde", {}),
-    ("dpmsolver++", 3): ("dpm_solver_pp_3m_sde", {"eta": 0.0}),
-    ("sde-dpmsolver++", 3): ("dpm_solver_pp_3m_sde", {}),
+# algorithm_type and solver_order of the multistep solver → our sampler and its options
+_MULTISTEP: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmsolver 1": ("ddim", {}),
+    "dpmsolver++ 1": ("ddim", {}),
+    "sde-dpmsolver++ 1": ("ddim", {"eta": 1.0}),
+    "dpmsolver 2": ("dpm_solver_2m", {}),
+    "dpmsolver++ 2": ("dpm_solver_pp_2m", {}),
+    "sde-dpmsolver++ 2": ("dpm_solver_pp_2m_sde", {}),
+    "dpmsolver++ 3": ("dpm_solver_pp_3m_sde", {"eta": 0.0}),
+    "sde-dpmsolver++ 3": ("dpm_solver_pp_3m_sde", {}),
 }
-# Those that leave t = 0 out of their timesteps, and those whose timesteps are integers.
-_OPEN = {
+_SOLVERS = {
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
 }
+# Classes whose timesteps leave out t = 0, and classes whose timesteps are integers.
+_OPEN = _SOLVERS | {"DEISMultistepScheduler"}
 _INTEGER = {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler"}
-# Configs carry settings over from other schedulers, so each is read only where it has a meaning.
-_CLIP_SAMPLE = {
-    "DDPMScheduler": True,
-    "DDIMScheduler": True,
-    "HeunDiscreteScheduler": False,
-    "LCMScheduler": False,
-}
+# Configs carry settings over from other classes, so a setting is read only for classes that use it:
+# these are the classes, with their defaults.
+_CLIP_SAMPLE = {"DDPMScheduler": True, "DDIMScheduler": True}
+_CLIP_SAMPLE |= {"HeunDiscreteScheduler": False, "LCMScheduler": False}
 _SET_ALPHA_TO_ONE = {"DDIMScheduler": True, "PNDMScheduler": False}
-_FINAL_SIGMAS_TYPE = {
-    "EulerDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-}
-# Settings that change what a sampler does and that we have one value of: (default, allowed).
+_FINAL_SIGMAS_TYPE = _SOLVERS | {"EulerDiscreteScheduler"}
+# Settings that change a sampler, with the values that ours can compute: (default, allowed).
 _FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "PNDMScheduler": {"skip_prk_steps": (False, (True,))},
     "DPMSolverSinglestepScheduler": {
@@ -85,10 +77,10 @@ _UNKNOWN = ("trained_betas", "thresholding", "use_beta_sigmas", "use_lu_lambdas"
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`diffusion` fields, sampling defaults) of a `scheduler_config.json`.
+    """Read a `scheduler_config.json`: (`diffusion` fields, sampling defaults).
 
-    Absent fields have that scheduler's defaults. Raises ValueError, in one line, for what we have
-    no equal of.
+    Absent settings have the defaults of their class. Raises ValueError of one line for a setting
+    that no sampler of ours has.
     """
     name = config["_class_name"]
     sampler, default_spacing = lookup(SCHEDULERS, name, "scheduler")
@@ -97,18 +89,18 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             raise ValueError(f"{name} with {field} has no equal here")
     for field, (default, allowed) in _FIXED.get(name, {}).items():
         if (value := config.get(field, default)) not in allowed:
-            known = " or ".join(str(x) for x in allowed)
-            raise ValueError(f"{name} with {field}={value} has no equal here; allowed: {known}")
-    own: dict[str, Any] = {}
+            values = " or ".join(map(str, allowed))
+            raise ValueError(f"{name} with {field}={value} has no equal here; allowed: {values}")
+    options: dict[str, Any] = {}
     if sampler == "multistep":
-        sampler, own = _multistep(config)
+        sampler, options = _multistep(config)
     elif sampler in ("unipc", "deis"):
-        own = {"order": config.get("solver_order", 2)}
+        options = {"order": config.get("solver_order", 2)}
     elif sampler == "ddpm" and config.get("variance_type") == "fixed_large":
-        own = {"large_variance": 1.0}
+        options = {"large_variance": 1.0}
     if name in _CLIP_SAMPLE and config.get("clip_sample", _CLIP_SAMPLE[name]):
-        own["clip_x0"] = config.get("clip_sample_range", 1.0)
-    sampling = {"sampler": sampler, "num_steps": 4 if sampler == "lcm" else 50, **own}
+        options["clip_x0"] = config.get("clip_sample_range", 1.0)
+    sampling = {"sampler": sampler, "num_steps": 4 if sampler == "lcm" else 50, **options}
     return _diffusion(config), {**sampling, **_spacing(config, name, default_spacing)}
 
 
@@ -125,22 +117,20 @@ def _diffusion(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _multistep(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    key = (config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2))
-    if key not in _MULTISTEP:
-        known = ", ".join(f"{kind} {order}" for kind, order in _MULTISTEP)
-        raise ValueError(
-            f"unknown algorithm_type and solver_order {key[0]} {key[1]}; known: {known}"
-        )
-    sampler, own = _MULTISTEP[key]
+    kind = f"{config.get('algorithm_type', 'dpmsolver++')} {config.get('solver_order', 2)}"
+    if kind not in _MULTISTEP:
+        kinds = ", ".join(_MULTISTEP)
+        raise ValueError(f"unknown algorithm_type and solver_order {kind}; known: {kinds}")
+    sampler, options = _MULTISTEP[kind]
     if sampler.startswith("dpm_solver_pp"):
-        own = {**own, "solver_type": config.get("solver_type", "midpoint")}
-    return sampler, own
+        options = {**options, "solver_type": config.get("solver_type", "midpoint")}
+    return sampler, options
 
 
 def _spacing(config: Mapping[str, Any], name: str, default: str) -> dict[str, Any]:
     if name == "LCMScheduler":
         return {"spacing": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
-    # Sampling ends at ᾱ_0 instead of clean data where the final alpha says so.
+    # Sampling ends at ᾱ_0, not at clean data, where the setting of the last alpha or sigma says so.
     keeps_noise = name == "DEISMultistepScheduler"
     if name in _SET_ALPHA_TO_ONE:
         keeps_noise = not config.get("set_alpha_to_one", _SET_ALPHA_TO_ONE[name])
@@ -152,7 +142,7 @@ def _spacing(config: Mapping[str, Any], name: str, default: str) -> dict[str, An
             if config.get(f"use_{curve}_sigmas"):
                 return {"spacing": curve, **end}
     kind = config.get("timestep_spacing", default)
-    if name == "DPMSolverSinglestepScheduler":  # whose own spacing is fixed
+    if name == "DPMSolverSinglestepScheduler":  # it ignores the setting
         kind = "linspace"
     linspace = "open" if name in _OPEN else "uniform" if name in _INTEGER else "linspace"
     leading = "open_leading" if name in _OPEN else "leading"
@@ -165,7 +155,7 @@ def _spacing(config: Mapping[str, Any], name: str, default: str) -> dict[str, An
 
 
 def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
-    """A DDIM scheduler's configuration; ValueError where diffusers lacks the schedule."""
+    """The configuration of a DDIM scheduler; ValueError where diffusers lacks the schedule."""
     curves = {ours: theirs for theirs, ours in _CURVES.items()}
     predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     return {

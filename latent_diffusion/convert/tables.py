@@ -1,8 +1,8 @@
-"""Name tables between our parameter paths and the names of others, read both ways.
+"""Tables of names: our parameter paths beside the names in others' files, read in both directions.
 
-A rule pairs the path of one of our modules (a regular expression) with the others' module name and
-says what kind of layer it is; the kind knows the leaves and how each is laid out. Matching the
-rules against a parameter tree gives `Pair`s, and those are followed in either direction.
+A rule pairs the path of one of our modules (a regular expression) with the name of their module and
+has the kind of the layer, which lists the arrays of the layer and the layout of each one.
+Matching the rules against a parameter tree gives `Pair`s, which can be followed either way.
 """
 
 import re
@@ -15,7 +15,7 @@ from latent_diffusion.files.tensor import Tensor, is_float
 
 
 class Layout(NamedTuple):
-    """How one of our arrays is made of theirs, and theirs of ours; exact inverses."""
+    """How one array of ours is made of theirs, and theirs of ours; the two are exact inverses."""
 
     read: Callable[..., np.ndarray]
     write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
@@ -28,13 +28,13 @@ def _one(read: Callable, write: Callable) -> Layout:
 SAME = _one(lambda w: w, lambda k: k)
 CONV = _one(lambda w: w.transpose(2, 3, 1, 0), lambda k: k.transpose(3, 2, 0, 1))  # OIHW, HWIO
 LINEAR = _one(lambda w: w.T, lambda k: k.T)  # [out in], [in out]
-# A linear map stored as a convolution with a kernel of one position, in two or one dimensions.
+# A linear map that is stored as a convolution over one position, in two or one dimensions.
 LINEAR_2D = _one(lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
 LINEAR_1D = _one(lambda w: w[:, :, 0].T, lambda k: k.T[:, :, None])
 
 
 def _joint(num_heads: int, interleaved: bool) -> Layout:
-    """Ours holds q, k and v in its last axis, per head or one after the other; theirs are three."""
+    """Our array holds q, k and v in its last axis (see `joint_qkv`); they have three arrays."""
     axis = -2 if interleaved else -3
 
     def read(*parts: np.ndarray) -> np.ndarray:
@@ -52,7 +52,10 @@ def _joint(num_heads: int, interleaved: bool) -> Layout:
 
 
 class Leaf(NamedTuple):
-    """Our leaf, theirs (several where they keep apart what we join), and the layout."""
+    """The name of our array, the ends of their names, and the layout.
+
+    They have several arrays where ours is a joint one.
+    """
 
     ours: str
     theirs: tuple[str, ...]
@@ -75,9 +78,9 @@ KINDS: dict[str, Kind] = {
 
 
 def joint_qkv(names: Sequence[str], num_heads: int, interleaved: bool) -> Kind:
-    """The kind of a joint q, k, v map that others keep as three linear maps `names`.
+    """The kind of a joint q, k, v map that others separate into three linear maps `names`.
 
-    interleaved: ours is [h0: q k v, h1: q k v …], else all of q, then k, then v.
+    interleaved: ours is [head 0: q k v, head 1: q k v …], else all of q, then k, then v.
     """
     layout = _joint(num_heads, interleaved)
     return tuple(
@@ -87,7 +90,7 @@ def joint_qkv(names: Sequence[str], num_heads: int, interleaved: bool) -> Kind:
 
 
 class Rule(NamedTuple):
-    """Modules of ours (a regular expression over paths), of theirs (an expansion), their kind."""
+    """Modules of ours (a regular expression over paths), of theirs (its expansion), their kind."""
 
     ours: str
     theirs: str
@@ -98,7 +101,7 @@ Table = Sequence[Rule]
 
 
 def inside(blocks: Iterable[tuple[str, str]], modules: Table) -> list[Rule]:
-    """The rules `modules` within every one of some blocks (ours, theirs)."""
+    """The rules `modules` within each of some blocks (ours, theirs)."""
     return [
         Rule(f"{ours}/{rule.ours}", f"{theirs}.{rule.theirs}", rule.kind)
         for ours, theirs in blocks
@@ -107,19 +110,28 @@ def inside(blocks: Iterable[tuple[str, str]], modules: Table) -> list[Rule]:
 
 
 def prefixed(table: Table, prefix: str) -> list[Rule]:
-    """The same rules where all their names begin with `prefix`."""
+    """The same rules where all names in others' files begin with `prefix`."""
     return [rule._replace(theirs=prefix + rule.theirs) for rule in table]
 
 
+def within(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name[len(prefix) :]: t for name, t in source.items() if name.startswith(prefix)}
+
+
 def below(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Tensors whose names begin with `prefix`, without it; all of them where none does."""
-    under = {name[len(prefix) :]: t for name, t in source.items() if name.startswith(prefix)}
-    return under or dict(source)
+    """The same as `within`, but all tensors where no name begins with `prefix`."""
+    return within(source, prefix) or dict(source)
 
 
 def matching(patterns: Sequence[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose whole name is matched by one of the regular expressions."""
+    """The tensors whose whole name matches one of the regular expressions."""
     return {n: t for n, t in source.items() if any(re.fullmatch(p, n) for p in patterns)}
+
+
+def count(names: Iterable[str], prefix: str) -> int:
+    """The number of different words (up to the next dot) that follow `prefix` in the names."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
 class Pair(NamedTuple):
@@ -131,74 +143,72 @@ class Pair(NamedTuple):
 
 
 def pairs(table: Table, paths: Iterable[str]) -> list[Pair]:
-    """What `table` says about each of our parameters; ValueError names those it is silent on."""
+    """Pair each of our parameters with their tensors.
+
+    Raises ValueError that lists the parameters for which `table` has no rule.
+    """
     compiled = [(re.compile(rule.ours), rule) for rule in table]
-    found, silent = [], []
-    for path in paths:
-        module, _, leaf = path.rpartition("/")
-        for pattern, rule in compiled:
-            match = pattern.fullmatch(module)
-            if match is None:
-                continue
-            kind = KINDS[rule.kind] if isinstance(rule.kind, str) else rule.kind
-            own = next((own for own in kind if own.ours == leaf), None)
-            if own is not None:
-                names = tuple(match.expand(rule.theirs) + name for name in own.theirs)
-                found.append(Pair(path, names, own.layout))
-                break
-        else:
-            silent.append(path)
-    if silent:
-        raise ValueError(f"this format has no name for {', '.join(silent)}")
-    return found
+    matched = {path: _pair(compiled, path) for path in paths}
+    nameless = [path for path, pair in matched.items() if pair is None]
+    if nameless:
+        raise ValueError(f"this format has no name for {', '.join(nameless)}")
+    return [pair for pair in matched.values() if pair is not None]
+
+
+def _pair(rules: list[tuple[re.Pattern, Rule]], path: str) -> Pair | None:
+    module, _, name = path.rpartition("/")
+    for pattern, rule in rules:
+        if match := pattern.fullmatch(module):
+            for leaf in KINDS[rule.kind] if isinstance(rule.kind, str) else rule.kind:
+                if leaf.ours == name:
+                    start = match.expand(rule.theirs)
+                    return Pair(path, tuple(start + end for end in leaf.theirs), leaf.layout)
+    return None
 
 
 def read_tensors(
     table: Table,
     shapes: Mapping[str, tuple[int, ...]],
     source: Mapping[str, Tensor],
-    what: str,
+    file: str,
     ignored: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """Our parameters, still unread, from the tensors of others.
+    """Return our parameters, still unread, from the tensors of others.
 
-    shapes: every parameter that must come out, by path. ignored: regular expressions over names
-    that may be left over. Raises one ValueError that lists what is missing, left over, of another
-    shape or not floating-point, on both sides.
+    shapes: every parameter that must result, by path. file: its name, for messages. ignored:
+    regular expressions over names that may be left over. Raises one ValueError that lists the
+    tensors that are missing, left over, of another shape or not floating-point, on both sides.
     """
     missing, wrong, integers, ours = [], [], [], {}
     left = set(source)
     for pair in pairs(table, shapes):
         left -= set(pair.theirs)
-        absent = [name for name in pair.theirs if name not in source]
-        if absent:
+        if absent := [name for name in pair.theirs if name not in source]:
             missing.append(f"{pair.ours} ← {', '.join(absent)}")
             continue
         parts = [source[name] for name in pair.theirs]
-        got = _shape(lambda *xs, pair=pair: pair.layout.read(*xs), parts)
-        if got != shapes[pair.ours]:
+        shape = _shape(pair.layout.read, parts)
+        if shape != shapes[pair.ours]:
             theirs = " + ".join(f"{name} {source[name].shape}" for name in pair.theirs)
             wrong.append(f"{pair.ours} {shapes[pair.ours]} ← {theirs}")
-            continue
-        if not all(is_float(part.dtype) for part in parts):
+        elif not all(is_float(part.dtype) for part in parts):
             integers.append(f"{pair.ours} ← {pair.theirs[0]} {parts[0].dtype}")
-            continue
-        ours[pair.ours] = _derived(pair.layout.read, parts, got)
-    left -= matching(ignored, source).keys()
+        else:
+            ours[pair.ours] = _derived(pair.layout.read, parts, shape)
     problems = {
         "missing": missing,
         "of another shape": wrong,
         "not floating-point": integers,
-        "left over": sorted(left),
+        "left over": sorted(left - matching(ignored, source).keys()),
     }
-    told = [f"{len(v)} {k}: {_some(v)}" for k, v in problems.items() if v]
-    if told:
-        raise ValueError(f"{what} does not fit: {'; '.join(told)}")
+    lists = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if lists:
+        raise ValueError(f"{file} does not fit: {'; '.join(lists)}")
     return ours
 
 
 def write_tensors(table: Table, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of others, still unwritten, from our parameters."""
+    """Return the tensors of others, still unwritten, from our parameters."""
     theirs = {}
     for pair in pairs(table, ours):
         source = ours[pair.ours]
@@ -219,7 +229,7 @@ def _derived(function: Callable, parts: list[Tensor], shape: tuple[int, ...]) ->
 
 
 def _shape(function: Callable, parts: list[Tensor]) -> tuple[int, ...] | None:
-    """The shape that comes out, by trying on stand-ins that take (almost) no memory."""
+    """The shape of a result, by trying on stand-ins that take (almost) no memory."""
     try:
         return function(*(np.broadcast_to(np.int8(0), part.shape) for part in parts)).shape
     except (ValueError, IndexError):

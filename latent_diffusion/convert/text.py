@@ -1,26 +1,47 @@
-"""Text encoders' names, shapes and settings: the paper's transformer, in two spellings."""
+"""The paper's text transformer: its names and settings in two spellings."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
-from latent_diffusion.convert.bundle import Part
-from latent_diffusion.convert.tables import KINDS, Leaf, Rule, Table
+from latent_diffusion.convert.bundle import Part, conditioner_shapes
+from latent_diffusion.convert.settings import Fields, Settings
+from latent_diffusion.convert.tables import SAME, Leaf, Rule, Table, count, write_tensors
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.text import TextTransformer
 
-Fields = dict[str, Any]
+_SETTINGS = Settings(
+    names={
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_length",
+        "d_model": "width",
+        "encoder_layers": "depth",
+        "encoder_attention_heads": "num_heads",
+        "head_dim": "head_dim",
+    },
+    allowed={"activation_function": ("gelu",)},
+)
+_YAML = Settings(
+    {
+        "n_embed": "width",
+        "n_layer": "depth",
+        "vocab_size": "vocab_size",
+        "max_seq_len": "max_length",
+    }
+)
+_POSITIONS = (Leaf("pos_emb", (".weight",), SAME),)
 
-_POSITIONS = (Leaf("pos_emb", (".weight",), KINDS["norm"][0].layout),)
-# A head over the vocabulary that training by next words left behind; no conditioning needs it.
-UNUSED = (r"to_logits\.(weight|bias)",)
+shapes = partial(conditioner_shapes, "text")
 
 
 def compvis_table(fields: Mapping[str, Any]) -> Table:
-    """x-transformers' names: even layers attend, odd ones feed forward. Without `transformer.`."""
+    """x-transformers' names, without the `transformer.` with which they begin.
+
+    Layers with an even number attend, layers with an odd one feed forward.
+    """
     layers = r"attn_layers.layers.\1"
     return (
         Rule("token_emb", "token_emb", "embedding"),
@@ -40,65 +61,44 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
         Rule("", "model.embed_positions", _POSITIONS),
         Rule("norm", "model.layer_norm", "norm"),
     ]
-    attention = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
     for i in range(fields["depth"]):
-        layer = f"model.layers.{i}"
+        layer, attends, feeds = f"model.layers.{i}", f"layers_{2 * i}", f"layers_{2 * i + 1}"
         table += [
-            Rule(f"layers_{2 * i}_norm", f"{layer}.self_attn_layer_norm", "norm"),
-            Rule(f"layers_{2 * i + 1}_norm", f"{layer}.final_layer_norm", "norm"),
-            Rule(f"layers_{2 * i + 1}_net_0", f"{layer}.fc1", "linear"),
-            Rule(f"layers_{2 * i + 1}_net_2", f"{layer}.fc2", "linear"),
-        ]
-        table += [
-            Rule(f"layers_{2 * i}_attn/{ours}", f"{layer}.self_attn.{theirs}", "linear")
-            for ours, theirs in attention.items()
+            Rule(f"{attends}_norm", f"{layer}.self_attn_layer_norm", "norm"),
+            Rule(rf"{attends}_attn/to_(\w+)", rf"{layer}.self_attn.\1_proj", "linear"),
+            Rule(f"{feeds}_norm", f"{layer}.final_layer_norm", "norm"),
+            Rule(f"{feeds}_net_0", f"{layer}.fc1", "linear"),
+            Rule(f"{feeds}_net_2", f"{layer}.fc2", "linear"),
         ]
     return table
 
 
-def head(part: Part) -> dict[str, Tensor]:
-    """The head over the vocabulary, which others insist on: their own, or zeros."""
-    vocabulary = part.params.get("token_emb/embedding")
-    assert vocabulary is not None
-    rows, width = vocabulary.shape
-    zeros = {
-        f"to_logits.{leaf}": in_memory(np.zeros(shape, vocabulary.dtype))
-        for leaf, shape in (("weight", (rows, width)), ("bias", (rows,)))
-    }
-    return {name: part.unused.get(name, zeros[name]) for name in zeros}
-
-
-def shapes(fields: Mapping[str, Any]) -> Any:
-    """The tree of parameter shapes of a text transformer with these fields."""
-    module = TextTransformer(**fields)
-    batch = {"tokens": jax.ShapeDtypeStruct((1, module.max_length), "int32")}
-    drop = jax.ShapeDtypeStruct((1,), bool)
-    return jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"]
+def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tensors that may be left over: the head over the vocabulary, which conditions don't need."""
+    return (r"to_logits\.(weight|bias)",)
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off the original's tensors; heads are always 64 wide there."""
+    """Read the architecture off the original's tensors; each head has 64 channels there."""
     vocab_size, width = tensors["token_emb.weight"].shape
-    layers = {n.split(".")[2] for n in tensors if n.startswith("attn_layers.layers.")}
-    inner = tensors["attn_layers.layers.0.1.to_q.weight"].shape[0]
     return {
         "vocab_size": vocab_size,
         "max_length": tensors["pos_emb.emb.weight"].shape[0],
         "width": width,
-        "depth": len(layers) // 2,
-        "num_heads": inner // 64,
+        "depth": count(tensors, "attn_layers.layers.") // 2,
+        "num_heads": tensors["attn_layers.layers.0.1.to_q.weight"].shape[0] // 64,
         "head_dim": 64,
         **_empty(vocab_size),
     }
 
 
 def with_tokenizer(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Fields:
-    """Any text encoder's fields, such that its null condition is this tokenizer's empty prompt."""
+    """The fields of any text encoder, with the tokenizer's empty prompt as null condition."""
     return {**fields, "empty": tokenizer.empty, "pad_id": tokenizer.pad_id}
 
 
 def _empty(vocab_size: int) -> Fields:
-    """With as many words as BERT's tokenizer has, it is that one."""
+    """The empty prompt: a vocabulary as large as BERT's is taken for BERT's."""
     return {"empty": (101, 102)} if vocab_size == 30522 else {}
 
 
@@ -107,52 +107,48 @@ def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     module = TextTransformer(**fields)
     if (module.num_heads, module.head_dim) != (8, 64) and module.depth:
         raise ValueError(
-            f"the original's text transformer has 8 heads of 64, this one {module.num_heads} of "
-            f"{module.head_dim}; save it as diffusers"
+            "the original's text transformer has 8 heads of 64 channels, this model "
+            f"{module.num_heads} of {module.head_dim}; save it as diffusers"
         )
-    params = {
-        "n_embed": module.width,
-        "n_layer": module.depth,
-        "vocab_size": module.vocab_size,
-        "max_seq_len": module.max_length,
-    }
+    params = _YAML.write(module)
     return {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}
 
 
-def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
+def fields_from_config(config: Mapping[str, Any]) -> Fields:
     """Our fields from a config.json of LDMBertModel."""
-    if config["encoder_ffn_dim"] != 4 * config["d_model"] or config["activation_function"] != (
-        "gelu"
-    ):
-        raise ValueError(
-            f"LDMBertModel with encoder_ffn_dim={config['encoder_ffn_dim']} and "
-            f"{config['activation_function']!r}; supported: 4·d_model and 'gelu'"
-        )
-    return {
-        "vocab_size": config["vocab_size"],
-        "max_length": config["max_position_embeddings"],
-        "width": config["d_model"],
-        "depth": config["encoder_layers"],
-        "num_heads": config["encoder_attention_heads"],
-        "head_dim": config["head_dim"],
-        **_empty(config["vocab_size"]),
-    }
+    if (inner := config["encoder_ffn_dim"]) != (usual := 4 * config["d_model"]):
+        raise ValueError(f"LDMBertModel.encoder_ffn_dim={inner}; supported: 4·d_model = {usual}")
+    return {**_SETTINGS.read(config, "LDMBertModel"), **_empty(config["vocab_size"])}
 
 
-def diffusers_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json for LDMBertModel."""
     module = TextTransformer(**fields)
     return {
+        **_SETTINGS.write(module),
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",
-        "activation_function": "gelu",
-        "vocab_size": module.vocab_size,
-        "max_position_embeddings": module.max_length,
-        "d_model": module.width,
-        "encoder_layers": module.depth,
         "encoder_ffn_dim": 4 * module.width,
-        "encoder_attention_heads": module.num_heads,
-        "head_dim": module.head_dim,
         "pad_token_id": 0,
         "dropout": 0.0,
     }
+
+
+def _head(part: Part) -> dict[str, Tensor]:
+    """The head over the vocabulary, which other code requires: the file's, or zeros."""
+    vocabulary = part.params["token_emb/embedding"]
+    head_shapes = {"to_logits.weight": vocabulary.shape, "to_logits.bias": vocabulary.shape[:1]}
+    return {
+        name: part.unused.get(name, in_memory(np.zeros(shape, vocabulary.dtype)))
+        for name, shape in head_shapes.items()
+    }
+
+
+def compvis_tensors(part: Part) -> dict[str, Tensor]:
+    """The tensors of the original's file, without the `transformer.` with which they begin."""
+    return write_tensors(compvis_table(part.fields), part.params) | _head(part)
+
+
+def diffusers_tensors(part: Part) -> dict[str, Tensor]:
+    """The tensors of a file of LDMBertModel."""
+    return write_tensors(diffusers_table(part.fields), part.params) | _head(part)

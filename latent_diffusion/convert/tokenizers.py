@@ -1,4 +1,4 @@
-"""Tokenizers beside weights: found, read, and written as the files that others read."""
+"""Tokenizers beside weights: read from others' files, and written as files that others read."""
 
 import json
 from collections.abc import Container, Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_diffusion.convert import text
-from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.data.tokenizers import (
     BertTokenizer,
     ClipTokenizer,
@@ -18,7 +18,7 @@ from latent_diffusion.data.tokenizers import (
 
 _LENGTH = 77  # tokens, where a text encoder's fields are the defaults
 OURS = "word_tokenizer.json"
-# What a text encoder's tokenizer may be called, beside a single file.
+# Names that the tokenizer of a text encoder may have beside a single file.
 _BESIDE = {
     "clip_text": ("tokenizer", "bpe_simple_vocab_16e6.txt.gz", "vocab.json"),
     "text": ("tokenizer", "vocab.txt"),
@@ -26,7 +26,7 @@ _BESIDE = {
 
 
 def beside(path: Path, conditioners: Container[str]) -> Path | None:
-    """The tokenizer in a file's folder, for the text encoder among its conditioners."""
+    """The tokenizer in the folder of the file `path`, for its text encoder; None without either."""
     for name, files in _BESIDE.items():
         for file in files if name in conditioners else ():
             if (path.parent / file).exists():
@@ -35,32 +35,32 @@ def beside(path: Path, conditioners: Container[str]) -> Path | None:
 
 
 def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
-    """The bundle with the tokenizer at `path`, and its text encoder's null condition by it.
+    """The bundle with the tokenizer at `path`, whose empty prompt is then the null condition.
 
-    path: a tokenizer's folder or vocabulary, or our own JSON.
+    path: a tokenizer's folder or vocabulary, or the JSON of a word tokenizer. Raises ValueError for
+    a model without a text encoder.
     """
-    parts = dict(bundle.conditioners)
-    name = next((name for name in ("clip_text", "text") if name in parts), None)
+    name = next((name for name in ("clip_text", "text") if name in bundle.conditioners), None)
     if name is None:
         raise ValueError(f"tokenizer={path}: this model has no text encoder")
-    part = parts[name]
+    part = bundle.conditioners[name]
     length = part.fields.get("max_length", _LENGTH)
-    own = path / OURS if path.is_dir() else path
+    words = path / OURS if path.is_dir() else path
     tokenizer: Tokenizer
-    if own.name == OURS and own.is_file():
-        tokenizer = load_tokenizer(own)
+    if words.name == OURS and words.is_file():
+        tokenizer = load_tokenizer(words)
     elif name == "text":
         tokenizer = BertTokenizer.read(path, length)
     else:
-        # Stable Diffusion 2 pads with "!", which a bare vocabulary can't say.
+        # Stable Diffusion 2 pads with "!", which a bare vocabulary doesn't show.
         pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
         tokenizer = ClipTokenizer.read(path, length, pad)
-    parts[name] = Part(text.with_tokenizer(part.fields, tokenizer), part.params, part.unused)
-    return replace(bundle, conditioners=parts, tokenizer=tokenizer)
+    part = replace(part, fields=text.with_tokenizer(part.fields, tokenizer))
+    return replace(bundle.with_part(name, part), tokenizer=tokenizer)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
-    """Write the files that transformers reads; returns the name of its class."""
+    """Write the files that transformers reads; returns the name of the class that reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, ClipTokenizer):
         return _write_clip(tokenizer, folder)
@@ -91,9 +91,9 @@ def _write_clip(tokenizer: ClipTokenizer, folder: Path) -> str:
 
 
 def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
-    """Our own words, in the terms of the tokenizers library: the same rows for the same captions.
+    """Write a word tokenizer for the tokenizers library, which gives the same rows.
 
-    Our JSON goes beside it, which is what we read back.
+    Its JSON is written beside it, for `with_tokenizer`.
     """
     tokenizer.save(folder / OURS)
     pad, unknown = "[PAD]", "[UNK]"

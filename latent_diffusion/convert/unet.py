@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from latent_diffusion.convert.tables import Kind, Rule, Table, inside, joint_qkv
+from latent_diffusion.convert.tables import Rule, Table, inside, joint_qkv
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Conditioning
+from latent_diffusion.types import Conditioning, Params
 
 Widths = tuple[int, int | None, int | None]  # channels, of the context, of the vector
 
@@ -21,16 +21,14 @@ _RES = (  # ours, the original's, diffusers', kind
 )
 _COMPVIS_RES = tuple(Rule(ours, theirs, kind) for ours, theirs, _, kind in _RES)
 _DIFFUSERS_RES = tuple(Rule(ours, theirs, kind) for ours, _, theirs, kind in _RES)
-
 _BLOCK, _SUB = r"transformer_blocks_(?P<depth>\d+)", r"transformer_blocks.\g<depth>"
 
 
 def _spatial_transformer(linear: bool) -> Table:
-    """The same names in both; linear: SD 2 keeps the outer projections as linear maps."""
-    projection = "linear" if linear else "linear_2d"
+    """The names, which are the same in both. linear: the outer projections are linear (SD 2)."""
     return (
         Rule("norm", "norm", "norm"),
-        Rule("(?P<proj>proj_in|proj_out)", r"\g<proj>", projection),
+        Rule("(?P<proj>proj_in|proj_out)", r"\g<proj>", "linear" if linear else "linear_2d"),
         Rule(rf"{_BLOCK}/(?P<norm>norm\d)", rf"{_SUB}.\g<norm>", "norm"),
         Rule(rf"{_BLOCK}/(?P<attn>attn\d)/to_out", rf"{_SUB}.\g<attn>.to_out.0", "linear"),
         Rule(rf"{_BLOCK}/(?P<attn>attn\d)/(?P<to>to_.)", rf"{_SUB}.\g<attn>.\g<to>", "linear"),
@@ -46,25 +44,28 @@ _COMPVIS_ATTENTION = (
 
 
 def _diffusers_attention(module: UNet, channels: int) -> Table:
-    qkv: Kind = joint_qkv(
-        ("to_q", "to_k", "to_v"), num_heads(module, channels), module.legacy_qkv_order
-    )
+    names, heads = ("to_q", "to_k", "to_v"), num_heads(module, channels)
     return (
         Rule("norm", "group_norm", "norm"),
         Rule("proj_out", "to_out.0", "linear"),
-        Rule("qkv", "", qkv),
+        Rule("qkv", "", joint_qkv(names, heads, module.legacy_qkv_order)),
     )
 
 
 def num_heads(module: UNet, channels: int) -> int:
-    """Of a block with so many channels."""
+    """The number of heads in a block with so many channels."""
     if module.num_head_channels:
         return channels // module.num_head_channels
     return module.num_heads
 
 
+def attends(module: UNet, level: int) -> bool:
+    """Whether the blocks of a level have attention."""
+    return 2**level in module.attention_resolutions
+
+
 def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
-    """Our paths are the original's names with other punctuation."""
+    """The original's names, which are our paths with other punctuation."""
     blocks = [
         (r"(input|output)_blocks_(\d+)_(\d)", r"\1_blocks.\2.\3"),
         (r"middle_block_(\d)", r"middle_block.\1"),
@@ -78,9 +79,8 @@ def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
         Rule("input_blocks_0_0", "input_blocks.0.0", "conv"),
         Rule(r"input_blocks_(\d+)_0_op", r"input_blocks.\1.0.op", "conv"),
         Rule(r"output_blocks_(\d+)_(\d)_conv", r"output_blocks.\1.\2.conv", "conv"),
-        Rule("out_0", "out.0", "norm"),
+        Rule("(out|id_predictor)_0", r"\1.0", "norm"),
         Rule("out_2", "out.2", "conv"),
-        Rule("id_predictor_0", "id_predictor.0", "norm"),
         Rule("id_predictor_1", "id_predictor.1", "conv"),
         *inside(blocks, _COMPVIS_RES),
         *inside(blocks, attention),
@@ -88,11 +88,11 @@ def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
 
 
 def _walk(module: UNet) -> Iterator[tuple[str, str, str, int]]:
-    """Our blocks and diffusers', what they are ("res", "attention", "conv"), and their width."""
+    """Our blocks, diffusers' blocks, their kind ("res", "attention" or "conv") and their width."""
     levels, n = len(module.channel_mult), module.num_res_blocks
-    resample = "res" if module.resblock_updown else "conv"
-    op, conv = ("", "") if module.resblock_updown else ("_op", "_conv")
-    dot = "" if module.resblock_updown else ".conv"
+    resample, op, conv, dot = "conv", "_op", "_conv", ".conv"
+    if module.resblock_updown:
+        resample, op, conv, dot = "res", "", "", ""
     index = 0
     for level, mult in enumerate(module.channel_mult):
         width, theirs = mult * module.model_channels, f"down_blocks.{level}"
@@ -120,13 +120,8 @@ def _walk(module: UNet) -> Iterator[tuple[str, str, str, int]]:
             yield f"{ours}_{part}{conv}", f"{theirs}.upsamplers.0{dot}", resample, width
 
 
-def attends(module: UNet, level: int) -> bool:
-    """Whether the blocks of a level have attention."""
-    return 2**level in module.attention_resolutions
-
-
 def diffusers_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
-    """diffusers groups blocks by level and by what they are."""
+    """diffusers' names; it groups blocks by their level and their kind."""
     module = UNet(**fields)
     table = [
         Rule("time_embed_0", "time_embedding.linear_1", "linear"),
@@ -137,10 +132,10 @@ def diffusers_table(fields: Mapping[str, Any], linear_projections: bool) -> Tabl
         Rule("out_0", "conv_norm_out", "norm"),
         Rule("out_2", "conv_out", "conv"),
     ]
-    for ours, theirs, what, width in _walk(module):
-        if what == "conv":
+    for ours, theirs, kind, width in _walk(module):
+        if kind == "conv":
             table.append(Rule(ours, theirs, "conv"))
-        elif what == "res":
+        elif kind == "res":
             table += inside([(ours, theirs)], _DIFFUSERS_RES)
         elif module.transformer_depth:
             table += inside([(ours, theirs)], _spatial_transformer(linear_projections))
@@ -151,20 +146,17 @@ def diffusers_table(fields: Mapping[str, Any], linear_projections: bool) -> Tabl
 
 def shapes(
     fields: Mapping[str, Any], in_channels: int, context_dim: int | None, vector_dim: int | None
-) -> Any:
-    """The tree of parameter shapes of a U-Net with these fields and inputs."""
+) -> Params:
+    """The tree of parameter shapes of a U-Net with these fields and widths of its inputs."""
     module = UNet(**fields)
+    side = 2 ** (len(module.channel_mult) - 1)
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, "float32")
+    def array(*shape: int | None) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct(shape, "float32") if all(shape) else None
 
     def init(z_t: Any, t: Any, context: Any, vector: Any) -> Any:
         conditioning = Conditioning(context=context, vector=vector)
         return module.init(jax.random.key(0), z_t, t, conditioning)
 
-    side = 2 ** (len(module.channel_mult) - 1)
-    context = array(1, 1, context_dim) if context_dim else None
-    vector = array(1, vector_dim) if vector_dim else None
-    return jax.eval_shape(init, array(1, side, side, in_channels), array(1), context, vector)[
-        "params"
-    ]
+    inputs = array(1, side, side, in_channels), array(1), array(1, 1, context_dim)
+    return jax.eval_shape(init, *inputs, array(1, vector_dim))["params"]

@@ -1,21 +1,30 @@
-"""The U-Net's settings as the original has them: read off its tensors, from its yaml, and back."""
+"""The U-Net's settings in the original's words: read off its tensors, from its yaml, and back."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from latent_diffusion.convert.settings import Fields, Settings, check_groups
+from latent_diffusion.convert.tables import count
 from latent_diffusion.convert.unet import Widths
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.unet import UNet
 
-Fields = dict[str, Any]
+_SAME = (
+    "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions",
+    "use_scale_shift_norm", "resblock_updown", "dropout",
+)  # fmt: skip
+_SETTINGS = Settings(
+    names={name: name for name in _SAME},
+    defaults={"use_scale_shift_norm": False, "resblock_updown": False, "dropout": 0.0},
+)
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     """Read the architecture off the original's tensors (names without prefix).
 
-    The number of heads leaves no trace in the shapes; see `compvis.RELEASED`.
+    Shapes don't show the number of heads; see `compvis.RELEASED`.
     """
-    blocks = len({n.split(".")[1] for n in tensors if n.startswith("output_blocks.")})
+    blocks = count(tensors, "output_blocks.")
     resamplers = {
         tuple(n.split(".")[1:3])
         for n in tensors
@@ -27,7 +36,7 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     firsts = [1 + level * (num_res_blocks + 1) for level in range(levels)]
     widths = [tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in firsts]
     attends = [f"input_blocks.{i}.1.norm.weight" in tensors for i in firsts]
-    depth = len({n.split(".")[3] for n in tensors if n.startswith("middle_block.1.transformer_")})
+    depth = count(tensors, "middle_block.1.transformer_blocks.")
     embedding = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     fields = {
         "out_channels": tensors["out.2.weight"].shape[0],
@@ -41,43 +50,34 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
         "vector_projection": "label_emb.0.0.weight" in tensors,
     }
     context = context_dim(tensors)
-    crossed = [  # a first attention to the context is not self-attention
-        tensors[f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_k.weight"].shape[1] == context
-        and context != width
-        if yes and depth
-        else False
+    crossed = [  # the first attention takes the context, so that it is no self-attention
+        bool(yes and depth and context != width)
+        and tensors[f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_k.weight"].shape[1]
+        == context
         for i, yes, width in zip(firsts, attends, widths, strict=True)
     ]
     if any(crossed):
-        # Levels without attention: what the released x4 upscaler says of its first.
+        # The released ×4 upscaler says so of its first level, too, which has no attention.
         flags = [c or not yes for c, yes in zip(crossed, attends, strict=True)]
         fields["disable_self_attentions"] = tuple(flags)
     return fields
 
 
 def _is_late_res_block(name: str) -> bool:
-    """A residual block after the first place of an output block: it upsamples."""
+    """Whether a residual block is not the first module of an output block: it then upsamples."""
     parts = name.split(".")
     return parts[0] == "output_blocks" and parts[2] != "0" and parts[3] == "in_layers"
 
 
 def context_dim(tensors: Mapping[str, Tensor]) -> int | None:
-    """Width of the context that the original's cross-attention takes, if it has any."""
+    """The width of the context in the original's cross-attention; None without cross-attention."""
     key = tensors.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     return None if key is None else key.shape[1]
 
 
-_SAME_IN_YAML = (
-    "out_channels", "model_channels", "num_res_blocks", "use_scale_shift_norm", "resblock_updown",
-    "dropout",
-)  # fmt: skip
-
-
 def fields_from_yaml(params: Mapping[str, Any]) -> Fields:
     """Our fields from `unet_config.params` of the original's yaml."""
-    fields = {name: params[name] for name in _SAME_IN_YAML if name in params}
-    fields["channel_mult"] = tuple(params["channel_mult"])
-    fields["attention_resolutions"] = tuple(params["attention_resolutions"])
+    fields = _SETTINGS.read(params, "UNetModel")
     fields["legacy_qkv_order"] = not params.get("use_new_attention_order", False)
     spatial = params.get("use_spatial_transformer", False)
     fields["transformer_depth"] = params.get("transformer_depth", 1) if spatial else 0
@@ -93,27 +93,18 @@ def fields_from_yaml(params: Mapping[str, Any]) -> Fields:
 
 
 def yaml_from_fields(
-    fields: Mapping[str, Any],
-    widths: Widths,
-    linear_projections: bool,
-    image_size: int,
+    fields: Mapping[str, Any], widths: Widths, linear_projections: bool, image_size: int
 ) -> dict[str, Any]:
     """The inverse of `fields_from_yaml`, with the original's class: ValueError where it has none.
 
-    widths: of its inputs. image_size: of the latents.
+    widths: of the U-Net's inputs. image_size: the side of the latents.
     """
     module = UNet(**fields)
-    if module.num_groups != 32:
-        raise ValueError(
-            f"the original's code has 32 groups in every norm, this model {module.num_groups}; "
-            "save it as diffusers"
-        )
-    params = {name: getattr(module, name) for name in _SAME_IN_YAML}
+    check_groups(module)
+    params = _SETTINGS.write(module)
     params.update(
         image_size=image_size,
         in_channels=widths[0],
-        channel_mult=list(module.channel_mult),
-        attention_resolutions=list(module.attention_resolutions),
         use_checkpoint=module.remat != "none",
         legacy=False,
     )

@@ -43,7 +43,7 @@ def tensors_of(module):
 
 def params_of(family, table, fields, tensors):
     shapes = {path: leaf.shape for path, leaf in flat(family.shapes(fields)).items()}
-    ignored = text.UNUSED if family is text else family.unused(fields)
+    ignored = family.unused(fields)
     return as_params(Part(fields, read_tensors(table(fields), shapes, tensors, "theirs", ignored)))
 
 
@@ -206,7 +206,7 @@ def test_the_papers_text_transformer():
         encoder_ffn_dim=96, encoder_attention_heads=4, head_dim=8, dropout=0.0,
     )  # fmt: skip
     theirs = randomised(module.LDMBertModel(config))
-    fields = text.fields_from_diffusers(config.to_dict())
+    fields = text.fields_from_config(config.to_dict())
     params = params_of(text, text.diffusers_table, fields, tensors_of(theirs))
     tokens = np.random.default_rng(0).integers(0, 60, (3, 7)).astype(np.int32)
     with torch.no_grad():
