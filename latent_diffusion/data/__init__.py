@@ -1,4 +1,4 @@
-"""Data: sources (random access), transforms (example to example), and the batches made of them."""
+"""Data: sources (random access), transforms (example to example), and batches of examples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ DATASETS: dict[str, Callable[[Any, str], Any]] = {
 def make_source(data_config: Any, split: str) -> Any:
     """The source `data_config.name` for the role "train" or "test".
 
-    Which of the data set's splits plays the role is `data_config.train_split` / `test_split`.
+    `data_config.train_split` and `test_split` name the splits of the data set for the two roles.
     `data_config.embedding` adds image embeddings, and neighbours in the training set.
     Raises ValueError, in one line, for an unknown data set or split.
     """

@@ -1,4 +1,4 @@
-"""The batch contract: one meaning per key for ever."""
+"""The contract of batches: every key has one meaning."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Key(NamedTuple):
-    """What one key of a batch must look like."""
+    """The dtype, shape and range of values that one key of a batch must have."""
 
     dtype: type
     shape: str
@@ -33,9 +33,9 @@ KEYS: dict[str, Key] = {
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the key, what it got and what was expected.
+    """Raise ValueError that names the key, its fault and the expected dtype, shape or range.
 
-    Keys the contract does not know pass if they are numbers: a task may bring its own.
+    Keys that are not in the contract pass if they are numbers, since a task may add keys.
     """
     for name, value in batch.items():
         array = np.asarray(value)

@@ -1,8 +1,8 @@
-"""Small pictures from large ones, for super-resolution: clean, or as badly as the world does it.
+"""Small pictures from large ones, for super-resolution: resized, or with realistic faults.
 
-"bsrgan" and "bsrgan_light" are the degradations that the released super-resolution model was
-trained with (Zhang et al. 2021, as changed for latent diffusion): blur twice, shrink twice, noise
-and JPEG in random order, and JPEG at the end. Everything else is plain resizing.
+"bsrgan" and "bsrgan_light" are the degradations of the released super-resolution model (Zhang et
+al. 2021, as changed for latent diffusion): two blurs, two resizings, noise and JPEG in random
+order, and JPEG at the end. All other names are plain resizing.
 """
 
 import io
@@ -24,12 +24,12 @@ INTERPOLATIONS = ("cv_bilinear", "cv_bicubic", "cv_area")
 
 @dataclass(frozen=True)
 class Strength:
-    """What tells the full degradation from the light one."""
+    """The differences between the full degradation and the light one."""
 
     blurs: int = 2
-    blur_divisor: float = 1.0  # of the widths of blur
-    resize_share: float = 0.75  # how often the first shrinking is a plain resize
-    noise: tuple[int, int] = (2, 25)  # of 255
+    blur_divisor: float = 1.0  # divides the widths of the blur
+    resize_share: float = 0.75  # probability that the first shrinking is a plain resizing
+    noise: tuple[int, int] = (2, 25)  # its standard deviation, in levels of 255
     quality: tuple[int, int] = (30, 95)  # of JPEG
 
 
@@ -38,9 +38,9 @@ LIGHT = Strength(1, 4.0, 0.8, (1, 2), (80, 95))
 
 
 def bsrgan(image: Levels, factor: int, rng: np.random.Generator, strength: Strength) -> Smaller:
-    """The degraded picture of 1/factor the size."""
+    """Return the degraded picture, with 1/factor of the height and width."""
     if factor == 4 and rng.random() < 0.25:
-        # Half of the way by one plain resize, the rest as if the factor were 2.
+        # One plain resizing by 2, and then the degradation for a factor of 2.
         name = _interpolation(rng) if rng.random() < 0.5 else "matlab_bicubic"
         image = resample(image, image.shape[0] // 2, image.shape[1] // 2, name)
         factor = 2
@@ -59,7 +59,7 @@ def bsrgan(image: Levels, factor: int, rng: np.random.Generator, strength: Stren
 
 
 def _order(names: list[str], rng: np.random.Generator) -> list[str]:
-    """A random order in which the picture isn't brought to its size before it is shrunk."""
+    """A random order in which the random shrinking comes before the one to the final size."""
     names = [names[i] for i in rng.permutation(len(names))]
     first, last = names.index("shrink"), names.index("shrink to size")
     if first > last:
@@ -72,7 +72,7 @@ def _interpolation(rng: np.random.Generator) -> str:
 
 
 def gaussian_kernel(size: int, covariance: np.ndarray, shift: float | int = 0) -> np.ndarray:
-    """[size size] weights of a Gaussian, which sum to 1. shift: of its centre, in pixels."""
+    """Weights [size size] of a Gaussian, with sum 1. shift: of its centre, in pixels."""
     at = np.arange(size) - (size - 1) / 2 - shift
     x = np.stack(np.meshgrid(at, at), -1)
     weights = np.exp(-0.5 * np.einsum("ijk,kl,ijl->ij", x, np.linalg.inv(covariance), x))
@@ -84,7 +84,7 @@ def _filter(image: Levels, kernel: np.ndarray) -> Levels:
 
 
 def _blur(image: Levels, factor: int, rng: np.random.Generator, strength: Strength) -> Levels:
-    """A Gaussian: as wide as high, or half of the time neither."""
+    """Blur by a Gaussian, isotropic or, with probability 1/2, anisotropic."""
     light = strength.blur_divisor > 1
     if rng.random() < 0.5:
         angle = rng.uniform(0, np.pi)
@@ -100,19 +100,19 @@ def _blur(image: Levels, factor: int, rng: np.random.Generator, strength: Streng
 
 
 def _shrink(image: Levels, factor: int, rng: np.random.Generator, resize_share: float) -> Smaller:
-    """By a random factor up to 2·factor; or a wide Gaussian, of which every factor-th is taken."""
+    """Resize by a random factor up to 2·factor, or blur and take every factor-th pixel."""
     if rng.random() < resize_share:
         scale = 1 / rng.uniform(1, 2 * factor)
         height, width = (max(1, int(n * scale)) for n in image.shape[:2])
         return resample(image, height, width, _interpolation(rng))
     covariance = rng.uniform(0.1, 0.6 * factor) ** 2 * np.eye(2)
-    # Picking the first of `factor` pixels moves the picture by half of them: so does the kernel.
+    # Taking the first of `factor` pixels moves the picture by (factor - 1)/2; so does the kernel.
     kernel = gaussian_kernel(25, covariance, shift=-(factor - 1) / 2)
     return _filter(image, kernel)[::factor, ::factor]
 
 
 def _noise(image: Levels, rng: np.random.Generator, levels: tuple[int, int]) -> Levels:
-    """Gaussian: of each colour, of brightness, or of colours that go together."""
+    """Add Gaussian noise, independent per channel, equal in all channels, or correlated."""
     kind, sigma = rng.random(), rng.integers(*levels, endpoint=True) / 255
     height, width, channels = image.shape
     if kind > 0.6:
@@ -159,9 +159,9 @@ DEGRADATIONS: dict[str, Callable[[Levels, int, np.random.Generator], Smaller]] =
 def degrade(
     image: UInt8[np.ndarray, "H W 3"], name: str, factor: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture of 1/factor the size. name: in DEGRADATIONS.
+    """Return the picture with 1/factor of the height and width. name: in DEGRADATIONS.
 
-    Raises ValueError where the sides aren't multiples of the factor.
+    Raises ValueError for an unknown name, or sides that aren't multiples of the factor.
     """
     make = lookup(DEGRADATIONS, name, "data.low_res")
     if image.shape[0] % factor or image.shape[1] % factor:

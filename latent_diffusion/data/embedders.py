@@ -1,8 +1,8 @@
-"""Frozen nets that stand a vector for a picture: conditions of variation and retrieval.
+"""Frozen networks that turn a picture into a vector, for variations and for retrieval.
 
-Any net that gives [B D] will do, CLIP's image encoder among them; what a model was trained with is
-named in its config. Embeddings have the length √D, so that their numbers are of the size that a
-U-Net's projections expect.
+Any network with an output [B D] serves, e.g. CLIP's image encoder; a model's config names its
+network. Embeddings have the length √D, so that their components are of order 1, as the projections
+of a U-Net expect.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from latent_diffusion.types import Array, Float, Params, lookup
 
 @dataclass(frozen=True)
 class Embedder:
-    """A net with its weights. apply(params, images [B H W 3] in [-1, 1]) -> [B width]."""
+    """A network with its weights. apply(params, images [B H W 3] in [-1, 1]) -> [B width]."""
 
     width: int
     params: Params
@@ -30,10 +30,10 @@ class Embedder:
 
 
 def make_alexnet(path: str | Path | None) -> Embedder:
-    """The five layers of LPIPS's AlexNet, each averaged over the picture and scaled to one size.
+    """The five layers of LPIPS's AlexNet, each averaged over the picture and scaled to length √D.
 
-    Early layers hold colour and texture, late ones what is shown. The weights come with a package
-    (see `load_lpips_params`), so that the task needs no download.
+    Early layers represent colour and texture, late layers objects. An installed package has the
+    weights (see `load_lpips_params`), so that nothing is downloaded. path: other weights.
     """
 
     def apply(params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
@@ -47,26 +47,26 @@ def make_alexnet(path: str | Path | None) -> Embedder:
 
 
 EMBEDDERS: dict[str, Callable[[str | Path | None], Embedder]] = {"alexnet": make_alexnet}
-SIZE = 96  # pixels to which AlexNet's pictures are brought
+SIZE = 96  # the side of the pictures that AlexNet sees, in pixels
 
 
 def make_embedder(name: str, path: str | Path | None = None) -> Embedder:
-    """The net `name` of EMBEDDERS. path: its weights; None = an installed package's."""
+    """Return the network `name` of EMBEDDERS. path: its weights; None: those of a package."""
     return lookup(EMBEDDERS, name, "data.embedding")(path)
 
 
 def embed(
     embedder: Embedder, pictures: Iterable[UInt8[np.ndarray, "H W 3"]], batch_size: int = 64
 ) -> Float[np.ndarray, "N D"]:
-    """Embeddings of many pictures of one size, which are asked for a batch at a time."""
-    apply, pictures, found = jax.jit(embedder.apply), iter(pictures), []
+    """Embed many pictures of one size, which are read a batch at a time."""
+    apply, pictures, batches = jax.jit(embedder.apply), iter(pictures), []
     while part := list(itertools.islice(pictures, batch_size)):
         filled = np.stack(part + part[-1:] * (batch_size - len(part)))
         images = filled.astype(np.float32) / 127.5 - 1
-        found.append(np.asarray(apply(embedder.params, images))[: len(part)])
-    return np.concatenate(found)
+        batches.append(np.asarray(apply(embedder.params, images))[: len(part)])
+    return np.concatenate(batches)
 
 
 def _scaled(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Every row at length √D."""
+    """Scale every row to length √D."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-12)

@@ -1,14 +1,15 @@
 """A folder of pictures, with or without captions and classes.
 
-Found recursively: PNG, JPEG, WebP, BMP, GIF (first frame). What belongs to a picture is read from
+Pictures are searched for recursively: PNG, JPEG, WebP, BMP, GIF (first frame). Their captions and
+classes are read from
 
 - `metadata.jsonl` (`{"file_name": ..., "text": ..., "class_label": 3}`, Hugging Face's convention),
-- else `captions.txt` (`file<TAB>caption` or `file|caption`; several lines per file may be given),
-- else a text file of the same name beside it (`cat.png`, `cat.txt`);
-- classes from the first level of sub-folders, sorted by name, where every picture lies in one.
+- else `captions.txt` (`file<TAB>caption` or `file|caption`; a file may have several lines),
+- else a text file of the same name beside the picture (`cat.png`, `cat.txt`);
+- classes: from the first level of sub-folders, sorted by name, if every picture lies in one.
 
-Splits are the sub-folders train/, test/, val/ where there are any; else a share of
-`test_fraction` of the files is held out by a hash of their paths, and "all" means everything.
+Splits are the sub-folders train/, test/ and val/, if there are any. Otherwise the split "test" is a
+share `test_fraction` of the files, by a hash of their paths, "train" the others, and "all" both.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ SPLIT_FOLDERS = ("train", "test", "val")
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The picture as uint8 [H W 3]: turned as EXIF says, transparency on white, grey as RGB."""
+    """Read a picture as uint8 [H W 3]: rotated by its EXIF, transparency on white, grey as RGB."""
     with Image.open(path) as file:
         image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits of grey
@@ -43,7 +44,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _read_metadata(file: Path) -> dict[Path, Example]:
-    found = {}
+    rows = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -54,28 +55,28 @@ def _read_metadata(file: Path) -> dict[Path, Example]:
             raise ValueError(f"{file}:{number}: expected a JSON object with file_name") from None
         if "text" in row:
             row["caption"] = row.pop("text")
-        found[path] = row
-    return found
+        rows[path] = row
+    return rows
 
 
 def _read_captions(file: Path) -> dict[Path, Example]:
-    found: dict[Path, Example] = {}
+    captions: dict[Path, Example] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         name, separator, caption = line.partition("\t" if "\t" in line else "|")
         if not separator:
             raise ValueError(f"{file}:{number}: expected 'file<TAB>caption' or 'file|caption'")
-        entry = found.setdefault(file.parent / name.strip(), {"caption": []})
+        entry = captions.setdefault(file.parent / name.strip(), {"caption": []})
         entry["caption"].append(caption.strip())
-    for entry in found.values():
+    for entry in captions.values():
         if len(entry["caption"]) == 1:
             entry["caption"] = entry["caption"][0]
-    return found
+    return captions
 
 
 def _annotations(root: Path, paths: list[Path]) -> list[Example]:
-    """What is known about each picture besides its pixels; the same keys for all of them."""
+    """The caption and class of each picture; all pictures have the same keys."""
     described: dict[Path, Example] = {}
     for name, read in (("metadata.jsonl", _read_metadata), ("captions.txt", _read_captions)):
         for file in () if described else sorted(root.rglob(name)):
@@ -84,25 +85,25 @@ def _annotations(root: Path, paths: list[Path]) -> list[Example]:
         missing = sorted(path for path in described if not path.is_file())
         if missing:
             logger.warning("%s: %d described files missing: %s", root, len(missing), missing[0])
-    found = []
+    entries = []
     for path in paths:
         beside = path.with_suffix(".txt")
         if not described and beside.is_file():
-            found.append({"caption": beside.read_text(encoding="utf-8").strip()})
+            entries.append({"caption": beside.read_text(encoding="utf-8").strip()})
         else:
-            found.append(dict(described.get(path, {})))
-    if any("caption" in entry for entry in found):
-        for entry in found:
+            entries.append(dict(described.get(path, {})))
+    if any("caption" in entry for entry in entries):
+        for entry in entries:
             entry.setdefault("caption", "")
-    for key in {key for entry in found for key in entry}:
-        without = [p for p, entry in zip(paths, found, strict=True) if key not in entry]
+    for key in {key for entry in entries for key in entry}:
+        without = [p for p, entry in zip(paths, entries, strict=True) if key not in entry]
         if without:
             raise ValueError(f"{root}: {key} is given for some files but not for {without[0].name}")
-    return found
+    return entries
 
 
 def _class_folders(root: Path, paths: list[Path]) -> tuple[str, ...]:
-    """Names of the sub-folders that hold the pictures; empty if any lies outside of them."""
+    """The sub-folders that hold the pictures; none if a picture lies outside of sub-folders."""
     parts = [path.relative_to(root).parts for path in paths]
     return () if any(len(p) == 1 for p in parts) else tuple(sorted({p[0] for p in parts}))
 
@@ -121,10 +122,10 @@ def _is_test(path: Path, root: Path, fraction: float) -> bool:
 
 
 class ImageFolderSource:
-    """Pictures `paths` and what is known about each.
+    """Pictures `paths`, each with its annotation (caption, class).
 
-    A file that cannot be read is named once in the log, counted in `unreadable`, and replaced by
-    the next readable one, so that a bad file in a million does not end a run.
+    A file that can't be read is named once in the log, added to `unreadable`, and replaced by the
+    next readable one, so that a bad file among a million doesn't end a run.
     """
 
     def __init__(
@@ -158,7 +159,10 @@ class ImageFolderSource:
 
 
 def make(data_config: Any, split: str) -> Remember:
-    """The split of the folder `data_config.dir`; see the module for what is read."""
+    """Read a split of the folder `data_config.dir`; the module describes the files.
+
+    Raises ValueError for a folder, a split or a description that is missing or wrong.
+    """
     if not data_config.dir:
         raise ValueError("data.name='image_folder' needs data.dir, the folder of pictures")
     root = Path(data_config.dir).expanduser()

@@ -1,7 +1,7 @@
-"""Holes for inpainting, drawn as LaMa draws them (Suvorov et al. 2022; the paper's App. E.2.2).
+"""Random holes for inpainting, as in LaMa (Suvorov et al. 2022; the paper's App. E.2.2).
 
-Sizes are those of a 256×256 picture and scale with the picture: strokes of up to 100 pixels'
-width in one to five polylines, or one to four boxes with sides of 30 to 150 pixels.
+They are one to five polylines of up to 105 pixels' width, or one to four boxes with sides of 30 to
+150 pixels. These sizes are for 256×256 pixels and scale with the picture.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ REFERENCE = 256
 
 
 def strokes(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """One to five polylines of one to five thick segments each, that turn back and forth."""
+    """One to five polylines of one to five thick segments, which turn left and right in turn."""
     image = Image.new("L", (size, size))
     pen, scale = ImageDraw.Draw(image), size / REFERENCE
     for _ in range(rng.integers(1, 6)):
@@ -35,7 +35,7 @@ def strokes(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
 
 
 def boxes(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """One to four boxes, away from the border."""
+    """One to four boxes that don't touch the border."""
     image = Image.new("L", (size, size))
     pen, scale = ImageDraw.Draw(image), size / REFERENCE
     margin = 10 * scale
@@ -47,18 +47,18 @@ def boxes(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
 
 
 def mixed(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """Strokes or boxes, each half of the time."""
+    """Strokes or boxes, each with probability 1/2."""
     return (strokes if rng.random() < 0.5 else boxes)(size, rng)
 
 
 def mixed_or_all(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """A quarter of the time everything is missing, as Stable Diffusion's inpainting trains."""
-    everything = np.ones((size, size, 1), np.float32)
-    return everything if rng.random() < 0.25 else mixed(size, rng)
+    """`mixed`, or the whole picture with probability 1/4, as for Stable Diffusion's inpainting."""
+    whole = np.ones((size, size, 1), np.float32)
+    return whole if rng.random() < 0.25 else mixed(size, rng)
 
 
 def at_most_half(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """As in LaMa's evaluation sets: drawn again until at most half of the picture is missing."""
+    """`mixed`, drawn again until at most half is missing, as in LaMa's evaluation sets."""
     while (mask := mixed(size, rng)).mean() > 0.5:
         pass
     return mask
@@ -74,7 +74,7 @@ MASKS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 
 
 def draw_mask(name: str, size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """A mask of size × size pixels, 1 in the holes. name: a name in MASKS."""
+    """Draw a mask of size × size pixels, 1 in the holes. name: in MASKS."""
     return lookup(MASKS, name, "data.mask")(size, rng)
 
 

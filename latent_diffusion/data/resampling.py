@@ -1,7 +1,7 @@
-"""Resizing by name, as the libraries that made others' data do it: OpenCV, Pillow, MATLAB.
+"""Resizing as OpenCV, Pillow and MATLAB do it, which made the data of other models.
 
-OpenCV doesn't antialias (but for "area"), Pillow and MATLAB do. Each of OpenCV's and MATLAB's is a
-matrix for the rows and another for the columns.
+OpenCV doesn't antialias (except with "area"), Pillow and MATLAB do. The methods of OpenCV and
+MATLAB are a matrix for the rows and another for the columns.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,11 @@ def _kernel(
     widen: float = 1.0,
     mirror: bool = False,
 ) -> np.ndarray:
-    """Weights of a kernel around half-pixel centres. mirror: beyond the border, else clamped."""
+    """The matrix [new old] of a kernel around half-pixel centres.
+
+    reach: half of the kernel's support. widen: a factor of its width. mirror: reflect the picture
+    at the border instead of repeating the outermost pixel.
+    """
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     reach = reach * widen
     first = np.floor(centre - reach).astype(int)
@@ -60,7 +64,7 @@ def _lanczos(old: int, new: int) -> np.ndarray:
 
 
 def _area(old: int, new: int) -> np.ndarray:
-    """The mean over what a new pixel covers; when enlarging, OpenCV means linear by it."""
+    """The mean over the area of a new pixel; OpenCV interpolates linearly when it enlarges."""
     if new >= old:
         return _linear(old, new)
     edges = np.arange(new + 1) * old / new
@@ -70,7 +74,7 @@ def _area(old: int, new: int) -> np.ndarray:
 
 
 def _matlab(old: int, new: int) -> np.ndarray:
-    """imresize: Keys' cubic with a = −1/2, widened when shrinking, mirrored at the border."""
+    """imresize: Keys' cubic kernel with a = −1/2, widened when shrinking, mirrored at borders."""
     return _kernel(old, new, lambda x: keys_kernel(x, -0.5), 2, max(old / new, 1.0), mirror=True)
 
 
@@ -95,7 +99,7 @@ PILLOW = {
 def resample(
     image: Float[np.ndarray, "H W C"], height: int, width: int, name: str
 ) -> Float[np.ndarray, "h w C"]:
-    """Levels in [0, 1] brought to another size, and cut to [0, 1]. name: in MATRICES or PILLOW."""
+    """Resize levels in [0, 1], and clip the result to [0, 1]. name: in MATRICES or PILLOW."""
     out: np.ndarray
     if name in PILLOW:
         channels = [Image.fromarray(c.astype(np.float32)) for c in np.moveaxis(image, -1, 0)]

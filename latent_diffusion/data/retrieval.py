@@ -1,7 +1,7 @@
-"""Similar pictures by exact search: the conditions of retrieval-augmented models and of variations.
+"""Exact search for similar pictures, as conditions of retrieval-augmented models and variations.
 
-A database is a table of embeddings. Searching it is one matrix product, blocked over the queries:
-20 million embeddings of 512 numbers are 40 GB, and below that exactness costs little.
+A database is a table of embeddings. A search is one matrix product in blocks of queries, which is
+cheap enough up to about 20 million embeddings of 512 numbers (40 GB).
 """
 
 import zipfile
@@ -18,15 +18,15 @@ from latent_diffusion.data.sources import Example
 from latent_diffusion.data.windows import cut, window
 from latent_diffusion.types import lookup
 
-ROWS = 1024  # queries at once
+ROWS = 1024  # queries in a block
 PRECOMPUTED = "precomputed"
 
 
 @dataclass(frozen=True)
 class Database:
-    """Embeddings [N D] to search in, and what each stands for.
+    """Embeddings [N D], and the names of their pictures.
 
-    search_by: a name in SEARCHES, all of which give the same answers.
+    search_by: a method in SEARCHES; all methods give the same answers.
     """
 
     embeddings: Float[np.ndarray, "N D"]
@@ -39,10 +39,10 @@ class Database:
         k: int,
         exclude: Int[np.ndarray, " M"] | None = None,
     ) -> tuple[Int[np.ndarray, "M k"], Float[np.ndarray, "M k"]]:
-        """Places of the k most similar embeddings, best first, and their cosine similarities.
+        """Return the rows of the k most similar embeddings, best first, and cosine similarities.
 
-        exclude: one place for each query that isn't an answer: itself. Raises ValueError where
-        there aren't k.
+        exclude: for each query a row that is no answer, namely its own. Raises ValueError for a
+        database of fewer than k answers.
         """
         available = len(self.embeddings) - (exclude is not None)
         if not 0 < k <= available:
@@ -56,7 +56,7 @@ class Database:
         k: int,
         exclude: Int[np.ndarray, " M"] | None = None,
     ) -> Float[np.ndarray, "M k D"]:
-        """The embeddings of the k most similar entries: what a model is conditioned on."""
+        """Return the embeddings of the k most similar entries, on which a model is conditioned."""
         return self.embeddings[self.search(queries, k, exclude)[0]]
 
     def save(self, path: str | Path) -> None:
@@ -65,7 +65,7 @@ class Database:
 
 
 def load_database(path: str | Path) -> Database:
-    """Read what `Database.save` wrote; ValueError in one line where it isn't one."""
+    """Read a file that `Database.save` wrote; ValueError of one line for any other file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return Database(file["embedding"], tuple(map(str, file["name"])))
@@ -92,13 +92,13 @@ def _by_numpy(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]
 
 
 def _by_faiss(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]:
-    """The brute-force search of the `faiss` extra: all cores, and no table of similarities."""
+    """Brute-force search by the `faiss` extra, on all cores and without a table of similarities."""
     try:
         import faiss
     except ImportError as error:
         raise ValueError('data.search="faiss" needs pip install -e ".[faiss]"') from error
-    wanted = k + (exclude is not None)
-    scores, places = faiss.knn(queries, table, wanted, faiss.METRIC_INNER_PRODUCT)
+    count = k + (exclude is not None)
+    scores, places = faiss.knn(queries, table, count, faiss.METRIC_INNER_PRODUCT)
     if exclude is None:
         return places, scores
     others = places != exclude[:, None]
@@ -122,32 +122,31 @@ class Embedded:
         return getattr(self.source, name)
 
     def __getitem__(self, index: int) -> Example:
-        own = {key: column[index] for key, column in self.columns.items()}
-        return {**self.source[index], **own}
+        return {**self.source[index], **{key: c[index] for key, c in self.columns.items()}}
 
 
-_MADE: dict[tuple[Any, ...], Database] = {}  # this process's, by data set and net
+_MADE: dict[tuple[Any, ...], Database] = {}  # of this process, by data set and network
 
 
 def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
-    """Every picture of a split as evaluation sees it, embedded by the net of `data_config`.
+    """Embed every picture of a split, cut as in evaluation, by the network of `data_config`.
 
-    Computed once in a process: training and its evaluation share the training set's. The net
-    "precomputed" is what `python -m latent_diffusion.training.embed` left in `data.embedding_path`.
+    A process computes them once: training and its evaluation share those of the training set. The
+    network "precomputed" reads the files that `python -m latent_diffusion.training.embed` has
+    written to `data.embedding_path`.
     """
     if data_config.embedding == PRECOMPUTED:
         return _precomputed(source, data_config, split)
-    size, net = data_config.image_size, data_config.embedding
-    where, path = data_config.dir, data_config.embedding_path
-    key = (data_config.name, where, split, len(source), size, net, path)
+    fields = ("name", "dir", "image_size", "embedding", "embedding_path")
+    key = (split, len(source), *(getattr(data_config, field) for field in fields))
     if key not in _MADE:
-        embedder = make_embedder(net, path or None)
+        embedder = make_embedder(data_config.embedding, data_config.embedding_path or None)
         _MADE[key] = database_of(source, data_config, embedder)
     return _MADE[key]
 
 
 def database_of(source: Any, data_config: Any, embedder: Embedder) -> Database:
-    """Every picture of a source, cut as evaluation does, embedded one batch after the other."""
+    """Embed every picture of a source, cut as in evaluation, one batch after the other."""
     size, crop = data_config.image_size, data_config.crop
     crop = "center" if crop == "random" else crop
     names: list[str] = []
@@ -171,25 +170,25 @@ def _precomputed(source: Any, data_config: Any, split: str) -> Database:
         raise ValueError(
             f"data.embedding_path: no {path}; python -m latent_diffusion.training.embed makes it"
         )
-    found = replace(load_database(path), search_by=data_config.search)
-    if len(found.embeddings) != len(source):
+    database = replace(load_database(path), search_by=data_config.search)
+    if (count := len(database.embeddings)) != len(source):
         raise ValueError(
-            f"{path} has {len(found.embeddings)} embeddings, the data {len(source)} pictures; make "
-            "it again for this data"
+            f"{path} has {count} embeddings, the data {len(source)} pictures; make it again for "
+            "this data"
         )
-    return found
+    return database
 
 
 def with_embeddings(source: Any, split: str, database: Any, data_config: Any) -> Embedded:
-    """Add embeddings by the net `data_config.embedding`, and neighbours where it wants any.
+    """Add embeddings by the network `data_config.embedding`, and `num_neighbours` neighbours.
 
-    split: "train" or "test". database: the training source, where neighbours come from; a picture
-    isn't its own neighbour.
+    split: "train" or "test". database: the training source, in which neighbours are searched; a
+    picture of it isn't a neighbour of itself.
     """
-    own = embeddings_of(source, data_config, split).embeddings
-    columns = {"image_embedding": own}
-    if data_config.num_neighbours:
-        itself = np.arange(len(own)) if split == "train" else None
-        found = embeddings_of(database, data_config, "train")
-        columns["neighbours"] = found.neighbours(own, data_config.num_neighbours, itself)
+    queries = embeddings_of(source, data_config, split).embeddings
+    columns = {"image_embedding": queries}
+    if count := data_config.num_neighbours:
+        exclude = np.arange(len(queries)) if split == "train" else None
+        train = embeddings_of(database, data_config, "train")
+        columns["neighbours"] = train.neighbours(queries, count, exclude)
     return Embedded(source, columns)

@@ -1,8 +1,8 @@
-"""What a data set is: random access to examples. And two sources that need no files.
+"""Sources: random access to the examples of a data set.
 
-A source has a length and gives example `i` as a dict of NumPy arrays and strings: `image` uint8
+A source has a length, and its example `i` is a dict of NumPy arrays and strings: `image` uint8
 [H W 3] of any size, `caption` str (or a list of them), `class_label` int, `name` str, or arrays
-that are already what a batch wants (`moments`, `tokens`, ...).
+that batches have under the same key (`moments`, `tokens`, ...).
 """
 
 import threading
@@ -16,7 +16,7 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples; reading one twice gives the same thing."""
+    """Random access to examples; an example is the same each time it is read."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -30,7 +30,7 @@ class Source(Protocol):
 class ArraySource:
     """Arrays that are indexed together, e.g. cached first-stage moments and their class labels.
 
-    Lists do too, for what has no common shape: several captions per example.
+    A list serves values without a common shape, e.g. several captions per example.
     """
 
     def __init__(self, arrays: Mapping[str, Sequence[Any] | np.ndarray]):
@@ -49,10 +49,10 @@ class ArraySource:
 
 
 class Remember:
-    """Keep decoded examples in memory until `max_bytes` are full; decode the others each time.
+    """A source that keeps decoded examples in memory, up to `max_bytes`, and decodes others anew.
 
-    4,000 pictures of 32×32 are 16 MB, and decoding them again every epoch would cost more than
-    the rest of the input pipeline. Everything else is asked of the wrapped source.
+    4,000 pictures of 32×32 pixels are 16 MB; decoding them in every epoch would cost more than the
+    rest of the input pipeline. Other attributes are those of the wrapped source.
     """
 
     def __init__(self, source: Source, max_bytes: int = 2**28):
@@ -79,21 +79,20 @@ class Remember:
                     return example
                 if index not in self._examples:
                     for array in arrays:
-                        array.setflags(write=False)  # everybody gets the same one
+                        array.setflags(write=False)  # all readers share it
                     self._examples[index] = example
                     self.bytes += size
         return dict(self._examples[index])
 
 
 def captions(source: Any) -> list[str]:
-    """Every caption of a source, without decoding images where the source knows a shorter way."""
+    """Every caption of a source; images are decoded only if the source has no `captions` method."""
     if hasattr(source, "captions"):
         return source.captions()
-    found = [source[i].get("caption", "") for i in range(len(source))]
-    return flat(found)
+    return flat([source[i].get("caption", "") for i in range(len(source))])
 
 
 def flat(captions: Sequence[str | Sequence[str]]) -> list[str]:
-    """One list of captions from entries that are a caption or several."""
+    """One list of captions from entries that are one caption or several."""
     entries = ([entry] if isinstance(entry, str) else entry for entry in captions)
     return [caption for entry in entries for caption in entry]

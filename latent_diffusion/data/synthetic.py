@@ -35,7 +35,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class SyntheticSource:
-    """See the module; `class_label` is the shape."""
+    """The shapes of a split; `class_label` is the shape."""
 
     class_names = SHAPES
 

@@ -1,6 +1,6 @@
-"""Any prepared TFDS data set by name, "tfds:NAME" or "tfds:NAME/CONFIG:VERSION".
+"""Any prepared data set of TFDS by its name, "tfds:NAME" or "tfds:NAME/CONFIG:VERSION".
 
-No TensorFlow is needed. Only data sets prepared in the ArrayRecord format have random access.
+It needs no TensorFlow. Only data sets in the ArrayRecord format have random access.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from latent_diffusion.data.sources import Example, Remember, flat
 from latent_diffusion.data.transforms import on_white
 
-# Our key -> the names it usually has.
+# Our key → its usual names.
 USUAL_FEATURES = {
     "image": ("image",),
     "class_label": ("label", "class_label"),
@@ -20,9 +20,9 @@ USUAL_FEATURES = {
 
 
 def records(builder: Any, split: str, name: str, encoded: Sequence[str] = ()) -> Any:
-    """The random-access data source of one split; ValueError for a split it does not have.
+    """The random-access data source of one split; ValueError for an unknown split.
 
-    encoded: features to leave as stored, e.g. images as PNG bytes.
+    encoded: features that are left as they are stored, e.g. images as PNG bytes.
     """
     import tensorflow_datasets as tfds
 
@@ -30,8 +30,8 @@ def records(builder: Any, split: str, name: str, encoded: Sequence[str] = ()) ->
     try:
         return builder.as_data_source(split=split, decoders=decoders)
     except (ValueError, KeyError, AssertionError):
-        known = ", ".join(sorted(builder.info.splits))
-        raise ValueError(f"unknown split {split!r} of {name}; known: {known}") from None
+        splits = ", ".join(sorted(builder.info.splits))
+        raise ValueError(f"unknown split {split!r} of {name}; known: {splits}") from None
 
 
 def _open(name: str, data_dir: str | None) -> Any:
@@ -58,29 +58,27 @@ def _open(name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def feature_map(features: Mapping[str, str], known: Any, name: str) -> dict[str, str]:
-    """Our key -> feature name: `features` as configured, or the usual names where it is empty."""
+def feature_map(features: Mapping[str, str], available: Any, name: str) -> dict[str, str]:
+    """Return the feature for each of our keys: `features`, or by the usual names if it is empty.
+
+    available: the features of the data set `name`. Raises ValueError for a feature that it lacks.
+    """
+    names = ", ".join(sorted(available))
+    for key, feature in features.items():
+        if feature not in available:
+            raise ValueError(
+                f"data.features.{key}: {name!r} has no feature {feature!r}; known: {names}"
+            )
     if features:
-        for key, feature in features.items():
-            if feature not in known:
-                raise ValueError(
-                    f"data.features.{key}: {name!r} has no feature {feature!r}; "
-                    f"known: {', '.join(sorted(known))}"
-                )
         return dict(features)
-    found = {
-        key: next((f for f in usual if f in known), None) for key, usual in USUAL_FEATURES.items()
-    }
-    mapped = {key: feature for key, feature in found.items() if feature is not None}
-    if "image" not in mapped:
-        raise ValueError(
-            f"data.features: name the image feature of {name!r}; known: {', '.join(sorted(known))}"
-        )
-    return mapped
+    present = {key: [f for f in usual if f in available] for key, usual in USUAL_FEATURES.items()}
+    if not present["image"]:
+        raise ValueError(f"data.features: name the image feature of {name!r}; known: {names}")
+    return {key: matches[0] for key, matches in present.items() if matches}
 
 
 def _plain(value: Any) -> Any:
-    """Bytes to str, sequences of bytes to lists of str; everything else as it is."""
+    """Convert bytes to str and sequences of bytes to lists of str; other values are unchanged."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | tuple) or (
@@ -91,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 
 class TFDSSource:
-    """One split, its features renamed to our keys."""
+    """One split, with its features under our keys."""
 
     def __init__(self, builder: Any, split: str, features: Mapping[str, str], name: str):
         self.features = feature_map(features, builder.info.features, name)
@@ -124,7 +122,7 @@ class TFDSSource:
 
 
 def make(data_config: Any, split: str) -> Remember:
-    """The data set `data_config.name` = "tfds:NAME" in `data_config.dir` (else TFDS's cache)."""
+    """The data set `data_config.name`, "tfds:NAME", in `data_config.dir` (else the TFDS cache)."""
     name = data_config.name.partition(":")[2]
     if not name:
         raise ValueError("data.name='tfds' needs the data set's name: 'tfds:NAME'")

@@ -1,1 +1,1 @@
-"""Reading what others wrote: tensors in files, and pickles that never execute code."""
+"""Reading others' files: tensors, and pickles whose code is never executed."""

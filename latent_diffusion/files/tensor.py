@@ -1,4 +1,4 @@
-"""Arrays that lie elsewhere: known by shape and dtype, read when asked for."""
+"""Arrays that lie in files or elsewhere: of known shape and dtype, read when they are needed."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-DTYPES = {  # safetensors' names
+DTYPES = {  # by the names of safetensors
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -28,9 +28,10 @@ _SMALL = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """An array that isn't in memory yet. `read()` returns it, possibly as a view of a file.
+    """An array that isn't in memory yet.
 
-    It is read anew for every use. NumPy takes it for the array that it stands for.
+    `read()` returns it, possibly as a view of a file, and reads it anew each time. NumPy functions
+    accept the tensor in place of the array.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +45,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it would take."""
+        """Number of bytes of the array."""
         return self.size * self.dtype.itemsize
 
     def astype(self, dtype: Any) -> "Tensor":
@@ -59,17 +60,17 @@ class Tensor:
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether elements are floating-point numbers, those that numpy doesn't know included."""
+    """Whether elements are floating-point numbers, also of kinds that numpy lacks (bfloat16 …)."""
     return dtype.kind == "f" or dtype in _SMALL
 
 
 def in_memory(array: Any) -> Tensor:
-    """A Tensor of an array of any library; device arrays are copied to the host when read."""
+    """A Tensor of an array of any library; reading copies an array on a device to the host."""
     return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
 
 
 def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A Tensor at a byte offset of a file, mapped into memory at every reading."""
+    """A Tensor at a byte offset of a file; every reading maps it into memory."""
 
     def read() -> np.ndarray:
         if not math.prod(shape):
@@ -81,7 +82,7 @@ def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Named tensors, and what else the file holds that is plain data (`global_step` …)."""
+    """Named tensors of a file, and the plain data beside them as metadata (`global_step` …)."""
 
     tensors: dict[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)

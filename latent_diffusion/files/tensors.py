@@ -1,8 +1,7 @@
-"""Tensors that lie in files: known by shape and dtype, read when asked for.
+"""Weight files: .safetensors, torch's zip files (.ckpt .bin .pt .pth), sharded indices of either.
 
-`open_tensors` reads .safetensors, torch's zip files (.ckpt .bin .pt .pth) and sharded indices of
-either. Files are memory-mapped, so that a 4 GB checkpoint costs the memory of the tensor in hand.
-Whatever is wrong with a file is a ValueError of one line that names the file.
+Files are mapped into memory, so that a 4 GB checkpoint takes the memory of the tensor that is being
+read. Any fault of a file is a ValueError of one line that begins with its path.
 """
 
 import json
@@ -17,11 +16,11 @@ import numpy as np
 from latent_diffusion.files.tensor import DTYPES, Tensor, TensorFile, mapped
 from latent_diffusion.files.torch_zip import open_torch_zip
 
-MAX_HEADER = 100 << 20  # bytes; the format's own limit
+MAX_HEADER = 100 << 20  # bytes; the limit of the format
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """Open a weight file, whatever its kind. Raises ValueError with the reason for refusing it."""
+    """Open a weight file of any kind. Raises ValueError with the reason for refusing it."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -76,7 +75,7 @@ def _open_safetensors(path: Path) -> TensorFile:
             raise
         raise ValueError(f"{path}: damaged header ({error!r:.200})") from error
     expected = 0
-    for name, _, _, start, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
+    for name, _, _, start, stop in sorted(entries, key=lambda entry: entry[3:]):
         if start != expected:
             raise ValueError(f"{path}: {name!r} starts at byte {start}, expected {expected}")
         expected = stop
@@ -115,9 +114,10 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write tensors one at a time, in the order given; `progress` is told the elements done.
+    """Write tensors one at a time, in the order of the mapping.
 
-    In the file they lie in the order of their names. Atomic: it appears complete or not at all.
+    In the file they lie in the order of their names. The file appears complete or not at all.
+    progress: is called with the number of elements of each tensor that is written.
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -155,9 +155,9 @@ def _write(file: Any, tensor: Tensor) -> None:
 
 
 def find_weights(folder: Path, stems: Iterable[str], variant: str | None = None) -> Path | None:
-    """The weight file of a component's folder: full precision first, safetensors before torch's.
+    """The weight file in a component's folder: full precision first, safetensors before torch's.
 
-    stems: file names without ending. variant: "fp16" or "non_ema" to insist on such a file.
+    stems: file names without ending. variant: "fp16" or "non_ema", to accept only such a file.
     """
     for tag in (f".{variant}",) if variant else ("", ".fp16"):
         for stem in stems:

@@ -1,7 +1,7 @@
 """torch's zip files without torch: a pickle of structure, and one stored entry per storage.
 
-The pickle is read by the restricted unpickler, which is handed stand-ins for the few names that
-tensors need. None of them does more than describe where a tensor lies; nothing else is reachable.
+The restricted unpickler reads the pickle. It gets stand-ins for the few names that tensors need;
+they only describe where a tensor lies, and no other name can be reached.
 """
 
 import math
@@ -23,17 +23,17 @@ _LOCAL_HEADER = 30  # bytes before an entry's name
 MAX_PICKLE = 64 << 20  # bytes; that of a model with 10⁴ tensors has about one million
 
 
-_short = reprlib.repr  # what a file made may be a tree whose full text fills the memory
+_short = reprlib.repr  # the full text of an object that a file made could fill the memory
 
 
 class _Name(NamedTuple):
-    """A global that may be mentioned but does nothing: a dtype, a storage type, a callback."""
+    """A global that a pickle may mention, and that does nothing: a dtype, a storage type …"""
 
     name: str
 
 
 class _Call(NamedTuple):
-    """A function that a pickle may call but, being a tuple, not alter."""
+    """A function that a pickle may call, but not alter, since this is a tuple."""
 
     function: Callable[..., Any]
 
@@ -65,7 +65,7 @@ _TORCH_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", 
 def _tensor(
     storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> Tensor:
-    """A view of a storage. rest: gradient flags and hooks, which mean nothing here."""
+    """A view of a storage. rest: gradient flags and hooks, which are ignored."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError(f"a tensor of {_short(storage)}, which is no storage")
     flat, shape, stride = storage.flat, tuple(shape), tuple(stride)
@@ -93,7 +93,7 @@ def _tensor(
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """A numpy scalar, as Lightning's callbacks keep them."""
+    """A numpy scalar, as Lightning's callbacks save them."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
         raise pickle.UnpicklingError(f"a numpy scalar of {_short(dtype)}")
     return np.frombuffer(data, dtype)[0]
@@ -115,7 +115,7 @@ ALLOWED: dict[str, Any] = {
     "numpy.core.multiarray.scalar": _Call(_scalar),
     "numpy._core.multiarray.scalar": _Call(_scalar),
     **{f"torch.{name}": _Name(name) for name in (*_STORAGES, *_TORCH_DTYPES)},
-    # Keys of the dictionary of callbacks in files that Lightning saved; never built.
+    # A key in the dictionary of callbacks that Lightning saves; it is never built.
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Name("ModelCheckpoint"),
 }
 
@@ -123,7 +123,7 @@ ALLOWED: dict[str, Any] = {
 def open_torch_zip(path: Path) -> TensorFile:
     """Open a file that torch.save wrote. Raises ValueError with the reason for refusing it.
 
-    Of a training checkpoint it is the `state_dict` that counts; the rest of the plain data is
+    The tensors of a training checkpoint are those of its `state_dict`; plain data beside it becomes
     metadata.
     """
     try:
@@ -140,7 +140,7 @@ def open_torch_zip(path: Path) -> TensorFile:
             _check_program(path, archive.read(f"{root}data.pkl"))
             with archive.open(entries[f"{root}data.pkl"]) as file:
                 tree = _unpickle(path, file, root, entries)
-    except Exception as error:  # zipfile meets damage in many ways
+    except Exception as error:  # a damaged zip file can fail in many ways
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: damaged or truncated zip file ({error})") from error
@@ -152,7 +152,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Entries by name; refuses what a program that only stores tensors never writes."""
+    """The entries by name; refuses kinds of entries that torch.save never writes."""
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
@@ -174,16 +174,16 @@ def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Zi
 
 
 def _check_program(path: Path, program: bytes) -> None:
-    """Refuse a pickle that would make the unpickler allocate more than the file is long.
+    """Refuse a pickle that would make the unpickler allocate more than the length of the file.
 
-    The memo is an array as long as its largest index, which any four bytes can claim.
+    The unpickler's memo is as long as its largest index, which a pickle can set with four bytes.
     """
     try:
         for opcode, argument, _ in pickletools.genops(program):
             place = int(argument) if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0  # type: ignore
             if place > len(program):
                 raise ValueError(f"memo index {place:,} in a pickle of {len(program):,} bytes")
-    except Exception as error:  # whatever a damaged program makes it stumble over
+    except Exception as error:  # a damaged program can fail in many ways
         raise ValueError(f"{path}: damaged pickle: {error or type(error).__name__}") from error
 
 
@@ -209,13 +209,13 @@ def _unpickle(path: Path, file: Any, root: str, entries: Mapping[str, zipfile.Zi
         return RestrictedUnpickler(file, ALLOWED, storage).load()
     except zipfile.BadZipFile:
         raise
-    except Exception as error:  # a hostile pickle can raise anything; none of it is ours to fix
+    except Exception as error:  # a hostile pickle can raise any exception
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: {reason[:1000]}") from error
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin; the lengths of name and padding stand in its local header."""
+    """The position of an entry's bytes; its local header has the lengths of name and padding."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER)

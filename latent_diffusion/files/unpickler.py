@@ -1,4 +1,4 @@
-"""Reading weight files that others wrote: data only, never code."""
+"""Reading pickles that others wrote, without running code from them."""
 
 import io
 import pickle
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# The function that rebuilds an array from a pickle, obtained without naming numpy's private module.
+# The function that rebuilds an array from a pickle; numpy's module that has it is private.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 
 NUMPY_GLOBALS: dict[str, Any] = {
@@ -21,11 +21,11 @@ NUMPY_GLOBALS: dict[str, Any] = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that builds containers, numbers, strings and the globals it was given.
+    """An unpickler that builds containers, numbers, strings and the globals in `allowed`.
 
-    A pickle is a program; every callable it can reach is a `module.name` it asks for by name.
-    This one answers only from `allowed` and refuses everything else, naming it. `persistent`
-    resolves the file's references to data outside the pickle; without it they are refused too.
+    A pickle is a program; it asks for every callable by its name `module.name`. This unpickler
+    answers from `allowed` and refuses any other name with a message. persistent: resolves the
+    file's references to data outside the pickle; without it they are refused, too.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._allowed[qualified]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return what `pid` stands for."""
+        """Return the data to which `pid` refers."""
         if self._persistent is None:
             raise pickle.UnpicklingError(f"refused to load external data {reprlib.repr(pid)}")
         return self._persistent(pid)

@@ -1,7 +1,7 @@
-"""Captions to integers.
+"""Tokenizers: captions to integers.
 
-A tokenizer maps captions to int32 [N L] with a fixed L, and is saved beside the checkpoint: the
-numbers mean nothing without it.
+A tokenizer maps captions to int32 [N L] with a fixed L. It is saved beside the checkpoint, since
+its numbers mean nothing without it.
 """
 
 import json
@@ -32,7 +32,7 @@ TOKENIZERS: dict[str, Any] = {
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a saved tokenizer of any kind; ValueError names a file that is not one."""
+    """Read a saved tokenizer of any kind; ValueError names a file that holds none."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         kind = data["kind"]

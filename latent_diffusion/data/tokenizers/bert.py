@@ -17,7 +17,7 @@ from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL = (PAD, UNK, CLS, SEP, "[MASK]")
-_LONGEST_WORD = 100  # characters; a longer one is unknown
+_LONGEST_WORD = 100  # characters; longer words are unknown
 _CJK = (  # every ideograph is a word
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
     (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -25,14 +25,14 @@ _CJK = (  # every ideograph is a word
 
 
 def _is_removed(character: str) -> bool:
-    """Control and format characters, but for tabs and ends of lines."""
+    """Whether it is a control or format character other than a tab or an end of line."""
     if character in "\t\n\r":
         return False
     return character == "�" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
 
 
 def _stands_alone(character: str) -> bool:
-    """Punctuation, every sign of ASCII's, and ideographs."""
+    """Whether it is punctuation, a sign of ASCII or an ideograph."""
     if character.isascii():
         return not character.isalnum() and character.isprintable() and character != " "
     code = ord(character)
@@ -40,7 +40,7 @@ def _stands_alone(character: str) -> bool:
 
 
 def split_words(text: str) -> Iterator[str]:
-    """Lower-case words without accents; signs and ideographs are words of their own."""
+    """Split into lower-case words without accents; each sign and each ideograph is a word."""
     text = "".join(c for c in text if not _is_removed(c))
     text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
     text = "".join(f" {c} " if _stands_alone(c) else c for c in text)
@@ -48,10 +48,11 @@ def split_words(text: str) -> Iterator[str]:
 
 
 class BertTokenizer:
-    """[CLS] pieces [SEP] padding: ids of a BERT-like encoder.
+    """[CLS], pieces, [SEP], padding …: the ids for a BERT-like encoder.
 
-    vocabulary: the token of every id; pieces within a word begin with "##". max_length: tokens a
-    caption, both ends included. Special tokens written out in a caption count as such.
+    vocabulary: the token of every id; pieces within a word begin with "##". max_length: L, with
+    [CLS] and [SEP]. A special token that is written out in a caption is that token. Attributes:
+    vocab_size, the number of ids; empty, the tokens of the empty prompt; pad_id, of its padding.
     """
 
     kind = "bert"
@@ -63,15 +64,17 @@ class BertTokenizer:
         for token in (PAD, UNK, CLS, SEP):
             if token not in self._ids:
                 raise ValueError(f"the vocabulary has no {token!r}")
-        known = [re.escape(token) for token in _SPECIAL if token in self._ids]
-        self._special = re.compile(f"({'|'.join(known)})")
-        self._cut: set[str] = set()  # captions warned about
+        self.vocab_size = len(self.vocabulary)
+        self.empty, self.pad_id = (self._ids[CLS], self._ids[SEP]), self._ids[PAD]
+        special = [re.escape(token) for token in _SPECIAL if token in self._ids]
+        self._special = re.compile(f"({'|'.join(special)})")
+        self._cut: set[str] = set()  # captions with a warning
 
     @classmethod
     def read(cls, path: str | Path, max_length: int = 77) -> "BertTokenizer":
-        """From a pipeline of diffusers, a tokenizer's folder, or its vocab.txt.
+        """Read a pipeline of diffusers, a tokenizer's folder, or its vocab.txt.
 
-        Raises ValueError that names the path where there is no uncased BERT tokenizer.
+        Raises ValueError that names a path without an uncased BERT tokenizer.
         """
         path = Path(path)
         if (path / "tokenizer").is_dir():
@@ -79,30 +82,15 @@ class BertTokenizer:
         try:
             settings = path / "tokenizer_config.json"
             if settings.is_file():
-                said = json.loads(settings.read_text(encoding="utf-8"))
-                if not said.get("do_lower_case", True):
+                content = json.loads(settings.read_text(encoding="utf-8"))
+                if not content.get("do_lower_case", True):
                     raise ValueError("it is cased; only uncased ones are supported")
             return cls(_read_vocabulary(path), max_length)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is no BERT tokenizer: {type(e).__name__}: {e}") from None
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return len(self.vocabulary)
-
-    @property
-    def empty(self) -> tuple[int, ...]:
-        """Tokens of the empty prompt, before its padding."""
-        return self._ids[CLS], self._ids[SEP]
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills a row."""
-        return self._ids[PAD]
-
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        """Token ids. Longer captions are cut, with one warning each that says what was lost."""
+        """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
         return fill_rows(
             captions,
             self._pieces,
@@ -115,7 +103,7 @@ class BertTokenizer:
         )
 
     def unknown_words(self, caption: str) -> list[str]:
-        """The caption's words that the pieces can't spell."""
+        """The words of a caption that no pieces compose."""
         return [word for word in split_words(caption) if self._word(word)[0].id == self._ids[UNK]]
 
     def _pieces(self, caption: str) -> list[Piece]:
@@ -128,7 +116,7 @@ class BertTokenizer:
         return pieces
 
     def _word(self, word: str) -> list[Piece]:
-        """The longest piece that fits, again and again; one unknown where none does."""
+        """Split a word into the longest pieces from its start on; unknown if that fails."""
         unknown, pieces, start = [Piece(self._ids[UNK], word)], [], 0
         if len(word) > _LONGEST_WORD:
             return unknown
@@ -144,7 +132,7 @@ class BertTokenizer:
         return pieces
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` needs, ready for JSON."""
+        """The arguments of `from_dict`, for JSON."""
         return {
             "kind": self.kind,
             "max_length": self.max_length,

@@ -1,8 +1,8 @@
-"""CLIP's byte-pair encoding (Sennrich et al. 2016; Radford et al. 2021), as its checkpoints need.
+"""CLIP's byte-pair encoding (Sennrich et al. 2016; Radford et al. 2021), which its weights need.
 
-Lower-cased words are written in bytes, and pairs of neighbours are merged in the order in which
-they were learned. The vocabulary comes from files: those of a `tokenizer` folder of diffusers
-(vocab.json and merges.txt, or tokenizer.json), or the merges that CLIP's own packages ship
+Lower-case words become bytes, and neighbouring pieces are merged in the order in which the pairs
+were learned. The vocabulary comes from files: those of a `tokenizer` folder of diffusers
+(vocab.json and merges.txt, or tokenizer.json), or the merges of the packages of CLIP
 (bpe_simple_vocab_16e6.txt.gz).
 """
 
@@ -24,8 +24,8 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # marks the last piece of a word
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 _SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-_NUM_MERGES = 49152 - 256 - 2  # what CLIP uses of its file of merges
-_LONGEST = 1 << 16  # a length beyond it in a file of settings stands for "unlimited"
+_NUM_MERGES = 49152 - 256 - 2  # the number of merges that CLIP uses of its file
+_LONGEST = 1 << 16  # a greater length in a file of settings means "unlimited"
 
 # Every byte as a printable character, in the order of the vocabulary's first rows.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -36,13 +36,13 @@ _BYTE = {character: byte for byte, character in BYTE_CHARACTERS.items()}
 
 
 def _kind(character: str) -> str:
-    """Which characters a word is made of: letters "L", single numbers "N", or signs "S"."""
+    """The kind of a character (words don't mix them): letter "L", numeral "N" or sign "S"."""
     kind = unicodedata.category(character)[0]
     return kind if kind in "LN" else "S"
 
 
 def split_words(text: str) -> Iterator[str]:
-    """Contractions, runs of letters, single numerals, runs of anything else that is no space."""
+    """Split into contractions, runs of letters, single numerals, and runs of other signs."""
     for chunk in _SPACES.split(text):
         i = 0
         while i < len(chunk):
@@ -58,12 +58,13 @@ def split_words(text: str) -> Iterator[str]:
 
 
 class ClipTokenizer:
-    """[start, pieces, end, padding …]: ids of a CLIP text encoder.
+    """[start, pieces, end, padding …]: the ids for a CLIP text encoder.
 
-    vocabulary: the token of every id. merges: pairs "a b", the first learned first. max_length:
-    tokens a caption, both ends included. pad: the token that fills a row: the end again (CLIP,
-    Stable Diffusion 1) or "!" (Stable Diffusion 2). Ends and padding written out in a caption
-    count as such.
+    vocabulary: the token of every id. merges: pairs "a b" in the order in which they were learned.
+    max_length: L, with start and end. pad: the token of the padding, the end token (CLIP, Stable
+    Diffusion 1) or "!" (Stable Diffusion 2). A start, end or padding that is written out in a
+    caption is that token. Attributes: vocab_size, the number of ids; empty, the tokens of the empty
+    prompt; pad_id, the id of its padding.
     """
 
     kind = "clip"
@@ -78,47 +79,34 @@ class ClipTokenizer:
         for token in (BOS, EOS, pad):
             if token not in self._ids:
                 raise ValueError(f"the vocabulary has no {token!r}")
+        self.vocab_size = len(self.vocabulary)
+        self.empty, self.pad_id = (self._ids[BOS], self._ids[EOS]), self._ids[pad]
         self._ranks = {tuple(pair.split(" ")): i for i, pair in enumerate(self.merges)}
         self._special = re.compile("(" + "|".join(map(re.escape, {BOS, EOS, pad})) + ")")
-        self._cut: set[str] = set()  # captions warned about
-        self._known: dict[str, list[Piece]] = {}  # words met before
+        self._cut: set[str] = set()  # captions with a warning
+        self._merged: dict[str, list[Piece]] = {}  # of earlier words
 
     @classmethod
     def read(
         cls, path: str | Path, max_length: int | None = None, pad: str | None = None
     ) -> "ClipTokenizer":
-        """From a pipeline of diffusers, a folder of a tokenizer, or one of their files.
+        """Read a pipeline of diffusers, a folder of a tokenizer, or one of their files.
 
-        max_length, pad: None is what the folder says, or 77 and the end token. Raises ValueError
-        that names the path where there is no such tokenizer.
+        max_length, pad: None takes the folder's settings, or 77 and the end token. Raises
+        ValueError that names a path without such a tokenizer.
         """
         path = Path(path)
         if (path / "tokenizer").is_dir():
             path = path / "tokenizer"
         try:
             vocabulary, merges = _read_files(path)
-            said = _read_settings(path)
-            return cls(vocabulary, merges, max_length or said["max_length"], pad or said["pad"])
+            length, padding = _read_settings(path)
+            return cls(vocabulary, merges, max_length or length, pad or padding)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is no CLIP tokenizer: {type(e).__name__}: {e}") from None
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return len(self.vocabulary)
-
-    @property
-    def empty(self) -> tuple[int, ...]:
-        """Tokens of the empty prompt, before its padding."""
-        return self._ids[BOS], self._ids[EOS]
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills a row."""
-        return self._ids[self.pad]
-
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        """Token ids. Longer captions are cut, with one warning each that says what was lost."""
+        """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
         return fill_rows(
             captions,
             self._pieces,
@@ -131,7 +119,7 @@ class ClipTokenizer:
         )
 
     def unknown_words(self, caption: str) -> list[str]:
-        """None: whatever can be written has bytes, and every byte has a row."""
+        """No words: every text has bytes, and every byte has an id."""
         return []
 
     def _pieces(self, caption: str) -> list[Piece]:
@@ -140,12 +128,12 @@ class ClipTokenizer:
             if self._special.fullmatch(part):
                 pieces.append(Piece(self._ids[part], part))
                 continue
-            # Letter by letter: a final sigma stays a sigma.
+            # Each letter alone is made lower-case, so that a final sigma stays a sigma.
             lower = "".join(c.lower() for c in unicodedata.normalize("NFC", part))
             for word in split_words(lower):
-                if word not in self._known:
-                    self._known[word] = self._merge(word)
-                pieces += self._known[word]
+                if word not in self._merged:
+                    self._merged[word] = self._merge(word)
+                pieces += self._merged[word]
         return pieces
 
     def _merge(self, word: str) -> list[Piece]:
@@ -166,7 +154,7 @@ class ClipTokenizer:
         return [Piece(self._ids.get(symbol, self._ids[EOS]), symbol) for symbol in symbols]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` needs, ready for JSON."""
+        """The arguments of `from_dict`, for JSON."""
         return {
             "kind": self.kind,
             "max_length": self.max_length,
@@ -186,7 +174,7 @@ class ClipTokenizer:
 
 
 def _as_text(symbols: Sequence[str]) -> str:
-    """What some pieces say; bytes that are no characters show as such."""
+    """The text of some pieces; bytes that are no characters become replacement characters."""
     spaced = "".join(f" {s} " if s in (BOS, EOS) else s.replace(_END, " ") for s in symbols)
     data = b"".join(bytes([_BYTE[c]]) if c in _BYTE else c.encode() for c in spaced)
     return data.decode(errors="replace").strip()
@@ -209,7 +197,7 @@ def _read_files(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _from_merges(lines: list[str]) -> tuple[list[str], list[str]]:
-    """CLIP's vocabulary follows from its merges: bytes, bytes at a word's end, merged pairs."""
+    """CLIP's vocabulary by its merges: bytes, bytes at the end of a word, merged pairs."""
     merges = [line for line in lines[1:] if line][:_NUM_MERGES]
     single = list(BYTE_CHARACTERS.values())
     joined = [pair.replace(" ", "") for pair in merges]
@@ -223,17 +211,16 @@ def _by_id(ids: dict[str, int]) -> list[str]:
     return tokens
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """max_length and pad as the files beside the vocabulary say."""
-    said: dict[str, Any] = {"max_length": 77, "pad": EOS}
+def _read_settings(path: Path) -> tuple[int, str]:
+    """max_length and pad by the files beside the vocabulary, or 77 and the end token."""
+    max_length, pad = 77, EOS
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the last one wins
         file = path / name
         if not file.is_file():
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         if content.get("model_max_length", _LONGEST) < _LONGEST:
-            said["max_length"] = content["model_max_length"]
-        if content.get("pad_token"):
-            token = content["pad_token"]
-            said["pad"] = token["content"] if isinstance(token, dict) else token
-    return said
+            max_length = content["model_max_length"]
+        if token := content.get("pad_token"):
+            pad = token["content"] if isinstance(token, dict) else token
+    return max_length, pad

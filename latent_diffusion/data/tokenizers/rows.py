@@ -1,4 +1,4 @@
-"""What all tokenizers share: rows of fixed length, one warning for what was cut, and JSON."""
+"""Shared by all tokenizers: rows of fixed length, a warning for a caption that is cut, and JSON."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A token of a caption: its row of the embedding, and what it stands for."""
+    """A token of a caption: its id, and its text."""
 
     id: int
     text: str
@@ -30,10 +30,10 @@ def fill_rows(
     end: Sequence[int] = (),
     join: Callable[[Sequence[str]], str] = " ".join,
 ) -> Int[np.ndarray, "N L"]:
-    """[start, caption, end, pad …] for every caption; what is too long loses its own last tokens.
+    """Return rows [start, caption, end, pad …]; a caption that is too long loses its last tokens.
 
-    cut: the captions warned about before; those of this call are added. join: the text of the
-    pieces that are lost, for the warning.
+    cut: the captions with an earlier warning; this call adds its own. join: makes the text of the
+    lost pieces, for the warning.
     """
     if isinstance(captions, str):
         raise TypeError(f"expected a list of captions, got the string {captions!r}")
@@ -56,11 +56,11 @@ def fill_rows(
 
 
 def check_length(max_length: int, least: int) -> None:
-    """Raise ValueError where rows have no room for what every row holds."""
+    """Raise ValueError for rows that are too short for the tokens that every row has."""
     if max_length < least:
         raise ValueError(f"max_length must be at least {least}, got {max_length}")
 
 
 def write_json(content: dict[str, Any], path: str | Path) -> None:
-    """Write a tokenizer's `to_dict()` where `load_tokenizer` finds it."""
+    """Write a tokenizer's `to_dict()` as a file for `load_tokenizer`."""
     Path(path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
