@@ -33,10 +33,7 @@ _CONFIG = Settings(  # of diffusers
         "latent_channels": "z_channels",
     },
     allowed={"act_fn": ("silu", "swish")},
-)
-_UNWRITTEN = Settings(  # settings that are checked, but not written: their defaults are diffusers'
-    {},
-    allowed={"norm_type": ("group",), "use_quant_conv": (True,), "use_post_quant_conv": (True,)},
+    checked={"norm_type": ("group",), "use_quant_conv": (True,), "use_post_quant_conv": (True,)},
 )
 _ENDS = (
     Rule("(encoder|decoder)/(conv_in|conv_out)", r"\1.\2", "conv"),
@@ -188,7 +185,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
     Raises ValueError for a setting that our autoencoder can't express.
     """
     name, widths = config["_class_name"], list(config["block_out_channels"])
-    fields = _UNWRITTEN.read(config, name) | _CONFIG.read(config, name)
+    fields = _CONFIG.read(config, name)
     downs, ups = config["down_block_types"], config["up_block_types"]
     attention = [kind.startswith("Attn") for kind in downs]
     if attention != [kind.startswith("Attn") for kind in ups][::-1]:

@@ -14,11 +14,13 @@ class Settings:
     names: their name → the name of our field, where both have the same value.
     defaults: their value where a setting is absent; a setting without a default must be there.
     allowed: the only values of some settings that our module computes; the first is the default.
+    checked: the same for settings that are not written, since not all classes have them.
     """
 
     names: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    checked: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def read(self, config: Mapping[str, Any], owner: str) -> Fields:
         """Return our fields. owner: the class of the other library, for messages.
@@ -26,7 +28,7 @@ class Settings:
         Raises ValueError for a value that our module can't compute, and KeyError for a setting that
         is absent and has no default.
         """
-        for name, allowed in self.allowed.items():
+        for name, allowed in {**self.allowed, **self.checked}.items():
             if (value := config.get(name, allowed[0])) not in allowed:
                 supported = " or ".join(map(repr, allowed))
                 raise ValueError(f"{owner}.{name}={value!r}; supported: {supported}")

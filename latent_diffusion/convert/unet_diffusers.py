@@ -7,6 +7,11 @@ from latent_diffusion.convert import unet
 from latent_diffusion.convert.settings import Fields, Settings
 from latent_diffusion.nets.unet import UNet
 
+_NONE_ALONE = (
+    "time_embedding_dim", "encoder_hid_dim", "addition_embed_type", "time_cond_proj_dim",
+    "cross_attention_norm", "mid_block_only_cross_attention",
+    "reverse_transformer_layers_per_block",
+)  # fmt: skip
 _SETTINGS = Settings(
     names={
         "out_channels": "out_channels",
@@ -23,10 +28,7 @@ _SETTINGS = Settings(
         "mid_block_scale_factor": (1,),
         "norm_eps": (1e-5,),
     },
-)
-_UNWRITTEN = Settings(  # settings that are checked, but not written: their defaults are diffusers'
-    {},
-    allowed={
+    checked={
         "class_embed_type": (None, "projection"),
         "time_embedding_type": ("positional",),
         "add_attention": (True,),
@@ -36,19 +38,8 @@ _UNWRITTEN = Settings(  # settings that are checked, but not written: their defa
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
-    }
-    | dict.fromkeys(
-        (
-            "time_embedding_dim",
-            "encoder_hid_dim",
-            "addition_embed_type",
-            "time_cond_proj_dim",
-            "cross_attention_norm",
-            "mid_block_only_cross_attention",
-            "reverse_transformer_layers_per_block",
-        ),
-        (None,),
-    ),
+        **dict.fromkeys(_NONE_ALONE, (None,)),
+    },
 )
 
 
@@ -58,7 +49,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
     Raises ValueError for a setting that our U-Net can't express.
     """
     name, widths = config["_class_name"], list(config["block_out_channels"])
-    fields = _UNWRITTEN.read(config, name) | _SETTINGS.read(config, name)
+    fields = _SETTINGS.read(config, name)
     kinds = config["down_block_types"]
     attends = ["Attn" in kind for kind in kinds]
     resample = [k.startswith("Resnet") for k in kinds] + [config.get("downsample_type") == "resnet"]

@@ -27,22 +27,11 @@ from typing import NamedTuple
 from PIL import Image
 
 GROUPS = (
-    "Smileys & Emotion",
-    "People & Body",
-    "Animals & Nature",
-    "Food & Drink",
-    "Travel & Places",
-    "Activities",
-    "Objects",
-    "Symbols",
-    "Flags",
-)
-SKIN_TONES = (
-    "light skin tone",
-    "medium-light skin tone",
-    "medium skin tone",
-    "medium-dark skin tone",
-    "dark skin tone",
+    "Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places",
+    "Activities", "Objects", "Symbols", "Flags",
+)  # fmt: skip
+SKIN_TONES = tuple(
+    f"{tone} skin tone" for tone in ("light", "medium-light", "medium", "medium-dark", "dark")
 )
 _TONE = re.compile(r"(?<!\S)(?:medium-light|medium-dark|light|medium|dark) skin tone")
 

@@ -19,23 +19,10 @@ from latent_diffusion.data.sources import Example, Remember
 from latent_diffusion.types import lookup
 
 SUBJECTS = (
-    "red heart",
-    "red apple",
-    "sun",
-    "deciduous tree",
-    "house",
-    "automobile",
-    "dog face",
-    "grinning face",
-    "star",
-    "soccer ball",
-    "mushroom",
-    "fish",
-    "wrapped gift",
-    "key",
-    "umbrella",
+    "red heart", "red apple", "sun", "deciduous tree", "house", "automobile", "dog face",
+    "grinning face", "star", "soccer ball", "mushroom", "fish", "wrapped gift", "key", "umbrella",
     "ice cream",
-)
+)  # fmt: skip
 GROUNDS = ((255, 255, 255), (222, 240, 255), (226, 245, 220), (250, 240, 214))
 NUM_OBJECTS = (2, 4)
 SIDES = (0.34, 0.6)  # of a drawing, as a share of the scene's side

@@ -5,6 +5,7 @@ MATLAB are a matrix for the rows and another for the columns.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -51,16 +52,7 @@ def _nearest(old: int, new: int) -> np.ndarray:
     return np.eye(old)[np.arange(new) * old // new]
 
 
-def _linear(old: int, new: int) -> np.ndarray:
-    return _kernel(old, new, lambda x: np.maximum(1 - np.abs(x), 0), 1)
-
-
-def _cubic(old: int, new: int) -> np.ndarray:
-    return _kernel(old, new, keys_kernel, 2)
-
-
-def _lanczos(old: int, new: int) -> np.ndarray:
-    return _kernel(old, new, _lanczos4, 4)
+_linear = partial(_kernel, kernel=lambda x: np.maximum(1 - np.abs(x), 0), reach=1)
 
 
 def _area(old: int, new: int) -> np.ndarray:
@@ -81,9 +73,9 @@ def _matlab(old: int, new: int) -> np.ndarray:
 MATRICES: dict[str, Matrix] = {
     "cv_nearest": _nearest,
     "cv_bilinear": _linear,
-    "cv_bicubic": _cubic,
+    "cv_bicubic": partial(_kernel, kernel=keys_kernel, reach=2),
     "cv_area": _area,
-    "cv_lanczos": _lanczos,
+    "cv_lanczos": partial(_kernel, kernel=_lanczos4, reach=4),
     "matlab_bicubic": _matlab,
 }
 PILLOW = {
