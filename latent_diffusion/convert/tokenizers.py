@@ -66,9 +66,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
         return _write_clip(tokenizer, folder)
     if isinstance(tokenizer, BertTokenizer):
         (folder / "vocab.txt").write_text("\n".join(tokenizer.vocabulary) + "\n", encoding="utf-8")
-        config = {"do_lower_case": True, "model_max_length": tokenizer.max_length}
-        _save(folder, "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **config})
-        return "BertTokenizer"
+        return _save_config(folder, "BertTokenizer", tokenizer, do_lower_case=True)
     return _write_words(tokenizer, folder)
 
 
@@ -79,15 +77,8 @@ def _write_clip(tokenizer: ClipTokenizer, folder: Path) -> str:
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokens = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": tokenizer.pad}
     _save(folder, "special_tokens_map.json", tokens)
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": tokenizer.max_length,
-        "add_prefix_space": False,
-        "do_lower_case": True,
-        "errors": "replace",
-    }
-    _save(folder, "tokenizer_config.json", {**config, **tokens})
-    return "CLIPTokenizer"
+    settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    return _save_config(folder, "CLIPTokenizer", tokenizer, **settings, **tokens)
 
 
 def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
@@ -97,8 +88,7 @@ def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
     """
     tokenizer.save(folder / OURS)
     pad, unknown = "[PAD]", "[UNK]"
-    vocabulary = {pad: 0, unknown: 1}
-    vocabulary |= {word: i for i, word in enumerate(tokenizer.vocabulary, start=2)}
+    vocabulary = {word: i for i, word in enumerate((pad, unknown, *tokenizer.vocabulary))}
     split = {
         "type": "Split",
         "pattern": {"Regex": r"[\p{L}\p{N}]+(?:-[\p{L}\p{N}]+)*|[#*]"},
@@ -118,24 +108,23 @@ def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
     ]  # fmt: skip
     content = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding", "post_processor", "decoder")),
         "added_tokens": special,
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": split,
-        "post_processor": None,
-        "decoder": None,
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown},
     }
     _save(folder, "tokenizer.json", content)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": tokenizer.max_length,
-        "pad_token": pad,
-        "unk_token": unknown,
-    }
+    return _save_config(
+        folder, "PreTrainedTokenizerFast", tokenizer, pad_token=pad, unk_token=unknown
+    )
+
+
+def _save_config(folder: Path, name: str, tokenizer: Tokenizer, **settings: Any) -> str:
+    """Write tokenizer_config.json for the class `name`; returns the name."""
+    config = {"tokenizer_class": name, "model_max_length": tokenizer.max_length, **settings}
     _save(folder, "tokenizer_config.json", config)
-    return "PreTrainedTokenizerFast"
+    return name
 
 
 def _save(folder: Path, name: str, content: Mapping[str, Any]) -> None:

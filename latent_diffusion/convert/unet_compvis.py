@@ -101,20 +101,12 @@ def yaml_from_fields(
     """
     module = UNet(**fields)
     check_groups(module)
-    params = _SETTINGS.write(module)
-    params.update(
-        image_size=image_size,
-        in_channels=widths[0],
-        use_checkpoint=module.remat != "none",
-        legacy=False,
-    )
-    if module.num_head_channels:
-        params["num_head_channels"] = module.num_head_channels
-    else:
-        params["num_heads"] = module.num_heads
+    params = _SETTINGS.write(module) | {"image_size": image_size, "in_channels": widths[0]}
+    params |= {"use_checkpoint": module.remat != "none", "legacy": False}
+    heads = "num_head_channels" if module.num_head_channels else "num_heads"
+    params[heads] = getattr(module, heads)
     if module.transformer_depth:
-        params["use_spatial_transformer"] = True
-        params["transformer_depth"] = module.transformer_depth
+        params |= {"use_spatial_transformer": True, "transformer_depth": module.transformer_depth}
         params["context_dim"] = widths[1]
         if linear_projections:
             params["use_linear_in_transformer"] = True
