@@ -15,7 +15,7 @@ from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import Rule, matching, prefixed, within, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
-from latent_diffusion.nets.conditioners.spatial_rescaler import SpatialRescaler
+from latent_diffusion.nets.conditioners.maps import SpatialRescaler
 
 log = logging.getLogger(__name__)
 

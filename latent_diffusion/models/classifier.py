@@ -1,4 +1,4 @@
-"""A classifier of noisy latents: what class guidance of an unconditional model needs."""
+"""A classifier of noisy latents, for class guidance of an unconditional model."""
 
 from typing import Any
 
@@ -30,11 +30,8 @@ class NoisyClassifier(flax.struct.PyTreeNode):
         return out
 
     def log_prob(
-        self,
-        z_t: Float[Array, "B h w c"],
-        t: Num[Array, ""],
-        labels: Int[Array, " B"],
+        self, z_t: Float[Array, "B h w c"], t: Num[Array, ""], labels: Int[Array, " B"]
     ) -> Float[Array, " B"]:
-        """log p(label | z_t), all at one timestep: what `guidance.by_classifier` takes."""
+        """log p(label | z_t) in nats, all at one timestep, for `guidance.by_classifier`."""
         scores = self.logits(z_t, jnp.broadcast_to(t, z_t.shape[:1]))
         return jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], 1)[:, 0]

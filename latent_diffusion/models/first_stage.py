@@ -1,10 +1,10 @@
-"""The frozen first stage: pixels → moments → latents → pixels, and the latent scale.
+"""The frozen first stage: pixels → moments → latents → pixels, and the latents' scale.
 
 The denoiser sees latents of about unit variance (paper App. G). `scale_factor` and `shift` are
-applied here, in `latents` and `decode`, and nowhere else.
+applied in this module and nowhere else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -30,18 +30,18 @@ class FirstStage(flax.struct.PyTreeNode):
     module: nn.Module = flax.struct.field(pytree_node=False)
 
     def moments(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w m"]:
-        """What can be cached: the encoder's output, before sampling and scaling."""
+        """The encoder's output, before sampling and scaling: the part that can be cached."""
         return self._apply("encode", x)
 
     def latents(
         self, moments: Float[Array, "B h w m"], keys: Keys | None = None
     ) -> Float[Array, "B h w c"]:
-        """Scaled latents; sampled per example with `keys`, the posterior's mode without."""
+        """Scaled latents: samples of the posterior with `keys` [B], its modes without."""
         z = self._apply("latents", moments, keys)
         return (z - self.shift) * self.scale_factor
 
     def encode(self, batch: Batch, keys: Keys | None = None) -> Float[Array, "B h w c"]:
-        """Scaled latents of a batch, from its cached `moments` if it has them, else its `image`."""
+        """Scaled latents of a batch: of its cached `moments` if there are any, else of `image`."""
         moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
         return self.latents(moments, keys)
 
@@ -50,7 +50,7 @@ class FirstStage(flax.struct.PyTreeNode):
         return self._apply("decode", z / self.scale_factor + self.shift)
 
     def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-        """Scaled latents replaced by the closest entries of the codebook."""
+        """Scaled latents replaced by the nearest codes; ValueError without a codebook."""
         if getattr(self.module, "regularization", "none") in ("kl", "none"):
             raise ValueError("quantize_x0 needs a first stage with a codebook")
         z = z / self.scale_factor + self.shift
@@ -62,7 +62,7 @@ class FirstStage(flax.struct.PyTreeNode):
 
 
 def make_autoencoder(config: Config, axis_name: str | None = None) -> nn.Module:
-    """The autoencoder that `config` describes; regularization "identity" is pixel space."""
+    """The autoencoder that `config` describes; regularization "identity" keeps the pixels."""
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
     fields = dict(config)
@@ -71,29 +71,17 @@ def make_autoencoder(config: Config, axis_name: str | None = None) -> nn.Module:
 
 
 def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> FirstStage:
-    """A first stage with random weights and unit scale: what loaded weights are poured into."""
+    """A first stage with random parameters and unit scale, the template for loaded parameters."""
     params = module.init(rng, image).get("params", {})
     return FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
 
 
-def _statistics_all(mean: np.ndarray, mean_square: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The paper's: 1/std over all elements, latents are not centred."""
-    return np.zeros(()), np.asarray(np.sqrt(np.mean(mean_square) - np.mean(mean) ** 2))
-
-
-def _statistics_channel(mean: np.ndarray, mean_square: np.ndarray):
-    """Every channel centred and scaled on its own."""
-    return mean, np.sqrt(mean_square - mean**2)
-
-
-def _statistics_none(mean: np.ndarray, mean_square: np.ndarray):
-    return np.zeros(()), np.ones(())
-
-
-NORMALIZATIONS = {
-    "scalar": _statistics_all,
-    "channel": _statistics_channel,
-    "none": _statistics_none,
+# (mean [c], mean square [c]) of the latents -> (shift, standard deviation). The paper has "scalar":
+# one deviation over all elements of the latents, which are not centred.
+NORMALIZATIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "scalar": lambda m, m2: (np.zeros(()), np.asarray(np.sqrt(np.mean(m2) - np.mean(m) ** 2))),
+    "channel": lambda m, m2: (m, np.sqrt(m2 - m**2)),
+    "none": lambda m, m2: (np.zeros(()), np.ones(())),
 }
 
 

@@ -1,25 +1,19 @@
-"""CLIP's transformer layer, of which its text and its image encoder are made."""
+"""CLIP's transformer layer, from which its text and image encoders are built."""
 
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from latent_diffusion.nets.attention import SelfAttention
-from latent_diffusion.nets.layers import Dense
+from latent_diffusion.nets.layers import Dense, layer_norm
 from latent_diffusion.types import Array, Float, lookup
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's weights
 }
-
-
-def layer_norm(name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    """Layer normalisation in float32, whatever the compute dtype."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
 class ClipLayer(nn.Module):

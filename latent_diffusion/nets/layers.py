@@ -111,6 +111,11 @@ class GroupNorm(nn.Module):
         return (flat * factor + (bias - mean * factor)).reshape(x.shape).astype(x.dtype)
 
 
+def layer_norm(name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
+    """Layer normalisation in float32, whatever the compute dtype."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
+
+
 def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) -> Any:
     """`compute()`, unless the module's variables in `collection` hold its value already.
 

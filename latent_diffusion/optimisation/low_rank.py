@@ -15,10 +15,10 @@ from latent_diffusion.types import Config, Params
 
 
 def init(rng: jax.Array, params: Params, config: Config) -> Params:
-    """Factors for every kernel whose path matches `targets`: A random, B zero, so that W stays.
+    """Factors for every kernel whose path matches `targets`; A is random and B zero, so W stays.
 
-    config: `rank` and `targets` (regular expressions). Raises ValueError where none
-    matches, or one that isn't a matrix does.
+    config: `rank` and `targets` (regular expressions). Raises ValueError where no kernel matches,
+    and where a kernel that is no matrix matches.
     """
     flat = flatten_dict(params, sep="/")
     targets = [path for path in flat if any(re.search(t, path) for t in config["targets"])]
@@ -40,13 +40,13 @@ def init(rng: jax.Array, params: Params, config: Config) -> Params:
 def merge(params: Params, factors: Params, alpha: float | int) -> Params:
     """The parameters with (α/r)·A·B added to the adapted kernels."""
     flat = flatten_dict(params, sep="/")
-    for path, own in flatten_factors(factors).items():
-        flat[path] = flat[path] + alpha / own["down"].shape[1] * (own["down"] @ own["up"])
+    for path, pair in flatten_factors(factors).items():
+        flat[path] = flat[path] + alpha / pair["down"].shape[1] * (pair["down"] @ pair["up"])
     return unflatten_dict(flat, sep="/")
 
 
 def flatten_factors(factors: Params) -> dict[str, dict[str, Any]]:
-    """{path of the kernel: its factors}."""
+    """The factors {"down", "up"} by the path of their kernel."""
     by_kernel: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten_dict(factors, sep="/").items():
         kernel, _, name = path.rpartition("/")

@@ -14,19 +14,12 @@ from latent_diffusion.types import Array, Config, Float, Int, Params, lookup
 Schedule = Callable[[Any], Any]
 
 
-def _constant(peak: float, decay_steps: int, end_factor: float) -> Schedule:
-    return optax.constant_schedule(peak)
-
-
-def _cosine(peak: float, decay_steps: int, end_factor: float) -> Schedule:
-    return optax.cosine_decay_schedule(peak, max(decay_steps, 1), alpha=end_factor)
-
-
-def _linear(peak: float, decay_steps: int, end_factor: float) -> Schedule:
-    return optax.linear_schedule(peak, peak * end_factor, max(decay_steps, 1))
-
-
-LR_SCHEDULES = {"constant": _constant, "cosine": _cosine, "linear": _linear}
+# (peak, steps of the decay, share of the peak at the end) -> the curve after the warm-up
+LR_SCHEDULES: dict[str, Callable[[float, int, float], Schedule]] = {
+    "constant": lambda peak, steps, end: optax.constant_schedule(peak),
+    "cosine": lambda peak, steps, end: optax.cosine_decay_schedule(peak, steps, alpha=end),
+    "linear": lambda peak, steps, end: optax.linear_schedule(peak, peak * end, steps),
+}
 OPTIMIZERS = {"adam": optax.scale_by_adam, "adamw": optax.scale_by_adam}
 
 
@@ -34,14 +27,14 @@ def learning_rate_schedule(config: Config, num_steps: int) -> Schedule:
     """Linear warm-up from 0, then the named curve down to `end_factor`·peak at `num_steps`."""
     curve = lookup(LR_SCHEDULES, config["schedule"], "optimizer.schedule")
     peak, warmup = config["learning_rate"], config["warmup_steps"]
-    decay = curve(peak, num_steps - warmup, config["end_factor"])
+    decay = curve(peak, max(num_steps - warmup, 1), config["end_factor"])
     if not warmup:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def path_mask(patterns: Sequence[str]) -> Callable[[Params], Params]:
-    """A function from a tree to booleans: does any pattern occur in the leaf's path?"""
+    """A function from a tree to booleans: whether any pattern occurs in the leaf's path."""
     compiled = [re.compile(pattern) for pattern in patterns]
 
     def mask(tree: Params) -> Params:
@@ -53,10 +46,10 @@ def path_mask(patterns: Sequence[str]) -> Callable[[Params], Params]:
 
 
 def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, learning rate; frozen paths stay put.
+    """Clipping by global norm, Adam, decoupled weight decay, learning rate; frozen paths rest.
 
-    config: the `optimizer` fields of configs/default.py. `adamw` decays every parameter, norms
-    and biases too, as the reference does, except paths that match `no_decay`.
+    config: the `optimizer` fields of configs/default.py. As in the reference, `adamw` decays every
+    parameter, norms and biases too, except paths that match `no_decay`.
     """
     adam = lookup(OPTIMIZERS, config["name"], "optimizer.name")
     parts = [optax.clip_by_global_norm(config["grad_clip"])] if config["grad_clip"] else []
@@ -81,9 +74,9 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
 
 
 def ema_update(ema_params: Params, params: Params, step: Int[Array, ""], decay: float) -> Params:
-    """Move the average towards the *new* parameters: decay min(decay, (1 + n)/(10 + n)).
+    """Move the average towards the *new* parameters, with decay min(decay, (1 + n)/(10 + n)).
 
-    step: updates done before this one, so n = step + 1 as in the reference. decay 0 copies.
+    step: the number of earlier updates, so n = step + 1 as in the reference. decay=0 copies.
     """
     n = step + 1
     rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))

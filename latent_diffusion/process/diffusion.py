@@ -1,4 +1,4 @@
-"""The diffusion process: noising, and the quantities that a network may predict of it.
+"""The diffusion process: noising, and the quantities that a network may predict.
 
 z_t = alpha_t z_0 + sigma_t eps (Ho et al. 2020; Kingma et al. 2021). Every prediction type is a
 combination a z_0 + b eps, so one 2×2 system converts all of them.
@@ -14,7 +14,7 @@ from latent_diffusion.types import Array, Float, lookup
 
 
 class Prediction(NamedTuple):
-    """What a denoiser knows about z_t: estimates of the clean latent and of the noise in it."""
+    """A denoiser's estimates of the clean latent and of the noise in z_t."""
 
     z_0: Float[Array, "B ..."]
     eps: Float[Array, "B ..."]
@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
 Denoiser = Callable[[Array, Array], Prediction]  # (z_t [B ...], t scalar) -> Prediction
 
 
-# kind -> (a, b): the network predicts a z_0 + b eps.
+# (alpha_t, sigma_t) -> (a, b) by prediction type: the network predicts a z_0 + b eps.
 PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | float]]] = {
     "eps": lambda alpha, sigma: (0.0, 1.0),
     "x0": lambda alpha, sigma: (1.0, 0.0),
@@ -33,7 +33,7 @@ PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | flo
 
 
 def _expand(coefficient: Array, like: Array) -> Array:
-    """Coefficients [B] or [] against a latent [B ...]."""
+    """Append axes to coefficients [B] or [], so that they multiply a latent [B ...]."""
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
 
 
@@ -51,8 +51,8 @@ def prediction_target(
     eps: Float[Array, "B ..."],
     t: Timestep,
 ) -> Float[Array, "B ..."]:
-    """What a network of this kind ("eps", "x0", "v" or "flow") should answer for z_t."""
-    alpha_t, sigma_t = (_expand(c, z_0) for c in (schedule.alpha_t(t), schedule.sigma_t(t)))
+    """The right answer for z_t of a network that predicts `kind` ("eps", "x0", "v" or "flow")."""
+    alpha_t, sigma_t = _expand(schedule.alpha_t(t), z_0), _expand(schedule.sigma_t(t), z_0)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
     return a * z_0 + b * eps
 
@@ -64,7 +64,7 @@ def to_z_0_and_eps(
     sigma_t: Float[Array, "..."],
     z_t: Float[Array, "B ..."],
 ) -> Prediction:
-    """Convert a network's prediction at z_t; alpha_t and sigma_t are scalars or [B]."""
+    """Convert a network's prediction `pred` at z_t; alpha_t and sigma_t are scalars or [B]."""
     alpha_t, sigma_t = _expand(alpha_t, z_t), _expand(sigma_t, z_t)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
     determinant = alpha_t * b - sigma_t * a
@@ -81,12 +81,12 @@ def posterior_variance(schedule: NoiseSchedule, v_posterior: float = 0.0) -> Flo
 
 
 def noise_share(schedule: NoiseSchedule) -> Array:
-    """1 − ᾱ_t, without the cancellation."""
+    """1 − ᾱ_t of every t, computed without cancellation."""
     return schedule.sigmas**2 / (schedule.alphas**2 + schedule.sigmas**2)
 
 
 def prior_bits_per_dim(schedule: NoiseSchedule, z_0: Float[Array, "B ..."]) -> Float[Array, " B"]:
-    """KL of q(z_{T−1} | z_0) from N(0, 1), in bits per dimension: what the noise still tells."""
+    """KL(q(z_{T−1} | z_0) ‖ N(0, 1)) of each example, in bits per dimension."""
     alpha, sigma = schedule.alphas[-1], schedule.sigmas[-1]
     nats = 0.5 * (sigma**2 + jnp.square(alpha * z_0) - 1) - jnp.log(sigma)
     return jnp.mean(nats.reshape(z_0.shape[0], -1), axis=1) / jnp.log(2.0)

@@ -15,17 +15,6 @@ import numpy as np
 
 from latent_diffusion.types import Array, Float, Int, lookup
 
-__all__ = [
-    "BETAS",
-    "CLEAN",
-    "SPACINGS",
-    "NoiseSchedule",
-    "Timestep",
-    "Timesteps",
-    "make_schedule",
-    "spacing",
-]
-
 Timestep = Int[Array, "..."] | Float[Array, "..."] | int | float
 Timesteps = Int[Array, " S_and_end"] | Float[Array, " S_and_end"]  # [S+1]
 
@@ -36,8 +25,8 @@ CLEAN = -1  # the timestep of noise-free data: alpha 1, sigma 0
 class NoiseSchedule:
     """Tables over t = 0 … T−1 of z_t = alpha_t z_0 + sigma_t eps.
 
-    Every method takes integer or float timesteps of any shape. −1 (any negative t) is clean data;
-    a fractional t interpolates log(sigma/alpha) linearly, as k-diffusion does; t beyond T−1 is T−1.
+    Every method takes integer or float timesteps of any shape. A negative t stands for clean data;
+    a fractional t interpolates log(sigma/alpha) linearly, as in k-diffusion; t beyond T−1 is T−1.
     """
 
     betas: Float[Array, " T"]  # 1 − ᾱ_t / ᾱ_{t−1}
@@ -48,7 +37,7 @@ class NoiseSchedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """T, the number of timesteps."""
         return self.alphas_cumprod.shape[0]
 
     def alpha_t(self, t: Timestep) -> Float[Array, "..."]:
@@ -78,7 +67,7 @@ class NoiseSchedule:
         return low, (t - low).astype(self.log_snr.dtype)
 
     def _at(self, t: Timestep, table: Array, share: Callable[[Array], Array]) -> Array:
-        """table[t]; between entries from the interpolated log-SNR (share: log-SNR -> energy)."""
+        """table[t]; for a fractional t from its energy: share(interpolated log-SNR)."""
         low, weight = self._locate(t)
         scale = jnp.hypot(self.alphas, self.sigmas)  # 1 for variance-preserving schedules
         high = jnp.minimum(low + 1, self.num_timesteps - 1)
@@ -88,27 +77,21 @@ class NoiseSchedule:
         return jnp.where(weight == 0, table[low], between)
 
 
-def _linear(num: int, start: float, end: float, cosine_s: float) -> np.ndarray:
-    # "linear" is the field's name for the square of a line (scaled-linear in diffusers).
-    return np.linspace(start**0.5, end**0.5, num) ** 2
-
-
-def _sqrt_linear(num: int, start: float, end: float, cosine_s: float) -> np.ndarray:
-    return np.linspace(start, end, num)  # the line of Ho et al. 2020, under CompVis' name
-
-
-def _sqrt(num: int, start: float, end: float, cosine_s: float) -> np.ndarray:
-    return np.linspace(start, end, num) ** 0.5
-
-
-def _cosine(num: int, start: float, end: float, cosine_s: float) -> np.ndarray:
-    # Nichol & Dhariwal 2021, eq. 17; start and end play no role.
-    tau = (np.arange(num + 1) / num + cosine_s) / (1 + cosine_s)
+def _cosine(num: int, start: float, end: float, offset: float) -> np.ndarray:
+    """The cosine schedule (Nichol & Dhariwal 2021, eq. 17); it has no start and end."""
+    tau = (np.arange(num + 1) / num + offset) / (1 + offset)
     alpha_bar = np.cos(np.pi / 2 * tau) ** 2
     return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
 
 
-BETAS = {"linear": _linear, "sqrt_linear": _sqrt_linear, "sqrt": _sqrt, "cosine": _cosine}
+# (T, beta_start, beta_end, cosine_s) -> betas [T]. The names are those of CompVis: "linear" is the
+# square of a line (diffusers' "scaled_linear"), "sqrt_linear" the line of Ho et al. 2020.
+BETAS: dict[str, Callable[[int, float, float, float], np.ndarray]] = {
+    "linear": lambda num, start, end, _: np.linspace(start**0.5, end**0.5, num) ** 2,
+    "sqrt_linear": lambda num, start, end, _: np.linspace(start, end, num),
+    "sqrt": lambda num, start, end, _: np.linspace(start, end, num) ** 0.5,
+    "cosine": _cosine,
+}
 
 
 def make_schedule(
@@ -122,10 +105,11 @@ def make_schedule(
 ) -> NoiseSchedule:
     """Tabulate a noise schedule.
 
-    name: a curve of `BETAS`, or "rectified_flow": alpha = 1 − (t+1)/T, sigma = (t+1)/T, which
-    ignores the betas (Liu et al. 2022). betas: given values, which take precedence over `name`.
-    zero_terminal_snr: shift and stretch √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023, algorithm 1);
-    needs an x0, v or flow network, since eps tells nothing about z_0 there.
+    name: a curve of `BETAS`, or "rectified_flow": alpha = 1 − (t+1)/T, sigma = (t+1)/T, which has
+    no betas (Liu et al. 2022). betas: [T] values that replace the named curve.
+    zero_terminal_snr: shift and stretch √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023, algorithm 1). This
+    needs a network that predicts x0, v or flow, since eps determines no z_0 there.
+    Raises ValueError for an unknown name.
     """
     if betas is None and name == "rectified_flow":
         sigmas = np.arange(1, num_timesteps + 1) / num_timesteps
@@ -150,13 +134,9 @@ def _tabulate(alphas: np.ndarray, sigmas: np.ndarray) -> NoiseSchedule:
 
 
 # ------------------------------------------------------------------------------------ spacings
-# Each takes the log-SNR table [T] (float64), S, and where sampling ends, and returns the S
-# evaluation timesteps in either order; `spacing` sorts and bounds them and appends the end.
-
-
-def _original(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    # CompVis: range(0, T, T // S) + 1. floor(iT/S) equals it where S divides T; always S of them.
-    return np.arange(num) * len(log_snr) // num + 1
+# A spacing takes the log-SNR table [T] (float64), S, and the timestep where sampling ends, and
+# returns the S timesteps of the network in either order; `spacing` sorts and bounds them and
+# appends the end.
 
 
 def _original_quad(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
@@ -167,35 +147,8 @@ def _original_quad(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
 
 
 def _ramp(first: Any, last: Any, num: int, end: int) -> np.ndarray:
-    """S even steps down to `last`: it is evaluated too, except where sampling ends there."""
+    """S even steps down to `last`, which the network evaluates unless sampling ends there."""
     return np.linspace(first, last, num) if end < 0 else np.linspace(first, last, num + 1)[:-1]
-
-
-def _uniform(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    return np.round(_linspace(log_snr, num, end))
-
-
-def _linspace(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    return _ramp(len(log_snr) - 1, 0, num, end)
-
-
-def _open(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    # t = 0 isn't evaluated even where sampling goes on from it to clean data (DPM-Solver's).
-    return np.round(_ramp(len(log_snr) - 1, 0, num, 0))
-
-
-def _leading(log_snr: np.ndarray, num: int, end: int, offset: int = 0) -> np.ndarray:
-    return np.arange(num) * (len(log_snr) // num) + offset
-
-
-def _open_leading(log_snr: np.ndarray, num: int, end: int, offset: int = 0) -> np.ndarray:
-    # Without t = 0, like "open".
-    return (np.arange(num) + 1) * (len(log_snr) // (num + 1)) + offset
-
-
-def _trailing(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    total = len(log_snr)
-    return np.round(total - np.arange(num) * (total / num)) - 1
 
 
 def _quad(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
@@ -204,35 +157,31 @@ def _quad(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
 
 
 def _karras(log_snr: np.ndarray, num: int, end: int, rho: float = 7.0) -> np.ndarray:
-    # Karras et al. 2022, eq. 5, in sigma/alpha.
+    """Even steps of (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
     sigmas = np.exp(-0.5 * log_snr)
     ramp = _ramp(sigmas[-1] ** (1 / rho), sigmas[0] ** (1 / rho), num, end)
     return _timesteps_at(log_snr, -2 * rho * np.log(ramp))
 
 
-def _exponential(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    return _timesteps_at(log_snr, _ramp(log_snr[-1], log_snr[0], num, end))
+def _listed(
+    log_snr: np.ndarray, num: int, end: int, timesteps: Sequence[float | int]
+) -> np.ndarray:
+    """The timesteps of a list; where it has another length, its log-SNR is interpolated.
 
-
-def _given(log_snr: np.ndarray, num: int, end: int, timesteps: Sequence[float | int]) -> np.ndarray:
-    given = np.sort(np.asarray(timesteps, np.float64))[::-1]
-    if not (given[0] <= len(log_snr) - 1 and given[-1] >= 0):
+    Sabour et al. 2024, section 4.
+    """
+    listed = np.sort(np.asarray(timesteps, np.float64))[::-1]
+    if not (listed[0] <= len(log_snr) - 1 and listed[-1] >= 0):
         raise ValueError(f"given timesteps must lie in 0 … {len(log_snr) - 1}, got {timesteps}")
-    if len(given) == num:
-        return given
-    # A list made for another S: interpolate its log-SNR (Sabour et al. 2024, §4).
-    log_snr_given = np.interp(given, np.arange(len(log_snr)), log_snr)
-    wanted = np.interp(np.linspace(0, 1, num), np.linspace(0, 1, len(given)), log_snr_given)
+    if len(listed) == num:
+        return listed
+    values = np.interp(listed, np.arange(len(log_snr)), log_snr)
+    wanted = np.interp(np.linspace(0, 1, num), np.linspace(0, 1, len(listed)), values)
     return _timesteps_at(log_snr, wanted)
 
 
-def _ays(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
-    # "Align your steps" for Stable Diffusion 1 (Sabour et al. 2024).
-    return _given(log_snr, num, end, (999, 850, 736, 645, 545, 455, 343, 233, 124, 24))
-
-
 def _lcm(log_snr: np.ndarray, num: int, end: int, distilled_steps: int = 50) -> np.ndarray:
-    # Luo et al. 2023: out of the timesteps of the solver that was distilled.
+    """Some of the timesteps of the solver that was distilled (Luo et al. 2023)."""
     if num > distilled_steps:
         raise ValueError(f"num_steps must lie in 1 … {distilled_steps} (distilled), got {num}")
     trained = (np.arange(distilled_steps) + 1) * (len(log_snr) // distilled_steps) - 1
@@ -243,35 +192,40 @@ def _timesteps_at(log_snr: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.interp(-wanted, -log_snr, np.arange(len(log_snr)))
 
 
+_AYS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)  # of Stable Diffusion 1 (Sabour et al.)
 SPACINGS: dict[str, Callable[..., np.ndarray]] = {
-    "original": _original,
+    # CompVis' range(0, T, T // S) + 1 where S divides T, and S timesteps for any other S, too.
+    "original": lambda x, num, end: np.arange(num) * len(x) // num + 1,
     "original_quad": _original_quad,
-    "uniform": _uniform,
-    "linspace": _linspace,
-    "open": _open,
-    "leading": _leading,
-    "open_leading": _open_leading,
-    "trailing": _trailing,
+    "uniform": lambda x, num, end: np.round(_ramp(len(x) - 1, 0, num, end)),
+    "linspace": lambda x, num, end: _ramp(len(x) - 1, 0, num, end),
+    # DPM-Solver's "open" spacings don't evaluate t = 0 even where sampling ends at clean data.
+    "open": lambda x, num, end: np.round(_ramp(len(x) - 1, 0, num, 0)),
+    "leading": lambda x, num, end, offset=0: np.arange(num) * (len(x) // num) + offset,
+    "open_leading": lambda x, num, end, offset=0: (
+        (np.arange(num) + 1) * (len(x) // (num + 1)) + offset
+    ),
+    "trailing": lambda x, num, end: np.round(len(x) - np.arange(num) * (len(x) / num)) - 1,
     "quad": _quad,
     "karras": _karras,
-    "exponential": _exponential,
-    "given": _given,
-    "ays": _ays,
+    "exponential": lambda x, num, end: _timesteps_at(x, _ramp(x[-1], x[0], num, end)),
+    "given": _listed,
+    "ays": lambda x, num, end: _listed(x, num, end, _AYS),  # "Align your steps"
     "lcm": _lcm,
 }
 
 
 def spacing(
-    name: str, schedule: NoiseSchedule, num_steps: int, *, end: int | None = None, **own: Any
+    name: str, schedule: NoiseSchedule, num_steps: int, *, end: int | None = None, **options: Any
 ) -> Timesteps:
-    """Timesteps [S+1], descending: S at which the network is evaluated, and where sampling ends.
+    """Timesteps [S+1], descending: the S at which the network is evaluated, and the final one.
 
-    end: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops); None is 0 for the
-    "original" spacings and −1 for the others. own: options of one spacing: `offset` (leading,
-    open_leading), `rho` (karras), `distilled_steps` (lcm), `timesteps` (given: any list; for
-    another num_steps its log-SNR is interpolated).
-    int32 where every timestep is an integer, else float32. Runs on the host, not under jit.
-    Raises ValueError for an unknown name or num_steps outside 1 … T.
+    end: the final timestep: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops);
+    None is 0 for the "original" spacings and −1 for the others. options: those of one spacing:
+    `offset` (leading, open_leading), `rho` (karras), `distilled_steps` (lcm), `timesteps` (given:
+    a list, whose log-SNR is interpolated if its length is not num_steps).
+    The result is int32 where every timestep is an integer, else float32. It is computed on the
+    host, not under jit. Raises ValueError for an unknown name or num_steps outside 1 … T.
     """
     total = schedule.num_timesteps
     if not 1 <= num_steps <= total:
@@ -281,7 +235,7 @@ def spacing(
     if end is None:
         end = 0 if name.startswith("original") else CLEAN
     log_snr = np.asarray(schedule.log_snr, np.float64)
-    steps = lookup(SPACINGS, name, "spacing")(log_snr, num_steps, end, **own)
+    steps = lookup(SPACINGS, name, "spacing")(log_snr, num_steps, end, **options)
     steps = np.sort(np.clip(steps, 0, total - 1))[::-1]
     steps = np.append(steps, end)
     integral = bool(np.all(steps == np.round(steps)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latent_diffusion.nets.conditioners.masked_image import pick_nearest
+from latent_diffusion.nets.conditioners.pictures import pick_nearest
 from latent_diffusion.nets.convolution import average_pool
 from latent_diffusion.nets.resize import cubic
 

@@ -1,9 +1,9 @@
-"""Conditioners: from a batch to what the denoiser is told about it.
+"""Conditioners turn a batch into the `Conditioning` of the denoiser.
 
 A conditioner is a Linen module `__call__(batch, drop: Bool[B]) -> Conditioning`. It names the batch
-`keys` it reads and owns its null embedding; where `drop` is true the example is unconditional, so
-conditioning dropout in training and classifier-free guidance share one path. A conditioner is
-pure; what needs the frozen first stage or a key is done before, by its `prepare`.
+`keys` that it reads, and it defines its null condition: an example whose `drop` is true becomes
+unconditional, so that conditioning dropout in training and classifier-free guidance share one path.
+Work that needs the frozen first stage or a random key comes before, in the conditioner's `prepare`.
 """
 
 from collections.abc import Mapping
@@ -13,19 +13,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from latent_diffusion.nets.conditioners.bert import Bert
-from latent_diffusion.nets.conditioners.class_label import ClassLabel
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.conditioners.clip_text import ClipText
-from latent_diffusion.nets.conditioners.depth import Depth
-from latent_diffusion.nets.conditioners.image_embedding import ImageEmbedding
-from latent_diffusion.nets.conditioners.layout import Layout
-from latent_diffusion.nets.conditioners.layout_map import LayoutMap
-from latent_diffusion.nets.conditioners.low_res import LowRes
-from latent_diffusion.nets.conditioners.masked_image import MaskedImage
-from latent_diffusion.nets.conditioners.neighbours import Neighbours
-from latent_diffusion.nets.conditioners.spatial_rescaler import SpatialRescaler
-from latent_diffusion.nets.conditioners.text import TextTransformer
-from latent_diffusion.nets.conditioners.word_map import WordMap
+from latent_diffusion.nets.conditioners.embeddings import ClassLabel, ImageEmbedding, Neighbours
+from latent_diffusion.nets.conditioners.maps import LayoutMap, SpatialRescaler, WordMap
+from latent_diffusion.nets.conditioners.pictures import Depth, LowRes, MaskedImage
+from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Keys, lookup
 
 CONDITIONERS: dict[str, Any] = {
@@ -57,31 +50,31 @@ def combine(parts: list[Conditioning]) -> Conditioning:
 
 
 class Conditioner(nn.Module):
-    """Any number of conditioners as one; none at all is unconditional.
+    """Joins any number of conditioners; without any, the model is unconditional.
 
-    config: conditioner name → its fields.
+    config: {name of a conditioner: its fields}.
     """
 
     config: Mapping[str, Mapping[str, Any]]
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Batch keys that are read."""
+        """Batch keys that the conditioners read."""
         return tuple(dict.fromkeys(key for part in self.parts() for key in part.keys))
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Batch keys that are read, but drawn where they are missing."""
+        """Batch keys that the conditioners read, but draw where they are missing."""
         return tuple(key for part in self.parts() for key in getattr(part, "optional", ()))
 
     @nn.nowrap
     def prepare(
         self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None = None
     ) -> Batch:
-        """The batch, with what conditioners read but can't make: latents, noise, another size.
+        """Add to the batch the latents, noise and resized maps that conditioners read.
 
-        It comes before `__call__`, once for a batch. first_stage: the frozen one. size: (h, w) of
-        the latent. rng: one key for each example, for conditioners that add noise.
+        It comes before `__call__`, once for a batch. first_stage: the frozen `FirstStage`. size:
+        (h, w) of the latent. rng: one key for each example, for conditioners that add noise.
         """
         self._check(batch)
         for part in self.parts():
@@ -92,14 +85,13 @@ class Conditioner(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         self._check(batch)
-        return combine(
-            [CONDITIONERS[name](**own, name=name)(batch, drop) for name, own in self.config.items()]
-        )
+        parts = [CONDITIONERS[name](**f, name=name) for name, f in self.config.items()]
+        return combine([part(batch, drop) for part in parts])
 
     @nn.nowrap
     def parts(self) -> list[Any]:
-        """The conditioners apart, without parameters."""
-        return [CONDITIONERS[name](**own, parent=None) for name, own in self.config.items()]
+        """The single conditioners, unbound."""
+        return [CONDITIONERS[name](**f, parent=None) for name, f in self.config.items()]
 
     @nn.nowrap
     def _check(self, batch: Batch) -> None:
@@ -111,7 +103,7 @@ class Conditioner(nn.Module):
 
 
 def make_conditioner(config: Config) -> Conditioner:
-    """The conditioners named in `config`; unknown names or fields raise a one-line ValueError."""
+    """The conditioners that `config` names; ValueError for unknown names or fields."""
     for name, fields in config.items():
         module = lookup(CONDITIONERS, name, "conditioner")
         known = [f for f in module.__dataclass_fields__ if f not in ("parent", "name")]
@@ -120,9 +112,9 @@ def make_conditioner(config: Config) -> Conditioner:
             raise ValueError(
                 f"conditioners.{name}: unknown field {unknown[0]!r}; known: {', '.join(known)}"
             )
-    return Conditioner({name: _static(fields) for name, fields in config.items()})
 
+    def hashable(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # a list comes from JSON
 
-def _static(fields: Config) -> dict[str, Any]:
-    """Fields as a module compares them: JSON's lists are tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    fields_of = {name: {f: hashable(v) for f, v in c.items()} for name, c in config.items()}
+    return Conditioner(fields_of)

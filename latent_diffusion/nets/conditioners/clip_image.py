@@ -1,37 +1,38 @@
 """CLIP's image embedding as a condition: variations of an image."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.nets.clip import ClipLayer, layer_norm
-from latent_diffusion.nets.conditioners.noising import level_and_noise
+from latent_diffusion.nets.clip import ClipLayer
 from latent_diffusion.nets.conditioners.null import zeros_where
-from latent_diffusion.nets.layers import Conv, Dense, timestep_embedding
+from latent_diffusion.nets.conditioners.pictures import level_and_noise
+from latent_diffusion.nets.layers import Conv, Dense, layer_norm, timestep_embedding
 from latent_diffusion.nets.resize import bicubic_aligned
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Keys
 
-# Of CLIP's training images in [0, 1].
+# The mean and deviation of CLIP's training images in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class ClipImage(nn.Module):
-    """Vision transformer over `image`; its projected class token is the context [B 1 D].
+    """Vision transformer over `image` [B H W 3]; its projected class token is the context [B 1 D].
 
-    The defaults are OpenAI's ViT-L/14 (Radford et al. 2021). The embedding is not normalised; an
-    example that is dropped has zeros instead.
+    The defaults are OpenAI's ViT-L/14 (Radford et al. 2021). The embedding is not normalised. The
+    null condition is zeros.
 
-    image_size: side of what the network sees; images of other sizes are resized, squashed.
+    image_size: side of the network's input; an image of another size is resized (squashed) to it.
     projection_dim: D.
-    num_levels: of noise; 0 = none. With them the embedding, standardised by a `mean` and `std` that
-    are kept as parameters, is noised to a level (the batch's `noise_level`, else any) of a cosine
-    schedule, and becomes with the level's sinusoids a vector [B 2·D]: Stable Diffusion's unCLIP
-    (Ramesh et al. 2022).
+    num_levels: the number of noise levels; 0 is no noise. With levels, the embedding is
+    standardised by the parameters `mean` and `std`, noised to the batch's `noise_level` (or to a
+    random one) of a cosine schedule, and joined with the level's sinusoids: a vector [B 2·D]. This
+    is Stable Diffusion's unCLIP (Ramesh et al. 2022).
     """
 
     image_size: int = 224
@@ -46,7 +47,7 @@ class ClipImage(nn.Module):
     dtype: Any = None
 
     keys = ("image",)
-    usual_level = 0  # where a sampling call says none
+    usual_level = 0  # the default of a sampling call
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -55,7 +56,7 @@ class ClipImage(nn.Module):
 
     @property
     def max_noise_level(self) -> int:
-        """Levels lie below."""
+        """The bound below which levels are drawn."""
         return self.num_levels
 
     @nn.nowrap
@@ -82,14 +83,9 @@ class ClipImage(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, self.width)), x], axis=1)
         x = x + self.param("position_embedding", init, x.shape[1:])
         x = layer_norm("pre_layernorm")(x)
+        layer = functools.partial(ClipLayer, self.num_heads, self.mlp_width, self.activation)
         for i in range(self.depth):
-            x = ClipLayer(
-                self.num_heads,
-                self.mlp_width,
-                self.activation,
-                dtype=self.dtype,
-                name=f"layers_{i}",
-            )(x)
+            x = layer(dtype=self.dtype, name=f"layers_{i}")(x)
         x = layer_norm("post_layernorm")(x[:, :1])
         x = Dense(self.projection_dim, use_bias=False, name="visual_projection")(x)
         if not self.num_levels:
@@ -101,19 +97,12 @@ class ClipImage(nn.Module):
         std = self.param("std", nn.initializers.ones, (self.projection_dim,))
         schedule, level = make_schedule("cosine", self.num_levels), batch["noise_level"]
         noised = q_sample(schedule, (embedding - mean) / std, level, batch["embedding_noise"])
-        told = timestep_embedding(level, self.projection_dim)
-        return jnp.concatenate([noised * std + mean, told], axis=-1)
+        sinusoids = timestep_embedding(level, self.projection_dim)
+        return jnp.concatenate([noised * std + mean, sinusoids], axis=-1)
 
     def _patches(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
         x = bicubic_aligned(image, self.image_size, self.image_size)
         x = ((x + 1) / 2 - _MEAN) / _STD
-        x = Conv(
-            self.width,
-            self.patch_size,
-            self.patch_size,
-            "VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(x)
+        window = (self.patch_size, self.patch_size, "VALID")
+        x = Conv(self.width, *window, False, dtype=self.dtype, name="patch_embedding")(x)
         return x.reshape(len(x), -1, self.width)

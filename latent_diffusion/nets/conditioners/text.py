@@ -1,22 +1,23 @@
-"""A trained text transformer: the encoder of the paper's text-to-image model."""
+"""The transformer that the paper trains with its denoiser, over captions and over layouts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from latent_diffusion.nets.attention import CrossAttention
-from latent_diffusion.nets.conditioners.null import empty_where
-from latent_diffusion.nets.layers import Dense
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
+from latent_diffusion.nets.conditioners.null import prompts
+from latent_diffusion.nets.layers import Dense, layer_norm
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Int
 
 
 class TextTransformer(nn.Module):
-    """Bidirectional pre-norm transformer over `tokens`, without a padding mask (paper App. E.2.1).
+    """Bidirectional pre-norm transformer: `tokens` [B L] → context [B L width] (App. E.2.1).
 
-    The released models attend to the padding, and are unconditional on the empty string; so do
-    and are these: `empty` are its tokens before the padding with `pad_id`: none with the word
-    tokenizer, (101, 102) with BERT's. The inner attention width is num_heads·head_dim at any width.
+    As in the released models, padding is attended to, and an example that is dropped reads the
+    empty prompt: the tokens `empty`, then `pad_id`. `empty` is () with the word tokenizer, and
+    (101, 102) with BERT's. The inner width of attention is num_heads·head_dim whatever the width.
     """
 
     vocab_size: int = 30522
@@ -33,31 +34,51 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
-        tokens = batch["tokens"]
-        if tokens.shape[1] != self.max_length:
-            raise ValueError(
-                f"text: {tokens.shape[1]} tokens a prompt, expected max_length={self.max_length}"
-            )
-        tokens = empty_where(drop, tokens, self.empty, self.pad_id)
-        init = nn.initializers.normal(self.width**-0.5)
+        tokens = prompts("text", batch, drop, self.max_length, self.empty, self.pad_id)
+        init, heads = nn.initializers.normal(self.width**-0.5), (self.num_heads, self.head_dim)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_emb")(tokens)
         x = x + self.param("pos_emb", init, (self.max_length, self.width))
         for i in range(self.depth):
-            x = x + self._attention(i, x)
-            x = x + self._feed_forward(i, x)
-        return Conditioning(context=self._norm("norm", x))
+            attention, mlp = f"layers_{2 * i}", f"layers_{2 * i + 1}"
+            h = layer_norm(f"{attention}_norm")(x)
+            x = x + CrossAttention(*heads, dtype=self.dtype, name=f"{attention}_attn")(h)
+            h = layer_norm(f"{mlp}_norm")(x)
+            h = Dense(4 * self.width, dtype=self.dtype, name=f"{mlp}_net_0")(h)
+            h = nn.gelu(h, approximate=False)
+            x = x + Dense(self.width, dtype=self.dtype, name=f"{mlp}_net_2")(h)
+        return Conditioning(context=layer_norm("norm")(x))
 
-    def _norm(self, name: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return nn.LayerNorm(epsilon=1e-5, name=name)(x)
 
-    def _attention(self, i: int, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        h = self._norm(f"layers_{2 * i}_norm", x)
-        return CrossAttention(
-            self.num_heads, self.head_dim, dtype=self.dtype, name=f"layers_{2 * i}_attn"
-        )(h)
+def sentences(name: str, batch: Batch, max_length: int) -> Int[Array, "B L"]:
+    """The batch's `layout`; ValueError, which names the conditioner, for another length."""
+    tokens = batch["layout"]
+    if tokens.shape[1] != max_length:
+        raise ValueError(f"{name}: {tokens.shape[1]} tokens, expected max_length={max_length}")
+    return tokens
 
-    def _feed_forward(self, i: int, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        h = self._norm(f"layers_{2 * i + 1}_norm", x)
-        h = Dense(4 * self.width, dtype=self.dtype, name=f"layers_{2 * i + 1}_net_0")(h)
-        h = nn.gelu(h, approximate=False)
-        return Dense(self.width, dtype=self.dtype, name=f"layers_{2 * i + 1}_net_2")(h)
+
+class Layout(nn.Module):
+    """Objects in boxes: `layout` [B L] (see `data.layout`) → context [B L width].
+
+    The released model has 8192 tokens and 92 places: 30 objects of three tokens, and the crop.
+    The null condition is the last token everywhere, which is the layout without objects.
+    """
+
+    vocab_size: int = 8192
+    max_length: int = 92
+    width: int = 512
+    depth: int = 16
+    num_heads: int = 8
+    head_dim: int = 64
+    dtype: Any = None
+
+    keys = ("layout",)
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
+        tokens = sentences("layout", batch, self.max_length)
+        tokens = jnp.where(drop[:, None], self.vocab_size - 1, tokens)
+        sizes = (self.vocab_size, self.max_length, self.width, self.depth)
+        heads = (self.num_heads, self.head_dim)
+        encoder = TextTransformer(*sizes, *heads, dtype=self.dtype, name="transformer")
+        return encoder({"tokens": tokens}, jnp.zeros_like(drop))

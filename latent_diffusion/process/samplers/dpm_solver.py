@@ -6,8 +6,8 @@ last one where it ends at clean data (h is infinite there) or the 2M methods hav
 
 import jax.numpy as jnp
 
-from latent_diffusion.process.samplers.integrals import phi
-from latent_diffusion.process.samplers.table import Levels, Table, lagged, ratio, steps
+from latent_diffusion.process.samplers.integrals import lagged, phi, ratio
+from latent_diffusion.process.samplers.table import Levels, Table, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.types import Array, Bool, Float, lookup
 

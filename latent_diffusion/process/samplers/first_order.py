@@ -1,4 +1,4 @@
-"""One evaluation, one straight step: DDPM, DDIM and its inversion, Euler, consistency models."""
+"""Samplers with one evaluation and one straight step: DDPM, DDIM, Euler, consistency models."""
 
 import jax.numpy as jnp
 
@@ -17,8 +17,8 @@ def ddpm(
 ) -> Table:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the timesteps.
 
-    large_variance: 0 is the posterior variance, 1 is beta_t, values between mix them (LDM's
-    v_posterior). temperature: scales the noise.
+    large_variance: 0 takes the posterior variance, 1 takes beta_t, and values between mix them
+    (LDM's v_posterior). temperature: a factor of the noise.
     """
     here, there = steps(schedule, timesteps)
     lost = -jnp.expm1(2 * (here.lam - there.lam))  # 1 − SNR_t / SNR_s
@@ -43,7 +43,8 @@ def ddim(
 ) -> Table:
     """DDIM (Song et al. 2021, eq. 12). eta: 0 is deterministic, 1 has DDPM's noise.
 
-    temperature: scales the noise. noise_dropout: in [0, 1), the share of it that is dropped.
+    temperature: a factor of the noise. noise_dropout: the share of the noise, in [0, 1), that is
+    set to 0; ValueError for another value.
     """
     if not 0 <= noise_dropout < 1:
         raise ValueError(f"noise_dropout must lie in [0, 1), got {noise_dropout}")
@@ -59,7 +60,7 @@ def ddim(
 
 
 def ddim_noise(here: Levels, there: Levels, eta: float = 1.0) -> Float[Array, " S"]:
-    """DDIM's sigma (eq. 16): amplitude of the fresh noise in a step."""
+    """DDIM's sigma (eq. 16): the amplitude of the fresh noise in each step."""
     return eta * there.sigma * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam)))
 
 
@@ -71,8 +72,8 @@ def ddim_inversion(
 ) -> Float[Array, "B *latent"]:
     """The latent at timesteps[0] from which deterministic DDIM leads (nearly) back to z_0.
 
-    timesteps: the ones of the sampler, descending. The network is evaluated at the timestep to
-    which a step leads, since the first step starts from clean data (or ᾱ_0), which has none.
+    timesteps: those of the sampler, descending. The network is evaluated at the timestep to which a
+    step leads, since the first step starts from clean data (or ᾱ_0), which has no timestep.
     """
     here, there = steps(schedule, timesteps[::-1])
     scale = there.alpha / here.alpha
@@ -83,13 +84,13 @@ def ddim_inversion(
 def euler(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """Euler's method for d(z/alpha)/d(sigma/alpha) = eps (Karras et al. 2022).
 
-    In exact arithmetic that is deterministic DDIM, and computing it as such is better conditioned.
+    In exact arithmetic this is deterministic DDIM, whose formula is better conditioned.
     """
     return ddim(schedule, timesteps)
 
 
 def euler_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
-    """Euler to a lower noise level, then noise up (k-diffusion): DDIM whose default eta is 1."""
+    """Euler's step below the next noise level, then noise up to it (k-diffusion): DDIM, eta 1."""
     return ddim(schedule, timesteps, eta=eta)
 
 
@@ -100,10 +101,10 @@ def lcm(
     timestep_scaling: float = 10.0,
     sigma_data: float = 0.5,
 ) -> Table:
-    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): denoise, noise again.
+    """Multistep consistency sampling (Luo et al. 2023, algorithm 3): denoise, then noise again.
 
-    For networks distilled to jump to z_0; their boundary condition mixes in the input by
-    timestep_scaling and sigma_data. No noise after the last step.
+    It is for networks that are distilled to jump to z_0; their boundary condition, with
+    timestep_scaling and sigma_data, mixes the input into z_0. The last step adds no noise.
     """
     here, there = steps(schedule, timesteps)
     scaled = here.t * timestep_scaling

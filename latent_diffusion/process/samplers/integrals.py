@@ -3,8 +3,8 @@
 import math
 
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
-from latent_diffusion.process.samplers.table import lagged
 from latent_diffusion.types import Array, Bool, Float
 
 
@@ -24,7 +24,7 @@ def interpolation_weights(
 ) -> Float[Array, "S K"]:
     """Weights w_j = ∫ L_j of the Lagrange polynomials through K nodes, for each of S steps.
 
-    nodes, usable: K arrays [S] each; where a node is not usable, the polynomials do without it and
+    nodes, usable: K arrays [S] each. A node that is not usable is left out of the polynomials, and
     its weight is 0. moments: K arrays [S], the integrals of u^0 … u^{K−1}.
     """
     weights = []
@@ -48,10 +48,10 @@ def interpolation_weights(
 def past_nodes(
     x: Float[Array, " S"], step: Float[Array, " S"], order: Array, count: int
 ) -> tuple[list[Array], list[Bool[Array, " S"]]]:
-    """Where the last `count` evaluations lie in units of the step, and which ones to use.
+    """The places of the last `count` evaluations in units of the step, and whether to use them.
 
-    x: [S] their coordinate. order: how many to use at most. A timestep that occurs twice ends the
-    usable past, since no polynomial passes through both.
+    x: the coordinate of the evaluations. order: the largest number of them to use. A timestep that
+    occurs twice ends the usable past, since no polynomial passes through both.
     """
     step = jnp.where(step == 0, 1.0, step)
     nodes = [(lagged(x, k) - x) / step for k in range(count)]
@@ -61,3 +61,14 @@ def past_nodes(
         exists = jnp.arange(x.shape[0]) >= k
         usable.append(usable[-1] & distinct & exists & (k < order))
     return nodes, usable
+
+
+def lagged(x: Shaped[Array, " S"], k: int) -> Shaped[Array, " S"]:
+    """x of k steps ago; the first k steps have x[0]."""
+    return jnp.concatenate([jnp.repeat(x[:1], k), x])[: x.shape[0]]
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, 0 where the denominator is 0 (a timestep that occurs twice)."""
+    zero = denominator == 0
+    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))

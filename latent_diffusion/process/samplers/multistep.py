@@ -1,11 +1,17 @@
-"""Linear multistep methods: PLMS, LMS, DEIS, UniPC. One evaluation a step, several remembered."""
+"""Linear multistep methods (PLMS, LMS, DEIS, UniPC): one evaluation a step, and earlier ones."""
 
 import math
 
 import jax.numpy as jnp
 
-from latent_diffusion.process.samplers.integrals import interpolation_weights, past_nodes, phi
-from latent_diffusion.process.samplers.table import Levels, Table, lagged, levels, ratio, steps
+from latent_diffusion.process.samplers.integrals import (
+    interpolation_weights,
+    lagged,
+    past_nodes,
+    phi,
+    ratio,
+)
+from latent_diffusion.process.samplers.table import Levels, Table, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.types import Array, Float
 

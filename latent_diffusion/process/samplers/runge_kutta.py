@@ -1,11 +1,13 @@
-"""Two evaluations a step, the second one where the first one leads; a single one in the last step.
+"""Methods with two evaluations a step: the second lies where the first leads.
 
-So S steps cost 2S − 1 evaluations. rho is sigma/alpha, in which d(z/alpha)/d(rho) = eps.
+The last step has one evaluation, so S steps cost 2S − 1. rho is sigma/alpha, in which
+d(z/alpha)/d(rho) = eps.
 """
 
+import jax
 import jax.numpy as jnp
 
-from latent_diffusion.process.samplers.table import Levels, Table, interleave, levels_at, steps
+from latent_diffusion.process.samplers.table import Levels, Table, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.types import Array
 
@@ -27,7 +29,7 @@ def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float 
     """`dpm2` down to a lower noise level, then noise up (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
-    middle = levels_at(schedule, jnp.sqrt(here.rho * down))
+    middle = _middle(schedule, here, down)
     eps = there.alpha * (down - here.rho)
     scale = there.alpha / here.safe_alpha
     return _two_stages(here, middle, there, down, scale, eps=(eps,), up=up if eta else None)
@@ -39,10 +41,16 @@ def dpm_solver_pp_2s_ancestral(
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1) down, then noise up (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
-    middle = levels_at(schedule, jnp.sqrt(here.rho * down))
+    middle = _middle(schedule, here, down)
     z_0 = there.alpha * (1 - down / here.rho)
     scale = there.alpha * down / here.sigma
     return _two_stages(here, middle, there, down, scale, z_0=(z_0,), up=up if eta else None)
+
+
+def _middle(schedule: NoiseSchedule, here: Levels, down: Array) -> Levels:
+    """The levels in the middle of log-SNR between a step's start and rho = `down`."""
+    rho = jnp.sqrt(here.rho * down)
+    return levels(schedule, schedule.timestep_at(-2 * jnp.log(rho)))
 
 
 def _ancestral(here: Levels, there: Levels, eta: float) -> tuple[Array, Array]:
@@ -67,8 +75,8 @@ def _two_stages(
     """
     zeros, ones = jnp.zeros_like(scale), jnp.ones_like(scale)
 
-    def columns(*given: Array) -> Array:
-        return jnp.stack([*given, *[zeros] * (max(len(z_0), len(eps)) - len(given))], axis=1)
+    def columns(*latest: Array) -> Array:
+        return jnp.stack([*latest, *[zeros] * (max(len(z_0), len(eps)) - len(latest))], axis=1)
 
     noise = None if up is None else there.alpha * up
     last = jnp.arange(len(scale)) == len(scale) - 1
@@ -82,4 +90,8 @@ def _two_stages(
         keep=zeros,
     )
     second = Table(middle.t, scale, columns(*z_0), columns(*eps), noise, zeros, ones)
-    return interleave(first, second)
+
+    def interleave(a: Array, b: Array) -> Array:
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])[:-1]
+
+    return jax.tree.map(interleave, first, second)

@@ -1,14 +1,14 @@
-"""The one sampling loop. Every sampler is a table of coefficients for it.
+"""The loop of all samplers, and the table of coefficients by which a sampler directs it.
 
-Each network evaluation, in turn, gives estimates of z_0 and eps at the current latent z. A table's
-row says how the next latent is combined from them, from earlier estimates and from `base`, the
-latent at which the current step started:
+Each evaluation of the network gives estimates of z_0 and eps at the current latent z. Its row of
+the table combines them with earlier estimates and with `base`, the latent at which the current step
+started, into the next latent:
 
     base ← restart · z + keep · base + Σ_k correction_k · z_0[k]
     z    ← scale · base + Σ_k z_0_k · z_0[k] + Σ_k eps_k · eps[k] + noise · n,   n ~ N(0, 1)
 
-where [k] is the estimate of k evaluations ago; `dropout` zeroes a share of n. So the loop is a
-single `lax.scan` with the network in it once, and a method is the formula of its coefficients,
+where [k] is the estimate of k evaluations ago, and `dropout` zeroes a share of n. So the loop is a
+single `lax.scan` that contains the network once, and a sampler is the formula of its coefficients,
 vectorised over the steps.
 """
 
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Shaped
 
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
@@ -37,7 +36,7 @@ class Levels(NamedTuple):
 
     @property
     def safe_alpha(self) -> Array:
-        """Alpha to divide by: positive, as log-SNR is finite, where alpha is 0."""
+        """Alpha as a divisor: where alpha is 0, a positive number from the finite log-SNR."""
         return jnp.hypot(self.alpha, self.sigma) / jnp.sqrt(1 + self.rho**2)
 
 
@@ -49,22 +48,16 @@ def levels(schedule: NoiseSchedule, t: Array) -> Levels:
     return Levels(t, schedule.alpha_t(t), schedule.sigma_t(t), lam, rho)
 
 
-def levels_at(schedule: NoiseSchedule, rho: Array) -> Levels:
-    """The noise levels where sigma/alpha is rho, at fractional timesteps."""
-    return levels(schedule, schedule.timestep_at(-2 * jnp.log(rho)))
-
-
 def steps(schedule: NoiseSchedule, timesteps: Timesteps) -> tuple[Levels, Levels]:
-    """Where each of the S steps starts, and where it ends."""
-    every = levels(schedule, timesteps)
-    return Levels(*(x[:-1] for x in every)), Levels(*(x[1:] for x in every))
+    """The levels at the starts of the S steps, and at their ends."""
+    return levels(schedule, timesteps[:-1]), levels(schedule, timesteps[1:])
 
 
 class Table(NamedTuple):
-    """Coefficients of N evaluations; see the module's docstring. None stands for zeros.
+    """Coefficients of N evaluations (see the module's docstring); None stands for zeros.
 
-    t: [N] timesteps of the evaluations. restart defaults to ones: each evaluation is a step.
-    z_0, eps, correction: [N K], latest estimate first.
+    t: timesteps of the evaluations. restart: None stands for ones: each evaluation starts a step.
+    z_0, eps, correction: the latest estimate comes first.
     """
 
     t: Float[Array, " N"]
@@ -81,7 +74,7 @@ class Table(NamedTuple):
 def run(
     table: Table, denoise: Denoiser, z: Float[Array, "B *latent"], rng: Keys | None = None
 ) -> Float[Array, "B *latent"]:
-    """Follow a table from the latent z. Image b's noise at row i depends on rng[b] and i alone."""
+    """Apply a table to the latent z. Image b's noise at row i depends on rng[b] and i alone."""
     if table.noise is not None and rng is None:
         raise ValueError("this sampler draws noise: give it rng, one key per image")
     z = z.astype(jnp.float32)
@@ -105,9 +98,9 @@ def run(
 
 
 def _drop(keys: Keys, noise: Array, share: Array) -> Array:
-    """Inverted dropout: `share` of the elements 0, the others divided by what is left."""
-    kept = uniform_per_example(split_per_example(keys, 1)[0], noise.shape[1:]) >= share
-    return jnp.where(kept, noise / (1 - share), 0.0)
+    """Inverted dropout: a `share` of the elements is 0, the others are divided by 1 − share."""
+    stays = uniform_per_example(split_per_example(keys, 1)[0], noise.shape[1:]) >= share
+    return jnp.where(stays, noise / (1 - share), 0.0)
 
 
 def _memory(coefficients: Array | None, z: Array) -> tuple[Array, ...]:
@@ -127,23 +120,3 @@ def _combine(coefficients: Array | None, estimates: tuple[Array, ...]) -> Array 
 
 def _weighted(*terms: tuple[Array | None, Array]) -> Array | float:
     return sum((weight * x for weight, x in terms if weight is not None), start=0.0)
-
-
-def interleave(first: Table, second: Table) -> Table:
-    """Alternate the rows of two S-row tables, without the very last: 2S − 1 evaluations."""
-
-    def merge(a, b):
-        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])[:-1]
-
-    return jax.tree.map(merge, first, second)
-
-
-def lagged(x: Shaped[Array, " S"], k: int) -> Shaped[Array, " S"]:
-    """x of k steps ago; the first one where there is none."""
-    return jnp.concatenate([jnp.repeat(x[:1], k), x])[: x.shape[0]]
-
-
-def ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, 0 where the denominator is 0 (a timestep that occurs twice)."""
-    zero = denominator == 0
-    return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))

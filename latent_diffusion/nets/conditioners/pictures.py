@@ -1,0 +1,162 @@
+"""Conditions that are pictures, concatenated to the latent: a small one, one with holes, depth."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.nets.conditioners.null import zeros_where
+from latent_diffusion.nets.resize import cubic
+from latent_diffusion.process.diffusion import q_sample
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.rng import normal_per_example, split_per_example
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Keys
+
+
+class LowRes(nn.Module):
+    """`low_res` [B h w 3] → concat: super-resolution (Rombach et al. 2022, App. E.2.2).
+
+    The picture has the latent's size and is concatenated as it is; the null condition is zeros.
+
+    num_levels: the number of noise levels; 0 is no noise. With levels, the picture is noised to the
+    batch's `noise_level`, or to a random one below max_noise_level, and the level becomes a vector
+    of `width` numbers, so that a sampler can say how far to trust the picture (Ho et al. 2021). The
+    default schedule is that of Stable Diffusion v2's ×4 upscaler.
+    keep: the picture stays where conditions are dropped, so guidance is by the others alone.
+    """
+
+    num_levels: int = 0
+    max_noise_level: int = 350
+    width: int = 1024
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    keep: bool = False
+
+    keys = ("low_res",)
+    usual_level = 20  # the default of a sampling call
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Keys that are drawn where the batch doesn't have them."""
+        return ("noise_level",) if self.num_levels else ()
+
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Noise the picture to its level."""
+        low_res = batch["low_res"]
+        if low_res.shape[1:3] != size:
+            raise ValueError(
+                f"low_res has {low_res.shape[1]}×{low_res.shape[2]} pixels, but the latent is "
+                f"{size[0]}×{size[1]}: they must be equal"
+            )
+        if not self.num_levels:
+            return batch
+        schedule = make_schedule("linear", self.num_levels, self.beta_start, self.beta_end)
+        end, shape = self.max_noise_level, low_res.shape[1:]
+        level, noise = level_and_noise("low_res", batch, rng, end, shape)
+        return {**batch, "low_res": q_sample(schedule, low_res, level, noise), "noise_level": level}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
+        drop = drop & (not self.keep)
+        low_res = zeros_where(drop, batch["low_res"])
+        if not self.num_levels:
+            return Conditioning(concat=low_res)
+        init = nn.initializers.normal(1.0)
+        table = nn.Embed(self.num_levels, self.width, embedding_init=init, name="noise_level")
+        level = jnp.clip(batch["noise_level"], 0, self.num_levels - 1)
+        return Conditioning(concat=low_res, vector=zeros_where(drop, table(level)))
+
+
+def level_and_noise(
+    name: str, batch: Batch, rng: Keys | None, end: int, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """The level and noise of a noised condition: `noise_level` [B] or one of [0, end); [B *shape].
+
+    Raises ValueError, which names the conditioner, without a key for each example.
+    """
+    if rng is None:
+        raise ValueError(f"{name}: noise needs a key for each example")
+    k_level, k_noise = split_per_example(rng, 2)
+    level = batch.get("noise_level")
+    if level is None:
+        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, end))(k_level)
+    return level, normal_per_example(k_noise, shape)
+
+
+class MaskedImage(nn.Module):
+    """`image` and `mask` [B H W 1] (1 = hole) → concat: the masked image's latents and the mask.
+
+    The defaults are the paper's inpainting model's: holes have pixels −1, and the mask is −1
+    outside and 1 inside them, behind the latents. Stable Diffusion has mask_first=True,
+    known_mask=0.0, hole=0.0 (grey) and keep=True: both stay where conditions are dropped. Null:
+    zeros.
+    """
+
+    hole: float = -1.0  # the pixels in holes
+    known_mask: float = -1.0  # the mask's value outside the holes; inside it is 1
+    mask_first: bool = False
+    keep: bool = False
+
+    keys = ("image", "mask")
+
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Encode the picture without its holes, since `__call__` has no first stage."""
+        mask = batch["mask"] > 0.5
+        if mask.shape[1:3] != batch["image"].shape[1:3]:
+            raise ValueError(
+                f"mask is {mask.shape[1]}×{mask.shape[2]}, but the image is "
+                f"{batch['image'].shape[1]}×{batch['image'].shape[2]}"
+            )
+        masked = jnp.where(mask, self.hole, batch["image"])
+        return {**batch, "masked_latents": first_stage.encode({"image": masked})}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
+        latents = batch["masked_latents"]
+        mask = pick_nearest((batch["mask"] > 0.5).astype(latents.dtype), latents.shape[1:3])
+        mask = mask + (1 - mask) * self.known_mask
+        parts = [mask, latents] if self.mask_first else [latents, mask]
+        return Conditioning(concat=zeros_where(drop & (not self.keep), jnp.concatenate(parts, -1)))
+
+
+def pick_nearest(x: Float[Array, "B H W C"], size: tuple[int, ...]) -> Float[Array, "B h w C"]:
+    """Resize by taking pixel ⌊i·H/h⌋ for i, as the released models saw their masks."""
+    old = x.shape[1:3]
+    rows, columns = (jnp.arange(n) * o // n for n, o in zip(size, old, strict=True))
+    return x[:, rows][:, :, columns]
+
+
+class Depth(nn.Module):
+    """`depth` [B H W 1], in any unit and of any size → concat [B h w 1] in [-1, 1].
+
+    As in Stable Diffusion v2's depth-to-image: bicubic to the latent's size, then every map from
+    its own minimum to its own maximum. keep: it stays where conditions are dropped. Null: zeros.
+    """
+
+    keep: bool = False
+
+    keys = ("depth",)
+
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Resize the map to the latent."""
+        depth = batch["depth"]
+        rows, columns = (jnp.asarray(cubic(*n)) for n in zip(depth.shape[1:3], size, strict=True))
+        return {**batch, "depth": jnp.einsum("ih,bhwc,jw->bijc", rows, depth, columns)}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
+        depth = batch["depth"]
+        low = jnp.min(depth, (1, 2, 3), keepdims=True)
+        high = jnp.max(depth, (1, 2, 3), keepdims=True)
+        depth = 2 * (depth - low) / (high - low + 1e-3) - 1
+        return Conditioning(concat=zeros_where(drop & (not self.keep), depth))
