@@ -84,7 +84,10 @@ def check(
     for part in (config.unet, config.autoencoder):
         if part.get("attention", "auto") == "auto":
             part.attention = "xla"  # "auto" looks at the machine that traces
-    mode, mesh = _layout(config, devices)
+    mode, mesh = parallel.devices(config.parallel, devices)
+    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation, devices)
+    if mode == "single":  # a pmap of one
+        mode, devices = "pmap", devices[:1]
     task: Any = lookup(TASKS, config.task, "task")(config)
     batch, rng = batch_spec(config), jax.eval_shape(lambda: jax.random.key(0))
     state, constants = jax.eval_shape(task.init, rng, batch)
@@ -114,27 +117,6 @@ def check(
         known = _compile(lowered, known, memory, options)
         checked.append(known._replace(seconds=round(time.perf_counter() - start, 1)))
     return checked
-
-
-def _layout(config: Any, devices: Sequence[Any]) -> tuple[str, Any]:
-    """The mode, and the mesh over chips that aren't there; ValueError where batches don't divide.
-
-    One chip is a pmap of one.
-    """
-    from latent_diffusion.runtime import parallel
-
-    mode = parallel.resolve_mode(config.parallel.mode)
-    if mode != "mesh":
-        mode, mesh, parts = "pmap", None, len(devices)
-    else:
-        mesh = parallel.make_mesh(dict(config.parallel.mesh), devices)
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % (parts * config.grad_accumulation):
-        raise ValueError(
-            f"batch_size={config.batch_size} doesn't divide over {parts} devices"
-            f" × {config.grad_accumulation} micro-batches"
-        )
-    return mode, mesh
 
 
 def _compile(lowered: Any, known: Checked, memory: int, options: dict[str, Any]) -> Checked:

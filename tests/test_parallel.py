@@ -1,6 +1,14 @@
 """One step, three callers: the same numbers, nothing copied, nothing compiled twice."""
 
 import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
 
 import flax.linen as nn
 import flax.struct
@@ -9,12 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from latent_diffusion import rng as rng_lib
 from latent_diffusion.nets.conditioners.text import TextTransformer
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import hlo
+from latent_diffusion.runtime.parallel.chips import topology_devices
 
 BATCH = 16
 MODES = {
@@ -283,10 +295,149 @@ ENTRY %main.9 (a: f32[8]) -> f32[8] {
     assert hlo.host_transfers(text + '  %s = f32[] custom-call(), custom_call_target="callback"')
 
 
-def test_process_shard_on_one_process():
-    for name in MODES:
-        mode, mesh, _ = build(name)
-        assert parallel.process_shard(mode, mesh) == (0, 1)
+def test_the_state_is_made_in_its_parts():
+    """No device has more than its share and the array being drawn, nor other numbers."""
+    names, mesh, rules = "abcdefgh", parallel.make_mesh({"fsdp": 8}), ((".*", "fsdp(min_mb=0)"),)
+
+    def init(rng):
+        keys = jax.random.split(rng, len(names))
+        params = {n: jax.random.normal(k, (512, 512)) for n, k in zip(names, keys, strict=True)}
+        ema_params = jax.tree.map(jnp.copy, params)
+        return {"params": params, "ema": ema_params, "opt": TX.init(params)}, {
+            "frozen": jnp.ones(2)
+        }
+
+    rng = jax.random.key(0, impl="unsafe_rbg")
+    program = parallel.compile_init(init, rng, "mesh", mesh=mesh, rules=rules)
+    state, constants = program(rng)
+    share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    whole = parallel.num_bytes(state)
+    assert share <= whole / 8 + 8  # the optimiser's count is whole
+    assert program.lower(rng).compile().memory_analysis().peak_memory_in_bytes <= 1.3 * share
+    expected = jax.jit(init)(rng)
+    for a, b in zip(jax.tree.leaves((state, constants)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    placed = parallel.place(state, "mesh", mesh, rules)
+    assert jax.tree.leaves(placed)[0] is jax.tree.leaves(state)[0]
+
+
+# ------------------------------------------------------------------------ rows of processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh sees of a device that isn't there."""
+
+    id: int
+    process_index: int
+
+
+SLICES = ["v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4"]
+SLICES += ["v6e:2x4", "v6e:4x4"]
+
+
+def chips_of(topology):
+    """As libtpu describes them: chips and hosts are numbered along x, then y, then z; a host has
+    2 × 2 × 1 chips."""
+    width, height, depth = [*map(int, topology.partition(":")[2].split("x")), 1][:3]
+    return [
+        Chip(x + width * (y + height * z), x // 2 + width // 2 * (y // 2 + height // 2 * z))
+        for z, y, x in itertools.product(range(depth), range(height), range(width))
+    ]
+
+
+def meshes_of(count):
+    """Every mesh whose sizes are powers of two."""
+    sizes = [2**i for i in range(count.bit_length())]
+    for fsdp, tensor in itertools.product(sizes, sizes):
+        if fsdp * tensor <= count:
+            yield {"data": -1, "fsdp": fsdp, "tensor": tensor}
+
+
+def rows_needed(mesh):
+    """Process -> the parts of a global batch that its devices hold, one part a (data, fsdp) row."""
+    needed = {}
+    for part, peers in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in peers:
+            needed.setdefault(device.process_index, set()).add(part)
+    return needed
+
+
+def rows_loaded(mesh):
+    """Process -> the parts that it loads."""
+    loaded, parts = {}, mesh.shape["data"] * mesh.shape["fsdp"]
+    for process in {device.process_index for device in mesh.devices.flat}:
+        index, count = parallel.process_shard("mesh", mesh, process)
+        assert 0 <= index < count and parts % count == 0
+        loaded[process] = set(range(index * parts // count, (index + 1) * parts // count))
+    return loaded
+
+
+@pytest.mark.parametrize("topology", SLICES)
+def test_every_mesh_of_a_slice_starts(topology):
+    """Each process loads the rows of its devices, no others, and no row is forgotten."""
+    chips = chips_of(topology)
+    for sizes in meshes_of(len(chips)):
+        mesh = parallel.make_mesh(sizes, chips)
+        loaded = rows_loaded(mesh)
+        assert loaded == rows_needed(mesh), sizes
+        times = Counter(row for rows in loaded.values() for row in rows)
+        hosts_a_row = max(1, mesh.shape["tensor"] // 4)  # they share the row, and all load it
+        assert times == dict.fromkeys(range(mesh.size // mesh.shape["tensor"]), hosts_a_row), sizes
+        together = mesh.devices.reshape(-1, mesh.shape["tensor"])[:, :4]
+        assert all(len({chip.process_index for chip in peers}) == 1 for peers in together)
+
+
+def test_rows_of_a_tensor_axis_that_hosts_do_not_divide_are_loaded_by_all_that_share_them():
+    chips = [Chip(i, i // 4) for i in range(24)]
+    mesh = parallel.make_mesh({"data": -1, "tensor": 6}, chips)
+    needed, loaded = rows_needed(mesh), rows_loaded(mesh)
+    assert needed == {0: {0}, 1: {0, 1}, 2: {1}, 3: {2}, 4: {2, 3}, 5: {3}}
+    assert loaded == {process: {0, 1} if process < 3 else {2, 3} for process in range(6)}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu describes them")
+@pytest.mark.parametrize("topology", SLICES)
+def test_libtpu_describes_the_same_slices(topology):
+    devices = topology_devices(topology)
+    described = {Chip(device.id, device.process_index) for device in devices}
+    assert described == set(chips_of(topology))
+    for sizes in meshes_of(len(devices)):
+        mesh = parallel.make_mesh(sizes, devices)
+        cut = NamedSharding(mesh, P(("data", "fsdp"))).devices_indices_map((len(devices),))
+        rows = {}
+        for device, (where,) in cut.items():
+            part = where.indices(len(devices))[0] // mesh.shape["tensor"]
+            rows.setdefault(device.process_index, set()).add(part)
+        assert rows_loaded(mesh) == rows, sizes
+
+
+def test_two_processes_share_a_batch_over_any_mesh():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{sock.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    env["PYTHONPATH"] = str(ROOT)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "sharing.py", str(i), coordinator],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in results] == [
+        ["6 0 2", "12 0 1", "12 0 1", "6 0 2"],
+        ["6 1 2", "12 0 1", "12 0 1", "6 1 2"],
+    ]
 
 
 # ---------------------------------------------------------------------------- sharding rules
@@ -361,6 +512,7 @@ def batch_error(name, size):
         (lambda: parallel.make_mesh({"data": -1, "fsdp": -1}), ["at most one"]),
         (lambda: parallel.make_mesh({"data": 0}), ["positive"]),
         (lambda: parallel.make_mesh({"model": 2}), ["'model'", "data, fsdp, tensor"]),
+        (lambda: parallel.make_mesh(None, [Chip(0, 0), Chip(1, 0), Chip(2, 1)]), ["not [1, 2]"]),
         (rules_error([("attn", "replicate")]), ["'params/conv/kernel'", "no sharding rule"]),
         (rules_error([("lora", "replicate"), *RULES]), ["'lora'", "matches nothing"]),
         (rules_error([(".*", "zero3")]), ["'zero3'", "fsdp, replicate, tensor"]),

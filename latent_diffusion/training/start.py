@@ -1,5 +1,6 @@
 """Everything that a run needs before its first step: frozen parts, state, data, compiled steps."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,11 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     # Fresh state or its shapes alone, the frozen parts, then what the latest checkpoint holds.
     # XLA takes minutes to compile hundreds of small threefry draws, and seconds for these.
     init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
-    init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
-    state, constants = init(init_rng) if run is None else jax.eval_shape(init, init_rng)
+    init = functools.partial(task.init, batch_spec=batch_spec(config))
+    if run is None:
+        state, constants = parallel.compile_init(init, init_rng, mode, **layout)(init_rng)
+    else:
+        state, constants = jax.eval_shape(init, init_rng)
     constants = frozen.load_constants(config, constants, train_source, run, bundle)
     constants = init_from.base_from(config, constants, bundle)
     step = 0
@@ -83,6 +87,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         assert restored is not None
         state, step = restored.state, restored.step
     state = parallel.place(state, mode, **layout)
+    constants = parallel.place(constants, mode, mesh)
     if config.task != "autoencoding" and config.first_stage.cache:
         train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
     _write(config, directory, run, constants, tokenizer)

@@ -44,6 +44,7 @@ from latent_diffusion.runtime.parallel.rules import (
 from latent_diffusion.runtime.parallel.steps import (
     CompiledStep,
     compile_eval,
+    compile_init,
     compile_step,
     lower_for,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "abstract",
     "check_batch_size",
     "compile_eval",
+    "compile_init",
     "compile_step",
     "count_flops",
     "describe",

@@ -1,5 +1,7 @@
 """Which mode and mesh a run has, and which part of a batch is this process's."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,14 +17,19 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = P(("data", "fsdp"))
 
 
-def resolve_mode(mode: str) -> str:
-    """Return "single", "pmap" or "mesh"; "auto" means single on one device, pmap on several."""
-    known = {"single": "single", "pmap": "pmap", "mesh": "mesh"}
-    known["auto"] = "single" if jax.device_count() == 1 else "pmap"
-    resolved = lookup(known, mode, "parallel mode")
-    if resolved == "single" and jax.process_count() > 1:
+def resolve_mode(mode: str, over: Sequence[Any] | None = None) -> str:
+    """Return "single", "pmap" or "mesh"; "auto" means single on one device, pmap on several.
+
+    over: other devices than those of this run.
+    """
+    over = jax.devices() if over is None else over
+    names = {"single": "single", "pmap": "pmap", "mesh": "mesh"}
+    names["auto"] = "single" if len(over) == 1 else "pmap"
+    resolved = lookup(names, mode, "parallel mode")
+    num_processes = len({device.process_index for device in over})
+    if resolved == "single" and num_processes > 1:
         raise ValueError(
-            f"parallel mode 'single' can't span {jax.process_count()} processes; use pmap or mesh"
+            f"parallel mode 'single' can't span {num_processes} processes; use pmap or mesh"
         )
     return resolved
 
@@ -40,14 +47,17 @@ def make_mesh(
 
     axis_sizes: sizes by axis name; axes left out have size 1, one may be -1 (whatever is left).
     None means {"data": -1}. over: other devices than those of this run.
+    The devices stand in the order of their processes, so that the rows of a batch that a process
+    loads follow each other, and what is cut over "tensor" and "fsdp" lies close together.
     Raises ValueError where the product isn't the number of devices.
     """
+    over = jax.devices() if over is None else over
     given = dict(axis_sizes) if axis_sizes else {"data": -1}
     for name in given:
         lookup(dict.fromkeys(MESH_AXES), name, "mesh axis")
     sizes = {name: int(given.get(name, 1)) for name in MESH_AXES}
     shown = " × ".join(f"{name} {size}" for name, size in sizes.items())
-    count = jax.device_count() if over is None else len(over)
+    count = len(over)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh {shown}: sizes must be positive, and at most one may be -1")
@@ -57,34 +67,39 @@ def make_mesh(
         product *= sizes[free[0]]
     if product != count:
         raise ValueError(f"mesh {shown} needs {product or 'more'} devices, but there are {count}")
-    # jax.make_mesh follows the topology; its default axis type, Explicit, would put shardings
-    # into the types of the model's arrays.
+    per_process = set(Counter(device.process_index for device in over).values())
+    if len(per_process) > 1:
+        raise ValueError(
+            f"a mesh needs equally many devices on all processes, not {sorted(per_process)}"
+        )
+    ordered = sorted(over, key=lambda device: (device.process_index, device.id))
+    # Explicit axes would put shardings into the types of the model's arrays.
     auto = (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=over)
+    return Mesh(np.asarray(ordered).reshape(tuple(sizes.values())), MESH_AXES, axis_types=auto)
 
 
-def devices(settings: Any) -> tuple[str, Mesh | None]:
+def devices(settings: Any, over: Sequence[Any] | None = None) -> tuple[str, Mesh | None]:
     """(mode, mesh) from a config with the fields `mode` and `mesh` (sizes, used by "mesh" only)."""
-    mode = resolve_mode(settings["mode"])
-    return mode, make_mesh(dict(settings["mesh"])) if mode == "mesh" else None
+    mode = resolve_mode(settings["mode"], over)
+    return mode, make_mesh(dict(settings["mesh"]), over) if mode == "mesh" else None
 
 
-def process_shard(mode: str, mesh: Mesh | None = None) -> tuple[int, int]:
-    """(index, count): this process loads block `index` of `count` equal blocks of a global batch.
+def process_shard(
+    mode: str, mesh: Mesh | None = None, process_index: int | None = None
+) -> tuple[int, int]:
+    """(index, count): a process loads block `index` of `count` equal blocks of a global batch.
 
-    Processes that share rows of the mesh (a tensor axis across hosts) get the same index.
+    Processes get the same block where a tensor axis joins them: all rows that any of them needs.
+    process_index: of another process than this.
     """
     mode, mesh = resolve(mode, mesh)
+    process = jax.process_index() if process_index is None else process_index
     if mesh is None:
-        return jax.process_index(), jax.process_count()
-    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    mine = [
-        i for i, row in enumerate(rows) if any(d.process_index == jax.process_index() for d in row)
-    ]
-    index, rest = divmod(mine[0], len(mine))
-    if rest or len(rows) % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
-        raise ValueError(f"process {jax.process_index()} owns scattered rows {mine} of the mesh")
-    return index, len(rows) // len(mine)
+        return process, jax.process_count()
+    num_local = mesh.size // len({device.process_index for device in mesh.devices.flat})
+    # The fewest devices in the mesh's order that are whole processes and whole rows.
+    block = math.lcm(num_local, mesh.shape["tensor"])
+    return process * num_local // block, mesh.size // block
 
 
 def process_rows(batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
@@ -93,19 +108,27 @@ def process_rows(batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
     return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)
 
 
-def num_parts(mode: str, mesh: Mesh | None = None) -> int:
-    """Into how many parts the devices divide a global batch."""
-    mode, mesh = resolve(mode, mesh)
-    if mesh is not None:
+def num_parts(mode: str, mesh: Mesh | None = None, over: Sequence[Any] | None = None) -> int:
+    """The number of parts into which the devices divide a global batch.
+
+    over: other devices than those of this run, for modes without a mesh.
+    """
+    if mode == "mesh":
+        mesh = mesh or make_mesh(over=over)
         return mesh.shape["data"] * mesh.shape["fsdp"]
-    return 1 if mode == "single" else jax.device_count()
+    over = jax.devices() if over is None else over
+    return 1 if resolve_mode(mode, over) == "single" else len(over)
 
 
 def check_batch_size(
-    batch_size: int, mode: str, mesh: Mesh | None = None, micro_batches: int = 1
+    batch_size: int,
+    mode: str,
+    mesh: Mesh | None = None,
+    micro_batches: int = 1,
+    over: Sequence[Any] | None = None,
 ) -> None:
     """Raise ValueError where a global batch doesn't divide over devices and micro-batches."""
-    parts = num_parts(mode, mesh)
+    parts = num_parts(mode, mesh, over)
     if micro_batches < 1:
         raise ValueError(f"grad_accumulation={micro_batches} must be at least 1")
     if batch_size < 1 or batch_size % (parts * micro_batches):

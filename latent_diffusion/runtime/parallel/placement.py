@@ -83,7 +83,8 @@ def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTr
         return host_batch
     if mode == "single":
         return jax.device_put(host_batch, replicated(mode, mesh))
-    parts = num_parts(mode, mesh) // process_shard(mode, mesh)[1]
+    index, count = process_shard(mode, mesh)
+    parts = num_parts(mode, mesh) // count
     for leaf in leaves:
         if len(leaf) % parts:
             raise ValueError(f"a batch of {len(leaf)} examples doesn't divide over {parts} devices")
@@ -92,7 +93,15 @@ def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTr
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), host_batch)
         return jax.device_put(split, sharding)
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), host_batch)
+
+    def spread(x: np.ndarray) -> jax.Array:
+        def rows(where: Any) -> np.ndarray:
+            start, stop, _ = where[0].indices(count * len(x))
+            return x[start - index * len(x) : stop - index * len(x)]
+
+        return jax.make_array_from_callback((count * len(x), *x.shape[1:]), sharding, rows)
+
+    return jax.tree.map(spread, host_batch)
 
 
 def to_global(tree: PyTree, mode: str) -> PyTree:

@@ -14,7 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve
-from latent_diffusion.runtime.parallel.placement import place, place_batch, put, replicated
+from latent_diffusion.runtime.parallel.placement import (
+    place,
+    place_batch,
+    put,
+    replicated,
+    state_shardings,
+)
 from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
 from latent_diffusion.types import PyTree
 
@@ -37,6 +43,24 @@ class CompiledStep:
     def __call__(self, state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> Any:
         """Place the process-local numpy batch and run."""
         return self.run(state, constants, host_batch, rng)
+
+
+def compile_init(
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]],
+    rng: jax.Array,
+    mode: str,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+) -> Any:
+    """Jit `init(rng) -> (state, constants)` so that its results lie where compiled steps want them.
+
+    The state is made in its parts: beside its share, a device holds no more than the array that is
+    being drawn.
+    """
+    state, constants = jax.eval_shape(init, rng)
+    shardings = state_shardings(state, mode, mesh, rules), state_shardings(constants, mode, mesh)
+    return jax.jit(init, out_shardings=shardings)
 
 
 def compile_step(
