@@ -23,6 +23,7 @@ from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.runtime import parallel
 from latent_diffusion.training import settings
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     config.init_from_only: a regular expression over parameter paths; "" is all of them, and then
     each must be in the file. Input channels that the U-Net has beyond the file's start from zero,
     so that at first they change nothing; words beyond the file's start at random.
+    The arrays that are replaced are deleted, so that no device has more than its share of a state.
     Raises one ValueError that names what doesn't fit.
     """
     if bundle is None or (config.task == "denoising" and config.lora.rank):
@@ -149,7 +151,7 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = jax.tree.map(jnp.copy, params)
+        ema_params = jax.tree.map(_in_place_of, ema_params, params)
     state = state.replace(params=params, ema_params=ema_params)
     if getattr(state, "codebook", None):
         state = state.replace(codebook=_restarted(state.codebook, params["autoencoder"]))
@@ -195,7 +197,8 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
     if left := sorted({path.split("/")[0] for path in theirs.keys() - ours.keys()}):
         log.info("init_from: %s of %s has no place in this model", ", ".join(left), source)
     for path in wanted:
-        ours[path] = _enlarged(path, theirs[path].read(), ours[path])
+        array = _enlarged(path, theirs[path].read(), ours[path])
+        ours[path] = _in_place_of(ours[path], array)
     log.info("init_from: %d of %d parameters from %s", len(wanted), len(ours), source)
     return unflatten_dict(ours, sep="/")
 
@@ -212,10 +215,18 @@ def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
     return ours == theirs
 
 
-def _enlarged(path: str, theirs: np.ndarray, ours: jax.Array) -> jax.Array:
+def _in_place_of(fresh: Any, array: Any) -> Any:
+    """A copy of `array`, laid out as the fresh array was, which gives up its memory."""
+    if isinstance(fresh, jax.Array):
+        fresh.delete()
+        return parallel.put(array, fresh.sharding).copy()
+    return jnp.asarray(array)  # in a run that goes on there is only a shape
+
+
+def _enlarged(path: str, theirs: np.ndarray, ours: jax.Array) -> Any:
     """The file's array, with zeros for the input channels that it lacks, or our rows for words."""
     if ours.shape == theirs.shape:
-        return jnp.asarray(np.array(theirs))
+        return theirs
     fresh = jnp.zeros(ours.shape, ours.dtype) if path == CONV_IN else ours
     return fresh.at[tuple(slice(n) for n in theirs.shape)].set(theirs)
 

@@ -32,6 +32,7 @@ from latent_diffusion.runtime.parallel.placement import (
     abstract,
     place,
     place_batch,
+    put,
     state_shardings,
     to_global,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "place_batch",
     "process_rows",
     "process_shard",
+    "put",
     "resolve_mode",
     "state_shardings",
     "to_global",

@@ -145,9 +145,10 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
     # An uncommitted array would come back committed from step 1, and step 2 would recompile.
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
-    if sharding.is_fully_addressable and not getattr(leaf, "is_fully_addressable", True):
+    local = getattr(leaf, "is_fully_addressable", True)
+    if sharding.is_fully_addressable and not local:
         return _relabel(leaf, sharding)
-    if sharding.is_fully_addressable:
+    if sharding.is_fully_addressable or not local:
         return jax.device_put(leaf, sharding)
     # device_put would first compare the values of all processes, a collective for every leaf.
     if _is_key(leaf):
