@@ -7,11 +7,13 @@ import jax
 import pytest
 import several
 from conftest import ROOT
+from slices import Chip
 
 from benchmarks import compile_table
 from latent_diffusion import compile_check
 from latent_diffusion.compile_check import GIB, Checked
 from latent_diffusion.runtime.parallel import chips
+from latent_diffusion.training import loop
 
 
 @pytest.fixture
@@ -45,6 +47,35 @@ def test_other_bad_input_is_one_line(here):
         compile_check.check(several.make_config(), "v5e:2x4", ["eval"])
     with pytest.raises(ValueError, match="batch_size=12 doesn't divide over 8 devices"):
         compile_check.check(several.make_config(batch_size=12), "v5e:2x4", ["train"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel.mode": "ddp"}, "unknown parallel mode 'ddp'"),
+        ({"parallel.mesh": {"data": 3}}, "mesh data 3 × fsdp 1 × tensor 1 needs 3 devices"),
+        ({"parallel.mesh": {"data": 4, "tensor": 2}, "batch_size": 6}, "over 4 devices"),
+        ({"grad_accumulation": 0}, "grad_accumulation=0 must be at least 1"),
+        ({"grad_accumulation": 2}, "batch_size=8 doesn't divide over 8 devices × 2 micro-batches"),
+        ({"parallel.mode": "auto", "batch_size": 12}, "batch_size=12 doesn't divide over 8 dev"),
+        ({"parallel.rules": (("lora", "replicate"), (".*", "replicate"))}, "matches nothing"),
+    ],
+)
+def test_it_refuses_what_training_refuses_in_the_same_words(fields, message, here, tmp_path):
+    config = several.make_config(**{"parallel.mode": "mesh", **fields})
+    with pytest.raises(ValueError, match=message) as refused:
+        compile_check.check(config, "v5e:2x4", ["train"])
+    with pytest.raises(ValueError) as not_trained:
+        loop.train(config, tmp_path)
+    assert str(refused.value) == str(not_trained.value)
+
+
+def test_one_process_can_not_have_several_hosts_chips(monkeypatch):
+    chips_of_two_hosts = [Chip(i, i // 4) for i in range(8)]
+    monkeypatch.setattr(chips, "topology_devices", lambda topology: chips_of_two_hosts)
+    config = several.make_config(**{"parallel.mode": "single"})
+    with pytest.raises(ValueError, match="mode 'single' can't span 2 processes; use pmap or mesh"):
+        compile_check.check(config, "v6e:2x4", ["train"])
 
 
 def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, monkeypatch):

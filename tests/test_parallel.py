@@ -1,7 +1,6 @@
 """One step, three callers: the same numbers, nothing copied, nothing compiled twice."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import itertools
 import os
@@ -21,6 +20,7 @@ from conftest import ROOT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from slices import SLICES, Chip, chips_of
 
 from latent_diffusion import rng as rng_lib
 from latent_diffusion.nets.conditioners.text import TextTransformer
@@ -322,28 +322,6 @@ def test_the_state_is_made_in_its_parts():
 
 
 # ------------------------------------------------------------------------ rows of processes
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a mesh sees of a device that isn't there."""
-
-    id: int
-    process_index: int
-
-
-SLICES = ["v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4"]
-SLICES += ["v6e:2x4", "v6e:4x4"]
-
-
-def chips_of(topology):
-    """As libtpu describes them: chips and hosts are numbered along x, then y, then z; a host has
-    2 × 2 × 1 chips."""
-    width, height, depth = [*map(int, topology.partition(":")[2].split("x")), 1][:3]
-    return [
-        Chip(x + width * (y + height * z), x // 2 + width // 2 * (y // 2 + height // 2 * z))
-        for z, y, x in itertools.product(range(depth), range(height), range(width))
-    ]
 
 
 def meshes_of(count):
