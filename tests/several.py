@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from configs import openmoji_text
+from configs import openmoji_autoencoder, openmoji_text
 from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.generation import sampling
 from latent_diffusion.runtime import processes
@@ -28,6 +28,17 @@ FIELDS = {  # everything that a run does, on as little as possible
     "log.images_every_steps": 8,
     "log.num_images": 2,
 }
+FIRST_STAGE_FIELDS = {
+    "data.image_size": 8,
+    "autoencoder.channels": 8,
+    "autoencoder.channel_mult": (1,),
+    "autoencoder.attn_resolutions": (),
+    "autoencoder.num_groups": 4,
+    "autoencoding.perceptual": "none",
+    "log.eval_every_steps": 2,
+}
+LOOKED_AT = {"log.distance": "alexnet", "log.distance_images": 12, "log.num_images": 2}
+BEST = {"checkpoint.best": "eval_fd_alexnet"}
 # Steps enough that something of each image's own noise is left.
 SAMPLING = {"prompts": ["red circle", "blue square"], "num_images": 3, "num_steps": 4}
 
@@ -36,6 +47,23 @@ def make_config(num_steps=STEPS, **fields):
     config = openmoji_text.get_config("smoke")
     config.update_from_flattened_dict({**FIELDS, "num_steps": num_steps, **fields})
     return config
+
+
+def train_both(workdir, **fields):
+    """Both stages to the last step, with distances, pictures and best checkpoints."""
+    fields |= LOOKED_AT | BEST
+    config = openmoji_autoencoder.get_config("smoke")
+    config.update_from_flattened_dict({**FIRST_STAGE_FIELDS, "num_steps": 3, **fields})
+    loop.train(config, workdir / "first_stage")
+    loop.train(make_config(**fields), workdir / "denoiser")
+
+
+def main_both(workdir, coordinator, process_id, mode):
+    """Train both stages on two processes, then go on with what one process has begun."""
+    quiet_and_cached()
+    processes.connect(False, coordinator, 2, int(process_id), 200)
+    train_both(workdir, **{"parallel.mode": mode})
+    loop.train(make_config(**{"parallel.mode": mode}), workdir / "begun")
 
 
 def score(workdir):

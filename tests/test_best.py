@@ -1,6 +1,7 @@
 """The best state by an evaluated number stays, and its folder is a workdir."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,8 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
 
     def offer(step, value, mode="max"):
         with Best(tmp_path, "eval_psnr", mode) as best:
-            return best.offer(step, {"x": jnp.full(2, value)}, {"eval_psnr": value})
+            state = SimpleNamespace(ema_params={"x": jnp.full(2, value)}, opt_state=jnp.ones(3))
+            return best.offer(step, state, {"eval_psnr": value})
 
     assert [offer(*pair) for pair in ((1, 20.0), (2, float("nan")), (3, 25.0), (4, 24.0))] == [
         *(True, False, True, False)
@@ -27,7 +29,7 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
     assert record == {"metric": "eval_psnr", "value": 25.0, "step": 3}
     assert (tmp_path / "best" / "config.json").read_text() == "{}"
     with Checkpointer(tmp_path / "best" / "checkpoints", read_only=True) as checkpoints:
-        np.testing.assert_array_equal(checkpoints.restore().state["x"], [25, 25])
+        np.testing.assert_array_equal(checkpoints.restore().state["ema_params"]["x"], [25, 25])
         assert checkpoints.all_steps() == [3]
     with Best(tmp_path, "eval_fd", "min") as best, pytest.raises(ValueError, match=r"eval_psnr"):
         best.offer(5, {}, {"eval_psnr": 1.0})

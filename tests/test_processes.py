@@ -15,6 +15,7 @@ import several
 from conftest import FAST_COMPILATION, ROOT
 
 import latent_diffusion as ldm
+from latent_diffusion.runtime import partners
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.training import loop
 
@@ -69,6 +70,26 @@ def logged(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def start_several(call, *arguments, count=2):
+    """Processes that call a function of `several` with a coordinator and their number."""
+    coordinator, devices = free_port(), 8 // count
+    code = f"import pathlib, several, sys; several.{call}(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {code}"
+    workdir, *rest = arguments
+    return [
+        start_process("-c", code, workdir, coordinator, i, *rest, devices=devices)
+        for i in range(count)
+    ]
+
+
+def assert_same_log(workdir, wanted):
+    """Every number that two runs have logged, but those of the machine."""
+    for want, got in zip(logged(wanted), logged(workdir), strict=True):
+        assert want.keys() - OWN == got.keys() - OWN
+        for name in want.keys() - OWN:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run on eight devices: its workdir and its final state."""
@@ -77,10 +98,7 @@ def whole(tmp_path_factory):
 
 
 def test_two_processes_train_sample_and_score_like_one_and_go_on_as_one(whole, tmp_path):
-    coordinator = free_port()
-    code = "import pathlib, several, sys; several.main(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
-    own = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {code}"
-    processes = [start_process("-c", own, tmp_path, coordinator, i, devices=4) for i in range(2)]
+    processes = start_several("main", tmp_path)
     wait_for(tmp_path / "config.json", processes)
     processes[1].send_signal(signal.SIGTERM)  # one of them is preempted
     errors = end(processes)
@@ -106,10 +124,37 @@ def test_two_processes_train_sample_and_score_like_one_and_go_on_as_one(whole, t
     assert several.score(tmp_path) == pytest.approx(record["metrics"], rel=1e-4)
 
     train_here(tmp_path, **{"parallel.mode": "mesh"})
-    for want, got in zip(logged(whole[0]), logged(tmp_path), strict=True):
-        assert want.keys() - OWN == got.keys() - OWN
-        for name in want.keys() - OWN:
-            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    assert_same_log(tmp_path, whole[0])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Both stages on one process."""
+    workdir = tmp_path_factory.mktemp("both")
+    several.train_both(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+def test_two_processes_train_both_stages_to_the_end_like_one(mode, both, whole, tmp_path):
+    train_here(tmp_path / "begun", num_steps=4)
+    processes = start_several("main_both", tmp_path, mode)
+    errors = end(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    for stage in ("first_stage", "denoiser"):
+        assert_same_log(tmp_path / stage, both / stage)
+        assert logged(tmp_path / stage)[-1]["eval_fd_alexnet"] > 0
+        pictures = [
+            sorted(p.name for p in (d / stage / "images").glob("*")) for d in (tmp_path, both)
+        ]
+        assert pictures[0] == pictures[1] != []
+        record, want = (
+            json.loads((d / stage / "best" / "best.json").read_text()) for d in (tmp_path, both)
+        )
+        assert record == {**want, "value": pytest.approx(want["value"], rel=1e-5)}
+        assert (tmp_path / stage / "best" / "checkpoints" / str(record["step"])).is_dir()
+    assert (tmp_path / "denoiser" / "checkpoints" / str(several.STEPS)).is_dir()
+    assert_same_log(tmp_path / "begun", whole[0])
 
 
 def test_processes_with_other_configs_or_alone_refuse_to_start(tmp_path):
@@ -142,3 +187,21 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(whole, tmp_path,
     for a, b in zip(jax.tree.leaves(whole[1]), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, np.asarray(b))
     assert [line["step"] for line in logged(tmp_path)] == list(range(1, several.STEPS + 1))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_ends_with_one_line_when_its_partner_dies(victim, whole, tmp_path):
+    cluster = {"coordinator": free_port(), "num_processes": 2}
+    flags = {"config.checkpoint.every_steps": 2}
+    processes = [
+        start_run(tmp_path, 4, 100_000, process_id=i, **cluster, **flags) for i in range(2)
+    ]
+    wait_for(tmp_path / "checkpoints" / "2", processes)
+    processes[victim].kill()
+    began = time.monotonic()
+    errors = end(processes)
+    assert time.monotonic() - began < partners.TIMEOUT + 10
+    assert processes[1 - victim].returncode == 1, errors
+    (line,) = [line for line in errors[1 - victim].splitlines() if "step" not in line][-1:]
+    assert line == partners.MESSAGE
+    assert "Traceback" not in errors[1 - victim] and "stack trace" not in errors[1 - victim]

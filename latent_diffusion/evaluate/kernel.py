@@ -63,6 +63,7 @@ def measure_kernel(
             for _ in range(per_call)
         ]
         batch = {key: np.stack([pair[i] for pair in pairs]) for i, key in enumerate("xy")}
+        batch = parallel.process_rows(batch, "auto")
         values.extend(run({}, {}, batch, jax.random.key(0)))
     found = np.asarray(values[:subsets], np.float64)
     return Measured(float(found.mean()), float(found.std()), len(features))

@@ -71,7 +71,8 @@ def nearest(rows: np.ndarray, columns: np.ndarray, k: int, centre: np.ndarray) -
         real = np.arange(column_size) < at.stop - at.start
         constants = {"y": y, "real": real}
         for here, x in _blocks(rows, row_size, centre):
-            new = run({}, constants, {"x": x}, jax.random.key(0))[: here.stop - here.start]
+            mine = {"x": parallel.process_rows(x, "auto")}
+            new = run({}, constants, mine, jax.random.key(0))[: here.stop - here.start]
             found[here] = np.sort(np.concatenate([found[here], new], 1), 1)[:, :k]
     return found
 
@@ -91,9 +92,9 @@ def balls_around(
             "radius": np.pad(radius[at], (0, column_size - held)),
         }
         for here, x in _blocks(rows, row_size, centre):
-            counts[here] += run({}, constants, {"x": x}, jax.random.key(0))[
-                : here.stop - here.start
-            ]
+            mine = {"x": parallel.process_rows(x, "auto")}
+            new = run({}, constants, mine, jax.random.key(0))
+            counts[here] += new[: here.stop - here.start]
     return counts
 
 

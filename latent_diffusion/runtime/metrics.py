@@ -20,6 +20,7 @@ import PIL.Image
 import tqdm
 from jaxtyping import Num, UInt8
 
+from latent_diffusion.runtime import processes
 from latent_diffusion.trees import leaves_by_path
 from latent_diffusion.types import Array, PyTree
 
@@ -74,6 +75,20 @@ class Writer:
         self._lines.flush()
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
+
+    def logged(self, step: int) -> dict[str, Any]:
+        """The numbers that are logged for `step`, if it is the last one; equal on all processes.
+
+        "pictures" is whether there are any of this step.
+        """
+        record: dict[str, Any] = {}
+        if self._active:
+            if step == self._last_step:
+                self._lines.seek(self._last_start)
+                line = json.loads(self._lines.read())
+                record = {name: math.nan if v is None else v for name, v in line.items()}
+            record["pictures"] = any((self.workdir / "images").glob(f"*_{step:08d}.png"))
+        return json.loads(processes.from_first(json.dumps(record)))
 
     def image(self, step: int, name: str, image: Num[Array | np.ndarray, "H W 3"]) -> None:
         """Write `images/<name>_<step>.png` and a TensorBoard image. Floats are in [-1, 1]."""

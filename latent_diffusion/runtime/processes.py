@@ -8,12 +8,15 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from latent_diffusion.runtime import partners
 
 
 def connect(
@@ -28,7 +31,8 @@ def connect(
     distributed: recognise the cluster: TPU pods, GKE, Slurm, Open MPI. Anywhere else all of
     coordinator ("host:port" of process 0), num_processes and process_id are needed.
     timeout: seconds to wait for the others; then the process ends with a message.
-    Raises ValueError where it isn't known who the others are.
+    Raises ValueError where it isn't known who the others are, or their numbers of devices differ.
+    A process whose partner dies later ends with one line (see `partners`).
     """
     given = (coordinator, num_processes, process_id)
     if not distributed and all(value is None for value in given):
@@ -44,10 +48,16 @@ def connect(
     watchdog = threading.Timer(timeout, _give_up, (f"at {coordinator or 'the cluster'}", timeout))
     watchdog.daemon = True
     watchdog.start()
+    partners.watch()
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=timeout + 60
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=partners.TIMEOUT,
         )
+        counts = Counter(device.process_index for device in jax.devices())
     except ValueError as error:
         raise ValueError(
             "--distributed found no cluster (TPU pod, GKE, Slurm, Open MPI); "
@@ -55,11 +65,18 @@ def connect(
         ) from error
     finally:
         watchdog.cancel()
+    for process, count in counts.items():
+        if count != counts[0]:
+            raise ValueError(
+                f"process {process} has another number of devices than process 0: "
+                f"{count} instead of {counts[0]}"
+            )
 
 
 def exit_with(message: str) -> NoReturn:
     """End with an error; at once for one of several processes, so that none waits for it."""
     if jax.distributed.is_initialized():
+        message = partners.MESSAGE if partners.is_death(message) else message
         print(message, file=sys.stderr, flush=True)
         if jax.process_index() == 0:
             time.sleep(2)  # the others depend on this process, and have something to say, too

@@ -60,6 +60,11 @@ def together(workdir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def frozen_files(workdir: Path) -> list[Path]:
+    """The files beside its checkpoints without which a workdir can't be loaded."""
+    return sorted(path for path in workdir.iterdir() if path.suffix in (".json", ".safetensors"))
+
+
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the resolved experiment; process 0 only."""
     if jax.process_index() == 0:

@@ -1,6 +1,7 @@
 """The best checkpoint of a run by one of its evaluated numbers, beside the newest ones.
 
-`best/` in a workdir can be used like a workdir: `sample.py --workdir=runs/x/best`.
+`best/` in a workdir can be used like a workdir: `sample.py --workdir=runs/x/best`. It holds the
+parameters alone, and `best.json` says which step they are of and how good they are.
 """
 
 import json
@@ -17,12 +18,15 @@ from latent_diffusion.types import lookup
 
 SIGNS = {"min": 1.0, "max": -1.0}
 RECORD = "best.json"
+ENTRIES = ("metric", "value", "step")  # of the record, which is also the checkpoint's metadata
 
 
 class Best:
-    """Keeps the state with the lowest (or highest) value of `metric`; a context manager.
+    """Keeps the parameters with the lowest (or highest) value of `metric`; a context manager.
 
     metric: a name that an evaluation logs ("eval_loss", "eval_fd_alexnet"); "" keeps nothing.
+    The record is written when its checkpoint is on disk: by `settle`, at the end, or by the next
+    start, which reads it from the checkpoint.
     """
 
     def __init__(self, run: Path, metric: str, mode: str):
@@ -30,40 +34,52 @@ class Best:
         self._run, self._metric = run, metric
         self._directory = run / "best"
         self._record: dict[str, Any] = {}
+        self._pending = False  # whether the record waits for its checkpoint
         self._checkpoints = None
         if metric:
             self._checkpoints = Checkpointer(self._directory / "checkpoints", keep=1)
-            if (self._directory / RECORD).is_file():
-                self._record = json.loads((self._directory / RECORD).read_text(encoding="utf-8"))
+            saved = self._checkpoints.metadata() or {}
+            self._record = {name: saved[name] for name in ENTRIES if name in saved}
+            self._pending = bool(self._record)
+            self.settle()
 
     def offer(self, step: int, state: Any, values: dict[str, float]) -> bool:
-        """Keep `state` if its value is the best so far: whether it is.
+        """Keep the parameters of `state` if their value is the best so far: whether it is.
 
-        Raises ValueError where the evaluation has no such number.
+        Returns before they are on disk. Raises ValueError where the evaluation has no such number.
         """
         if self._checkpoints is None:
             return False
         value = float(lookup(values, self._metric, "checkpoint.best"))
-        known = self._record if self._record.get("metric") == self._metric else {}
+        same_metric = self._record.get("metric") == self._metric
         if not math.isfinite(value):
             return False
-        if known and self._sign * value >= self._sign * known["value"]:
+        if same_metric and self._sign * value >= self._sign * self._record["value"]:
             return False
-        record = {"metric": self._metric, "value": value, "step": step}
-        self._checkpoints.save(step, state, record)
-        self._checkpoints.wait()
-        self._record = record
-        if jax.process_index() == 0:
-            self._describe()
+        if jax.process_index() == 0:  # it speaks of a checkpoint that is removed by this save
+            (self._directory / RECORD).unlink(missing_ok=True)
+        self._record = {"metric": self._metric, "value": value, "step": step}
+        name = "params" if state.ema_params is None else "ema_params"
+        self._checkpoints.save(step, {name: getattr(state, name)}, self._record)
+        self._pending = True
         return True
 
-    def _describe(self) -> None:
-        for name in (workdir.CONFIG, workdir.TOKENIZER, workdir.FIRST_STAGE):
-            link = self._directory / name
-            if (self._run / name).exists() and not link.is_symlink():
-                link.symlink_to(Path("..") / name)
+    def settle(self) -> None:
+        """Write the record of a checkpoint that has come to be on disk; never waits."""
+        if not self._pending or not self._saved(self._record["step"]):
+            return
+        self._pending = False
+        if jax.process_index() != 0:
+            return
+        for path in workdir.frozen_files(self._run):
+            link = self._directory / path.name
+            if not link.is_symlink():
+                link.symlink_to(Path("..") / path.name)
         text = json.dumps(self._record, indent=2) + "\n"
         workdir.write_whole(self._directory / RECORD, text)
+
+    def _saved(self, step: int) -> bool:
+        return (self._directory / "checkpoints" / str(step)).exists()
 
     def __enter__(self) -> "Best":
         return self
@@ -75,4 +91,5 @@ class Best:
         traceback: TracebackType | None,
     ) -> None:
         if self._checkpoints is not None:
-            self._checkpoints.close()
+            self._checkpoints.__exit__(kind, error, traceback)
+            self.settle()

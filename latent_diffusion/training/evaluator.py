@@ -1,7 +1,7 @@
 """Evaluation within a run: means of losses, a distance of sets, and pictures to look at."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,71 +22,109 @@ class Evaluator:
         self,
         config: ConfigDict,
         task: Any,
+        constants: Any,
         source: Any,
         tokenizer: Any,
         mode: str,
         layout: Mapping[str, Any],
     ):
-        self._config, self._source = config, source
+        self._config, self._constants, self._source = config, constants, source
         self._transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
         self._shard = parallel.process_shard(mode, layout["mesh"])
         self._parts = parallel.num_parts(mode, layout["mesh"])
-        self._eval_step = parallel.compile_eval(task.eval_step, mode, **layout)
+        self._eval_step = parallel.compile_eval(_with_weight(task.eval_step), mode, **layout)
         self._show = parallel.compile_eval(task.show, mode, **layout)
         self._net = None
         if config.log.distance:
             self._net = make_features(config.log.distance, config.log.distance_path or None)
-            apply = self._net.apply
+            features = _with_weight(_featured(task.show, self._net.apply))
+            self._features = parallel.compile_eval(features, mode, **layout)
+            self._with_net = (constants, self._net.params)
 
-            def features(state, params, batch, rng, *, axis_name=None):
-                return {k: apply(params, levels_of(x))["features"] for k, x in batch.items()}
+    def measure(
+        self, state: Any, rng: jax.Array, stopped: Callable[[], Any] = lambda: False
+    ) -> dict[str, float] | None:
+        """Means of the per-example values over `log.eval_batches` batches, and the distance.
 
-            self._features = parallel.compile_eval(features, mode, mesh=layout["mesh"])
-
-    def measure(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, float]:
-        """Means of the per-example values over `log.eval_batches` batches, exact on the padded."""
-        values: dict[str, list[np.ndarray]] = {}
-        weights = []
-        batches = self._batches(self._config.batch_size)
-        for i, batch in enumerate(itertools.islice(batches, self._config.log.eval_batches)):
-            weights.append(batch.pop("weight"))
-            out = self._eval_step(state, constants, batch, jax.random.fold_in(rng, i))
-            for name, value in out.items():
-                values.setdefault(name, []).append(value)
-        weight = np.concatenate(weights)
-        means = {
-            f"eval_{name}": float(np.average(np.concatenate(value), weights=weight))
-            for name, value in values.items()
-        }
-        return means | self._distance(state, constants, rng)
-
-    def _distance(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, float]:
-        """Fréchet distance between test images and what the averaged parameters make of them."""
+        The distance is Fréchet's, between test images and what the averaged parameters make of
+        them. Padding counts in neither. stopped: asked before every batch; None where it is true.
+        """
+        config = self._config
+        values = self._outputs(
+            self._eval_step, state, self._constants, rng, config.log.eval_batches, stopped
+        )
+        if values is None:
+            return None
+        means = {f"eval_{name}": float(np.mean(value)) for name, value in values.items()}
         if self._net is None:
-            return {}
-        size, wanted = self._config.batch_size, self._config.log.distance_images
-        real, made = [], []
-        for i, batch in enumerate(itertools.islice(self._batches(size), -(-wanted // size))):
-            kept = batch.pop("weight") > 0
-            shown = self._show(state, constants, batch, jax.random.fold_in(rng, i))
-            *_, last = shown.values()  # reconstructions or samples
-            pair = {"real": shown["inputs"], "made": last}
-            found = self._features({}, self._net.params, pair, rng)
-            real.append(found["real"][kept])
-            made.append(found["made"][kept])
+            return means
+        count = -(-config.log.distance_images // config.batch_size)
+        features = self._outputs(self._features, state, self._with_net, rng, count, stopped)
+        if features is None:
+            return None
         name = frechet_name(self._net.name)
-        reference = gaussian(np.concatenate(real))
-        measured = measure_frechet(np.concatenate(made), reference, name)
-        return {f"eval_{name}": measured.value}
+        distance = measure_frechet(features["made"], gaussian(features["real"]), name)
+        return means | {f"eval_{name}": distance.value}
 
-    def draw(self, state: Any, constants: Any, rng: jax.Array) -> dict[str, np.ndarray]:
+    def draw(self, state: Any, rng: jax.Array) -> dict[str, np.ndarray]:
         """One grid: the images of every kind that the task shows, a row each."""
         num = self._config.log.num_images
         batch = next(self._batches(num + -num % self._parts))  # a whole number for every device
         batch.pop("weight")
-        images = self._show(state, constants, batch, rng)
+        images = self._show(state, self._constants, batch, rng)
         rows = np.concatenate([kind[:num] for kind in images.values()])
         return {"_".join(images): metrics.image_grid(rows, num)}
 
+    def _outputs(
+        self,
+        step: Callable[..., dict[str, np.ndarray]],
+        state: Any,
+        constants: Any,
+        rng: jax.Array,
+        count: int,
+        stopped: Callable[[], Any],
+    ) -> dict[str, np.ndarray] | None:
+        """The outputs [N ...] of a step for the test examples of `count` batches, without padding.
+
+        None where `stopped()` is true before one of the batches.
+        """
+        parts: dict[str, list[np.ndarray]] = {}
+        batches = itertools.islice(self._batches(self._config.batch_size), count)
+        for i, batch in enumerate(batches):
+            if stopped():
+                return None
+            out = step(state, constants, batch, jax.random.fold_in(rng, i))
+            real = out.pop("weight") > 0
+            for name, value in out.items():
+                parts.setdefault(name, []).append(value[real])
+        return {name: np.concatenate(values) for name, values in parts.items()}
+
     def _batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         return data.epoch(self._source, self._transform, batch_size, *self._shard)
+
+
+def _with_weight(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step with the weights of its examples among its outputs.
+
+    A process holds the weights of its rows alone; the outputs are those of the global batch.
+    """
+
+    def weighted(state: Any, constants: Any, batch: Any, rng: Any, **options: Any) -> Any:
+        batch = dict(batch)
+        weight = batch.pop("weight")
+        return {**step(state, constants, batch, rng, **options), "weight": weight}
+
+    return weighted
+
+
+def _featured(show: Callable[..., Any], apply: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that gives the features of test images and of what a task's `show` makes of them."""
+
+    def features(state: Any, constants: Any, batch: Any, rng: Any, **options: Any) -> Any:
+        constants, params = constants
+        shown = show(state, constants, batch, rng, **options)
+        *_, made = shown.values()  # reconstructions or samples
+        pair = {"real": shown["inputs"], "made": made}
+        return {k: apply(params, levels_of(x))["features"] for k, x in pair.items()}
+
+    return features

@@ -61,39 +61,69 @@ def _steps(
     progress: metrics.Progress,
 ) -> Any:
     """The steps that are left: each is logged, then saved, then evaluated, then drawn."""
-    state, speed = run.state, metrics.Throughput()
-    for step in range(run.step + 1, config.num_steps + 1):
+    state, step, speed = run.state, run.step, metrics.Throughput()
+    if step:  # an earlier run may have been stopped between this step and its evaluation
+        _look_at(config, run, state, step, best, stop, writer)
+    while step < config.num_steps and not stop.signum:
         state, values = run.train_step(state, run.constants, next(run.batches), run.rng)
+        step += 1
         # Waiting for the values here costs little: the next batch is prefetched.
         metrics.check_finite(step, values, state.params)
+        best.settle()
         speed.add(config.batch_size)
         progress.update(step)
         if step == run.step + 1:
             progress.write(f"first step after {startup.seconds_since_start():.1f} s")
-        signum = stop.after(step)
-        last = step == config.num_steps
-        if _due(step, config.log.every_steps) or last or signum:
+        ends = stop.poll() or step == config.num_steps
+        if _due(step, config.log.every_steps) or ends:
             rate = speed.read()
             measured = {"peak_memory_gib": metrics.peak_memory()}
             measured |= {} if rate is None else {"images_per_second": rate}
             writer.scalars(step, {**values, **measured})
             progress.report(step, {"loss": float(values["loss"]), "images/s": rate})
-        if _due(step, config.checkpoint.every_steps) or last or signum:
+        if _due(step, config.checkpoint.every_steps) or ends:
             checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
-        if signum:
-            checkpoints.wait()
-            progress.write(str(Interrupted(signum, step)))
-            raise Interrupted(signum, step)
-        if _due(step, config.log.eval_every_steps) or last:
-            measured = run.evaluator.measure(state, run.constants, run.rng)
-            writer.scalars(step, measured)
-            best.offer(step, parallel.to_global(state, run.mode), measured)
+        if _look_at(config, run, state, step, best, stop, writer):
             speed.skip()
-        if metrics.image_log_steps(step, config.log.images_every_steps) or last:
-            for name, grid in run.evaluator.draw(state, run.constants, run.rng).items():
-                writer.image(step, name, grid)
-            speed.skip()
+    if stop.signum:
+        checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
+        checkpoints.wait()
+        progress.write(str(Interrupted(stop.signum, step)))
+        raise Interrupted(stop.signum, step)
     return state
+
+
+def _look_at(
+    config: ConfigDict,
+    run: Start,
+    state: Any,
+    step: int,
+    best: Best,
+    stop: Stop,
+    writer: metrics.Writer,
+) -> bool:
+    """Evaluate, then draw, what is due at this step and isn't done; nothing after a signal.
+
+    Returns whether anything was due.
+    """
+    last = step == config.num_steps
+    evaluates = _due(step, config.log.eval_every_steps) or last
+    draws = metrics.image_log_steps(step, config.log.images_every_steps) or last
+    if not (evaluates or draws):
+        return False
+    done = writer.logged(step)
+    measured = {name: value for name, value in done.items() if name.startswith("eval_")}
+    if evaluates and not measured and not stop.signum:
+        measured = run.evaluator.measure(state, run.rng, stop.poll) or {}
+        writer.scalars(step, measured)
+    if evaluates and measured:
+        best.offer(step, parallel.to_global(state, run.mode), measured)
+        stop.poll()
+    if draws and not done.get("pictures") and not stop.signum:
+        for name, grid in run.evaluator.draw(state, run.rng).items():
+            writer.image(step, name, grid)
+        stop.poll()
+    return True
 
 
 def _due(step: int, every: int) -> bool:

@@ -109,7 +109,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         rng=jax.random.key(config.seed),
         batches=batches,
         train_step=parallel.compile_step(task.train_step, mode, **layout),
-        evaluator=Evaluator(config, task, test_source, tokenizer, mode, layout),
+        evaluator=Evaluator(config, task, constants, test_source, tokenizer, mode, layout),
         mode=mode,
     )
 

@@ -1,4 +1,4 @@
-"""Signals that end a run: noted at once, obeyed after the step at hand."""
+"""Signals that end a run: noted at once, obeyed after the step or the batch at hand."""
 
 import os
 import signal
@@ -20,11 +20,14 @@ class Interrupted(Exception):
 class Stop:
     """Notes the first SIGINT or SIGTERM, so that the loop can save; a second one acts at once.
 
-    On several processes SIGTERM is left to JAX's runtime, which lets all stop after the same step.
+    On several processes SIGTERM is left to JAX's runtime, which lets all stop at the same `poll`.
+    signum: the signal that ends the run, once `poll` has met it.
     """
 
     def __enter__(self) -> "Stop":
-        self._signum: int | None = None
+        self.signum: int | None = None
+        self._noted: int | None = None
+        self._polls = 0
         alone = jax.process_count() == 1
         handlers = (
             {signal.SIGINT: self._note, signal.SIGTERM: self._note}
@@ -34,12 +37,18 @@ class Stop:
         self._before = {signum: signal.signal(signum, f) for signum, f in handlers.items()}
         return self
 
-    def after(self, step: int) -> int | None:
-        """The signal that ends the run after this step, if any."""
-        return signal.SIGTERM if processes.preempted(step) else self._signum
+    def poll(self) -> int | None:
+        """Look for a signal: after every step, before every batch of an evaluation.
+
+        All processes call it equally often, since the count is how they agree where to stop.
+        """
+        if self.signum is None:
+            self._polls += 1
+            self.signum = signal.SIGTERM if processes.preempted(self._polls) else self._noted
+        return self.signum
 
     def _note(self, signum: int, frame: Any) -> None:
-        self._signum = signum
+        self._noted = signum
         self._restore()
 
     def _pass_on(self, signum: int, frame: Any) -> None:

@@ -19,7 +19,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.files.tensor import Tensor
-from latent_diffusion.runtime import processes
+from latent_diffusion.runtime import partners, processes
 from latent_diffusion.runtime.checkpoint import integrity
 from latent_diffusion.runtime.checkpoint.errors import (
     ArchitectureMismatch,
@@ -227,6 +227,13 @@ class Checkpointer:
             where = self.directory / str(step)
             raise CheckpointError(f"can't read {where}: {reason(error)}") from error
 
+    def metadata(self) -> dict[str, Any] | None:
+        """What the latest checkpoint was saved with; None without one that can be read."""
+        for step in reversed(self.all_steps()):
+            with contextlib.suppress(CheckpointError), self._reading(step):
+                return self._read_metadata(step)
+        return None
+
     def all_steps(self) -> list[int]:
         """The steps on disk, ascending; some of them may turn out to be damaged."""
         self._manager.reload()
@@ -250,6 +257,8 @@ class Checkpointer:
     ) -> None:
         if error is None:
             return self.close()
+        if jax.process_count() > 1 and partners.is_death(error):
+            return None  # the save under way would wait for a process that is no more
         try:
             self.close()
         except CheckpointError as failure:  # don't hide what went wrong first
