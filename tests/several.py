@@ -29,7 +29,7 @@ FIELDS = {  # everything that a run does, on as little as possible
     "log.num_images": 2,
 }
 FIRST_STAGE_FIELDS = {
-    "data.image_size": 8,
+    "data.image_size": 16,
     "autoencoder.channels": 8,
     "autoencoder.channel_mult": (1,),
     "autoencoder.attn_resolutions": (),

@@ -1,0 +1,81 @@
+"""A signal in any moment of a step: the step is saved, nothing is looked at any more, then is."""
+
+import json
+import os
+import signal
+
+import pytest
+import several
+
+from latent_diffusion.training import loop
+from latent_diffusion.training.evaluator import Evaluator
+
+FIELDS = {
+    "num_steps": 2,
+    "log.eval_every_steps": 1,
+    "log.eval_batches": 3,
+    "parallel.mode": "single",
+}
+
+
+def run(workdir, every):
+    return loop.train(several.make_config(**FIELDS, **{"log.images_every_steps": every}), workdir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run(workdir, 1)
+    return logged(workdir)
+
+
+def logged(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    own = ("images_per_second", "peak_memory_gib")  # of the machine, not of the run
+    return [{k: v for k, v in json.loads(line).items() if k not in own} for line in lines]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_a_signal_loses_no_step_and_draws_nothing(
+    moment, every, undisturbed, tmp_path, monkeypatch
+):
+    events = []
+    measure, batches = Evaluator.measure, Evaluator._batches
+
+    def stopping(self, state, rng, stopped):
+        events.append("measure")
+        values = measure(self, state, rng, stopped)
+        if moment == "after":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    def stopping_batches(self, batch_size):
+        for i, batch in enumerate(batches(self, batch_size)):
+            if i == 1 and moment == "during":
+                os.kill(os.getpid(), signal.SIGTERM)
+            events.append("batch")
+            yield batch
+
+    def checked(step, *rest):
+        if moment == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "measure", stopping)
+        patch.setattr(Evaluator, "_batches", stopping_batches)
+        patch.setattr(Evaluator, "draw", lambda *_: events.append("draw"))
+        patch.setattr(loop.metrics, "check_finite", checked)
+        with pytest.raises(loop.Interrupted, match="SIGTERM after step 1, saved"):
+            run(tmp_path, every)
+    batch = {"before": [], "during": ["measure", "batch", "batch"]}
+    if moment in batch:
+        assert events == batch[moment]
+    assert "draw" not in events
+    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["1"]
+    assert ("eval_loss" in logged(tmp_path)[0]) == (moment == "after")
+    run(tmp_path, every)
+    assert logged(tmp_path) == undisturbed
+    pictures = sorted(path.name[-6:] for path in (tmp_path / "images").glob("*"))
+    assert pictures == (["01.png", "02.png"] if every else ["02.png"])
