@@ -36,9 +36,10 @@ test: $(VENV)/.test
 mutants: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/mutants.py
 
-# A run killed 20 times at random moments, at most 15 minutes.
+# A run of one process and one of two, each killed 20 times at random moments: at most 40 minutes.
 soak: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/soak.py
+	PYTHONPATH=. $(BIN)/python tests/soak.py --processes=2 --minutes=25
 
 lint: $(VENV)/.lint $(VENV)/.core
 	$(BIN)/ruff check .
