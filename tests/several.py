@@ -37,7 +37,7 @@ FIRST_STAGE_FIELDS = {
     "autoencoding.perceptual": "none",
     "log.eval_every_steps": 2,
 }
-LOOKED_AT = {"log.distance": "alexnet", "log.distance_images": 12, "log.num_images": 2}
+LOOKED_AT = {"log.distance": "alexnet", "log.distance_images": 24, "log.num_images": 2}
 BEST = {"checkpoint.best": "eval_fd_alexnet"}
 # Steps enough that something of each image's own noise is left.
 SAMPLING = {"prompts": ["red circle", "blue square"], "num_images": 3, "num_steps": 4}
