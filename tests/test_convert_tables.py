@@ -14,7 +14,7 @@ from latent_diffusion.convert import (
     unet_compvis,
     unet_diffusers,
 )
-from latent_diffusion.convert.tables import KINDS, joint_qkv, read_tensors, write_tensors
+from latent_diffusion.convert.tables import CONV, KINDS, joint_qkv, read_tensors, write_tensors
 from latent_diffusion.files.tensor import in_memory
 from latent_diffusion.nets.attention import AttentionBlock
 
@@ -249,3 +249,11 @@ def test_half_precision_keeps_its_dtype():
     ours = read_tensors(autoencoder.compvis_table(KL), shapes, half, "x")
     assert ours["encoder/conv_in/kernel"].dtype == np.float16
     assert jax.numpy.asarray(ours["encoder/conv_in/kernel"].read()).dtype == np.float16
+
+
+def test_a_convolution_is_read_in_the_order_of_the_others():
+    """PyTorch's [out in height width] becomes [height width in out]."""
+    theirs = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    ours = CONV.read(theirs)
+    assert ours.shape == (4, 5, 3, 2) and ours[1, 2, 0, 1] == theirs[1, 0, 1, 2]
+    np.testing.assert_array_equal(CONV.write(ours)[0], theirs)

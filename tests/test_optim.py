@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from configs import default
+from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import (
     LR_SCHEDULES,
     ema_update,
@@ -82,3 +83,17 @@ def test_unknown_names_are_named():
 def test_ema_decay_warms_up_as_the_reference(n, decay):
     ema = ema_update(jnp.ones(()), jnp.zeros(()), jnp.asarray(n - 1), 0.9999)
     assert float(ema) == pytest.approx(decay, abs=5e-5)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+
+    def loss(w, x):
+        each = jnp.square(x @ w - 1)
+        return each.mean(), {"each": each}
+
+    (want, aux), grads = jax.value_and_grad(loss, has_aux=True)(jnp.ones(3), x)
+    (got, parts), sums = value_and_grad_in_parts(loss, 3)(jnp.ones(3), x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(sums, grads, rtol=1e-5)
+    np.testing.assert_allclose(parts["each"], aux["each"], rtol=1e-5)

@@ -246,6 +246,16 @@ def test_a_run_starts_on_its_mesh_from_its_seed_and_with_latents_if_it_caches_th
     assert batch["moments"].shape == (8, 8, 8, 3) and "image" not in batch
 
 
+def test_the_seed_orders_the_data(tmp_path):
+    fields = {"parallel.mode": "single", "first_stage.cache": False}
+    first, again, other = (
+        next(started(tmp_path / str(i), **fields, seed=seed).batches)["image"]
+        for i, seed in enumerate((0, 0, 1))
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+
+
 def pictures(count):
     """A source of `count` pictures, ever brighter, with their numbers for labels."""
     noise = np.random.default_rng(0).integers(0, 90, (count, 8, 8, 3))
