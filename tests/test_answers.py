@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import wiring
 from answers import (
     CLASS,
     PATTERN,
@@ -26,7 +27,10 @@ from answers import (
     read,
 )  # fmt: skip
 
+from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.discriminator import PatchGAN
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.schedules import make_schedule
@@ -258,30 +262,19 @@ def test_images_are_condition_major():
     CLOSE(images, pixels(np.repeat(told(*PROMPTS), 3)))
 
 
-# option -> (its value, what else is set): other pictures than without it.
-OPTIONS = {
-    "sampler": ("euler_ancestral", {}),
-    "num_steps": (3, {}),
-    "spacing": ("leading", {}),
-    "end": (0, {}),
-    "eta": (1.0, {}),
-    "temperature": (0.5, {"eta": 1.0}),
-    "guidance_scale": (2.0, {}),
-    "guidance_interval": ((0, 500), {}),
-    "guidance_rescale": (0.5, {}),
-    "cfg_pp": (True, {"guidance_scale": 0.5}),
-    "negative_prompts": (["cat"], {}),
-    "more_prompts": ([("cat", 0.5)], {}),
-    "perpendicular": (1.5, {"negative_prompts": ["cat"]}),
-    "clip_x0": (0.3, {}),
-    "dynamic_threshold": (0.5, {}),
-    "strength": (0.3, {"image": IMAGES[:1], "strength": 0.9}),
-    "image": (IMAGES[1:2], {"image": IMAGES[:1], "strength": 0.5}),
-    "mask": (np.zeros((1, SIDE, SIDE, 1), np.float32), {"image": IMAGES[:1], "strength": 0.5}),
-    "num_images": (2, {}),
-    "image_size": ((SIDE, SIDE * 2), {}),
-    "z_T": (np.zeros((2, SIDE, SIDE, 3), np.float32), {}),
-}
+@functools.cache
+def option_rows():
+    """The options of wiring.OPTIONS with pictures of this size in the place of words."""
+    stand_in = {"image": IMAGES[:1], "other image": IMAGES[1:2], "noise": 0 * IMAGES[:2]}
+    stand_in["no hole"] = np.zeros((1, SIDE, SIDE, 1), np.float32)
+
+    def filled(value):
+        return stand_in.get(value, value) if isinstance(value, str) else value
+
+    return {
+        option: (filled(value), {name: filled(other) for name, other in others.items()})
+        for option, (value, others) in wiring.OPTIONS.items()
+    }
 
 
 class Mixing(Answering):
@@ -306,9 +299,141 @@ def mixed_pictures(options):
     return MADE[repr(options)]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", wiring.OPTIONS)
 def test_an_option_of_sampling_changes_the_pictures(option):
-    value, others = OPTIONS[option]
+    value, others = option_rows()[option]
     before, after = mixed_pictures(others), mixed_pictures({**others, option: value})
     assert np.isfinite(after).all()
     assert before.shape != after.shape or np.abs(before - after).max() > 1e-3
+
+
+def test_another_key_gives_other_pictures():
+    made = model(TEXT)
+    made = made.replace(denoiser=made.denoiser.replace(unet=Mixing()))
+    one, other = (
+        made.sample(rng, ["red cat"], num_steps=2, mode="single")
+        for rng in (RNG, jax.random.key(6))
+    )
+    assert np.abs(one - other).max() > 0.01
+
+
+class Reading(UNet):
+    """A network whose answer is what it is told, added up."""
+
+    @nn.compact
+    def __call__(self, z_t, t, conditioning=None, train=False):
+        bias = [self.param(name, nn.initializers.zeros, ()) for name in ("gain", "bias")]
+        leaves = [leaf.reshape(len(z_t), -1) for leaf in jax.tree.leaves(conditioning)]
+        weights = [jnp.cos(jnp.arange(leaf.shape[1])) for leaf in leaves]
+        total = sum(leaf @ weight for leaf, weight in zip(leaves, weights, strict=True))
+        return 0.1 * jnp.tanh(total + sum(bias))[:, None, None, None] * PATTERN
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+BOXES = [[(3, (0.1, 0.2, 0.6, 0.9))], [(4, (0.1, 0.2, 0.6, 0.9))]]
+LEVELS = {"low_res": {"num_levels": 40, "max_noise_level": 30, "width": 8}}
+# argument -> (conditioner, two values, what else is given)
+TOLD = {
+    "layout": ({"layout": {"vocab_size": 26, "max_length": 8, "width": 6, "depth": 0}}, BOXES, {}),
+    "segmentation": (
+        {"spatial_rescaler": {"num_classes": 4, "num_stages": 0}},
+        [np.zeros((SIDE, SIDE), int), np.ones((SIDE, SIDE), int)],
+        {},
+    ),
+    "low_res": ({"low_res": {}}, [noise(1, SIDE, SIDE, 3), noise(2, SIDE, SIDE, 3)], {}),
+    "noise_level": (LEVELS, [3, 29], {"low_res": noise(1, SIDE, SIDE, 3)}),
+    "depth": ({"depth": {}}, [noise(1, 9, 9, 1), noise(2, 9, 9, 1)], {}),
+    "neighbours": (
+        {"neighbours": {"num_neighbours": 2, "width": 6}}, [noise(1, 2, 6), noise(2, 2, 6)], {},
+    ),
+    "image_embedding": ({"image_embedding": {"width": 6}}, [noise(1, 6), noise(2, 6)], {}),
+}  # fmt: skip
+KEYS = {  # what conditioners read, of one example
+    "tokens": jnp.zeros((1, 3), jnp.int32),
+    "layout": jnp.zeros((1, 8), jnp.int32),
+    "segmentation": jnp.zeros((1, SIDE, SIDE), jnp.int32),
+    "low_res": jnp.zeros((1, SIDE, SIDE, 3)),
+    "noise_level": jnp.zeros(1, jnp.int32),
+    "depth": jnp.zeros((1, SIDE, SIDE, 1)),
+    "neighbours": jnp.zeros((1, 2, 6)),
+    "image_embedding": jnp.zeros((1, 6)),
+}
+
+
+def reading(conditions):
+    """A model that is conditioned so, and answers what it is told."""
+    conditioner = make_conditioner(conditions)
+    shapes = jax.eval_shape(conditioner.init, RNG, KEYS, jnp.zeros(1, bool)).get("params", {})
+    params = jax.tree.map(lambda x: jnp.asarray(noise(0, *x.shape)), shapes)
+    params = {"unet": {"gain": jnp.array(0.0), "bias": jnp.array(0.0)}, "conditioner": params}
+    whole = Denoiser(params, make_schedule(), Reading(), conditioner, "x0")
+    return Model(first_stage(), whole, None, {"num_steps": 1}, SIDE)
+
+
+@pytest.mark.parametrize("argument", TOLD)
+def test_a_condition_reaches_the_network(argument):
+    conditions, values, others = TOLD[argument]
+    made = reading(conditions)
+    one, other = (
+        made.sample(RNG, mode="single", **{**others, argument: value}) for value in values
+    )
+    assert np.abs(one - other).max() > 1e-3
+    told = [made.condition(rng=RNG, **{**others, argument: value}) for value in values]
+    leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(each)]) for each in told]
+    assert np.abs(leaves[0] - leaves[1]).max() > 1e-3
+
+
+def test_a_condition_has_the_size_of_the_picture():
+    told = reading({"depth": {}}).condition(depth=noise(1, 9, 9, 1), image_size=(2, 3))
+    assert told.concat.shape == (1, 2, 3, 1)
+
+
+class Channels(UNet):
+    """A classifier whose scores are the channels' means."""
+
+    def __call__(self, z_t, t, conditioning=None, train=False):
+        return 3 * z_t.mean((1, 2))
+
+
+TARGET = noise(3, 1, 2, 2, 3)
+GUIDES = {
+    "classifier": ({}, {"classifier": "it", "classifier_labels": [0]}),
+    "classifier_labels": (
+        {"classifier": "it", "classifier_labels": [0]},
+        {"classifier": "it", "classifier_labels": [2]},
+    ),
+    "classifier_scale": (
+        {"classifier": "it", "classifier_labels": [0]},
+        {"classifier": "it", "classifier_labels": [0], "classifier_scale": 5.0},
+    ),
+    "target": ({}, {"target": TARGET}),
+    "target_scale": ({"target": TARGET}, {"target": TARGET, "target_scale": 0.2}),
+}
+
+
+@pytest.mark.parametrize("argument", GUIDES)
+def test_a_guide_changes_the_pictures(argument):
+    classifier = NoisyClassifier({}, make_schedule(), Channels(3))
+    made = model(TEXT)
+    made = made.replace(denoiser=made.denoiser.replace(unet=Mixing()))
+
+    def pictures(given):
+        given = (
+            {k: classifier if isinstance(v, str) else v for k, v in given.items()} if given else {}
+        )
+        return sample(made=made, num_steps=2, **given)
+
+    one, other = (pictures(given) for given in GUIDES[argument])
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_previews_are_estimates_of_the_latents():
+    seen = []
+    sample(preview=lambda t, z_0: seen.append((int(t), z_0)), guidance_scale=1.0)
+    jax.effects_barrier()
+    ((t, z_0),) = seen
+    assert t == 999
+    CLOSE(z_0 / SCALE + SHIFT, pixels(told(*PROMPTS)))

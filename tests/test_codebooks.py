@@ -98,8 +98,18 @@ def test_large_and_odd_images_go_through_the_model(mode):
     assert np.corrcoef(tiles.ravel(), z.ravel())[0, 1] > 0.95  # norms see a tile, not the whole
     out = model.decode(z, tile_size=16, tile_overlap=8)
     assert out.shape == x.shape
+    few = model.encode(x, tile_size=16, tile_overlap=0), model.decode(z, tile_size=16)
+    for one, other in ((tiles, z), (tiles, few[0]), (out, model.decode(z)), (out, few[1])):
+        assert np.abs(one - other).max() > 1e-5
     with pytest.raises(ValueError, match="tile size 15 and overlap 8 must be multiples of f=2"):
         model.decode(z, tile_size=15, tile_overlap=8)
+
+
+def test_latents_are_drawn_with_a_key_and_likeliest_without():
+    model, x = Model(first_stage=_frozen("kl")), _images()
+    drawn = [model.encode(x, rng) for rng in (None, jax.random.key(1), jax.random.key(2))]
+    for one, other in ((0, 1), (1, 2)):
+        assert np.abs(drawn[one] - drawn[other]).max() > 1e-4
 
 
 def _train(steps, mode="single", **fields):

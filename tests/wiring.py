@@ -202,3 +202,80 @@ CONFIG = {
     "tokenizer.path": TOKENIZER,
     "tokenizer.vocab_size": TOKENIZER,
 }
+
+ANCESTRAL = {"sampler": "dpm_solver_pp_2m_sde"}
+KARRAS = {"spacing": "karras"}
+LCM = {"sampler": "lcm", "num_steps": 4}
+# option or argument of Model.sample -> (a value, what else is given): it changes the pictures.
+OPTIONS = {
+    "sampler": ("euler_ancestral", {}),
+    "num_steps": (3, {}),
+    "spacing": ("leading", {}),
+    "end": (0, {}),
+    "offset": (1, {"spacing": "leading"}),
+    "rho": (3.0, KARRAS),
+    "distilled_steps": (20, {**LCM, "spacing": "lcm"}),
+    "timesteps": ((900, 500, 300, 100), {"spacing": "given", "timesteps": (900, 600, 300, 100)}),
+    "guidance_scale": (2.0, {}),
+    "guidance_interval": ((0, 500), {}),
+    "guidance_rescale": (0.5, {}),
+    "cfg_pp": (True, {"guidance_scale": 0.5}),
+    "perpendicular": (1.5, {"negative_prompts": ["cat"]}),
+    "clip_x0": (0.3, {}),
+    "dynamic_threshold": (0.5, {}),
+    "strength": (0.3, {"image": "image", "strength": 0.9}),
+    "eta": (1.0, {}),
+    "temperature": (0.5, {"eta": 1.0}),
+    "noise_dropout": (0.5, {"eta": 1.0}),
+    "large_variance": (1.0, {"sampler": "ddpm"}),
+    "timestep_scaling": (1.0, LCM),
+    "sigma_data": (0.1, LCM),
+    "order": (1, {"sampler": "unipc"}),
+    "solver_type": ("heun", ANCESTRAL),
+    "negative_prompts": (["cat"], {}),
+    "more_prompts": ([("cat", 0.5)], {}),
+    "image": ("other image", {"image": "image", "strength": 0.5}),
+    "mask": ("no hole", {"image": "image", "strength": 0.5}),
+    "num_images": (2, {}),
+    "image_size": ((4, 8), {}),
+    "z_T": ("noise", {}),
+}
+
+ANSWERS = "test_answers.py::test_"
+TOLD = f"{ANSWERS}a_condition_reaches_the_network"
+GUIDE = f"{ANSWERS}a_guide_changes_the_pictures"
+BATCHES = "test_model.py::test_a_call_runs_one_program_for_each_batch"
+CODES = "test_codebooks.py::test_large_and_odd_images_go_through_the_model"
+DRAWN = "test_codebooks.py::test_latents_are_drawn_with_a_key_and_likeliest_without"
+SCALES = "test_answers.py::test_the_guided_answer_is_decoded"
+CLASSES = f"{ANSWERS}classes_and_their_null"
+TILES = "test_model.py::test_large_pictures_are_made_in_tiles"
+# Method of Model -> its arguments and options that are no rows of OPTIONS.
+ARGUMENTS = {
+    "sample": {
+        "rng": f"{ANSWERS}another_key_gives_other_pictures",
+        "prompts": SCALES,
+        "class_labels": CLASSES,
+        **dict.fromkeys(("layout", "segmentation", "low_res", "noise_level"), TOLD),
+        **dict.fromkeys(("depth", "neighbours", "image_embedding"), TOLD),
+        **dict.fromkeys(("classifier", "classifier_labels", "classifier_scale"), GUIDE),
+        **dict.fromkeys(("target", "target_scale"), GUIDE),
+        "target_distance": "test_conditions.py::test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named",
+        "quantize_x0": "test_model.py::test_bad_input_is_one_line",
+        "tile_size": TILES,
+        "tile_overlap": TILES,
+        "batch_size": BATCHES,
+        "mode": BATCHES,
+        "progress": "test_model.py::test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps",
+        "preview": f"{ANSWERS}previews_are_estimates_of_the_latents",
+    },
+    "encode": {"images": CODES, "rng": DRAWN, "tile_size": CODES, "tile_overlap": CODES},
+    "decode": {"latents": SCALES, "size": CODES, "tile_size": CODES, "tile_overlap": CODES},
+    "condition": {
+        "prompts": SCALES,
+        "class_labels": CLASSES,
+        "image_size": f"{ANSWERS}a_condition_has_the_size_of_the_picture",
+        "rng": TOLD,
+        "given": TOLD,
+    },
+}
