@@ -250,6 +250,8 @@ DRAWN = "test_codebooks.py::test_latents_are_drawn_with_a_key_and_likeliest_with
 SCALES = "test_answers.py::test_the_guided_answer_is_decoded"
 CLASSES = f"{ANSWERS}classes_and_their_null"
 TILES = "test_model.py::test_large_pictures_are_made_in_tiles"
+HOLE = "test_model.py::test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps"
+PULLS = "test_conditions.py::test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named"
 # Method of Model -> its arguments and options that are no rows of OPTIONS.
 ARGUMENTS = {
     "sample": {
@@ -260,13 +262,13 @@ ARGUMENTS = {
         **dict.fromkeys(("depth", "neighbours", "image_embedding"), TOLD),
         **dict.fromkeys(("classifier", "classifier_labels", "classifier_scale"), GUIDE),
         **dict.fromkeys(("target", "target_scale"), GUIDE),
-        "target_distance": "test_conditions.py::test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named",
+        "target_distance": PULLS,
         "quantize_x0": "test_model.py::test_bad_input_is_one_line",
         "tile_size": TILES,
         "tile_overlap": TILES,
         "batch_size": BATCHES,
         "mode": BATCHES,
-        "progress": "test_model.py::test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps",
+        "progress": HOLE,
         "preview": f"{ANSWERS}previews_are_estimates_of_the_latents",
     },
     "encode": {"images": CODES, "rng": DRAWN, "tile_size": CODES, "tile_overlap": CODES},
@@ -278,4 +280,53 @@ ARGUMENTS = {
         "rng": TOLD,
         "given": TOLD,
     },
+}
+
+CLUSTER = ("distributed", "coordinator", "num_processes", "process_id", "connect_timeout")
+TOGETHER = "test_processes.py::test_processes_with_other_configs_or_alone_refuse_to_start"
+RUNS = "test_commands.py::test_a_workdir_holds_what_the_readme_says"
+CALL = "test_flags.py::test_what_is_written_behind_{}_reaches_the_call"
+# Module of a command -> its flags. What a call makes of its arguments has tests above.
+FLAGS = {
+    "train": {
+        "config": RUNS,
+        "workdir": RUNS,
+        "dry_run": "test_commands.py::test_dry_run_counts_parameters_without_data_or_workdir",
+        **dict.fromkeys(CLUSTER, TOGETHER),
+    },
+    "sample": {
+        **dict.fromkeys(
+            (
+                *("workdir", "model", "tokenizer", "lora", "out", "prompts", "prompts_file"),
+                *("class_labels", "num_images", "seed", "sampler", "num_steps", "spacing", "eta"),
+                *("guidance_scale", "guidance_interval", "guidance_rescale", "cfg_pp"),
+                *("perpendicular", "dynamic_threshold", "quantize_x0", "strength", "tile_size"),
+                *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),
+                *("low_res", "noise_level", "depth", "neighbours", "image_embedding"),
+                *("progress", "batch_size"),
+            ),
+            CALL.format("sample"),
+        ),
+        **dict.fromkeys(CLUSTER, TOGETHER),
+    },
+    "latent_diffusion.evaluate.__main__": {
+        **dict.fromkeys(
+            (
+                *("workdir", "samples", "reference", "metrics", "num_images", "features"),
+                *("features_path", "filter", "clip_path", "lpips", "split", "image_size", "seed"),
+                *("batch_size", "sampler", "num_steps", "guidance_scale"),
+                *("save_images", "save_reference"),
+            ),
+            CALL.format("evaluate"),
+        ),
+        **dict.fromkeys(CLUSTER, TOGETHER),
+    },
+    "latent_diffusion.convert.__main__": dict.fromkeys(
+        ("to", "dtype", "config", "tokenizer", "lora", "variant", "ema", "dry_run"),
+        CALL.format("convert"),
+    ),
+    "latent_diffusion.compile_check": dict.fromkeys(
+        ("config", "topology", "programs", "compile", "quick", "json"),
+        CALL.format("compile_check"),
+    ),
 }

@@ -1,0 +1,192 @@
+"""Every flag of a command reaches the call that does the work, and has a test in the table."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import wiring
+from conftest import ROOT
+from PIL import Image
+from test_mutants import names_of_tests
+
+
+def python(code, *arguments):
+    """What a program prints, as JSON."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+FLAGS = """
+import importlib, json, sys
+from absl import flags
+found = {}
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    own = [f for module, fs in flags.FLAGS.flags_by_module_dict().items()
+           if module == name or module.startswith("latent_diffusion") for f in fs]
+    found[name] = sorted(f.name for f in own)
+    flags.FLAGS.remove_flag_values([f.name for f in own])
+print(json.dumps(found))
+"""
+
+
+def test_every_flag_of_a_command_has_one_entry_and_its_test_exists():
+    found = python(FLAGS, *wiring.FLAGS)
+    assert found == {command: sorted(flags) for command, flags in wiring.FLAGS.items()}
+    for command, flags in wiring.FLAGS.items():
+        for flag, test in flags.items():
+            file, _, name = test.partition("::")
+            assert name in names_of_tests(f"tests/{file}"), f"{command} --{flag}: {test}"
+
+
+SAMPLE = """
+import json, sample
+from absl import app
+from latent_diffusion.generation import sampling
+def told(path, out, **given):
+    values = {k: v.tolist() if hasattr(v, "tolist") else "function" if callable(v) else v
+              for k, v in given.items()}
+    print(json.dumps({"path": path, "out": str(out), **values}, default=str))
+sampling.sample_to_disk = told
+app.run(sample.main)
+"""
+
+
+def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
+    Image.new("RGB", (2, 2), "white").save(tmp_path / "picture.png")
+    Image.new("L", (2, 2), "white").save(tmp_path / "grey.png")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    (tmp_path / "layout.json").write_text("[[3, [0, 0, 1, 1]]]")
+    (tmp_path / "prompts.txt").write_text("c\nd\n")
+    white = [[[[1.0] * 3] * 2] * 2]
+    expected = {  # flag: (what is written, the argument, its value)
+        "out": ("there", "out", "there"),
+        "prompts": ("a;b", "prompts", ["a", "b"]),
+        "class_labels": ("1,2", "class_labels", [1, 2]),
+        "num_images": (3, "num_images", 3),
+        "seed": (9, "seed", 9),
+        "tokenizer": ("words", "tokenizer", "words"),
+        "lora": ("style:0.5", "lora", {"style": 0.5}),
+        "batch_size": (7, "batch_size", 7),
+        "sampler": ("euler", "sampler", "euler"),
+        "num_steps": (5, "num_steps", 5),
+        "spacing": ("karras", "spacing", "karras"),
+        "eta": (0.5, "eta", 0.5),
+        "guidance_scale": (2.5, "guidance_scale", 2.5),
+        "guidance_interval": ("100,900", "guidance_interval", [100, 900]),
+        "guidance_rescale": (0.5, "guidance_rescale", 0.5),
+        "dynamic_threshold": (0.9, "dynamic_threshold", 0.9),
+        "quantize_x0": ("true", "quantize_x0", True),
+        "cfg_pp": ("true", "cfg_pp", True),
+        "perpendicular": (0.7, "perpendicular", 0.7),
+        "strength": (0.5, "strength", 0.5),
+        "tile_size": (16, "tile_size", 16),
+        "negative_prompts": ("e;f", "negative_prompts", ["e", "f"]),
+        "more_prompts": ("g:0.5", "more_prompts", [["g", 0.5]]),
+        "image": (tmp_path / "picture.png", "image", white),
+        "mask": (tmp_path / "grey.png", "mask", [[[[1.0]] * 2] * 2]),
+        "low_res": (tmp_path / "picture.png", "low_res", white),
+        "noise_level": (4, "noise_level", 4),
+        "segmentation": (tmp_path / "grey.png", "segmentation", [[[255] * 2] * 2]),
+        "layout": (tmp_path / "layout.json", "layout", [[3, [0, 0, 1, 1]]]),
+        "neighbours": (tmp_path / "array.npy", "neighbours", [1.0] * 3),
+        "image_embedding": (tmp_path / "array.npy", "image_embedding", [1.0] * 3),
+        "progress": ("true", "progress", "function"),
+        "workdir": ("run", "path", "run"),
+    }
+    told = python(SAMPLE, *(f"--{flag}={text}" for flag, (text, *_) in expected.items()))
+    for flag, (_, argument, value) in expected.items():
+        assert told[argument] == value, flag
+    more = {"depth": tmp_path / "grey.png", "prompts_file": tmp_path / "prompts.txt"}
+    more |= {"model": "file", "out": "there"}
+    told = python(SAMPLE, *(f"--{flag}={text}" for flag, text in more.items()))
+    assert told["path"] == "file" and told["prompts"] == ["c", "d"]
+    assert np.shape(told["depth"]) == (1, 2, 2, 1) and np.min(told["depth"]) > 0
+
+
+EVALUATE = """
+import json
+import latent_diffusion.evaluate.__main__ as command
+from absl import app
+def told(**given):
+    print(json.dumps(given))
+    raise SystemExit
+command.evaluate = told
+app.run(command.main)
+"""
+
+
+def test_what_is_written_behind_evaluate_reaches_the_call():
+    given = {
+        "workdir": "run", "samples": "pictures", "reference": "others", "metrics": "fd,pr",
+        "num_images": 5, "features": "vgg16", "features_path": "weights", "filter": "bilinear",
+        "clip_path": "clip", "lpips": "vgg", "split": "train", "image_size": 8, "seed": 3,
+        "batch_size": 16, "sampler": "heun", "num_steps": 7, "guidance_scale": 2.5,
+        "save_images": "kept", "save_reference": "statistics",
+    }  # fmt: skip
+    told = python(EVALUATE, *(f"--{flag}={value}" for flag, value in given.items()))
+    assert {flag: told[flag] for flag in given} == {**given, "metrics": ["fd", "pr"]}
+
+
+CONVERT = """
+import json
+from absl import app
+import latent_diffusion.convert as package
+import latent_diffusion.convert.__main__ as command
+from latent_diffusion.convert import describe
+seen = {}
+bundle = package.Bundle()
+def read(source, **given):
+    seen.update(given, source=str(source))
+    return bundle
+def with_lora(bundle, file, weight):
+    seen["lora"] = [str(file), weight]
+    return bundle
+def write(bundle, target, to, dtype, progress):
+    seen.update(target=str(target), to=to, dtype=dtype)
+package.read, package.with_lora, package.write = read, with_lora, write
+describe.describe = lambda bundle: "described"
+try:
+    app.run(command.main)
+finally:
+    print(json.dumps(seen))
+"""
+
+
+def test_what_is_written_behind_convert_reaches_the_call(tmp_path):
+    given = {"config": "yaml", "ema": "false", "variant": "fp16", "tokenizer": "words"}
+    more = {"to": "compvis", "dtype": "float16", "lora": "style:0.5"}
+    flags = [f"--{flag}={value}" for flag, value in {**given, **more}.items()]
+    told = python(CONVERT, "here", tmp_path / "there", *flags)
+    expected = {**given, "ema": False, "to": "compvis", "dtype": "float16"}
+    expected |= {"source": "here", "target": str(tmp_path / "there"), "lora": ["style", 0.5]}
+    assert told == expected
+    assert "target" not in python(CONVERT, "here", "--dry_run")
+
+
+CHECK = """
+import json, sys
+from absl import app, flags
+import latent_diffusion.compile_check as command
+def check(config, topology, programs, compile, quick):
+    seen.append([config.num_steps, topology, programs, compile, quick])
+    return []
+seen = []
+command.check, command.report = check, lambda *given: json.dumps(seen[0])
+command.write_json = lambda path, config, name, topology, checked: print(json.dumps([path, name]))
+app.run(command.main)
+"""
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_is_written_behind_compile_check_reaches_the_call(written):
+    config = ["--config=configs/kl_f4.py", "--config.num_steps=7", "--topology=v5e:2x2"]
+    flags = ["--programs=train", "--nocompile", "--quick"]
+    told = python(CHECK, *config, *flags, *(["--json=file"] if written else []))
+    assert told == (["file", "kl_f4"] if written else [7, "v5e:2x2", ["train"], False, True])
