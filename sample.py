@@ -9,6 +9,9 @@ from pathlib import Path
 
 from absl import app, flags
 
+from latent_diffusion.process.options import OPTIONS
+from latent_diffusion.runtime import flags as shared_flags
+
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
@@ -18,28 +21,13 @@ PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
 CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Class ids, separated by commas.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images per prompt or class.")
-SEED = flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i only.")
-SAMPLER = flags.DEFINE_string("sampler", None, "Default: the model's own.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Default: the model's own.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: the model's own.")
+SEED = flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i only; below 2^64.")
 NEGATIVE_PROMPTS = flags.DEFINE_string(
     "negative_prompts", None, "One for all, or one a prompt: a;b"
 )
 MORE_PROMPTS = flags.DEFINE_string("more_prompts", None, "Texts and weights: a:0.5;b:-0.3")
-GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", None, "low,high: guided timesteps.")
-GUIDANCE_RESCALE = flags.DEFINE_float("guidance_rescale", None, "In [0, 1]; see guidance.py.")
-DYNAMIC_THRESHOLD = flags.DEFINE_float("dynamic_threshold", None, "Quantile, e.g. 0.995.")
-QUANTIZE_X0 = flags.DEFINE_bool("quantize_x0", None, "Round z_0 to the first stage's codebook.")
 IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
-STRENGTH = flags.DEFINE_float("strength", None, "In [0, 1]: how much of --image is made anew.")
 MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
-ETA = flags.DEFINE_float("eta", None, "Of ddim and the ancestral samplers: the share of noise.")
-SPACING = flags.DEFINE_string("spacing", None, "Of the timesteps: trailing, karras, original …")
-CFG_PP = flags.DEFINE_bool("cfg_pp", None, "CFG++; --guidance_scale in [0, 1].")
-PERPENDICULAR = flags.DEFINE_float(
-    "perpendicular", None, "Weight of --negative_prompts where they don't share with the prompt."
-)
-PROGRESS = flags.DEFINE_bool("progress", None, "Show a bar that counts network evaluations.")
 LAYOUT = flags.DEFINE_string("layout", None, "JSON: [[class, [left, top, right, bottom]], ...].")
 SEGMENTATION = flags.DEFINE_string("segmentation", None, "A picture whose levels are classes.")
 LOW_RES = flags.DEFINE_string("low_res", None, "A small picture, to be enlarged.")
@@ -47,13 +35,10 @@ NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_re
 DEPTH = flags.DEFINE_string("depth", None, "A picture, light where things are near.")
 NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [N k D] or [k D].")
 IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
-CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
-TILE_SIZE = flags.DEFINE_integer("tile_size", None, "Pixels; large pictures in overlapping tiles.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once, at most.")
+PROGRESS = flags.DEFINE_bool("progress", False, "Show a bar that counts network evaluations.")
+read_options = shared_flags.define(OPTIONS, fallback="the model's")
+connect = shared_flags.cluster()
 
 
 def main(argv: list[str]) -> None:
@@ -69,28 +54,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise app.UsageError("give either --workdir or --model")
-    options = {
-        "sampler": SAMPLER.value,
-        "num_steps": NUM_STEPS.value,
-        "guidance_scale": GUIDANCE_SCALE.value,
-        "guidance_rescale": GUIDANCE_RESCALE.value,
-        "dynamic_threshold": DYNAMIC_THRESHOLD.value,
-        "quantize_x0": QUANTIZE_X0.value,
-        "strength": STRENGTH.value,
-        "eta": ETA.value,
-        "spacing": SPACING.value,
-        "cfg_pp": CFG_PP.value,
-        "perpendicular": PERPENDICULAR.value,
-        "tile_size": TILE_SIZE.value,
-        "progress": sampling.progress_bar() if PROGRESS.value else None,
-    }
-    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
-        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
-        options |= {
+        connect()
+        options = {
             "negative_prompts": sampling.read_prompts(NEGATIVE_PROMPTS.value, None),
             "more_prompts": sampling.read_weighted(MORE_PROMPTS.value),
-            "guidance_interval": sampling.read_interval(GUIDANCE_INTERVAL.value),
             "image": sampling.read_picture(IMAGE.value, "RGB"),
             "mask": sampling.read_picture(MASK.value, "L"),
             "layout": sampling.read_json(LAYOUT.value),
@@ -100,6 +68,8 @@ def main(argv: list[str]) -> None:
             "depth": sampling.read_levels(DEPTH.value, channel=True),
             "neighbours": sampling.read_array(NEIGHBOURS.value),
             "image_embedding": sampling.read_array(IMAGE_EMBEDDING.value),
+            "progress": sampling.progress_bar() if PROGRESS.value else None,
+            **read_options(),
         }
         sampling.sample_to_disk(
             WORKDIR.value or MODEL.value,

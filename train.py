@@ -11,14 +11,12 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from latent_diffusion.runtime import flags as shared_flags
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and images go.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Describe the run instead of starting it.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
-CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
+connect = shared_flags.cluster()
 
 
 def main(argv: list[str]) -> None:
@@ -32,14 +30,13 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
-    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DRY_RUN.value:
         print(dry_run(CONFIG.value))
         return
     if not WORKDIR.value:
         raise app.UsageError("--workdir is needed (or --dry_run)")
     try:
-        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
+        connect()
         loop.train(CONFIG.value, WORKDIR.value)
     except loop.Interrupted as interrupted:
         sys.exit(interrupted.exit_code)

@@ -14,9 +14,10 @@ import latent_diffusion as ldm
 from benchmarks import reference
 from benchmarks.measure import Call
 from latent_diffusion import data
-from latent_diffusion.models.denoiser import Denoiser, plan
+from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
-from latent_diffusion.rng import example_keys
+from latent_diffusion.process.plan import plan
+from latent_diffusion.rng import example_keys, sampling_keys
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.startup import quiet_and_cached
 from latent_diffusion.tasks import TASKS
@@ -75,13 +76,13 @@ def ddim_50_cfg(folder: Path, quick: bool) -> Call:
     """Guided DDIM in latent space from stored noise."""
     arrays, network = reference.inputs(quick), denoiser(folder, quick)
     arrays = {key: x[: reference.GUIDED] for key, x in arrays.items()}
-    timesteps, _ = plan(network.schedule, {}, {"num_steps": 2 if quick else reference.STEPS})
+    settings = {"num_steps": 2 if quick else reference.STEPS, "guidance_scale": reference.SCALE}
+    timesteps, options = plan(network.schedule, network.prediction, {}, settings)
 
     def sample(network, z_T, context):
         cond, null = (ldm.Conditioning(context=c) for c in (context, jnp.zeros_like(context)))
-        keys, shape = example_keys(jax.random.key(0), len(z_T)), z_T.shape[1:]
-        options = {"guidance_scale": reference.SCALE, "z_T": z_T}
-        return network.sample(keys, cond, null, timesteps, shape, **options)
+        keys = sampling_keys(example_keys(jax.random.key(0), len(z_T)))
+        return network.sample(keys, cond, null, timesteps, z_T.shape[1:], options, z_T=z_T)
 
     z_t, t, context = (np.concatenate([arrays[key]] * 2) for key in ("z_t", "t", "context"))
     once = _flops_of_unet(network, z_t, t, ldm.Conditioning(context=context))

@@ -18,9 +18,10 @@ from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.guidance import classifier_free
+from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import make_schedule, spacing
-from latent_diffusion.rng import example_keys, normal_per_example, split_per_example
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.rng import example_keys, normal_per_example, sampling_keys
 from latent_diffusion.types import Conditioning
 
 SHAPE, STEPS, RUNS, SCALE = (8, 8, 4), 20, 9, 5.0
@@ -50,17 +51,20 @@ def main() -> None:
     denoiser = Denoiser(
         {"unet": init["params"]}, make_schedule(), unet, make_conditioner({}), "eps"
     )
-    timesteps = spacing("trailing", denoiser.schedule, STEPS)
-    keys = example_keys(jax.random.key(3), 1)
+    keys = sampling_keys(example_keys(jax.random.key(3), 1))
+
+    def planned(interval):
+        own = {"num_steps": STEPS, "guidance_scale": SCALE, "guidance_interval": interval}
+        return plan(denoiser.schedule, denoiser.prediction, {}, own)
 
     def once(denoiser, interval):
-        options = {"guidance_scale": SCALE, "guidance_interval": interval}
-        return denoiser.sample(keys, cond, null, timesteps, SHAPE, **options)
+        timesteps, options = planned(interval)
+        return denoiser.sample(keys, cond, null, timesteps, SHAPE, options)
 
     def every_step(denoiser, interval):
-        schedule, network = denoiser.schedule, denoiser.denoise
+        schedule, network, (timesteps, _) = denoiser.schedule, denoiser.denoise, planned(interval)
         guided = classifier_free(network, schedule, "eps", cond, null, SCALE, interval=interval)
-        z_T = normal_per_example(split_per_example(keys, 3)[0], SHAPE)
+        z_T = normal_per_example(keys.start, SHAPE)
         return SAMPLERS["ddim"](guided, z_T, timesteps, schedule)
 
     for name, interval in INTERVALS.items():

@@ -1,6 +1,6 @@
 """The most memory that making a state takes on a device, against the device's share of the state.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.start_memory txt2img_1p4b
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.start_memory CONFIG
 
 The parameters are cut over all devices by FSDP. The program is compiled, and not run.
 """

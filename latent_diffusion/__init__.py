@@ -3,9 +3,28 @@
 The public API: `load` a model, then `model.encode`, `decode`, `condition`, `denoise`, `sample`.
 """
 
-from latent_diffusion.generation.loading import load, load_classifier
-from latent_diffusion.generation.model import Model
-from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.types import Conditioning
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latent_diffusion.generation.loading import load, load_classifier
+    from latent_diffusion.generation.model import Model
+    from latent_diffusion.process.samplers import SAMPLERS
+    from latent_diffusion.types import Conditioning
 
 __all__ = ["SAMPLERS", "Conditioning", "Model", "load", "load_classifier"]
+
+_MODULES = {
+    "SAMPLERS": "process.samplers",
+    "Conditioning": "types",
+    "Model": "generation.model",
+    "load": "generation.loading",
+    "load_classifier": "generation.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for, when it is: `--help` of a command needn't wait for JAX."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

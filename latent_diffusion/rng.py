@@ -5,11 +5,40 @@ noise that example i meets at step s is the same on 1 device and on 256.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from latent_diffusion.types import Array, Bool, Float, Int, Key, Keys
+
+
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed, of which all 64 bits count; ValueError for one of another size.
+
+    `jax.random.key` takes 32 bits, and gives the same key to seeds that fit into them.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must lie in [0, 2^64)")
+    key = jax.random.key(seed % 2**32)
+    if seed < 2**32:
+        return key
+    data = jax.random.key_data(key)
+    return jax.random.wrap_key_data(data.at[0].set(seed >> 32), impl=jax.random.key_impl(key))
+
+
+class SamplingKeys(NamedTuple):
+    """The keys [B] of everything that a sampling call draws, all different."""
+
+    start: Keys  # the noise at which sampling starts
+    steps: Keys  # the noise of the sampler's steps
+    hole: Keys  # the noise of a picture around its holes
+    conditions: Keys  # the noise of conditions
+
+
+def sampling_keys(keys: Keys) -> SamplingKeys:
+    """Split every image's key into those of its sampling call."""
+    return SamplingKeys(*split_per_example(keys, len(SamplingKeys._fields)))
 
 
 def example_keys(rng: Key[Array, ""], batch_size: int, axis_name: str | None = None) -> Keys:

@@ -25,6 +25,7 @@ __all__ = [
     "Int",
     "Keys",
     "Num",
+    "Number",
     "Params",
     "PyTree",
     "lookup",
@@ -33,6 +34,7 @@ __all__ = [
 Keys = Key[Array, " B"]  # one typed PRNG key per example
 Params = PyTree[Any]
 Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
+Number = Any  # a Python number, or an array [] where it is an input of a program
 Config = Any  # an ml_collections ConfigDict, or a mapping with the same fields
 
 

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.models.denoiser import Denoiser, in_tiles, plan
+from latent_diffusion.models.denoiser import Denoiser, in_tiles
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import make_schedule, spacing
-from latent_diffusion.rng import example_keys
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.rng import example_keys, sampling_keys
 from latent_diffusion.types import Conditioning
 
 SHAPE = (4, 4, 2)
@@ -96,16 +97,18 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-def program(name, timesteps, **options):
-    """The equations of a guided sampling call, traced as a whole."""
+def program(name, **given):
+    """Timesteps and equations of a guided sampling call of five steps, traced as a whole."""
     denoiser, conditioning, null = made()
+    given = {"sampler": name, "num_steps": 5, "guidance_scale": 3.0, **given}
+    timesteps, options = plan(SCHEDULE, denoiser.prediction, {}, given)
 
-    def sample(keys):
-        return denoiser.sample(
-            keys, conditioning, null, timesteps, SHAPE, sampler=name, guidance_scale=3.0, **options
-        )
+    def sample(keys, options):
+        keys = sampling_keys(keys)
+        return denoiser.sample(keys, conditioning, null, timesteps, SHAPE, options)
 
-    return list(equations(jax.make_jaxpr(sample)(example_keys(jax.random.key(0), 3)).jaxpr))
+    traced = jax.make_jaxpr(sample)(example_keys(jax.random.key(0), 3), options)
+    return timesteps, list(equations(traced.jaxpr))
 
 
 def rows_of_the_network(jaxpr):
@@ -120,8 +123,7 @@ def rows_of_the_network(jaxpr):
 @pytest.mark.parametrize("name", ["ddim", "plms", "dpm2_ancestral", "unipc"])
 def test_a_sampling_call_is_one_loop_on_the_device(name):
     """It traces as a whole, so nothing returns to the host; both passes are one batch in it."""
-    timesteps = spacing("trailing", SCHEDULE, 5)
-    found = program(name, timesteps)
+    timesteps, found = program(name)
     loops = [equation.params for equation in found if equation.primitive.name == "scan"]
     (loop,) = [loop for loop in loops if rows_of_the_network(loop["jaxpr"].jaxpr)]
     assert loop["length"] == len(SAMPLERS[name].table(SCHEDULE, timesteps).t)
@@ -130,8 +132,7 @@ def test_a_sampling_call_is_one_loop_on_the_device(name):
 
 
 def test_outside_the_interval_the_loop_has_a_branch_without_the_null_pass():
-    timesteps = spacing("trailing", SCHEDULE, 5)
-    found = program("ddim", timesteps, guidance_interval=(300, 700))
+    _, found = program("ddim", guidance_interval=(300, 700))
     (choice,) = [equation for equation in found if equation.primitive.name == "cond"]
     branches = [rows_of_the_network(branch.jaxpr) for branch in choice.params["branches"]]
     assert branches == [{3}, {6}]
@@ -139,16 +140,12 @@ def test_outside_the_interval_the_loop_has_a_branch_without_the_null_pass():
 
 def test_an_unconditional_model_takes_no_guidance():
     denoiser, _, _ = made()
+    keys, none = sampling_keys(example_keys(jax.random.key(0), 1)), Conditioning()
     for scale in (3.0, [1.0, 2.0]):
-        with pytest.raises(ValueError, match=r"guidance_scale .* needs a condition: this model"):
-            denoiser.sample(
-                example_keys(jax.random.key(0), 1),
-                Conditioning(),
-                Conditioning(),
-                spacing("trailing", SCHEDULE, 2),
-                SHAPE,
-                guidance_scale=scale,
-            )
+        given = {"num_steps": 2, "guidance_scale": scale}
+        planned = plan(SCHEDULE, "v", {}, given)
+        with pytest.raises(ValueError, match="guidance_scale needs a condition: this model"):
+            denoiser.sample(keys, none, none, planned[0], SHAPE, planned[1])
 
 
 DEFAULTS = {"sampler": "ddim", "eta": 0.0, "num_steps": 4, "spacing": "leading", "offset": 1}
@@ -157,14 +154,38 @@ DEFAULTS = {"sampler": "ddim", "eta": 0.0, "num_steps": 4, "spacing": "leading",
 @pytest.mark.parametrize(
     ("given", "timesteps", "options"),
     [
-        ({}, [751, 501, 251, 1, -1], {"sampler": "ddim", "eta": 0.0}),
-        ({"num_steps": 2, "eta": 1}, [501, 1, -1], {"sampler": "ddim", "eta": 1}),
+        ({}, [751, 501, 251, 1, -1], {"eta": 0.0}),
+        ({"num_steps": 2, "eta": 1}, [501, 1, -1], {"eta": 1.0, "temperature": 1.0}),
         # Another sampler has its own eta; another spacing knows no offset.
-        ({"sampler": "euler_ancestral"}, [751, 501, 251, 1, -1], {"sampler": "euler_ancestral"}),
-        ({"spacing": "trailing"}, [999, 749, 499, 249, -1], {"sampler": "ddim", "eta": 0.0}),
-        ({"end": 0}, [751, 501, 251, 1, 0], {"sampler": "ddim", "eta": 0.0}),
+        ({"sampler": "euler_ancestral"}, [751, 501, 251, 1, -1], {"eta": 1.0}),
+        ({"spacing": "trailing"}, [999, 749, 499, 249, -1], {"eta": 0.0}),
+        ({"end": 0}, [751, 501, 251, 1, 0], {"eta": 0.0}),
+        # What asks for nothing isn't there at all.
+        ({"guidance_scale": 1, "clip_x0": 0}, [751, 501, 251, 1, -1], {"guidance_scale": None}),
+        ({"guidance_scale": np.float64(2)}, [751, 501, 251, 1, -1], {"guidance_scale": 2.0}),
+        # Image-to-image takes the last share of the steps, and of scales by step.
+        ({"strength": 1.0}, [751, 501, 251, 1, -1], {"strength": None}),
+        ({"strength": 0.75}, [501, 251, 1, -1], {"strength": 0.75}),
+        ({"strength": 0.3}, [1, -1], {}),
+        ({"strength": 0}, [-1], {}),
     ],
 )
 def test_what_is_asked_for_goes_over_the_defaults(given, timesteps, options):
-    visited, rest = plan(SCHEDULE, DEFAULTS, {"clip_x0": None, **given})
-    assert visited.tolist() == timesteps and rest == options
+    visited, planned = plan(SCHEDULE, "eps", DEFAULTS, {"clip_x0": None, **given})
+    assert visited.tolist() == timesteps
+    assert {name: getattr(planned, name) for name in options} == options
+
+
+def test_a_scale_for_each_step_loses_those_of_the_steps_that_strength_skips():
+    given = {"guidance_scale": [1, 2, 3, 4], "strength": 0.5}
+    _, planned = plan(SCHEDULE, "eps", DEFAULTS, given)
+    np.testing.assert_array_equal(planned.guidance_scale, [3, 4])
+
+
+def test_pure_noise_tells_a_network_of_eps_nothing():
+    schedule = make_schedule(zero_terminal_snr=True)
+    with pytest.raises(ValueError, match=r"timestep 999 is noise alone .*'leading'"):
+        plan(schedule, "eps", {}, {})
+    plan(schedule, "v", {}, {})
+    visited, _ = plan(schedule, "eps", {}, {"spacing": "leading"})
+    assert visited[0] < 999

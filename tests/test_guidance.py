@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from latent_diffusion.process import guidance
-from latent_diffusion.process.diffusion import Prediction, q_sample
+from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule, spacing
-from latent_diffusion.rng import example_keys, normal_per_example
+from latent_diffusion.rng import example_keys
 
 SCHEDULE = make_schedule()
 TIMESTEPS = spacing("trailing", SCHEDULE, 4)  # 999, 749, 499, 249, −1
@@ -83,7 +83,7 @@ def run_ddim(denoise):
 
 def test_without_guidance_or_outside_its_interval_the_null_is_not_evaluated():
     rows = []
-    run_ddim(guidance.classifier_free(recording(rows), *TRIPLE, COND, NULL, 1.0))
+    run_ddim(guidance.classifier_free(recording(rows), *TRIPLE, COND, NULL, None))
     assert rows == [3] * 4
     rows.clear()
     some = guidance.classifier_free(recording(rows), *TRIPLE, COND, NULL, 3.0, interval=(499, 749))
@@ -96,6 +96,7 @@ def test_without_guidance_or_outside_its_interval_the_null_is_not_evaluated():
 
 def test_rescaling_gives_the_spread_of_the_conditional_prediction():
     def guided(rescale):
+        rescale = rescale or None
         return eps(guidance.classifier_free(network, *TRIPLE, COND, NULL, 5.0, rescale=rescale))
 
     def std(x):
@@ -236,26 +237,16 @@ def test_an_inpainted_latent_is_known_outside_the_hole():
     close(z[:, :2], OTHER[:, :2])
 
 
-@pytest.mark.parametrize(("strength", "left"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.3, 1), (0, 0)])
-def test_image_to_image_runs_its_share_of_the_steps(strength, left):
-    z_T, timesteps = guidance.image_to_image(SCHEDULE, COND, TIMESTEPS, strength, KEYS)
-    np.testing.assert_array_equal(timesteps, TIMESTEPS[4 - left :])
-    expected = q_sample(SCHEDULE, COND, timesteps[0], normal_per_example(KEYS, SHAPE[1:]))
-    close(z_T, expected)
-    if not left:
-        close(z_T, COND)  # no step, no noise
-    for wrong in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got"):
-            guidance.image_to_image(SCHEDULE, COND, TIMESTEPS, wrong, KEYS)
-
-
 # --------------------------------------------------------------------------------- looking inside
 
 
 def test_callbacks_see_every_step_of_the_compiled_loop():
     times, previews = [], []
-    denoise = guidance.with_progress(answers(OTHER), lambda t: times.append(int(t)))
-    denoise = guidance.with_preview(denoise, lambda t, z_0: previews.append((int(t), z_0)))
+    denoise = guidance.observed(
+        answers(OTHER),
+        lambda t: times.append(int(t)),
+        lambda t, z_0: previews.append((int(t), z_0)),
+    )
     z_0 = run_ddim(denoise)
     assert sorted(times) == sorted(TIMESTEPS[:-1].tolist())
     assert sorted(t for t, _ in previews) == sorted(times)

@@ -22,6 +22,9 @@ MASK = np.zeros((1, 8, 8, 1), np.float32)
 MASK[:, :, 4:] = 1.0
 
 
+CFG_PP = {"cfg_pp": True, "guidance_scale": 0.5}
+
+
 @functools.cache
 def model():
     """Pixel space, so that the decoder adds nothing; every parameter is random."""
@@ -126,10 +129,10 @@ def test_strength_0_returns_the_image():
 
 def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
     seen = []
-    options = {"negative_prompts": ["dog", "green"], "guidance_rescale": 0.5}
+    options = {"negative_prompts": ["dog", "green"], "guidance_rescale": 0.5, "num_images": 2}
     images = sample(image=IMAGE, mask=MASK, progress=lambda t: seen.append(int(t)), **options)
     jax.effects_barrier()
-    np.testing.assert_array_equal(images[:, :, :4], np.repeat(IMAGE[:, :, :4], 2, 0))
+    np.testing.assert_array_equal(images[:, :, :4], np.repeat(IMAGE[:, :, :4], 4, 0))
     assert np.abs(images[:, :, 4:] - IMAGE[:, :, 4:]).max() > 0.1
     assert np.abs(images[0, :, 4:] - images[1, :, 4:]).max() > 0.1
     assert sorted(seen) == [249, 499, 749, 999]
@@ -139,7 +142,7 @@ def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
     ("options", "message"),
     [
         ({"image": IMAGE, "strength": 1.5}, r"strength must lie in \[0, 1\], got 1.5"),
-        ({"strength": 0.5}, "mask and strength change an image: give image, too"),
+        ({"strength": 0.5}, "strength needs image: give both"),
         ({"image": IMAGE}, "image needs strength .* or mask"),
         ({"image": IMAGE[:, :4], "mask": MASK}, r"image has shape \(1, 4, 8, 3\), expected"),
         ({"negative_prompts": ["a"] * 3}, "3 negative_prompts for 2 prompts"),
@@ -154,14 +157,30 @@ def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
         ({"sampler": "dimm"}, "unknown sampler 'dimm'; known: "),
         ({"cfg_pp": True}, r"scale of CFG\+\+ must lie in \[0, 1\], got 3"),
         ({"cfg_pp": True, "sampler": "heun"}, "cfg_pp works with ddim, euler, .*, not heun"),
-        ({"cfg_pp": True, "more_prompts": [("cat", 1)]}, "more_prompts and cfg_pp don't go"),
-        ({"cfg_pp": True, "guidance_rescale": 0.5}, "cfg_pp knows no guidance_interval or"),
-        ({"perpendicular": 1.0}, "perpendicular weighs negative_prompts: give them, too"),
+        ({**CFG_PP, "more_prompts": [("cat", 1)]}, "more_prompts and cfg_pp don't go"),
+        ({**CFG_PP, "guidance_rescale": 0.5}, "cfg_pp knows no guidance_interval or"),
+        ({"perpendicular": 1.0}, "perpendicular needs negative_prompts: give both"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must lie in \[0, 1\], got 1.5"),
         ({"guidance_interval": (700, 300)}, r"guidance_interval must be \(low, high\) timesteps"),
         ({"dynamic_threshold": 995.0}, r"dynamic_threshold must lie in \(0, 1\], got 995"),
         ({"noise_dropout": 1.0, "eta": 1.0}, r"noise_dropout must lie in \[0, 1\), got 1"),
-        ({"image": IMAGE * 127, "strength": 0.5}, r"images have values up to 12\d.*, expected"),
+        ({"guidance_interval": (0.2, 0.8)}, r"timesteps of 0 … 999 with a step .* \(0.2, 0.8\)"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must lie in the reals, got nan"),
+        ({"guidance_scale": "3"}, "guidance_scale='3' must be a list of numbers"),
+        ({"guidance_interval": 300}, "guidance_interval=300 must be a list of numbers"),
+        ({"guidance_interval": [1, 2, 3]}, "guidance_interval has 3 values, expected 2"),
+        ({"cfg_pp": 1}, "cfg_pp=1 must be true or false"),
+        ({"tile_overlap": 4}, "tile_overlap needs tile_size: give both"),
+        ({"target_scale": 2.0}, "target_scale needs target: give both"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"num_images": 0}, "num_images=0 must be at least 1"),
+        (
+            {"image": IMAGE * 127, "strength": 0.5},
+            r"image: values in \[-12\d.*, expected \[-1, 1\]",
+        ),
+        ({"image": IMAGE, "mask": MASK * 255}, r"mask: values in \[0, 255\], expected \[0, 1\]"),
+        ({"mask": MASK}, "mask says where an image is made anew: give image, too"),
+        ({"z_T": np.zeros((2, 4, 4, 3))}, r"z_T has shape \(2, 4, 4, 3\), expected \(2, 8, 8, 3\)"),
     ],
 )
 def test_bad_input_is_one_line(options, message):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from latent_diffusion.convert.scheduler import SCHEDULERS, from_diffusers
-from latent_diffusion.models.denoiser import plan, schedule_of
+from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.process.diffusion import PREDICTIONS
+from latent_diffusion.process.plan import own_options, plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import spacing
 
@@ -24,8 +25,8 @@ def test_stable_diffusion_1_is_the_originals_plms():
     schedule, prediction, sampling = read("PNDMScheduler", **config)
     assert prediction == "eps"
     np.testing.assert_allclose(schedule.alphas_cumprod[-1], 0.0046600985, rtol=1e-5)
-    timesteps, options = plan(schedule, sampling, {})
-    assert options == {"sampler": "plms"}
+    timesteps, options = plan(schedule, prediction, sampling, {})
+    assert options.sampler == "plms" and own_options(options) == {}
     np.testing.assert_array_equal(timesteps, spacing("original", schedule, 50))
 
 
@@ -39,8 +40,9 @@ def test_velocity_with_zero_terminal_snr_and_trailing_steps():
         clip_sample=False,
     )
     assert prediction == "v" and float(schedule.alphas[-1]) == 0.0
-    timesteps, options = plan(schedule, sampling, {"num_steps": 4})
-    assert timesteps.tolist() == [999, 749, 499, 249, -1] and options == {"sampler": "ddim"}
+    timesteps, options = plan(schedule, prediction, sampling, {"num_steps": 4})
+    assert timesteps.tolist() == [999, 749, 499, 249, -1] and options.sampler == "ddim"
+    assert options.clip_x0 is None
 
 
 @pytest.mark.parametrize(
@@ -80,10 +82,9 @@ def test_pixels_are_clipped():
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_has_a_sampler_that_takes_its_settings(name, spacing):
     schedule, prediction, sampling = read(name, skip_prk_steps=True, timestep_spacing=spacing)
-    timesteps, options = plan(schedule, sampling, {})
+    timesteps, options = plan(schedule, prediction, sampling, {})
     assert len(timesteps) == sampling["num_steps"] + 1 and prediction in PREDICTIONS
-    options.pop("clip_x0", None)
-    table = SAMPLERS[options.pop("sampler")].table(schedule, timesteps, **options)
+    table = SAMPLERS[options.sampler].table(schedule, timesteps, **own_options(options))
     for coefficients in jax.tree.leaves(table):
         assert np.all(np.isfinite(coefficients))
 

@@ -13,6 +13,7 @@ from latent_diffusion.evaluate.collect import CHUNK
 from latent_diffusion.evaluate.images import ImageSet
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
+from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.types import Config
 
@@ -73,7 +74,7 @@ def samples(
     def read(start: int, stop: int) -> np.ndarray:
         if start % CHUNK:
             raise ValueError(f"samples are made in chunks of {CHUNK}, not from {start}")
-        rng = jax.random.fold_in(jax.random.key(seed), start // CHUNK)
+        rng = jax.random.fold_in(seed_key(seed), start // CHUNK)
         wanted: dict[str, Any] = {name: rows[start:stop] for name, rows in conditions.items()}
         images = model.sample(
             rng,

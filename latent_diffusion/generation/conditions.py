@@ -69,7 +69,7 @@ def batch_of(
     for key, part in parts.items():
         value = given[argument(key)]
         if key == "tokens":
-            batch[key] = tokenize(value)
+            batch[key] = tokenize(texts("prompts", value))
         else:
             batch[key] = _READERS[key](part, value, size, latent_size)
     return _of_one_length(batch)
@@ -223,27 +223,51 @@ def in_range(images: Array | np.ndarray) -> jax.Array:
 def known_image(
     image: Array | np.ndarray | None,
     mask: Array | np.ndarray | None,
-    strength: float | int | None,
-    size: tuple[int, int, int],
+    varied: bool,
+    shape: tuple[int, int, int],
+    total: int,
 ) -> dict[str, np.ndarray]:
-    """The batch entries of image-to-image and inpainting: "known" and "hole"."""
-    if strength is not None and not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in [0, 1], got {strength}")
+    """The batch entries of image-to-image and inpainting: "known" and "hole", [total H W C].
+
+    varied: whether the image is the start of others. shape: (H, W, C) of the image.
+    """
+    if image is None and mask is not None:
+        raise ValueError("mask says where an image is made anew: give image, too")
     if image is None:
-        if mask is not None or strength is not None:
-            raise ValueError("mask and strength change an image: give image, too")
         return {}
-    if mask is None and strength is None:
+    if mask is None and not varied:
         raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
-
-    def fit(name: str, value: Any) -> np.ndarray:
-        value = np.asarray(value, np.float32)
-        if len(value) not in (1, size[0]) or value.shape[1:3] != size[1:]:
+    entries = {"image": _numbers("image", image, shape, -1, 1)}
+    if mask is not None:
+        entries["mask"] = _numbers("mask", mask, (*shape[:2], 1), 0, 1)
+    for name, value in entries.items():
+        if len(value) not in (1, total):
             raise ValueError(
-                f"{name} has shape {value.shape}, expected 1 or {size[0]} of {size[1:]}"
+                f"{len(value)} of {name} for {total} images; give one, or one for each"
             )
-        return np.broadcast_to(value, (size[0], *value.shape[1:]))
+    names = {"image": "known", "mask": "hole"}
+    return {names[k]: np.repeat(x, total // len(x), 0) for k, x in entries.items()}
 
-    in_range(np.asarray(image))
-    given = {"known": image} if mask is None else {"known": image, "hole": mask}
-    return {name: fit({"known": "image", "hole": "mask"}[name], x) for name, x in given.items()}
+
+def texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """One text or several as a list; ValueError for anything else."""
+    values = [value] if isinstance(value, str) else list(value)
+    if not values or not all(isinstance(text, str) for text in values):
+        raise ValueError(f"{name}={value!r} must be a text, or a list of texts")
+    return values
+
+
+def array(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The value as an array; ValueError where it has another shape."""
+    if np.shape(value) != shape:
+        raise ValueError(f"{name} has shape {np.shape(value)}, expected {shape}")
+    return np.asarray(value, np.float32)
+
+
+def repeated(batch: Mapping[str, np.ndarray], num_images: int) -> dict[str, np.ndarray]:
+    """Each example num_images times, and the index of every image."""
+    if num_images < 1:
+        raise ValueError(f"num_images={num_images} must be at least 1")
+    total = num_images * len(next(iter(batch.values()), np.zeros(1)))
+    entries = {key: np.repeat(value, num_images, 0) for key, value in batch.items()}
+    return {**entries, "index": np.arange(total, dtype=np.int32)}

@@ -15,7 +15,7 @@ from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
 from latent_diffusion.process import steering
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Params, lookup
+from latent_diffusion.types import Number, Params, lookup
 
 # How far a picture is from its target -> the LPIPS net it needs, if any.
 DISTANCES = {"l2": None, "lpips": "alex"}
@@ -25,8 +25,8 @@ DISTANCES = {"l2": None, "lpips": "alex"}
 class Scales:
     """How strongly, and by which distance; static, so that programs are told apart by it."""
 
-    classifier: float | int = 1.0
-    target: float | int = 1.0
+    classifier: Number = 1.0
+    target: Number = 1.0
     distance: str = "l2"
 
 

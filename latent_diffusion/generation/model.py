@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,18 @@ import numpy as np
 
 from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import Tokenizer
-from latent_diffusion.generation import conditions, guides
+from latent_diffusion.generation import conditions, guides, program
 from latent_diffusion.models.classifier import NoisyClassifier
-from latent_diffusion.models.denoiser import Denoiser, plan
+from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import FirstStage
-from latent_diffusion.process.guidance import paste
+from latent_diffusion.process.options import check_needs
+from latent_diffusion.process.plan import plan
 from latent_diffusion.process.tiling import pad_to_multiple, tiled
-from latent_diffusion.rng import example_keys, keys_of_examples
+from latent_diffusion.rng import example_keys, sampling_keys
 from latent_diffusion.runtime import parallel
 from latent_diffusion.types import Array, Conditioning, Float, Int, Num
 
 log = logging.getLogger(__name__)
-CONDITIONS = 1  # folded into an image's key: the noise of its conditions
 
 
 class Model(flax.struct.PyTreeNode):
@@ -89,8 +88,8 @@ class Model(flax.struct.PyTreeNode):
 
     def condition(
         self,
-        prompts: Sequence[str] | None = None,
-        class_labels: Sequence[int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | None = None,
         *,
         image_size: tuple[int, int] | None = None,
         rng: jax.Array | None = None,
@@ -98,18 +97,18 @@ class Model(flax.struct.PyTreeNode):
     ) -> Conditioning:
         """The conditioning for what the model takes, one example each.
 
-        given: as in `sample`, `image` and `mask` among them. rng: for conditions that are noised.
+        given: as in `sample`, `image` and `mask` among them. rng: for conditions that are noised,
+        as `sample` does with the same rng.
         """
         denoiser = self._need("denoiser")
         given |= {"prompts": prompts, "class_labels": class_labels}
         batch, size = self._conditions(given, image_size)
         count = len(next(iter(batch.values()), np.zeros(1)))
-        keys = None if rng is None else example_keys(rng, count)
-        f = self._downsampling()
-        latent = (size[0] // f, size[1] // f)
-        told = {key: jnp.asarray(value) for key, value in batch.items()}
-        told = denoiser.conditioner.prepare(told, self.first_stage, latent, keys)
-        return denoiser.condition(told, jnp.zeros(count, bool))
+        keys = None if rng is None else sampling_keys(example_keys(rng, count)).conditions
+        entries = {key: jnp.asarray(value) for key, value in batch.items()}
+        latent = self._latent_size(size)
+        entries = denoiser.conditioner.prepare(entries, self.first_stage, latent, keys)
+        return denoiser.condition(entries, jnp.zeros(count, bool))
 
     def denoise(
         self,
@@ -123,11 +122,11 @@ class Model(flax.struct.PyTreeNode):
     def sample(
         self,
         rng: jax.Array,
-        prompts: Sequence[str] | None = None,
-        class_labels: Sequence[int] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | None = None,
         *,
         num_images: int = 1,
-        negative_prompts: Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         more_prompts: Sequence[tuple[str, float | int]] = (),
         image: Array | np.ndarray | None = None,
         mask: Array | np.ndarray | None = None,
@@ -142,13 +141,7 @@ class Model(flax.struct.PyTreeNode):
         image_embedding: Array | np.ndarray | None = None,
         classifier: NoisyClassifier | None = None,
         classifier_labels: Sequence[int] | None = None,
-        classifier_scale: float | int = 1.0,
         target: Array | np.ndarray | None = None,
-        target_scale: float | int = 1.0,
-        target_distance: str = "l2",
-        quantize_x0: bool = False,
-        tile_size: int | None = None,
-        tile_overlap: int | None = None,
         batch_size: int = 64,
         mode: str = "auto",
         **options: Any,
@@ -156,91 +149,64 @@ class Model(flax.struct.PyTreeNode):
         """Images [N H W C] in [-1, 1]: `num_images` for each condition, condition-major.
 
         Image i depends on rng and i alone, not on batch_size or devices. z_T: start noise [N h w c]
-        instead of fresh. image_size: (H, W), default that of the conditions, else as trained.
+        instead of fresh noise. image_size: (H, W), by default that of the conditions or of trained
+        images. batch_size: how many images are sampled at once, at most.
 
-        What a model is conditioned on must be given, and nothing else may be: `prompts`,
+        Conditions: a model takes those that it was trained with, and needs each of them: `prompts`,
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
         tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
         (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; unCLIP takes
         an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`. One
         example serves all.
 
-        Any model can be steered as it samples: `classifier` (see `load_classifier`) toward
-        `classifier_labels`, and by `target` [N h w C] toward pictures that become it when they are
-        reduced to its size, by "l2" or "lpips"; scale 1 is Bayes' rule (App. C of the paper).
+        Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
+        one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
+        of weight 1; a negative weight steers away. `image` [N H W C] in [-1, 1], one for all or one
+        for each image made, of which the option `strength` says how much is made anew, or `mask`
+        [N H W 1] where: 1 is a hole, around which pixels stay as they are. `classifier` (see
+        `load_classifier`), which steers toward `classifier_labels`; `target` [N h w C], which
+        pictures become when they are reduced to its size (App. C of the paper).
 
-        options: `sampler`, `num_steps`, `spacing`, `guidance_scale` (a number, or one a step), and
-        those of the sampler (`eta` …) and the spacing (`end` …); else the model's defaults (see
-        `denoiser.plan`).
+        options: see `process.options.SamplingOptions` and docs/samplers.md; those that aren't given
+        are the model's `defaults`. Numbers among them may vary without a new compilation.
 
-        negative_prompts: instead of the unconditional; one for all, or one a prompt; the option
-        `perpendicular` = weight steers away only from what they don't share with the prompt (beside
-        the unconditional). more_prompts: (text, weight) pairs for every image, beside its prompt of
-        weight 1; a negative weight steers away. image: [N H W C] in [-1, 1], mask: [N H W 1]; one
-        for all, or one for each image made; `strength` in [0, 1] says how much of it is made anew,
-        or `mask` (1 = hole) where; outside the hole its pixels are kept. quantize_x0: every
-        estimate of z_0 becomes its closest codes. tile_size, tile_overlap: as in `encode`: network
-        and decoder see a tile at a time. Further options: `guidance_interval` (low, high)
-        in timesteps, `guidance_rescale`, `cfg_pp` (guidance_scale in [0, 1]), `clip_x0`,
-        `dynamic_threshold`, `progress(t)` and `preview(t, z_0)`, called on the host from within the
-        loop (by every device for its images). Equal options, the same functions among them, reuse
-        the compiled program.
+        Raises ValueError, in one line, for bad input, and where an image isn't finite.
         """
         denoiser, first_stage = self._need("denoiser"), self._need("first_stage")
-        timesteps, options = plan(denoiser.schedule, self.defaults, options)
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1")
+        changes = {"image": image, "negative_prompts": negative_prompts}
+        check_needs({**options, **changes, "classifier": classifier, "target": target})
+        timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
+
         given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
         given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
         given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
         pictures = {"image": image, "mask": mask}  # conditions of some models
         given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
-        told, (height, width) = self._conditions(given, image_size)
-        told = {k: np.repeat(v, num_images, axis=0) for k, v in told.items()}
-        total = len(next(iter(told.values()), np.zeros(num_images)))
-        f = first_stage.module.downsampling
-        if height % f or width % f:
-            raise ValueError(f"image_size {height}×{width} must be divisible by f={f}")
-        shape = (height // f, width // f, first_stage.module.latent_channels)
-        batch = {**told, "index": np.arange(total, dtype=np.int32)}
-        batch |= self._negatives(negative_prompts, num_images, total)
-        batch |= {
-            f"more_{i}": np.repeat(self._tokens([text]), total, axis=0)
-            for i, (text, _) in enumerate(more_prompts)
-        }
-        strength = options.get("strength")
-        hole = None if "mask" in told else mask
-        if "image" not in told or strength is not None or hole is not None:
-            batch |= conditions.known_image(image, hole, strength, (total, height, width))
-        if z_T is not None:
-            if z_T.shape != (total, *shape):
-                raise ValueError(f"z_T has shape {z_T.shape}, expected {(total, *shape)}")
-            batch["z_T"] = np.asarray(z_T)
+        examples, size = self._conditions(given, image_size)
+        batch = conditions.repeated(examples, num_images)
+        total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
+        latent = (*self._latent_size(size), first_stage.module.latent_channels)
 
-        channels = getattr(first_stage.module, "image_channels", 3)
+        hole, strength = None if "mask" in batch else mask, options.get("strength")
+        if "image" not in batch or hole is not None or strength is not None:
+            shape = (*size, channels)
+            batch |= conditions.known_image(image, hole, strength is not None, shape, total)
+        batch |= self._texts(negative_prompts, more_prompts, num_images, total)
         guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
-        scales = guides.Scales(classifier_scale, target_scale, target_distance)
-        distance = None if target is None else guides.load_distance(target_distance)
+        if z_T is not None:
+            batch["z_T"] = conditions.array("z_T", z_T, (total, *latent))
 
         mode = parallel.resolve_mode(mode)
-        batch_size = min(batch_size, total)
-        batch_size += -batch_size % parallel.num_parts(mode)
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        if tile_size is not None:
-            options["tile"] = _tile(tile_size, tile_overlap, f)
-        weights = tuple(float(weight) for _, weight in more_prompts)
-        program = _program(
-            mode, shape, weights, quantize_x0, scales, tuple(sorted(options.items()))
-        )
-        frozen = (Model(first_stage, denoiser), timesteps, classifier, distance)
-        images = []
-        for start in range(0, total, batch_size):
-            index = np.minimum(np.arange(start, start + batch_size), total - 1)  # pad with the last
-            part = {key: value[index] for key, value in batch.items()}
-            part = parallel.process_rows(part, mode)
-            images.append(program({}, frozen, part, rng))
-        return np.concatenate(images)[:total]
+        networks = {
+            **program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode),
+            "classifier": None
+            if classifier is None
+            else program.placed(classifier, classifier, mode),
+            "distance": None if target is None else guides.load_distance(chosen.target_distance),
+        }
+        planned = (timesteps, chosen, [np.float32(weight) for _, weight in more_prompts])
+        return program.run(networks, planned, batch, latent, rng, batch_size, mode)
 
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:
         """Write the model to a folder (`diffusers`, `orbax`) or a file (`compvis`).
@@ -257,36 +223,44 @@ class Model(flax.struct.PyTreeNode):
             raise ValueError(f"this model has no {part.replace('_', ' ')}, only {have}")
         return value
 
-    def _negatives(
-        self, prompts: Sequence[str] | None, num_images: int, total: int
+    def _texts(
+        self,
+        negative: str | Sequence[str] | None,
+        more: Sequence[tuple[str, float | int]],
+        num_images: int,
+        total: int,
     ) -> dict[str, np.ndarray]:
-        if prompts is None:
-            return {}
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if len(prompts) not in (1, total // num_images):
-            raise ValueError(
-                f"{len(prompts)} negative_prompts for {total // num_images} prompts; "
-                "give one for all, or one for each"
-            )
-        tokens = self._tokens(prompts)
-        return {"negative": np.repeat(tokens, total // len(tokens), axis=0)}
+        """The batch entries of negative and of further prompts: tokens."""
+        tokens = {f"more_{i}": self._tokens([text]) for i, (text, _) in enumerate(more)}
+        if negative is not None:
+            texts, prompts = conditions.texts("negative_prompts", negative), total // num_images
+            if len(texts) not in (1, prompts):
+                raise ValueError(
+                    f"{len(texts)} negative_prompts for {prompts} prompts; "
+                    "give one for all, or one for each"
+                )
+            tokens["negative"] = self._tokens(texts)
+        return {name: np.repeat(rows, total // len(rows), 0) for name, rows in tokens.items()}
 
-    def _downsampling(self) -> int:
-        """f; 8, the most common, where there is no first stage."""
-        return 8 if self.first_stage is None else self.first_stage.module.downsampling
+    def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of a picture's latent; f is 8, the most common, where there is no first stage."""
+        f = 8 if self.first_stage is None else self.first_stage.module.downsampling
+        if size[0] % f or size[1] % f:
+            raise ValueError(f"image_size {size[0]}×{size[1]} must be divisible by f={f}")
+        return size[0] // f, size[1] // f
 
     def _conditions(
         self, given: Mapping[str, Any], image_size: tuple[int, int] | None
     ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         """The batch entries that the denoiser's conditioner reads, and the size of the picture."""
-        conditioner, f = self._need("denoiser").conditioner, self._downsampling()
+        conditioner = self._need("denoiser").conditioner
+        f = 8 if self.first_stage is None else self.first_stage.module.downsampling
         size = image_size or conditions.size_of(given, f) or (self.image_size, self.image_size)
-        latent = (size[0] // f, size[1] // f)
+        latent = self._latent_size(size)
         return conditions.batch_of(conditioner, self._tokens, given, size, latent), size
 
     def _tokens(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts as the model's tokenizer writes them; a word it doesn't know is named."""
+        """Prompts as the model's tokenizer writes them; words that it doesn't know are named."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load it with tokenizer=PATH")
         for prompt in prompts:
@@ -314,73 +288,10 @@ def _decode(
     first_stage: FirstStage, latents: jax.Array, tile: int | None, overlap: int | None
 ) -> jax.Array:
     f = first_stage.module.downsampling
-    return _decoded(first_stage, latents, None if tile is None else _tile(tile, overlap, f))
-
-
-def _decoded(
-    first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] | None
-) -> jax.Array:
-    return (
-        first_stage.decode(latents) if tile is None else tiled(first_stage.decode, latents, *tile)
-    )
-
-
-def _tile(size: int, overlap: int | None, f: int) -> tuple[int, int]:
-    """A tile's side and overlap in the latent, from those in pixels."""
-    overlap = size // 4 // f * f if overlap is None else overlap
-    if size % f or overlap % f:
-        raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
-    return size // f, overlap // f
+    return program.decoded(first_stage, latents, program.tile_of_latent(tile, overlap, f))
 
 
 @functools.partial(jax.jit, static_argnames="method")
 def _apply(first_stage: FirstStage, method: str, x: jax.Array) -> jax.Array:
     out: Any = first_stage.module.apply({"params": first_stage.params}, x, method=method)
     return out
-
-
-@functools.lru_cache(maxsize=16)
-def _program(
-    mode: str,
-    shape: tuple[int, int, int],
-    weights: tuple[float, ...],
-    quantize_x0: bool,
-    scales: guides.Scales,
-    options: tuple[tuple[str, Any], ...],
-):
-    """One compiled program for a whole sampling call, reused by later calls with equal options."""
-
-    def step(state, constants, batch, rng, *, axis_name=None):
-        (model, timesteps, classifier, distance), size = constants, batch["index"].shape[0]
-        denoiser, first_stage = model.denoiser, model.first_stage
-        keys = keys_of_examples(rng, batch["index"])
-        noise = jax.vmap(jax.random.fold_in, (0, None))(keys, CONDITIONS)
-        told = denoiser.conditioner.prepare(batch, first_stage, shape[:2], noise)
-
-        def condition(tokens=None, drop=False):
-            other = told if tokens is None else {**told, "tokens": told[tokens]}
-            return denoiser.condition(other, jnp.full(size, drop))
-
-        known, hole, f = batch.get("known"), batch.get("hole"), first_stage.module.downsampling
-        z_0 = denoiser.sample(
-            keys,
-            condition(),
-            condition(drop=True),
-            timesteps,
-            shape,
-            negative=condition("negative") if "negative" in batch else None,
-            more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
-            nearest=first_stage.nearest if quantize_x0 else None,
-            guide=guides.guide(batch, denoiser.schedule, first_stage, classifier, distance, scales),
-            z_T=batch.get("z_T"),
-            z_0=None if known is None else first_stage.encode({"image": known}),
-            # A latent position is in the hole as soon as one of its pixels is.
-            mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
-            **dict(options),
-        )
-        images = _decoded(first_stage, z_0, dict(options).get("tile"))
-        if "mask" in batch:  # a model of inpainting: what isn't missing stays as it is
-            return paste(images, batch["image"], batch["mask"])
-        return images if hole is None else paste(images, known, hole)
-
-    return parallel.compile_eval(step, mode)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from latent_diffusion.generation.loading import load
+from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.metrics import image_grid, to_uint8
 
@@ -43,17 +44,6 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
         return [(text.strip(), float(weight)) for text, _, weight in pairs]
     except ValueError as error:
         raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
-
-
-def read_interval(values: Sequence[str] | None) -> tuple[float, float] | None:
-    """(low, high) from its flag."""
-    if values is None:
-        return None
-    try:
-        low, high = (float(value) for value in values)
-    except ValueError as error:
-        raise ValueError(f"--guidance_interval={','.join(values)}: write low,high") from error
-    return low, high
 
 
 def read_picture(path: str | None, mode: str) -> np.ndarray | None:
@@ -126,11 +116,10 @@ def sample_to_disk(
     own = {name: value for name, value in options.items() if not callable(value)}
     own |= {"tokenizer": tokenizer, "lora": {str(k): v for k, v in (lora or {}).items()}}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
+    rng = seed_key(seed)
     model = load(path, tokenizer=tokenizer, lora=lora)
     start = time.perf_counter()
-    images = to_uint8(
-        model.sample(jax.random.key(seed), prompts, class_labels, num_images=num_images, **options)
-    )
+    images = to_uint8(model.sample(rng, prompts, class_labels, num_images=num_images, **options))
     seconds = time.perf_counter() - start
     if jax.process_index() != 0:
         return images

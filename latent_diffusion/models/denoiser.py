@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,16 +12,13 @@ import jax.numpy as jnp
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import guidance
+from latent_diffusion.process.diffusion import q_sample
+from latent_diffusion.process.options import SamplingOptions
+from latent_diffusion.process.plan import own_options
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import (
-    SPACINGS,
-    NoiseSchedule,
-    Timesteps,
-    make_schedule,
-    spacing,
-)
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps, make_schedule
 from latent_diffusion.process.tiling import tiled
-from latent_diffusion.rng import normal_per_example, split_per_example
+from latent_diffusion.rng import SamplingKeys, normal_per_example
 from latent_diffusion.types import (
     Array,
     Batch,
@@ -30,73 +26,10 @@ from latent_diffusion.types import (
     Conditioning,
     Config,
     Float,
-    Keys,
     Num,
+    Number,
     Params,
-    lookup,
 )
-
-# What a sampling call can be told, beside the options of its sampler and of its spacing.
-OPTIONS = (
-    "sampler",
-    "num_steps",
-    "spacing",
-    "end",
-    "guidance_scale",
-    "guidance_interval",
-    "guidance_rescale",
-    "cfg_pp",
-    "perpendicular",
-    "clip_x0",
-    "dynamic_threshold",
-    "strength",
-    "progress",
-    "preview",
-)
-# CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
-CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
-FALLBACK = {"sampler": "ddim", "num_steps": 50, "spacing": "trailing"}
-
-
-def plan(
-    schedule: NoiseSchedule, defaults: Config, given: Mapping[str, Any]
-) -> tuple[Timesteps, dict[str, Any]]:
-    """The timesteps, and the options of `Denoiser.sample`, for `given` over a model's `defaults`.
-
-    None stands for nothing. Defaults of a sampler or spacing that `given` replaces by another one
-    don't count. Raises ValueError for an option that neither sampling, nor the sampler, nor the
-    spacing has.
-    """
-    defaults = {**FALLBACK, **{k: v for k, v in defaults.items() if v is not None}}
-    given = {k: v for k, v in given.items() if v is not None}
-    for part, options_of in (("sampler", _of_sampler), ("spacing", _of_spacing)):
-        if given.get(part, defaults[part]) != defaults[part]:
-            replaced = options_of(defaults[part])
-            defaults = {k: v for k, v in defaults.items() if k not in replaced}
-    options = {**defaults, **given}
-    sampler, name = options["sampler"], options.pop("spacing")
-    known = [*OPTIONS, *_of_sampler(sampler), *_of_spacing(name)]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"unknown option {option!r} for sampler {sampler!r} with spacing {name!r}; "
-                f"known: {', '.join(sorted(set(known)))}"
-            )
-    num_steps = options.pop("num_steps")
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool):
-        raise ValueError(f"num_steps={num_steps!r} must be an integer")
-    own = {k: options.pop(k) for k in _of_spacing(name) if k in options}
-    return spacing(name, schedule, num_steps, **own), options
-
-
-def _of_sampler(name: str) -> list[str]:
-    """The names of a sampler's own options, after (schedule, timesteps)."""
-    return list(inspect.signature(lookup(SAMPLERS, name, "sampler").table).parameters)[2:]
-
-
-def _of_spacing(name: str) -> list[str]:
-    """Those of a spacing, after (log_snr, num, end), and where it ends."""
-    return ["end", *list(inspect.signature(lookup(SPACINGS, name, "spacing")).parameters)[3:]]
 
 
 class Prepared(flax.struct.PyTreeNode):
@@ -189,106 +122,68 @@ class Denoiser(flax.struct.PyTreeNode):
 
     def sample(
         self,
-        keys: Keys,
+        keys: SamplingKeys,
         conditioning: Conditioning,
         null: Conditioning,
         timesteps: Timesteps,
         shape: tuple[int, int, int],
+        options: SamplingOptions,
         *,
-        sampler: str = "ddim",
-        guidance_scale: float | int | Sequence[float | int] = 1.0,
-        guidance_interval: tuple[float | int, float | int] | None = None,
-        guidance_rescale: float | int = 0.0,
-        cfg_pp: bool = False,
         negative: Conditioning | None = None,
-        perpendicular: float | int = 0.0,
-        more: Sequence[tuple[Conditioning, float | int]] = (),
-        clip_x0: float | int = 0.0,
-        dynamic_threshold: float | int = 0.0,
+        more: Sequence[tuple[Conditioning, Number]] = (),
         nearest: Callable[[Array], Array] | None = None,
         z_T: Float[Array, "B h w c"] | None = None,
         z_0: Float[Array, "B h w c"] | None = None,
         mask: Float[Array, "B h w 1"] | None = None,
-        strength: float | int = 1.0,
-        progress: Callable[[Any], None] | None = None,
-        preview: Callable[[Any, Any], None] | None = None,
         guide: Callable[[Any], Any] | None = None,
         tile: tuple[int, int] | None = None,
-        **own: Any,
     ) -> Float[Array, "B h w c"]:
         """Scaled latents by a whole sampling loop; traceable, so that it compiles as one program.
 
-        keys: one per image, which alone decides its noise. null: the unconditional conditioning.
-        timesteps: [S+1] from `schedules.spacing`. shape: (h, w, c). guidance_scale: a number, or
-        one for each step. negative: what to steer away from, instead of null; or beside it, with
-        the weight `perpendicular`, where it isn't what the conditioning wants. more: further
-        conditionings and weights, beside the first with weight 1. clip_x0: bound of estimates of
-        z_0, 0 = off. dynamic_threshold: the ratio, 0 = off. nearest: replaces z_0 by its closest
-        codes. z_0: a known image, of which strength < 1 keeps the coarse part and mask (1 = hole)
-        the rest; strength 1 starts from noise alone. progress, preview: called on the host. guide:
-        wraps the denoiser, see `steering`. tile: (side, overlap) of the parts of the latent that
-        the network sees, None for the whole. own: options of the sampler. See `guidance` for all
-        of these.
+        keys: of `sampling_keys`; an image's noise depends on its keys alone. null: the
+        unconditional conditioning. timesteps, options: of `process.plan.plan`. shape: (h, w, c).
+        negative: replaces null, or stands beside it with the weight `options.perpendicular`. more:
+        further conditionings and their weights, beside the first of weight 1. nearest: replaces
+        estimates of z_0 by their closest codes. z_T: start noise instead of fresh noise. z_0: a
+        picture, of which `options.strength` keeps the coarse part, and mask (1 = hole) the rest.
+        guide: wraps the denoiser, see `steering`. tile: (side, overlap) of the parts of the latent
+        that the network sees, None for the whole.
         """
-        start, steps, fill = split_per_example(keys, 3)
-        z_T = normal_per_example(start, shape) if z_T is None else z_T
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in [0, 1], got {strength}")
-        scale: Any = guidance_scale
-        several = isinstance(scale, Sequence)
-        if not jax.tree.leaves(null) and any(s != 1 for s in (scale if several else [scale])):
-            raise ValueError(f"guidance_scale {scale} needs a condition: this model has none")
-        if several:
-            scale = guidance.per_step(jnp.asarray(scale, jnp.float32), timesteps)
-        if strength < 1:
-            if z_0 is None:
-                raise ValueError(f"strength {strength} needs an image to start from")
-            z_T, timesteps = guidance.image_to_image(self.schedule, z_0, timesteps, strength, start)
-            if len(timesteps) == 1:
-                return z_T
-        run = lookup(SAMPLERS, sampler, "sampler")
-        table = run.table(self.schedule, timesteps, **own)
-
-        if cfg_pp and sampler not in CFG_PP_SAMPLERS:
-            raise ValueError(f"cfg_pp works with {', '.join(CFG_PP_SAMPLERS)}, not {sampler}")
-        if negative is not None and not perpendicular:
+        if options.guidance_scale is not None and not jax.tree.leaves(null):
+            raise ValueError("guidance_scale needs a condition: this model has none, so it is 1")
+        if options.perpendicular is None and negative is not None:
             null, negative = negative, None
+        z = normal_per_example(keys.start, shape) if z_T is None else z_T
+        picture: Any = z_0
+        if picture is None and (options.strength is not None or mask is not None):
+            raise ValueError("strength and mask need the picture that they change")
+        if options.strength is not None:
+            z = q_sample(self.schedule, picture, timesteps[0], z)
+            if len(timesteps) == 1:
+                return z
+        run = SAMPLERS[options.sampler]
+        own = own_options(options)
+        evaluated = run.table(self.schedule, timesteps, **own).t
         beside = [c for c, _ in more] + ([] if negative is None else [negative])
-        network, (null_, first, *others) = self.prepare(table.t, shape, null, conditioning, *beside)
-        schedule = self.schedule
-        if tile is not None:
-            network = in_tiles(network, *tile)
-        denoise = _guided(
-            (network, schedule, self.prediction),
-            first,
-            null_,
-            scale,
-            more=[(c, weight) for c, (_, weight) in zip(others, more, strict=False)],
-            negative=None if negative is None else others[-1],
-            perpendicular=perpendicular,
-            cfg_pp=cfg_pp,
-            interval=guidance_interval,
-            rescale=guidance_rescale,
+        network, prepared = self.prepare(evaluated, shape, null, conditioning, *beside)
+        denoise = guidance.guided(
+            network if tile is None else in_tiles(network, *tile),
+            self.schedule,
+            self.prediction,
+            prepared[: 2 + len(more)],
+            options,
+            timesteps,
+            [weight for _, weight in more],
+            None if negative is None else prepared[-1],
         )
         if guide is not None:
             denoise = guide(denoise)
-        follow = {"recompute_eps": run.by_eps}
-        if clip_x0:
-            denoise = guidance.clip(denoise, schedule, -clip_x0, clip_x0, **follow)
-        if dynamic_threshold:
-            denoise = guidance.dynamic_threshold(denoise, schedule, dynamic_threshold, **follow)
-        if nearest is not None:
-            denoise = guidance.quantize(denoise, schedule, nearest, **follow)
-        if preview is not None:
-            denoise = guidance.with_preview(denoise, preview)
-        if progress is not None:
-            denoise = guidance.with_progress(denoise, progress)
-        if mask is None:
-            return run(denoise, z_T, timesteps, schedule, steps, **own)
-        if z_0 is None:
-            raise ValueError("mask needs the image around its holes")
-        denoise = guidance.inpaint(denoise, schedule, z_0, mask, fill)
-        return guidance.paste(run(denoise, z_T, timesteps, schedule, steps, **own), z_0, mask)
+        denoise = guidance.constrained(denoise, self.schedule, options, nearest, run.by_eps)
+        denoise = guidance.observed(denoise, options.progress, options.preview)
+        if mask is not None:
+            denoise = guidance.inpaint(denoise, self.schedule, picture, mask, keys.hole)
+        z = run(denoise, z, timesteps, self.schedule, keys.steps, **own)
+        return z if mask is None else guidance.paste(z, picture, mask)
 
 
 def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Network:
@@ -309,44 +204,6 @@ def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Net
         return tiled(on_tile, jnp.concatenate(parts, -1), side, overlap)
 
     return over_tiles
-
-
-def _guided(
-    given: tuple[guidance.Network, NoiseSchedule, str],
-    conditioning: Prepared,
-    null: Prepared,
-    scale: Any,
-    *,
-    more: Sequence[tuple[Prepared, float | int]],
-    negative: Prepared | None,
-    perpendicular: float | int,
-    cfg_pp: bool,
-    interval: tuple[float | int, float | int] | None,
-    rescale: float | int,
-) -> guidance.Denoiser:
-    """The denoiser of the one kind of guidance that is asked for.
-
-    given: network, schedule and prediction.
-    """
-    kinds = {"more_prompts": more, "perpendicular": perpendicular, "cfg_pp": cfg_pp}
-    chosen = [name for name, value in kinds.items() if value]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} don't go together")
-    if chosen and (interval is not None or rescale):
-        raise ValueError(f"{chosen[0]} knows no guidance_interval or guidance_rescale")
-    if more:
-        conditionings = [conditioning, *(c for c, _ in more)]
-        weights = [1.0, *(weight for _, weight in more)]
-        return guidance.composed(*given, conditionings, weights, null, scale)
-    if perpendicular:
-        if negative is None:
-            raise ValueError("perpendicular weighs negative_prompts: give them, too")
-        return guidance.perpendicular(*given, conditioning, negative, null, scale, perpendicular)
-    if cfg_pp:
-        return guidance.classifier_free_pp(*given, conditioning, null, scale)
-    return guidance.classifier_free(
-        *given, conditioning, null, scale, interval=interval, rescale=rescale
-    )
 
 
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:

@@ -12,14 +12,56 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion.process.diffusion import Denoiser, Prediction, q_sample, to_z_0_and_eps
+from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.rng import normal_per_example
-from latent_diffusion.types import Array, Float, Keys, Num
+from latent_diffusion.types import Array, Float, Keys, Number
 
 Network = Callable[[Array, Array, Any], Array]
 Scale = float | int | Array | Callable[[Array], Array]
 
 # ------------------------------------------------------------------------------ from the network
+
+
+def guided(
+    network: Network,
+    schedule: NoiseSchedule,
+    kind: str,
+    conditionings: Sequence[Any],
+    options: SamplingOptions,
+    timesteps: Timesteps,
+    weights: Sequence[Number] = (),
+    negative: Any = None,
+) -> Denoiser:
+    """The denoiser with the guidance that planned options ask for, of which there is one kind.
+
+    conditionings: null, the first one, and one for each of the weights. negative: of
+    `perpendicular`. Raises ValueError for options that exclude each other.
+    """
+    null, first, *others = conditionings
+    scale: Any = options.guidance_scale
+    if scale is not None and scale.ndim:
+        scale = per_step(scale, timesteps)
+    one = 1.0 if scale is None else scale  # only plain guidance can do without the null
+    interval, rescale = options.guidance_interval, options.guidance_rescale
+    kinds = {
+        "more_prompts": bool(others),
+        "perpendicular": options.perpendicular is not None,
+        "cfg_pp": options.cfg_pp,
+    }
+    chosen = [name for name, value in kinds.items() if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} don't go together")
+    if chosen and (interval is not None or rescale is not None):
+        raise ValueError(f"{chosen[0]} knows no guidance_interval or guidance_rescale")
+    given = (network, schedule, kind)
+    if others:
+        return composed(*given, [first, *others], [1.0, *weights], null, one)
+    if options.perpendicular is not None:
+        return perpendicular(*given, first, negative, null, one, options.perpendicular)
+    if options.cfg_pp:
+        return classifier_free_pp(*given, first, null, one)
+    return classifier_free(*given, first, null, scale, interval=interval, rescale=rescale)
 
 
 def from_prediction(network: Network, schedule: NoiseSchedule, kind: str) -> Callable:
@@ -41,31 +83,27 @@ def classifier_free(
     kind: str,
     conditioning: Any,
     null_conditioning: Any,
-    scale: Scale,
+    scale: Scale | None,
     *,
-    interval: tuple[float | int, float | int] | None = None,
-    rescale: float = 0.0,
+    interval: Sequence[Any] | Array | None = None,
+    rescale: Number | None = None,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale · (conditional − null).
 
     conditioning, null_conditioning: pytrees of arrays [B ...] (the null's may be [1 ...]); a
     negative prompt is just another null. Both are evaluated in one batch, null first.
-    scale: a number, an array [] or [B], or a function of the timestep (see `per_step`). The number
-    1 evaluates the network on the conditioning alone.
+    scale: a number, an array [] or [B], or a function of the timestep (see `per_step`). None
+    evaluates the network on the conditioning alone, which is what 1 amounts to.
     interval: (low, high) timesteps; outside, only the conditional prediction is computed
     (Kynkäänniemi et al. 2024). rescale: in [0, 1], how far to pull each example's standard
     deviation back to the conditional prediction's (Lin et al. 2023, §3.4).
     """
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"guidance_rescale must lie in [0, 1], got {rescale}")
-    if interval is not None and not interval[0] <= interval[1]:
-        raise ValueError(f"guidance_interval must be (low, high) timesteps, got {interval}")
     plain = from_prediction(network, schedule, kind)
 
     def conditional(z_t: Array, t: Array) -> Prediction:
         return plain(z_t, t, conditioning)
 
-    if isinstance(scale, int | float) and scale == 1:
+    if scale is None:
         return conditional
     if null_conditioning is None:
         raise ValueError(f"guidance scale {scale} needs a null conditioning; without one it is 1")
@@ -74,7 +112,7 @@ def classifier_free(
     def guided(z_t: Array, t: Array) -> Prediction:
         null, cond = evaluate(z_t, t)
         pred = null + _scale_at(scale, t, null) * (cond - null)
-        if rescale:
+        if rescale is not None:
             spread = _std(cond) / _std(pred)
             pred = pred * (1 + rescale * (spread - 1))
         return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
@@ -97,8 +135,6 @@ def classifier_free_pp(
 
     For samplers that step once with both (ddim, euler, euler_ancestral).
     """
-    if isinstance(scale, int | float) and not 0 <= scale <= 1:
-        raise ValueError(f"the guidance scale of CFG++ must lie in [0, 1], got {scale}")
     evaluate = _several(network, [null_conditioning, conditioning])
 
     def denoise(z_t: Array, t: Array) -> Prediction:
@@ -116,7 +152,7 @@ def composed(
     schedule: NoiseSchedule,
     kind: str,
     conditionings: Sequence[Any],
-    weights: Sequence[float],
+    weights: Sequence[Number],
     null_conditioning: Any,
     scale: Scale,
 ) -> Denoiser:
@@ -145,7 +181,7 @@ def perpendicular(
     negative: Any,
     null_conditioning: Any,
     scale: Scale,
-    negative_scale: float = 1.0,
+    negative_scale: Number = 1.0,
 ) -> Denoiser:
     """Perp-Neg (Armandpour et al. 2023): steer away only from what the prompt doesn't share.
 
@@ -216,11 +252,32 @@ def _sum(x: Array) -> Array:
 # --------------------------------------------------------------------------- constraints on z_0
 
 
+def constrained(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    options: SamplingOptions,
+    nearest: Callable[[Array], Array] | None,
+    recompute_eps: bool,
+) -> Denoiser:
+    """The denoiser with the constraints on z_0 that planned options ask for.
+
+    nearest: see `quantize`. recompute_eps: see `_change_z_0`.
+    """
+    follow = {"recompute_eps": recompute_eps}
+    if (bound := options.clip_x0) is not None:
+        denoise = clip(denoise, schedule, -bound, bound, **follow)
+    if (ratio := options.dynamic_threshold) is not None:
+        denoise = dynamic_threshold(denoise, schedule, ratio, **follow)
+    if nearest is not None:
+        denoise = quantize(denoise, schedule, nearest, **follow)
+    return denoise
+
+
 def clip(
     denoise: Denoiser,
     schedule: NoiseSchedule,
-    low: float = -1.0,
-    high: float = 1.0,
+    low: Number = -1.0,
+    high: Number = 1.0,
     recompute_eps: bool = True,
 ) -> Denoiser:
     """Clip the estimate of z_0 (pixel-space models). See `_change_z_0` for recompute_eps."""
@@ -230,16 +287,14 @@ def clip(
 def dynamic_threshold(
     denoise: Denoiser,
     schedule: NoiseSchedule,
-    ratio: float = 0.995,
+    ratio: Number = 0.995,
     ceiling: float = jnp.inf,
     recompute_eps: bool = True,
 ) -> Denoiser:
     """Clip |z_0| at its own `ratio` quantile per example, then scale to [−1, 1] (Imagen, §2.3).
 
-    The threshold is at least 1 and at most `ceiling`.
+    The threshold is at least 1 and at most `ceiling`. ratio: in (0, 1].
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"dynamic_threshold must lie in (0, 1], got {ratio}")
 
     def threshold(z_0: Array) -> Array:
         bound = jnp.quantile(jnp.abs(z_0), ratio, axis=tuple(range(1, z_0.ndim)), keepdims=True)
@@ -325,45 +380,25 @@ def paste(
     return mask * z + (1 - mask) * known
 
 
-def image_to_image(
-    schedule: NoiseSchedule,
-    z_0: Float[Array, "B h w c"],
-    timesteps: Timesteps,
-    strength: float | int,
-    rng: Keys,
-) -> tuple[Float[Array, "B h w c"], Num[Array, " S_left_and_end"]]:
-    """Start from an image: its noised latent, and the last `strength` of the timesteps to run.
-
-    strength: in [0, 1]; 1 runs every step, 0 none. rng: one key per image, others than the
-    sampler's. Returns what a sampler takes as z_T and timesteps.
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in [0, 1], got {strength}")
-    total = len(timesteps) - 1
-    skipped = total - int(strength * total + 1e-6)
-    left = timesteps[skipped:]
-    return q_sample(schedule, z_0, left[0], normal_per_example(rng, z_0.shape[1:])), left
-
-
 # ---------------------------------------------------------------------------------- looking inside
 
 
-def with_progress(denoise: Denoiser, callback: Callable[[Any], None]) -> Denoiser:
-    """Call `callback(t)` on the host before each evaluation, without leaving the compiled loop."""
+def observed(
+    denoise: Denoiser,
+    progress: Callable[[Any], None] | None,
+    preview: Callable[[Any, Any], None] | None,
+) -> Denoiser:
+    """Call functions on the host at each evaluation, without leaving the compiled loop.
 
-    def observed(z_t: Array, t: Array) -> Prediction:
-        jax.debug.callback(callback, t)
-        return denoise(z_t, t)
+    progress(t) is called before it, preview(t, z_0) with its estimate of the clean latents.
+    """
 
-    return observed
-
-
-def with_preview(denoise: Denoiser, callback: Callable[[Any, Any], None]) -> Denoiser:
-    """Call `callback(t, z_0)` on the host with each estimate of the clean latents."""
-
-    def observed(z_t: Array, t: Array) -> Prediction:
+    def with_calls(z_t: Array, t: Array) -> Prediction:
+        if progress is not None:
+            jax.debug.callback(progress, t)
         pred = denoise(z_t, t)
-        jax.debug.callback(callback, t, pred.z_0)
+        if preview is not None:
+            jax.debug.callback(preview, t, pred.z_0)
         return pred
 
-    return observed
+    return with_calls

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.process.diffusion import Denoiser, Prediction
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Array
+from latent_diffusion.types import Array, Number
 
 LIMIT = 4.0  # how far a guide may move an estimate of z_0: root mean square, of its unit scale
 
@@ -28,7 +28,7 @@ def by_classifier(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     log_prob: Callable[[Array, Array], Array],
-    scale: float | int = 1.0,
+    scale: Number = 1.0,
 ) -> Denoiser:
     """Classifier guidance (Dhariwal & Nichol 2021, algorithm 2), for any sampler.
 
@@ -47,7 +47,7 @@ def by_likelihood(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     log_likelihood: Callable[[Array, Array], Array],
-    scale: float | int = 1.0,
+    scale: Number = 1.0,
 ) -> Denoiser:
     """Image guiding. log_likelihood(z_0, t) -> log p(y | z_0) [B], asked of the estimate of z_0.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.models.denoiser import Denoiser, make_denoiser, plan
+from latent_diffusion.models.denoiser import Denoiser, make_denoiser
 from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.optimisation import low_rank
@@ -35,11 +35,13 @@ from latent_diffusion.process.objectives import (
     update_squares,
     weigh_by_logvar,
 )
+from latent_diffusion.process.plan import plan
 from latent_diffusion.rng import (
     bernoulli_per_example,
     example_keys,
     normal_per_example,
     pmean,
+    sampling_keys,
     split_per_example,
 )
 from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
@@ -217,20 +219,15 @@ class Denoising:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
         size = _batch_size(batch)
         denoiser = self._with_params(state.ema_params, constants)
-        keys = example_keys(rng, size, axis_name)
-        timesteps, options = plan(denoiser.schedule, self.sampling, {})
-        latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)})
-        told = denoiser.conditioner.prepare(batch, constants.first_stage, latent.shape[1:3], keys)
+        keys = sampling_keys(example_keys(rng, size, axis_name))
+        timesteps, options = plan(denoiser.schedule, denoiser.prediction, self.sampling, {})
+        latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)}).shape[1:]
+        told = denoiser.conditioner.prepare(
+            batch, constants.first_stage, latent[:2], keys.conditions
+        )
         conditioning = denoiser.condition(told, jnp.zeros(size, bool))
         null = denoiser.condition(told, jnp.ones(size, bool))
-        z_0 = denoiser.sample(
-            keys,
-            conditioning,
-            null,
-            timesteps,
-            latent.shape[1:],
-            **options,
-        )
+        z_0 = denoiser.sample(keys, conditioning, null, timesteps, latent, options)
         images = {"samples": constants.first_stage.decode(z_0)}
         if "mask" in told:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
@@ -319,8 +316,10 @@ def make_denoising(config: Config) -> Denoising:
     autoencoder = make_autoencoder(config["autoencoder"])
     conditioner = make_conditioner(config["conditioners"])
     own, size = config["diffusion"], config["data"]["image_size"]
+    denoiser = make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels)
+    plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})  # refuses bad options now
     return Denoising(
-        denoiser=make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels),
+        denoiser=denoiser,
         autoencoder=autoencoder,
         tx=make_optimizer(config["optimizer"], config["num_steps"]),
         image_shape=(size, size, config["autoencoder"]["image_channels"]),

@@ -19,8 +19,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from latent_diffusion.convert.scheduler import from_diffusers
-from latent_diffusion.models.denoiser import plan, schedule_of
+from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.process import guidance, schedules
+from latent_diffusion.process.plan import own_options, plan
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
 from latent_diffusion.rng import example_keys, normal_per_example
 
@@ -210,9 +211,10 @@ def assert_read_alike(scheduler, num_steps, monkeypatch, rows=lambda call: call,
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     diffusion, sampling = from_diffusers(config)
     schedule = schedule_of(diffusion)
-    timesteps, options = plan(schedule, sampling, {"num_steps": num_steps, **step})
     kind = diffusion["prediction"]
-    answer = ours(options.pop("sampler"), timesteps, kind, schedule, **options)
+    timesteps, options = plan(schedule, kind, sampling, {"num_steps": num_steps, **step})
+    own = {**own_options(options), "clip_x0": options.clip_x0}
+    answer = ours(options.sampler, timesteps, kind, schedule, **own)
     assert_close(answer, expected)
 
 

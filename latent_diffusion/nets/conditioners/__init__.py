@@ -19,6 +19,7 @@ from latent_diffusion.nets.conditioners.embeddings import ClassLabel, ImageEmbed
 from latent_diffusion.nets.conditioners.maps import LayoutMap, SpatialRescaler, WordMap
 from latent_diffusion.nets.conditioners.pictures import Depth, LowRes, MaskedImage
 from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
+from latent_diffusion.rng import split_per_example
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Keys, lookup
 
 CONDITIONERS: dict[str, Any] = {
@@ -77,9 +78,12 @@ class Conditioner(nn.Module):
         (h, w) of the latent. rng: one key for each example, for conditioners that add noise.
         """
         self._check(batch)
-        for part in self.parts():
-            if hasattr(part, "prepare"):
-                batch = part.prepare(batch, first_stage, size, rng)
+        parts = [part for part in self.parts() if hasattr(part, "prepare")]
+        keys: Any = [None] * len(parts)
+        if rng is not None and parts:
+            keys = split_per_example(rng, len(parts))
+        for part, key in zip(parts, keys, strict=True):
+            batch = part.prepare(batch, first_stage, size, key)
         return batch
 
     @nn.compact

@@ -7,9 +7,9 @@ last one where it ends at clean data (h is infinite there) or the 2M methods hav
 import jax.numpy as jnp
 
 from latent_diffusion.process.samplers.integrals import lagged, phi, ratio
-from latent_diffusion.process.samplers.table import Levels, Table, steps
+from latent_diffusion.process.samplers.table import Levels, Table, is_zero, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Bool, Float, lookup
+from latent_diffusion.types import Array, Bool, Float, Number, lookup
 
 # h -> the weight of the slope of z_0 in a second-order step, over that of z_0's own −expm1(−h).
 _SLOPE_WEIGHTS = {
@@ -45,7 +45,7 @@ def dpm_solver_pp_2m_sde(
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
-    eta: float = 1.0,
+    eta: Number = 1.0,
     solver_type: str = "midpoint",
 ) -> Table:
     """SDE-DPM-Solver++(2M) (2022b, eq. 19). eta scales the noise; 0 is `dpm_solver_pp_2m`."""
@@ -60,7 +60,7 @@ def dpm_solver_pp_2m_sde(
 
 
 def dpm_solver_pp_3m_sde(
-    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0, solver_type: str = "heun"
+    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0, solver_type: str = "heun"
 ) -> Table:
     """SDE-DPM-Solver++(3M) (k-diffusion). eta scales the noise.
 
@@ -120,12 +120,12 @@ def _has_past(there: Levels, count: int, few: int = 0) -> Bool[Array, " S"]:
     return (row >= count) & ~final
 
 
-def _exponential(here: Levels, there: Levels, z_0: Float[Array, "S K"], eta: float) -> Table:
+def _exponential(here: Levels, there: Levels, z_0: Float[Array, "S K"], eta: Number) -> Table:
     """The exact solution of the linear part, and the weights of z_0 relative to alpha."""
     h = there.lam - here.lam
     return Table(
         here.t,
         scale=there.sigma / here.sigma * jnp.exp(-eta * h),
         z_0=there.alpha[:, None] * z_0,
-        noise=there.sigma * jnp.sqrt(-jnp.expm1(-2 * eta * h)) if eta else None,
+        noise=None if is_zero(eta) else there.sigma * jnp.sqrt(-jnp.expm1(-2 * eta * h)),
     )

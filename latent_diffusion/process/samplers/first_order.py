@@ -3,17 +3,17 @@
 import jax.numpy as jnp
 
 from latent_diffusion.process.diffusion import Denoiser
-from latent_diffusion.process.samplers.table import Levels, Table, run, steps
+from latent_diffusion.process.samplers.table import Levels, Table, is_zero, run, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float
+from latent_diffusion.types import Array, Float, Number
 
 
 def ddpm(
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
-    large_variance: float = 0.0,
-    temperature: float = 1.0,
+    large_variance: Number = 0.0,
+    temperature: Number = 1.0,
 ) -> Table:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the timesteps.
 
@@ -37,29 +37,27 @@ def ddim(
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
-    eta: float = 0.0,
-    temperature: float = 1.0,
-    noise_dropout: float = 0.0,
+    eta: Number = 0.0,
+    temperature: Number = 1.0,
+    noise_dropout: Number = 0.0,
 ) -> Table:
     """DDIM (Song et al. 2021, eq. 12). eta: 0 is deterministic, 1 has DDPM's noise.
 
     temperature: a factor of the noise. noise_dropout: the share of the noise, in [0, 1), that is
     set to 0; ValueError for another value.
     """
-    if not 0 <= noise_dropout < 1:
-        raise ValueError(f"noise_dropout must lie in [0, 1), got {noise_dropout}")
     here, there = steps(schedule, timesteps)
     noise = ddim_noise(here, there, eta)
     return Table(
         here.t,
         z_0=there.alpha[:, None],
         eps=jnp.sqrt(jnp.maximum(there.sigma**2 - noise**2, 0.0))[:, None],
-        noise=temperature * noise if eta else None,
-        dropout=jnp.full_like(noise, noise_dropout) if eta and noise_dropout else None,
+        noise=None if is_zero(eta) else temperature * noise,
+        dropout=None if is_zero(noise_dropout) else jnp.full_like(noise, noise_dropout),
     )
 
 
-def ddim_noise(here: Levels, there: Levels, eta: float = 1.0) -> Float[Array, " S"]:
+def ddim_noise(here: Levels, there: Levels, eta: Number = 1.0) -> Float[Array, " S"]:
     """DDIM's sigma (eq. 16): the amplitude of the fresh noise in each step."""
     return eta * there.sigma * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam)))
 
@@ -89,7 +87,7 @@ def euler(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     return ddim(schedule, timesteps)
 
 
-def euler_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
+def euler_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0) -> Table:
     """Euler's step below the next noise level, then noise up to it (k-diffusion): DDIM, eta 1."""
     return ddim(schedule, timesteps, eta=eta)
 
@@ -98,8 +96,8 @@ def lcm(
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
-    timestep_scaling: float = 10.0,
-    sigma_data: float = 0.5,
+    timestep_scaling: Number = 10.0,
+    sigma_data: Number = 0.5,
 ) -> Table:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3): denoise, then noise again.
 

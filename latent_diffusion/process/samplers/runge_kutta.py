@@ -7,9 +7,9 @@ d(z/alpha)/d(rho) = eps.
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.process.samplers.table import Levels, Table, levels, steps
+from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array
+from latent_diffusion.types import Array, Number
 
 
 def heun(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
@@ -25,18 +25,20 @@ def dpm2(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     return dpm2_ancestral(schedule, timesteps, eta=0.0)
 
 
-def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0) -> Table:
+def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0) -> Table:
     """`dpm2` down to a lower noise level, then noise up (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = _middle(schedule, here, down)
     eps = there.alpha * (down - here.rho)
     scale = there.alpha / here.safe_alpha
-    return _two_stages(here, middle, there, down, scale, eps=(eps,), up=up if eta else None)
+    return _two_stages(
+        here, middle, there, down, scale, eps=(eps,), up=None if is_zero(eta) else up
+    )
 
 
 def dpm_solver_pp_2s_ancestral(
-    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: float = 1.0
+    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0
 ) -> Table:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1) down, then noise up (k-diffusion)."""
     here, there = steps(schedule, timesteps)
@@ -44,7 +46,9 @@ def dpm_solver_pp_2s_ancestral(
     middle = _middle(schedule, here, down)
     z_0 = there.alpha * (1 - down / here.rho)
     scale = there.alpha * down / here.sigma
-    return _two_stages(here, middle, there, down, scale, z_0=(z_0,), up=up if eta else None)
+    return _two_stages(
+        here, middle, there, down, scale, z_0=(z_0,), up=None if is_zero(eta) else up
+    )
 
 
 def _middle(schedule: NoiseSchedule, here: Levels, down: Array) -> Levels:
@@ -53,7 +57,7 @@ def _middle(schedule: NoiseSchedule, here: Levels, down: Array) -> Levels:
     return levels(schedule, schedule.timestep_at(-2 * jnp.log(rho)))
 
 
-def _ancestral(here: Levels, there: Levels, eta: float) -> tuple[Array, Array]:
+def _ancestral(here: Levels, there: Levels, eta: Number) -> tuple[Array, Array]:
     """Split a step to `there` into a deterministic one, down to a lower rho, and noise up."""
     up = jnp.minimum(1.0, eta * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam))))
     return there.rho * jnp.sqrt(1 - up**2), there.rho * up

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.rng import normal_per_example, split_per_example, uniform_per_example
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.types import Array, Float, Keys, Number
 
 _CLEAN_LAM = 50.0  # stands for the infinite log-SNR of clean data: exp(−50) is 0 beside 1
 
@@ -120,3 +120,8 @@ def _combine(coefficients: Array | None, estimates: tuple[Array, ...]) -> Array 
 
 def _weighted(*terms: tuple[Array | None, Array]) -> Array | float:
     return sum((weight * x for weight, x in terms if weight is not None), start=0.0)
+
+
+def is_zero(number: Number) -> bool:
+    """Whether a number is certainly 0; an input of a program may have any value."""
+    return not isinstance(number, jax.core.Tracer) and bool(number == 0)

@@ -1,0 +1,162 @@
+"""The compiled program of a sampling call, and the batches that it runs on."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.generation import guides
+from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.process.guidance import paste
+from latent_diffusion.process.tiling import tiled
+from latent_diffusion.rng import keys_of_examples, sampling_keys
+from latent_diffusion.runtime import parallel
+from latent_diffusion.trees import leaves_by_path
+from latent_diffusion.types import Array, Batch
+
+
+def placed(owner: Any, networks: Any, mode: str) -> Any:
+    """Networks that belong to `owner` on the devices of a mode: placed once, freed with the owner.
+
+    They are placed anew where the owner's parameters or the mode have changed since.
+    """
+    leaves = jax.tree.leaves(networks)
+    last_mode, last_leaves, result = vars(owner).get("_placed", (None, [], None))
+    same = len(leaves) == len(last_leaves) and all(map(lambda a, b: a is b, leaves, last_leaves))
+    if mode != last_mode or not same:
+        in_place = parallel.place(leaves, mode)
+        result = jax.tree.unflatten(jax.tree.structure(networks), in_place)
+        vars(owner)["_placed"] = (mode, leaves, result)
+    return result
+
+
+def run(
+    networks: dict[str, Any],
+    planned: tuple[Any, ...],
+    batch: dict[str, np.ndarray],
+    latent: tuple[int, int, int],
+    rng: jax.Array,
+    batch_size: int,
+    mode: str,
+) -> np.ndarray:
+    """Images [N H W C], batch by batch.
+
+    networks: "first_stage" and "denoiser", and "classifier" and "distance" or None, in their
+    places. planned: timesteps, options and the weights of further prompts. batch: [N ...] entries.
+    latent: (h, w, c). Raises ValueError, in one line, where an image isn't finite.
+    """
+    total = len(batch["index"])
+    rows = batch_rows(total, batch_size, parallel.num_parts(mode))
+    leaves, structure = jax.tree.flatten(networks)
+    step = _compiled(mode, latent, structure, jax.tree.structure(planned))
+    images = []
+    for start in range(0, total, rows):
+        index = np.minimum(np.arange(start, start + rows), total - 1)  # pad with the last
+        part = parallel.process_rows({key: value[index] for key, value in batch.items()}, mode)
+        images.append(step(leaves, planned, part, rng))
+        _check_finite(images[-1], start, networks)
+    return np.concatenate(images)[:total]
+
+
+def batch_rows(total: int, batch_size: int, parts: int) -> int:
+    """How many images each batch of a call has, so that few programs serve calls of any size.
+
+    A device gets 1, 4, 16 … images, or its part of batch_size: the number that takes least time if
+    a batch costs one image more than it has.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    largest, needed = -(-batch_size // parts), -(-total // parts)
+    sizes = [largest, *(4**k for k in reversed(range(16)) if 4**k < largest)]
+    return parts * min(sizes, key=lambda size: -(-needed // size) * (size + 1))
+
+
+def decoded(first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] | None) -> jax.Array:
+    """Images of scaled latents. tile: (side, overlap) in the latent, None for the whole."""
+    if tile is None:
+        return first_stage.decode(latents)
+    return tiled(first_stage.decode, latents, *tile)
+
+
+def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
+    """A tile's side and overlap in the latent, from those in pixels."""
+    if size is None:
+        return None
+    overlap = size // 4 // f * f if overlap is None else overlap
+    if size % f or overlap % f:
+        raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
+    return size // f, overlap // f
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(mode: str, latent: tuple[int, int, int], networks: Any, planned: Any) -> Any:
+    """The program for a size, and for the structures of networks and of what is planned.
+
+    Parameters are inputs of the program, which keeps none of them.
+    """
+
+    def step(leaves, planned, batch, rng, *, axis_name=None):
+        return _sample(networks.unflatten(leaves), planned, batch, rng, latent)
+
+    return parallel.compile_eval(step, mode)
+
+
+def _sample(
+    networks: dict[str, Any],
+    planned: tuple[Any, ...],
+    batch: Batch,
+    rng: jax.Array,
+    latent: tuple[int, int, int],
+) -> Array:
+    """Prepare the conditions, sample latents, decode them, and paste them into their picture."""
+    denoiser, first_stage = networks["denoiser"], networks["first_stage"]
+    timesteps, options, weights = planned
+    size, f = batch["index"].shape[0], first_stage.module.downsampling
+    keys = sampling_keys(keys_of_examples(rng, batch["index"]))
+    prepared = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
+
+    def condition(tokens: str = "tokens", drop: bool = False) -> Any:
+        entries = {**prepared, "tokens": prepared[tokens]} if tokens in prepared else prepared
+        return denoiser.condition(entries, jnp.full(size, drop))
+
+    hole, picture = batch.get("hole"), batch.get("known")
+    tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
+    scales = guides.Scales(options.classifier_scale, options.target_scale, options.target_distance)
+    steer = (networks["classifier"], networks["distance"], scales)
+    z_0 = denoiser.sample(
+        keys,
+        condition(),
+        condition(drop=True),
+        timesteps,
+        latent,
+        options,
+        negative=condition("negative") if "negative" in batch else None,
+        more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
+        nearest=first_stage.nearest if options.quantize_x0 else None,
+        z_T=batch.get("z_T"),
+        z_0=None if picture is None else first_stage.encode({"image": picture}),
+        # A latent position is in the hole as soon as one of its pixels is.
+        mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
+        guide=guides.guide(batch, denoiser.schedule, first_stage, *steer),
+        tile=tile,
+    )
+    images = jnp.clip(decoded(first_stage, z_0, tile), -1.0, 1.0)
+    if "mask" in batch:  # a model of inpainting: the picture around the hole stays as it is
+        return paste(images, batch["image"], batch["mask"])
+    return images if hole is None else paste(images, batch["known"], hole)
+
+
+def _check_finite(images: np.ndarray, first: int, networks: dict[str, Any]) -> None:
+    bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if not len(bad):
+        return
+    for path, leaf in leaves_by_path(networks).items():
+        if not jnp.isfinite(leaf).all():
+            raise ValueError(f"parameter {path} isn't finite, so images can't be sampled")
+    raise ValueError(
+        f"image {first + bad[0]} isn't finite: its latents grew beyond all bounds; "
+        "another sampler, more steps or a smaller guidance_scale may help"
+    )

@@ -1,0 +1,148 @@
+"""From options to what a sampler needs: the timesteps, and every option checked by name."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.process.options import OPTIONS, SamplingOptions
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import SPACINGS, NoiseSchedule, Timesteps, spacing
+from latent_diffusion.types import Config, lookup
+
+# CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
+CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
+
+jax.tree_util.register_dataclass(
+    SamplingOptions,
+    data_fields=[name for name, option in OPTIONS.items() if option.traced],
+    meta_fields=[name for name, option in OPTIONS.items() if not option.traced],
+)
+
+
+def options_of_sampler(name: str) -> dict[str, Any]:
+    """The defaults of a sampler's options, by name."""
+    return _keywords(lookup(SAMPLERS, name, "sampler").table)
+
+
+def options_of_spacing(name: str) -> dict[str, Any]:
+    """The defaults of a spacing's options, by name; all of them have an end."""
+    return {"end": None, **_keywords(lookup(SPACINGS, name, "spacing"), skip=3)}
+
+
+def _keywords(function: Callable[..., Any], skip: int = 2) -> dict[str, Any]:
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+SHARED = OPTIONS.keys() - {
+    *(name for sampler in SAMPLERS for name in options_of_sampler(sampler)),
+    *(name for kind in SPACINGS for name in options_of_spacing(kind)),
+}
+
+
+def plan(
+    schedule: NoiseSchedule, prediction: str, defaults: Config, given: Mapping[str, Any]
+) -> tuple[Timesteps, SamplingOptions]:
+    """The timesteps of a sampling call and its options, `given` over a model's `defaults`.
+
+    None stands for an option that isn't set. Defaults of a sampler or spacing that `given` replaces
+    by another one don't count. The timesteps are the ones that `strength` leaves. Numbers are
+    arrays, None where they ask for nothing; options that the timesteps say already are None.
+    Raises ValueError for an option that neither sampling, nor the sampler, nor the spacing has,
+    and for a value that is out of its range or doesn't fit the others.
+    """
+    values = _values(defaults, given)
+    options = SamplingOptions(**values)
+    of_spacing = options_of_spacing(options.spacing)
+    chosen = {name: values[name] for name in of_spacing if name in values}
+    with jax.ensure_compile_time_eval():  # a task plans while it is traced
+        timesteps = np.asarray(spacing(options.spacing, schedule, options.num_steps, **chosen))
+    _check_guidance(options, timesteps, schedule)
+    timesteps, options = _last_share(timesteps, options)
+    _check_start(timesteps, schedule, prediction)
+    traced = [name for name, option in OPTIONS.items() if option.traced]
+    numbers = {name: _number(name, getattr(options, name)) for name in traced}
+    told = dict.fromkeys(["spacing", "num_steps", *of_spacing])
+    return jnp.asarray(timesteps), dataclasses.replace(options, **numbers, **told)
+
+
+def own_options(options: SamplingOptions) -> dict[str, Any]:
+    """The keyword arguments of the sampler's table."""
+    values = {name: getattr(options, name) for name in options_of_sampler(options.sampler)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _values(defaults: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option that is set, by name, checked; a sampler's numbers are set in any case."""
+    given = {name: value for name, value in given.items() if value is not None}
+    usual = {"sampler": SamplingOptions.sampler, "spacing": SamplingOptions.spacing}
+    defaults = {**usual, **{k: value for k, value in defaults.items() if value is not None}}
+    for part, options_of in (("sampler", options_of_sampler), ("spacing", options_of_spacing)):
+        if given.get(part, defaults[part]) != defaults[part]:
+            replaced = options_of(defaults[part])
+            defaults = {k: value for k, value in defaults.items() if k not in replaced}
+    values = {**defaults, **given}
+    sampler, name = values["sampler"], values["spacing"]
+    of_sampler = options_of_sampler(sampler)
+    known = SHARED | {*of_sampler, *options_of_spacing(name)}
+    for option in values:
+        if option not in known:
+            raise ValueError(
+                f"unknown option {option!r} for sampler {sampler!r} with spacing {name!r}; "
+                f"known: {', '.join(sorted(known))}"
+            )
+    numbers = {name: value for name, value in of_sampler.items() if OPTIONS[name].traced}
+    return {name: OPTIONS[name].checked(name, v) for name, v in {**numbers, **values}.items()}
+
+
+def _number(name: str, value: Any) -> Any:
+    """The value as an input of a program; None where it asks for nothing."""
+    return None if value is None or value == OPTIONS[name].off else np.asarray(value, np.float32)
+
+
+def _check_guidance(
+    options: SamplingOptions, timesteps: np.ndarray, schedule: NoiseSchedule
+) -> None:
+    scales = np.atleast_1d(options.guidance_scale)
+    if isinstance(options.guidance_scale, tuple) and len(scales) != len(timesteps) - 1:
+        raise ValueError(f"{len(scales)} guidance scales for {len(timesteps) - 1} steps")
+    if options.cfg_pp:
+        if options.sampler not in CFG_PP_SAMPLERS:
+            known = ", ".join(CFG_PP_SAMPLERS)
+            raise ValueError(f"cfg_pp works with {known}, not {options.sampler}")
+        if wrong := [scale for scale in scales if not 0 <= scale <= 1]:
+            raise ValueError(f"the guidance scale of CFG++ must lie in [0, 1], got {wrong[0]:g}")
+    if options.guidance_interval is not None:
+        low, high = options.guidance_interval
+        guided = (low <= timesteps[:-1]) & (timesteps[:-1] <= high)
+        if high < 1 or not guided.any():  # shares of the noise, say
+            raise ValueError(
+                "guidance_interval must be (low, high) timesteps of 0 … "
+                f"{schedule.num_timesteps - 1} with a step between them, got ({low:g}, {high:g})"
+            )
+
+
+def _last_share(
+    timesteps: np.ndarray, options: SamplingOptions
+) -> tuple[np.ndarray, SamplingOptions]:
+    """What `strength` leaves of the timesteps, and of guidance scales by step."""
+    total, strength = len(timesteps) - 1, options.strength
+    skipped = 0 if strength is None else total - int(strength * total + 1e-6)
+    if isinstance(options.guidance_scale, tuple):
+        options = dataclasses.replace(options, guidance_scale=options.guidance_scale[skipped:])
+    return timesteps[skipped:], options
+
+
+def _check_start(timesteps: np.ndarray, schedule: NoiseSchedule, prediction: str) -> None:
+    first = float(timesteps[0])
+    alphas = np.asarray(schedule.alphas)
+    if prediction == "eps" and first >= 0 and first.is_integer() and alphas[int(first)] == 0:
+        raise ValueError(
+            f"timestep {first:g} is noise alone (zero terminal SNR), from which a network that "
+            "predicts eps can't tell an image; a spacing such as 'leading' starts below it"
+        )
