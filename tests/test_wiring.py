@@ -28,10 +28,8 @@ from latent_diffusion.data import retrieval
 from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.evaluate.frechet import frechet_distance, gaussian
 from latent_diffusion.generation.model import Model
-from latent_diffusion.models.denoiser import OPTIONS
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import SPACINGS
+from latent_diffusion.process.options import OPTIONS
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.autoencoding import Constants as PerceptualConstants
@@ -66,21 +64,12 @@ def test_every_config_field_has_one_entry():
     assert sorted(listed) == sorted(config_fields())
 
 
-def sampling_options():
-    """What Model.sample takes beside its own arguments."""
-    own = [sampler.table for sampler in SAMPLERS.values()]
-    names = {name for table in own for name in list(inspect.signature(table).parameters)[2:]}
-    spacings = SPACINGS.values()
-    names |= {n for each in spacings for n in list(inspect.signature(each).parameters)[3:]}
-    return names | set(OPTIONS)
-
-
 @pytest.mark.parametrize("method", wiring.ARGUMENTS)
 def test_every_argument_has_one_entry(method):
     arguments = set(inspect.signature(getattr(Model, method)).parameters) - {"self"}
     listed = [*wiring.ARGUMENTS[method]]
     if method == "sample":
-        arguments = arguments - {"options"} | sampling_options()
+        arguments = arguments - {"options"} | OPTIONS.keys()
         listed += wiring.OPTIONS
     assert sorted(listed) == sorted(arguments)
 

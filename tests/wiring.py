@@ -4,6 +4,8 @@ A field is named here once: as a row of PROGRAMS or EXAMPLES, whose shared test 
 value, or in CONFIG with the test of its own. `test_wiring.py` holds these tables against the code.
 """
 
+from latent_diffusion.process.options import OPTIONS as SAMPLING
+
 AUTOENCODER, DENOISER, CLASSIFIER = "autoencoding", "denoising", "classifying"
 VQ = {"autoencoder.regularization": "vq", "autoencoder.num_codes": 4}
 GUMBEL = {"autoencoder.regularization": "gumbel", "autoencoder.num_codes": 4}
@@ -298,9 +300,8 @@ FLAGS = {
         **dict.fromkeys(
             (
                 *("workdir", "model", "tokenizer", "lora", "out", "prompts", "prompts_file"),
-                *("class_labels", "num_images", "seed", "sampler", "num_steps", "spacing", "eta"),
-                *("guidance_scale", "guidance_interval", "guidance_rescale", "cfg_pp"),
-                *("perpendicular", "dynamic_threshold", "quantize_x0", "strength", "tile_size"),
+                *("class_labels", "num_images", "seed"),
+                *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),
                 *("low_res", "noise_level", "depth", "neighbours", "image_embedding"),
                 *("progress", "batch_size"),

@@ -7,8 +7,6 @@ from typing import Any
 
 from absl import flags
 
-from latent_diffusion.options import Option
-
 flags.disclaim_key_flags()  # --help lists a flag with the command that asks for its definition
 
 
@@ -31,8 +29,8 @@ def cluster() -> Callable[[], None]:
     return connect
 
 
-def define(options: Mapping[str, Option], fallback: str = "") -> Callable[[], dict[str, Any]]:
-    """Define a flag for every option; returns the function that reads those that are set.
+def define(options: Mapping[str, Any], fallback: str = "") -> Callable[[], dict[str, Any]]:
+    """Define a flag for every option (`process.options.Option`); returns the reader of set flags.
 
     fallback: whose values count where a flag isn't given, before an option's default.
     """
@@ -48,7 +46,7 @@ def define(options: Mapping[str, Option], fallback: str = "") -> Callable[[], di
     return read
 
 
-def _define(name: str, made: Option, fallback: str) -> Any:
+def _define(name: str, made: Any, fallback: str) -> Any:
     functions: dict[type, Callable[..., Any]] = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
@@ -62,7 +60,7 @@ def _define(name: str, made: Option, fallback: str) -> Any:
     return function(name, None, f"{made.help}{allowed}. Default: {default or 'none'}.")
 
 
-def _value(name: str, made: Option, value: Any) -> Any:
+def _value(name: str, made: Any, value: Any) -> Any:
     if made.count == 1:
         return value
     try:
