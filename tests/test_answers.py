@@ -30,10 +30,12 @@ from answers import (
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.discriminator import PatchGAN
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks.autoencoding import Autoencoding
 from latent_diffusion.tasks.autoencoding import Constants as PerceptualConstants
 from latent_diffusion.tasks.autoencoding import State as PerceptualState
@@ -120,6 +122,19 @@ def test_a_step_moves_against_the_gradient_and_the_average_follows():
     rate = 1 - min(0.5, 2 / 11)  # warm-up
     CLOSE(after.ema_params["unet"]["bias"], rate * after.params["unet"]["bias"])
     assert int(after.step) == 1 and float(metrics["grad_norm"]) > abs(float(grads))
+
+
+def test_eight_devices_move_as_one():
+    task, state, constants = denoising(drop_rate=0.3)
+    batch = {"image": np.tile(IMAGES, (4, 1, 1, 1)), "class_label": np.tile(LABELS, 4)}
+    one, eight = (
+        parallel.compile_step(task.train_step, mode)(
+            parallel.place(jax.tree.map(np.asarray, state), mode), constants, batch, RNG
+        )[0].params["unet"]["bias"]
+        for mode in ("single", "pmap")
+    )
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert float(one) != 5.0
 
 
 def test_every_step_and_every_example_has_its_noise():
@@ -326,7 +341,7 @@ class Reading(UNet):
         leaves = [leaf.reshape(len(z_t), -1) for leaf in jax.tree.leaves(conditioning)]
         weights = [jnp.cos(jnp.arange(leaf.shape[1])) for leaf in leaves]
         total = sum(leaf @ weight for leaf, weight in zip(leaves, weights, strict=True))
-        return 0.1 * jnp.tanh(total + sum(bias))[:, None, None, None] * PATTERN
+        return 0.1 * jnp.sin(total + sum(bias))[:, None, None, None] * PATTERN
 
 
 def noise(seed, *shape):
@@ -428,6 +443,22 @@ def test_a_guide_changes_the_pictures(argument):
 
     one, other = (pictures(given) for given in GUIDES[argument])
     assert np.abs(one - other).max() > 1e-3
+
+
+class Lossy(Identity):
+    """A first stage that halves what it decodes."""
+
+    def decode(self, z):
+        return 0.5 * z
+
+
+def test_pixels_outside_the_hole_never_went_through_the_first_stage():
+    made = model(TEXT)
+    made = made.replace(first_stage=made.first_stage.replace(module=Lossy(3)))
+    hole = np.zeros((1, SIDE, SIDE, 1), np.float32)
+    hole[:, :, 2:] = 1.0
+    images = sample(made=made, image=IMAGES[:1], mask=hole)
+    np.testing.assert_array_equal(images[:, :, :2], np.repeat(IMAGES[:1, :, :2], 2, 0))
 
 
 def test_previews_are_estimates_of_the_latents():

@@ -26,7 +26,8 @@ def _frozen(regularization, **fields):
     init = jax.jit(lambda rng: module.init(rng, _images())["params"])
     params = init(jax.random.key(0, impl="unsafe_rbg"))
     # Codes as far apart as the latents are, so that quantising changes them.
-    params["quantize"]["embedding"] = jax.random.normal(jax.random.key(1), (CODES, 3))
+    if "quantize" in params:
+        params["quantize"]["embedding"] = jax.random.normal(jax.random.key(1), (CODES, 3))
     return FirstStage(params, jnp.asarray(0.5), jnp.asarray(0.1), module)
 
 

@@ -167,6 +167,7 @@ class Counted(flax.struct.PyTreeNode):
     """A state that counts its steps."""
 
     params: Any
+    ema_params: Any = None
 
 
 class Given(Evaluator):
@@ -175,10 +176,10 @@ class Given(Evaluator):
     def __init__(self):
         pass
 
-    def measure(self, state, constants, rng):
+    def measure(self, state, rng, stopped=lambda: False):
         return {"eval_score": abs(float(state.params) - 3.0)}
 
-    def draw(self, state, constants, rng):
+    def draw(self, state, rng):
         return {"picture": np.zeros((2, 2, 3), np.float32)}
 
 
@@ -337,18 +338,18 @@ def evaluated(count, **fields):
 
     source, images = pictures(count)
     task, layout = SimpleNamespace(eval_step=eval_step, show=show), {"mesh": None, "rules": ()}
-    return Evaluator(config, task, source, None, "single", layout), images
+    return Evaluator(config, task, {}, source, None, "single", layout), images
 
 
 @pytest.mark.parametrize(("num_batches", "mean"), [(1, 1.5), (2, 2.5), (9, 2.5)])
 def test_an_evaluation_is_the_mean_over_its_batches_without_the_padding(num_batches, mean):
     made, _ = evaluated(6, **{"log.eval_batches": num_batches})
-    assert made.measure({}, {}, RNG) == {"eval_value": mean}
+    assert made.measure({}, RNG) == {"eval_value": mean}
 
 
 def test_a_drawing_has_as_many_pictures_as_the_config_says():
     made, images = evaluated(6, **{"log.num_images": 3})
-    (grid,) = made.draw({}, {}, RNG).values()
+    (grid,) = made.draw({}, RNG).values()
     assert grid.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
     assert np.abs(grid[2:10, 12:20].astype(int) - images[1]).max() <= 1
 
@@ -365,12 +366,12 @@ def test_a_distance_is_over_so_many_pictures_and_of_the_features_that_the_config
     monkeypatch.setattr(evaluator, "make_features", make_features)
     fields = {"log.distance": "vgg16", "log.distance_path": "here", "log.distance_images": 24}
     made, images = evaluated(30, **fields)
-    got = made.measure({}, {}, RNG)["eval_fd_vgg16"]
+    got = made.measure({}, RNG)["eval_fd_vgg16"]
     assert asked == [("vgg16", "here")]
     real = images[:24].mean((1, 2))
     assert got == pytest.approx(frechet_distance(gaussian(real), gaussian(255.0 - real)), rel=1e-4)
     every, _ = evaluated(30, **{**fields, "log.distance_images": 30})
-    assert every.measure({}, {}, RNG)["eval_fd_vgg16"] != pytest.approx(got, rel=1e-2)
+    assert every.measure({}, RNG)["eval_fd_vgg16"] != pytest.approx(got, rel=1e-2)
 
 
 def test_neighbours_are_searched_for_by_the_name_in_the_config(tmp_path, monkeypatch):

@@ -62,7 +62,6 @@ PROGRAMS = {
     "autoencoding.adversarial_ramp": (AUTOENCODER, "train_step", 5, {}),
     "autoencoding.adversarial_start": (AUTOENCODER, "train_step", 7, {}),
     "autoencoding.adversarial_weight": (AUTOENCODER, "train_step", 0.3, {}),
-    "autoencoding.disc_condition": (AUTOENCODER, "train_step", "mask", {}),
     "autoencoding.disc_learning_rate": (AUTOENCODER, "disc_tx", 0.25, {}),
     "autoencoding.disc_loss": (AUTOENCODER, "train_step", "vanilla", {}),
     "autoencoding.disc_start": (AUTOENCODER, "train_step", 7, {}),
@@ -155,6 +154,7 @@ EXAMPLES = {
 
 HERE = "test_wiring.py::test_"
 PERCEPTUAL = f"{HERE}a_run_reads_the_perceptual_weights_that_the_config_names"
+CONDITIONAL = "test_codebooks.py::test_conditional_discriminator_sees_the_condition"
 TRAINED = "test_commands.py::test_load_gives_a_model_that_encodes_decodes_and_samples"
 LOOP = f"{HERE}events_of_the_loop_come_when_the_config_says"
 SCALE = f"{HERE}the_latent_scale_is_that_of_the_batches_that_the_config_says"
@@ -163,6 +163,7 @@ DISTANCE = f"{HERE}a_distance_is_over_so_many_pictures_and_of_the_features_that_
 TOKENIZER = f"{HERE}the_tokenizer_is_the_one_that_the_config_describes"
 EMBEDDED = "test_clip.py::test_a_data_set_is_embedded_once_and_for_all"
 CONFIG = {
+    "autoencoding.disc_condition": CONDITIONAL,
     "autoencoding.perceptual_path": PERCEPTUAL,
     "checkpoint.best": LOOP,
     "checkpoint.best_mode": LOOP,
@@ -230,8 +231,8 @@ OPTIONS = {
     "temperature": (0.5, {"eta": 1.0}),
     "noise_dropout": (0.5, {"eta": 1.0}),
     "large_variance": (1.0, {"sampler": "ddpm"}),
-    "timestep_scaling": (1.0, LCM),
-    "sigma_data": (0.1, LCM),
+    "timestep_scaling": (0.001, LCM),
+    "sigma_data": (1e4, LCM),
     "order": (1, {"sampler": "unipc"}),
     "solver_type": ("heun", ANCESTRAL),
     "negative_prompts": (["cat"], {}),
