@@ -38,6 +38,7 @@ def guided(
     conditionings: null, the first one, and one for each of the weights. negative: of
     `perpendicular`. Raises ValueError for options that exclude each other.
     """
+    options = jax.tree.map(jnp.asarray, options)
     null, first, *others = conditionings
     scale: Any = options.guidance_scale
     if scale is not None and scale.ndim:
