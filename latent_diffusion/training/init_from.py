@@ -142,7 +142,6 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     config.init_from_only: a regular expression over parameter paths; "" is all of them, and then
     each must be in the file. Input channels that the U-Net has beyond the file's start from zero,
     so that at first they change nothing; words beyond the file's start at random.
-    The arrays that are replaced are deleted, so that no device has more than its share of a state.
     Raises one ValueError that names what doesn't fit.
     """
     if bundle is None or (config.task == "denoising" and config.lora.rank):
@@ -216,9 +215,8 @@ def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
 
 
 def _in_place_of(fresh: Any, array: Any) -> Any:
-    """A copy of `array`, laid out as the fresh array was, which gives up its memory."""
+    """A copy of `array`, laid out as the fresh array is: no device gets the whole of a cut one."""
     if isinstance(fresh, jax.Array):
-        fresh.delete()
         return parallel.put(array, fresh.sharding).copy()
     return jnp.asarray(array)  # in a run that goes on there is only a shape
 
