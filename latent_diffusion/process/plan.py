@@ -119,11 +119,10 @@ def _check_guidance(
             raise ValueError(f"the guidance scale of CFG++ must lie in [0, 1], got {wrong[0]:g}")
     if options.guidance_interval is not None:
         low, high = options.guidance_interval
-        guided = (low <= timesteps[:-1]) & (timesteps[:-1] <= high)
-        if high < 1 or not guided.any():  # shares of the noise, say
+        if low > high or high <= 1 < schedule.num_timesteps - 1:  # shares of the noise, say
             raise ValueError(
-                "guidance_interval must be (low, high) timesteps of 0 … "
-                f"{schedule.num_timesteps - 1} with a step between them, got ({low:g}, {high:g})"
+                "guidance_interval must be (low, high), timesteps of 0 … "
+                f"{schedule.num_timesteps - 1} and no shares of them, got ({low:g}, {high:g})"
             )
 
 
