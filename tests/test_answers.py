@@ -265,7 +265,7 @@ def test_classes_and_their_null():
     made = model(CLASS)
     wanted, untold = (numbers(made.denoiser.params, [2, 0], drop) for drop in (False, True))
     images = made.sample(RNG, class_labels=[2, 0], guidance_scale=3.0, mode="single")
-    CLOSE(images, pixels(untold + 3.0 * (wanted - untold)))
+    CLOSE(images, np.clip(pixels(untold + 3.0 * (wanted - untold)), -1, 1))
     CLOSE(
         made.condition(class_labels=[2, 0]).context,
         made.denoiser.condition({"class_label": jnp.array([2, 0])}, jnp.zeros(2, bool)).context,
@@ -341,7 +341,7 @@ class Reading(UNet):
         leaves = [leaf.reshape(len(z_t), -1) for leaf in jax.tree.leaves(conditioning)]
         weights = [jnp.cos(jnp.arange(leaf.shape[1])) for leaf in leaves]
         total = sum(leaf @ weight for leaf, weight in zip(leaves, weights, strict=True))
-        return 0.1 * jnp.sin(total + sum(bias))[:, None, None, None] * PATTERN
+        return 0.02 * jnp.sin(total + sum(bias))[:, None, None, None] * PATTERN
 
 
 def noise(seed, *shape):
@@ -465,6 +465,6 @@ def test_previews_are_estimates_of_the_latents():
     seen = []
     sample(preview=lambda t, z_0: seen.append((int(t), z_0)), guidance_scale=1.0)
     jax.effects_barrier()
-    ((t, z_0),) = seen
-    assert t == 999
+    assert {t for t, _ in seen} == {999}
+    z_0 = np.concatenate([z_0 for _, z_0 in seen])
     CLOSE(z_0 / SCALE + SHIFT, pixels(told(*PROMPTS)))

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -412,7 +413,8 @@ def test_two_processes_share_a_batch_over_any_mesh():
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], results
-    assert [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in results] == [
+    counts = re.compile(r"\d+ \d+ \d+")  # beside them the runtime speaks of its connections
+    assert [list(filter(counts.fullmatch, out.splitlines())) for out, _ in results] == [
         ["6 0 2", "12 0 1", "12 0 1", "6 0 2"],
         ["6 1 2", "12 0 1", "12 0 1", "6 1 2"],
     ]
