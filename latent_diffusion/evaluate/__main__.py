@@ -20,6 +20,9 @@ from typing import Any
 
 from absl import app, flags
 
+from latent_diffusion.process.options import OPTIONS
+from latent_diffusion.runtime import flags as shared_flags
+
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of either stage.")
 SAMPLES = flags.DEFINE_string("samples", None, "Instead: a folder, or an .npz with arr_0.")
 REFERENCE = flags.DEFINE_string(
@@ -40,18 +43,13 @@ SPLIT = flags.DEFINE_string("split", None, "Of a workdir's data; first stages: t
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Cut and resize --samples, --reference to it.")
 SEED = flags.DEFINE_integer("seed", 0, "Of samples, subsets and the order of conditions.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at once, over all devices.")
-SAMPLER = flags.DEFINE_string("sampler", None, "Default: the model's own.")
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Default: the model's own.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: the model's own.")
 SAVE_IMAGES = flags.DEFINE_string("save_images", None, "Also write the samples to this folder.")
 SAVE_REFERENCE = flags.DEFINE_string(
     "save_reference", None, "Write the reference's mu and sigma to this .npz."
 )
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; default: found.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Default: found.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Default: found.")
-CONNECT_TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the others.")
+SAMPLING = ("sampler", "num_steps", "guidance_scale")  # the options of samples that are scored
+read_options = shared_flags.define({name: OPTIONS[name] for name in SAMPLING}, "the model's")
+connect = shared_flags.cluster()
 
 DEFAULT_SAMPLES = 50_000
 
@@ -67,7 +65,7 @@ def evaluate(**options: Any) -> dict[str, Any]:
     from latent_diffusion.evaluate import reconstruction
     from latent_diffusion.runtime import processes
 
-    o = {flag.name: flag.default for flag in _FLAGS} | options
+    o = {flag.name: flag.default for flag in _FLAGS} | dict.fromkeys(SAMPLING) | options
     if (o["workdir"] is None) == (o["samples"] is None):
         raise ValueError("give either --workdir or --samples")
     if o["num_images"] < 0:
@@ -222,9 +220,7 @@ def _sample_set(o: dict[str, Any], config: Any) -> Any:
     count = o["num_images"] or DEFAULT_SAMPLES
     source = data.make_source(config.data, "test")
     transform = data.make_transform(config.data, train=False)
-    own = {
-        name: o[name] for name in ("sampler", "num_steps", "guidance_scale") if o[name] is not None
-    }
+    chosen = {name: o[name] for name in SAMPLING if o[name] is not None}
     return generate.samples(
         model,
         generate.conditions_of(model, source, transform, count, o["seed"]),
@@ -232,7 +228,7 @@ def _sample_set(o: dict[str, Any], config: Any) -> Any:
         o["seed"],
         o["batch_size"],
         Path(o["save_images"]) if o["save_images"] else None,
-        **own,
+        **chosen,
     )
 
 
@@ -276,7 +272,7 @@ def _folder(cache: Path, o: dict[str, Any], kind: str, name: str, count: int) ->
 
     relevant: tuple[str, ...] = ("samples", "features", "features_path", "filter", "image_size")
     if kind == "samples":
-        relevant += ("clip_path", "seed", "sampler", "num_steps", "guidance_scale", "save_images")
+        relevant += ("clip_path", "seed", "save_images", *SAMPLING)
     if kind == "reconstructions":
         relevant += ("metrics", "lpips")
     work = {key: o[key] for key in relevant}
@@ -284,7 +280,7 @@ def _folder(cache: Path, o: dict[str, Any], kind: str, name: str, count: int) ->
 
 
 def _record(o: dict[str, Any], results: Any, images: str, reference: str) -> dict[str, Any]:
-    asked = ("seed", "filter", "sampler", "num_steps", "guidance_scale")
+    asked = ("seed", "filter", *SAMPLING)
     return {
         "images": images,
         "reference": reference,
@@ -310,18 +306,7 @@ def _progress(count: int) -> Iterator[Any]:
 
 _FLAGS = (
     *(WORKDIR, SAMPLES, REFERENCE, METRICS, NUM_IMAGES, FEATURES, FEATURES_PATH, FILTER),
-    *(
-        CLIP_PATH,
-        LPIPS_NET,
-        SPLIT,
-        IMAGE_SIZE,
-        SEED,
-        BATCH_SIZE,
-        SAMPLER,
-        NUM_STEPS,
-        GUIDANCE_SCALE,
-    ),
-    *(SAVE_IMAGES, SAVE_REFERENCE),
+    *(CLIP_PATH, LPIPS_NET, SPLIT, IMAGE_SIZE, SEED, BATCH_SIZE, SAVE_IMAGES, SAVE_REFERENCE),
 )
 
 
@@ -336,10 +321,9 @@ def main(argv: list[str]) -> None:
     quiet_and_cached()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
-    cluster = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     try:
-        processes.connect(DISTRIBUTED.value, *cluster, CONNECT_TIMEOUT.value)
-        record = evaluate(**{flag.name: flag.value for flag in _FLAGS})
+        connect()
+        record = evaluate(**{flag.name: flag.value for flag in _FLAGS}, **read_options())
     except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
         processes.exit_with(f"error: {error}")
     if jax.process_index() != 0:
