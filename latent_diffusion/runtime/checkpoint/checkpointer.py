@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ GROUP = 1 << 28  # bytes that `open` reads at once
 TEMPORARY = ".orbax-checkpoint-tmp"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
+_ALL: weakref.WeakSet["Checkpointer"] = weakref.WeakSet()  # of this process
+
 
 class Restored(NamedTuple):
     """What `Checkpointer.restore` found."""
@@ -74,6 +77,7 @@ class Checkpointer:
         self._read_only = read_only
         self._rejected: set[int] = set()
         self._saving: int | None = None  # the step being written in the background
+        _ALL.add(self)
         silence_orbax()
         if not read_only:
             _check_writable(self.directory)
@@ -102,7 +106,10 @@ class Checkpointer:
         been saved before is left as it is. Raises CheckpointError where this save can't begin or
         the previous one failed.
         """
-        self.wait()
+        # The processes' agreement about one save in the background is in the way of another's.
+        others = [each for each in _ALL if each._saving is not None]
+        for checkpointer in others if jax.process_count() > 1 else [self]:
+            checkpointer.wait()
         self._set_rejected_aside()
         if step in self._manager.all_steps():
             log.info("step %d has been saved already", step)
