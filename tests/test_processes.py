@@ -135,7 +135,7 @@ def both(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+@pytest.mark.parametrize("mode", ["pmap"])
 def test_two_processes_train_both_stages_to_the_end_like_one(mode, both, whole, tmp_path):
     train_here(tmp_path / "begun", num_steps=4)
     processes = start_several("main_both", tmp_path, mode)
