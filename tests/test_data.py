@@ -310,7 +310,9 @@ def test_flip_is_random_in_training_only():
     assert set(outs) == {to_float(image)[0, 0, 0], to_float(image)[0, 3, 0]}
     assert 10 <= outs.count(outs[0]) <= 30
     test = make_transform(config(flip=True, image_size=4), train=False)
-    np.testing.assert_array_equal(test({"image": image})["image"], to_float(image))
+    for seed in range(20):
+        seen = test({"image": image}, np.random.default_rng(seed))["image"]
+        np.testing.assert_array_equal(seen, to_float(image))
 
 
 def test_several_captions_take_turns_in_training_only():

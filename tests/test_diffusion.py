@@ -184,6 +184,12 @@ def test_timesteps_belong_to_the_example(name):
     np.testing.assert_array_equal(sample(example_keys(jax.random.key(2), 5), LINEAR), many[:5])
 
 
+def test_every_timestep_is_drawn():
+    few = make_schedule(num_timesteps=10)
+    drawn = TIMESTEP_SAMPLING["uniform"](example_keys(jax.random.key(3), 500), few)
+    assert set(drawn.tolist()) == set(range(10))
+
+
 def test_distributions_of_timesteps():
     keys = example_keys(jax.random.key(3), 20_000)
     uniform = TIMESTEP_SAMPLING["uniform"](keys, LINEAR)

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.nets.attention import GEGLU
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.nets.discriminator import PatchGAN
+from latent_diffusion.nets.layers import GroupNorm
 from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.types import Conditioning
@@ -106,3 +109,26 @@ GOLDEN = {
 def test_a_network_gives_the_numbers_that_it_gave(name):
     got = numbers(name)
     np.testing.assert_allclose(got, GOLDEN[name], rtol=5e-4, atol=5e-4 * GOLDEN[name][1])
+
+
+def test_a_gate_is_an_exact_gelu():
+    """The first half of the inner width is the value, the second its gate (Shazeer 2020)."""
+    x, w, out = draw("x", 1, 4, 2), draw("in", 2, 16), draw("out", 8, 2)
+    params = {
+        "proj_in": {"kernel": w, "bias": draw("b", 16)},
+        "proj_out": {"kernel": out, "bias": np.zeros(2, np.float32)},
+    }
+    value, gate = np.split(x.astype(np.float64) @ w + draw("b", 16), 2, -1)
+    expected = value * gate * 0.5 * (1 + scipy.special.erf(gate / 2**0.5)) @ out
+    got = GEGLU().apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_norm_of_small_numbers():
+    x = 1e-2 * draw("x", 2, 5, 4).astype(np.float64)
+    groups = x.reshape(2, 5, 2, 2)
+    mean, variance = (f(groups, (1, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    params = {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+    got = GroupNorm(2).apply({"params": params}, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
