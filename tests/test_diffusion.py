@@ -5,7 +5,6 @@ import pytest
 
 from latent_diffusion.process.diffusion import (
     PREDICTIONS,
-    posterior_variance,
     prediction_target,
     prior_bits_per_dim,
     q_sample,
@@ -19,6 +18,7 @@ from latent_diffusion.process.objectives import (
     loss_density,
     offset_noise,
     perturb_input,
+    posterior_variance,
     update_squares,
     weigh_by_logvar,
 )

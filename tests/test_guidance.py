@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion.process import guidance
+from latent_diffusion.process import constraints, guidance
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule, spacing
@@ -167,10 +167,10 @@ def answers(z_0):
 
 
 CONSTRAINTS = {
-    "clip": guidance.clip,
-    "dynamic_threshold": guidance.dynamic_threshold,
-    "norm_threshold": lambda *a, **k: guidance.norm_threshold(*a, 1.0, **k),
-    "quantize": lambda *a, **k: guidance.quantize(*a, jnp.round, **k),
+    "clip": constraints.clip,
+    "dynamic_threshold": constraints.dynamic_threshold,
+    "norm_threshold": lambda *a, **k: constraints.norm_threshold(*a, 1.0, **k),
+    "quantize": lambda *a, **k: constraints.quantize(*a, jnp.round, **k),
 }
 
 
@@ -187,24 +187,24 @@ def test_eps_follows_a_constraint_or_stays(name):
 
 
 def test_constraints_do_what_they_say():
-    clipped = guidance.clip(answers(BIG), SCHEDULE, -0.5, 2.0)(Z, T).z_0
+    clipped = constraints.clip(answers(BIG), SCHEDULE, -0.5, 2.0)(Z, T).z_0
     assert float(clipped.min()) == -0.5 and float(clipped.max()) == 2.0
     # The quantile of |z_0| becomes 1, and what is within [−1, 1] already is left alone.
-    bounded = guidance.dynamic_threshold(answers(BIG), SCHEDULE, 0.9)(Z, T).z_0
+    bounded = constraints.dynamic_threshold(answers(BIG), SCHEDULE, 0.9)(Z, T).z_0
     bound = jnp.quantile(jnp.abs(BIG), 0.9, axis=(1, 2, 3), keepdims=True)
     inner = jnp.abs(BIG) <= bound
     close(jnp.where(inner, bounded * bound, 0.0), jnp.where(inner, BIG, 0.0))
     assert float(jnp.abs(bounded).max()) == 1.0
     small = 0.1 * BIG / jnp.abs(BIG).max()
-    close(guidance.dynamic_threshold(answers(small), SCHEDULE)(Z, T).z_0, small)
-    low = guidance.dynamic_threshold(answers(BIG), SCHEDULE, 0.9, ceiling=1.0)(Z, T).z_0
+    close(constraints.dynamic_threshold(answers(small), SCHEDULE)(Z, T).z_0, small)
+    low = constraints.dynamic_threshold(answers(BIG), SCHEDULE, 0.9, ceiling=1.0)(Z, T).z_0
     close(low, jnp.clip(BIG, -1, 1))
     # The norm: shrunk to the limit, direction kept, shorter ones untouched.
-    shrunk = guidance.norm_threshold(answers(BIG), SCHEDULE, 0.8)(Z, T).z_0
+    shrunk = constraints.norm_threshold(answers(BIG), SCHEDULE, 0.8)(Z, T).z_0
     close(jnp.sqrt(jnp.mean(shrunk**2, (1, 2, 3))), 0.8)
     close(shrunk * BIG[:, :1, :1, :1], BIG * shrunk[:, :1, :1, :1], atol=1e-4)
-    close(guidance.norm_threshold(answers(small), SCHEDULE, 0.8)(Z, T).z_0, small)
-    close(guidance.quantize(answers(BIG), SCHEDULE, jnp.round)(Z, T).z_0, jnp.round(BIG))
+    close(constraints.norm_threshold(answers(small), SCHEDULE, 0.8)(Z, T).z_0, small)
+    close(constraints.quantize(answers(BIG), SCHEDULE, jnp.round)(Z, T).z_0, jnp.round(BIG))
 
 
 # --------------------------------------------------------------------------- starting from z_0

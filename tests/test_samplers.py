@@ -10,7 +10,7 @@ import pytest
 from test_schedules import assert_printed
 
 from benchmarks.exact import Mixture
-from latent_diffusion.process import guidance
+from latent_diffusion.process import constraints
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
 from latent_diffusion.process.samplers.first_order import ddim_noise
@@ -78,7 +78,7 @@ def looped(consistent=False, bound=None, follow=False):
     def loop(table, mixture, schedule, z_T, keys):
         denoise = (consistency if consistent else Mixture.denoiser)(mixture, schedule)
         if bound is not None:
-            denoise = guidance.clip(denoise, schedule, -bound, bound, recompute_eps=follow)
+            denoise = constraints.clip(denoise, schedule, -bound, bound, recompute_eps=follow)
         return run(table, denoise, z_T, keys)
 
     return jax.jit(loop)

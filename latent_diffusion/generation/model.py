@@ -242,9 +242,13 @@ class Model(flax.struct.PyTreeNode):
             tokens["negative"] = self._tokens(texts)
         return {name: np.repeat(rows, total // len(rows), 0) for name, rows in tokens.items()}
 
+    def _downsampling(self) -> int:
+        """f; 8, the most common, where there is no first stage."""
+        return 8 if self.first_stage is None else self.first_stage.module.downsampling
+
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of a picture's latent; f is 8, the most common, where there is no first stage."""
-        f = 8 if self.first_stage is None else self.first_stage.module.downsampling
+        """(h, w) of a picture's latent; ValueError for sides that f doesn't divide."""
+        f = self._downsampling()
         if size[0] % f or size[1] % f:
             raise ValueError(f"image_size {size[0]}×{size[1]} must be divisible by f={f}")
         return size[0] // f, size[1] // f
@@ -254,8 +258,8 @@ class Model(flax.struct.PyTreeNode):
     ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         """The batch entries that the denoiser's conditioner reads, and the size of the picture."""
         conditioner = self._need("denoiser").conditioner
-        f = 8 if self.first_stage is None else self.first_stage.module.downsampling
-        size = image_size or conditions.size_of(given, f) or (self.image_size, self.image_size)
+        implied = conditions.size_of(given, self._downsampling())
+        size = image_size or implied or (self.image_size, self.image_size)
         latent = self._latent_size(size)
         return conditions.batch_of(conditioner, self._tokens, given, size, latent), size
 

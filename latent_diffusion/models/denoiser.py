@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import guidance
+from latent_diffusion.process.constraints import constrained
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.plan import own_options
@@ -178,7 +179,7 @@ class Denoiser(flax.struct.PyTreeNode):
         )
         if guide is not None:
             denoise = guide(denoise)
-        denoise = guidance.constrained(denoise, self.schedule, options, nearest, run.by_eps)
+        denoise = constrained(denoise, self.schedule, options, nearest, run.by_eps)
         denoise = guidance.observed(denoise, options.progress, options.preview)
         if mask is not None:
             denoise = guidance.inpaint(denoise, self.schedule, picture, mask, keys.hole)

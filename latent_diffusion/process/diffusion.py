@@ -73,18 +73,6 @@ def to_z_0_and_eps(
     return Prediction(z_0, eps)
 
 
-def posterior_variance(schedule: NoiseSchedule, v_posterior: float = 0.0) -> Float[Array, " T"]:
-    """Variance of q(z_{t−1} | z_t, z_0), mixed with beta_t by v_posterior in [0, 1]."""
-    noise = noise_share(schedule)
-    small = schedule.betas * jnp.append(0.0, noise[:-1]) / noise
-    return (1 - v_posterior) * small + v_posterior * schedule.betas
-
-
-def noise_share(schedule: NoiseSchedule) -> Array:
-    """1 − ᾱ_t of every t, computed without cancellation."""
-    return schedule.sigmas**2 / (schedule.alphas**2 + schedule.sigmas**2)
-
-
 def prior_bits_per_dim(schedule: NoiseSchedule, z_0: Float[Array, "B ..."]) -> Float[Array, " B"]:
     """KL(q(z_{T−1} | z_0) ‖ N(0, 1)) of each example, in bits per dimension."""
     alpha, sigma = schedule.alphas[-1], schedule.sigmas[-1]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.process.diffusion import PREDICTIONS, noise_share, posterior_variance
+from latent_diffusion.process.diffusion import PREDICTIONS
 from latent_diffusion.process.schedules import NoiseSchedule
 from latent_diffusion.rng import normal_per_example, uniform_per_example
 from latent_diffusion.types import Array, Float, Int, Keys, lookup
@@ -48,7 +48,7 @@ def elbo(schedule: NoiseSchedule, kind: str) -> Float[Array, " T"]:
     The infinite weight of t = 0 is replaced by that of t = 1, as LDM does.
     """
     betas = schedule.betas[1:]
-    growth = betas / ((1 - betas) * noise_share(schedule)[:-1])  # SNR(t−1) / SNR(t) − 1
+    growth = betas / ((1 - betas) * _noise_share(schedule)[:-1])  # SNR(t−1) / SNR(t) − 1
     weights = 0.5 * growth * _signal_in_error(schedule, kind)[1:]
     return jnp.append(weights[0], weights)
 
@@ -60,7 +60,7 @@ def elbo_original(
     variance = posterior_variance(schedule, v_posterior)[1:]
     betas, alpha_bar = schedule.betas[1:], schedule.alphas_cumprod[1:]
     if kind == "eps":
-        weights = betas**2 / (2 * variance * (1 - betas) * noise_share(schedule)[1:])
+        weights = betas**2 / (2 * variance * (1 - betas) * _noise_share(schedule)[1:])
     elif kind == "x0":
         weights = 0.5 * jnp.sqrt(alpha_bar) / (2 - alpha_bar)
     else:
@@ -80,6 +80,18 @@ LOSS_WEIGHTS: dict[str, Callable[..., Array]] = {
     "elbo_original": elbo_original,
     "min_snr": min_snr,
 }
+
+
+def posterior_variance(schedule: NoiseSchedule, v_posterior: float = 0.0) -> Float[Array, " T"]:
+    """Variance of q(z_{t−1} | z_t, z_0), mixed with beta_t by v_posterior in [0, 1]."""
+    noise = _noise_share(schedule)
+    small = schedule.betas * jnp.append(0.0, noise[:-1]) / noise
+    return (1 - v_posterior) * small + v_posterior * schedule.betas
+
+
+def _noise_share(schedule: NoiseSchedule) -> Array:
+    """1 − ᾱ_t of every t, computed without cancellation."""
+    return schedule.sigmas**2 / (schedule.alphas**2 + schedule.sigmas**2)
 
 
 def weigh_by_logvar(

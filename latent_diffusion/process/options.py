@@ -77,7 +77,7 @@ def in_range(value: float | int, range: str) -> bool:
     return above and (value <= high if range[-1] == "]" else value < high)
 
 
-def _option(default: Any, kind: type, help: str, **fields: Any) -> Any:
+def _choice(default: Any, kind: type, help: str, **fields: Any) -> Any:
     """A field of a dataclass of options; `fields` are further ones of `Option`."""
     made = Option(default, kind, help, **fields)
     return dataclasses.field(default=default, metadata={"option": made})
@@ -100,12 +100,8 @@ def markdown(cls: Any) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _choice(default: Any, kind: type, help: str, **fields: Any) -> Any:
-    return _option(default, kind, help, **fields)
-
-
 def _number(default: Any, range: str, help: str, **fields: Any) -> Any:
-    return _option(default, float, help, traced=True, range=range, **fields)
+    return _choice(default, float, help, traced=True, range=range, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ parameters alone, and `best.json` says which step they are of and how good they 
 import json
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -84,12 +83,7 @@ class Best:
     def __enter__(self) -> "Best":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         if self._checkpoints is not None:
-            self._checkpoints.__exit__(kind, error, traceback)
+            self._checkpoints.__exit__(*raised)
             self.settle()

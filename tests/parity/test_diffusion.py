@@ -9,14 +9,13 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers.training_utils import compute_snr
 
-from latent_diffusion.process import guidance
+from latent_diffusion.process import constraints
 from latent_diffusion.process.diffusion import (
     Prediction,
-    posterior_variance,
     prediction_target,
     q_sample,
 )
-from latent_diffusion.process.objectives import LOSS_WEIGHTS
+from latent_diffusion.process.objectives import LOSS_WEIGHTS, posterior_variance
 from latent_diffusion.process.schedules import make_schedule
 
 CURVES = {
@@ -83,7 +82,7 @@ def test_dynamic_threshold():
         thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=10.0
     )
     expected = scheduler._threshold_sample(torch.from_numpy(z_0)).numpy()
-    denoise = guidance.dynamic_threshold(
+    denoise = constraints.dynamic_threshold(
         lambda z_t, t: Prediction(jnp.asarray(z_0), z_t), make_schedule(), 0.9, 10.0
     )
     np.testing.assert_allclose(denoise(jnp.asarray(EPS), 500).z_0, expected, atol=1e-5)

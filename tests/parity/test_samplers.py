@@ -20,7 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from latent_diffusion.convert.scheduler import from_diffusers
 from latent_diffusion.models.denoiser import schedule_of
-from latent_diffusion.process import guidance, schedules
+from latent_diffusion.process import constraints, guidance, schedules
 from latent_diffusion.process.plan import own_options, plan
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
 from latent_diffusion.rng import example_keys, normal_per_example
@@ -62,7 +62,7 @@ def ours(name, timesteps, kind="eps", schedule=SCHEDULE, clip_x0=None, **own):
 
     denoise = guidance.from_prediction(network, schedule, kind)
     if clip_x0 is not None:
-        denoise = guidance.clip(denoise, schedule, -clip_x0, clip_x0, SAMPLERS[name].by_eps)
+        denoise = constraints.clip(denoise, schedule, -clip_x0, clip_x0, SAMPLERS[name].by_eps)
 
     @jax.jit
     def sample(timesteps):

@@ -27,7 +27,7 @@ class Sampler:
 
     table: (schedule, timesteps, **options) -> Table, whose `t` are the timesteps at which the
     network will be evaluated. by_eps: the result depends on eps alone, so a wrapper that changes
-    the estimate of z_0 must change eps with it (`guidance.clip` and the like).
+    the estimate of z_0 must change eps with it (`constraints.clip` and the like).
     """
 
     table: Callable[..., Table]

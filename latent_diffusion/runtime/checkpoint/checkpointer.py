@@ -45,7 +45,7 @@ GROUP = 1 << 28  # bytes that `open` reads at once
 TEMPORARY = ".orbax-checkpoint-tmp"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
-_ALL: weakref.WeakSet["Checkpointer"] = weakref.WeakSet()  # of this process
+_CHECKPOINTERS: weakref.WeakSet["Checkpointer"] = weakref.WeakSet()
 
 
 class Restored(NamedTuple):
@@ -77,7 +77,7 @@ class Checkpointer:
         self._read_only = read_only
         self._rejected: set[int] = set()
         self._saving: int | None = None  # the step being written in the background
-        _ALL.add(self)
+        _CHECKPOINTERS.add(self)
         silence_orbax()
         if not read_only:
             _check_writable(self.directory)
@@ -106,10 +106,11 @@ class Checkpointer:
         been saved before is left as it is. Raises CheckpointError where this save can't begin or
         the previous one failed.
         """
-        # The processes' agreement about one save in the background is in the way of another's.
-        others = [each for each in _ALL if each._saving is not None]
-        for checkpointer in others if jax.process_count() > 1 else [self]:
-            checkpointer.wait()
+        self.wait()
+        # Orbax lets the processes agree about a save under a name that all its savers share.
+        for other in _CHECKPOINTERS if jax.process_count() > 1 else ():
+            if other._saving is not None:
+                other.wait()
         self._set_rejected_aside()
         if step in self._manager.all_steps():
             log.info("step %d has been saved already", step)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.runtime.checkpoint.errors import CheckpointError
-from latent_diffusion.trees import path_string
+from latent_diffusion.trees import leaves_by_path
 from latent_diffusion.types import PyTree
 
 CHUNK = 1 << 20  # elements that numpy sums at once
@@ -23,11 +23,11 @@ CHUNK = 1 << 20  # elements that numpy sums at once
 
 def fingerprints(tree: PyTree) -> dict[str, str]:
     """ "dtype[shape]:sum" of every array by its path. Typed PRNG keys come as their data."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [_sum(leaf) for _, leaf in leaves]  # all on their way before the first is waited for
+    leaves = leaves_by_path(tree)
+    # All sums are on their way before the first is waited for.
+    sums = {path: _sum(leaf) for path, leaf in leaves.items()}
     return {
-        path_string(path): f"{_kind(leaf)}:{int(np.asarray(total)):08x}"
-        for (path, leaf), total in zip(leaves, sums, strict=True)
+        path: f"{_kind(leaves[path])}:{int(np.asarray(total)):08x}" for path, total in sums.items()
     }
 
 
@@ -37,8 +37,7 @@ def check_kinds(saved: PyTree, known: Mapping[str, str], parts: Any) -> None:
     known: the fingerprints. parts: the top-level entries that `saved` holds; None is all.
     """
     kept = {k: v for k, v in known.items() if parts is None or k.partition("/")[0] in parts}
-    leaves = jax.tree_util.tree_leaves_with_path(saved)
-    found = {path_string(path): _kind(leaf) for path, leaf in leaves}
+    found = {path: _kind(leaf) for path, leaf in leaves_by_path(saved).items()}
     wrong = [
         path
         for path in sorted(found.keys() | kept.keys())

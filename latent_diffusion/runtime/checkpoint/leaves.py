@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.trees import path_string
+from latent_diffusion.trees import leaves_by_path, path_string
 from latent_diffusion.types import PyTree
 
 
@@ -18,8 +18,8 @@ def is_key(leaf: Any) -> bool:
 def keys_to_data(tree: PyTree) -> tuple[dict[str, str], PyTree]:
     """Typed PRNG keys as uint32 arrays, and which of the paths they were, with their kind."""
     impls = {
-        path_string(path): str(jax.random.key_impl(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        path: str(jax.random.key_impl(leaf))
+        for path, leaf in leaves_by_path(tree).items()
         if is_key(leaf)
     }
     return impls, jax.tree.map(
@@ -47,8 +47,7 @@ def difference(expected: PyTree, saved: PyTree, shown: int = 3) -> str | None:
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_string(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {path: tuple(leaf.shape) for path, leaf in leaves_by_path(tree).items()}
 
 
 def as_keys(tree: PyTree, impls: Mapping[str, str]) -> PyTree:

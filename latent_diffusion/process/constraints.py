@@ -1,0 +1,105 @@
+"""Constraints on the estimate of z_0, as wrappers of a denoiser."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from latent_diffusion.process.diffusion import Denoiser, Prediction
+from latent_diffusion.process.options import SamplingOptions
+from latent_diffusion.process.schedules import NoiseSchedule
+from latent_diffusion.types import Array, Number
+
+
+def constrained(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    options: SamplingOptions,
+    nearest: Callable[[Array], Array] | None,
+    recompute_eps: bool,
+) -> Denoiser:
+    """The denoiser with the constraints on z_0 that planned options ask for.
+
+    nearest: see `quantize`. recompute_eps: see `_change_z_0`.
+    """
+    follow = {"recompute_eps": recompute_eps}
+    if (bound := options.clip_x0) is not None:
+        denoise = clip(denoise, schedule, -bound, bound, **follow)
+    if (ratio := options.dynamic_threshold) is not None:
+        denoise = dynamic_threshold(denoise, schedule, ratio, **follow)
+    if nearest is not None:
+        denoise = quantize(denoise, schedule, nearest, **follow)
+    return denoise
+
+
+def clip(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    low: Number = -1.0,
+    high: Number = 1.0,
+    recompute_eps: bool = True,
+) -> Denoiser:
+    """Clip the estimate of z_0 (pixel-space models). See `_change_z_0` for recompute_eps."""
+    return _change_z_0(denoise, lambda z_0: jnp.clip(z_0, low, high), schedule, recompute_eps)
+
+
+def dynamic_threshold(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    ratio: Number = 0.995,
+    ceiling: float = jnp.inf,
+    recompute_eps: bool = True,
+) -> Denoiser:
+    """Clip |z_0| at its own `ratio` quantile per example, then scale to [−1, 1] (Imagen, §2.3).
+
+    The threshold is at least 1 and at most `ceiling`. ratio: in (0, 1].
+    """
+
+    def threshold(z_0: Array) -> Array:
+        bound = jnp.quantile(jnp.abs(z_0), ratio, axis=tuple(range(1, z_0.ndim)), keepdims=True)
+        bound = jnp.clip(bound, 1.0, ceiling)
+        return jnp.clip(z_0, -bound, bound) / bound
+
+    return _change_z_0(denoise, threshold, schedule, recompute_eps)
+
+
+def norm_threshold(
+    denoise: Denoiser, schedule: NoiseSchedule, limit: float, recompute_eps: bool = True
+) -> Denoiser:
+    """Scale z_0 down where an example's root mean square exceeds `limit` (for latents)."""
+
+    def threshold(z_0: Array) -> Array:
+        rms = jnp.sqrt(jnp.mean(z_0**2, axis=tuple(range(1, z_0.ndim)), keepdims=True))
+        return z_0 * (limit / jnp.maximum(rms, limit))
+
+    return _change_z_0(denoise, threshold, schedule, recompute_eps)
+
+
+def quantize(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    nearest: Callable[[Array], Array],
+    recompute_eps: bool = False,
+) -> Denoiser:
+    """Replace z_0 by `nearest(z_0)`, the closest entries of a VQ model's codebook.
+
+    The original LDM leaves eps as it was, hence the default.
+    """
+    return _change_z_0(denoise, nearest, schedule, recompute_eps)
+
+
+def _change_z_0(
+    denoise: Denoiser,
+    change: Callable[[Array], Array],
+    schedule: NoiseSchedule,
+    recompute_eps: bool,
+) -> Denoiser:
+    """recompute_eps: whether eps follows, so that alpha_t z_0 + sigma_t eps is z_t again."""
+
+    def changed(z_t: Array, t: Array) -> Prediction:
+        pred = denoise(z_t, t)
+        z_0 = change(pred.z_0)
+        if not recompute_eps:
+            return Prediction(z_0, pred.eps)
+        return Prediction(z_0, (z_t - schedule.alpha_t(t) * z_0) / schedule.sigma_t(t))
+
+    return changed
