@@ -28,7 +28,7 @@ def denoiser(folder: Path, quick: bool) -> Denoiser:
     config = reference.denoising(quick)
     unet = ldm.load(folder / "unet").denoiser
     task: Any = TASKS[config.task](config)
-    return task.denoiser.replace(params=unet.params, unet=unet.unet)
+    return task.denoiser.replace(params=unet.params, network=unet.network)
 
 
 def first_image(folder: Path, quick: bool) -> np.ndarray:
@@ -180,7 +180,7 @@ def _first_stage(folder: Path, method: Any, key: str, quick: bool) -> Call:
 
 def _flops_of_unet(network: Denoiser, *inputs: Any) -> float:
     """Without the loops of blockwise attention, whose rounds the analysis doesn't count."""
-    plain = network.replace(unet=network.unet.clone(attention="xla"))
+    plain = network.replace(network=network.network.clone(attention="xla"))
     return count(Denoiser.denoise, plain, *inputs)
 
 

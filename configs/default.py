@@ -42,7 +42,9 @@ def get_config() -> ConfigDict:
     c.first_stage.num_batches = 64  # over which the latent scale is measured
     c.first_stage.cache = False  # encode the training set once, train on its moments
 
+    c.backbone = "unet"  # the denoiser's network: "unet" | "dit" (a transformer)
     c.unet = unet()
+    c.dit = dit()
     c.conditioners = ConfigDict()  # name -> fields of that conditioner; empty = unconditional
     # Frozen conditioners: name -> the path of their weights (a folder of transformers or diffusers,
     # a weight file, or a workdir), which determine the conditioner's fields
@@ -196,6 +198,23 @@ def unet() -> ConfigDict:
     # "dots_with_no_batch_dims_saveable" (all but matrix products)
     c.remat = "none"
     c.attention = "auto"  # "auto" | "xla" | "cudnn" | "splash" (TPU)
+    c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
+    return c
+
+
+def dit() -> ConfigDict:
+    c = ConfigDict()
+    c.patch_size = 2  # side of the latent's patches, the transformer's tokens
+    c.width = 384  # with 12 blocks and 6 heads: DiT-S; B 768/12/12, L 1024/24/16, XL 1152/28/16
+    c.depth = 12
+    c.num_heads = 6
+    c.mlp_ratio = 4.0
+    c.mlp_norm_eps = 1e-6
+    c.frequency_shift = 0  # of the timestep's sinusoids: 0 in DiT's own code, 1 in diffusers'
+    c.base_size = 32  # side of the trained latent; positions of other sizes lie between its own
+    c.learned_variance = False  # predict the variance, too (released models; not trained here)
+    c.remat = "none"  # as unet.remat
+    c.attention = "auto"  # as unet.attention
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c
 

@@ -81,7 +81,7 @@ def check(
         options["xla_gpu_enable_triton_gemm"] = False  # XLA would time its tiles on the GPU
     devices = topology_devices(topology)
     config = config.copy_and_resolve_references().unlock()
-    for part in (config.unet, config.autoencoder):
+    for part in (config[config.backbone], config.autoencoder):
         if part.get("attention", "auto") == "auto":
             part.attention = "xla"  # "auto" looks at the machine that traces
     mode, mesh = parallel.devices(config.parallel, devices)
@@ -205,7 +205,10 @@ def write_json(path: str | Path, config: Any, name: str, topology: str, checked:
     known = json.loads(path.read_text()) if path.exists() else []
     for one in checked:
         same = {"config": name, "topology": topology, "batch_size": config.batch_size}
-        same |= {"micro_batches": config.grad_accumulation, "dtype": config.unet.dtype or "float32"}
+        same |= {
+            "micro_batches": config.grad_accumulation,
+            "dtype": config[config.backbone].dtype or "float32",
+        }
         same |= {"program": one.program, "mode": one.mode}
         others = [row for row in known if {key: row[key] for key in same} != same]
         if one.peak or one.problem or len(others) == len(known):  # compiled is better than counted

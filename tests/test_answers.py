@@ -309,7 +309,7 @@ def mixed_pictures(options):
     """Four steps of sampling with these options; made once."""
     if repr(options) not in MADE:
         made = model(TEXT)
-        made = made.replace(denoiser=made.denoiser.replace(unet=Mixing()))
+        made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))
         MADE[repr(options)] = sample(made=made, **{"num_steps": 4, **options})
     return MADE[repr(options)]
 
@@ -324,7 +324,7 @@ def test_an_option_of_sampling_changes_the_pictures(option):
 
 def test_another_key_gives_other_pictures():
     made = model(TEXT)
-    made = made.replace(denoiser=made.denoiser.replace(unet=Mixing()))
+    made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))
     one, other = (
         made.sample(rng, ["red cat"], num_steps=2, mode="single")
         for rng in (RNG, jax.random.key(6))
@@ -433,7 +433,7 @@ GUIDES = {
 def test_a_guide_changes_the_pictures(argument):
     classifier = NoisyClassifier({}, make_schedule(), Channels(3))
     made = model(TEXT)
-    made = made.replace(denoiser=made.denoiser.replace(unet=Mixing()))
+    made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))
 
     def pictures(given):
         given = (

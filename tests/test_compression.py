@@ -10,7 +10,7 @@ from benchmarks import compression_report as report
 from benchmarks.compression_results import Results
 from benchmarks.compression_timing import seconds_per_image, steps_in
 from configs.openmoji_compression import FACTORS, get_config
-from latent_diffusion.models.denoiser import make_unet
+from latent_diffusion.models.denoiser import make_network
 from latent_diffusion.models.first_stage import make_autoencoder
 
 SCORE = {"fd_alexnet": [9.0, 0.5], "precision_alexnet": [0.5, 0.01], "recall_alexnet": [0.25, 0.01]}
@@ -80,7 +80,7 @@ def unet_shapes(config):
     """Paths and shapes of a denoiser's parameters, and the side of its latents."""
     f = make_autoencoder(config.autoencoder).downsampling
     channels = make_autoencoder(config.autoencoder).latent_channels
-    unet = make_unet(config.unet, out_channels=channels)
+    unet = make_network("unet", config.unet, out_channels=channels)
     side = config.data.image_size // f
     z = jnp.zeros((1, side, side, channels))
     params = jax.eval_shape(unet.init, jax.random.key(0), z, jnp.zeros(1))["params"]

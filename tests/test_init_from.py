@@ -94,7 +94,7 @@ def test_input_channels_that_the_file_lacks_change_nothing_at_first(folder):
     state = init_from.start_from(config, fresh, init_from.read(config))
     z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 2)), jnp.array([3.0, 700.0])
     context = jax.random.normal(jax.random.key(2), (2, 4, 16))
-    unet = TASKS["denoising"](config).denoiser.unet
+    unet = TASKS["denoising"](config).denoiser.network
     concat = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
     got = unet.apply(
         {"params": state.params["unet"]}, z, t, ldm.Conditioning(concat=concat, context=context)

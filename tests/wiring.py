@@ -17,6 +17,7 @@ SIXTEEN = {"data.image_size": 16}
 EIGHT = {"autoencoder.resolution": 8}
 VECTOR = {"conditioners": {"class_label": {"num_classes": 3, "width": 32, "route": "vector"}}}
 LORA = {"lora.rank": 1}
+DIT = {"backbone": "dit", "dit.width": 8, "dit.depth": 1, "dit.num_heads": 2}
 
 # field -> (task, part of it, a value, what else is set): the program that the task traces with this
 # value is another one than with that of tests/tiny.py. Parts: a method, an optimiser ("tx"), or the
@@ -80,6 +81,19 @@ PROGRAMS = {
     "autoencoding.perceptual_weight": (AUTOENCODER, "train_step", 0.5, LPIPS),
     "autoencoding.reduction": (AUTOENCODER, "train_step", "mean", {}),
     "autoencoding.reg_weight": (AUTOENCODER, "train_step", 0.5, {}),
+    "backbone": (DENOISER, "eval_step", "unet", DIT),
+    "dit.attention": (DENOISER, "eval_step", "xla", {**DIT, "dit.attention": "auto"}),
+    "dit.base_size": (DENOISER, "eval_step", 16, DIT),
+    "dit.depth": (DENOISER, "eval_step", 2, DIT),
+    "dit.dtype": (DENOISER, "eval_step", "bfloat16", DIT),
+    "dit.frequency_shift": (DENOISER, "eval_step", 1, DIT),
+    "dit.learned_variance": (DENOISER, "eval_step", True, DIT),
+    "dit.mlp_norm_eps": (DENOISER, "eval_step", 1e-5, DIT),
+    "dit.mlp_ratio": (DENOISER, "eval_step", 2.0, DIT),
+    "dit.num_heads": (DENOISER, "eval_step", 1, DIT),
+    "dit.patch_size": (DENOISER, "eval_step", 1, DIT),
+    "dit.remat": (DENOISER, "train_step", "full", DIT),
+    "dit.width": (DENOISER, "eval_step", 16, DIT),
     "unet.attention": (DENOISER, "eval_step", "xla", {"unet.attention": "auto"}),
     "unet.attention_resolutions": (DENOISER, "eval_step", (1,), {}),
     "unet.channel_mult": (DENOISER, "eval_step", (2,), {}),

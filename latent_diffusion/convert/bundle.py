@@ -35,6 +35,7 @@ class Part:
 class Bundle:
     """Everything that makes up a model; a part that is None is absent.
 
+    unet, dit: the denoiser's network, which is one of them at most.
     scale_factor, shift: latents are (z - shift)·scale_factor; each is a scalar or one per channel.
     conditioners: parts by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
     `beta_start`, `beta_end`, `zero_terminal_snr` and `prediction`, as in a config. sampling: the
@@ -48,6 +49,7 @@ class Bundle:
     scale_factor: Any = 1.0
     shift: Any = 0.0
     unet: Part | None = None
+    dit: Part | None = None
     conditioners: Mapping[str, Part] = field(default_factory=dict)
     diffusion: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -60,16 +62,22 @@ class Bundle:
         """The parts that are present, by name."""
         if self.autoencoder is not None:
             yield "autoencoder", self.autoencoder
-        if self.unet is not None:
-            yield "unet", self.unet
+        if self.denoiser is not None:
+            yield self.denoiser
         yield from self.conditioners.items()
+
+    @property
+    def denoiser(self) -> tuple[str, Part] | None:
+        """The name and the part of the denoiser's network."""
+        if self.dit is not None:
+            return "dit", self.dit
+        return None if self.unet is None else ("unet", self.unet)
 
     def with_part(self, name: str, part: Part) -> "Bundle":
         """The same model with another part of this name."""
-        if name == "autoencoder":
-            return replace(self, autoencoder=part)
-        if name == "unet":
-            return replace(self, unet=part)
+        if name in ("autoencoder", "unet", "dit"):
+            present: dict[str, Any] = {name: part}
+            return replace(self, **present)
         return replace(self, conditioners={**self.conditioners, name: part})
 
     @property
@@ -156,8 +164,16 @@ def as_params(part: Part) -> Params:
     return unflatten_dict(arrays, sep="/")
 
 
-def input_widths(unet: Part) -> tuple[int, int | None, int | None]:
-    """The widths of a U-Net's inputs: channels, context, vector; None for an input it lacks."""
+def input_widths(network: Part) -> tuple[int, int | None, int | None]:
+    """The widths of a network's inputs: channels, context, vector; None for an input it lacks.
+
+    A transformer takes a vector or none with the same parameters; here it takes none.
+    """
+    if (patches := network.params.get("x_embedder_proj/kernel")) is not None:
+        context = network.params.get("blocks_0/cross_attn/to_k/kernel")
+        channels = patches.shape[0] // network.fields["patch_size"] ** 2
+        return channels, None if context is None else context.shape[0], None
+    unet = network
     context = unet.params.get("middle_block_1/transformer_blocks_0/attn2/to_k/kernel")
     vector = unet.params.get("label_emb_0/kernel")
     return (
@@ -245,16 +261,16 @@ def bundle_of(model: Any) -> Bundle:
         **recognise_schedule(denoiser.schedule),
         "prediction": denoiser.prediction,
     }
-    conditioner = denoiser.params.get("conditioner", {})
+    conditioner, name = denoiser.params.get("conditioner", {}), denoiser.name
+    network = as_part(_fields(denoiser.network), denoiser.params[name], unused.get(name))
     return replace(
         bundle,
-        unet=as_part(_fields(denoiser.unet), denoiser.params["unet"], unused.get("unet")),
         conditioners={
             name: as_part(fields, conditioner.get(name, {}), unused.get(name))
             for name, fields in denoiser.conditioner.config.items()
         },
         diffusion=diffusion,
-    )
+    ).with_part(name, network)
 
 
 def _fields(module: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import autoencoder, unet, unet_diffusers
+from latent_diffusion.convert import autoencoder, dit, unet, unet_diffusers
 from latent_diffusion.convert.bundle import Bundle, input_widths, read_part
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.inputs import conditioners_for, table_of
@@ -105,6 +105,8 @@ def _read_encoder(name: str, where: Path, config: Json, tensors: Mapping[str, Te
 COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
     "AutoencoderKL": _read_autoencoder,
     "VQModel": _read_autoencoder,
+    "DiTTransformer2DModel": dit.read_component,
+    "Transformer2DModel": dit.read_component,  # its name in older folders
     "UNet2DModel": _read_unet,
     "UNet2DConditionModel": _read_unet,
     "LDMBertModel": partial(_read_encoder, "text"),
@@ -118,7 +120,8 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
 
 def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], str]:
     """Return config.json, tensors (still unread) and file stem of one of a bundle's parts."""
-    half = {"autoencoder": _write_autoencoder, "unet": _write_unet}.get(name)
+    write = {"autoencoder": _write_autoencoder, "unet": _write_unet, "dit": dit.as_component}
+    half = write.get(name)
     config, tensors = half(bundle) if half is not None else _write_encoder(bundle, name)
     config |= bundle.notes.get(name, {})  # the settings of the file from which it was read
     if "architectures" in config:

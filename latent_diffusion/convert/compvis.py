@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from latent_diffusion.convert import autoencoder, cond_stage, tokenizers, unet, unet_compvis
+from latent_diffusion.convert import autoencoder, cond_stage, dit, tokenizers, unet, unet_compvis
 from latent_diffusion.convert.bundle import (
     Bundle,
     Part,
@@ -118,6 +118,8 @@ def _read(path: Path, opened: TensorFile, params: Mapping[str, Any], ema: bool |
         return Bundle(autoencoder=_read_first_stage(path, opened.tensors, params))
     if f"{UNET}input_blocks.0.0.weight" in opened.tensors:
         return _read_whole(path, opened, params, ema)
+    if dit.PATCHES in opened.tensors:
+        return dit.read_dit(path, opened.tensors)
     some = ", ".join(list(opened.tensors)[:3])
     raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
 
@@ -285,6 +287,9 @@ def write_compvis(
     """
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a file of the original must end in .safetensors")
+    if bundle.dit is not None:  # DiT's files have no yaml
+        write_safetensors(path, dit.as_dit(bundle), progress=progress)
+        return
     tensors, config = as_compvis(with_folded_scale(bundle))
     write_safetensors(path, tensors, progress=progress)
     text_of_yaml = yaml.safe_dump({"model": config}, sort_keys=False)

@@ -15,8 +15,8 @@ def describe(bundle: Bundle) -> str:
     rows += [(name, _part(part)) for name, part in bundle.parts()]
     if bundle.autoencoder is not None:
         rows.append(("latents", _latents(bundle, bundle.autoencoder)))
-    if bundle.unet is not None:
-        channels, context, vector = input_widths(bundle.unet)
+    if bundle.denoiser is not None:
+        channels, context, vector = input_widths(bundle.denoiser[1])
         inputs = f"{channels} channels" + (f", context {context}" if context else "")
         inputs += f", vector {vector}" if vector else ""
         rows += [("inputs", inputs), *_diffusion(bundle)]
@@ -32,9 +32,9 @@ def describe(bundle: Bundle) -> str:
 def missing(bundle: Bundle) -> list[str]:
     """Return the parts that the model lacks for making pictures of its conditions."""
     absent = ["a first stage"] if bundle.autoencoder is None else []
-    if bundle.unet is None:
+    if bundle.denoiser is None:
         return absent or ["a denoiser"]
-    _, context, vector = input_widths(bundle.unet)
+    _, context, vector = input_widths(bundle.denoiser[1])
     names = bundle.conditioners.keys()
     if context and not names & _CONTEXT:
         absent.append(f"a conditioner (context of width {context})")
@@ -48,7 +48,7 @@ def missing(bundle: Bundle) -> list[str]:
 def _kind(bundle: Bundle) -> str:
     if "pipeline" in bundle.notes:
         return bundle.notes["pipeline"]
-    halves = {"first stage": bundle.autoencoder, "denoiser": bundle.unet}
+    halves = {"first stage": bundle.autoencoder, "denoiser": bundle.denoiser}
     present = [name for name, part in halves.items() if part is not None]
     return ", ".join(present + [f"conditioner {name}" for name in bundle.conditioners]) or "empty"
 

@@ -30,8 +30,9 @@ from latent_diffusion.files.tensors import write_safetensors
 log = logging.getLogger(__name__)
 
 UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline"
+DIT = "DiTPipeline"
 # The default guidance scale of pipelines; it is 7.5 for others of Stable Diffusion, 1 elsewhere.
-_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0}
+_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0}
 # Components without weights, and those that are read with the component that they serve.
 _BESIDE_WEIGHTS = (
     "scheduler", "tokenizer", "low_res_scheduler", "image_noising_scheduler", "image_normalizer",
@@ -62,7 +63,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
-    bundle = Bundle(diffusion=scheduler.ASSUMED, notes={"pipeline": name})
+    named = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
+    bundle = Bundle(diffusion=scheduler.ASSUMED, notes={"pipeline": name, **named})
     for component, kind in _components(path, index).items():
         # Other pipelines have an image encoder for adapters alone, which are not read.
         if kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
@@ -75,6 +77,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
     side = bundle.notes.get("unet", {}).get("sample_size")
+    if bundle.dit is not None:
+        side = bundle.dit.fields["base_size"]
     if isinstance(side, int):
         bundle = replace(bundle, image_size=side * bundle.downsampling)
     return bundle
@@ -216,6 +220,8 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         index |= _write_low_res(bundle.conditioners["low_res"].fields, path)
     if pipeline == UNCLIP:
         index |= _write_image_noising(bundle.conditioners["clip_image"], path)
+    if "id2label" in bundle.notes:  # the names of DiT's classes
+        index["id2label"] = bundle.notes["id2label"]
     index |= {name: [None, None] for name in _ABSENT.get(pipeline, ())}
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
@@ -227,7 +233,9 @@ def _pipeline(bundle: Bundle) -> str:
     if "pipeline" in bundle.notes:
         return bundle.notes["pipeline"]
     conditioners = tuple(sorted(bundle.conditioners))
-    if conditioners not in PIPELINES:
+    if bundle.dit is not None and conditioners == ("class_label",):
+        return DIT
+    if bundle.dit is not None or conditioners not in PIPELINES:
         names = ", ".join(" + ".join(parts) or "nothing" for parts in PIPELINES)
         raise ValueError(
             f"diffusers has no pipeline for models conditioned by {' + '.join(conditioners)}, only "
@@ -242,7 +250,7 @@ def _folders(pipeline: str) -> dict[str, str]:
     if pipeline.startswith("LDM"):
         return {"autoencoder": "vqvae", "unet": "unet", "text": "bert"}
     encoders = {"clip_text": "text_encoder", "text": "text_encoder", "clip_image": "image_encoder"}
-    return {"autoencoder": "vae", "unet": "unet", **encoders}
+    return {"autoencoder": "vae", "unet": "unet", "dit": "transformer", **encoders}
 
 
 def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:

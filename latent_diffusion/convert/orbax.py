@@ -51,15 +51,14 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
     tokenizer = None
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
-    unet: dict[str, Any] = config.unet.to_dict()
-    out = "out_2/kernel" if unet.get("num_codes") is None else "id_predictor_1/kernel"
-    part = as_part(unet, params["unet"])
-    unet["out_channels"] = part.params[out].shape[-1]
+    name = config.get("backbone", "unet")
+    fields = config[name].to_dict()
+    part = as_part(fields, params[name])
+    fields["out_channels"] = _out_channels(name, part)
     trees = dict(params.get("conditioner", {}))
     trees |= {n: kept.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})}
     return replace(
         bundle,
-        unet=part,
         conditioners={
             name: as_part(fields.to_dict(), trees.get(name, {}))
             for name, fields in config.conditioners.items()
@@ -67,7 +66,18 @@ def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundl
         diffusion=config.diffusion.to_dict(),
         sampling=config.sampling.to_dict(),
         tokenizer=tokenizer,
-    )
+    ).with_part(name, part)
+
+
+def _out_channels(name: str, network: Part) -> int:
+    """The channels of a network's prediction, by the width of its last layer."""
+    fields, last = network.fields, "out_2/kernel"
+    if name == "dit":
+        parts = fields["patch_size"] ** 2 * (2 if fields["learned_variance"] else 1)
+        return network.params["final_layer_linear/kernel"].shape[-1] // parts
+    if fields.get("num_codes") is not None:
+        last = "id_predictor_1/kernel"
+    return network.params[last].shape[-1]
 
 
 def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Params) -> Bundle:
@@ -104,10 +114,10 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
     progress: is called with numbers of elements that are written. Raises ValueError for a model
     that has neither a first stage nor a denoiser.
     """
-    if bundle.unet is None and bundle.autoencoder is None:
+    if bundle.denoiser is None and bundle.autoencoder is None:
         raise ValueError("a workdir holds a first stage or a denoiser; this model has neither")
     config: dict[str, Any] = {
-        "task": "autoencoding" if bundle.unet is None else "denoising",
+        "task": "autoencoding" if bundle.denoiser is None else "denoising",
         "ema_decay": 0.0,
         "data": {"image_size": bundle.image_size},
         "tokenizer": {"name": "none" if bundle.tokenizer is None else bundle.tokenizer.kind},
@@ -119,9 +129,10 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
     if bundle.autoencoder is not None:
         config["autoencoder"] = _plain(bundle.autoencoder.fields)
         _write_first_stage(bundle, path, progress)
-    if bundle.unet is not None:
-        config["unet"] = _plain(bundle.unet.fields)
-        config["unet"].pop("out_channels", None)  # a run takes them from its first stage
+    if bundle.denoiser is not None:
+        name, network = bundle.denoiser
+        config["backbone"], config[name] = name, _plain(network.fields)
+        config[name].pop("out_channels", None)  # a run takes them from its first stage
     workdir.save_config(ConfigDict(config), path)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(path / workdir.TOKENIZER)
@@ -138,7 +149,7 @@ def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
         make_autoencoder(bundle.autoencoder.fields),
     )
     kept.save_first_stage(path, first_stage, "converted")
-    if bundle.unet is not None:
+    if bundle.denoiser is not None:
         progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
 
 
@@ -148,11 +159,12 @@ def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
     def lazy(part: Part) -> Any:
         return unflatten_dict({k: _lazy(t, progress) for k, t in part.params.items()}, sep="/")
 
-    if bundle.unet is None:
+    if bundle.denoiser is None:
         assert bundle.autoencoder is not None
         return {"params": {"autoencoder": lazy(bundle.autoencoder)}}
     conditioner = {name: lazy(part) for name, part in bundle.conditioners.items()}
-    return {"ema_params": {"unet": lazy(bundle.unet), "conditioner": conditioner}}
+    name, network = bundle.denoiser
+    return {"ema_params": {name: lazy(network), "conditioner": conditioner}}
 
 
 def _lazy(tensor: Tensor, progress: Any) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from latent_diffusion import convert
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
-from latent_diffusion.models.denoiser import Denoiser, make_unet, schedule_of
+from latent_diffusion.models.denoiser import Denoiser, make_network, schedule_of
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import workdir
@@ -65,17 +65,19 @@ def as_model(bundle: convert.Bundle) -> Model:
             jnp.asarray(bundle.shift, jnp.float32),
             make_autoencoder(bundle.autoencoder.fields),
         )
-    if bundle.unet is not None:
-        params = {"unet": convert.as_params(bundle.unet)}
+    if bundle.denoiser is not None:
+        name, network = bundle.denoiser
+        params = {name: convert.as_params(network)}
         conditioner = {n: convert.as_params(part) for n, part in bundle.conditioners.items()}
         if conditioner:
             params["conditioner"] = conditioner
         denoiser = Denoiser(
             params,
             schedule_of(bundle.diffusion),
-            make_unet(bundle.unet.fields),
+            make_network(name, network.fields),
             make_conditioner({name: part.fields for name, part in bundle.conditioners.items()}),
             bundle.diffusion["prediction"],
+            name,
         )
     return Model(
         first_stage=first_stage,

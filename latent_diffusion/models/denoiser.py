@@ -5,11 +5,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from latent_diffusion.nets.conditioners import Conditioner
+from latent_diffusion.nets.dit import DiT
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import guidance
 from latent_diffusion.process.constraints import constrained
@@ -30,11 +32,14 @@ from latent_diffusion.types import (
     Num,
     Number,
     Params,
+    lookup,
 )
+
+BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
 
 
 class Prepared(flax.struct.PyTreeNode):
-    """A conditioning, and what the U-Net computes from it alone, at every step: [B ...] leaves.
+    """A conditioning, and what the network computes from it alone, at every step: [B ...] leaves.
 
     of_context: keys and values of the cross-attention. of_timestep: projections of the timestep
     embedding, [B N F] over the timesteps; None where they are the same for all examples.
@@ -46,16 +51,18 @@ class Prepared(flax.struct.PyTreeNode):
 
 
 class Denoiser(flax.struct.PyTreeNode):
-    """Modules, schedule and parameters {"unet", "conditioner"} of a trained (or training) model.
+    """Modules, schedule and parameters {name, "conditioner"} of a trained (or training) model.
 
-    prediction: what the U-Net predicts: "eps", "x0", "v" or "flow".
+    network: the backbone. prediction: "eps", "x0", "v" or "flow". name: the backbone's in
+    BACKBONES; its parameters and its fields in a config have this key.
     """
 
     params: Params
     schedule: NoiseSchedule
-    unet: UNet = flax.struct.field(pytree_node=False)
+    network: nn.Module = flax.struct.field(pytree_node=False)
     conditioner: Conditioner = flax.struct.field(pytree_node=False)
     prediction: str = flax.struct.field(pytree_node=False)
+    name: str = flax.struct.field(pytree_node=False, default="unet")
 
     def condition(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         """The conditioning of a batch; unconditional where `drop` is true."""
@@ -72,8 +79,8 @@ class Denoiser(flax.struct.PyTreeNode):
         rngs: dict[str, jax.Array] | None = None,
     ) -> Float[Array, "B h w k"]:
         """The raw network output."""
-        out: Any = self.unet.apply(
-            {"params": self.params["unet"]}, z_t, t, conditioning, train, rngs=rngs
+        out: Any = self.network.apply(
+            {"params": self.params[self.name]}, z_t, t, conditioning, train, rngs=rngs
         )
         return out
 
@@ -87,16 +94,16 @@ class Denoiser(flax.struct.PyTreeNode):
 
         Returns a network that takes a `Prepared` for a conditioning, and one for each conditioning:
         it holds the cross-attention's keys and values, and every projection of the timestep's
-        embedding. The rest of the U-Net, traced on the way, is dead code to the compiler.
+        embedding. The rest of it, traced on the way, is dead code to the compiler.
         """
-        variables = {"params": self.params["unet"]}
+        variables = {"params": self.params[self.name]}
 
         @functools.partial(jax.jit, static_argnums=0)
         def compute(collection: str, t: Array, conditioning: Conditioning) -> Any:
             leaves = jax.tree.leaves(conditioning)
             z_t = jnp.zeros((leaves[0].shape[0] if leaves else 1, *shape))
             t = jnp.broadcast_to(t, z_t.shape[:1])
-            _, seen = self.unet.apply(variables, z_t, t, conditioning, mutable=[collection])
+            _, seen = self.network.apply(variables, z_t, t, conditioning, mutable=[collection])
             return seen.get(collection, {})
 
         def of_timesteps(conditioning: Conditioning) -> Any:
@@ -113,7 +120,7 @@ class Denoiser(flax.struct.PyTreeNode):
                 "of_context": prepared.of_context,
                 "of_timestep": jax.tree.map(lambda x: x[:, row], of_timestep),
             }
-            out: Any = self.unet.apply({**variables, **known}, z_t, now, prepared.conditioning)
+            out: Any = self.network.apply({**variables, **known}, z_t, now, prepared.conditioning)
             return out
 
         return network, tuple(
@@ -208,17 +215,19 @@ def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Net
 
 
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:
-    """A denoiser without parameters yet, from the `unet` and `diffusion` fields of a config."""
-    own = config["diffusion"]
-    unet = make_unet(config["unet"], out_channels=out_channels)
-    return Denoiser({}, schedule_of(own), unet, conditioner, own["prediction"])
+    """A denoiser without parameters yet, from a config: its backbone's and `diffusion` fields."""
+    diffusion, name = config["diffusion"], config["backbone"]
+    lookup(BACKBONES, name, "backbone")
+    network = make_network(name, config[name], out_channels=out_channels)
+    prediction = diffusion["prediction"]
+    return Denoiser({}, schedule_of(diffusion), network, conditioner, prediction, name)
 
 
-def make_unet(config: Config, **own: Any) -> UNet:
-    """The network that the `unet` fields of a config describe, where a dtype is a name."""
+def make_network(name: str, config: Config, **more: Any) -> Any:
+    """The network `name` of BACKBONES with the fields of a config, where a dtype is a name."""
     fields = dict(config)
     fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
-    return UNet(**fields, **own)
+    return BACKBONES[name](**fields, **more)
 
 
 def schedule_of(config: Config) -> NoiseSchedule:

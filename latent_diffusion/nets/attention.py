@@ -152,12 +152,16 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens x to `context`, or to themselves where there is none."""
+    """Multi-head attention of tokens x to `context`, or to themselves where there is none.
+
+    zero_init: the last map starts as zero, so that the attention adds nothing at first.
+    """
 
     num_heads: int
     head_dim: int
     attention: str = "auto"
     dtype: Any = None
+    zero_init: bool = False
 
     @nn.compact
     def __call__(
@@ -178,7 +182,7 @@ class CrossAttention(nn.Module):
         else:
             k, v = precomputed(self, "of_context", lambda: keys_and_values(context))
         h = attend(q, k, v, self.attention).reshape(*x.shape[:2], inner)
-        return Dense(x.shape[-1], dtype=self.dtype, name="to_out")(h)
+        return Dense(x.shape[-1], zero_init=self.zero_init, dtype=self.dtype, name="to_out")(h)
 
 
 class GEGLU(nn.Module):

@@ -65,18 +65,24 @@ class UpsampleConv(Conv):
 
 
 class Dense(nn.Module):
-    """Linear map of the last axis, initialised as the reference networks are."""
+    """Linear map of the last axis, initialised as the reference networks are.
+
+    kernel_init: another initialiser of the kernel, beside a bias of zeros.
+    """
 
     features: int
     use_bias: bool = True
     zero_init: bool = False
     dtype: Any = None
+    kernel_init: Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(x.shape[-1])
+        zeros = nn.initializers.zeros
+        init = zeros if self.zero_init else self.kernel_init or _fan_in_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        bias = self.param("bias", init, (self.features,)) if self.use_bias else None
+        bias_init = zeros if self.kernel_init else init
+        bias = self.param("bias", bias_init, (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = x @ kernel
         return y if bias is None else y + bias
@@ -131,14 +137,16 @@ def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) 
 
 
 def timestep_embedding(
-    t: Num[Array, " B"], dim: int, max_period: float = 10_000.0
+    t: Num[Array, " B"], dim: int, max_period: float = 10_000.0, shift: int = 0
 ) -> Float[Array, "B D"]:
-    """[cos(t·ω_i), sin(t·ω_i)] with ω_i = max_period^(−i/half), half = dim // 2, as in LDM.
+    """[cos(t·ω_i), sin(t·ω_i)], ω_i = max_period^(−i/(half − shift)), half = dim // 2, as in LDM.
 
-    t: timesteps, integer-valued or fractional. Odd dims get a zero column.
+    t: timesteps, integer-valued or fractional. Odd dims get a zero column. shift: 1 makes the last
+    frequency exactly 1/max_period.
     """
     half = dim // 2
-    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half).astype(np.float32)
+    exponents = np.arange(half) / (half - shift)
+    frequencies = np.exp(-np.log(max_period) * exponents).astype(np.float32)
     angles = t[:, None] * frequencies
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

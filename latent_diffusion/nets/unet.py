@@ -4,11 +4,10 @@ Submodules carry the names of the released checkpoints (input_blocks, middle_blo
 so that conversion is a short table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from latent_diffusion.nets.attention import AttentionBlock, SpatialTransformer
@@ -22,7 +21,8 @@ from latent_diffusion.nets.layers import (
     timestep_embedding,
 )
 from latent_diffusion.nets.pooling import Pooling
-from latent_diffusion.types import Array, Conditioning, Float, Num, lookup
+from latent_diffusion.nets.remat import rematerialised
+from latent_diffusion.types import Array, Conditioning, Float, Num
 
 
 class ResBlock(nn.Module):
@@ -66,16 +66,6 @@ class ResBlock(nn.Module):
         return x + h
 
 
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "full": None,
-    **{
-        name: getattr(jax.checkpoint_policies, name)
-        for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")
-    },
-}
-
-
 class UNet(nn.Module):
     """Predicts eps, x0 or v from a noisy latent, its timestep and a `Conditioning`.
 
@@ -88,7 +78,7 @@ class UNet(nn.Module):
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
     remat: what the backward pass computes again instead of keeping it (less memory, more time): a
-    name of REMAT. "full" keeps the inputs of blocks alone, "dots_saveable" products, too.
+    name of `nets.remat.REMAT`.
     """
 
     out_channels: int = 4
@@ -113,9 +103,7 @@ class UNet(nn.Module):
     dtype: Any = None
 
     def _remat(self, block: Any, **options: Any) -> Any:
-        """The module, with its activations recomputed as `remat` says."""
-        policy = lookup(REMAT, self.remat, "unet.remat")
-        return block if self.remat == "none" else nn.remat(block, policy=policy, **options)
+        return rematerialised(block, self.remat, "unet.remat", **options)
 
     def _res_block(self, name: str, features: int, resample: str = "none"):
         block = self._remat(ResBlock, static_argnums=(3,))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from latent_diffusion.models.classifier import NoisyClassifier
-from latent_diffusion.models.denoiser import make_unet, schedule_of
+from latent_diffusion.models.denoiser import make_network, schedule_of
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
@@ -157,7 +157,7 @@ class Classifying:
 def make_classifying(config: Config) -> Classifying:
     """Build the task from a resolved experiment config."""
     size, own = config["data"]["image_size"], config["classifier"]
-    unet = make_unet(config["unet"], out_channels=own["num_classes"], pool=own["pool"])
+    unet = make_network("unet", config["unet"], out_channels=own["num_classes"], pool=own["pool"])
     return Classifying(
         classifier=NoisyClassifier({}, schedule_of(config["diffusion"]), unet),
         autoencoder=make_autoencoder(config["autoencoder"]),

@@ -1,6 +1,6 @@
-"""Latent denoising: train the conditional U-Net (Rombach et al. 2022, sections 3.2 and 3.3).
+"""Latent denoising: train the conditional network (Rombach et al. 2022, sections 3.2 and 3.3).
 
-    L = E over z_0 = E(x), t, eps of  w_t · ‖ target(z_0, eps, t) − unet(z_t, t, conditioning) ‖²
+    L = E over z_0 = E(x), t, eps of  w_t · ‖ target(z_0, eps, t) − network(z_t, t, conditioning) ‖²
 
 The first stage is frozen, and so are pretrained conditioners: they travel in `constants`, so they
 have no gradient, no optimiser slot and no moving average. The order of `train_step` is fixed, and
@@ -52,7 +52,7 @@ Metrics = dict[str, jax.Array]
 class State(flax.struct.PyTreeNode):
     """Everything that training changes.
 
-    params: {"unet", "conditioner"}, or of an adaptation {"lora": {"unet", "conditioner"}}; and
+    params: {the backbone's name, "conditioner"}, of an adaptation {"lora": the same keys}; and
     "logvar" [T] where it is learned. squares: [T] average squared objective (with all its weights)
     of each timestep, where importance sampling follows the loss; else None.
     """
@@ -80,7 +80,7 @@ class State(flax.struct.PyTreeNode):
 class Constants(flax.struct.PyTreeNode):
     """Everything that training uses and never changes.
 
-    base: {"unet", "conditioner"} under a low-rank adaptation, where only its factors are trained.
+    base: the adapted parameters under a low-rank adaptation, where only its factors are trained.
     """
 
     first_stage: FirstStage
@@ -125,7 +125,9 @@ class Denoising:
         conditioning, variables = conditioner.init_with_output(key_c, told, drop)
         found = variables.get("params", {})
         params = {
-            "unet": self.denoiser.unet.init(key_u, z, jnp.zeros(1), conditioning)["params"],
+            self.denoiser.name: self.denoiser.network.init(key_u, z, jnp.zeros(1), conditioning)[
+                "params"
+            ],
             "conditioner": {k: v for k, v in found.items() if k not in self.pretrained},
         }
         base = None
@@ -152,13 +154,13 @@ class Denoising:
         if self.lora is not None:
             return {
                 "lora": state.params["lora"],
-                "denoiser (frozen)": constants.base["unet"],
+                "denoiser (frozen)": constants.base[self.denoiser.name],
                 "conditioner (frozen)": constants.base["conditioner"],
                 **frozen,
                 "first stage (frozen)": constants.first_stage.params,
             }
         return {
-            "denoiser": state.params["unet"],
+            "denoiser": state.params[self.denoiser.name],
             "conditioner": state.params["conditioner"],
             **frozen,
             "first stage (frozen)": constants.first_stage.params,
@@ -173,7 +175,7 @@ class Denoising:
         *,
         axis_name: str | None = None,
     ) -> tuple[State, Metrics]:
-        """One update of U-Net and conditioner. axis_name: the mapped axis under pmap."""
+        """One update of network and conditioner. axis_name: the mapped axis under pmap."""
         rng = jax.random.fold_in(rng, state.step)
         keys = example_keys(rng, _batch_size(batch), axis_name)
 

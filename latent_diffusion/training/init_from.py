@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 from latent_diffusion import convert
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.models.denoiser import BACKBONES
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
-from latent_diffusion.nets.unet import UNet
 from latent_diffusion.runtime import parallel
 from latent_diffusion.training import settings
 
@@ -78,8 +78,9 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
     if config.task == "autoencoding":
         if bundle.autoencoder is not None and _comes_whole(config, "autoencoder", bundle):
             fields |= _fields("autoencoder", Autoencoder, bundle.autoencoder)
-    elif bundle.unet is not None and _comes_whole(config, "unet", bundle):
-        fields |= _fields("unet", UNet, bundle.unet)
+    elif bundle.denoiser is not None and _comes_whole(config, bundle.denoiser[0], bundle):
+        name, network = bundle.denoiser
+        fields |= {"backbone": name, **_fields(name, BACKBONES[name], network)}
         if bundle.diffusion is not ASSUMED:
             fields |= {f"diffusion.{name}": bundle.diffusion[name] for name in _NOISE}
         if bundle.autoencoder is not None:
@@ -159,8 +160,9 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
 
 def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:
     """A bundle's parameters by their paths in the state of a task; float32, still unread."""
-    parts = {"autoencoder": bundle.autoencoder} if task == "autoencoding" else {"unet": bundle.unet}
+    parts: dict[str, convert.Part | None] = {"autoencoder": bundle.autoencoder}
     if task != "autoencoding":
+        parts = dict([bundle.denoiser] if bundle.denoiser else [])
         parts |= {f"conditioner/{name}": part for name, part in bundle.conditioners.items()}
     return {
         f"{name}/{path}": tensor.astype(np.float32)

@@ -1,0 +1,211 @@
+"""The denoiser as a transformer over patches of the latent: DiT (Peebles & Xie 2023).
+
+Submodules carry the names of the released checkpoints, so that conversion is a short table.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.nets.attention import CrossAttention, attend
+from latent_diffusion.nets.layers import Dense, precomputed, timestep_embedding
+from latent_diffusion.nets.remat import rematerialised
+from latent_diffusion.types import Array, Conditioning, Float, Num
+
+FREQUENCIES = 256  # width of the timestep's sinusoids
+
+
+def positions_2d(height: int, width: int, features: int, base: int) -> Float[Array, "L D"]:
+    """Fixed positions of a grid of patches, row by row: [sin x, cos x, sin y, cos y] (MAE's).
+
+    base: the side of the trained grid, in patches; a grid of another size spans the same range, so
+    that its positions lie between the trained ones. features: D, a multiple of 4.
+    """
+    omega = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
+    y, x = np.meshgrid(
+        np.arange(height) * (base / height), np.arange(width) * (base / width), indexing="ij"
+    )
+    angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
+    waves = [wave for angle in angles for wave in (np.sin(angle), np.cos(angle))]
+    return jnp.asarray(np.concatenate(waves, 1), jnp.float32)
+
+
+def modulated(
+    x: Float[Array, "B L D"],
+    shift: Float[Array, "#B D"],
+    scale: Float[Array, "#B D"],
+    epsilon: float = 1e-6,
+) -> Float[Array, "B L D"]:
+    """Layer normalisation in float32, whose scale and shift come from the condition: adaLN."""
+    h = nn.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
+    return (h * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+class Modulation(nn.Module):
+    """`count` vectors of width `features` for a block, from the embedding of t and condition."""
+
+    features: int
+    count: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, emb: Float[Array, "B E"]) -> list[Array]:
+        # Zeros at the start: every block is the identity (adaLN-Zero).
+        dense = Dense(self.count * self.features, zero_init=True, dtype=self.dtype, name="1")
+        out = precomputed(self, "of_timestep", lambda: dense(nn.silu(emb)))
+        return jnp.split(out, self.count, axis=-1)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and feed-forward, each modulated by and gated with the embedding.
+
+    A context adds a cross-attention between the two, as in PixArt-α (Chen et al. 2024).
+    """
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    mlp_norm_eps: float = 1e-6
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        emb: Float[Array, "B E"],
+        context: Float[Array, "B S C"] | None,
+    ) -> Float[Array, "B L D"]:
+        features = x.shape[-1]
+        modulation = Modulation(features, 6, self.dtype, name="adaLN_modulation")(emb)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+
+        h = self._dense("attn_qkv", 3 * features)(modulated(x, shift, scale))
+        q, k, v = jnp.unstack(h.reshape(*x.shape[:2], 3, self.num_heads, -1), axis=2)
+        h = attend(q, k, v, self.attention).reshape(x.shape)
+        x = x + gate[:, None] * self._dense("attn_proj", features)(h)
+
+        if context is not None:
+            cross = CrossAttention(
+                self.num_heads,
+                features // self.num_heads,
+                self.attention,
+                self.dtype,
+                zero_init=True,
+                name="cross_attn",
+            )
+            norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm_cross")
+            x = x + cross(norm(x).astype(x.dtype), context)
+
+        h = modulated(x, mlp_shift, mlp_scale, self.mlp_norm_eps)
+        h = nn.gelu(self._dense("mlp_fc1", int(self.mlp_ratio * features))(h), approximate=True)
+        return x + mlp_gate[:, None] * self._dense("mlp_fc2", features)(h)
+
+    def _dense(self, name: str, features: int) -> Dense:
+        return Dense(
+            features, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
+        )
+
+
+class DiT(nn.Module):
+    """Predicts eps, x0, v or the flow's velocity from a noisy latent, its t and a `Conditioning`.
+
+    A transformer over patches. `conditioning.vector` [B width] joins the embedding of t, `context`
+    is attended to by every block, `concat` stands beside the latent.
+
+    out_channels: channels of the prediction. base_size: side of the trained latent, for positions.
+    mlp_norm_eps: of the norm before the feed-forward (1e-5 in some of diffusers' folders).
+    frequency_shift: of `timestep_embedding`; 0 in DiT's own code, 1 in diffusers'.
+    learned_variance: the network also predicts as many channels of an interpolation between the
+    bounds of the variance (Nichol & Dhariwal 2021), which sampling does without.
+    remat: as the U-Net's.
+    """
+
+    out_channels: int = 4
+    patch_size: int = 2
+    width: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    mlp_norm_eps: float = 1e-6
+    frequency_shift: int = 0
+    base_size: int = 32
+    learned_variance: bool = False
+    remat: str = "none"
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        z_t: Float[Array, "B h w c"],
+        t: Num[Array, " B"],
+        conditioning: Conditioning | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B h w k"]:
+        conditioning = Conditioning() if conditioning is None else conditioning
+        self._check(z_t.shape)
+        concat, side = conditioning.concat, self.patch_size
+        z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
+        size, width = z_t.shape[1:3], z_t.shape[-1]
+        rows, columns = size[0] // side, size[1] // side
+
+        patches = z_t.reshape(-1, rows, side, columns, side, width).swapaxes(2, 3)
+        patches = patches.reshape(z_t.shape[0], rows * columns, side * side * width)
+        xavier = nn.initializers.xavier_uniform()
+        h = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")(patches)
+        positions = positions_2d(rows, columns, self.width, self.base_size // side)
+        h = h + positions.astype(h.dtype)
+        emb = self._embedding(t, conditioning.vector)
+
+        block = rematerialised(DiTBlock, self.remat, "dit.remat")
+        for i in range(self.depth):
+            h = block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.mlp_norm_eps,
+                self.attention,
+                self.dtype,
+                name=f"blocks_{i}",
+            )(h, emb, conditioning.context)
+
+        modulation = Modulation(self.width, 2, self.dtype, name="final_layer_adaLN_modulation")
+        shift, scale = modulation(emb)
+        channels = self.out_channels * (2 if self.learned_variance else 1)
+        out = Dense(
+            side * side * channels, zero_init=True, dtype=self.dtype, name="final_layer_linear"
+        )(modulated(h, shift, scale))
+        out = out.reshape(-1, rows, columns, side, side, channels).swapaxes(2, 3)
+        out = out.reshape(-1, *size, channels)[..., : self.out_channels]
+        return out.astype(jnp.float32)
+
+    def _embedding(
+        self, t: Num[Array, " B"], vector: Float[Array, "B D"] | None
+    ) -> Float[Array, "B E"]:
+        emb = timestep_embedding(t, FREQUENCIES, shift=self.frequency_shift)
+        normal = nn.initializers.normal(0.02)
+        emb = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="t_embedder_mlp_0")(emb)
+        emb = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="t_embedder_mlp_2")(
+            nn.silu(emb)
+        )
+        if vector is None:
+            return emb
+        if vector.shape[-1] != self.width:
+            raise ValueError(
+                f"dit: conditioning.vector has width {vector.shape[-1]}; the conditioner's width "
+                f"must be the transformer's, {self.width}"
+            )
+        return emb + vector
+
+    def _check(self, shape: Sequence[int]) -> None:
+        if shape[1] % self.patch_size or shape[2] % self.patch_size:
+            raise ValueError(
+                f"dit: latent of {shape[1]}×{shape[2]} must be divisible by "
+                f"patch_size={self.patch_size}"
+            )
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(
+                f"dit: width={self.width} must be divisible by 4 and by num_heads={self.num_heads}"
+            )

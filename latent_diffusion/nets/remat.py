@@ -1,0 +1,28 @@
+"""Which activations of a block the backward pass computes again instead of keeping them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from latent_diffusion.types import lookup
+
+# "full" keeps the inputs of blocks alone, "dots_saveable" products, too.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": None,
+    **{
+        name: getattr(jax.checkpoint_policies, name)
+        for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")
+    },
+}
+
+
+def rematerialised(block: Any, remat: str, field: str, **options: Any) -> Any:
+    """The module class `block`, with its activations recomputed as `remat`, a name of REMAT, says.
+
+    field: the config's field, for the message. options: of `nn.remat`.
+    """
+    policy = lookup(REMAT, remat, field)
+    return block if remat == "none" else nn.remat(block, policy=policy, **options)
