@@ -213,6 +213,7 @@ def dit() -> ConfigDict:
     c.frequency_shift = 0  # of the timestep's sinusoids: 0 in DiT's own code, 1 in diffusers'
     c.base_size = 32  # side of the trained latent; positions of other sizes lie between its own
     c.learned_variance = False  # predict the variance, too (released models; not trained here)
+    c.sit = False  # SiT's time and sign of the velocity, for its released models
     c.remat = "none"  # as unet.remat
     c.attention = "auto"  # as unet.attention
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)

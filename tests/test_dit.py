@@ -115,6 +115,15 @@ def test_the_learned_variance_is_left_out_of_the_prediction():
     )
 
 
+def test_sit_sees_the_share_of_data_and_points_to_it():
+    """At t the share of data is alpha, and x − e of SiT is minus our flow e − x."""
+    schedule = make_schedule("rectified_flow", 1000)
+    dit, params, z, t, _ = network()
+    here = dit.clone(sit=True).apply({"params": params}, z, t)
+    theirs = dit.apply({"params": params}, z, schedule.alpha_t(t))
+    np.testing.assert_allclose(here, -theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -173,6 +182,7 @@ def model_with(**fields):
     [
         ("diffusers", "folder", {"frequency_shift": 1, "mlp_norm_eps": 1e-5}),
         ("compvis", "dit.safetensors", {"width": 384, "num_heads": 6, "depth": 1}),
+        ("compvis", "SiT-S-2.safetensors", {"width": 384, "num_heads": 6, "depth": 1, "sit": True}),
     ],
 )
 def test_other_formats_hold_every_array_bitwise(format, path, fields, tmp_path):
@@ -188,7 +198,8 @@ def test_other_formats_hold_every_array_bitwise(format, path, fields, tmp_path):
     ("format", "path", "fields", "message"),
     [
         ("compvis", "dit.safetensors", {}, "DiT's format has no width=16 with num_heads=2"),
-        ("diffusers", "folder", {"mlp_ratio": 2.0}, "mlp_ratio=4; save it as orbax"),
+        ("compvis", "dit.safetensors", {"sit": True}, "the name of SiT's files, and of no others"),
+        ("diffusers", "folder", {"mlp_ratio": 2.0}, "mlp_ratio=4 and no sit; save it"),
     ],
 )
 def test_a_format_refuses_what_it_cannot_say(format, path, fields, message, tmp_path):

@@ -93,6 +93,7 @@ PROGRAMS = {
     "dit.num_heads": (DENOISER, "eval_step", 1, DIT),
     "dit.patch_size": (DENOISER, "eval_step", 1, DIT),
     "dit.remat": (DENOISER, "train_step", "full", DIT),
+    "dit.sit": (DENOISER, "eval_step", True, DIT),
     "dit.width": (DENOISER, "eval_step", 16, DIT),
     "unet.attention": (DENOISER, "eval_step", "xla", {"unet.attention": "auto"}),
     "unet.attention_resolutions": (DENOISER, "eval_step", (1,), {}),

@@ -288,7 +288,7 @@ def write_compvis(
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a file of the original must end in .safetensors")
     if bundle.dit is not None:  # DiT's files have no yaml
-        write_safetensors(path, dit.as_dit(bundle), progress=progress)
+        write_safetensors(path, dit.as_dit(bundle, path), progress=progress)
         return
     tensors, config = as_compvis(with_folded_scale(bundle))
     write_safetensors(path, tensors, progress=progress)

@@ -42,6 +42,9 @@ _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the released size
 # The released models' schedule and guided sampling (DiT's diffusion/ and sample.py).
 _DIFFUSION = {**ASSUMED, "schedule": "sqrt_linear", "beta_start": 1e-4, "beta_end": 0.02}
 _SAMPLING = {"sampler": "ddpm", "num_steps": 250, "spacing": "trailing", "guidance_scale": 4.0}
+# Of SiT's, which are flows: 250 steps of Euler's method.
+_SIT = {**_DIFFUSION, "schedule": "rectified_flow", "prediction": "flow"}
+_SIT_SAMPLING = {**_SAMPLING, "sampler": "ddim"}
 _SETTINGS = Settings(
     names={
         "patch_size": "patch_size",
@@ -161,8 +164,13 @@ def _class_label(table: Tensor) -> dict[str, Part]:
 
 
 def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
-    """Read a file of DiT. Its settings are the released ones of this width, and read off shapes."""
-    tensors = dict(tensors)
+    """Read a file of DiT or SiT. Its settings are the released ones of this width, or shapes.
+
+    Both have the same tensors: a file whose name begins with "SiT", as the released ones do, is
+    read as SiT's.
+    """
+    tensors, sit = dict(tensors), path.name.lower().startswith("sit")
+    log.info("%s is read as a file of %s, by its name", path, "SiT" if sit else "DiT")
     width, channels, side, _ = tensors[PATCHES].shape
     if width not in _HEADS:
         raise ValueError(f"{path}: a DiT of width {width}; released: {', '.join(map(str, _HEADS))}")
@@ -175,6 +183,7 @@ def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
         "num_heads": _HEADS[width],
         "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "base_size": round(tensors[POSITIONS].shape[1] ** 0.5) * side,
+        "sit": sit,
         "learned_variance": out == 2 * channels,
     }
     classes = _class_label(tensors.pop(LABELS)) if LABELS in tensors else {}
@@ -183,17 +192,19 @@ def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
     return Bundle(
         dit=part,
         conditioners=classes,
-        diffusion=_DIFFUSION,
-        sampling=_SAMPLING,
+        diffusion=_SIT if sit else _DIFFUSION,
+        sampling=_SIT_SAMPLING if sit else _SAMPLING,
         image_size=8 * fields["base_size"],
         scale_factor=0.18215,
     )
 
 
-def as_dit(bundle: Bundle) -> dict[str, Tensor]:
-    """The tensors of a file of DiT, still unread; ValueError for what the format can't say."""
+def as_dit(bundle: Bundle, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of DiT or SiT, unread; ValueError for what the format can't say."""
     assert bundle.dit is not None
     dit = DiT(**bundle.dit.fields)
+    if dit.sit != path.name.lower().startswith("sit"):
+        raise ValueError(f"{path}: the name of SiT's files, and of no others, begins with SiT")
     if bundle.autoencoder is not None or bundle.conditioners.keys() - {"class_label"}:
         raise ValueError(
             "DiT's format holds the transformer and its classes alone; save it as orbax"
@@ -242,8 +253,8 @@ def as_component(bundle: Bundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
     assert bundle.dit is not None
     fields = bundle.dit.fields
     dit, classes = DiT(**fields), bundle.conditioners.get("class_label")
-    if classes is None or dit.mlp_ratio != 4:
-        raise ValueError("diffusers' DiT has classes and mlp_ratio=4; save it as orbax")
+    if classes is None or dit.mlp_ratio != 4 or dit.sit:
+        raise ValueError("diffusers' DiT has classes, mlp_ratio=4 and no sit; save it as orbax")
     if dit.frequency_shift != 1:
         log.warning(
             "diffusers' DiT has other frequencies of the timestep (dit.frequency_shift=1, here "

@@ -118,6 +118,8 @@ class DiT(nn.Module):
     out_channels: channels of the prediction. base_size: side of the trained latent, for positions.
     mlp_norm_eps: of the norm before the feed-forward (1e-5 in some of diffusers' folders).
     frequency_shift: of `timestep_embedding`; 0 in DiT's own code, 1 in diffusers'.
+    sit: the convention of SiT (Ma et al. 2024): the network sees the share of data 1 − (t + 1)/1000
+    instead of t, and its velocity points to the data, so that its negative is the "flow" here.
     learned_variance: the network also predicts as many channels of an interpolation between the
     bounds of the variance (Nichol & Dhariwal 2021), which sampling does without.
     remat: as the U-Net's.
@@ -133,6 +135,7 @@ class DiT(nn.Module):
     frequency_shift: int = 0
     base_size: int = 32
     learned_variance: bool = False
+    sit: bool = False
     remat: str = "none"
     attention: str = "auto"
     dtype: Any = None
@@ -158,7 +161,8 @@ class DiT(nn.Module):
         h = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")(patches)
         positions = positions_2d(rows, columns, self.width, self.base_size // side)
         h = h + positions.astype(h.dtype)
-        emb = self._embedding(t, conditioning.vector)
+        time = 1 - (t + 1) / 1000 if self.sit else t
+        emb = self._embedding(time, conditioning.vector)
 
         block = rematerialised(DiTBlock, self.remat, "dit.remat")
         for i in range(self.depth):
@@ -179,7 +183,7 @@ class DiT(nn.Module):
         )(modulated(h, shift, scale))
         out = out.reshape(-1, rows, columns, side, side, channels).swapaxes(2, 3)
         out = out.reshape(-1, *size, channels)[..., : self.out_channels]
-        return out.astype(jnp.float32)
+        return -out.astype(jnp.float32) if self.sit else out.astype(jnp.float32)
 
     def _embedding(
         self, t: Num[Array, " B"], vector: Float[Array, "B D"] | None
