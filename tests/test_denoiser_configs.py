@@ -44,7 +44,15 @@ PRINTED = {
     **dict(zip((f"cin256:{f}" for f in F), (396, 391, 401, 395, 395, 395), strict=True)),
     "inpainting:small": 215,
 }
-OTHERS = ("sd_v1:inpainting", "sd_v2:inpainting", "sd_v2:depth", "sd_v2_upscaler")
+OTHERS = (
+    "sd_v1:inpainting",
+    "sd_v2:inpainting",
+    "sd_v2:depth",
+    "sd_v2_upscaler",
+    "dit_xl_2",
+    "dit_xl_2:flow",
+    "dit_xl_2:512",
+)
 
 
 def get(name):

@@ -8,12 +8,15 @@ import several
 from ml_collections import ConfigDict
 
 import latent_diffusion as ldm
+from configs import openmoji_dit
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.dit import DiT, positions_2d
 from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import init_from, loop
+from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.types import Conditioning
 
 SMALL = {"out_channels": 3, "width": 16, "depth": 2, "num_heads": 2, "base_size": 4}
@@ -139,6 +142,17 @@ def test_sit_sees_the_share_of_data_and_points_to_it():
 def test_one_line_for_what_does_not_fit(changed, message):
     with pytest.raises(ValueError, match=message):
         network(**changed)
+
+
+@pytest.mark.parametrize("variant", ["text", "class", "flow", "smoke"])
+def test_the_experiment_of_a_transformer_takes_a_step(variant):
+    config = openmoji_dit.get_config(variant)
+    task, spec = TASKS[config.task](config), batch_spec(config)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    state, constants = jax.eval_shape(task.init, rng, spec)
+    after, _ = jax.eval_shape(task.train_step, state, constants, spec, rng)
+    assert jax.tree.map(jnp.shape, after.params) == jax.tree.map(jnp.shape, state.params)
+    assert ("class_label" in spec) == (variant == "class")
 
 
 def test_a_transformer_trains_samples_and_moves_between_workdirs_like_a_unet(tmp_path):
