@@ -130,6 +130,25 @@ def test_clip_reads_the_files_there_are(tmp_path):
         ClipTokenizer.read(single, pad="[PAD]")
 
 
+def test_clip_looks_for_special_tokens_in_any_case_where_its_files_say_so(tmp_path):
+    start, end = len(CLIP) - 2, len(CLIP) - 1
+    plain, flags = ClipTokenizer(CLIP, MERGES, 40), {"normalized": True}
+    assert start in plain(["<|startoftext|>"])[0, 1:]
+    assert start not in plain(["<|STARTOFTEXT|>"])[0, 1:]
+    both = {
+        "bos_token": {"content": SPECIAL[0], **flags},
+        "eos_token": {"content": SPECIAL[1], **flags},
+    }
+    write_clip(tmp_path / "a", **both)  # as in the folders of Stable Diffusion
+    tokenizer = ClipTokenizer.read(tmp_path / "a", 40)
+    row = tokenizer(["cat<|STARTOFTEXT|>cat <|EndOfText|>"])[0].tolist()
+    assert row[:5] == [start, CLIP.index("cat</w>"), start, CLIP.index("cat</w>"), end]
+    write_clip(tmp_path / "b", **both, pad_token=SPECIAL[1])  # one of its roles lacks the flag
+    assert ClipTokenizer.read(tmp_path / "b", 40).any_case == (SPECIAL[0],)
+    words = tokenizer(["<|startoftext|!>x"])[0], plain(["<|STARTOFTEXT|>! x"])[0]
+    assert CLIP.index("!</w>") in words[1] and CLIP.index("!</w>") not in words[0]
+
+
 def test_bert_takes_the_longest_piece_that_fits():
     tokenizer = make("bert")
     tokens = tokenizer(["São PILOT!", "woman judge", "a得", ""])

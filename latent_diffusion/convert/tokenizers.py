@@ -77,8 +77,19 @@ def _write_clip(tokenizer: ClipTokenizer, folder: Path) -> str:
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokens = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": tokenizer.pad}
     _save(folder, "special_tokens_map.json", tokens)
+    special = {
+        str(tokenizer.vocabulary.index(token)): _special(token, token in tokenizer.any_case)
+        for token in sorted({start, end, tokenizer.pad})
+    }
     settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    settings |= {"added_tokens_decoder": special}
     return _save_config(folder, "CLIPTokenizer", tokenizer, **settings, **tokens)
+
+
+def _special(token: str, normalized: bool = False) -> dict[str, Any]:
+    """A special token in the words of the tokenizers library."""
+    where = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return {"content": token, "special": True, "normalized": normalized, **where}
 
 
 def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
@@ -101,11 +112,7 @@ def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
         {"type": "Replace", "pattern": {"Regex": "['’`]"}, "content": ""},
         {"type": "Lowercase"},
     ]
-    special = [
-        {"id": i, "content": token, "special": True, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False}
-        for i, token in enumerate((pad, unknown))
-    ]  # fmt: skip
+    special = [{"id": i, **_special(token)} for i, token in enumerate((pad, unknown))]
     content = {
         "version": "1.0",
         **dict.fromkeys(("truncation", "padding", "post_processor", "decoder")),

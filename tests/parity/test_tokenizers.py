@@ -17,6 +17,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
+from latent_diffusion.convert.tokenizers import write_tokenizer
 from latent_diffusion.data.tokenizers import BertTokenizer, ClipTokenizer
 from latent_diffusion.data.tokenizers.bert import split_words as bert_words
 from latent_diffusion.data.tokenizers.clip import split_words as clip_words
@@ -30,7 +31,8 @@ x² + y² = z²|C++/C#|50% off…
 """.replace("\n", "|").split("|")
 ODD += ["", " ", "\t\n  ", "a" * 101, "a" * 400, "word " * 120, "e\u0301 x\u0300\u0301"]
 ODD += ["a\x1fb c\u200bd\u00a0e\u3000f\x85g\x0bh\u2028i", "a\ufffdb\0c", "\ue000x"]
-ODD += ["<|endoftext|> in the <|startoftext|>middle"]
+ODD += ["<|endoftext|> in the <|startoftext|>middle", "<|STARTOFTEXT|>", "a<|EndOfText|>! x"]
+ODD += ["<|STARTOFTEXT|>! x", "<|startoftext|!>", "É<|StartOfText|>É", "<| startoftext|>"]
 WORDS = """
 a photo of the cat dog house tree red blue smiling woman man's astronaut riding horse on Mars
 painting café naïve São Tomé 3 42 1999 don't high-resolution UPPER CamelCase 🦊 🚀 ☀️ 猫 мир
@@ -125,6 +127,35 @@ def test_clip(pad, tmp_path):
     theirs = transformers.CLIPTokenizer.from_pretrained(folder, **settings)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     compare(ClipTokenizer.read(folder), theirs)
+
+
+def token(content, normalized):
+    """A special token in the words of the tokenizers library."""
+    where = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    return {"content": content, "normalized": normalized, **where}
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", None])
+@pytest.mark.parametrize("place", ["special_tokens_map.json", "added_tokens_decoder"])
+def test_special_tokens_in_capitals(place, pad, tmp_path):
+    """The folders of Stable Diffusion say `normalized`; so does the one that we write again."""
+    (tmp_path / "read").mkdir()
+    folder = clip_folder(tmp_path / "read")
+    start, end = token("<|startoftext|>", True), token("<|endoftext|>", True)
+    roles = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad or end}
+    if place == "added_tokens_decoder":
+        size = len(json.loads((folder / "vocab.json").read_text()))
+        known = {str(size - 2): start, str(size - 1): {**end, "normalized": pad is None}}
+        names = {role: "<|endoftext|>" for role in roles} | {"bos_token": "<|startoftext|>"}
+        settings = {**names, place: known, "model_max_length": 77}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        (folder / place).write_text(json.dumps(roles))
+    ours = ClipTokenizer.read(folder)
+    assert ours.any_case == ("<|endoftext|>", "<|startoftext|>")[pad is not None :]
+    compare(ours, transformers.CLIPTokenizer.from_pretrained(folder))
+    write_tokenizer(ours, tmp_path / "written")
+    compare(ours, transformers.CLIPTokenizer.from_pretrained(tmp_path / "written"))
 
 
 def test_bert(tmp_path):

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _END = "</w>"  # marks the last piece of a word
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 _SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 _NUM_MERGES = 49152 - 256 - 2  # the number of merges that CLIP uses of its file
+_ROLES = ("bos", "eos", "unk", "pad")
 _LONGEST = 1 << 16  # a greater length in a file of settings means "unlimited"
 
 # Every byte as a printable character, in the order of the vocabulary's first rows.
@@ -63,14 +64,19 @@ class ClipTokenizer:
     vocabulary: the token of every id. merges: pairs "a b" in the order in which they were learned.
     max_length: L, with start and end. pad: the token of the padding, the end token (CLIP, Stable
     Diffusion 1) or "!" (Stable Diffusion 2). A start, end or padding that is written out in a
-    caption is that token. Attributes: vocab_size, the number of ids; empty, the tokens of the empty
-    prompt; pad_id, the id of its padding.
+    caption is that token; those in `any_case` are it in capitals, too. Attributes: vocab_size, the
+    number of ids; empty, the tokens of the empty prompt; pad_id, the id of its padding.
     """
 
     kind = "clip"
 
     def __init__(
-        self, vocabulary: Sequence[str], merges: Sequence[str], max_length: int = 77, pad: str = EOS
+        self,
+        vocabulary: Sequence[str],
+        merges: Sequence[str],
+        max_length: int = 77,
+        pad: str = EOS,
+        any_case: Sequence[str] = (),
     ):
         check_length(max_length, 2)
         self.vocabulary, self.merges = tuple(vocabulary), tuple(merges)
@@ -82,7 +88,10 @@ class ClipTokenizer:
         self.vocab_size = len(self.vocabulary)
         self.empty, self.pad_id = (self._ids[BOS], self._ids[EOS]), self._ids[pad]
         self._ranks = {tuple(pair.split(" ")): i for i, pair in enumerate(self.merges)}
-        self._special = re.compile("(" + "|".join(map(re.escape, {BOS, EOS, pad})) + ")")
+        self.any_case = tuple(sorted({BOS, EOS, pad} & set(any_case)))
+        exact = {BOS, EOS, pad} - set(self.any_case)
+        # In a text as it is, and in lower case, where a start or an end is at least a word.
+        self._exact, self._lower = _one_of(exact), _one_of({BOS, EOS, *self.any_case})
         self._cut: set[str] = set()  # captions with a warning
         self._merged: dict[str, list[Piece]] = {}  # of earlier words
 
@@ -100,8 +109,8 @@ class ClipTokenizer:
             path = path / "tokenizer"
         try:
             vocabulary, merges = _read_files(path)
-            length, padding = _read_settings(path)
-            return cls(vocabulary, merges, max_length or length, pad or padding)
+            length, padding, any_case = _read_settings(path)
+            return cls(vocabulary, merges, max_length or length, pad or padding, any_case)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is no CLIP tokenizer: {type(e).__name__}: {e}") from None
 
@@ -124,16 +133,20 @@ class ClipTokenizer:
 
     def _pieces(self, caption: str) -> list[Piece]:
         pieces: list[Piece] = []
-        for part in self._special.split(caption):
-            if self._special.fullmatch(part):
+        for part in self._exact.split(caption):
+            if self._exact.fullmatch(part):
                 pieces.append(Piece(self._ids[part], part))
                 continue
             # Each letter alone is made lower-case, so that a final sigma stays a sigma.
             lower = "".join(c.lower() for c in unicodedata.normalize("NFC", part))
-            for word in split_words(lower):
-                if word not in self._merged:
-                    self._merged[word] = self._merge(word)
-                pieces += self._merged[word]
+            for text in self._lower.split(lower):
+                if text in self.any_case:
+                    pieces.append(Piece(self._ids[text], text))
+                    continue
+                for word in split_words(text):
+                    if word not in self._merged:
+                        self._merged[word] = self._merge(word)
+                    pieces += self._merged[word]
         return pieces
 
     def _merge(self, word: str) -> list[Piece]:
@@ -159,6 +172,7 @@ class ClipTokenizer:
             "kind": self.kind,
             "max_length": self.max_length,
             "pad": self.pad,
+            "any_case": list(self.any_case),
             "vocabulary": list(self.vocabulary),
             "merges": list(self.merges),
         }
@@ -166,11 +180,17 @@ class ClipTokenizer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ClipTokenizer":
         """The inverse of `to_dict`."""
-        return cls(data["vocabulary"], data["merges"], data["max_length"], data["pad"])
+        own = (data["max_length"], data["pad"], data.get("any_case", ()))
+        return cls(data["vocabulary"], data["merges"], *own)
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
         write_json(self.to_dict(), path)
+
+
+def _one_of(tokens: Iterable[str]) -> re.Pattern:
+    """A pattern of one group, so that `split` keeps the tokens; of none, it matches nothing."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens))) or r"(?!)") + ")")
 
 
 def _as_text(symbols: Sequence[str]) -> str:
@@ -211,16 +231,32 @@ def _by_id(ids: dict[str, int]) -> list[str]:
     return tokens
 
 
-def _read_settings(path: Path) -> tuple[int, str]:
-    """max_length and pad by the files beside the vocabulary, or 77 and the end token."""
-    max_length, pad = 77, EOS
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the last one wins
-        file = path / name
-        if not file.is_file():
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("model_max_length", _LONGEST) < _LONGEST:
-            max_length = content["model_max_length"]
-        if token := content.get("pad_token"):
-            pad = token["content"] if isinstance(token, dict) else token
-    return max_length, pad
+def _read_settings(path: Path) -> tuple[int, str, list[str]]:
+    """max_length, pad and any_case by the files beside the vocabulary, or 77, the end, none."""
+    config, special = (
+        json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    length = min(
+        config.get("model_max_length", _LONGEST), special.get("model_max_length", _LONGEST)
+    )
+    tokens = [*config.get("added_tokens_decoder", {}).values()]
+    single = path if path.suffix == ".json" else path / "tokenizer.json"
+    if not tokens and single.is_file():
+        tokens = json.loads(single.read_text(encoding="utf-8")).get("added_tokens", [])
+    roles = {**config, **special}  # the last file wins
+    pad = roles.get("pad_token") or EOS
+    tokens = tokens or [roles[f"{role}_token"] for role in _ROLES if roles.get(f"{role}_token")]
+    any_case: dict[str, bool] = {}
+    for token in tokens:  # a token that has several roles has the flag in each of them
+        name, flag = _flagged(token)
+        any_case[name] = flag and any_case.get(name, True)
+    names = [name for name, flag in any_case.items() if flag]
+    return length if length < _LONGEST else 77, _flagged(pad)[0], names
+
+
+def _flagged(token: str | Mapping[str, Any]) -> tuple[str, bool]:
+    """A token of a file of settings, and whether it is looked for in the lower-case text."""
+    if isinstance(token, str):
+        return token, False
+    return token["content"], bool(token.get("normalized", False))
