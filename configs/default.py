@@ -104,12 +104,15 @@ def data() -> ConfigDict:
     # image_folder: the folder; else where prepared data lives (None = the user cache)
     c.dir = placeholder(str)
     c.image_size = 32
-    c.crop = "none"  # "none" (resize both sides) | "center" | "random"
+    # The square that is seen: "center" | "random" | "none" (refuses other pictures than squares) |
+    # "squash" (the whole picture, out of shape)
+    c.crop = "center"
     c.shorter_side = 0  # resize to this before cropping image_size; 0 = crop the largest square
     c.flip = False  # random left-right flip in training
     c.train_split = "train"
     c.test_split = "test"
     c.test_fraction = 0.1  # image_folder without train/ and test/: share held out by path
+    c.caption_column = ""  # image_folder: of captions in metadata files; "" = "text" or "caption"
     c.features = ConfigDict()  # tfds: our batch key -> the data set's feature
     # Conditions made of the examples:
     c.low_res = ""  # small pictures, by a name in data.degradations: "bicubic" | "bsrgan_light" ...

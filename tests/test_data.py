@@ -274,7 +274,7 @@ def test_shrinking_is_antialiased():
     assert abs(resize(stripes, 8, 16).astype(int) - 127).max() <= 20
 
 
-@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("crop", sorted(CROPS.keys() - {"none"}))
 def test_crops(crop):
     transform = make_transform(config(crop=crop, image_size=4), train=True)
     columns = set()
@@ -282,7 +282,7 @@ def test_crops(crop):
         out = transform({"image": ramp(4, 12)}, np.random.default_rng(seed))["image"]
         assert out.shape == (4, 4, 3) and out.dtype == np.float32
         columns.add(tuple(to_uint8(out)[0, :, 0].tolist()))
-    if crop == "none":
+    if crop == "squash":
         assert len(columns) == 1 and next(iter(columns))[0] <= 2 and next(iter(columns))[3] >= 9
     elif crop == "center":
         assert columns == {(4, 5, 6, 7)}
@@ -290,6 +290,39 @@ def test_crops(crop):
         assert {c[0] for c in columns} == set(range(9)) and all(c[3] - c[0] == 3 for c in columns)
         evaluated = make_transform(config(crop=crop, image_size=4), train=False)
         assert to_uint8(evaluated({"image": ramp(4, 12)})["image"])[0, 0, 0] == 4
+
+
+def test_pictures_keep_their_shape_unless_squashing_is_asked_for():
+    transform = make_transform(config(crop="none", image_size=4), train=True)
+    assert transform({"image": ramp(8, 8)})["image"].shape == (4, 4, 3)
+    message = r"data\.crop='none' takes square pictures, but one has 12×4 pixels: 'center' and"
+    with pytest.raises(ValueError, match=message):
+        transform({"image": ramp(4, 12)})
+    assert default.data().crop == "center"
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "squash"])
+def test_maps_of_the_data_are_cut_and_flipped_with_the_picture(crop):
+    """Each pixel's column is in the picture and in its maps; the depth map has half the size."""
+    columns = np.repeat(np.arange(0, 240, 20)[None], 4, 0)
+    example = {
+        "image": np.repeat(columns[..., None], 3, -1).astype(np.uint8),
+        "mask": columns > 110,
+        "depth": np.repeat(np.arange(5.0, 240, 40)[None], 2, 0)[..., None] + 5,
+        "segmentation": columns,
+    }
+    transform = make_transform(config(crop=crop, image_size=4, flip=True), train=True)
+    middle, starts = slice(1, 3), set()  # away from the borders of the window
+    for seed in range(20):
+        out = transform(example, np.random.default_rng(seed))
+        picture = (out["image"][..., :1] + 1) * 127.5
+        starts.add(float(picture[0, 0, 0]))
+        assert out["mask"].shape == out["depth"].shape == (4, 4, 1)
+        np.testing.assert_array_equal(out["mask"], out["segmentation"][..., None] > 110)
+        for key in ("depth", "segmentation"):
+            error = np.abs(out[key].reshape(4, 4) - picture[..., 0])[:, middle]
+            assert error.max() <= (10.5 if crop != "squash" else 30), (key, seed)
+    assert len(starts) > 1  # the flip, at least
 
 
 def test_shorter_side_scales_before_the_window():
@@ -335,7 +368,7 @@ def test_only_batch_keys_remain():
 
 def test_unknown_crop():
     with pytest.raises(
-        ValueError, match=r"unknown data.crop 'middle'; known: center, none, random"
+        ValueError, match=r"unknown data.crop 'middle'; known: center, none, random, squash"
     ):
         make_transform(config(crop="middle"), train=True)
 

@@ -1,14 +1,27 @@
+import csv
 import json
 import logging
+import struct
+import sys
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import epoch, make_source, make_transform
-from latent_diffusion.data.image_folder import SUFFIXES, read_image
+from latent_diffusion.data.captions import read_lines
+from latent_diffusion.data.pictures import (
+    SUFFIXES,
+    files,
+    read_depth,
+    read_image,
+    read_levels,
+    read_mask,
+    size_of,
+)
 
 RED = (200, 0, 0)
 
@@ -35,6 +48,12 @@ def test_formats(suffix, tmp_path):
     image = read_image(save(tmp_path / f"a{suffix}"))
     assert image.shape == (4, 6, 3) and image.dtype == np.uint8
     assert abs(image.astype(int) - RED).max() <= 3
+
+
+def test_usual_suffixes_are_read():
+    assert {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff"} <= SUFFIXES
+    for suffix in ("webp", "avif"):
+        assert (f".{suffix}" in SUFFIXES) == bool(features.check(suffix))
 
 
 def test_modes(tmp_path):
@@ -64,7 +83,106 @@ def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90° to show
     path = save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(path).shape == (6, 4, 3)
+    assert read_image(path).shape == (6, 4, 3) and size_of(path) == (6, 4)
+    grey = save(tmp_path / "b.jpg", 200, mode="L", exif=exif)
+    assert read_mask(grey).shape == read_depth(grey).shape == (6, 4, 1)
+    assert read_levels(grey).shape == (6, 4)
+
+
+def test_animations_and_floats(tmp_path):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in (RED, (0, 0, 200))]
+    for suffix in ("gif", "png", "webp", "tiff"):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        assert abs(read_image(path)[0, 0].astype(int) - RED).max() <= 3, suffix
+    Image.fromarray(np.full((4, 6), 0.2, np.float32)).save(tmp_path / "b.tiff")
+    assert read_image(tmp_path / "b.tiff")[0, 0].tolist() == [51] * 3
+    Image.fromarray(np.full((4, 6), 7.0, np.float32)).save(tmp_path / "b.tiff")
+    assert read_depth(tmp_path / "b.tiff")[0, 0, 0] == 7.0
+    with pytest.raises(ValueError, match=r"b\.tiff can't be read as a picture: floats in \[7, 7\]"):
+        read_image(tmp_path / "b.tiff")
+
+
+def test_depths_of_16_bits_are_evenly_spaced(tmp_path):
+    levels = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_depth(tmp_path / "a.png")[..., 0], levels)
+    shown = read_image(tmp_path / "a.png")[..., 0].astype(int)
+    assert np.ptp(np.diff(shown.ravel())) <= 1 and shown.max() == 255
+    assert read_mask(tmp_path / "a.png")[..., 0].sum() == 8
+
+
+def test_masks_are_white_or_transparent(tmp_path):
+    inside = np.zeros((4, 6), bool)
+    inside[1:3, 2:5] = True
+    white, black = np.full((4, 6, 3), 255, np.uint8), np.zeros((4, 6, 3), np.uint8)
+    alpha = np.where(inside, 255, 0).astype(np.uint8)[..., None]
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+    masks = {
+        "white on black": np.where(inside[..., None], white, black),
+        "opaque": np.concatenate([np.where(inside[..., None], white, black), ~(alpha & 0)], -1),
+        "white on nothing": np.concatenate([white, alpha], -1),
+        "erased": np.concatenate([picture, ~alpha], -1),
+        "erased from white and black": np.concatenate(
+            [np.where(np.arange(6)[None, :, None] < 3, white, black), ~alpha], -1
+        ),
+    }  # fmt: skip
+    for name, pixels in masks.items():
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        read = read_mask(tmp_path / "a.png")
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read[..., 0], inside, name)
+
+
+def test_classes_have_no_colours(tmp_path):
+    grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(np.repeat(grey[..., None], 3, -1)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_levels(tmp_path / "a.png"), grey)
+    with pytest.raises(ValueError, match=r"a\.png can't be read as a picture: it has colours"):
+        read_levels(save(tmp_path / "a.png"))
+
+
+def test_what_is_no_picture_is_named_in_one_line(tmp_path):
+    huge = tmp_path / "huge.png"
+    ihdr = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", ihdr), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    huge.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+    (tmp_path / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    cut = save(tmp_path / "cut.jpg", size=(64, 64))
+    cut.write_bytes(cut.read_bytes()[:400])
+    for name, reason in (
+        ("huge.png", r"huge\.png can't be read as a picture: .*decompression bomb"),
+        ("program.png", r"program\.png can't be read as a picture: cannot identify"),
+        ("cut.jpg", r"cut\.jpg can't be read as a picture: .*[Tt]runcated"),
+        ("none.png", r"none\.png: no such file"),
+    ):
+        for read in (read_image, read_mask, read_levels, read_depth):
+            with pytest.raises(ValueError, match=reason) as caught:
+                read(tmp_path / name)
+            assert "\n" not in str(caught.value)
+    for name in ("program.png", "cut.jpg"):
+        (tmp_path / name).unlink()
+    good = save(tmp_path / "z.png")
+    assert everything(tmp_path)[0]["name"] == good.name  # in training the bomb is skipped
+
+
+def test_hidden_names_are_left_out_and_links_are_followed(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for path in ("dog/a.png", ".ipynb_checkpoints/a.png", "dog/.b.png", "dog/.cache/c.png"):
+        save(here / path)
+    save(there / "d.png")
+    (here / "cat").symlink_to(there)
+    (here / "dog/back").symlink_to(here)
+    assert [p.relative_to(here).as_posix() for p in files(here)] == ["cat/d.png", "dog/a.png"]
+    source = everything(here)
+    assert source.class_names == ("cat", "dog")
+    assert [source[i]["class_label"] for i in range(2)] == [0, 1]
 
 
 def test_hash_split_is_a_partition_that_files_keep(tmp_path):
@@ -77,7 +195,9 @@ def test_hash_split_is_a_partition_that_files_keep(tmp_path):
     assert test <= names("test") and train <= names("train")
     none = config(tmp_path, test_fraction=0.0)
     assert len(make_source(none, "train")) == 61
-    with pytest.raises(ValueError, match="no images for split 'test'"):
+    with pytest.raises(
+        ValueError, match=r"none of the 61 images in .* belongs to split 'test', to which"
+    ):
         make_source(none, "test")
 
 
@@ -137,7 +257,9 @@ def test_metadata_jsonl(tmp_path):
     (batch,) = epoch(source, make_transform(config(tmp_path), train=False), 2)
     assert batch["class_label"].tolist() == [3, 4]
     file.write_text(json.dumps(rows[0]))
-    with pytest.raises(ValueError, match=r"class_label is given for some files but not for b.png"):
+    with pytest.raises(
+        ValueError, match=r"class_label is given for some files but not for .*b.png"
+    ):
         make_source(config(tmp_path), "train")
     file.write_text("[]")
     with pytest.raises(
@@ -146,12 +268,133 @@ def test_metadata_jsonl(tmp_path):
         make_source(config(tmp_path), "train")
 
 
+ROWS = [
+    {"file_name": "a.png", "text": "a \u2028 line", "prompt": "red, one", "class_label": 3},
+    {"file_name": "sub/b.png", "text": 'the "second"', "prompt": "two\nlines", "class_label": 4},
+]
+
+
+def written(folder, kind, rows=ROWS, delimiter=","):
+    """A folder of two pictures with metadata of a kind."""
+    for name in ("a.png", "sub/b.png"):
+        save(folder / name)
+    file = folder / f"metadata.{kind}"
+    if kind == "jsonl":
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        file.write_text(text, encoding="utf-8-sig")
+    elif kind == "csv":
+        with file.open("w", encoding="utf-8-sig", newline="") as out:
+            table = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_the_column_of_captions_has_a_name(kind, tmp_path):
+    written(tmp_path, kind)
+    for column, wanted in (("", "text"), ("text", "text"), ("prompt", "prompt")):
+        source = make_source(config(tmp_path, train_split="all", caption_column=column), "train")
+        assert source.captions() == [row[wanted] for row in ROWS]
+        assert [source[i]["class_label"] for i in range(2)] == [3, 4]
+        assert source.class_names == ()
+    with pytest.raises(ValueError, match=r"metadata.*: no column 'words' .*; others: prompt, text"):
+        make_source(config(tmp_path, caption_column="words"), "train")
+
+
+@pytest.mark.parametrize("delimiter", ";\t")
+def test_other_delimiters(delimiter, tmp_path):
+    written(tmp_path, "csv", delimiter=delimiter)
+    assert everything(tmp_path).captions() == [row["text"] for row in ROWS]
+
+
+def test_a_column_is_no_setting_of_plain_texts(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "captions.txt").write_text("a.png|red\n")
+    with pytest.raises(ValueError, match=r"data\.caption_column='words' needs metadata"):
+        make_source(config(tmp_path, caption_column="words"), "train")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("jsonl", {"text": 7}, r"metadata.jsonl:2: text is 7, expected a text"),
+        ("parquet", {"text": [b"x"]}, r"metadata.parquet:row 1: text is .*, expected a text"),
+        ("jsonl", {"file_name": 7}, r"metadata.jsonl:2: expected a row with file_name, got"),
+        ("csv", {"class_label": "cat"}, r"metadata.csv:4: class_label is 'cat', expected an int"),
+        ("jsonl", {"class_label": 1.5}, r"metadata.jsonl:2: class_label is 1.5, expected an int"),
+        ("jsonl", {"mask": 7}, r"metadata.jsonl:2: mask is 7, expected the name of a picture"),
+    ],
+)
+def test_wrong_rows_are_named(kind, changed, message, tmp_path):
+    first = {**ROWS[0], **({"text": [b"y"]} if kind == "parquet" else {})}
+    written(tmp_path, kind, [first, {**ROWS[1], **changed}])
+    with pytest.raises(ValueError, match=message):
+        everything(tmp_path)
+
+
+def test_broken_metadata_is_named(tmp_path, monkeypatch):
+    written(tmp_path, "csv").write_text("file_name,text\na.png,one,two\n")
+    with pytest.raises(ValueError, match=r"metadata.csv:2: a row of another length than the 2"):
+        everything(tmp_path)
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    with pytest.raises(ValueError, match=r"metadata.parquet: "):
+        everything(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"metadata.parquet: .* needs pip install pyarrow"):
+        everything(tmp_path)
+
+
+def test_texts_as_people_save_them(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    file = tmp_path / "captions.txt"
+    file.write_bytes("\ufeffa.png|a \u2028 \x85 line\r\nb.png|é\r\n".encode())
+    assert everything(tmp_path).captions() == ["a \u2028 \x85 line", "é"]
+    file.write_bytes(b"a.png|a\nb.png|\xe9\n")
+    with pytest.raises(ValueError, match=r"captions.txt:2: byte 0xe9 isn't UTF-8 .*Latin-1"):
+        everything(tmp_path)
+    file.write_bytes(b"a\n\nb\x0bc\n")
+    assert read_lines(file) == ["a", "", "b\x0bc"]
+    file.write_bytes(b"")
+    assert read_lines(file) == []
+
+
+def test_missing_captions_are_counted(tmp_path, caplog):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "b.txt").write_text("red")
+    with caplog.at_level(logging.WARNING):
+        assert everything(tmp_path).captions() == ["", "red", ""]
+    assert "2 of 3 pictures have no caption" in caplog.text and "a.png" in caplog.text
+
+
+def test_maps_come_with_their_picture(tmp_path):
+    """A mask, depths and classes in pictures that metadata names; these are no examples."""
+    save(tmp_path / "a.png")
+    save(tmp_path / "maps/mask.png", 255, mode="L")
+    Image.fromarray(np.full((4, 6), 700, np.uint16)).save(tmp_path / "maps/depth.png")
+    save(tmp_path / "maps/classes.png", 9, mode="L")
+    names = {"mask": "mask", "depth": "depth", "segmentation": "classes"}
+    row = {"file_name": "../a.png", **{key: f"{name}.png" for key, name in names.items()}}
+    (tmp_path / "maps/metadata.jsonl").write_text(json.dumps(row))
+    source = everything(tmp_path)
+    (batch,) = epoch(source, make_transform(config(tmp_path), train=False), 1)
+    assert (batch["mask"] == 1).all() and batch["mask"].shape == (1, 8, 8, 1)
+    np.testing.assert_allclose(batch["depth"], np.full((1, 8, 8, 1), 700))
+    assert (batch["segmentation"] == 9).all() and len(source) == 1
+
+
 def test_described_files_that_are_missing_are_reported(tmp_path, caplog):
     save(tmp_path / "a.png")
     (tmp_path / "captions.txt").write_text("a.png|here\nz.png|gone\n")
     with caplog.at_level(logging.WARNING):
         everything(tmp_path)
-    assert "1 described files missing" in caplog.text and "z.png" in caplog.text
+    assert "1 described files are missing" in caplog.text and "z.png" in caplog.text
 
 
 def test_described_files_of_the_other_split_are_not_missing(tmp_path, caplog):
@@ -189,7 +432,10 @@ def test_folder_errors(tmp_path):
         make_source(config(""), "train")
     with pytest.raises(ValueError, match=r"data\.dir: no folder .*/nowhere"):
         make_source(config(tmp_path / "nowhere"), "train")
-    with pytest.raises(ValueError, match="no images for split 'train' in"):
+    with pytest.raises(ValueError, match=r"no images in .*\.png"):
+        make_source(config(tmp_path), "train")
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no images in .*; it has 1 \.heic, which isn't read"):
         make_source(config(tmp_path), "train")
     with pytest.raises(ValueError, match=r"unknown split 'half'.*known: all, test, train"):
         make_source(config(tmp_path, train_split="half"), "train")

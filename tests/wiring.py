@@ -154,7 +154,7 @@ LAYOUT = {"layout.vocab_size": 30, "layout.max_objects": 3}
 # field of `data` -> (a value, what else is set): it changes what the transform of training makes of
 # a picture of 24 × 12 with its boxes and labels.
 EXAMPLES = {
-    "crop": ("center", {}),
+    "crop": ("squash", {}),
     "flip": (True, {}),
     "image_size": (4, {}),
     "shorter_side": (10, {"crop": "center"}),
@@ -184,6 +184,7 @@ CONFIG = {
     "checkpoint.best_mode": LOOP,
     "checkpoint.every_steps": LOOP,
     "checkpoint.keep": LOOP,
+    "data.caption_column": "test_image_folder.py::test_the_column_of_captions_has_a_name",
     "data.dir": "test_image_folder.py::test_split_and_class_folders",
     "data.embedding": EMBEDDED,
     "data.embedding_path": EMBEDDED,

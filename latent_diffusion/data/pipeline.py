@@ -57,7 +57,10 @@ def iterate(
     """
     local = _local_batch_size(batch_size, process_index, process_count)
     if len(source) < batch_size:
-        raise ValueError(f"the data has {len(source)} examples, fewer than one batch: {batch_size}")
+        raise ValueError(
+            f"the data has {len(source)} examples, fewer than one batch: {batch_size}; "
+            f"add examples, or set batch_size to {len(source)} or less"
+        )
     examples = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         examples = examples.shuffle()

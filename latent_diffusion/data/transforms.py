@@ -14,10 +14,10 @@ from latent_diffusion.data.conditions import make_conditions
 from latent_diffusion.data.contract import KEYS
 from latent_diffusion.data.layout import WHOLE
 from latent_diffusion.data.sources import Example
-from latent_diffusion.data.windows import CROPS, cut, cut_labels, window
+from latent_diffusion.data.windows import CROPS, cut, cut_depth, cut_labels, window
 from latent_diffusion.types import lookup
 
-_PICTURES = ("image", "segmentation")  # what a window cuts and a flip turns
+_PICTURES = ("image", "segmentation", "mask", "depth")  # what a window cuts and a flip turns
 Transform = Callable[[Example, np.random.Generator], Example]
 Tokenizer = Callable[[list[str]], Int[np.ndarray, "N L"]]
 
@@ -39,7 +39,7 @@ def on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def make_cut(data_config: Any, train: bool) -> Transform:
-    """Return `cut_out(example, rng)`: `image` and `segmentation` brought to size.
+    """Return `cut_out(example, rng)`: `image`, and the maps beside it, brought to size.
 
     `window` [4] is then the part of the whole picture that they show: left, top, right, bottom in
     [0, 1]. What has a window was cut before (its picture may be gone since) and stays as it is.
@@ -59,6 +59,10 @@ def make_cut(data_config: Any, train: bool) -> Transform:
         if "segmentation" in example:
             labels: Any = np.asarray(example["segmentation"], np.int32)
             example["segmentation"] = cut_labels(labels, where, size)
+        if "mask" in example:
+            example["mask"] = cut_labels(_with_channel(example["mask"]), where, size)
+        if "depth" in example:
+            example["depth"] = cut_depth(_with_channel(example["depth"]), where, size)
         return {**example, "window": WHOLE if where is None else where.crop}
 
     return cut_out
@@ -69,8 +73,8 @@ def make_transform(
 ) -> Callable[..., Example]:
     """Return `transform(example, rng=None)`: crop, resize, flip and scale; keep batch keys only.
 
-    Label maps and boxes follow the picture. From it are made, where `data_config` names them,
-    `low_res`, `mask` and `layout`; with a tokenizer, `tokens` [L] from `caption`.
+    Maps and boxes that the data brings follow the picture. From it are made, where `data_config`
+    names them, `low_res`, `mask` and `layout`; with a tokenizer, `tokens` [L] from `caption`.
 
     In evaluation (`train` false) nothing is cropped or flipped at random, and of several captions
     the first is taken; masks and degradations come from the generator there, too.
@@ -80,7 +84,10 @@ def make_transform(
 
     def tokens_of(example: Example, rng: np.random.Generator) -> np.ndarray:
         if "caption" not in example:
-            raise ValueError(f"no caption to tokenize; the example has: {', '.join(example)}")
+            raise ValueError(
+                f"no caption to tokenize; the example has: {', '.join(example)} "
+                "(docs/own_pictures.md says where a folder's captions may stand)"
+            )
         caption = example["caption"]
         if not isinstance(caption, str):
             caption = caption[rng.integers(len(caption)) if train else 0] if caption else ""
@@ -103,6 +110,10 @@ def make_transform(
         return out
 
     return transform
+
+
+def _with_channel(levels: np.ndarray) -> np.ndarray:
+    return levels.astype(np.float32).reshape(*levels.shape[:2], 1)
 
 
 def _flipped(image: np.ndarray, flip: bool) -> np.ndarray:

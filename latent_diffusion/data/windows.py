@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
 from latent_diffusion.types import lookup
@@ -20,6 +20,21 @@ def resize(
     return np.asarray(resized)
 
 
+def fit(
+    image: UInt8[np.ndarray, "H W C"], height: int, width: int, mask: bool = False
+) -> UInt8[np.ndarray, "h w C"]:
+    """The largest part in the middle that has the shape of height × width, brought to this size.
+
+    mask: each pixel takes the nearest value.
+    """
+    scale = max(height / image.shape[0], width / image.shape[1])
+    top, left = (image.shape[0] - height / scale) / 2, (image.shape[1] - width / scale) / 2
+    box = (left, top, image.shape[1] - left, image.shape[0] - top)
+    how = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
+    whole = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return np.asarray(whole.resize((width, height), how, box)).reshape(height, width, -1)
+
+
 def _center(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
     return (height - side) // 2, (width - side) // 2
 
@@ -28,9 +43,10 @@ def _random(height: int, width: int, side: int, rng: np.random.Generator) -> tup
     return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
 
 
-# Where a square window lies: "none" is no window, the whole picture squashed to a square.
+# Where a square window lies: "squash" has no window, "none" neither, and takes squares alone.
 CROPS: dict[str, Callable[[int, int, int, np.random.Generator], tuple[int, int]] | None] = {
     "none": None,
+    "squash": None,
     "center": _center,
     "random": _random,
 }
@@ -55,16 +71,21 @@ class Window(NamedTuple):
 def window(
     shape: tuple[int, ...], size: int, crop: str, shorter_side: int, rng: np.random.Generator
 ) -> Window | None:
-    """Where a square of `size` pixels comes from; None: the whole picture is squashed to it.
+    """Where a square of `size` pixels comes from; None: from the whole picture.
 
     shape: (height, width). crop: a name in CROPS. shorter_side: pixels; the picture is first
     resized to it and the window has `size` pixels (the paper's OpenImages: 384 and 256). 0: the
     window is the largest square (the paper's other sets), which is then resized.
     """
     place = lookup(CROPS, crop, "data.crop")
+    height, width = shape
+    if crop == "none" and height != width:
+        raise ValueError(
+            f"data.crop='none' takes square pictures, but one has {width}×{height} pixels: "
+            "'center' and 'random' cut a square out of it, 'squash' changes its shape"
+        )
     if place is None:
         return None
-    height, width = shape
     if shorter_side:
         if shorter_side < size:
             raise ValueError(f"data.shorter_side={shorter_side} is below data.image_size={size}")
@@ -87,12 +108,23 @@ def cut(
 
 
 def cut_labels(
-    labels: Int[np.ndarray, "H W"], where: Window | None, size: int
-) -> Int[np.ndarray, "S S"]:
-    """The window's label map: as `cut`, but each pixel takes the nearest label."""
-    height, width = labels.shape
+    labels: Num[np.ndarray, "H W *C"], where: Window | None, size: int
+) -> Num[np.ndarray, "S S *C"]:
+    """The window's labels, or its mask: as `cut`, but each pixel takes the nearest value."""
+    height, width = labels.shape[:2]
     left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
     at = (np.arange(size) + 0.5) / size
     rows = ((top + at * (bottom - top)) * height).astype(int)
     columns = ((left + at * (right - left)) * width).astype(int)
     return labels[rows][:, columns]
+
+
+def cut_depth(
+    depth: Float[np.ndarray, "H W 1"], where: Window | None, size: int
+) -> Float[np.ndarray, "S S 1"]:
+    """The window's depths: as `cut`, but in any unit; the map may have another size."""
+    height, width = depth.shape[:2]
+    left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
+    box = (left * width, top * height, right * width, bottom * height)
+    seen = Image.fromarray(depth[..., 0].astype(np.float32))
+    return np.asarray(seen.resize((size, size), Image.Resampling.BICUBIC, box))[..., None]

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
-from latent_diffusion.data import image_folder, tfds
+from latent_diffusion.data import pictures, tfds
 from latent_diffusion.data.windows import resize
 
 GRID = "grid.png"  # which sample.py writes beside the samples
@@ -77,23 +76,18 @@ def _stacked(named: list[tuple[str, np.ndarray]], image_size: int) -> np.ndarray
 
 
 def _open_folder(folder: Path, image_size: int) -> ImageSet:
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in image_folder.SUFFIXES
-        and not path.name.startswith(".")
-        and path.name != GRID
-    )
+    paths = [path for path in pictures.files(folder) if pictures.is_picture(path)]
+    paths = [path for path in paths if path.name != GRID]
     if not paths:
-        raise ValueError(f"{folder} holds no images ({' '.join(sorted(image_folder.SUFFIXES))})")
+        raise ValueError(f"{folder} holds no images ({' '.join(sorted(pictures.SUFFIXES))})")
     if not image_size:
         _check_sizes(paths, folder)
 
     def read(start: int, stop: int) -> np.ndarray:
         try:
-            named = [(path.name, image_folder.read_image(path)) for path in paths[start:stop]]
-        except (OSError, ValueError, SyntaxError):
-            raise _unreadable(paths, folder) from None
+            named = [(path.name, pictures.read_image(path)) for path in paths[start:stop]]
+        except ValueError as error:
+            raise _unreadable(paths, folder, error) from None
         return _stacked(named, image_size)
 
     return ImageSet(str(folder), len(paths), read)
@@ -104,28 +98,29 @@ def _check_sizes(paths: list[Path], folder: Path) -> None:
     seen: dict[tuple[int, int], Path] = {}
     for path in paths:
         try:
-            with Image.open(path) as file:
-                seen.setdefault(file.size, path)
-        except (OSError, ValueError, SyntaxError):
-            raise _unreadable(paths, folder) from None
+            seen.setdefault(pictures.size_of(path), path)
+        except ValueError as error:
+            raise _unreadable(paths, folder, error) from None
         if len(seen) > 1:
             (a, one), (b, other) = seen.items()
             raise ValueError(
-                f"mixed image sizes in {folder}: {one.name} is {a[0]}×{a[1]}, {other.name} is "
-                f"{b[0]}×{b[1]}; bring them to one with --image_size"
+                f"mixed image sizes in {folder}: {one.name} is {a[1]}×{a[0]}, {other.name} is "
+                f"{b[1]}×{b[0]}; bring them to one with --image_size"
             )
 
 
-def _unreadable(paths: list[Path], folder: Path) -> ValueError:
-    """What to raise once one file is found to be damaged: all of them, counted and named."""
+def _unreadable(paths: list[Path], folder: Path, error: ValueError) -> ValueError:
+    """The error for a folder in which one file is damaged: all such files, counted and named."""
     bad = []
     for path in paths:
         try:
-            image_folder.read_image(path)
-        except (OSError, ValueError, SyntaxError):
+            pictures.read_image(path)
+        except ValueError:
             bad.append(path.name)
     shown = ", ".join(bad[:5]) + (" …" if len(bad) > 5 else "")
-    return ValueError(f"{len(bad)} of {len(paths)} images in {folder} can't be read: {shown}")
+    return ValueError(
+        f"{len(bad)} of {len(paths)} images in {folder} can't be read: {shown} ({error})"
+    )
 
 
 def _open_npz(path: Path, image_size: int) -> ImageSet:

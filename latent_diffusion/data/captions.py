@@ -1,0 +1,210 @@
+"""Captions and classes of the pictures in a folder, from files as people write them.
+
+All pictures of a folder are described by files of one kind, the first that there is of
+
+- `metadata.jsonl`, `metadata.csv` and `metadata.parquet`: a row has `file_name`, the caption (in
+  the column "text" or "caption"), and `class_label` or other keys of batches;
+- `captions.txt`: `file<TAB>caption` or `file|caption`; a file may have several lines;
+- text files of the pictures' names (`cat.png`, `cat.txt`), which hold their captions.
+
+Names are relative to the file that holds them. Text is UTF-8, with or without a byte order mark,
+and a line ends at \\n alone.
+"""
+
+import codecs
+import csv
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.data.contract import KEYS
+from latent_diffusion.data.sources import Example
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("text", "caption")  # of captions, where the config names none
+MAPS = ("mask", "depth", "segmentation")  # which a row gives as the names of pictures
+_NUMBERS = (set(KEYS) | {"boxes", "labels"}) - {"image", "tokens", "weight"} - set(MAPS)
+Rows = Iterator[tuple[str, dict[str, Any]]]  # where a row stands, and the row
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; ValueError, which names file and line, unless it is UTF-8."""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        number = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}:{number}: byte 0x{content[error.start]:02x} isn't UTF-8 (the file may be "
+            "Latin-1 or UTF-16): save it as UTF-8"
+        ) from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Path, Example]:
+    """What files say of each picture: its `caption`, `class_label` and so on, and files of maps.
+
+    paths: the pictures; those that are another one's maps are left out of the result. files: all
+    files of the folder. column: of the captions, in metadata. Raises ValueError, in one line, for
+    a file that can't be understood, and for a key other than the caption that some pictures lack.
+    """
+    described: dict[Path, Example] = {}
+    for name, read in _READERS.items():
+        for file in [file for file in files if file.name == name]:
+            described |= read(file, column)
+        if described:
+            break
+    if column and (name == "captions.txt" or not described):
+        raise ValueError(f"data.caption_column={column!r} needs metadata files, which aren't there")
+    if not described:
+        there = set(files)
+        beside = ((path, path.with_suffix(".txt")) for path in paths)
+        texts = {path: "\n".join(read_lines(text)) for path, text in beside if text in there}
+        described = {path: {"caption": text.strip()} for path, text in texts.items()}
+    if missing := sorted(path for path in described if not path.is_file()):
+        logger.warning("%d described files are missing: %s", len(missing), missing[0])
+    maps = {entry[key] for entry in described.values() for key in MAPS if key in entry}
+    return _alike({path: dict(described.get(path, {})) for path in paths if path not in maps})
+
+
+def _alike(entries: dict[Path, Example]) -> dict[Path, Example]:
+    """The entries with the same keys; pictures without a caption are counted, and one is named."""
+    without = [path for path, entry in entries.items() if not entry.get("caption")]
+    if len(without) < len(entries):
+        for path in without:
+            entries[path]["caption"] = ""
+        if without:
+            logger.warning(
+                "%d of %d pictures have no caption, so theirs is empty: %s",
+                *(len(without), len(entries), without[0]),
+            )
+    for key in {key for entry in entries.values() for key in entry}:
+        if lacks := [path for path, entry in entries.items() if key not in entry]:
+            raise ValueError(f"{key} is given for some files but not for {lacks[0]}")
+    return entries
+
+
+def _metadata(rows: Callable[[Path], Rows]) -> Callable[[Path, str], dict[Path, Example]]:
+    """A reader of files of which `rows` gives the rows."""
+
+    def read(file: Path, column: str) -> dict[Path, Example]:
+        entries: dict[Path, Example] = {}
+        unused: set[str] = set()
+        for where, row in rows(file):
+            row = {key: value for key, value in row.items() if value is not None}
+            name = row.pop("file_name", None)
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"{where}: expected a row with file_name, got {[*row]}")
+            entries[_beside(file, name)] = _entry(where, file, row, column)
+            unused |= row.keys()
+        if entries and column and not any("caption" in entry for entry in entries.values()):
+            names = ", ".join(sorted(map(str, unused))) or "none"
+            raise ValueError(f"{file}: no column {column!r} (data.caption_column); others: {names}")
+        if unused:
+            logger.info("%s: columns that aren't used: %s", file, ", ".join(map(str, unused)))
+        return entries
+
+    return read
+
+
+def _beside(file: Path, name: str) -> Path:
+    return Path(os.path.normpath(file.parent / name))
+
+
+def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
+    """What a row says of its picture; takes that out of the row."""
+    entry: Example = {}
+    for name in (column,) if column else COLUMNS:
+        if (caption := row.pop(name, None)) is not None and "caption" not in entry:
+            texts = caption if isinstance(caption, list) and caption else [caption]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where}: {name} is {caption!r}, expected a text")
+            entry["caption"] = caption
+    for key in MAPS:
+        if (value := row.pop(key, None)) is not None:
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {key} is {value!r}, expected the name of a picture")
+            entry[key] = _beside(file, value)
+    for key in _NUMBERS & row.keys():
+        value = row.pop(key)
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+            array = np.asarray(value)
+        except ValueError:
+            array = np.asarray(None)
+        whole = key in ("class_label", "labels") or (key in KEYS and KEYS[key].dtype is np.int32)
+        if array.dtype.kind not in ("iu" if whole else "iuf"):
+            wanted = "integers" if array.ndim else "an integer"
+            raise ValueError(
+                f"{where}: {key} is {value!r}, expected {wanted if whole else 'numbers'}"
+            )
+        entry[key] = value if array.ndim == 0 else array
+    return entry
+
+
+def _jsonl(file: Path) -> Rows:
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}:{number}: expected a JSON object with file_name")
+        yield f"{file}:{number}", row
+
+
+def _csv(file: Path) -> Rows:
+    lines = [f"{line}\n" for line in read_lines(file)]
+    header = lines[0] if lines else ""
+    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count), strict=True)
+    try:
+        for row in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or ())
+                raise ValueError(f"{where}: a row of another length than the {columns} columns")
+            yield where, {key: value for key, value in row.items() if value != ""}
+    except csv.Error as error:
+        raise ValueError(f"{file}:{reader.line_num}: {error}") from None
+
+
+def _parquet(file: Path) -> Rows:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{file}: reading Parquet needs pip install pyarrow") from None
+    try:
+        rows = parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{file}:row {number}", row
+
+
+def _captions(file: Path, column: str) -> dict[Path, Example]:
+    captions: dict[Path, list[str]] = {}
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
+        name, separator, caption = line.partition("\t" if "\t" in line else "|")
+        if not separator:
+            raise ValueError(f"{file}:{number}: expected 'file<TAB>caption' or 'file|caption'")
+        captions.setdefault(_beside(file, name.strip()), []).append(caption.strip())
+    return {path: {"caption": c[0] if len(c) == 1 else c} for path, c in captions.items()}
+
+
+_READERS: Mapping[str, Callable[[Path, str], dict[Path, Example]]] = {
+    "metadata.jsonl": _metadata(_jsonl),
+    "metadata.csv": _metadata(_csv),
+    "metadata.parquet": _metadata(_parquet),
+    "captions.txt": _captions,
+}

@@ -1,0 +1,145 @@
+"""The one reader of pictures: for training, sampling and evaluation.
+
+A picture is turned as its EXIF data says, its transparent parts are laid on white, 16 bits become
+8, and grey, palettes and CMYK become RGB. The first frame of an animation is the picture.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, UInt8
+from PIL import ExifTags, Image, ImageOps
+
+Image.init()  # registers all formats of this Pillow, some of which need libraries
+FORMATS = tuple(
+    name for name in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF") if name in Image.OPEN
+)
+SUFFIXES = frozenset(
+    suffix
+    for suffix in (
+        *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"),
+    )
+    if Image.EXTENSION.get(suffix) in FORMATS
+)
+
+
+def files(folder: Path) -> list[Path]:
+    """All files in a folder and its sub-folders, sorted.
+
+    Links to folders are followed; files and folders whose names begin with a dot are left out.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name says that it is a picture which this Pillow can read."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in RGB. Raises ValueError, in one line, for a file that can't be read."""
+    return _read(path, _turned(_as_rgb))
+
+
+def read_mask(path: str | Path) -> Float32[np.ndarray, "H W 1"]:
+    """A mask, 1 in its holes: where the picture is white, or else where it is transparent.
+
+    Of a picture in which all that can be seen is white, the visible part is the hole.
+    """
+    return _read(path, _turned(_as_mask))
+
+
+def read_levels(path: str | Path) -> Int32[np.ndarray, "H W"]:
+    """The numbers in a picture, such as classes: levels of grey, or indices of a palette."""
+    return _read(path, _turned(_as_levels))
+
+
+def read_depth(path: str | Path) -> Float32[np.ndarray, "H W 1"]:
+    """The levels of grey as they are stored, with 8, 16 or 32 bits."""
+    return _read(path, _turned(_as_depth))
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Height and width by the file's header, as the picture is read."""
+    return _read(path, _size)
+
+
+def _read(path: str | Path, decode: Callable[[Image.Image], Any]) -> Any:
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            return decode(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # decoders raise errors of all kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} can't be read as a picture: {reason}") from error
+
+
+def _turned(decode: Callable[[Image.Image], np.ndarray]) -> Callable[[Image.Image], np.ndarray]:
+    return lambda file: decode(ImageOps.exif_transpose(file))
+
+
+def _size(file: Image.Image) -> tuple[int, int]:
+    turns = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return file.size if turns else file.size[::-1]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode[0] in "IF"  # numbers of 16 or 32 bits
+
+
+def _grey(image: Image.Image) -> Float[np.ndarray, "H W"]:
+    """Levels in 0 … 255."""
+    if not _is_deep(image):
+        return np.asarray(image.convert("L"), np.float64)
+    levels = np.asarray(image, np.float64)
+    if image.mode != "F":
+        return np.clip(levels / 257, 0, 255)
+    if not (levels.min() >= 0 and levels.max() <= 1):
+        raise ValueError(f"floats in [{levels.min():g}, {levels.max():g}], expected [0, 1]")
+    return 255 * levels
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    if _is_deep(image):
+        return np.repeat(np.round(_grey(image)).astype(np.uint8)[..., None], 3, -1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _as_mask(image: Image.Image) -> np.ndarray:
+    hole = _grey(image) > 127
+    if image.has_transparency_data and not _is_deep(image):
+        visible = np.asarray(image.convert("RGBA"))[..., 3] > 127
+        if not visible.all():
+            white_alone = visible.any() and hole[visible].all()
+            hole = visible if white_alone else ~visible
+    return hole[..., None].astype(np.float32)
+
+
+def _as_levels(image: Image.Image) -> np.ndarray:
+    if not (_is_deep(image) or image.mode in ("P", "L", "1")):
+        rgb = np.asarray(image.convert("RGB"))
+        if (rgb != rgb[..., :1]).any():
+            raise ValueError("it has colours, but levels of grey or a palette stand for classes")
+        return rgb[..., 0].astype(np.int32)
+    return np.asarray(image).astype(np.int32)
+
+
+def _as_depth(image: Image.Image) -> np.ndarray:
+    levels = np.asarray(image if _is_deep(image) else image.convert("L"))
+    return levels[..., None].astype(np.float32)
