@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 __all__ = [
     "Array",
+    "Axis",
     "Batch",
     "Bool",
     "Conditioning",
@@ -28,10 +29,13 @@ __all__ = [
     "Number",
     "Params",
     "PyTree",
+    "Rng",
     "lookup",
 ]
 
+Rng = jax.Array  # one typed PRNG key
 Keys = Key[Array, " B"]  # one typed PRNG key per example
+Axis = str | None  # the name of the mapped axis under pmap; None where arrays are global
 Params = PyTree[Any]
 Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
 Number = Any  # a Python number, or an array [] where it is an input of a program

@@ -14,6 +14,7 @@ from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import steering
 from latent_diffusion.process.diffusion import Prediction
+from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule, spacing
 
@@ -156,8 +157,8 @@ def test_a_target_pulls_by_the_perceptual_distance():
     pixels = init_first_stage(Identity(3), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(2)
     z, target = (jnp.asarray(rng.uniform(-1, 1, (1, 32, 32, 3)), jnp.float32) for _ in range(2))
-    scales = guides.Scales(target=30.0, distance="lpips")
-    wrap = guides.guide({"target": target}, SCHEDULE, pixels, None, params, scales)
+    options = SamplingOptions(target_scale=30.0, target_distance="lpips")
+    wrap = guides.guide({"target": target}, SCHEDULE, pixels, None, params, options)
 
     def prior(z_t, t):
         return with_eps(SCHEDULE.alpha_t(t) * z_t, z_t, t)

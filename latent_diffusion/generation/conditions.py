@@ -1,7 +1,7 @@
-"""What users say of a picture, as batch entries; and one line about whatever doesn't fit.
+"""From the conditions of a sampling call to batch entries; a ValueError names a bad condition.
 
-Names are those of the batch, but for `prompts` (tokens) and `class_labels` (class_label). Every
-condition may be given for one example, which then serves all, or for each of them.
+Arguments have the names of batch keys, except `prompts` (key tokens) and `class_labels` (key
+class_label). A condition describes either a single example, which then serves all, or every one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +15,16 @@ from latent_diffusion.data.layout import LayoutTokens, Object
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.types import Array
 
-ARGUMENTS = {"tokens": "prompts", "class_label": "class_labels"}  # the rest is called as it is
+ARGUMENTS = {"tokens": "prompts", "class_label": "class_labels"}  # others are equal
 
 
 def argument(key: str) -> str:
-    """What the users call a batch key."""
+    """The name of a batch key's argument."""
     return ARGUMENTS.get(key, key)
 
 
 def check_names(conditioner: Conditioner, given: Mapping[str, Any]) -> None:
-    """Raise ValueError where a condition is missing, or is none of the model's."""
+    """Raise ValueError where the model lacks one of its conditions, or has no such condition."""
     wanted = [argument(key) for key in conditioner.keys]
     for name in wanted:
         if given.get(name) is None:
@@ -38,7 +38,10 @@ def check_names(conditioner: Conditioner, given: Mapping[str, Any]) -> None:
 
 
 def size_of(given: Mapping[str, Any], f: int) -> tuple[int, int] | None:
-    """Height and width of the picture that the conditions imply, or None; f: of the first stage."""
+    """Height and width of the picture that the conditions imply, or None.
+
+    f: pixels for each position of the latent.
+    """
     for name, factor in (("segmentation", 1), ("mask", 1), ("low_res", f)):
         if given.get(name) is not None:
             shape = np.shape(given[name])
@@ -57,11 +60,16 @@ def batch_of(
 ) -> dict[str, np.ndarray]:
     """The batch entries [N ...] that a conditioner reads.
 
-    given: by name; tokenize: prompts to tokens; size, latent_size: (height, width).
-    Raises ValueError for what the model doesn't take, lacks, or can't read.
+    given: conditions by name. tokenize: turns prompts into tokens. size, latent_size: (height,
+    width) of the picture and of its latent. Raises ValueError for conditions that the model doesn't
+    have, lacks, or can't read.
     """
     check_names(conditioner, given)
-    parts = {key: part for part in conditioner.parts() for key in (*part.keys, *_optional(part))}
+    parts = {
+        key: part
+        for part in conditioner.parts()
+        for key in (*part.keys, *getattr(part, "optional", ()))
+    }
     given = {**given}
     if "noise_level" in conditioner.optional and given.get("noise_level") is None:
         given["noise_level"] = parts["noise_level"].usual_level
@@ -75,10 +83,6 @@ def batch_of(
     return _of_one_length(batch)
 
 
-def _optional(part: Any) -> tuple[str, ...]:
-    return getattr(part, "optional", ())
-
-
 def _of_one_length(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     lengths = {argument(key): len(value) for key, value in batch.items()}
     longest = max(lengths.values(), default=1)
@@ -88,21 +92,8 @@ def _of_one_length(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: np.repeat(value, longest // len(value), 0) for key, value in batch.items()}
 
 
-def _class_labels(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _integers("class_labels", np.atleast_1d(value), part.num_classes + 1)
-
-
-def _noise_level(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _integers("noise_level", np.atleast_1d(value), part.max_noise_level)
-
-
-def _segmentation(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    maps = np.asarray(value)
-    maps = _of_shape("segmentation", maps[None] if maps.ndim == 2 else maps, (*size,))
-    return _integers("segmentation", maps, part.num_classes)
-
-
-def _integers(name: str, value: np.ndarray, end: int) -> np.ndarray:
+def _integers(name: str, value: Any, end: int) -> np.ndarray:
+    value = np.atleast_1d(value)
     if value.dtype.kind not in "iu":
         raise ValueError(f"{name}: got {value.dtype}, expected integers")
     if value.size and not 0 <= value.min() <= value.max() < end:
@@ -111,34 +102,12 @@ def _integers(name: str, value: np.ndarray, end: int) -> np.ndarray:
     return value.astype(np.int32)
 
 
-def _image(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    """One that is to be filled has the size of the result; one to be varied has any."""
-    height, width = size if "mask" in part.keys else (None, None)
-    return _numbers("image", value, (height, width, 3), -1, 1)
-
-
-def _mask(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _numbers("mask", value, (*size, 1), 0, 1)
-
-
-def _low_res(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _numbers("low_res", value, (*latent, 3), -1, 1)
-
-
-def _depth(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _numbers("depth", value, (None, None, 1), -np.inf, np.inf)
-
-
-def _neighbours(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _numbers("neighbours", value, (None, part.width), -np.inf, np.inf)
-
-
-def _image_embedding(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
-    return _numbers("image_embedding", value, (part.width,), -np.inf, np.inf)
-
-
 def _numbers(
-    name: str, value: Any, shape: tuple[int | None, ...], low: float | int, high: float | int
+    name: str,
+    value: Any,
+    shape: tuple[int | None, ...],
+    low: float | int = -np.inf,
+    high: float | int = np.inf,
 ) -> np.ndarray:
     value = np.asarray(value, np.float32)
     value = _of_shape(name, value[None] if value.ndim == len(shape) else value, shape)
@@ -159,7 +128,7 @@ def _of_shape(name: str, value: np.ndarray, shape: tuple[int | None, ...]) -> np
     return value
 
 
-def _layout(part: Any, value: Any, size: Any, latent: Any) -> np.ndarray:
+def _layout(part: Any, value: Any) -> np.ndarray:
     """Sentences [N L] as they are, or objects (label, box), for one example or a list of them."""
     if isinstance(value, np.ndarray):
         value = value[None] if value.ndim == 1 else value
@@ -191,22 +160,35 @@ def _objects(example: Any) -> list[Object]:
     return objects
 
 
+def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
+    maps = np.asarray(value)
+    maps = _of_shape("segmentation", maps[None] if maps.ndim == 2 else maps, size)
+    return _integers("segmentation", maps, part.num_classes)
+
+
+def _image(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
+    """A picture with holes has the size of the result; a picture that is varied has any size."""
+    shape = (*size, 3) if "mask" in part.keys else (None, None, 3)
+    return _numbers("image", value, shape, -1, 1)
+
+
+# batch key -> how its value is read: (conditioner, value, (height, width), that of the latent)
 _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
-    "class_label": _class_labels,
-    "layout": _layout,
-    "segmentation": _segmentation,
-    "image": _image,
-    "mask": _mask,
-    "low_res": _low_res,
-    "noise_level": _noise_level,
-    "depth": _depth,
-    "neighbours": _neighbours,
-    "image_embedding": _image_embedding,
+    "class_label": lambda part, x, *_: _integers("class_labels", x, part.num_classes + 1),
+    "layout": lambda part, x, *_: _layout(part, x),
+    "segmentation": lambda part, x, size, _: _segmentation(part, x, size),
+    "image": lambda part, x, size, _: _image(part, x, size),
+    "mask": lambda part, x, size, _: _numbers("mask", x, (*size, 1), 0, 1),
+    "low_res": lambda part, x, _, latent: _numbers("low_res", x, (*latent, 3), -1, 1),
+    "noise_level": lambda part, x, *_: _integers("noise_level", x, part.max_noise_level),
+    "depth": lambda part, x, *_: _numbers("depth", x, (None, None, 1)),
+    "neighbours": lambda part, x, *_: _numbers("neighbours", x, (None, part.width)),
+    "image_embedding": lambda part, x, *_: _numbers("image_embedding", x, (part.width,)),
 }
 
 
 def in_range(images: Array | np.ndarray) -> jax.Array:
-    """The images, unless their pixels are 0 … 255. Under jit only their dtype is known."""
+    """The images; ValueError where their range isn't [-1, 1]. Under jit only the dtype counts."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
@@ -229,7 +211,7 @@ def known_image(
 ) -> dict[str, np.ndarray]:
     """The batch entries of image-to-image and inpainting: "known" and "hole", [total H W C].
 
-    varied: whether the image is the start of others. shape: (H, W, C) of the image.
+    varied: whether sampling starts from the image. shape: (H, W, C) of the image.
     """
     if image is None and mask is not None:
         raise ValueError("mask says where an image is made anew: give image, too")
@@ -240,13 +222,18 @@ def known_image(
     entries = {"image": _numbers("image", image, shape, -1, 1)}
     if mask is not None:
         entries["mask"] = _numbers("mask", mask, (*shape[:2], 1), 0, 1)
+    names = {"image": "known", "mask": "hole"}
+    return {names[name]: value for name, value in for_all(entries, total).items()}
+
+
+def for_all(entries: Mapping[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
+    """Entries [total ...] from entries for a single image or for all; ValueError for others."""
     for name, value in entries.items():
         if len(value) not in (1, total):
             raise ValueError(
                 f"{len(value)} of {name} for {total} images; give one, or one for each"
             )
-    names = {"image": "known", "mask": "hole"}
-    return {names[k]: np.repeat(x, total // len(x), 0) for k, x in entries.items()}
+    return {name: np.repeat(value, total // len(value), 0) for name, value in entries.items()}
 
 
 def texts(name: str, value: str | Sequence[str]) -> list[str]:

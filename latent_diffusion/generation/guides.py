@@ -1,33 +1,25 @@
-"""What steers an already trained model while it samples: a classifier, or a picture to resemble."""
+"""Guides that steer a trained model while it samples: a classifier, or a picture to resemble."""
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.generation.conditions import for_all
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
 from latent_diffusion.process import steering
 from latent_diffusion.process.diffusion import Denoiser
+from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Number, Params, lookup
+from latent_diffusion.types import Params, lookup
 
-# How far a picture is from its target -> the LPIPS net it needs, if any.
+# distance between a picture and its target -> the LPIPS net that it needs
 DISTANCES = {"l2": None, "lpips": "alex"}
-
-
-@dataclass(frozen=True)
-class Scales:
-    """How strongly, and by which distance; static, so that programs are told apart by it."""
-
-    classifier: Number = 1.0
-    target: Number = 1.0
-    distance: str = "l2"
 
 
 def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
@@ -41,26 +33,21 @@ def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) 
 def entries(
     classifier: NoisyClassifier | None, labels: Any, target: Any, channels: int, total: int
 ) -> dict[str, np.ndarray]:
-    """The batch entries [total ...] that a guide reads; ValueError for what doesn't fit."""
-    found = {}
+    """The batch entries [total ...] that a guide reads; ValueError for entries that don't fit."""
+    batch = {}
     if (classifier is None) != (labels is None):
         raise ValueError("a classifier guides to classes: give classifier and classifier_labels")
     if classifier is not None:
-        found["guide_label"] = np.atleast_1d(np.asarray(labels, np.int32))
+        batch["guide_label"] = np.atleast_1d(np.asarray(labels, np.int32))
         end = classifier.unet.out_channels
-        if not 0 <= found["guide_label"].min() <= found["guide_label"].max() < end:
+        if not 0 <= batch["guide_label"].min() <= batch["guide_label"].max() < end:
             raise ValueError(f"classifier_labels: {labels} must lie in [0, {end})")
     if target is not None:
         target = np.asarray(target, np.float32)
-        found["target"] = target[None] if target.ndim == 3 else target
-        if found["target"].ndim != 4 or found["target"].shape[3] != channels:
+        batch["target"] = target[None] if target.ndim == 3 else target
+        if batch["target"].ndim != 4 or batch["target"].shape[3] != channels:
             raise ValueError(f"target has shape {target.shape}, expected [N h w {channels}]")
-    for name, value in found.items():
-        if len(value) not in (1, total):
-            raise ValueError(
-                f"{len(value)} of {name} for {total} images; give one, or one for each"
-            )
-    return {name: np.repeat(value, total // len(value), 0) for name, value in found.items()}
+    return for_all(batch, total)
 
 
 def load_distance(name: str) -> Params | None:
@@ -75,9 +62,12 @@ def guide(
     first_stage: FirstStage,
     classifier: NoisyClassifier | None,
     distance: Params | None,
-    scales: Scales,
+    options: SamplingOptions,
 ) -> Callable[[Denoiser], Denoiser] | None:
-    """A wrapper of denoisers for what `entries` put into a batch; None where that is nothing."""
+    """A function that adds to a denoiser the guides of a batch (see `entries`); None without any.
+
+    options: hold the strengths of both guides, and the name of the distance to the target.
+    """
     if not {"guide_label", "target"} & set(batch):
         return None
 
@@ -85,15 +75,18 @@ def guide(
         if classifier is not None:
             label = batch["guide_label"]
             denoise = steering.by_classifier(
-                denoise, schedule, lambda z, t: classifier.log_prob(z, t, label), scales.classifier
+                denoise,
+                schedule,
+                lambda z, t: classifier.log_prob(z, t, label),
+                options.classifier_scale,
             )
         if "target" in batch:
-            target, net = jnp.asarray(batch["target"]), DISTANCES[scales.distance]
+            target, net = jnp.asarray(batch["target"]), DISTANCES[options.target_distance]
             compare: Any = None
             if net is not None:
                 compare = functools.partial(LPIPS(net).apply, {"params": distance or {}})
             likelihood = steering.toward(target, first_stage.decode, compare)
-            denoise = steering.by_likelihood(denoise, schedule, likelihood, scales.target)
+            denoise = steering.by_likelihood(denoise, schedule, likelihood, options.target_scale)
         return denoise
 
     return wrap

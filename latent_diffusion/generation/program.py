@@ -19,9 +19,10 @@ from latent_diffusion.types import Array, Batch
 
 
 def placed(owner: Any, networks: Any, mode: str) -> Any:
-    """Networks that belong to `owner` on the devices of a mode: placed once, freed with the owner.
+    """The networks of `owner` on the devices of a mode.
 
-    They are placed anew where the owner's parameters or the mode have changed since.
+    The first call places them there. Later calls reuse them, unless the owner's parameters or the
+    mode have changed. They are freed together with the owner.
     """
     leaves = jax.tree.leaves(networks)
     last_mode, last_leaves, result = vars(owner).get("_placed", (None, [], None))
@@ -44,9 +45,9 @@ def run(
 ) -> np.ndarray:
     """Images [N H W C], batch by batch.
 
-    networks: "first_stage" and "denoiser", and "classifier" and "distance" or None, in their
-    places. planned: timesteps, options and the weights of further prompts. batch: [N ...] entries.
-    latent: (h, w, c). Raises ValueError, in one line, where an image isn't finite.
+    networks: "first_stage", "denoiser", and "classifier" and "distance" (either may be None), on
+    their devices. planned: timesteps, options and the weights of further prompts. batch: [N ...]
+    entries. latent: (h, w, c). Raises ValueError, in one line, where an image isn't finite.
     """
     total = len(batch["index"])
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
@@ -62,10 +63,10 @@ def run(
 
 
 def batch_rows(total: int, batch_size: int, parts: int) -> int:
-    """How many images each batch of a call has, so that few programs serve calls of any size.
+    """The number of images in each batch, chosen so that few programs serve calls of any size.
 
-    A device gets 1, 4, 16 … images, or its part of batch_size: the number that takes least time if
-    a batch costs one image more than it has.
+    A device gets 1, 4, 16 … images, or its part of batch_size. The choice takes the least time if a
+    batch of n images takes as long as n + 1 images.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -93,9 +94,9 @@ def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, 
 
 @functools.lru_cache(maxsize=32)
 def _compiled(mode: str, latent: tuple[int, int, int], networks: Any, planned: Any) -> Any:
-    """The program for a size, and for the structures of networks and of what is planned.
+    """The program for a size of the latent and for the structures of its inputs.
 
-    Parameters are inputs of the program, which keeps none of them.
+    Parameters are inputs, too, so the program doesn't keep them in memory.
     """
 
     def step(leaves, planned, batch, rng, *, axis_name=None):
@@ -124,8 +125,7 @@ def _sample(
 
     hole, picture = batch.get("hole"), batch.get("known")
     tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
-    scales = guides.Scales(options.classifier_scale, options.target_scale, options.target_distance)
-    steer = (networks["classifier"], networks["distance"], scales)
+    steer = (networks["classifier"], networks["distance"], options)
     z_0 = denoiser.sample(
         keys,
         condition(),

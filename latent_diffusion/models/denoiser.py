@@ -39,10 +39,10 @@ BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
 
 
 class Prepared(flax.struct.PyTreeNode):
-    """A conditioning, and what the network computes from it alone, at every step: [B ...] leaves.
+    """A conditioning, and the network's intermediate results that don't depend on the latent.
 
-    of_context: keys and values of the cross-attention. of_timestep: projections of the timestep
-    embedding, [B N F] over the timesteps; None where they are the same for all examples.
+    of_context: keys and values of the cross-attention, [B ...]. of_timestep: projections of the
+    timestep embedding at all N timesteps, [B N F]; None where all examples share them.
     """
 
     conditioning: Conditioning
@@ -90,11 +90,11 @@ class Denoiser(flax.struct.PyTreeNode):
         shape: tuple[int, int, int],
         *conditionings: Conditioning,
     ) -> tuple[guidance.Network, tuple[Prepared, ...]]:
-        """Compute once what doesn't depend on the latent, for evaluations at the timesteps t.
+        """Compute everything that doesn't depend on the latent once, for all timesteps t.
 
-        Returns a network that takes a `Prepared` for a conditioning, and one for each conditioning:
-        it holds the cross-attention's keys and values, and every projection of the timestep's
-        embedding. The rest of it, traced on the way, is dead code to the compiler.
+        Returns a network that takes a `Prepared` in place of a conditioning, and a `Prepared` for
+        every conditioning. All of the network is traced to compute them; the compiler removes the
+        parts whose results nobody uses.
         """
         variables = {"params": self.params[self.name]}
 
@@ -201,14 +201,14 @@ def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Net
     """
 
     def over_tiles(z_t: Array, now: Array, prepared: Prepared) -> Array:
-        told, channels = prepared.conditioning, z_t.shape[-1]
+        conditioning, channels = prepared.conditioning, z_t.shape[-1]
 
         def on_tile(x: Array) -> Array:
-            beside = None if told.concat is None else x[..., channels:]
-            part = prepared.replace(conditioning=dataclasses.replace(told, concat=beside))
-            return network(x[..., :channels], now, part)
+            beside = None if conditioning.concat is None else x[..., channels:]
+            part = dataclasses.replace(conditioning, concat=beside)
+            return network(x[..., :channels], now, prepared.replace(conditioning=part))
 
-        parts = [z_t] if told.concat is None else [z_t, told.concat]
+        parts = [z_t] if conditioning.concat is None else [z_t, conditioning.concat]
         return tiled(on_tile, jnp.concatenate(parts, -1), side, overlap)
 
     return over_tiles

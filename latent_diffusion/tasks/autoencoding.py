@@ -33,7 +33,7 @@ from latent_diffusion.nets.quantizer import with_moved_codes
 from latent_diffusion.optimisation.micro_batches import in_parts
 from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
 from latent_diffusion.rng import example_keys, pmean
-from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
+from latent_diffusion.types import Array, Axis, Batch, Config, Float, Keys, Params, Rng, lookup
 
 Metrics = dict[str, jax.Array]
 
@@ -55,7 +55,7 @@ class State(flax.struct.PyTreeNode):
 
 
 class Constants(flax.struct.PyTreeNode):
-    """Everything that training uses and never changes. lpips: None without a perceptual loss."""
+    """Everything that training reads and never changes. lpips: None without a perceptual loss."""
 
     lpips: Params | None
 
@@ -119,7 +119,7 @@ class Autoencoding:
         return state, Constants(lpips)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
-        """The parts that a reader wants counted, by name."""
+        """The parts whose parameters `--dry_run` counts, by name."""
         return {
             "autoencoder": state.params["autoencoder"],
             "discriminator": state.disc_params,
@@ -127,13 +127,7 @@ class Autoencoding:
         }
 
     def train_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> tuple[State, Metrics]:
         """One update of generator and discriminator. axis_name: the mapped axis under pmap."""
         x = batch["image"]
@@ -247,33 +241,18 @@ class Autoencoding:
         return (x_rec, reg), (metrics, moved.get("codebook", {}))
 
     def eval_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
         """Per-example [B] errors of the posterior mode's reconstruction, by averaged parameters."""
         x = batch["image"]
         x_rec = self.reconstruct(state, x)
-        values = {
-            "l1": jnp.mean(jnp.abs(x - x_rec), (1, 2, 3)),
-            "psnr": psnr(x, x_rec),
-        }
+        values = {"l1": jnp.mean(jnp.abs(x - x_rec), (1, 2, 3)), "psnr": psnr(x, x_rec)}
         if self.perceptual is not None:
             values["lpips"] = self._distance(constants, x, x_rec)
         return values
 
     def show(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
         """Images to look at: inputs above their reconstructions."""
         x = batch["image"]
@@ -286,13 +265,13 @@ class Autoencoding:
         return out.x
 
     def _beside_condition(self, image: jax.Array, batch: Batch) -> jax.Array:
-        """What the discriminator sees: the image, with the channels of its condition if any."""
+        """The discriminator's input: the image, and the channels of a condition if there is one."""
         if not self.disc_condition:
             return image
         return jnp.concatenate([image, batch[self.disc_condition].astype(image.dtype)], -1)
 
     def _temperature(self, step: jax.Array) -> jax.Array:
-        """Of the Gumbel softmax: from the first value to the last, by equal factors."""
+        """The Gumbel softmax's temperature at a step; all steps change it by the same factor."""
         first, last = self.gumbel_temperature
         return first * (last / first) ** jnp.minimum(step / max(self.num_steps - 1, 1), 1.0)
 
@@ -351,11 +330,11 @@ def _with_latent_std(metrics: Metrics) -> Metrics:
 
 def make_autoencoding(config: Config) -> Autoencoding:
     """Build the task from a resolved experiment config."""
-    own = dict(config["autoencoding"])
-    disc, net = dict(own.pop("discriminator")), own.pop("perceptual")
-    own.pop("perceptual_path")  # read by the loop, which loads the weights
+    fields = dict(config["autoencoding"])
+    disc, net = dict(fields.pop("discriminator")), fields.pop("perceptual")
+    fields.pop("perceptual_path")  # read by the loop, which loads the weights
     disc_optimizer = dict(config["optimizer"]) | {
-        "learning_rate": own.pop("disc_learning_rate") or config["optimizer"]["learning_rate"]
+        "learning_rate": fields.pop("disc_learning_rate") or config["optimizer"]["learning_rate"]
     }
     return Autoencoding(
         autoencoder=make_autoencoder(config["autoencoder"]),
@@ -366,5 +345,5 @@ def make_autoencoding(config: Config) -> Autoencoding:
         ema_decay=config["ema_decay"],
         grad_accumulation=config["grad_accumulation"],
         num_steps=config["num_steps"],
-        **own,
+        **fields,
     )

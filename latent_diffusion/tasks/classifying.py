@@ -2,9 +2,9 @@
 
     L = E over z_0, eps, t of  −log p(label | z_t, t)
 
-The latents, their scale and the noise are those of the denoiser that is to be guided, whose workdir
-`first_stage.path` names. Any timestep occurs, and the last ones can't be told apart: what counts is
-the accuracy by timestep, which evaluation reports.
+`first_stage.path` names the workdir of the denoiser that the classifier will guide: both share its
+latents, their scale and the noise. Training draws every timestep. At the last ones hardly anything
+is left of the image, so evaluation reports the accuracy at several timesteps.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from latent_diffusion.rng import (
     uniform_per_example,
 )
 from latent_diffusion.tasks.denoising import Constants, Metrics, State
-from latent_diffusion.types import Array, Batch, Config, Keys, Params
+from latent_diffusion.types import Array, Axis, Batch, Config, Keys, Params, Rng
 
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of the timesteps, at which evaluation asks for the class
 
@@ -60,20 +60,14 @@ class Classifying:
         return state, Constants(first_stage)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
-        """The parts that a reader wants counted, by name."""
+        """The parts whose parameters `--dry_run` counts, by name."""
         return {
             "classifier": state.params["unet"],
             "first stage (frozen)": constants.first_stage.params,
         }
 
     def train_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> tuple[State, Metrics]:
         """One update of the classifier. axis_name: the mapped axis under pmap."""
         rng = jax.random.fold_in(rng, state.step)
@@ -96,34 +90,22 @@ class Classifying:
         return state, {**metrics, "grad_norm": global_norm(grads)}
 
     def eval_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
         """Per-example [B] loss and hits of the averaged parameters, at each of some timesteps."""
         labels = batch["class_label"]
         keys = example_keys(rng, labels.shape[0], axis_name)
         z_0 = constants.first_stage.encode(batch)
-        found: Metrics = {}
+        values: Metrics = {}
         for share in SHARES:
             at = int(share * self.classifier.schedule.num_timesteps)
             t = jnp.full(labels.shape, at)
             seen = self._scores(state.ema_params, z_0, t, keys, labels)
-            found |= {f"{name}_{at}": value for name, value in seen.items()}
-        return found
+            values |= {f"{name}_{at}": value for name, value in seen.items()}
+        return values
 
     def show(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
         """Images to look at: what is left of them half way through the noise."""
         keys = example_keys(rng, batch["class_label"].shape[0], axis_name)
@@ -148,16 +130,17 @@ class Classifying:
         classifier = self.classifier.replace(params=params["unet"])
         logits = classifier.logits(z_t, t, dropout is not None, dropout)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        own = jnp.take_along_axis(logits, labels[:, None], 1)
-        rank = jnp.sum(logits > own, axis=1)
+        right = jnp.take_along_axis(logits, labels[:, None], 1)
+        rank = jnp.sum(logits > right, axis=1)
         hits = {"accuracy": rank < 1, "accuracy_5": rank < 5}
         return {"loss": loss, **{name: hit.astype(jnp.float32) for name, hit in hits.items()}}
 
 
 def make_classifying(config: Config) -> Classifying:
     """Build the task from a resolved experiment config."""
-    size, own = config["data"]["image_size"], config["classifier"]
-    unet = make_network("unet", config["unet"], out_channels=own["num_classes"], pool=own["pool"])
+    size, fields = config["data"]["image_size"], config["classifier"]
+    sizes = {"out_channels": fields["num_classes"], "pool": fields["pool"]}
+    unet = make_network("unet", config["unet"], **sizes)
     return Classifying(
         classifier=NoisyClassifier({}, schedule_of(config["diffusion"]), unet),
         autoencoder=make_autoencoder(config["autoencoder"]),

@@ -2,9 +2,8 @@
 
     L = E over z_0 = E(x), t, eps of  w_t · ‖ target(z_0, eps, t) − network(z_t, t, conditioning) ‖²
 
-The first stage is frozen, and so are pretrained conditioners: they travel in `constants`, so they
-have no gradient, no optimiser slot and no moving average. The order of `train_step` is fixed, and
-nothing else draws noise.
+The first stage and pretrained conditioners are frozen. They are part of `constants`, so they have
+neither a gradient nor an optimiser slot nor a moving average.
 """
 
 from dataclasses import dataclass
@@ -22,19 +21,9 @@ from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
+from latent_diffusion.process import objectives
 from latent_diffusion.process.diffusion import prediction_target, prior_bits_per_dim, q_sample
 from latent_diffusion.process.guidance import paste
-from latent_diffusion.process.objectives import (
-    LOSS_WEIGHTS,
-    LOSSES,
-    TIMESTEP_SAMPLING,
-    importance_weights,
-    loss_density,
-    offset_noise,
-    perturb_input,
-    update_squares,
-    weigh_by_logvar,
-)
 from latent_diffusion.process.plan import plan
 from latent_diffusion.rng import (
     bernoulli_per_example,
@@ -44,7 +33,7 @@ from latent_diffusion.rng import (
     sampling_keys,
     split_per_example,
 )
-from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
+from latent_diffusion.types import Array, Axis, Batch, Config, Keys, Params, Rng, lookup
 
 Metrics = dict[str, jax.Array]
 
@@ -78,13 +67,14 @@ class State(flax.struct.PyTreeNode):
 
 
 class Constants(flax.struct.PyTreeNode):
-    """Everything that training uses and never changes.
+    """Everything that training reads and never changes.
 
-    base: the adapted parameters under a low-rank adaptation, where only its factors are trained.
+    conditioner: pretrained parts, by name. base: the adapted parameters of a low-rank adaptation,
+    which trains its factors alone.
     """
 
     first_stage: FirstStage
-    conditioner: Params = flax.struct.field(default_factory=dict)  # pretrained parts, by name
+    conditioner: Params = flax.struct.field(default_factory=dict)
     base: Params = None
 
 
@@ -117,18 +107,17 @@ class Denoising:
         """
         key_f, key_c, key_u = jax.random.split(rng, 3)
         one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
-        image = self._image(1)
+        image = jnp.zeros((1, *self.image_shape))
         first_stage = init_first_stage(self.autoencoder, key_f, image)
         z = first_stage.encode({"image": image})
+        name, network = self.denoiser.name, self.denoiser.network
         conditioner, drop = self.denoiser.conditioner, jnp.zeros(1, bool)
-        told = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
-        conditioning, variables = conditioner.init_with_output(key_c, told, drop)
-        found = variables.get("params", {})
+        entries = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
+        conditioning, variables = conditioner.init_with_output(key_c, entries, drop)
+        conditioners = variables.get("params", {})
         params = {
-            self.denoiser.name: self.denoiser.network.init(key_u, z, jnp.zeros(1), conditioning)[
-                "params"
-            ],
-            "conditioner": {k: v for k, v in found.items() if k not in self.pretrained},
+            name: network.init(key_u, z, jnp.zeros(1), conditioning)["params"],
+            "conditioner": {k: v for k, v in conditioners.items() if k not in self.pretrained},
         }
         base = None
         if self.lora is not None:
@@ -145,35 +134,22 @@ class Denoising:
             opt_state=self.tx.init(params),
             squares=jnp.ones(num_timesteps) if follows_loss else None,
         )
-        frozen = {k: v for k, v in found.items() if k in self.pretrained}
+        frozen = {k: v for k, v in conditioners.items() if k in self.pretrained}
         return state, Constants(first_stage, frozen, base)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
-        """The parts that a reader wants counted, by name."""
-        frozen = {f"{name} (frozen)": tree for name, tree in constants.conditioner.items()}
-        if self.lora is not None:
-            return {
-                "lora": state.params["lora"],
-                "denoiser (frozen)": constants.base[self.denoiser.name],
-                "conditioner (frozen)": constants.base["conditioner"],
-                **frozen,
-                "first stage (frozen)": constants.first_stage.params,
-            }
-        return {
-            "denoiser": state.params[self.denoiser.name],
-            "conditioner": state.params["conditioner"],
-            **frozen,
-            "first stage (frozen)": constants.first_stage.params,
-        }
+        """The parts whose parameters `--dry_run` counts, by name."""
+        name = self.denoiser.name
+        if self.lora is None:
+            parts = {"denoiser": state.params[name], "conditioner": state.params["conditioner"]}
+        else:
+            parts = {"lora": state.params["lora"], "denoiser (frozen)": constants.base[name]}
+            parts["conditioner (frozen)"] = constants.base["conditioner"]
+        parts |= {f"{name} (frozen)": tree for name, tree in constants.conditioner.items()}
+        return {**parts, "first stage (frozen)": constants.first_stage.params}
 
     def train_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> tuple[State, Metrics]:
         """One update of network and conditioner. axis_name: the mapped axis under pmap."""
         rng = jax.random.fold_in(rng, state.step)
@@ -193,57 +169,41 @@ class Denoising:
         return state, {"loss": loss, "simple": simple, "grad_norm": global_norm(grads)}
 
     def eval_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
         """Per-example [B] losses of the averaged parameters, conditioning never dropped.
 
-        prior_bits: what the last timestep's noise still tells of the image, per dimension.
+        prior_bits: bits per dimension that z_T still holds about the image.
         """
         keys = example_keys(rng, _batch_size(batch), axis_name)
         seen = self._loss(state.ema_params, state.squares, constants, batch, keys)
         return {name: seen[name] for name in ("loss", "simple", "prior_bits")}
 
     def show(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
         size = _batch_size(batch)
         denoiser = self._with_params(state.ema_params, constants)
         keys = sampling_keys(example_keys(rng, size, axis_name))
         timesteps, options = plan(denoiser.schedule, denoiser.prediction, self.sampling, {})
-        latent = jax.eval_shape(constants.first_stage.encode, {"image": self._image(1)}).shape[1:]
-        told = denoiser.conditioner.prepare(
-            batch, constants.first_stage, latent[:2], keys.conditions
-        )
-        conditioning = denoiser.condition(told, jnp.zeros(size, bool))
-        null = denoiser.condition(told, jnp.ones(size, bool))
+        first_stage, image = constants.first_stage, jnp.zeros((1, *self.image_shape))
+        latent = jax.eval_shape(first_stage.encode, {"image": image}).shape[1:]
+        entries = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
+        conditioning = denoiser.condition(entries, jnp.zeros(size, bool))
+        null = denoiser.condition(entries, jnp.ones(size, bool))
         z_0 = denoiser.sample(keys, conditioning, null, timesteps, latent, options)
-        images = {"samples": constants.first_stage.decode(z_0)}
-        if "mask" in told:
+        images = {"samples": first_stage.decode(z_0)}
+        if "mask" in entries:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
     def _with_params(self, params: Params, constants: Constants) -> Denoiser:
-        """The denoiser with what is trained, what that adapts, and the frozen conditioners."""
+        """The denoiser with its trained (or adapted) parameters and the frozen conditioners."""
         if self.lora is not None:
             params = low_rank.merge(constants.base, params["lora"], self.lora["alpha"])
         conditioner = {**params["conditioner"], **constants.conditioner}
         return self.denoiser.replace(params={**params, "conditioner": conditioner})
-
-    def _image(self, batch_size: int) -> Float[Array, "B H W C"]:
-        return jnp.zeros((batch_size, *self.image_shape))
 
     def _loss(
         self,
@@ -256,7 +216,8 @@ class Denoising:
     ) -> dict[str, Array]:
         """Eq. 3 of the paper, per example. dropout: the keys of training; None in evaluation.
 
-        loss: what training minimises. simple: the bare error. t: the timesteps drawn.
+        Returns among others "loss", which training minimises, "simple", the error without weights,
+        and "t", the random timesteps.
         """
         train = dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
@@ -266,21 +227,23 @@ class Denoising:
         t, unbias = self._timesteps(k_t, squares if train else None)
         eps = normal_per_example(k_eps, z_0.shape[1:])
         if self.offset_noise:
-            eps = offset_noise(k_offset, eps, self.offset_noise)
+            eps = objectives.offset_noise(k_offset, eps, self.offset_noise)
         noise = eps
         if train and self.input_perturbation:
-            noise = perturb_input(k_input, eps, self.input_perturbation)
+            noise = objectives.perturb_input(k_input, eps, self.input_perturbation)
         z_t = q_sample(schedule, z_0, t, noise)
-        told = denoiser.conditioner.prepare(batch, constants.first_stage, z_t.shape[1:3], k_cond)
+        size = z_t.shape[1:3]
+        entries = denoiser.conditioner.prepare(batch, constants.first_stage, size, k_cond)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
-        pred = denoiser.denoise(z_t, t, denoiser.condition(told, drop), train, dropout)
+        pred = denoiser.denoise(z_t, t, denoiser.condition(entries, drop), train, dropout)
         target = prediction_target(kind, schedule, z_0, eps, t)
-        simple = lookup(LOSSES, self.loss, "loss")(pred, target)
-        loss = lookup(LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)[t] * simple
+        simple = lookup(objectives.LOSSES, self.loss, "loss")(pred, target)
+        weights = lookup(objectives.LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)
+        loss = weights[t] * simple
         if self.learn_logvar:
-            loss = weigh_by_logvar(loss, params["logvar"][t])
+            loss = objectives.weigh_by_logvar(loss, params["logvar"][t])
         if self.elbo_weight:
-            loss = loss + self.elbo_weight * LOSS_WEIGHTS["elbo"](schedule, kind)[t] * simple
+            loss = loss + self.elbo_weight * objectives.elbo(schedule, kind)[t] * simple
         bits = prior_bits_per_dim(schedule, z_0)
         seen = {"loss": unbias * loss, "objective": loss, "simple": simple, "t": t}
         return {**seen, "prior_bits": bits}
@@ -289,24 +252,24 @@ class Denoising:
         """Timesteps [B], and the factor [B] that keeps the mean of their losses unbiased."""
         schedule = self.denoiser.schedule
         if self.timestep_sampling != "loss":
-            draw = lookup(TIMESTEP_SAMPLING, self.timestep_sampling, "timestep_sampling")
+            draw = lookup(objectives.TIMESTEP_SAMPLING, self.timestep_sampling, "timestep_sampling")
             return draw(keys, schedule), 1.0
         if squares is None:  # evaluation: the plain mean
-            return TIMESTEP_SAMPLING["uniform"](keys, schedule), 1.0
-        density = loss_density(squares)
-        t = TIMESTEP_SAMPLING["importance"](keys, schedule, density=density)
-        return t, importance_weights(density)[t]
+            return objectives.uniform(keys, schedule), 1.0
+        density = objectives.loss_density(squares)
+        t = objectives.importance(keys, schedule, density=density)
+        return t, objectives.importance_weights(density)[t]
 
     def _update_squares(
         self, squares: Array | None, seen: dict[str, Array], axis_name: str | None
     ) -> Array | None:
-        """The losses of the global batch, remembered for the next draw of timesteps."""
+        """Add the losses of the global batch to the average that the next timesteps depend on."""
         if squares is None:
             return None
         t, losses = seen["t"], seen["objective"]
         if axis_name is not None:
             t, losses = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (t, losses))
-        return update_squares(squares, t, losses)
+        return objectives.update_squares(squares, t, losses)
 
 
 def _batch_size(batch: Batch) -> int:
@@ -317,7 +280,12 @@ def make_denoising(config: Config) -> Denoising:
     """Build the task from a resolved experiment config."""
     autoencoder = make_autoencoder(config["autoencoder"])
     conditioner = make_conditioner(config["conditioners"])
-    own, size = config["diffusion"], config["data"]["image_size"]
+    size = config["data"]["image_size"]
+    objective = {
+        name: value
+        for name, value in config["diffusion"].items()
+        if name in Denoising.__dataclass_fields__
+    }
     denoiser = make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels)
     plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})  # refuses bad options now
     return Denoising(
@@ -326,16 +294,9 @@ def make_denoising(config: Config) -> Denoising:
         tx=make_optimizer(config["optimizer"], config["num_steps"]),
         image_shape=(size, size, config["autoencoder"]["image_channels"]),
         sampling=config["sampling"],
-        loss=own["loss"],
-        loss_weight=own["loss_weight"],
-        timestep_sampling=own["timestep_sampling"],
-        elbo_weight=own["elbo_weight"],
-        learn_logvar=own["learn_logvar"],
-        offset_noise=own["offset_noise"],
-        input_perturbation=own["input_perturbation"],
-        drop_rate=own["drop_rate"],
         ema_decay=config["ema_decay"],
         lora=config["lora"] if config["lora"]["rank"] else None,
         pretrained=frozenset(config["pretrained"]),
         grad_accumulation=config["grad_accumulation"],
+        **objective,
     )
