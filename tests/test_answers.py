@@ -174,6 +174,10 @@ def test_a_classifier_is_evaluated_by_its_averaged_parameters():
     assert set(seen) == {f"{k}_{t}" for k in ("loss", "accuracy", "accuracy_5")
                          for t in (0, 250, 500, 750)}  # fmt: skip
     CLOSE(seen["loss_250"], -jax.nn.log_softmax(average["unet"]["scores"])[LABELS])
+    shown = task.show(state, Constants(first_stage()), BATCH, RNG)
+    z_t = (np.concatenate([shown[name] for name in ("inputs", "noised")]) - SHIFT) * SCALE
+    noise = z_t[4:] - float(make_schedule().alphas[500]) * z_t[:4]
+    np.testing.assert_allclose(np.std(noise), make_schedule().sigmas[500], rtol=0.15)
     assert seen["accuracy_0"].tolist() == [1, 0, 0, 0]
     after, metrics = task.train_step(state, Constants(first_stage()), BATCH, RNG)
     shares = np.bincount(LABELS, minlength=3) / 4
@@ -247,6 +251,22 @@ def test_more_prompts_are_added_with_their_weights():
     direction = wanted - untold + 0.5 * (more[0] - untold) - 0.25 * (more[1] - untold)
     images = sample(more_prompts=[("green", 0.5), ("cat", -0.25)])
     CLOSE(images, pixels(untold + 3.0 * direction))
+
+
+def test_a_picture_starts_at_the_noise_of_the_first_step_that_is_left():
+    """The network's answer is z_t, in which the picture has the amplitude of this timestep."""
+    made, start = model(TEXT, gain=1.0), np.zeros((2, SIDE, SIDE, 3), np.float32)
+    given = {"image": IMAGES[:1], "strength": 0.5, "num_steps": 2, "z_T": start}
+    images = sample(made=made, guidance_scale=1.0, **given)
+    alpha = float(make_schedule().alphas[499])
+    z_0 = alpha * (IMAGES[:1] - SHIFT) * SCALE
+    CLOSE(images, np.clip(pixels(told(*PROMPTS)) + z_0 / SCALE, -1, 1))
+
+
+def test_a_bound_on_estimates_reaches_samplers_that_read_the_noise_alone():
+    z_0 = np.clip((pixels(told(*PROMPTS)) - SHIFT) * SCALE, -0.01, 0.01)
+    images = sample(sampler="lms", clip_x0=0.01, guidance_scale=1.0)
+    CLOSE(images, z_0 / SCALE + SHIFT)
 
 
 def test_outside_the_interval_there_is_no_guidance():
@@ -397,6 +417,8 @@ def test_a_condition_reaches_the_network(argument):
     )
     assert np.abs(one - other).max() > 1e-3
     told = [made.condition(rng=RNG, **{**others, argument: value}) for value in values]
+    answer = made.denoise(jnp.zeros((1, SIDE, SIDE, 3)), jnp.zeros(1), told[0])
+    CLOSE(one, made.decode(answer))  # a sample is told the same as `condition` says
     leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(each)]) for each in told]
     assert np.abs(leaves[0] - leaves[1]).max() > 1e-3
 
@@ -459,6 +481,28 @@ def test_pixels_outside_the_hole_never_went_through_the_first_stage():
     hole[:, :, 2:] = 1.0
     images = sample(made=made, image=IMAGES[:1], mask=hole)
     np.testing.assert_array_equal(images[:, :, :2], np.repeat(IMAGES[:1, :, :2], 2, 0))
+
+
+class Coarse(Identity):
+    """A first stage that halves both sides."""
+
+    downsampling = 2
+
+    def encode(self, x):
+        return x[:, ::2, ::2]
+
+    def decode(self, z):
+        return jnp.repeat(jnp.repeat(z, 2, 1), 2, 2)
+
+
+def test_a_latent_with_any_pixel_of_the_hole_is_made_anew():
+    made = model(TEXT)
+    made = made.replace(first_stage=made.first_stage.replace(module=Coarse(3)), image_size=2 * SIDE)
+    hole = np.zeros((1, 2 * SIDE, 2 * SIDE, 1), np.float32)
+    hole[:, 3, 4] = 1.0
+    known = np.full((1, 2 * SIDE, 2 * SIDE, 3), 0.9, np.float32)
+    images = sample(made=made, image=known, mask=hole, guidance_scale=1.0)
+    CLOSE(images[:, 3, 4], pixels(told(*PROMPTS))[:, 1, 2])
 
 
 def test_previews_are_estimates_of_the_latents():

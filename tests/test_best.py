@@ -17,10 +17,10 @@ from latent_diffusion.training.best import Best
 def test_the_best_state_is_kept_across_restarts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
 
-    def offer(step, value, mode="max"):
-        with Best(tmp_path, "eval_psnr", mode) as best:
+    def offer(step, value, mode="max", metric="eval_psnr"):
+        with Best(tmp_path, metric, mode) as best:
             state = SimpleNamespace(ema_params={"x": jnp.full(2, value)}, opt_state=jnp.ones(3))
-            return best.offer(step, state, {"eval_psnr": value})
+            return best.offer(step, state, {metric: value})
 
     assert [offer(*pair) for pair in ((1, 20.0), (2, float("nan")), (3, 25.0), (4, 24.0))] == [
         *(True, False, True, False)
@@ -31,6 +31,7 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
     with Checkpointer(tmp_path / "best" / "checkpoints", read_only=True) as checkpoints:
         np.testing.assert_array_equal(checkpoints.restore().state["ema_params"]["x"], [25, 25])
         assert checkpoints.all_steps() == [3]
+    assert offer(5, 30.0, "min", "eval_fd")  # the first value of another number
     with Best(tmp_path, "eval_fd", "min") as best, pytest.raises(ValueError, match=r"eval_psnr"):
         best.offer(5, {}, {"eval_psnr": 1.0})
     with pytest.raises(ValueError, match=r"checkpoint\.best_mode 'low'; known: max, min"):

@@ -176,6 +176,15 @@ def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, t
             for b in (again, bundle)))  # fmt: skip
 
 
+def test_a_shift_of_the_latents_is_read(tmp_path):
+    bundle = make_bundle("text")
+    convert.write(replace(bundle, unet=None, conditioners={}), tmp_path, "diffusers")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "shift_factor": 0.5}))
+    read = convert.read(tmp_path)
+    assert (read.scale_factor, read.shift) == (0.25, 0.5)
+
+
 def test_boxes_are_told_from_words_by_their_number():
     fields = dict(vocab_size=8192, max_length=92, width=16, depth=1, num_heads=8, head_dim=64)
     inner = part(fields, text.shapes(fields)).params

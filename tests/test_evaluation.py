@@ -1,16 +1,22 @@
 """Scores against closed forms, and against themselves under other batches; bad input is named."""
 
 import json
+from types import SimpleNamespace
 
+import answers
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 from PIL import Image
 
-from latent_diffusion.evaluate import inception, scores
+from latent_diffusion import data
+from latent_diffusion.convert import clip
+from latent_diffusion.evaluate import features, inception, scores
+from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.clip_score import measure_clip_score
 from latent_diffusion.evaluate.collect import collect
-from latent_diffusion.evaluate.features import make_features
+from latent_diffusion.evaluate.features import FeatureNet, make_features
 from latent_diffusion.evaluate.frechet import (
     Gaussian,
     combined,
@@ -26,7 +32,9 @@ from latent_diffusion.evaluate.inception_score import inception_score, measure_i
 from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
 from latent_diffusion.evaluate.resize import FILTERS
+from latent_diffusion.generation import loading
 from latent_diffusion.nets.losses.similarity import psnr, ssim
+from latent_diffusion.runtime import workdir
 
 RNG = np.random.default_rng(0)
 
@@ -207,6 +215,8 @@ def test_results_bear_the_name_of_their_features():
     ]
     theirs = scores.score(["fid", "kid", "is", "pr"], arrays, reference, "inception")
     assert list(theirs) == ["fid", "kid", "inception_score", "precision", "recall"]
+    narrow = scores.score(["pr"], {"features": 0.1 * x}, reference, "inception")
+    assert narrow["recall"].value < 0.5 < narrow["precision"].value
     assert theirs["fid"].value == pytest.approx(frechet_distance(gaussian(x), gaussian(y)))
     with pytest.raises(ValueError, match="fid means Inception features, not 'alexnet'; fd is"):
         scores.check_metrics(["fid"], "alexnet")
@@ -254,9 +264,40 @@ def test_folders_with_something_wrong_are_named(tmp_path):
         open_images(str(tmp_path / "floats.npz"))
 
 
-def test_folders_are_scored_by_the_command(tmp_path):
-    from latent_diffusion.evaluate.__main__ import evaluate
+def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypatch):
+    """In its workdir: another guidance makes other samples, another metric needs other features."""
+    config = several.make_config(**{"data.image_size": answers.SIDE})
+    workdir.save_config(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    pictures = RNG.integers(0, 256, (24, answers.SIDE, answers.SIDE, 3)).astype(np.uint8)
+    source = data.ArraySource({"image": pictures, "caption": ["red cat", "blue dog"] * 12})
+    monkeypatch.setattr(data, "make_source", lambda config, split: source)
+    monkeypatch.setattr(loading, "load", lambda path: answers.model(answers.TEXT))
+    net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
+    monkeypatch.setattr(features, "make_features", lambda *given: net)
+    colours = SimpleNamespace(
+        params={},
+        of_images=lambda params, images: images.mean((1, 2)),
+        embed_texts=lambda texts: np.ones((len(texts), 3)),
+    )
+    monkeypatch.setattr(clip, "load_clip", lambda path: colours)
 
+    def record(*metrics, **options):
+        options |= {"features": "alexnet", "num_images": 24, "clip_path": "there"}
+        return evaluate(workdir=str(tmp_path), metrics=list(metrics), **options)
+
+    def score(*metrics, scale=1.0):
+        return record(*metrics, guidance_scale=scale)["metrics"]
+
+    first = score("fd")
+    assert score("fd", scale=3.0) != first == score("fd")
+    alone = score("clip")
+    assert score("fd", "clip") == pytest.approx({**first, **alone})
+    assert record("fd")["reference"] == "synthetic@train"
+    assert record("psnr")["images"] == "synthetic@test"  # of the first stage
+
+
+def test_folders_are_scored_by_the_command(tmp_path):
     write_pictures(tmp_path / "a", 24)
     write_pictures(tmp_path / "b", 24, start=100)
     np.savez(tmp_path / "b.npz", open_images(str(tmp_path / "b")).read(0, 24))

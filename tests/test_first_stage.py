@@ -14,6 +14,7 @@ from latent_diffusion.models.first_stage import (
     with_measured_scale,
 )
 from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.rng import normal_per_example
 from latent_diffusion.trees import check_same_tree
 
 
@@ -42,6 +43,21 @@ def test_channel_scale_gives_every_channel_mean_0_and_variance_1():
     scaled = np.asarray(first_stage.encode({"image": z}))
     np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(scaled.std((0, 1, 2)), 1, atol=1e-4)
+
+
+class Blurred(Identity):
+    """Pixels whose posterior has variance 1."""
+
+    def latents(self, moments, keys=None):
+        return moments if keys is None else moments + normal_per_example(keys, moments.shape[1:])
+
+
+def test_the_scale_is_that_of_drawn_latents():
+    plain = FirstStage({}, jnp.ones(()), jnp.zeros(()), Blurred())
+    batch = {"image": jnp.zeros((8, 16, 16, 3))}
+    sums = [latent_sums({}, plain, batch, jax.random.key(0))[1]]
+    measured = with_measured_scale(plain, sums, "scalar")
+    np.testing.assert_allclose(measured.scale_factor, 1.0, rtol=0.05)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

@@ -28,4 +28,4 @@ def test_a_mutant_changes_one_line_and_its_tests_exist(file):
 
 
 def test_there_are_enough_mutants():
-    assert len(read_mutants()) >= 80
+    assert len(read_mutants()) >= 151

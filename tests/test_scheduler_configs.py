@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion.convert.scheduler import SCHEDULERS, from_diffusers
+from latent_diffusion.convert.scheduler import ASSUMED, SCHEDULERS, from_diffusers, to_diffusers
 from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.process.diffusion import PREDICTIONS
 from latent_diffusion.process.plan import own_options, plan
@@ -87,6 +87,20 @@ def test_every_scheduler_has_a_sampler_that_takes_its_settings(name, spacing):
     table = SAMPLERS[options.sampler].table(schedule, timesteps, **own_options(options))
     for coefficients in jax.tree.leaves(table):
         assert np.all(np.isfinite(coefficients))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule": "linear", "prediction": "v", "zero_terminal_snr": True},
+        {"schedule": "sqrt_linear", "prediction": "x0", "num_timesteps": 500},
+        {"schedule": "cosine", "beta_start": 0.001, "beta_end": 0.01},
+    ],
+    ids=lambda fields: fields["schedule"],
+)
+def test_the_noise_of_a_model_is_written_and_read(fields):
+    diffusion = {**ASSUMED, **fields}
+    assert from_diffusers(to_diffusers(diffusion))[0] == diffusion
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from latent_diffusion import data
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock, load_tree
-from latent_diffusion.training import init_from, loop, settings
+from latent_diffusion.training import init_from, loop, settings, stages
 from latent_diffusion.training.start import resolve, start
 from latent_diffusion.training.tokenizer import make_tokenizer
 
@@ -151,6 +151,15 @@ def test_a_field_that_files_decided_may_be_asked_for_as_before(runs, tmp_path):
     config.autoencoder.channels = 64
     with pytest.raises(ValueError, match=r"autoencoder.channels=64, but the run in .* has 8"):
         settings.continued(config, resolved, tmp_path)
+
+
+def test_a_classifier_takes_the_noise_and_the_latents_of_its_denoiser(tmp_path):
+    theirs = few("denoising", **{"diffusion.schedule": "sqrt", "diffusion.num_timesteps": 50})
+    workdir.save_config(theirs, tmp_path)
+    config = few("classifying", **{"first_stage.path": str(tmp_path), "autoencoder.channels": 16})
+    resolved = stages.resolve(config)
+    for section in ("diffusion", "autoencoder"):
+        assert settings.flat(resolved[section]) == settings.flat(theirs[section])
 
 
 @pytest.mark.parametrize("field", ["data.dir", "first_stage.path"])

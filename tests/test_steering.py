@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import make_config
 
 from latent_diffusion.generation import guides
+from latent_diffusion.generation.loading import load_classifier
 from latent_diffusion.models.first_stage import init_first_stage
 from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.nets.losses.perceptual import LPIPS
@@ -17,6 +19,10 @@ from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule, spacing
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 SCHEDULE = make_schedule()
 SCHEDULES = {
@@ -150,6 +156,29 @@ def test_half_a_unet_scores_classes(pool):
     if pool == "attention":
         np.testing.assert_allclose(count / 1e6, 111.6, atol=0.05)
     assert not any(name.startswith("output_blocks") for name in variables["params"])
+
+
+def test_a_classifier_is_loaded_with_its_averaged_parameters(tmp_path):
+    config = make_config("classifying", **{"data.image_size": 8, "unet.attention_resolutions": ()})
+    config.autoencoder.regularization = "identity"
+    workdir.save_config(config, tmp_path)
+    task = TASKS["classifying"](config)
+    shapes, _ = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        state = {
+            name: jax.tree.map(
+                lambda x, value=value: np.full(x.shape, value, x.dtype), shapes.params
+            )
+            for name, value in (("params", 1), ("ema_params", 2))
+        }
+        checkpoints.save(1, state)
+    loaded = load_classifier(tmp_path)
+    assert loaded.unet.out_channels == task.classifier.unet.out_channels
+    assert {float(np.unique(x).item()) for x in jax.tree.leaves(loaded.params)} == {2.0}
+    config.task = "denoising"
+    workdir.save_config(config, tmp_path)
+    with pytest.raises(ValueError, match="holds a run of 'denoising', not of a classifier"):
+        load_classifier(tmp_path)
 
 
 def test_a_target_pulls_by_the_perceptual_distance():

@@ -271,6 +271,21 @@ def test_the_seed_orders_the_data(tmp_path):
     assert np.abs(first - other).max() > 0.1
 
 
+def test_a_run_learns_from_one_split_and_is_evaluated_on_the_other(tmp_path, monkeypatch):
+    sources = {
+        split: data.ArraySource(
+            {"image": np.full((8, 8, 8, 3), level, np.uint8), "caption": ["red circle"] * 8}
+        )
+        for split, level in (("train", 0), ("test", 255))
+    }
+    monkeypatch.setattr(data, "make_source", lambda config, split: sources[split])
+    monkeypatch.setattr(start, "Evaluator", lambda *given: given)
+    fields = {"parallel.mode": "single", "first_stage.normalization": "none"}
+    run = started(tmp_path, **fields, **{"first_stage.cache": False})
+    assert set(np.unique(next(run.batches)["image"])) == {-1.0}
+    assert sources["test"] in run.evaluator and sources["train"] not in run.evaluator
+
+
 def pictures(count):
     """A source of `count` pictures, ever brighter, with their numbers for labels."""
     noise = np.random.default_rng(0).integers(0, 90, (count, 8, 8, 3))

@@ -171,15 +171,11 @@ def _score_samples(o: dict[str, Any], cache: Path, config: Any) -> dict[str, Any
     images = _sample_set(o, config)
     count = _count(o, images.count, images.name)
     captions = None if clip is None else _captions(o, images, count)
+    both = net if clip is None else with_clip(net, clip)
+    nets = {"features": both.name, "clip_path": None if clip is None else o["clip_path"]}
+    folder = _folder(cache, {**o, **nets}, "samples", images.name, count)
     with _progress(count) as report:
-        arrays = collect_features(
-            images.read,
-            count,
-            net if clip is None else with_clip(net, clip),
-            _folder(cache, o, "samples", images.name, count),
-            o["batch_size"],
-            report,
-        )
+        arrays = collect_features(images.read, count, both, folder, o["batch_size"], report)
     if clip is not None and captions is not None:
         arrays["captions"] = clip.embed_texts(captions)
     if o["save_reference"] and jax.process_index() == 0:
