@@ -1,4 +1,4 @@
-"""Paths of trees: the '/'-joined names by which rules, messages and files call the leaves."""
+"""Leaves of trees by their paths: '/'-joined names, which rules, messages and files share."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from latent_diffusion.types import PyTree
 
 
 def path_string(path: Any) -> str:
-    """The '/'-joined form of a tree path: the text that every rule over paths is searched in."""
+    """The '/'-joined form of a tree path: rules over paths search in this text."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
@@ -18,15 +18,26 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     return {path_string(path): leaf for path, leaf in leaves}
 
 
-def check_same_tree(expected: PyTree, got: PyTree, source: str) -> None:
-    """Raise ValueError that names the first parameter whose shape differs. source: of `got`."""
+def difference(expected: PyTree, got: PyTree, shown: int = 3) -> str | None:
+    """A line about the paths at which the shapes of two trees differ; None if they are equal."""
     want, have = (
-        {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
+        {path: tuple(leaf.shape) for path, leaf in leaves_by_path(tree).items()}
         for tree in (expected, got)
     )
-    for path in sorted(want.keys() | have.keys()):
-        if want.get(path) != have.get(path):
-            raise ValueError(
-                f"{source} holds another architecture: {path}: expected "
-                f"{want.get(path, 'nothing')}, got {have.get(path, 'nothing')}"
-            )
+    paths = sorted(path for path in want.keys() | have.keys() if want.get(path) != have.get(path))
+    if not paths:
+        return None
+    lines = [f"{p}: expected {want.get(p, 'nothing')}, got {have.get(p, 'nothing')}" for p in paths]
+    more = f"; and {len(paths) - shown} more" if len(paths) > shown else ""
+    return "; ".join(lines[:shown]) + more
+
+
+def check_same_tree(expected: PyTree, got: PyTree, source: str) -> None:
+    """Raise ValueError that names the first leaf with another shape. source: of `got`."""
+    if wrong := difference(expected, got, shown=1):
+        raise ValueError(f"{source} holds another architecture: {wrong}")
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -186,7 +186,7 @@ def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_
         read.append(start)
         if len(read) == 3:
             raise KeyboardInterrupt
-        return {"image": x[start:stop]}
+        return x[start:stop]
 
     def step(state, constants, batch, rng, *, axis_name=None):
         return {"double": 2 * batch["image"], "sum": batch["image"].sum(1) + constants}
@@ -195,7 +195,7 @@ def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_
         collect(step, jnp.ones(()), chunk, 37, tmp_path / "a", 8)
     arrays = collect(step, jnp.ones(()), chunk, 37, tmp_path / "a", 8)
     assert read == [0, 10, 20, 20, 30]
-    other = collect(step, jnp.ones(()), lambda a, b: {"image": x[a:b]}, 37, tmp_path / "b", 3)
+    other = collect(step, jnp.ones(()), lambda a, b: x[a:b], 37, tmp_path / "b", 3)
     for name in ("double", "sum"):
         np.testing.assert_array_equal(arrays[name], other[name])
     np.testing.assert_allclose(arrays["sum"], x.sum(1) + 1, rtol=1e-6)

@@ -1,1 +1,3 @@
 """Measuring trained models."""
+
+SAMPLING = ("sampler", "num_steps", "guidance_scale")  # the sampling options that scores depend on

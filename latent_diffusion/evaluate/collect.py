@@ -1,8 +1,8 @@
 """From pictures to arrays of numbers, a chunk at a time, over all devices, and resumable.
 
-What a step gives for every picture is written to memory-mapped `.npy` files as it comes, so memory
-stays constant, and an interrupted evaluation goes on where it was. Of several processes the first
-writes; the others keep theirs in memory, so that all hold all numbers.
+The outputs of a step are written to memory-mapped `.npy` files after every chunk. So memory stays
+constant, and an interrupted evaluation goes on with the next chunk. Process 0 writes; the other
+processes hold the same arrays in memory.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ import numpy as np
 from latent_diffusion.evaluate.features import FeatureNet, levels_of
 from latent_diffusion.runtime import parallel, processes
 
-CHUNK = 512  # pictures between two notes of progress; part of what decides a sample's noise
+CHUNK = 512  # pictures between two notes of progress; the noise of samples depends on it, too
 PROGRESS = "progress.json"
 
-Read = Callable[[int, int], Mapping[str, np.ndarray]]
+Read = Callable[[int, int], np.ndarray]  # (start, stop) -> pictures
 Report = Callable[[int], None]
 
 
@@ -33,13 +33,12 @@ def collect(
     batch_size: int = 64,
     report: Report = lambda done: None,
 ) -> dict[str, np.ndarray]:
-    """Run `step(state, constants, batch, rng)` over pictures 0 ... count - 1: arrays [count ...].
+    """Run `step(state, constants, {"image": ...}, rng)` over `count` pictures: arrays [count ...].
 
-    read(start, stop) gives a chunk as a batch of host arrays. directory: where the arrays are, or
-    will be; another call with the same directory must mean the same work (see `cache_folder`).
-    The last batch is filled up by repetition, and what comes of that is dropped. On several
-    processes every one reads all pictures, its devices work on their share, and `directory` is one
-    that all see (or an empty one).
+    directory: where the arrays lie; another call with the same directory must mean the same work
+    (see `cache_folder`). All processes must see it, unless it is empty. The last batch is filled up
+    by repetition; the outputs of repeated pictures are dropped. Every process reads all pictures,
+    and its devices work on their share.
     """
     directory.mkdir(parents=True, exist_ok=True)
     batch_size += -batch_size % jax.device_count()
@@ -68,7 +67,7 @@ def _new(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _resume(directory: Path) -> tuple[int, dict[str, Any]]:
-    """How many pictures are done, and their arrays; the same on all processes."""
+    """The number of finished pictures, and their arrays; the same on all processes."""
     mode: Any = "r+" if jax.process_index() == 0 else "c"  # "c": changes stay in memory
     try:
         text = (directory / PROGRESS).read_text() if jax.process_index() == 0 else "{}"
@@ -80,30 +79,29 @@ def _resume(directory: Path) -> tuple[int, dict[str, Any]]:
         for name in progress["arrays"]:
             arrays[name] = np.lib.format.open_memmap(directory / f"{name}.npy", mode)
     except (OSError, ValueError, KeyError):
-        progress = {"done": 0}  # nothing yet, or killed while noting it
+        progress = {"done": 0}  # nothing yet, or the process was killed while it wrote the file
     if processes.any_process(not progress["done"]):
         return 0, {}
     return progress["done"], arrays
 
 
 def _run_chunk(
-    run: Any, constants: Any, chunk: Mapping[str, np.ndarray], batch_size: int
+    run: Any, constants: Any, images: np.ndarray, batch_size: int
 ) -> dict[str, np.ndarray]:
-    count = len(next(iter(chunk.values())))
+    count = len(images)
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, count, batch_size):
         index = np.minimum(np.arange(start, start + batch_size), count - 1)
-        index = parallel.process_rows(index, "auto")
-        batch = {name: value[index] for name, value in chunk.items()}
+        batch = {"image": images[parallel.process_rows(index, "auto")]}
         for name, value in run({}, constants, batch, jax.random.key(0)).items():
             parts.setdefault(name, []).append(value)
     return {name: np.concatenate(values)[:count] for name, values in parts.items()}
 
 
 def cache_folder(root: Path, work: Mapping[str, Any]) -> Path:
-    """The folder under `root` for some work; the same one whenever the work is the same.
+    """The folder under `root` for some work; equal work has the same folder.
 
-    work: everything that decides the numbers; it is written beside them.
+    work: everything that the numbers depend on. It is written beside them.
     """
     text = json.dumps(work, sort_keys=True, default=str)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -114,21 +112,18 @@ def cache_folder(root: Path, work: Mapping[str, Any]) -> Path:
 
 
 def collect_features(
-    read: Callable[[int, int], np.ndarray],
+    read: Read,
     count: int,
     net: FeatureNet,
     directory: Path,
     batch_size: int = 64,
     report: Report = lambda done: None,
 ) -> dict[str, np.ndarray]:
-    """What `net` makes of pictures 0 ... count - 1; read(start, stop) gives them as uint8."""
+    """The outputs of `net` for `count` pictures; read(start, stop) returns them as uint8."""
 
     def step(
         state: Any, params: Any, batch: Any, rng: Any, *, axis_name: str | None = None
     ) -> dict[str, jax.Array]:
         return net.apply(params, levels_of(batch["image"]))
 
-    def chunk(start: int, stop: int) -> dict[str, np.ndarray]:
-        return {"image": read(start, stop)}
-
-    return collect(step, net.params, chunk, count, directory, batch_size, report)
+    return collect(step, net.params, read, count, directory, batch_size, report)

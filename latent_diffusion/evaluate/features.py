@@ -1,5 +1,6 @@
-"""Nets whose features stand for a picture. A score bears the name of its features."""
+"""Nets whose features represent a picture. Scores have the name of the net in their names."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 from latent_diffusion.convert.clip import Clip
 from latent_diffusion.evaluate import inception
 from latent_diffusion.evaluate.resize import FILTERS, resize
-from latent_diffusion.nets.losses.perceptual import NETS, SCALE, SHIFT, load_lpips_params
+from latent_diffusion.nets.losses.perceptual import NETS, load_lpips_params, standardize
 from latent_diffusion.types import Array, Float, Num, Params, lookup
 
-CLASSIFIER_SIZE = 224  # what AlexNet and VGG16 were trained at
+CLASSIFIER_SIZE = 224  # pixels a side of the images that AlexNet and VGG16 were trained with
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class FeatureNet:
     apply: Callable[[Params, Array], dict[str, Array]]
 
 
-def make_inception(path: str | Path | None, filter: str) -> FeatureNet:
-    """What FID, KID and the Inception score mean. path: the usual weights."""
+def _inception(path: str | Path | None, filter: str) -> FeatureNet:
+    """The net of FID, KID and the Inception score."""
 
     def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
         x = resize(levels, inception.SIZE, filter)
@@ -39,38 +40,29 @@ def make_inception(path: str | Path | None, filter: str) -> FeatureNet:
     return FeatureNet("inception", inception.load_inception_params(path), apply)
 
 
-def _make_classifier(name: str, net: str, path: str | Path | None, filter: str) -> FeatureNet:
-    """The last layer of an LPIPS backbone, averaged over positions (256 or 512 numbers)."""
+def _classifier(name: str, net: str, path: str | Path | None, filter: str) -> FeatureNet:
+    """The last layer of an LPIPS backbone, averaged over positions (256 or 512 numbers).
+
+    path: see `load_lpips_params`; None takes the installed package.
+    """
 
     def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
         x = resize(levels, CLASSIFIER_SIZE, filter) / 127.5 - 1
-        layers: Any = NETS[net]().apply(
-            {"params": params}, (x - jnp.array(SHIFT)) / jnp.array(SCALE)
-        )
+        layers: Any = NETS[net]().apply({"params": params}, standardize(x))
         return {"features": jnp.mean(layers[-1], (1, 2))}
 
     return FeatureNet(name, load_lpips_params(net, path or None)["net"], apply)
 
 
-def make_alexnet(path: str | Path | None, filter: str) -> FeatureNet:
-    """AlexNet's relu5. path: as for `load_lpips_params`; None = the installed package."""
-    return _make_classifier("alexnet", "alex", path, filter)
-
-
-def make_vgg16(path: str | Path | None, filter: str) -> FeatureNet:
-    """VGG16's relu5_3. path: as for `load_lpips_params`; None = the installed package."""
-    return _make_classifier("vgg16", "vgg", path, filter)
-
-
 FEATURES: dict[str, Callable[[str | Path | None, str], FeatureNet]] = {
-    "inception": make_inception,
-    "alexnet": make_alexnet,
-    "vgg16": make_vgg16,
+    "inception": _inception,
+    "alexnet": functools.partial(_classifier, "alexnet", "alex"),  # relu5
+    "vgg16": functools.partial(_classifier, "vgg16", "vgg"),  # relu5_3
 }
 
 
 def make_features(name: str, path: str | Path | None = None, filter: str = "bicubic") -> FeatureNet:
-    """The feature net `name` with its weights. filter: how pictures come to the net's size."""
+    """The feature net `name` with its weights. filter: for resizing pictures to the net's size."""
     lookup(FILTERS, filter, "filter")
     return lookup(FEATURES, name, "features")(path, filter)
 
@@ -79,8 +71,8 @@ def with_clip(net: FeatureNet | None, clip: Clip) -> FeatureNet:
     """The arrays of `net`, if any, and CLIP's embeddings of the pictures as "clip"."""
 
     def apply(params: Params, levels: Float[Array, "B H W 3"]) -> dict[str, Array]:
-        own = {} if net is None else net.apply(params["net"], levels)
-        return {**own, "clip": clip.of_images(params["clip"], levels / 127.5 - 1)}
+        arrays = {} if net is None else net.apply(params["net"], levels)
+        return {**arrays, "clip": clip.of_images(params["clip"], levels / 127.5 - 1)}
 
     name, params = ("clip", {}) if net is None else (net.name, net.params)
     return FeatureNet(name, {"net": params, "clip": clip.params}, apply)

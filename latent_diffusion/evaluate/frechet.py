@@ -2,8 +2,8 @@
 
     d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁^½ Σ₂ Σ₁^½)^½
 
-It is called FID only over the features of `inception`. All sums are in float64, on the host, and
-take memory for a mean and a covariance whatever the number of images.
+Over the features of `inception` it is called FID. All sums are in float64, on the host, and their
+memory doesn't depend on the number of images.
 """
 
 import zipfile
@@ -22,7 +22,7 @@ BLOCK = 4096  # rows turned to float64 at once
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean [D] and covariance [D D] of `count` rows (0: unknown, from somebody's file)."""
+    """Mean [D] and covariance [D D] of `count` rows (0: the file doesn't say it)."""
 
     count: int
     mean: np.ndarray
@@ -30,7 +30,7 @@ class Gaussian:
 
 
 def gaussian(features: np.ndarray) -> Gaussian:
-    """Sum up features [N D], an array in memory or mapped from a file, block by block."""
+    """The Gaussian of features [N D], an array in memory or mapped from a file; block by block."""
     starts = range(0, len(features), BLOCK)
     return combined([_of_block(features[i : i + BLOCK]) for i in starts])
 
@@ -67,7 +67,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _distance(a: Gaussian, b: Gaussian, root_b: np.ndarray) -> float:
-    """root_b: the square root of b's covariance, the costly part, shared by many calls."""
+    """root_b: the square root of b's covariance, whose computation takes most of the time."""
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of width {a.mean.size} against {b.mean.size}")
     eigenvalues = np.linalg.eigvalsh(root_b @ a.covariance @ root_b)
@@ -84,8 +84,8 @@ def _root(matrix: np.ndarray) -> np.ndarray:
 def measure_frechet(features: np.ndarray, reference: Gaussian, name: str) -> Measured:
     """Fréchet distance of features [N D] to a reference.
 
-    error: the jackknife's standard error over ten groups of the samples; the bias that every
-    finite N has (Chong & Forsyth 2020) isn't in it, so compare equal N only.
+    error: the jackknife's standard error over ten groups of the samples. The value of few samples
+    is biased upwards (Chong & Forsyth 2020), and the error doesn't show it: compare equal N.
     """
     check_count(name, len(features), MIN_IMAGES)
     parts = grouped(features)
@@ -105,7 +105,7 @@ def save_statistics(path: str | Path, statistics: Gaussian) -> None:
 
 
 def load_statistics(path: str | Path) -> Gaussian:
-    """Read `mu` and `sigma` of an .npz file, whoever wrote it; ValueError without them."""
+    """Read `mu` and `sigma` of an .npz file; ValueError without them."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "count") if name in file}

@@ -1,4 +1,4 @@
-"""Samples of a trained model as a set of pictures that is made as it is read."""
+"""Sets of pictures: samples of a trained model, made while they are read; and its test data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from latent_diffusion.types import Config
 
 
 class Rows:
-    """Some examples' values of one condition, read when they are asked for."""
+    """The values of a condition for some examples; a slice reads them."""
 
     def __init__(self, rows: np.ndarray, read: Callable[[int], Any]):
         self._rows, self._read = rows, read
@@ -32,9 +32,9 @@ class Rows:
 def conditions_of(
     model: Model, source: Any, transform: Any, count: int, seed: int
 ) -> dict[str, Rows]:
-    """What `count` samples are told, as it occurs in `source`, in random order; by name.
+    """Conditions for `count` samples, from the examples of `source` in random order; by name.
 
-    transform: that of evaluation, which makes the conditions that the data doesn't hold.
+    transform: the transform of evaluation, for conditions that are computed from an example.
     """
     keys = model.denoiser.conditioner.keys if model.denoiser else ()
     captions = data.captions(source) if "tokens" in keys else []
@@ -66,9 +66,9 @@ def samples(
     images_dir: Path | None = None,
     **options: Any,
 ) -> ImageSet:
-    """`count` samples; the i-th depends on the seed, its condition and i only.
+    """`count` samples; sample i depends on nothing but the seed, its condition and i.
 
-    images_dir: also write them as NNNNN.png. options: those of `Model.sample`.
+    images_dir: also write them as NNNNN.png. options: of `Model.sample`.
     """
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -83,23 +83,20 @@ def samples(
             **wanted,
             **options,
         )
-        return _kept(to_uint8(images), start, images_dir)
+        pixels = to_uint8(images)
+        if images_dir is not None and jax.process_index() == 0:
+            images_dir.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(pixels, start):
+                Image.fromarray(image).save(images_dir / f"{i:05d}.png")
+        return pixels
 
     prompts = conditions.get("prompts")
     captions = None if prompts is None else lambda n: list(prompts[0:n])
     return ImageSet("samples", count, read, captions)
 
 
-def _kept(images: np.ndarray, start: int, folder: Path | None) -> np.ndarray:
-    if folder is not None and jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images, start):
-            Image.fromarray(image).save(folder / f"{i:05d}.png")
-    return images
-
-
 def of_data(config: Config, split: str) -> ImageSet:
-    """The pictures of a run's own data as its evaluation sees them: nothing random, as uint8."""
+    """The pictures of a run's data as evaluation sees them: nothing is random; as uint8."""
     source = data.make_source(config.data, split)
     transform = data.make_transform(config.data, train=False)
 

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from latent_diffusion.data import pictures, tfds
 from latent_diffusion.data.windows import resize
 
-GRID = "grid.png"  # which sample.py writes beside the samples
+GRID = "grid.png"  # sample.py writes it beside the samples
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` pictures of one size; read(start, stop) gives them as uint8 [n H W 3].
+    """`count` pictures of equal size; read(start, stop) returns them as uint8 [n H W 3].
 
-    captions(n) are those of the first n, where they are known.
+    captions(n): the captions of the first n pictures; None without captions.
     """
 
     name: str
@@ -31,8 +31,8 @@ class ImageSet:
 def open_images(spec: str, image_size: int = 0) -> ImageSet:
     """Open a folder, an .npz with `arr_0`, or "tfds:NAME[/CONFIG][@SPLIT]" (split: train).
 
-    image_size: cut every picture to its middle square and resize it to this; 0 = they have one
-    size as they are. Raises ValueError in one line where there is nothing to score.
+    image_size: cut every picture to its middle square and resize it to this side; 0 leaves
+    pictures, which must then have equal sizes. Raises ValueError where there is nothing to score.
     """
     if spec.startswith("tfds:"):
         return _open_tfds(spec, image_size)
@@ -42,16 +42,6 @@ def open_images(spec: str, image_size: int = 0) -> ImageSet:
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path, image_size)
     raise ValueError(f"{spec!r} is neither a folder, an .npz file nor tfds:NAME")
-
-
-def of_source(source: Any, name: str, image_size: int) -> ImageSet:
-    """The pictures of a data source (`latent_diffusion.data`), cut and resized."""
-
-    def read(start: int, stop: int) -> np.ndarray:
-        named = [(f"{name}[{i}]", source[i]["image"]) for i in range(start, stop)]
-        return _stacked(named, image_size)
-
-    return ImageSet(name, len(source), read)
 
 
 def _square(image: np.ndarray, size: int) -> np.ndarray:
@@ -110,7 +100,7 @@ def _check_sizes(paths: list[Path], folder: Path) -> None:
 
 
 def _unreadable(paths: list[Path], folder: Path, error: ValueError) -> ValueError:
-    """The error for a folder in which one file is damaged: all such files, counted and named."""
+    """The error for a folder with damaged files: it counts and names all of them."""
     bad = []
     for path in paths:
         try:
@@ -145,5 +135,11 @@ def _open_npz(path: Path, image_size: int) -> ImageSet:
 
 def _open_tfds(spec: str, image_size: int) -> ImageSet:
     name, _, split = spec.partition("@")
-    source = tfds.make(ConfigDict({"name": name, "dir": None, "features": {}}), split or "train")
-    return of_source(source.source, spec, image_size)
+    fields = ConfigDict({"name": name, "dir": None, "features": {}})
+    source: Any = tfds.make(fields, split or "train").source
+
+    def read(start: int, stop: int) -> np.ndarray:
+        named = [(f"{spec}[{i}]", source[i]["image"]) for i in range(start, stop)]
+        return _stacked(named, image_size)
+
+    return ImageSet(spec, len(source), read)

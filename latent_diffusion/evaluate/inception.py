@@ -1,9 +1,9 @@
-"""InceptionV3 as FID means it: the network of "Rethinking the Inception Architecture" (Szegedy et
-al., CVPR 2016) with the departures of the frozen TensorFlow graph of 2015-12-05 that Heusel et al.
-(NeurIPS 2017) scored with:
+"""The InceptionV3 of FID: the network of "Rethinking the Inception Architecture" (Szegedy et al.,
+CVPR 2016) with the deviations of the TensorFlow graph of 2015-12-05 that Heusel et al. (NeurIPS
+2017) used:
 
 - 1008 classes, not 1000; the Inception score leaves out the bias of the last layer;
-- average pooling inside a block divides by the pixels it saw, not by nine;
+- average pooling inside a block divides by the number of pixels in the window, not by nine;
 - the last block pools by the maximum;
 - pixels are (level - 128) / 128.
 
@@ -11,13 +11,12 @@ Batch normalisation is folded into the convolutions when the weights are read.
 """
 
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.nets.convolution import conv2d
@@ -28,92 +27,55 @@ NUM_CLASSES = 1008
 BN_EPSILON = 1e-3
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
-# A convolution is (name, channels, rows, columns, stride, "same" padding or none).
-Layer = tuple[str, int, int, int, int, bool]
-
-
-def _conv(name: str, channels: int, kernel: str, stride: int = 1) -> Layer:
-    """kernel: "3x1" (rows × columns); with stride 2 nothing is padded."""
-    rows, columns = map(int, kernel.split("x"))
-    return name, channels, rows, columns, stride, stride == 1
-
-
-# A block is (branches, pool, channels). A branch is a chain; where it ends in two convolutions,
-# they stand side by side. The pooled input, convolved where it gets `channels`, is the last branch.
-Branch = tuple[Any, ...]  # of Layer, or of a pair of Layers
-Block = tuple[tuple[Branch, ...], str, int]
+Layer = tuple[int, int, int]  # channels, rows and columns of the kernel
+PAIR: Layer = (384, 0, 0)  # two layers side by side, with kernels of 1×3 and 3×1
+# A block is (branches, pool, channels). The layers of a branch follow each other. The last branch
+# is the pooled input, convolved to `channels` where they aren't 0. Where the pool is "shrink", the
+# last layer of every branch has stride 2 and no padding.
+Block = tuple[dict[str, tuple[Layer, ...]], str, int]
 
 
 def _block_35(pool_channels: int) -> Block:
-    branches: tuple[Branch, ...] = (
-        (_conv("branch1x1", 64, "1x1"),),
-        (_conv("branch5x5_1", 48, "1x1"), _conv("branch5x5_2", 64, "5x5")),
-        (
-            _conv("branch3x3dbl_1", 64, "1x1"),
-            _conv("branch3x3dbl_2", 96, "3x3"),
-            _conv("branch3x3dbl_3", 96, "3x3"),
-        ),
-    )
+    branches: dict[str, tuple[Layer, ...]] = {
+        "branch1x1": ((64, 1, 1),),
+        "branch5x5": ((48, 1, 1), (64, 5, 5)),
+        "branch3x3dbl": ((64, 1, 1), (96, 3, 3), (96, 3, 3)),
+    }
     return branches, "average", pool_channels
 
 
 def _block_17(width: int) -> Block:
-    branches: tuple[Branch, ...] = (
-        (_conv("branch1x1", 192, "1x1"),),
-        (
-            _conv("branch7x7_1", width, "1x1"),
-            _conv("branch7x7_2", width, "1x7"),
-            _conv("branch7x7_3", 192, "7x1"),
-        ),
-        (
-            _conv("branch7x7dbl_1", width, "1x1"),
-            _conv("branch7x7dbl_2", width, "7x1"),
-            _conv("branch7x7dbl_3", width, "1x7"),
-            _conv("branch7x7dbl_4", width, "7x1"),
-            _conv("branch7x7dbl_5", 192, "1x7"),
-        ),
-    )
+    point, row, column = (width, 1, 1), (width, 1, 7), (width, 7, 1)
+    branches: dict[str, tuple[Layer, ...]] = {
+        "branch1x1": ((192, 1, 1),),
+        "branch7x7": (point, row, (192, 7, 1)),
+        "branch7x7dbl": (point, column, row, column, (192, 1, 7)),
+    }
     return branches, "average", 192
 
 
 def _block_8(pool: str) -> Block:
-    branches: tuple[Branch, ...] = (
-        (_conv("branch1x1", 320, "1x1"),),
-        (
-            _conv("branch3x3_1", 384, "1x1"),
-            (_conv("branch3x3_2a", 384, "1x3"), _conv("branch3x3_2b", 384, "3x1")),
-        ),
-        (
-            _conv("branch3x3dbl_1", 448, "1x1"),
-            _conv("branch3x3dbl_2", 384, "3x3"),
-            (_conv("branch3x3dbl_3a", 384, "1x3"), _conv("branch3x3dbl_3b", 384, "3x1")),
-        ),
-    )
+    branches: dict[str, tuple[Layer, ...]] = {
+        "branch1x1": ((320, 1, 1),),
+        "branch3x3": ((384, 1, 1), PAIR),
+        "branch3x3dbl": ((448, 1, 1), (384, 3, 3), PAIR),
+    }
     return branches, pool, 192
 
 
 SHRINK_35: Block = (
-    (
-        (_conv("branch3x3", 384, "3x3", 2),),
-        (
-            _conv("branch3x3dbl_1", 64, "1x1"),
-            _conv("branch3x3dbl_2", 96, "3x3"),
-            _conv("branch3x3dbl_3", 96, "3x3", 2),
-        ),
-    ),
+    {
+        "branch3x3": ((384, 3, 3),),
+        "branch3x3dbl": ((64, 1, 1), (96, 3, 3), (96, 3, 3)),
+    },
     "shrink",
     0,
 )
 SHRINK_17: Block = (
-    (
-        (_conv("branch3x3_1", 192, "1x1"), _conv("branch3x3_2", 320, "3x3", 2)),
-        (
-            _conv("branch7x7x3_1", 192, "1x1"),
-            _conv("branch7x7x3_2", 192, "1x7"),
-            _conv("branch7x7x3_3", 192, "7x1"),
-            _conv("branch7x7x3_4", 192, "3x3", 2),
-        ),
-    ),
+    {
+        "branch3x3": ((192, 1, 1), (320, 3, 3)),
+        "branch7x7x3": ((192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)),
+    },
     "shrink",
     0,
 )
@@ -133,37 +95,43 @@ BLOCKS: dict[str, Block] = {
 
 
 class _ConvReLU(nn.Module):
-    layer: Layer
+    channels: int
+    rows: int
+    columns: int
+    stride: int = 1
+    padded: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
-        _, channels, rows, columns, stride, same = self.layer
-        shape = (rows, columns, x.shape[-1], channels)
+        shape = (self.rows, self.columns, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        sides = ((rows - 1) // 2 * same, (columns - 1) // 2 * same)
-        padding = ((sides[0], sides[0]), (sides[1], sides[1]))
-        return nn.relu(conv2d(x, kernel, stride, padding) + bias)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        above, left = ((size - 1) // 2 * self.padded for size in shape[:2])
+        return nn.relu(conv2d(x, kernel, self.stride, ((above, above), (left, left))) + bias)
 
 
 class _Mixed(nn.Module):
-    block: Block
+    """The block in `BLOCKS` that has the module's name."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
-        branches, pool, pool_channels = self.block
+        branches, pool, pool_channels = BLOCKS[str(self.name)]
         outputs = []
-        for branch in branches:
+        for branch, layers in branches.items():
             h = x
-            for part in branch:
-                parallel = (part,) if isinstance(part[0], str) else part
-                h = jnp.concatenate([_ConvReLU(c, name=c[0])(h) for c in parallel], -1)
+            for i, layer in enumerate(layers, 1):
+                name = f"{branch}_{i}" if len(layers) > 1 else branch
+                if layer == PAIR:
+                    pair = (384, 1, 3, f"{name}a"), (384, 3, 1, f"{name}b")
+                    h = jnp.concatenate([_ConvReLU(*p[:3], name=p[3])(h) for p in pair], -1)
+                else:
+                    shrinks = pool == "shrink" and i == len(layers)
+                    stride, padded = (2, False) if shrinks else (1, True)
+                    h = _ConvReLU(*layer, stride, padded, name=name)(h)
             outputs.append(h)
         pooled = _POOLS[pool](x)
         if pool_channels:
-            pooled = _ConvReLU(_conv("branch_pool", pool_channels, "1x1"), name="branch_pool")(
-                pooled
-            )
+            pooled = _ConvReLU(pool_channels, 1, 1, name="branch_pool")(pooled)
         return jnp.concatenate([*outputs, pooled], -1)
 
 
@@ -185,20 +153,16 @@ class InceptionV3(nn.Module):
 
         Returns the last mean over positions, and the scores of the classes without their bias.
         """
-
-        def conv(x: Array, name: str, channels: int, kernel: int, stride: int, same: bool) -> Array:
-            return _ConvReLU((name, channels, kernel, kernel, stride, same), name=name)(x)
-
         x = (levels - 128.0) / 128.0
-        x = conv(x, "Conv2d_1a_3x3", 32, 3, 2, False)
-        x = conv(x, "Conv2d_2a_3x3", 32, 3, 1, False)
-        x = conv(x, "Conv2d_2b_3x3", 64, 3, 1, True)
+        x = _ConvReLU(32, 3, 3, 2, False, name="Conv2d_1a_3x3")(x)
+        x = _ConvReLU(32, 3, 3, 1, False, name="Conv2d_2a_3x3")(x)
+        x = _ConvReLU(64, 3, 3, name="Conv2d_2b_3x3")(x)
         x = _POOLS["shrink"](x)
-        x = conv(x, "Conv2d_3b_1x1", 80, 1, 1, False)
-        x = conv(x, "Conv2d_4a_3x3", 192, 3, 1, False)
+        x = _ConvReLU(80, 1, 1, name="Conv2d_3b_1x1")(x)
+        x = _ConvReLU(192, 3, 3, 1, False, name="Conv2d_4a_3x3")(x)
         x = _POOLS["shrink"](x)
-        for name, block in BLOCKS.items():
-            x = _Mixed(block, name=name)(x)
+        for name in BLOCKS:
+            x = _Mixed(name=name)(x)
         features = jnp.mean(x, (1, 2))
         return features, nn.Dense(NUM_CLASSES, use_bias=False, name="fc")(features)
 
@@ -214,10 +178,10 @@ def load_inception_params(path: str | Path | None) -> Params:
             f"{WEIGHTS_FILE} (a release asset of pytorch-fid and of torch-fidelity), or its "
             "safetensors; without it, choose other features"
         )
-    given = {name: tensor.read() for name, tensor in open_tensors(path).tensors.items()}
+    theirs = {name: tensor.read() for name, tensor in open_tensors(path).tensors.items()}
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, leaf in _leaves().items():
-        array = _folded(given, name, path)
+        array = _folded(theirs, name, path)
         if array.shape != leaf:
             raise ValueError(f"{path}: {'/'.join(name)} has shape {array.shape}, expected {leaf}")
         flat[name] = array
@@ -227,18 +191,17 @@ def load_inception_params(path: str | Path | None) -> Params:
 def _leaves() -> dict[tuple[str, ...], tuple[int, ...]]:
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
     tree = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(key.key for key in path): leaf.shape for path, leaf in paths}
+    return {name: leaf.shape for name, leaf in flatten_dict(tree).items()}
 
 
-def _folded(given: dict[str, np.ndarray], name: tuple[str, ...], path: str | Path) -> np.ndarray:
-    """The array for one of our leaves: a convolution with its batch normalisation folded in."""
+def _folded(theirs: dict[str, np.ndarray], name: tuple[str, ...], path: str | Path) -> np.ndarray:
+    """The array for a leaf of `InceptionV3`: batch normalisation is folded into its convolution."""
 
     def get(*parts: str) -> np.ndarray:
         full = ".".join(parts)
-        if full not in given:
+        if full not in theirs:
             raise ValueError(f"{path} is not the FID InceptionV3: it has no {full!r}")
-        return given[full].astype(np.float64)
+        return theirs[full].astype(np.float64)
 
     *module, leaf = name
     if module == ["fc"]:

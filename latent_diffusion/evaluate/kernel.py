@@ -2,7 +2,7 @@
 
     k(x, y) = (x·y / D + 1)³
 
-Called KID only over the features of `inception`.
+Over the features of `inception` it is called KID.
 """
 
 from typing import Any
@@ -45,9 +45,9 @@ def measure_kernel(
     size: int = SUBSET_SIZE,
     seed: int = 0,
 ) -> Measured:
-    """Mean over random subsets of both sets, drawn on the host, one or more a device at a time.
+    """Mean over random subsets of both sets; every device works on a subset at a time.
 
-    error: the standard deviation over the subsets, as it is always reported.
+    error: the standard deviation over the subsets, as papers report it.
     """
     check_count(name, min(len(features), len(reference)), MIN_IMAGES)
     size = min(size, len(features), len(reference))
@@ -65,5 +65,5 @@ def measure_kernel(
         batch = {key: np.stack([pair[i] for pair in pairs]) for i, key in enumerate("xy")}
         batch = parallel.process_rows(batch, "auto")
         values.extend(run({}, {}, batch, jax.random.key(0)))
-    found = np.asarray(values[:subsets], np.float64)
-    return Measured(float(found.mean()), float(found.std()), len(features))
+    distances = np.asarray(values[:subsets], np.float64)
+    return Measured(float(distances.mean()), float(distances.std()), len(features))

@@ -2,17 +2,24 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Measured:
-    """value ± error, from `count` images. Each metric says what its error is."""
+    """value ± error, from `count` images. Every metric defines its error."""
 
     value: float
     error: float
     count: int
 
-    def __str__(self) -> str:
-        return f"{self.value:.5g} ± {self.error:.2g} ({self.count} images)"
+
+def mean_of(values: np.ndarray) -> Measured:
+    """The mean of values [N], one for each image; error: its standard error."""
+    values = np.asarray(values, np.float64)
+    return Measured(
+        values.mean().item(), values.std(ddof=1).item() / len(values) ** 0.5, len(values)
+    )
 
 
 def check_count(metric: str, count: int, minimum: int) -> None:

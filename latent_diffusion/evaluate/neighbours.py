@@ -1,10 +1,13 @@
-"""Do samples lie among real features, and do they reach all of them?
+"""Precision and recall of samples, density and coverage: by distances between nearest features.
 
-Precision and recall (Kynkäänniemi et al., NeurIPS 2019): the share of one set inside the balls
-that reach from each point of the other set to its k-th neighbour. Density and coverage (Naeem et
-al., ICML 2020) count the balls, and ask whether each real ball holds a sample.
+Every point of a set has a ball that reaches to its k-th neighbour in the same set. Precision and
+recall (Kynkäänniemi et al., NeurIPS 2019) are the shares of samples inside real balls, and of real
+points inside the samples' balls. Density (Naeem et al., ICML 2020) counts the real balls around a
+sample; coverage is the share of real balls that hold a sample. Errors are standard errors over the
+points, for fixed balls.
 
-Distances are computed block by block, rows spread over all devices; memory is a block and O(N).
+Distances are computed block by block, with the rows spread over all devices. The memory for N
+points is O(N) and a block.
 """
 
 import functools
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.evaluate.measured import Measured, check_count
+from latent_diffusion.evaluate.measured import Measured, check_count, mean_of
 from latent_diffusion.runtime import parallel
 
 ROWS = 1024  # a block, spread over the devices
@@ -23,10 +26,7 @@ COLUMNS = 8192
 
 
 def _squared(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Squared distances [N M]; as a sum of products, where the largest terms have been moved away.
-
-    Both sets are centred by the caller, so that the cancellation is mild.
-    """
+    """Squared distances [N M] as x² + y² − 2xy, which loses few digits on centred sets."""
     product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1) - 2 * product, 0.0)
 
@@ -42,7 +42,7 @@ def _nearest_step(
 def _inside_step(
     state: Any, columns: Any, batch: Any, rng: Any, *, axis_name: Any = None
 ) -> jax.Array:
-    """In how many columns' balls every row lies."""
+    """The number of columns whose balls hold a row, for every row."""
     inside = _squared(batch["x"], columns["y"]) <= columns["radius"]
     return jnp.sum(inside & columns["real"], 1)
 
@@ -66,21 +66,21 @@ def nearest(rows: np.ndarray, columns: np.ndarray, k: int, centre: np.ndarray) -
     row_size, column_size = _sizes(rows, columns)
     step = functools.partial(_nearest_step, k=min(k, column_size))
     run = parallel.compile_eval(step, "auto")
-    found = np.full((len(rows), k), np.inf, np.float32)
+    smallest = np.full((len(rows), k), np.inf, np.float32)
     for at, y in _blocks(columns, column_size, centre):
         real = np.arange(column_size) < at.stop - at.start
         constants = {"y": y, "real": real}
         for here, x in _blocks(rows, row_size, centre):
             mine = {"x": parallel.process_rows(x, "auto")}
             new = run({}, constants, mine, jax.random.key(0))[: here.stop - here.start]
-            found[here] = np.sort(np.concatenate([found[here], new], 1), 1)[:, :k]
-    return found
+            smallest[here] = np.sort(np.concatenate([smallest[here], new], 1), 1)[:, :k]
+    return smallest
 
 
 def balls_around(
     rows: np.ndarray, columns: np.ndarray, radius: np.ndarray, centre: np.ndarray
 ) -> np.ndarray:
-    """For every row [N], in how many of the balls around the columns (squared radii [M]) it is."""
+    """The number of balls around columns, of squared radii `radius` [M], that hold each row [N]."""
     run = parallel.compile_eval(_inside_step, "auto")
     row_size, column_size = _sizes(rows, columns)
     counts = np.zeros(len(rows), np.int64)
@@ -103,11 +103,6 @@ def _radii(features: np.ndarray, k: int, centre: np.ndarray) -> np.ndarray:
     return nearest(features, features, k + 1, centre)[:, k]
 
 
-def _share(hits: np.ndarray) -> Measured:
-    """Mean; error: its standard error over the points, the balls taken as given."""
-    return Measured(float(hits.mean()), float(hits.std() / np.sqrt(len(hits))), len(hits))
-
-
 def _centre(reference: np.ndarray) -> np.ndarray:
     return np.asarray(reference[:COLUMNS], np.float64).mean(0).astype(np.float32)
 
@@ -120,8 +115,8 @@ def measure_precision_recall(
     centre = _centre(reference)
     real, fake = _radii(reference, k, centre), _radii(features, k, centre)
     return {
-        "precision": _share(balls_around(features, reference, real, centre) > 0),
-        "recall": _share(balls_around(reference, features, fake, centre) > 0),
+        "precision": mean_of(balls_around(features, reference, real, centre) > 0),
+        "recall": mean_of(balls_around(reference, features, fake, centre) > 0),
     }
 
 
@@ -134,6 +129,6 @@ def measure_density_coverage(
     radius = _radii(reference, k, centre)
     closest = nearest(reference, features, 1, centre)[:, 0]
     return {
-        "density": _share(balls_around(features, reference, radius, centre) / k),
-        "coverage": _share(closest <= radius),
+        "density": mean_of(balls_around(features, reference, radius, centre) / k),
+        "coverage": mean_of(closest <= radius),
     }

@@ -1,4 +1,4 @@
-"""How well a first stage reproduces pictures: PSNR, SSIM, LPIPS, and the r-FD of the sets."""
+"""Errors of a first stage's reconstructions: PSNR, SSIM, LPIPS, and the r-FD of the whole set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from latent_diffusion.evaluate.collect import Report, collect
 from latent_diffusion.evaluate.features import FeatureNet, levels_of
 from latent_diffusion.evaluate.frechet import gaussian, measure_frechet
-from latent_diffusion.evaluate.measured import Measured, check_count
+from latent_diffusion.evaluate.measured import Measured, check_count, mean_of
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.losses.similarity import psnr, ssim
@@ -34,8 +34,8 @@ def collect_reconstructions(
 ) -> dict[str, np.ndarray]:
     """Errors [N] and features [N D] of pictures and their reconstructions by posterior modes.
 
-    read(start, stop): uint8 pictures. lpips: (net, its parameters), for "lpips". net: for "rfd".
-    Reconstructions are clipped and rounded to bytes first, as a picture file would hold them.
+    read(start, stop): uint8 pictures. lpips: (name of the net, its parameters) for the metric
+    "lpips". net: for "rfd". Reconstructions are clipped and rounded to bytes before, as in files.
     """
     for metric in metrics:
         lookup(METRICS, metric, "reconstruction metric")
@@ -60,27 +60,23 @@ def collect_reconstructions(
             values["features_rec"] = net.apply(constants["net"], levels_rec)["features"]
         return values
 
-    def chunk(start: int, stop: int) -> dict[str, np.ndarray]:
-        return {"image": read(start, stop)}
-
-    return collect(step, constants, chunk, count, directory, batch_size, report)
+    return collect(step, constants, read, count, directory, batch_size, report)
 
 
 def score_reconstructions(
     arrays: dict[str, np.ndarray], lpips_net: str, net: str
 ) -> dict[str, Measured]:
-    """Means over the pictures, error: the standard error of the mean; and the r-FD.
+    """Means over the pictures, with their standard errors, and the r-FD.
 
-    LPIPS and r-FD bear the names of their nets: `lpips_alex`, `rfd_alexnet`; `rfid` is Inception's.
+    The names of LPIPS and r-FD end in the net's name: `lpips_alex`, `rfd_alexnet`. The r-FD of
+    Inception's features is called `rfid`.
     """
     results = {}
     for metric in ("psnr", "ssim", "lpips"):
         if metric in arrays:
-            values = np.asarray(arrays[metric], np.float64)
-            check_count(metric, len(values), 2)
-            error = float(values.std(ddof=1) / np.sqrt(len(values)))
+            check_count(metric, len(arrays[metric]), 2)
             name = f"lpips_{lpips_net}" if metric == "lpips" else metric
-            results[name] = Measured(float(values.mean()), error, len(values))
+            results[name] = mean_of(arrays[metric])
     if "features" in arrays:
         name = "rfid" if net == "inception" else f"rfd_{net}"
         real = gaussian(arrays["features"])

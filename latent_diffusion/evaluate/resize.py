@@ -1,7 +1,7 @@
 """Resizing as the reference evaluations do it: a matrix for the rows, another for the columns.
 
-A feature net was fitted to one size, and scores move when pictures are brought to it another way
-(Parmar et al., CVPR 2022). So the filter is part of a metric's definition.
+Feature nets need images of a fixed size, and scores depend on the filter that resizes them (Parmar
+et al., CVPR 2022). So the filter is part of a metric's definition.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.nets.resize import keys_kernel
 from latent_diffusion.types import Array, Float, lookup
 
 
@@ -22,17 +23,13 @@ def _bicubic(old: int, new: int) -> np.ndarray:
     position = np.arange(old)[None]
     first = np.maximum(np.floor(centre - 2 * width + 0.5), 0)
     last = np.minimum(np.floor(centre + 2 * width + 0.5), old)
-    x = np.abs((position + 0.5 - centre) / width)
-    a = -0.5
-    near = ((a + 2) * x - (a + 3)) * x**2 + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    weights = np.where((position >= first) & (position < last), weights, 0.0)
+    x = (position + 0.5 - centre) / width
+    weights = np.where((position >= first) & (position < last), keys_kernel(x, a=-0.5), 0.0)
     return weights / weights.sum(1, keepdims=True)
 
 
 def _interpolate(source: np.ndarray, old: int) -> np.ndarray:
-    """Linear interpolation at the given places, beyond the border the border."""
+    """Linear interpolation at the places `source`; places outside get the pixel at the border."""
     source = np.clip(source, 0, old - 1)
     low = np.floor(source).astype(int)
     high = np.minimum(low + 1, old - 1)
@@ -44,12 +41,12 @@ def _interpolate(source: np.ndarray, old: int) -> np.ndarray:
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
-    """Half-pixel centres and no antialiasing: what pytorch-fid does."""
+    """Half-pixel centres and no antialiasing: as in pytorch-fid."""
     return _interpolate((np.arange(new) + 0.5) * old / new - 0.5, old)
 
 
 def _tensorflow(old: int, new: int) -> np.ndarray:
-    """TensorFlow 1's: pixel 0 onto pixel 0; what the original FID and torch-fidelity do."""
+    """TensorFlow 1's: pixel 0 onto pixel 0; as in the original FID and torch-fidelity."""
     return _interpolate(np.arange(new) * (old / new), old)
 
 
@@ -63,9 +60,9 @@ FILTERS: dict[str, Callable[[int, int], np.ndarray]] = {
 def resize(
     x: Float[Array, "B H W C"], size: int, filter: str = "bicubic"
 ) -> Float[Array, "B S S C"]:
-    """Images of levels 0 ... 255 brought to size × size, neither rounded to bytes nor left outside.
+    """Resize images of levels 0 ... 255 to size × size; levels are clipped, but not rounded.
 
-    filter: a name in `FILTERS`. Images of that size already pass unchanged.
+    filter: a name in `FILTERS`. Images of the right size stay as they are.
     """
     matrix = lookup(FILTERS, filter, "filter")
     if x.shape[1:3] == (size, size):

@@ -1,7 +1,7 @@
-"""The metrics over features by name, and what each result is called.
+"""The metrics over features by name, and the names of their results.
 
-Over the features of `inception` the results are `fid`, `kid`, `precision` ...; over any other net
-they bear its name: `fd_alexnet`, `kd_alexnet`, `precision_alexnet`.
+Results over the features of `inception` are called `fid`, `kid`, `precision` ...; the name of any
+other net is appended: `fd_alexnet`, `kd_alexnet`, `precision_alexnet`.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,16 +22,14 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are held against: features [N D], or only their Gaussian (from a file)."""
+    """The images that samples are compared with: features [N D], or a Gaussian from a file."""
 
     features: np.ndarray | None = None
     statistics: Gaussian | None = None
 
     def gaussian(self) -> Gaussian:
-        """The Gaussian, computed where it wasn't given."""
-        if self.statistics is not None:
-            return self.statistics
-        return gaussian(self.points("fd"))
+        """The Gaussian, from the file or of the features."""
+        return gaussian(self.points("fd")) if self.statistics is None else self.statistics
 
     def points(self, metric: str) -> np.ndarray:
         """The features themselves; ValueError where there are only statistics."""
@@ -42,13 +40,16 @@ class Reference:
         return self.features
 
 
+Metric = Callable[[Arrays, Reference, str], dict[str, Measured]]  # the last: the net's name
+
+
 def _named(name: str, net: str) -> str:
     usual = {"fd": "fid", "kd": "kid"}
     return usual.get(name, name) if net == "inception" else f"{name}_{net}"
 
 
 def frechet_name(net: str) -> str:
-    """What the Fréchet distance over the features of `net` is called."""
+    """The name of the Fréchet distance over the features of `net`."""
     return _named("fd", net)
 
 
@@ -62,41 +63,34 @@ def _kernel(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measure
     return {name: measure_kernel(arrays["features"], reference.points(name), name)}
 
 
-def _inception_score(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
-    return {"inception_score": measure_inception_score(arrays["logits"])}
+def _of_points(measure: Callable[..., dict[str, Measured]], metric: str) -> Metric:
+    def run(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
+        results = measure(arrays["features"], reference.points(metric))
+        return {_named(name, net): value for name, value in results.items()}
+
+    return run
 
 
-def _precision_recall(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
-    found = measure_precision_recall(arrays["features"], reference.points("pr"))
-    return {_named(name, net): value for name, value in found.items()}
-
-
-def _density_coverage(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
-    found = measure_density_coverage(arrays["features"], reference.points("dc"))
-    return {_named(name, net): value for name, value in found.items()}
-
-
-def _clip(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
-    return {"clip_score": measure_clip_score(arrays["clip"], arrays["captions"])}
-
-
-METRICS: dict[str, Callable[[Arrays, Reference, str], dict[str, Measured]]] = {
+METRICS: dict[str, Metric] = {
     "fid": _frechet,
     "kid": _kernel,
-    "is": _inception_score,
+    "is": lambda arrays, *_: {"inception_score": measure_inception_score(arrays["logits"])},
     "fd": _frechet,
     "kd": _kernel,
-    "pr": _precision_recall,
-    "dc": _density_coverage,
-    "clip": _clip,
+    "pr": _of_points(measure_precision_recall, "pr"),
+    "dc": _of_points(measure_density_coverage, "dc"),
+    "clip": lambda arrays, *_: {
+        "clip_score": measure_clip_score(arrays["clip"], arrays["captions"])
+    },
 }
+DEFAULT = ["fd", "pr"]
 INCEPTION_ONLY = ("fid", "kid", "is")
 WITHOUT_REFERENCE = ("is", "clip")
 WITHOUT_FEATURES = ("clip",)
 
 
 def check_metrics(metrics: list[str], net: str) -> None:
-    """Raise ValueError for an unknown metric, or one that these features don't define."""
+    """Raise ValueError for an unknown metric, and for a metric that needs other features."""
     for metric in metrics:
         lookup(METRICS, metric, "metric")
         if metric in INCEPTION_ONLY and net != "inception":
@@ -109,7 +103,7 @@ def check_metrics(metrics: list[str], net: str) -> None:
 def score(
     metrics: list[str], arrays: Arrays, reference: Reference, net: str
 ) -> dict[str, Measured]:
-    """All results of `metrics` for the arrays that the feature net named `net` made of samples."""
+    """All results of `metrics`. arrays: of samples, by the feature net whose name is `net`."""
     check_metrics(metrics, net)
     results: dict[str, Measured] = {}
     for metric in metrics:

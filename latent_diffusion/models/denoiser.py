@@ -53,8 +53,8 @@ class Prepared(flax.struct.PyTreeNode):
 class Denoiser(flax.struct.PyTreeNode):
     """Modules, schedule and parameters {name, "conditioner"} of a trained (or training) model.
 
-    network: the backbone. prediction: "eps", "x0", "v" or "flow". name: the backbone's in
-    BACKBONES; its parameters and its fields in a config have this key.
+    prediction: the quantity that the network predicts: "eps", "x0", "v" or "flow". name: the
+    network's in BACKBONES, the key of its parameters and of its fields in a config.
     """
 
     params: Params
@@ -195,7 +195,7 @@ class Denoiser(flax.struct.PyTreeNode):
 
 
 def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Network:
-    """`network` on overlapping tiles of the latent and of what stands beside it, blended.
+    """`network` on overlapping tiles of the latent and its concatenated condition, blended.
 
     For pictures whose activations don't fit. Norms and self-attention see a tile, not the whole.
     """

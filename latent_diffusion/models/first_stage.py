@@ -30,7 +30,7 @@ class FirstStage(flax.struct.PyTreeNode):
     module: nn.Module = flax.struct.field(pytree_node=False)
 
     def moments(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w m"]:
-        """The encoder's output, before sampling and scaling: the part that can be cached."""
+        """The encoder's output, which can be cached: sampling and scaling come after it."""
         return self._apply("encode", x)
 
     def latents(
@@ -41,7 +41,7 @@ class FirstStage(flax.struct.PyTreeNode):
         return (z - self.shift) * self.scale_factor
 
     def encode(self, batch: Batch, keys: Keys | None = None) -> Float[Array, "B h w c"]:
-        """Scaled latents of a batch: of its cached `moments` if there are any, else of `image`."""
+        """Scaled latents of a batch, from its cached `moments` if it has them, else its `image`."""
         moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
         return self.latents(moments, keys)
 
@@ -61,13 +61,13 @@ class FirstStage(flax.struct.PyTreeNode):
         return self.module.apply({"params": self.params}, *args, method=method)
 
 
-def make_autoencoder(config: Config, axis_name: str | None = None) -> nn.Module:
+def make_autoencoder(config: Config) -> nn.Module:
     """The autoencoder that `config` describes; regularization "identity" keeps the pixels."""
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
     fields = dict(config)
     fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
-    return Autoencoder(**fields, axis_name=axis_name)
+    return Autoencoder(**fields)
 
 
 def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> FirstStage:

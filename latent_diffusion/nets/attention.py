@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion.nets.blockwise_attention import blockwise_attention
-from latent_diffusion.nets.layers import Dense, GroupNorm, precomputed
+from latent_diffusion.nets.layers import Dense, GroupNorm, layer_norm, precomputed
 from latent_diffusion.nets.splash_attention import splash_attention
 from latent_diffusion.types import Array, Bool, Float, lookup
 
-IMPLEMENTATIONS = {"auto": None, "xla": "xla", "cudnn": "cudnn", "splash": "splash"}
-LONG = 400  # tokens from which a CPU gains by blocks
+# name -> the implementation in `jax.nn.dot_product_attention`, where it is used
+IMPLEMENTATIONS = {"auto": None, "xla": "xla", "cudnn": "cudnn", "splash": "xla"}
+LONG = 400  # with this many tokens, blocks make a CPU faster
 
 
 def attend(
@@ -26,18 +27,16 @@ def attend(
 ) -> Float[Array, "B L N D"]:
     """softmax(q kᵀ / √D) v for N heads; the softmax runs in float32.
 
-    causal: position i sees none after it. mask: false for what nobody may look at.
-    "auto" on a CPU puts heads before tokens, as its matrix products want them, and takes long
-    sequences block by block: up to twice as fast, and 5 times at 1,024 tokens.
-    "splash" is a kernel for TPUs, where every device has its own examples (single, pmap); text
-    encoders, whose few tokens are masked, leave it to XLA.
+    causal: position i attends to positions up to i. mask: false for positions that nobody attends
+    to. "auto" on a CPU puts heads before tokens, the layout of its matrix products, and computes
+    long sequences block by block: up to twice as fast, and 5 times at 1,024 tokens.
+    "splash" is a kernel for TPUs in the modes single and pmap, where a device has whole examples.
+    XLA computes masked and causal attention in any case: such sequences (texts) are short.
     """
-    known = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
-    if known == "splash":
-        if not causal and mask is None:
-            return splash_attention(q, k, v)
-        known = "xla"
+    by_xla = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
     masked = causal or mask is not None
+    if implementation == "splash" and not masked:
+        return splash_attention(q, k, v)
     if implementation == "auto" and not masked and jax.default_backend() == "cpu":
         if min(q.shape[1], k.shape[1]) >= LONG:
             return blockwise_attention(q, k, v)
@@ -49,7 +48,7 @@ def attend(
         v,
         mask=None if mask is None else mask[:, None, None, :],
         is_causal=causal,
-        implementation=known,
+        implementation=by_xla,
     )
 
 
@@ -66,7 +65,7 @@ def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
 
 
 class SingleHeadAttention2D(nn.Module):
-    """The autoencoder's self-attention over positions: one head of full width, q, k, v apart."""
+    """The autoencoder's self-attention over positions: a head of full width, separate q, k, v."""
 
     num_groups: int = 32
     attention: str = "auto"
@@ -98,9 +97,9 @@ class LinearAttention2D(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """The unconditional U-Net's self-attention: one joint qkv map, several heads.
+    """The unconditional U-Net's self-attention: a joint map to q, k and v, several heads.
 
-    legacy_order: the released models interleave the channels per head, [h0: q k v, h1: q k v …];
+    legacy_order: released models interleave the channels by head, [h0: q k v, h1: q k v …];
     otherwise all of q comes first, then k, then v.
     """
 
@@ -127,10 +126,11 @@ class AttentionBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of tokens, every map with a bias: that of CLIP and BERT.
+    """Multi-head self-attention of tokens, all of whose maps have biases, as in CLIP and BERT.
 
-    One joint map gives all of q, then k, then v.
-    causal: tokens see only those before them. mask: false for tokens that nobody may look at.
+    A joint map gives all of q, then k, then v.
+    causal: a token attends to itself and earlier tokens. mask: false for tokens that nobody attends
+    to.
     """
 
     num_heads: int
@@ -152,7 +152,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens x to `context`, or to themselves where there is none.
+    """Multi-head attention of tokens x to `context`, or to themselves without a context.
 
     zero_init: the last map starts as zero, so that the attention adds nothing at first.
     """
@@ -203,8 +203,8 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; each pre-normalised and residual.
 
-    self_attention: False makes the first attention a second cross-attention, which is what some
-    released models do at high resolutions.
+    self_attention: False makes the first attention a cross-attention, too, as in some released
+    models at high resolutions.
     """
 
     num_heads: int
@@ -218,7 +218,7 @@ class TransformerBlock(nn.Module):
         self, x: Float[Array, "B L C"], context: Float[Array, "B S D"] | None
     ) -> Float[Array, "B L C"]:
         def norm(name: str, h: Array) -> Array:
-            return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name=name)(h).astype(h.dtype)
+            return layer_norm(name)(h).astype(h.dtype)
 
         def attention(name: str) -> CrossAttention:
             return CrossAttention(

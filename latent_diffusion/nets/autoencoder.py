@@ -39,10 +39,12 @@ class ResnetBlock(nn.Module):
         return x + h
 
 
-class Backbone(nn.Module):
-    """What encoder and decoder share: their fields and the block in the middle.
+class Architecture(nn.Module):
+    """The fields that encoder, decoder and autoencoder share.
 
-    resolution: the image size for which `attn_resolutions` is meant; the real input may differ.
+    attn_resolutions: where blocks carry attention, for images of size `resolution`; images of
+    another size have it at the same levels.
+    remat: recompute every block's activations in the backward pass (less memory, more time).
     """
 
     channels: int = 128
@@ -56,6 +58,10 @@ class Backbone(nn.Module):
     remat: bool = False
     attention: str = "auto"
     dtype: Any = None
+
+
+class Backbone(Architecture):
+    """The parts that encoder and decoder share."""
 
     def block(self, name: str, features: int) -> ResnetBlock:
         """A residual block."""
@@ -136,11 +142,11 @@ class Decoder(Backbone):
 
 @flax.struct.dataclass
 class Reconstruction:
-    """A training forward pass through the autoencoder.
+    """The result of a training forward pass through the autoencoder.
 
     x: [B H W C] the reconstruction. regularization: [] mean KL per image in nats (kl), codebook
-    loss (vq, gumbel) or 0. metrics: worth logging; `latent_mean` and `latent_mean_square` are per
-    channel [c], since unlike standard deviations their averages over devices are exact.
+    loss (vq, gumbel) or 0. metrics: numbers to log; `latent_mean` and `latent_mean_square` are per
+    channel [c]: their averages over devices are exact, unlike those of standard deviations.
     """
 
     x: Any
@@ -148,24 +154,15 @@ class Reconstruction:
     metrics: dict[str, Any]
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Architecture):
     """Perceptual compression: x → moments → z → x.
 
     regularization: "kl" (diagonal Gaussian posterior), "vq" or "gumbel" (a codebook; as the first
     stage of a diffusion model the latents stay continuous and `decode` quantises them) or "none".
     z_channels: width of the encoder's output; embed_dim: channels c of the latent.
     codebook_*, gumbel_*: see `VectorQuantizer` and `GumbelQuantizer`.
-    remat: recompute every block's activations in the backward pass (less memory, more time).
     """
 
-    channels: int = 128
-    channel_mult: Sequence[int] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    attn_resolutions: Sequence[int] = ()
-    attn_type: str = "vanilla"
-    resolution: int = 256
-    dropout: float = 0.0
-    num_groups: int = 32
     image_channels: int = 3
     z_channels: int = 4
     embed_dim: int = 4
@@ -179,10 +176,7 @@ class Autoencoder(nn.Module):
     codebook_restart_below: float = 0.0
     gumbel_kl_weight: float = 5e-4
     gumbel_straight_through: bool = True
-    remat: bool = False
     axis_name: str | None = None
-    attention: str = "auto"
-    dtype: Any = None
 
     @property
     def downsampling(self) -> int:
@@ -200,22 +194,11 @@ class Autoencoder(nn.Module):
                 f"autoencoder.regularization={self.regularization!r}; "
                 f"known: {', '.join(REGULARIZATIONS)}"
             )
-        backbone = {
-            "channels": self.channels,
-            "channel_mult": self.channel_mult,
-            "num_res_blocks": self.num_res_blocks,
-            "attn_resolutions": self.attn_resolutions,
-            "attn_type": self.attn_type,
-            "resolution": self.resolution,
-            "dropout": self.dropout,
-            "num_groups": self.num_groups,
-            "remat": self.remat,
-            "attention": self.attention,
-            "dtype": self.dtype,
-        }
+        shared = set(Architecture.__dataclass_fields__) - {"parent", "name"}
+        fields = {name: getattr(self, name) for name in shared}
         gaussian = 2 if self.regularization == "kl" else 1
-        self.encoder = Encoder(out_channels=gaussian * self.z_channels, **backbone)
-        self.decoder = Decoder(out_channels=self.image_channels, tanh_out=self.tanh_out, **backbone)
+        self.encoder = Encoder(out_channels=gaussian * self.z_channels, **fields)
+        self.decoder = Decoder(out_channels=self.image_channels, tanh_out=self.tanh_out, **fields)
         self.quant_conv = Conv(gaussian * self.embed_dim, 1, dtype=self.dtype)
         self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
         if self._has_codes:
@@ -260,15 +243,15 @@ class Autoencoder(nn.Module):
     def latents(
         self, moments: Float[Array, "B h w m"], keys: Keys | None = None
     ) -> Float[Array, "B h w c"]:
-        """A latent from its moments: sampled per example with `keys`, the mode without."""
+        """Latents from their moments: samples, one key per example; modes without `keys`."""
         if self.regularization != "kl":
             return moments
         posterior = DiagonalGaussian.from_moments(moments)
         return posterior.mode() if keys is None else posterior.sample(keys)
 
-    def decode(self, z: Float[Array, "B h w c"], train: bool = False) -> Float[Array, "B H W C"]:
-        """Pixels from latents; those of a model with a codebook are quantised first."""
-        return self.decode_codes(self.quantize(z).codes if self._has_codes else z, train)
+    def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
+        """Pixels from latents, which a model with a codebook quantises first."""
+        return self.decode_codes(self.quantize(z).codes if self._has_codes else z)
 
     def decode_codes(
         self, z: Float[Array, "B h w c"], train: bool = False
@@ -295,8 +278,8 @@ class Autoencoder(nn.Module):
     ) -> Reconstruction:
         """Encode, regularise, decode.
 
-        keys: one per example, for what is drawn in training; None takes the likeliest. temperature:
-        of the Gumbel softmax. Averaged codes move, into the collection `codebook`, with `train`.
+        keys: one per example, for random latents; None takes the likeliest. temperature: of the
+        Gumbel softmax. With `train`, moving averages of codes go to the collection `codebook`.
         """
         z, regularization, metrics = self.regularize(
             self.encode(x, train), keys, train, temperature
@@ -310,7 +293,7 @@ class Autoencoder(nn.Module):
         train: bool = False,
         temperature: float | Float[Array, ""] = 1.0,
     ) -> tuple[Float[Array, "B h w c"], Float[Array, ""], dict[str, Any]]:
-        """What is between `encode` and `decode_codes`: latents, regularization and metrics."""
+        """From moments to (latents, regularization, metrics); see `Reconstruction`."""
         if self._has_codes:
             quantized = self._quantize(moments, keys, train, temperature)
             metrics = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
@@ -347,7 +330,7 @@ class Autoencoder(nn.Module):
     ) -> Quantized:
         if self.regularization == "gumbel":
             return self.quantize(moments, keys, temperature)
-        # Restarts draw from the global batch: their key is the same on every device.
+        # Restarts draw from the global batch, so all devices have the same key.
         restarts = train and self.codebook_restart_below and not self.is_initializing()
         return self.quantize(moments, train, self.make_rng("codebook") if restarts else None)
 
@@ -368,7 +351,7 @@ class Identity(nn.Module):
 
     @property
     def latent_channels(self) -> int:
-        """The image's own channels."""
+        """The channels of the image."""
         return self.image_channels
 
     def encode(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -1,11 +1,10 @@
 """Exact attention, a head and a block of queries at a time, so that scores stay in a CPU's cache.
 
-The whole matrix of scores is never in memory: the forward pass keeps the output and the logarithm
-of each row's sum, from which the backward pass makes a block's probabilities again (Rabe & Staats
-2021; Dao et al. 2022). XLA does neither on CPUs. Two more things are for XLA on CPUs: sums along
-the last axis are slow there and matrix products fast, so a column of ones beside the values gives
-the softmax's denominator; and the backward pass has keys in rows and the queries' gradients in
-columns, so that none of its products needs transposed scores.
+The whole matrix of scores is never in memory. The forward pass saves the output and the logarithm
+of each row's sum; from these the backward pass computes the probabilities of a block again (Rabe &
+Staats 2021; Dao et al. 2022). XLA does neither on CPUs, where sums along the last axis are slow and
+matrix products fast: therefore a column of ones beside the values gives the softmax's denominator,
+and the backward pass holds keys in rows, so that no product needs transposed scores.
 """
 
 import jax
@@ -13,13 +12,13 @@ import jax.numpy as jnp
 
 from latent_diffusion.types import Array, Float
 
-SCORES = 2**20  # about, at once: 4 MB
+SCORES = 2**20  # in a block, at most about: 4 MB
 
 
 def blockwise_attention(
     q: Float[Array, "B L N D"], k: Float[Array, "B S N D"], v: Float[Array, "B S N D"]
 ) -> Float[Array, "B L N D"]:
-    """softmax(q kᵀ / √D) v for N heads, computed in float32; the same function and gradients."""
+    """softmax(q kᵀ / √D) v for N heads, computed in float32; its gradients are exact, too."""
     batch, length, heads, width = q.shape
     num_blocks = -(-length * k.shape[1] // SCORES)
 
@@ -35,7 +34,7 @@ def blockwise_attention(
 
 @jax.custom_vjp
 def _head(q: Float[Array, "M C D"], k: Float[Array, "S D"], v: Float[Array, "S D"]) -> Array:
-    """Of scaled queries in M blocks: [M C D]."""
+    """The attention [M C D] of a head, for scaled queries in M blocks."""
     return _forward(q, k, v)[0]
 
 
@@ -53,8 +52,8 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
     return out, (q, k, v, out, log_sum)
 
 
-def _backward(kept: tuple, d_out: Array) -> tuple[Array, Array, Array]:
-    q, k, v, out, log_sum = kept
+def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, log_sum = saved
     mean = jnp.sum(d_out * out, -1)  # Σ_s p_s · ∂L/∂p_s, without p
 
     def block(sums: tuple, rows: tuple) -> tuple[tuple, Array]:

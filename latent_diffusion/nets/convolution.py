@@ -1,4 +1,4 @@
-"""Convolution and resampling that stay fast where XLA's own are slow, above all on CPUs."""
+"""Convolution and resampling that are fast where XLA's are slow, above all on CPUs."""
 
 import functools
 
@@ -21,10 +21,10 @@ def conv2d(
 
     padding: zeros on every side, or ((top, bottom), (left, right)).
 
-    On CPUs, XLA leaves its fast path for images with fewer rows or columns than the kernel, and
-    so does the backward pass for such outputs: 20 to 80 times slower, 600 ms instead of 8 ms for
-    512 -> 512 channels, 3x3 on 32 images of 2x2 pixels. Small first stages and the last levels of
-    a U-Net are of that kind. Those images are unfolded here into one matrix product, the same sum.
+    On CPUs, XLA is 20 to 80 times slower where the input or the output has fewer rows or columns
+    than the kernel, as in small first stages and the last levels of a U-Net: 600 ms instead of 8 ms
+    for 512 -> 512 channels, 3x3 on 32 images of 2x2 pixels. Such images are unfolded here into a
+    matrix product.
     """
     if isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
@@ -44,7 +44,7 @@ def conv2d(
 
 
 def _without_stride(x: Array, kernel: Array, stride: int) -> tuple[Array, Array]:
-    """Blocks of stride² pixels become channels: then the same convolution has stride 1."""
+    """An equal convolution of stride 1: blocks of stride² pixels become channels."""
     blocks = [-(-k // stride) for k in kernel.shape[:2]]
     sizes = [  # of the input, in whole blocks, as far as the outputs see it
         ((n - k) // stride + b) * stride
@@ -69,9 +69,9 @@ def upsample_conv2d(
 ) -> Float[Array, "B H2 W2 F"]:
     """A 3×3 convolution, zeros around, of the image at twice its size (nearest neighbour).
 
-    On CPUs computed from the small image: an output sees 2×2 of its pixels, each through the sum
-    of the taps that fall on it, so there is a kernel for each of the four positions that an output
-    can have in its block. The same function in 4/9 of the multiplications.
+    CPUs compute it from the small image. An output depends on 2×2 of its pixels, whose weights are
+    sums of kernel weights; the sums differ for the four positions of an output in its block of 2×2.
+    This takes 4/9 of the multiplications.
     """
     return jax.lax.platform_dependent(x, kernel, cpu=_from_small, default=_from_large)
 
@@ -109,10 +109,9 @@ def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
 
 def max_pool(x: Float[Array, "B H W C"], window: int, stride: int) -> Float[Array, "B h w C"]:
-    """The largest of each window [window window]; of equal ones the first has the gradient.
+    """The largest element of each window; among equal elements the first gets the gradient.
 
-    As `flax.linen.max_pool` without padding. The gradient of that one sorts out a whole window for
-    every element, 20 times as long as this on CPUs, which compares strided slices.
+    As `flax.linen.max_pool` without padding, whose gradient takes 20 times as long on CPUs.
     """
     h, w = ((n - window) // stride + 1 for n in x.shape[1:3])
     taps = (

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from latent_diffusion import rng
 from latent_diffusion.nets.convolution import conv2d
+from latent_diffusion.nets.layers import fan_in_uniform
 from latent_diffusion.types import Array, Float, lookup
 
 
@@ -14,8 +15,8 @@ class ActNorm(nn.Module):
 
     y = scale · gain · (x + offset + loc). `loc` (0) and `scale` (1) are parameters; `offset` and
     `gain`, in the collection `batch_stats`, are −mean and 1 / (deviation + 1e-6) of the first
-    batch seen with `train=True`, over all devices of `axis_name`, and never change again. In a
-    checkpoint that folds the two, load its loc and scale with offset 0, gain 1, initialized 1.
+    batch with `train=True`, over all devices of `axis_name`, and never change again. For a
+    checkpoint that folds both into loc and scale, set offset to 0, gain to 1, initialized to 1.
     """
 
     axis_name: str | None = None
@@ -42,26 +43,7 @@ class ActNorm(nn.Module):
         return scale * gain_now * (x + offset_now + loc)
 
 
-def _normal_around_one(key, shape, dtype=jnp.float32):
-    return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
-
-
-def _batch_norm(axis_name: str | None, name: str):
-    norm = nn.BatchNorm(
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=axis_name,
-        scale_init=_normal_around_one,
-        name=name,
-    )
-    return lambda x, train: norm(x, use_running_average=not train)
-
-
-def _act_norm(axis_name: str | None, name: str):
-    return ActNorm(axis_name=axis_name, name=name)
-
-
-NORMS = {"batch": _batch_norm, "actnorm": _act_norm}
+NORMS = ("batch", "actnorm")
 
 
 class _Conv(nn.Module):
@@ -76,12 +58,8 @@ class _Conv(nn.Module):
         shape = (4, 4, x.shape[-1], self.features)
         y = conv2d(x, self.param("kernel", nn.initializers.normal(0.02), shape), self.stride, 1)
         if self.use_bias:
-            y += self.param("bias", _uniform((16 * x.shape[-1]) ** -0.5), (self.features,))
+            y += self.param("bias", fan_in_uniform(16 * x.shape[-1]), (self.features,))
         return y
-
-
-def _uniform(bound: float):
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 class PatchGAN(nn.Module):
@@ -92,10 +70,10 @@ class PatchGAN(nn.Module):
     norm: "batch" or "actnorm" (whose convolutions then have biases, as in the original).
     axis_name: the mapped axis over which batch statistics are averaged under pmap.
 
-    State is the collection `batch_stats`. With `train=True` batches are normalised by their own
-    statistics and the running ones move, so the caller makes the collection mutable and may drop
-    what comes back, for example when the generator asks for its loss. Running variances are the
-    biased ones (PyTorch's are n/(n−1) times larger, n = B·h·w); training never reads them.
+    The collection `batch_stats` holds running statistics. With `train=True` the statistics of the
+    batch normalise it, and the running statistics move: the caller makes the collection mutable,
+    and may drop the new values. Running variances are biased (PyTorch's are n/(n−1) times larger,
+    n = B·h·w); training never reads them.
     The original's layer main.0 is `conv_in`, main.{3n−1} `conv{n}`, main.{3n} `norm{n}`, for n in
     1 ... num_layers, and main.{3·num_layers + 2} `conv_out`.
     """
@@ -115,11 +93,23 @@ class PatchGAN(nn.Module):
                 f" least {smallest} pixels a side, got {x.shape[1]}x{x.shape[2]}"
             )
         x = x.astype(jnp.float32)
-        make_norm = lookup(NORMS, self.norm, "PatchGAN norm")
+        lookup(dict.fromkeys(NORMS), self.norm, "PatchGAN norm")
         x = nn.leaky_relu(_Conv(self.channels, 2, name="conv_in")(x), 0.2)
         for n in range(1, self.num_layers + 1):
             width = self.channels * min(2**n, 8)
             stride = 2 if n < self.num_layers else 1
             x = _Conv(width, stride, use_bias=self.norm != "batch", name=f"conv{n}")(x)
-            x = nn.leaky_relu(make_norm(self.axis_name, f"norm{n}")(x, train), 0.2)
+            x = nn.leaky_relu(self._normalize(x, train, f"norm{n}"), 0.2)
         return _Conv(1, 1, name="conv_out")(x)
+
+    def _normalize(self, x: Array, train: bool, name: str) -> Array:
+        if self.norm == "actnorm":
+            return ActNorm(self.axis_name, name=name)(x, train)
+        norm = nn.BatchNorm(
+            momentum=0.9,
+            epsilon=1e-5,
+            axis_name=self.axis_name,
+            scale_init=lambda *args: 1.0 + nn.initializers.normal(0.02)(*args),
+            name=name,
+        )
+        return norm(x, use_running_average=not train)

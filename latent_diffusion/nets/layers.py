@@ -1,4 +1,4 @@
-"""The few layers that both networks are made of."""
+"""The layers of both networks: convolution, linear map, norms, timestep embedding."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,10 @@ from latent_diffusion.types import Array, Float, Num
 Padding = str | Sequence[tuple[int, int]]
 
 
-def _uniform(bound: float):
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
-
-
-def _fan_in_uniform(fan_in: int):
-    """U(±1/√fan_in) for weights and biases alike: what the reference networks start from."""
-    return _uniform(fan_in**-0.5)
+def fan_in_uniform(fan_in: int):
+    """U(±1/√fan_in): the reference networks draw weights and biases from it."""
+    bound = fan_in**-0.5
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 class Conv(nn.Module):
@@ -39,7 +34,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        init = nn.initializers.zeros if self.zero_init else _fan_in_uniform(int(np.prod(shape[:3])))
+        init = nn.initializers.zeros if self.zero_init else fan_in_uniform(int(np.prod(shape[:3])))
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", init, (self.features,)) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
@@ -47,7 +42,7 @@ class Conv(nn.Module):
         return y if bias is None else y + bias
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        """Of promoted arrays."""
+        """The convolution of arrays that have one dtype."""
         padding = self.padding
         if isinstance(padding, str):
             strides = (self.stride, self.stride)
@@ -60,7 +55,7 @@ class UpsampleConv(Conv):
     """A 3×3 convolution of the image at twice its size, nearest neighbour."""
 
     def convolve(self, x: Array, kernel: Array) -> Array:
-        """Of promoted arrays."""
+        """The convolution of arrays that have one dtype."""
         return upsample_conv2d(x, kernel)
 
 
@@ -79,7 +74,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         zeros = nn.initializers.zeros
-        init = zeros if self.zero_init else self.kernel_init or _fan_in_uniform(x.shape[-1])
+        init = zeros if self.zero_init else self.kernel_init or fan_in_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias_init = zeros if self.kernel_init else init
         bias = self.param("bias", bias_init, (self.features,)) if self.use_bias else None
@@ -89,7 +84,7 @@ class Dense(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation in float32 whatever the compute dtype (Wu & He 2018)."""
+    """Group normalisation, in float32 for every compute dtype (Wu & He 2018)."""
 
     num_groups: int = 32
     epsilon: float = 1e-6
@@ -106,7 +101,7 @@ class GroupNorm(nn.Module):
         flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
 
         def group_mean(values: Array) -> Array:
-            """Of [B L C], for every channel: [B 1 C]; over positions first, which vectorises."""
+            """Means over groups, [B L C] to [B 1 C]. Positions come first, which vectorises."""
             means = jnp.mean(values, 1).reshape(x.shape[0], self.num_groups, -1)
             return jnp.repeat(jnp.mean(means, -1), channels // self.num_groups, -1)[:, None]
 
@@ -118,15 +113,15 @@ class GroupNorm(nn.Module):
 
 
 def layer_norm(name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
-    """Layer normalisation in float32, whatever the compute dtype."""
+    """Layer normalisation, in float32 for every compute dtype."""
     return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
 def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) -> Any:
-    """`compute()`, unless the module's variables in `collection` hold its value already.
+    """The value that the module's variables in `collection` hold, else `compute()`.
 
-    Applying the network with that collection mutable is how to get the values. A sampler does it
-    once, before its loop, for whatever doesn't depend on the latent; see `Denoiser.prepare`.
+    Applying the network with a mutable `collection` returns such values. A sampler does it once,
+    before its loop, for all values that don't depend on the latent; see `Denoiser.prepare`.
     """
     if module.has_variable(collection, "value") and not module.is_mutable_collection(collection):
         return module.get_variable(collection, "value")
@@ -136,17 +131,15 @@ def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) 
     return value
 
 
-def timestep_embedding(
-    t: Num[Array, " B"], dim: int, max_period: float = 10_000.0, shift: int = 0
-) -> Float[Array, "B D"]:
-    """[cos(t·ω_i), sin(t·ω_i)], ω_i = max_period^(−i/(half − shift)), half = dim // 2, as in LDM.
+def timestep_embedding(t: Num[Array, " B"], dim: int, shift: int = 0) -> Float[Array, "B D"]:
+    """[cos(t·ω_i), sin(t·ω_i)], ω_i = 10000^(−i/(half − shift)), half = dim // 2, as in LDM.
 
     t: timesteps, integer-valued or fractional. Odd dims get a zero column. shift: 1 makes the last
-    frequency exactly 1/max_period.
+    frequency exactly 1/10000.
     """
     half = dim // 2
     exponents = np.arange(half) / (half - shift)
-    frequencies = np.exp(-np.log(max_period) * exponents).astype(np.float32)
+    frequencies = np.exp(-np.log(10_000.0) * exponents).astype(np.float32)
     angles = t[:, None] * frequencies
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

@@ -1,6 +1,6 @@
-"""From feature maps to class scores: the heads of a classifier on half a U-Net.
+"""From feature maps to class scores: four heads of a classifier on half a U-Net.
 
-Dhariwal & Nichol (2021), whose classifiers guide; four of them, as in the reference.
+They are the heads of Dhariwal & Nichol (2021), whose classifiers guide a denoiser.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ HIDDEN = 2048  # of the spatial poolings
 class Pooling(nn.Module):
     """Logits [B features] from the last feature map h and the means of all of them.
 
-    kind: "adaptive" averages h over the positions; "attention" lets their mean attend to them;
-    "spatial" and "spatial_v2" read the means of every block, through a hidden layer without and
-    with a norm.
+    kind: "adaptive" averages h over the positions; in "attention" their mean attends to them;
+    "spatial" and "spatial_v2" have a hidden layer on the means of all blocks, without and with a
+    norm.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Pooling(nn.Module):
             "adaptive": self._adaptive,
             "attention": self._attention,
             "spatial": self._spatial,
-            "spatial_v2": self._spatial_v2,
+            "spatial_v2": self._spatial,
         }
         return lookup(pools, self.kind, "pool")(h, means).astype(jnp.float32)
 
@@ -67,9 +67,5 @@ class Pooling(nn.Module):
 
     def _spatial(self, h: Array, means: list[Array]) -> Array:
         x = Dense(HIDDEN, dtype=self.dtype, name="hidden")(jnp.concatenate(means, -1))
-        return Dense(self.features, dtype=self.dtype, name="proj_out")(nn.relu(x))
-
-    def _spatial_v2(self, h: Array, means: list[Array]) -> Array:
-        x = Dense(HIDDEN, dtype=self.dtype, name="hidden")(jnp.concatenate(means, -1))
-        x = nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="norm")(x))
+        x = self._normed(x) if self.kind == "spatial_v2" else nn.relu(x)
         return Dense(self.features, dtype=self.dtype, name="proj_out")(x)

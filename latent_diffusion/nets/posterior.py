@@ -19,9 +19,9 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: Float[Array, "B h w c2"]) -> "DiagonalGaussian":
-        """Split an encoder's output: first half of the channels mean, second half log-variance.
+        """Split an encoder's output: half of its channels is the mean, half the log-variance.
 
-        In float32 at least; the log-variance is clamped to [−30, 20].
+        Both have at least float32; the log-variance is clamped to [−30, 20].
         """
         dtype = jnp.promote_types(moments.dtype, jnp.float32)
         mean, logvar = jnp.split(moments.astype(dtype), 2, axis=-1)
@@ -47,17 +47,10 @@ class DiagonalGaussian:
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Float[Array, " B"]:
         """KL(self ‖ other) in nats, summed over h, w, c; `other` None is the standard normal."""
-        if other is None:
-            terms = jnp.square(self.mean) + self.var - 1.0 - self.logvar
-        else:
-            # exp of the difference, not a quotient of two exps: neither can overflow alone.
-            terms = (
-                jnp.square(self.mean - other.mean) * jnp.exp(-other.logvar)
-                + jnp.exp(self.logvar - other.logvar)
-                - 1.0
-                - self.logvar
-                + other.logvar
-            )
+        mean, logvar = (0.0, 0.0) if other is None else (other.mean, other.logvar)
+        log_ratio = self.logvar - logvar  # its exp doesn't overflow where a quotient of exps would
+        square = jnp.square(self.mean - mean) * jnp.exp(-logvar)
+        terms = square + jnp.exp(log_ratio) - 1.0 - log_ratio
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
     def nll(self, x: Float[Array, "B h w c"]) -> Float[Array, " B"]:

@@ -11,12 +11,12 @@ from latent_diffusion.types import Array, Float, Int, Key, Keys, Params
 
 @flax.struct.dataclass
 class Quantized:
-    """What a quantiser returns.
+    """The result of a quantiser.
 
     codes: [B h w c] quantised latents, through which gradients reach the encoder.
     indices: [B h w] int32, the codes' places in the codebook.
-    loss: what the codebook and the encoder minimise, a mean over all elements.
-    perplexity: exp(−Σ p log p) of the batch's code frequencies p; num_codes if all are used alike.
+    loss: the loss of codebook and encoder, a mean over all elements.
+    perplexity: exp(−Σ p log p) of the batch's code frequencies p; num_codes if all are equal.
     usage: number of different codes in the batch.
     """
 
@@ -30,19 +30,17 @@ class Quantized:
 class VectorQuantizer(nn.Module):
     """Replaces each latent vector by the nearest of `num_codes` codes, straight through.
 
-    beta: weight of one of the two squared errors. The paper (eq. 3) puts it on the commitment
-        mean((sg[e] − z)²); the original code, and so every released model, on the codebook term
-        mean((e − sg[z])²), which `legacy=True` keeps.
-    l2_normalize: codes and latents on the unit sphere, so that nearest means most aligned (Yu et
-        al. 2022, §3.2).
-    ema_decay: 0 trains the parameter `embedding` by gradients. Else (0.99) each code is the moving
-        average of the latents it serves (van den Oord et al. 2017, app. A.1) and the loss is beta
-        times commitment. `train=True` then leaves the moved codes in the collection `codebook`,
-        beside their sums and uses, and whoever updates the parameters puts them there
-        (`with_moved_codes`); so a trained codebook is one parameter however it was trained.
-    restart_below: with `ema_decay`, a code whose moving average of uses a batch falls below this
-        is replaced by a latent of the batch. 0 never; 0.1 after about 230 unused batches at 0.99.
-    axis_name: the mapped axis over which statistics and metrics are taken under pmap.
+    beta: weight of one of two squared errors. In the paper (eq. 3) it is the commitment
+        mean((sg[e] − z)²); in the original code, and so in every released model, it is the codebook
+        term mean((e − sg[z])²): `legacy=True`.
+    l2_normalize: project codes and latents to the unit sphere (Yu et al. 2022, §3.2).
+    ema_decay: 0 trains the parameter `embedding` by gradients. Else (0.99) a code is the moving
+        average of its latents (van den Oord et al. 2017, app. A.1), and the loss is beta times the
+        commitment. With `train=True` the new codes, their sums and uses are in the collection
+        `codebook`; `with_moved_codes` puts the codes into the parameters after an update.
+    restart_below: with `ema_decay`, a latent of the batch replaces a code whose moving average of
+        uses per batch falls below this. 0 is never; 0.1 is after about 230 unused batches at 0.99.
+    axis_name: the mapped axis over which statistics and metrics are averaged under pmap.
     """
 
     num_codes: int
@@ -55,7 +53,7 @@ class VectorQuantizer(nn.Module):
     axis_name: str | None = None
 
     def setup(self) -> None:
-        """Start from U(−1/num_codes, 1/num_codes), every code as if used once."""
+        """Codes start from U(−1/num_codes, 1/num_codes), with a count of 1 use each."""
         shape, bound = (self.num_codes, self.dim), 1.0 / self.num_codes
 
         def draw(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
@@ -88,7 +86,7 @@ class VectorQuantizer(nn.Module):
                 loss = self.beta * commitment + codebook
         if train and self.ema_decay and not self.is_initializing():
             self._move_codes(z.reshape(-1, self.dim), indices.ravel(), key)
-        # z + (e − z) is e up to rounding, and has the derivative of z.
+        # z + (e − z) is e up to rounding, but its derivative is that of z.
         return _quantized(
             z + jax.lax.stop_gradient(e - z), indices, loss, self.num_codes, self.axis_name
         )
@@ -146,7 +144,7 @@ class VectorQuantizer(nn.Module):
 
 
 def with_moved_codes(params: Params, codebook: Params) -> Params:
-    """`params` of a quantiser, or of a module with one, with the codes that `codebook` holds."""
+    """`params` of a quantiser, or of a module around it, with the codes in `codebook`."""
     if "embedding" in codebook:
         return {**params, "embedding": codebook["embedding"]}
     return {**params, **{k: with_moved_codes(params[k], v) for k, v in codebook.items()}}
@@ -211,15 +209,15 @@ def _quantized(
 def to_used(
     indices: Int[Array, "..."], used: Int[Array, " n"], unknown: int | None = None
 ) -> Int[Array, "..."]:
-    """Renumber codebook indices by their place in `used`, ascending and without repetition.
+    """Replace codebook indices by their places in `used`, which ascends without repetition.
 
-    unknown: the number of every index outside `used`; None is one more than the last, n.
+    unknown: the number of indices outside `used`; None is n.
     """
     place = jnp.clip(jnp.searchsorted(used, indices), 0, len(used) - 1)
-    known = used[place] == indices
-    return jnp.where(known, place, len(used) if unknown is None else unknown).astype(jnp.int32)
+    is_used = used[place] == indices
+    return jnp.where(is_used, place, len(used) if unknown is None else unknown).astype(jnp.int32)
 
 
 def to_all(indices: Int[Array, "..."], used: Int[Array, " n"]) -> Int[Array, "..."]:
-    """The inverse of `to_used`; numbers from n on, which stand for no code, become used[0]."""
+    """The inverse of `to_used`; numbers from n on, which stand for unused codes, become used[0]."""
     return used[jnp.where(indices < len(used), indices, 0)]

@@ -8,14 +8,12 @@ import jax
 
 from latent_diffusion.types import lookup
 
-# "full" keeps the inputs of blocks alone, "dots_saveable" products, too.
+# "full" stores the inputs of blocks alone, "dots_saveable" matrix products, too.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": None,
-    **{
-        name: getattr(jax.checkpoint_policies, name)
-        for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")
-    },
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 

@@ -1,4 +1,4 @@
-"""Resizing as others' networks were trained with, where `jax.image.resize` differs."""
+"""The resizing of released networks, where `jax.image.resize` differs."""
 
 import functools
 
@@ -9,7 +9,7 @@ from latent_diffusion.types import Array, Float
 
 
 def keys_kernel(x: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Keys' cubic kernel (1981). a: −3/4 in torch and OpenCV; his own and MATLAB's is −1/2."""
+    """Keys' cubic kernel (1981). a: −3/4 in torch and OpenCV; −1/2 in his paper and MATLAB."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = (((x - 5) * x + 8) * x - 4) * a

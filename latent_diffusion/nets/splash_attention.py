@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.types import Array, Float
 
-BLOCK = 128  # tokens and numbers that the kernel takes at once
+BLOCK = 128  # the kernel wants multiples of this many tokens and numbers
 
 
 def splash_attention(
@@ -14,7 +14,7 @@ def splash_attention(
     v: Float[Array, "B S N D"],
     interpret: bool = False,
 ) -> Float[Array, "B L N D"]:
-    """softmax(q kᵀ / √D) v for N heads; scores never leave the chip's own memory.
+    """softmax(q kᵀ / √D) v for N heads; scores never leave the chip.
 
     interpret: run the kernel step by step on any device, as a test does.
     """
@@ -23,11 +23,11 @@ def splash_attention(
             f"attention='splash' is for TPUs, this is a {jax.default_backend()}; use 'auto'"
         )
     length, width = q.shape[1], q.shape[3]
-    lost = k.shape[1]
+    real = k.shape[1]
     q, k, v = (_padded(x.transpose(0, 2, 1, 3)) for x in (q * width**-0.5, k, v))
     kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
-    # What is padded belongs to another segment, which no query sees.
-    segments = _segment_ids(q.shape[2], k.shape[2], lost)
+    # Padding belongs to another segment, to which no query attends.
+    segments = _segment_ids(q.shape[2], k.shape[2], real)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
     return out[:, :, :length, :width].transpose(0, 2, 1, 3)
 
@@ -51,9 +51,9 @@ def _kernel(heads: int, length: int, keys: int, interpret: bool):
     )
 
 
-def _segment_ids(length: int, keys: int, known: int):
+def _segment_ids(length: int, keys: int, real: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     return splash_attention_kernel.SegmentIds(
-        q=jnp.zeros(length, jnp.int32), kv=(jnp.arange(keys) >= known).astype(jnp.int32)
+        q=jnp.zeros(length, jnp.int32), kv=(jnp.arange(keys) >= real).astype(jnp.int32)
     )

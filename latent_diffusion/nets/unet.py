@@ -71,14 +71,13 @@ class UNet(nn.Module):
 
     out_channels: channels of the prediction. model_channels: width at full resolution.
     attention_resolutions: downsampling *factors* (1, 2, 4 …) at which blocks carry attention.
-    num_heads / num_head_channels: fix the one or the other; the second wins where both are set.
+    num_heads, num_head_channels: number or width of heads; the width counts if both are set.
     transformer_depth: 0 means plain self-attention (no context), else blocks per transformer.
     disable_self_attentions: per level, replace self-attention by a second cross-attention.
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
-    remat: what the backward pass computes again instead of keeping it (less memory, more time): a
-    name of `nets.remat.REMAT`.
+    remat: a name of `nets.remat.REMAT`: the backward pass recomputes activations.
     """
 
     out_channels: int = 4
@@ -175,7 +174,7 @@ class UNet(nn.Module):
             )
         h = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
 
-        # Down: every block's output is kept for the way up.
+        # Down: every block's output is a skip for the way up.
         h = Conv(self.model_channels, dtype=self.dtype, name="input_blocks_0_0")(h)
         skips, index = [h], 0
         for level, mult in enumerate(self.channel_mult):
@@ -196,13 +195,13 @@ class UNet(nn.Module):
         h = self._res_block("middle_block_2", channels)(h, emb, train)
         if self.pool:
             means = [jnp.mean(x, (1, 2)) for x in [*skips, h]]
-            own = {} if self.num_head_channels is None else {"head_dim": self.num_head_channels}
-            shared = {"attention": self.attention, "dtype": self.dtype, "name": "out", **own}
-            return Pooling(self.pool, self.out_channels, num_groups=self.num_groups, **shared)(
-                h, means
+            sizes = (self.num_head_channels or Pooling.head_dim, self.num_groups)
+            pooling = Pooling(
+                self.pool, self.out_channels, *sizes, self.attention, self.dtype, name="out"
             )
+            return pooling(h, means)
 
-        # Up: one block more per level, each fed with a skip.
+        # Up: a block more per level, each with a skip.
         index = -1
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             channels = mult * self.model_channels

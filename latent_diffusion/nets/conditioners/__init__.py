@@ -110,11 +110,11 @@ def make_conditioner(config: Config) -> Conditioner:
     """The conditioners that `config` names; ValueError for unknown names or fields."""
     for name, fields in config.items():
         module = lookup(CONDITIONERS, name, "conditioner")
-        known = [f for f in module.__dataclass_fields__ if f not in ("parent", "name")]
-        unknown = sorted(set(fields) - set(known))
+        allowed = [f for f in module.__dataclass_fields__ if f not in ("parent", "name")]
+        unknown = sorted(set(fields) - set(allowed))
         if unknown:
             raise ValueError(
-                f"conditioners.{name}: unknown field {unknown[0]!r}; known: {', '.join(known)}"
+                f"conditioners.{name}: unknown field {unknown[0]!r}; known: {', '.join(allowed)}"
             )
 
     def hashable(value: Any) -> Any:

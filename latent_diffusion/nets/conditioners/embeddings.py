@@ -8,7 +8,7 @@ from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
 
 
 def _routed(name: str, route: str, vector: Float[Array, "B D"]) -> Conditioning:
-    """The vector as it is, or as a context of one token; `name` is the conditioner's."""
+    """The vector as it is, or as a context of a single token. name: of the conditioner."""
     if route == "vector":
         return Conditioning(vector=vector)
     if route == "context":

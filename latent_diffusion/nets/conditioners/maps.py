@@ -47,10 +47,10 @@ class SpatialRescaler(nn.Module):
 class WordMap(nn.Module):
     """`tokens` [B L] → concat [B height width channels]: the sum of the words' learned maps.
 
-    Cross-attention needs long to learn where a word's colours and shapes belong. Here a linear map
-    says so from the first steps, which suits a short training on a few thousand captions. Beside a
-    text transformer it makes a hybrid of concatenation and cross-attention. height and width are
-    the latent's. Padding (token 0) has no map, so the null condition is zeros.
+    Cross-attention takes long to learn where the colours and shapes of a word belong. A linear map
+    learns it in the first steps of a short training on a few thousand captions. Beside a text
+    transformer it makes a hybrid of concatenation and cross-attention. height, width: of the
+    latent. Padding (token 0) has no map, so the null condition is zeros.
     """
 
     vocab_size: int = 2048
@@ -71,11 +71,11 @@ class WordMap(nn.Module):
 
 
 class LayoutMap(nn.Module):
-    """`layout` [B L] (see `data.layout`) → concat [B height width channels]: what lies where.
+    """`layout` [B L] (see `data.layout`) → concat [B height width channels]: objects in places.
 
     Every class has a learned vector, which fills the boxes of its objects; where boxes overlap, the
-    vectors are added. It is to `Layout` what `WordMap` is to a text transformer. A layout has three
-    tokens for each object, and two more where it states a crop. height and width are the latent's.
+    vectors are added. It stands beside `Layout` as `WordMap` stands beside a text transformer. A
+    layout has three tokens for each object, and two more for a crop. height, width: of the latent.
     The null condition is the map without objects: zeros.
     """
 
@@ -93,7 +93,9 @@ class LayoutMap(nn.Module):
         count = tokens.shape[1] // 3
         labels, first, last = jnp.moveaxis(tokens[:, : 3 * count].reshape(-1, count, 3), 2, 0)
         corners = [self._point(first), self._point(last)]
-        if tokens.shape[1] % 3 == 2:  # boxes are those of the whole picture; we see its crop
+        if (
+            tokens.shape[1] % 3 == 2
+        ):  # boxes are relative to the whole picture, of which we see the crop
             start, end = self._point(tokens[:, -2:-1]), self._point(tokens[:, -1:])
             size = jnp.maximum(end - start, 1e-3)
             corners = [(corner - start) / size for corner in corners]

@@ -17,8 +17,8 @@ def empty_where(
 ) -> Int[Array, "B L"]:
     """Replace tokens by the empty prompt in the examples that are dropped.
 
-    empty: its tokens before the padding, e.g. those of begin and end. Raises ValueError for fewer
-    than these.
+    empty: the tokens of the empty prompt before its padding, e.g. begin and end. Raises ValueError
+    where L is less.
     """
     row = [*empty, *[pad_id] * (tokens.shape[1] - len(empty))]
     if len(row) != tokens.shape[1]:
@@ -29,8 +29,9 @@ def empty_where(
 def prompts(
     name: str, batch: Batch, drop: Bool[Array, " B"], length: int, empty: Sequence[int], pad_id: int
 ) -> Int[Array, "B L"]:
-    """`empty_where` of the batch's `tokens`; ValueError, which names the conditioner, unless L is
-    its max_length.
+    """`empty_where` of the batch's `tokens`; ValueError unless their number L is `length`.
+
+    name: of the conditioner.
     """
     tokens = batch["tokens"]
     if tokens.shape[1] != length:

@@ -1,4 +1,4 @@
-"""Conditions that are pictures, concatenated to the latent: a small one, one with holes, depth."""
+"""Pictures as conditions, concatenated to the latent: small ones, ones with holes, depth maps."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ class LowRes(nn.Module):
     The picture has the latent's size and is concatenated as it is; the null condition is zeros.
 
     num_levels: the number of noise levels; 0 is no noise. With levels, the picture is noised to the
-    batch's `noise_level`, or to a random one below max_noise_level, and the level becomes a vector
-    of `width` numbers, so that a sampler can say how far to trust the picture (Ho et al. 2021). The
-    default schedule is that of Stable Diffusion v2's ×4 upscaler.
-    keep: the picture stays where conditions are dropped, so guidance is by the others alone.
+    batch's `noise_level`, or to a random level below max_noise_level. An embedding of the level
+    [B width] becomes the vector: it tells the denoiser how far to trust the picture (Ho et al.
+    2021). The default schedule is from Stable Diffusion v2's ×4 upscaler.
+    keep: the picture stays where conditions are dropped, so guidance depends on the others alone.
     """
 
     num_levels: int = 0
@@ -74,7 +74,7 @@ class LowRes(nn.Module):
 def level_and_noise(
     name: str, batch: Batch, rng: Keys | None, end: int, shape: tuple[int, ...]
 ) -> tuple[Array, Array]:
-    """The level and noise of a noised condition: `noise_level` [B] or one of [0, end); [B *shape].
+    """The level [B] and the noise [B *shape] of a condition; a random level in [0, end) by default.
 
     Raises ValueError, which names the conditioner, without a key for each example.
     """
@@ -90,10 +90,10 @@ def level_and_noise(
 class MaskedImage(nn.Module):
     """`image` and `mask` [B H W 1] (1 = hole) → concat: the masked image's latents and the mask.
 
-    The defaults are the paper's inpainting model's: holes have pixels −1, and the mask is −1
-    outside and 1 inside them, behind the latents. Stable Diffusion has mask_first=True,
-    known_mask=0.0, hole=0.0 (grey) and keep=True: both stay where conditions are dropped. Null:
-    zeros.
+    The defaults are those of the paper's inpainting model: pixels in holes are −1; the mask is 1 in
+    holes and −1 elsewhere, and comes after the latents. Stable Diffusion has mask_first=True,
+    known_mask=0.0, hole=0.0 (grey) and keep=True: image and mask stay where conditions are dropped.
+    The null condition is zeros.
     """
 
     hole: float = -1.0  # the pixels in holes
@@ -127,7 +127,7 @@ class MaskedImage(nn.Module):
 
 
 def pick_nearest(x: Float[Array, "B H W C"], size: tuple[int, ...]) -> Float[Array, "B h w C"]:
-    """Resize by taking pixel ⌊i·H/h⌋ for i, as the released models saw their masks."""
+    """Resize: pixel i is pixel ⌊i·H/h⌋, as for the masks of released models."""
     old = x.shape[1:3]
     rows, columns = (jnp.arange(n) * o // n for n, o in zip(size, old, strict=True))
     return x[:, rows][:, :, columns]
@@ -137,7 +137,7 @@ class Depth(nn.Module):
     """`depth` [B H W 1], in any unit and of any size → concat [B h w 1] in [-1, 1].
 
     As in Stable Diffusion v2's depth-to-image: bicubic to the latent's size, then every map from
-    its own minimum to its own maximum. keep: it stays where conditions are dropped. Null: zeros.
+    its minimum to its maximum. keep: the map stays where conditions are dropped. Null: zeros.
     """
 
     keep: bool = False

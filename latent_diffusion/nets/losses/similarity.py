@@ -1,4 +1,4 @@
-"""How close two pictures are, pixel by pixel and window by window: PSNR and SSIM."""
+"""Similarity of two pictures, by pixels and by windows: PSNR and SSIM."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,7 @@ def ssim(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array,
 
 
 def _blur(x: Array) -> Array:
-    """Means under the window at every place where it fits."""
+    """Means over windows, at all places that lie wholly inside."""
     weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
     h, w = (n - WINDOW + 1 for n in x.shape[1:3])

@@ -1,0 +1,236 @@
+"""Score a workdir or a set of pictures: `python -m latent_diffusion.evaluate` without its flags."""
+
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion import data
+from latent_diffusion.convert.clip import Clip, load_clip
+from latent_diffusion.evaluate import SAMPLING, generate, reconstruction, scores
+from latent_diffusion.evaluate.collect import cache_folder, collect_features
+from latent_diffusion.evaluate.features import make_features, with_clip
+from latent_diffusion.evaluate.frechet import load_statistics, save_statistics
+from latent_diffusion.evaluate.images import ImageSet, open_images
+from latent_diffusion.evaluate.measured import Measured
+from latent_diffusion.generation.loading import load
+from latent_diffusion.nets.losses.perceptual import load_lpips_params
+from latent_diffusion.runtime import processes, workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.runtime.metrics import Progress
+
+DEFAULT_SAMPLES = 50_000
+
+Options = Mapping[str, Any]  # the values of the command's flags, by name
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """Score a workdir or a set of pictures: the record that the command prints and logs.
+
+    On several processes all get the record, and process 0 alone writes. Raises ValueError, in one
+    line, for input that can't be scored.
+    """
+    if (options["workdir"] is None) == (options["samples"] is None):
+        raise ValueError("give either --workdir or --samples")
+    if options["num_images"] < 0:
+        raise ValueError(f"num_images={options['num_images']} must be at least 1 (or 0, for all)")
+    processes.check_same(options, "set of options")
+    start = time.perf_counter()
+    if options["workdir"] is None:
+        with tempfile.TemporaryDirectory(prefix="latent_diffusion_") as folder:
+            record = _score_samples(options, Path(folder), None)
+    else:
+        record = _score_workdir(options, Path(options["workdir"]))
+    record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **record}
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    if options["workdir"] is not None and jax.process_index() == 0:
+        with (Path(options["workdir"]) / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
+
+
+def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
+    config = workdir.load_config(directory)
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
+        step = max(checkpoints.all_steps(), default=0)
+    usual = ["psnr", "ssim", "lpips"] if config.task == "autoencoding" else None
+    metrics = options["metrics"] or usual or scores.DEFAULT
+    wanted = [name for name in metrics if name in reconstruction.METRICS]
+    if wanted and len(wanted) < len(metrics):
+        raise ValueError(f"metrics={','.join(metrics)} mixes reconstructions and samples")
+    if config.task == "autoencoding" and not wanted:
+        raise ValueError(
+            f"{directory} holds a first stage; its metrics: {', '.join(reconstruction.METRICS)}"
+        )
+    score = _score_first_stage if wanted else _score_samples
+    cache = directory / "evaluations" / f"step_{step}"
+    return {"step": step, **score({**options, "metrics": metrics}, cache, config)}
+
+
+def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dict[str, Any]:
+    """Reconstructions of the test split by posterior modes."""
+    metrics, net_name = options["metrics"], options["features"]
+    if "rfid" in metrics and net_name != "inception":
+        raise ValueError(f"rfid means Inception features, not {net_name!r}; rfd is the same")
+    net: Any = _features(options) if {"rfid", "rfd"} & set(metrics) else None
+    lpips = options["lpips"]
+    images = generate.of_data(config, options["split"] or "test")
+    count = _count(options, images)
+    first_stage = load(options["workdir"]).first_stage
+    assert first_stage is not None  # every workdir has a first stage
+    collect = functools.partial(
+        reconstruction.collect_reconstructions,
+        first_stage,
+        metrics=metrics,
+        lpips=(lpips, load_lpips_params(lpips)) if "lpips" in metrics else None,
+        net=net,
+    )
+    arrays = _collected(options, cache, "reconstructions", images, count, collect)
+    results = reconstruction.score_reconstructions(arrays, lpips, net_name)
+    return _record(options, results, images.name, images.name)
+
+
+def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> dict[str, Any]:
+    """Samples of a model (with its config), or a set of pictures, against a reference."""
+    metrics = options["metrics"] or scores.DEFAULT
+    options = {**options, "metrics": metrics}
+    scores.check_metrics(metrics, options["features"])
+    clip = _clip(options) if "clip" in metrics else None
+    net: Any = _features(options) if set(metrics) - set(scores.WITHOUT_FEATURES) else None
+    reference, reference_name = _reference(options, cache, config, net)
+    if config is None:
+        images = open_images(options["samples"], options["image_size"])
+    else:
+        images = _samples_of_model(options, config)
+    count = _count(options, images)
+    captions = None if clip is None else _captions(options, images, count)
+    both: Any = net if clip is None else with_clip(net, clip)
+    nets = {"features": both.name, "clip_path": None if clip is None else options["clip_path"]}
+    collect = functools.partial(collect_features, net=both)
+    arrays = _collected({**options, **nets}, cache, "samples", images, count, collect)
+    if clip is not None and captions is not None:
+        arrays["captions"] = clip.embed_texts(captions)
+    if options["save_reference"] and jax.process_index() == 0:
+        save_statistics(options["save_reference"], reference.gaussian())
+    results = scores.score(metrics, arrays, reference, options["features"])
+    return _record(options, results, images.name, reference_name)
+
+
+def _features(options: Options) -> Any:
+    return make_features(options["features"], options["features_path"], options["filter"])
+
+
+def _clip(options: Options) -> Clip:
+    if not options["clip_path"]:
+        raise ValueError("the metric clip needs --clip_path: a CLIPModel's folder, with tokenizer")
+    return load_clip(options["clip_path"])
+
+
+def _captions(options: Options, images: ImageSet, count: int) -> list[str]:
+    """The captions of the pictures: a model's prompts, or the prompts.txt beside the pictures."""
+    if images.captions is not None:
+        return images.captions(count)
+    path = Path(options["samples"] or "")
+    path = (path if path.is_dir() else path.parent) / "prompts.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if len(lines) < count:
+        raise ValueError(
+            f"clip needs a caption for each of {count} pictures; {path} has {len(lines)}"
+        )
+    return lines[:count]
+
+
+def _samples_of_model(options: Options, config: ConfigDict) -> ImageSet:
+    model, seed = load(options["workdir"]), options["seed"]
+    count = options["num_images"] or DEFAULT_SAMPLES
+    source = data.make_source(config.data, "test")
+    transform = data.make_transform(config.data, train=False)
+    return generate.samples(
+        model,
+        generate.conditions_of(model, source, transform, count, seed),
+        count,
+        seed,
+        options["batch_size"],
+        Path(options["save_images"]) if options["save_images"] else None,
+        **{name: options[name] for name in SAMPLING if options[name] is not None},
+    )
+
+
+def _reference(
+    options: Options, cache: Path, config: ConfigDict | None, net: Any
+) -> tuple[scores.Reference, str]:
+    """The reference's features or statistics, and its name."""
+    spec, metrics = options["reference"], options["metrics"]
+    if spec is None and set(metrics) <= set(scores.WITHOUT_REFERENCE):
+        return scores.Reference(), "none"
+    if spec is None and config is None:
+        raise ValueError(f"metrics={','.join(metrics)} need --reference")
+    if spec is not None and spec.endswith(".npz") and Path(spec).is_file():
+        with np.load(spec, allow_pickle=False) as file:
+            if "mu" in file.files and "arr_0" not in file.files:
+                return scores.Reference(statistics=load_statistics(spec)), spec
+    if spec is None:
+        real = generate.of_data(config, options["split"] or "train")
+    else:
+        real = open_images(spec, options["image_size"])
+    collect = functools.partial(collect_features, net=net)
+    arrays = _collected(options, cache, "reference", real, real.count, collect)
+    return scores.Reference(features=arrays["features"]), real.name
+
+
+def _count(options: Options, images: ImageSet) -> int:
+    if options["num_images"] > images.count:
+        raise ValueError(
+            f"num_images={options['num_images']}, but {images.name} has only {images.count}"
+        )
+    return options["num_images"] or images.count
+
+
+def _collected(
+    options: Options,
+    cache: Path,
+    kind: str,
+    images: ImageSet,
+    count: int,
+    collect: Callable[..., dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """The arrays of the first `count` images, with a progress bar; see `collect.collect`.
+
+    They lie in a folder of `cache` whose name depends on every option that decides the numbers.
+    """
+    relevant: tuple[str, ...] = ("samples", "features", "features_path", "filter", "image_size")
+    if kind == "samples":
+        relevant += ("clip_path", "seed", "save_images", *SAMPLING)
+    if kind == "reconstructions":
+        relevant += ("metrics", "lpips")
+    work = {"kind": kind, "of": images.name, "count": count}
+    folder = cache_folder(cache, work | {name: options[name] for name in relevant})
+    with Progress(count, unit="image") as progress:
+
+        def report(done: int) -> None:
+            progress.update(done)
+            progress.report(done, {})
+
+        batch_size = options["batch_size"]
+        return collect(images.read, count, directory=folder, batch_size=batch_size, report=report)
+
+
+def _record(
+    options: Options, results: Mapping[str, Measured], images: str, reference: str
+) -> dict[str, Any]:
+    noted = ("seed", "filter", *SAMPLING)
+    return {
+        "images": images,
+        "reference": reference,
+        **{name: options[name] for name in noted if options[name] is not None},
+        "num_images": max(result.count for result in results.values()),
+        "metrics": {name: result.value for name, result in results.items()},
+        "errors": {name: result.error for name, result in results.items()},
+    }
