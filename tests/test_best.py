@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 
-from configs import openmoji_autoencoder
+from configs import default, openmoji_autoencoder
 from latent_diffusion.evaluate.__main__ import evaluate
+from latent_diffusion.runtime import metrics
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.training import loop
 from latent_diffusion.training.best import Best
@@ -29,7 +31,9 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
     assert record == {"metric": "eval_psnr", "value": 25.0, "step": 3}
     assert (tmp_path / "best" / "config.json").read_text() == "{}"
     with Checkpointer(tmp_path / "best" / "checkpoints", read_only=True) as checkpoints:
-        np.testing.assert_array_equal(checkpoints.restore().state["ema_params"]["x"], [25, 25])
+        state = checkpoints.restore().state
+        np.testing.assert_array_equal(state.pop("ema_params")["x"], [25, 25])
+        assert not state  # no optimiser's
         assert checkpoints.all_steps() == [3]
     assert offer(5, 30.0, "min", "eval_fd")  # the first value of another number
     with Best(tmp_path, "eval_fd", "min") as best, pytest.raises(ValueError, match=r"eval_psnr"):
@@ -41,17 +45,66 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def kept(directory):
+    return json.loads((directory / "best" / "best.json").read_text())
+
+
+def offer(directory, metric, step, value, mode="min"):
+    """Whether a state is the best; its record is written when this returns."""
+    with Best(directory, metric, mode) as best:
+        state = SimpleNamespace(ema_params={"x": jnp.full(2, value)})
+        return best.offer(step, state, {metric: value})
+
+
+def test_a_kill_between_the_best_checkpoint_and_its_record_loses_neither(tmp_path, monkeypatch):
+    (tmp_path / "first_stage.safetensors").write_text("")
+    offer(tmp_path, "eval_loss", 1, 3.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Best, "settle", lambda self: None)  # the process is no more
+        offer(tmp_path, "eval_loss", 2, 2.0)
+    assert (tmp_path / "best" / "checkpoints" / "2").is_dir()
+    assert not (tmp_path / "best" / "best.json").exists()
+    assert not offer(tmp_path, "eval_loss", 3, 2.5)
+    assert kept(tmp_path) == {"metric": "eval_loss", "value": 2.0, "step": 2}
+    assert (tmp_path / "best" / "first_stage.safetensors").exists()
+
+
+def test_another_metric_begins_afresh_even_at_the_step_that_is_kept(tmp_path):
+    offer(tmp_path, "eval_loss", 3, 1.0)
+    for step, value, best in ((3, 20.0, True), (4, 19.0, False), (5, 21.0, True)):
+        assert offer(tmp_path, "eval_psnr", step, value, "max") == best
+    assert kept(tmp_path) == {"metric": "eval_psnr", "value": 21.0, "step": 5}
+    assert offer(tmp_path, "eval_loss", 6, 7.0)
+
+
+@pytest.mark.parametrize(("metric", "measured"), [("", 0), ("eval_loss", 0), ("eval_new", 1)])
+def test_a_step_is_evaluated_again_for_a_metric_that_it_lacks(metric, measured, tmp_path):
+    config = default.get_config()
+    config.num_steps = 2
+    values = {"eval_loss": 1.0, "eval_new": 2.0}
+    calls = []
+    evaluator = SimpleNamespace(measure=lambda *_: calls.append(1) or values, draw=lambda *_: {})
+    run = SimpleNamespace(evaluator=evaluator, rng=None, mode="single")
+    stop = SimpleNamespace(signum=None, poll=lambda: None)
+    state = SimpleNamespace(ema_params={"x": jnp.ones(2)})
+    with Best(tmp_path, metric, "min") as best, metrics.Writer(tmp_path, step=2) as writer:
+        config.checkpoint.best = metric
+        writer.scalars(2, {"loss": 1.0, "eval_loss": 1.0})  # by an earlier start
+        loop._look_at(config, run, state, 2, best, stop, writer)
+    assert len(calls) == measured
+    if metric:
+        assert kept(tmp_path) == {"metric": metric, "value": values[metric], "step": 2}
+
+
 def test_training_measures_a_distance_and_keeps_the_best_by_it(tmp_path):
     config = openmoji_autoencoder.get_config("smoke")
-    config.num_steps = 2
+    config.update_from_flattened_dict(
+        {**several.FIRST_STAGE_FIELDS, **several.LOOKED_AT, **several.BEST, "num_steps": 2}
+    )
     config.parallel.mode = "single"
-    config.log.num_images = 8
-    config.log.distance = "alexnet"
-    config.log.distance_images = 24
-    config.checkpoint.best = "eval_fd_alexnet"
     loop.train(config, tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    record = json.loads((tmp_path / "best" / "best.json").read_text())
+    record = kept(tmp_path)
     assert record["value"] == pytest.approx(last["eval_fd_alexnet"]) and record["value"] > 0
     record = evaluate(workdir=str(tmp_path), metrics=["psnr", "ssim", "rfd"], features="alexnet")
     assert list(record["metrics"]) == ["psnr", "ssim", "rfd_alexnet"]

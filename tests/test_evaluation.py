@@ -11,8 +11,7 @@ import several
 from PIL import Image
 
 from latent_diffusion import data
-from latent_diffusion.convert import clip
-from latent_diffusion.evaluate import features, inception, scores
+from latent_diffusion.evaluate import command, inception, scores
 from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.clip_score import measure_clip_score
 from latent_diffusion.evaluate.collect import collect
@@ -32,7 +31,6 @@ from latent_diffusion.evaluate.inception_score import inception_score, measure_i
 from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
 from latent_diffusion.evaluate.resize import FILTERS
-from latent_diffusion.generation import loading
 from latent_diffusion.nets.losses.similarity import psnr, ssim
 from latent_diffusion.runtime import workdir
 
@@ -272,15 +270,15 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     pictures = RNG.integers(0, 256, (24, answers.SIDE, answers.SIDE, 3)).astype(np.uint8)
     source = data.ArraySource({"image": pictures, "caption": ["red cat", "blue dog"] * 12})
     monkeypatch.setattr(data, "make_source", lambda config, split: source)
-    monkeypatch.setattr(loading, "load", lambda path: answers.model(answers.TEXT))
+    monkeypatch.setattr(command, "load", lambda path: answers.model(answers.TEXT))
     net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
-    monkeypatch.setattr(features, "make_features", lambda *given: net)
+    monkeypatch.setattr(command, "make_features", lambda *given: net)
     colours = SimpleNamespace(
         params={},
         of_images=lambda params, images: images.mean((1, 2)),
         embed_texts=lambda texts: np.ones((len(texts), 3)),
     )
-    monkeypatch.setattr(clip, "load_clip", lambda path: colours)
+    monkeypatch.setattr(command, "load_clip", lambda path: colours)
 
     def record(*metrics, **options):
         options |= {"features": "alexnet", "num_images": 24, "clip_path": "there"}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks.denoising import make_denoising
 from latent_diffusion.training import frozen
 from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.best import Best
 from latent_diffusion.training.tokenizer import check_reads
 
 BERT = dict(vocab_size=64, max_positions=8, width=16, depth=1, num_heads=2)
@@ -97,6 +99,9 @@ def test_a_run_keeps_its_own_copy(bert_folder, tmp_path):
     trained = ema_params["conditioner"]["text"]
     loaded = ldm.load(run).denoiser.params["conditioner"]
     same(loaded, {"bert": params, "text": trained})
+    with Best(run, "eval_loss", "min") as best:
+        best.offer(1, SimpleNamespace(ema_params=ema_params), {"eval_loss": 1.0})
+    same(ldm.load(run / "best").denoiser.params["conditioner"], {"bert": params, "text": trained})
     same(convert.as_params(read_pretrained("bert", run, {})), params)
     part = read_pretrained("text", run, {})  # whatever the conditioner, trained or not
     same(convert.as_params(part), trained)

@@ -76,6 +76,10 @@ REFUSED = {
     "optimiser": ({"optimizer.grad_clip": 0.0}, "another tree|holds another|opt_state"),
     "batch": ({"batch_size": 9, "parallel.mode": "pmap"}, "batch_size"),
     "mode": ({"parallel.mode": "ddp"}, "unknown parallel mode 'ddp'"),
+    "distance": (
+        {"num_steps": 9, "log.distance": "alexnet", "log.distance_images": 19},
+        "log.distance_images=19 of 120 test images: a distance needs at least 20",
+    ),
     "mesh": ({"parallel.mode": "mesh", "parallel.mesh.data": 3}, "mesh"),
 }
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 import several
 
+from latent_diffusion.runtime import parallel
 from latent_diffusion.training import loop
 from latent_diffusion.training.evaluator import Evaluator
 
@@ -20,6 +21,27 @@ FIELDS = {
 
 def run(workdir, every):
     return loop.train(several.make_config(**FIELDS, **{"log.images_every_steps": every}), workdir)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """All runs of this module have the same programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("compile_init", "compile_step", "compile_eval"):
+            patch.setattr(parallel, name, once(getattr(parallel, name)))
+        yield
+
+
+def once(compile):
+    programs = {}
+
+    def compiled(step, *arguments, **layout):
+        name = getattr(step, "__qualname__", "init")
+        if name not in programs:
+            programs[name] = compile(step, *arguments, **layout)
+        return programs[name]
+
+    return compiled
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 parameters alone, and `best.json` says which step they are of and how good they are.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime import processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.types import lookup
 
@@ -37,8 +38,7 @@ class Best:
         self._checkpoints = None
         if metric:
             self._checkpoints = Checkpointer(self._directory / "checkpoints", keep=1)
-            saved = self._checkpoints.metadata() or {}
-            self._record = {name: saved[name] for name in ENTRIES if name in saved}
+            self._record = self._last()
             self._pending = bool(self._record)
             self.settle()
 
@@ -76,6 +76,20 @@ class Best:
                 link.symlink_to(Path("..") / path.name)
         text = json.dumps(self._record, indent=2) + "\n"
         workdir.write_whole(self._directory / RECORD, text)
+
+    def _last(self) -> dict[str, Any]:
+        """The record of the checkpoint on disk, the same on all processes; {} without any.
+
+        The checkpoint's metadata serves where a kill came before the record. Otherwise the file is
+        right: one step, which is saved once, can be the best by one metric and then by another.
+        """
+        assert self._checkpoints is not None
+        saved = self._checkpoints.metadata() or {}
+        record = {name: saved[name] for name in ENTRIES if name in saved}
+        with contextlib.suppress(OSError, ValueError):
+            written = json.loads((self._directory / RECORD).read_text(encoding="utf-8"))
+            record = written if written["step"] == saved.get("step") else record
+        return json.loads(processes.from_first(json.dumps(record)))
 
     def _saved(self, step: int) -> bool:
         return (self._directory / "checkpoints" / str(step)).exists()

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.evaluate.features import levels_of, make_features
-from latent_diffusion.evaluate.frechet import gaussian, measure_frechet
+from latent_diffusion.evaluate.frechet import MIN_IMAGES, gaussian, measure_frechet
 from latent_diffusion.evaluate.scores import frechet_name
 from latent_diffusion.runtime import metrics, parallel
 
@@ -36,6 +36,11 @@ class Evaluator:
         self._show = parallel.compile_eval(task.show, mode, **layout)
         self._net = None
         if config.log.distance:
+            if min(config.log.distance_images, len(source)) < MIN_IMAGES:
+                raise ValueError(
+                    f"log.distance_images={config.log.distance_images} of {len(source)} test "
+                    f"images: a distance needs at least {MIN_IMAGES}"
+                )
             self._net = make_features(config.log.distance, config.log.distance_path or None)
             features = _with_weight(_featured(task.show, self._net.apply))
             self._features = parallel.compile_eval(features, mode, **layout)

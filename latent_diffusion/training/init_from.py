@@ -217,9 +217,14 @@ def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
 
 
 def _in_place_of(fresh: Any, array: Any) -> Any:
-    """A copy of `array`, laid out as the fresh array is: no device gets the whole of a cut one."""
+    """A copy of `array`, laid out as the fresh array is: no device gets the whole of a cut one.
+
+    The fresh array is freed, so that a start never holds two trees.
+    """
     if isinstance(fresh, jax.Array):
-        return parallel.put(array, fresh.sharding).copy()
+        copy = parallel.put(array, fresh.sharding).copy()
+        fresh.delete()
+        return copy
     return jnp.asarray(array)  # in a run that goes on there is only a shape
 
 

@@ -113,7 +113,9 @@ def _look_at(
         return False
     done = writer.logged(step)
     measured = {name: value for name, value in done.items() if name.startswith("eval_")}
-    if evaluates and not measured and not stop.signum:
+    # The metric of the best state may be another one than when this step was evaluated.
+    complete = measured and config.checkpoint.best in ("", *measured)
+    if evaluates and not complete and not stop.signum:
         measured = run.evaluator.measure(state, run.rng, stop.poll) or {}
         writer.scalars(step, measured)
     if evaluates and measured:

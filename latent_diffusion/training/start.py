@@ -88,6 +88,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         state, step = restored.state, restored.step
     state = parallel.place(state, mode, **layout)
     constants = parallel.place(constants, mode, mesh)
+    evaluator = Evaluator(config, task, constants, test_source, tokenizer, mode, layout)
     if config.task != "autoencoding" and config.first_stage.cache:
         train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
     _write(config, directory, run, constants, tokenizer)
@@ -109,7 +110,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         rng=jax.random.key(config.seed),
         batches=batches,
         train_step=parallel.compile_step(task.train_step, mode, **layout),
-        evaluator=Evaluator(config, task, constants, test_source, tokenizer, mode, layout),
+        evaluator=evaluator,
         mode=mode,
     )
 
