@@ -30,7 +30,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m demo.openmoji --workdir=runs/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every test that a broken line has to make fail, with that line broken: tests/mutants.toml.
 mutants: $(VENV)/.test

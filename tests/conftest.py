@@ -24,3 +24,11 @@ os.environ["NPROC"] = "32"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+
+# The files that take longest come first, so that no worker waits at the end for another's.
+SLOWEST = ("processes", "devices", "commands", "stop", "tasks", "compile_check", "codebooks")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))
