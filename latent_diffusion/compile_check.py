@@ -1,15 +1,14 @@
-"""Will it fit, and how fast could it be: compile an experiment for machines that aren't there.
+"""Compile an experiment for machines that may be absent: does it fit, and how fast could it be?
 
     python -m latent_diffusion.compile_check --config=configs/X.py --topology=v5e:4x4
     python -m latent_diffusion.compile_check --config=configs/X.py --topology=h100:8
 
 Compiles the real train step and, for latent denoising, the sampler, for all chips of the topology,
-on any machine: `pip install latent_diffusion[aot]` for TPUs, `[aot-cuda]` for GPUs. Nothing runs:
-memory is what the compiler plans, FLOPs and bytes on the network are counted, and the time is the
-least that the published peaks allow. The parallel mode and mesh are those of the config. With
---quick the compiler doesn't look for the fastest program, which takes most of its time and changes
-none of the counts, and the memory by a few percent. With --json=FILE the numbers are also added to
-a list in that file.
+on any machine: `pip install latent_diffusion[aot]` for TPUs, `[aot-cuda]` for GPUs. Nothing runs.
+The compiler plans the memory; FLOPs and bytes on the network are counted; the time is a lower bound
+from published peaks. The config decides the parallel mode and the mesh. With --quick the compiler
+doesn't search the fastest program, which takes most of its time: the counts stay the same, and the
+memory changes by a few percent. --json=FILE adds the numbers to a list in that file.
 """
 
 import json
@@ -36,10 +35,10 @@ LOWEST_LEVEL = 9  # XLA's number for O0
 
 
 class Checked(NamedTuple):
-    """What is known of one program, per chip: bytes, FLOPs, seconds; `problem` if it won't fit.
+    """Numbers of a program, per chip: bytes, FLOPs, seconds; and a `problem` if it doesn't fit.
 
-    arguments: what lies in memory before it starts, the state above all. network: bytes of every
-    kind of collective in one run.
+    arguments: bytes of its inputs, most of them the state. network: bytes of every kind of
+    collective in a run.
     """
 
     program: str
@@ -100,27 +99,27 @@ def check(
             continue
         step, args = task.train_step if train else task.show, (state, constants, batch, rng)
         used = [tree if train or tree is None else tree.ema_params for tree in (state, shardings)]
-        known = Checked(
+        row = Checked(
             program,
             "pmap" if mesh is None else " × ".join(f"{k} {n}" for k, n in mesh.shape.items()),
             parallel.num_bytes(*used) + parallel.num_bytes(constants),
             parallel.count_flops(step, *args) / len(devices),
         )
-        if known.arguments > memory:
-            problem = f"state and constants alone take {known.arguments / GIB:.1f} GiB"
-            known = known._replace(problem=problem)
-        if known.problem or not compile:
-            checked.append(known)
+        if row.arguments > memory:
+            problem = f"state and constants alone take {row.arguments / GIB:.1f} GiB"
+            row = row._replace(problem=problem)
+        if row.problem or not compile:
+            checked.append(row)
             continue
         start = time.perf_counter()
         lowered = parallel.lower_for(devices, step, mode, args, evaluate=not train, **layout)
-        known = _compile(lowered, known, memory, options)
-        checked.append(known._replace(seconds=round(time.perf_counter() - start, 1)))
+        row = _compile(lowered, row, memory, options)
+        checked.append(row._replace(seconds=round(time.perf_counter() - start, 1)))
     return checked
 
 
-def _compile(lowered: Any, known: Checked, memory: int, options: dict[str, Any]) -> Checked:
-    """What the compiler plans; it refuses by itself what doesn't fit a TPU."""
+def _compile(lowered: Any, row: Checked, memory: int, options: dict[str, Any]) -> Checked:
+    """Add the compiler's plan to a row. Compilers for TPUs refuse programs that don't fit."""
     import jax
 
     from latent_diffusion.runtime.parallel import hlo
@@ -130,10 +129,10 @@ def _compile(lowered: Any, known: Checked, memory: int, options: dict[str, Any])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return known._replace(problem=_what_it_needs(str(error)))
+        return row._replace(problem=_needed_memory(str(error)))
     planned = compiled.memory_analysis()
     peak = planned.peak_memory_in_bytes
-    return known._replace(
+    return row._replace(
         peak=peak,
         arguments=planned.argument_size_in_bytes,
         network=hlo.total_bytes(compiled.as_text()),
@@ -141,20 +140,20 @@ def _compile(lowered: Any, known: Checked, memory: int, options: dict[str, Any])
     )
 
 
-def _what_it_needs(error: str) -> str:
-    """The compiler's first line, or the sentence of it that says how much memory is needed."""
+def _needed_memory(error: str) -> str:
+    """The memory that a program needs, from the compiler's error; else its first line."""
     line = error.partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].strip()
     size = r"([\d.]+[KMGT])"
-    found = re.search(f"[Uu]sed {size} of {size} hbm", error) or re.search(
+    match = re.search(f"[Uu]sed {size} of {size} hbm", error) or re.search(
         rf"\({size}\) exceeds available HBM \({size}\)", error
     )
-    return f"needs {found[1]}iB of {found[2]}iB" if found else line
+    return f"needs {match[1]}iB of {match[2]}iB" if match else line
 
 
 def least_seconds(one: Checked, topology: str) -> dict[str, float]:
-    """The least that a run of the program takes at published peaks, by what would limit it.
+    """Lower bounds of a run's seconds at published peaks, for compute, memory and network.
 
-    memory: every argument is read once, which for a train step includes the state.
+    memory: every argument is read once; those of a train step include the state.
     """
     from latent_diffusion.runtime.parallel.chips import parse_topology
 
@@ -169,7 +168,7 @@ def least_seconds(one: Checked, topology: str) -> dict[str, float]:
 
 
 def report(checked: Sequence[Checked], topology: str, batch_size: int) -> str:
-    """One paragraph a program: memory against what the chip has, work, and the least time."""
+    """A paragraph for each program: its memory and that of the chip, work, and the least time."""
     from latent_diffusion.runtime.parallel.chips import parse_topology
 
     _, chip, _ = parse_topology(topology)
@@ -200,9 +199,9 @@ def report(checked: Sequence[Checked], topology: str, batch_size: int) -> str:
 
 
 def write_json(path: str | Path, config: Any, name: str, topology: str, checked: Any) -> None:
-    """Add what was found to the list in a file, in place of what it says of the same programs."""
+    """Add rows to the list in a file; they replace the rows of the same programs."""
     path = Path(path)
-    known = json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(path.read_text()) if path.exists() else []
     for one in checked:
         same = {"config": name, "topology": topology, "batch_size": config.batch_size}
         same |= {
@@ -210,11 +209,11 @@ def write_json(path: str | Path, config: Any, name: str, topology: str, checked:
             "dtype": config[config.backbone].dtype or "float32",
         }
         same |= {"program": one.program, "mode": one.mode}
-        others = [row for row in known if {key: row[key] for key in same} != same]
-        if one.peak or one.problem or len(others) == len(known):  # compiled is better than counted
-            known = [*others, {**same, **one._asdict()}]
-    known.sort(key=lambda row: [str(row[k]) for k in ("config", "topology", "program", "mode")])
-    lines = ",\n".join(json.dumps(row) for row in known)
+        others = [row for row in rows if {key: row[key] for key in same} != same]
+        if one.peak or one.problem or len(others) == len(rows):  # compiled is better than counted
+            rows = [*others, {**same, **one._asdict()}]
+    rows.sort(key=lambda row: [str(row[k]) for k in ("config", "topology", "program", "mode")])
+    lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f"[\n{lines}\n]\n")
 
 
@@ -222,7 +221,7 @@ def main(argv: list[str]) -> None:
     """Read the flags, compile, print."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # compile here, whatever this machine has
+    jax.config.update("jax_platforms", "cpu")  # compilation needs no accelerator here
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")

@@ -37,7 +37,7 @@ class SamplingKeys(NamedTuple):
 
 
 def sampling_keys(keys: Keys) -> SamplingKeys:
-    """Split every image's key into those of its sampling call."""
+    """Split the key of every image into the keys of its sampling call."""
     return SamplingKeys(*split_per_example(keys, len(SamplingKeys._fields)))
 
 

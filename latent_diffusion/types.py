@@ -1,4 +1,4 @@
-"""Array aliases, the one conditioning container, and the dimension glossary.
+"""Array aliases, the container of conditionings, and the glossary of dimensions.
 
 Dimensions in shape annotations:
 
@@ -15,36 +15,18 @@ import flax.struct
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
-__all__ = [
-    "Array",
-    "Axis",
-    "Batch",
-    "Bool",
-    "Conditioning",
-    "Config",
-    "Float",
-    "Int",
-    "Keys",
-    "Num",
-    "Number",
-    "Params",
-    "PyTree",
-    "Rng",
-    "lookup",
-]
-
 Rng = jax.Array  # one typed PRNG key
 Keys = Key[Array, " B"]  # one typed PRNG key per example
 Axis = str | None  # the name of the mapped axis under pmap; None where arrays are global
 Params = PyTree[Any]
 Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
-Number = Any  # a Python number, or an array [] where it is an input of a program
+Number = Any  # a Python number, or an array [] as the input of a program
 Config = Any  # an ml_collections ConfigDict, or a mapping with the same fields
 
 
 @flax.struct.dataclass
 class Conditioning:
-    """What a conditioner tells the denoiser, by the route it takes into the U-Net.
+    """The output of a conditioner, by its three routes into the U-Net.
 
     concat: [B h w c'] channels appended to the noisy latent.
     context: [B L D] tokens attended to by cross-attention.
@@ -57,7 +39,10 @@ class Conditioning:
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """Return `table[name]`; raise ValueError that lists the known names otherwise."""
+    """`table[name]`; ValueError, which lists the names in the table, for another name.
+
+    what: a word for the names, such as "sampler".
+    """
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(sorted(table))}")
     return table[name]

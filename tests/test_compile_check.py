@@ -118,7 +118,7 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     ],
 )
 def test_how_much_is_missing_is_read_from_what_the_compiler_says(message):
-    told = compile_check._what_it_needs(f"RESOURCE_EXHAUSTED: XLA:TPU compile: {message}\nmore")
+    told = compile_check._needed_memory(f"RESOURCE_EXHAUSTED: XLA:TPU compile: {message}\nmore")
     assert told == "needs 17.14GiB of 15.75GiB"
 
 

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from programs import host_transfers
 from tiny import make_batch, make_config
 
 from latent_diffusion.runtime import parallel
@@ -82,7 +83,7 @@ def test_all_modes_take_the_same_steps(task, name):
 def test_the_step_is_clean(task, name):
     _, compiled, num_bytes = _run(task, name)
     text = compiled.as_text()
-    assert hlo.host_transfers(text) == []
+    assert host_transfers(text) == []
     assert "f64[" not in text
     assert compiled.memory_analysis().alias_size_in_bytes == num_bytes  # all of it, in place
     if name == "single":

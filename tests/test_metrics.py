@@ -140,7 +140,8 @@ def test_image_log_steps_doubles_then_repeats():
 
 def test_non_finite_is_named():
     values = {"loss": jnp.nan, "kl": 1.0, "norm": np.asarray([1, np.inf]), "steps": np.int32(3)}
-    assert metrics.find_non_finite(values) == ["loss", "norm"]
+    with pytest.raises(NonFiniteError, match=r"^step 7: loss = nan, norm = \[ 1. inf\]$"):
+        metrics.check_finite(7, values)
     params = {
         "good": jnp.ones(2),
         "bad": {"kernel": jnp.asarray([0, jnp.inf], jnp.bfloat16)},

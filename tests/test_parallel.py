@@ -21,6 +21,7 @@ from conftest import ROOT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from programs import host_transfers
 from slices import SLICES, Chip, chips_of
 
 from latent_diffusion import rng as rng_lib
@@ -293,7 +294,7 @@ ENTRY %main.9 (a: f32[8]) -> f32[8] {
 }
 """  # noqa: E501
     assert hlo.total_bytes(text) == {"all-reduce": 5 * 32, "all-gather": 32}
-    assert hlo.host_transfers(text + '  %s = f32[] custom-call(), custom_call_target="callback"')
+    assert host_transfers(text + '  %s = f32[] custom-call(), custom_call_target="callback"')
 
 
 def test_the_state_is_made_in_its_parts():

@@ -30,7 +30,7 @@ def load(
 ) -> Model:
     """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 
-    config: the yaml of a single file; None takes the one of the same name beside it, if any.
+    config: the yaml of a single file; None takes a yaml of the same name beside it, if any.
     ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
     the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: of a file that has a
     text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None

@@ -1,4 +1,4 @@
-"""What users hold: a trained model, whole or in part, that encodes, decodes and samples."""
+"""A trained model, whole or in part: it encodes, decodes and samples."""
 
 import functools
 import logging
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 class Model(flax.struct.PyTreeNode):
     """First stage and denoiser with their parameters: a pytree.
 
-    A half is a model too; asking it for what it lacks raises ValueError. `defaults` are the
-    sampling options that `sample` falls back to; image_size is the side of a trained image; origin
-    is what a file said that `save` must say again (see `convert.bundle`).
+    A half is a model, too; calls that need the other half raise ValueError. `defaults`: sampling
+    options of `sample` where the caller gives none. image_size: the side of a trained image.
+    origin: facts of the loaded file that `save` writes again (see `convert.bundle`).
     """
 
     first_stage: FirstStage | None = None
@@ -95,10 +95,10 @@ class Model(flax.struct.PyTreeNode):
         rng: jax.Array | None = None,
         **given: Any,
     ) -> Conditioning:
-        """The conditioning for what the model takes, one example each.
+        """The conditioning for conditions of the model, as in `sample`, an example for each.
 
-        given: as in `sample`, `image` and `mask` among them. rng: for conditions that are noised,
-        as `sample` does with the same rng.
+        given: other conditions, `image` and `mask` among them. rng: of the noise that some
+        conditions get; `sample` with the same rng adds the same noise.
         """
         denoiser = self._need("denoiser")
         given |= {"prompts": prompts, "class_labels": class_labels}

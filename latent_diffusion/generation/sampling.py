@@ -1,4 +1,4 @@
-"""Checkpoint-based sampling to disk: what `sample.py` does."""
+"""Checkpoint-based sampling to disk: the work of `sample.py`."""
 
 import json
 import time

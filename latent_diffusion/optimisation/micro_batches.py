@@ -1,7 +1,7 @@
 """Micro-batches: a batch part by part, for less memory and the same numbers.
 
-Part j of n holds the examples j, j + n, j + 2n …: where a batch lies on its devices in contiguous
-blocks, every device then owns its share of every part, and nothing moves between them.
+Part j of n holds the examples j, j + n, j + 2n … Devices hold contiguous blocks of a batch, so each
+of them has a share of every part, and nothing moves between devices.
 """
 
 import functools
@@ -40,8 +40,8 @@ def value_and_grad_in_parts(loss_fn: Callable[..., Any], count: int) -> Callable
 def in_parts(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     """`function(params, *examples)` in `count` parts of the batch, for differentiation.
 
-    All leaves of `examples` and of the result have a leading axis B. In a loop nothing is kept for
-    the backward pass, which computes each part anew.
+    All leaves of `examples` and of the result have a leading axis B. The loop saves no activations:
+    the backward pass computes each part again.
     """
     if count == 1:
         return function
@@ -55,8 +55,8 @@ def in_parts(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 
 def _scan(step: Callable[..., Any], start: PyTree, parts: PyTree) -> Any:
-    """`jax.lax.scan`, on CPUs written out: in a loop XLA computes gradients of convolutions there
-    by code that is 30 times slower. Elsewhere the loop bounds the memory.
+    """`jax.lax.scan`; on CPUs it is unrolled, since gradients of convolutions are 30 times slower
+    in a loop there. Elsewhere the loop bounds the memory.
     """
     written_out = functools.partial(jax.lax.scan, step, unroll=True)
     loop = functools.partial(jax.lax.scan, step)

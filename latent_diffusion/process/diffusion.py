@@ -22,7 +22,6 @@ class Prediction(NamedTuple):
 
 Denoiser = Callable[[Array, Array], Prediction]  # (z_t [B ...], t scalar) -> Prediction
 
-
 # (alpha_t, sigma_t) -> (a, b) by prediction type: the network predicts a z_0 + b eps.
 PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | float]]] = {
     "eps": lambda alpha, sigma: (0.0, 1.0),
@@ -51,7 +50,7 @@ def prediction_target(
     eps: Float[Array, "B ..."],
     t: Timestep,
 ) -> Float[Array, "B ..."]:
-    """The right answer for z_t of a network that predicts `kind` ("eps", "x0", "v" or "flow")."""
+    """The target at z_t of a network that predicts `kind` ("eps", "x0", "v" or "flow")."""
     alpha_t, sigma_t = _expand(schedule.alpha_t(t), z_0), _expand(schedule.sigma_t(t), z_0)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
     return a * z_0 + b * eps

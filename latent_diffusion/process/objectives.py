@@ -1,6 +1,6 @@
-"""The objective of latent denoising: errors, their weights, and the timesteps and noise drawn.
+"""The objective of latent denoising: errors, their weights, random timesteps and noise.
 
-A weight is an array [T] on the error of the network's prediction, whatever it predicts.
+Weights are arrays [T], factors of the error of the network's prediction, whatever it predicts.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,8 @@ LOSSES = {"l1": l1, "l2": l2}
 
 def _signal_in_error(schedule: NoiseSchedule, kind: str) -> Array:
     """(squared error in z_0) · SNR / (squared error of the prediction), for every t."""
-    # From log-SNR, which stays finite where alpha is 0.
-    alphas = jnp.hypot(schedule.alphas, schedule.sigmas) * jnp.sqrt(
-        jax.nn.sigmoid(schedule.log_snr)
-    )
+    share = jax.nn.sigmoid(schedule.log_snr)  # ᾱ_t, positive even where alpha is 0
+    alphas = jnp.hypot(schedule.alphas, schedule.sigmas) * jnp.sqrt(share)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alphas, schedule.sigmas)
     return jnp.square(alphas / (alphas * b - schedule.sigmas * a))
 
@@ -43,14 +41,11 @@ def simple(schedule: NoiseSchedule, kind: str) -> Float[Array, " T"]:
 
 
 def elbo(schedule: NoiseSchedule, kind: str) -> Float[Array, " T"]:
-    """Weights of the variational bound: ½ (SNR(t−1) − SNR(t)) in z_0 (Kingma et al. 2021, eq. 15).
-
-    The infinite weight of t = 0 is replaced by that of t = 1, as LDM does.
-    """
+    """The variational bound: ½ (SNR(t−1) − SNR(t)) in z_0 (Kingma et al. 2021, eq. 15)."""
     betas = schedule.betas[1:]
     growth = betas / ((1 - betas) * _noise_share(schedule)[:-1])  # SNR(t−1) / SNR(t) − 1
     weights = 0.5 * growth * _signal_in_error(schedule, kind)[1:]
-    return jnp.append(weights[0], weights)
+    return jnp.append(weights[0], weights)  # LDM replaces the infinite weight of t = 0
 
 
 def elbo_original(
@@ -94,14 +89,9 @@ def _noise_share(schedule: NoiseSchedule) -> Array:
     return schedule.sigmas**2 / (schedule.alphas**2 + schedule.sigmas**2)
 
 
-def weigh_by_logvar(
-    per_example: Float[Array, " B"], logvar_t: Float[Array, " B"]
-) -> Float[Array, " B"]:
+def weigh_by_logvar(loss: Float[Array, " B"], logvar_t: Float[Array, " B"]) -> Float[Array, " B"]:
     """Loss under a learned log-variance of the timestep: loss / exp(logvar_t) + logvar_t (LDM)."""
-    return per_example / jnp.exp(logvar_t) + logvar_t
-
-
-# ------------------------------------------------------------ timesteps and noise of training
+    return loss / jnp.exp(logvar_t) + logvar_t
 
 
 def uniform(keys: Keys, schedule: NoiseSchedule) -> Int[Array, " B"]:
@@ -154,28 +144,23 @@ def loss_density(squares: Float[Array, " T"], uniform_share: float = 1e-3) -> Fl
 
 
 def update_squares(
-    squares: Float[Array, " T"],
-    t: Int[Array, " B"],
-    losses: Float[Array, " B"],
-    decay: float = 0.9,
+    squares: Float[Array, " T"], t: Int[Array, " B"], losses: Float[Array, " B"], decay: float = 0.9
 ) -> Float[Array, " T"]:
     """Moving average of the squared loss of each timestep, for `loss_density`; start from ones."""
     count = jnp.zeros_like(squares).at[t].add(1.0)
     total = jnp.zeros_like(squares).at[t].add(jnp.square(losses))
-    kept = decay**count
-    return kept * squares + (1 - kept) * total / jnp.maximum(count, 1.0)
+    share = decay**count
+    return share * squares + (1 - share) * total / jnp.maximum(count, 1.0)
 
 
 def offset_noise(
     keys: Keys, eps: Float[Array, "B *space c"], strength: float
 ) -> Float[Array, "B *space c"]:
-    """Add one number per image and channel to the noise, so that brightness diffuses too."""
+    """Add a random number per image and channel to the noise, so that brightness diffuses, too."""
     shape = (1,) * (eps.ndim - 2) + eps.shape[-1:]
     return eps + strength * normal_per_example(keys, shape)
 
 
-def perturb_input(
-    keys: Keys, eps: Float[Array, "B ..."], strength: float = 0.1
-) -> Float[Array, "B ..."]:
-    """The noise for q_sample alone, the target keeping eps (Ning et al. 2023, algorithm 3)."""
+def perturb_input(keys: Keys, eps: Float[Array, "B ..."], strength: float) -> Float[Array, "B ..."]:
+    """More noise for q_sample, while the target stays eps (Ning et al. 2023, algorithm 3)."""
     return eps + strength * normal_per_example(keys, eps.shape[1:])

@@ -1,1 +1,1 @@
-"""Devices, processes, checkpoints, workdirs and logs; nothing here knows what diffusion is."""
+"""Devices, processes, checkpoints, workdirs and logs; nothing here depends on diffusion."""

@@ -1,5 +1,5 @@
-"""Flags that several commands have, each defined once. A command that defines them explains itself
-at once: nothing here loads JAX before a run starts.
+"""Flags that several commands share. Nothing here loads JAX before a run starts, so that --help is
+quick.
 """
 
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-flags.disclaim_key_flags()  # --help lists a flag with the command that asks for its definition
+flags.disclaim_key_flags()  # --help lists a flag with the command that defines it
 
 
 def cluster() -> Callable[[], None]:
@@ -30,9 +30,9 @@ def cluster() -> Callable[[], None]:
 
 
 def define(options: Mapping[str, Any], fallback: str = "") -> Callable[[], dict[str, Any]]:
-    """Define a flag for every option (`process.options.Option`); returns the reader of set flags.
+    """Define a flag for every option (`process.options.Option`); returns a reader of their values.
 
-    fallback: whose values count where a flag isn't given, before an option's default.
+    fallback: words for help texts: whose values replace missing flags, before an option's default.
     """
     holders = {name: _define(name, made, fallback) for name, made in options.items() if made.flag}
 

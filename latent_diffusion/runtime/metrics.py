@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: numbers, pictures, a progress bar, and the reason it stopped.
+"""The output of a run: numbers, pictures, a progress bar, and the reason for its end.
 
 Only process 0 writes; on the others every method does nothing.
 """
@@ -33,22 +33,22 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 class Writer:
     """Writes `metrics.jsonl`, TensorBoard events and `images/` of one workdir; a context manager.
 
-    step: the step the run (re)starts from. What an earlier run has logged beyond it is removed
-    from metrics.jsonl and hidden in TensorBoard, so steps are unique and increase.
+    step: the step from which the run starts or goes on. Lines of an earlier run beyond it are
+    removed from metrics.jsonl and hidden in TensorBoard, so steps are unique and increase.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        import tensorboardX  # 0.3 s that sampling shouldn't pay
+        import tensorboardX  # takes 0.3 s, which sampling shouldn't wait for
 
         self.workdir = Path(workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
         path = self.workdir / "metrics.jsonl"
         path.touch()
         self._lines = path.open("r+b")
-        self._last_step, self._last_start = _cut_after(self._lines, step)
+        self._record, self._start = _cut_after(self._lines, step)
         self._events = tensorboardX.SummaryWriter(
             str(self.workdir / "tensorboard"), purge_step=step + 1
         )
@@ -61,31 +61,28 @@ class Writer:
         if not self._active:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        record: dict[str, Any] = {"step": step}
-        if step == self._last_step:
-            self._lines.seek(self._last_start)
-            record = json.loads(self._lines.read())
-            self._lines.seek(self._last_start)
-        elif step < self._last_step:
-            raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
-        record.update({k: v if math.isfinite(v) else None for k, v in numbers.items()})
-        self._last_step, self._last_start = step, self._lines.tell()
-        self._lines.write(json.dumps(record).encode() + b"\n")
+        last = self._record["step"]
+        if step < last:
+            raise ValueError(f"metrics of step {step} come after those of step {last}")
+        if step == last:
+            self._lines.seek(self._start)
+        else:
+            self._record, self._start = {"step": step}, self._lines.tell()
+        self._record |= {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        self._lines.write(json.dumps(self._record).encode() + b"\n")
         self._lines.flush()
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
 
     def logged(self, step: int) -> dict[str, Any]:
-        """The numbers that are logged for `step`, if it is the last one; equal on all processes.
+        """The numbers of `step`, if they were logged last; equal on all processes.
 
-        "pictures" is whether there are any of this step.
+        "pictures": whether there are pictures of this step.
         """
         record: dict[str, Any] = {}
         if self._active:
-            if step == self._last_step:
-                self._lines.seek(self._last_start)
-                line = json.loads(self._lines.read())
-                record = {name: math.nan if v is None else v for name, v in line.items()}
+            if step == self._record["step"]:
+                record = {k: math.nan if v is None else v for k, v in self._record.items()}
             record["pictures"] = any((self.workdir / "images").glob(f"*_{step:08d}.png"))
         return json.loads(processes.from_first(json.dumps(record)))
 
@@ -100,7 +97,7 @@ class Writer:
         self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Bring what TensorBoard's writer holds back to disk."""
+        """Write the events that TensorBoard's writer has buffered to disk."""
         if self._active:
             self._events.flush()
 
@@ -118,20 +115,22 @@ class Writer:
         self.close()
 
 
-def _cut_after(lines: Any, step: int) -> tuple[int, int]:
-    """Truncate a JSONL file behind its last good line up to `step`: (its step, where it starts)."""
-    last_step, last_start, end = -1, 0, 0
+def _cut_after(lines: Any, step: int) -> tuple[dict[str, Any], int]:
+    """Truncate a JSONL file behind its last good line up to `step`: (its record, its start)."""
+    last: dict[str, Any] = {"step": -1}
+    start = end = 0
     for line in lines:
         try:
-            number = json.loads(line)["step"]
+            record = json.loads(line)
+            follows = last["step"] < record["step"] <= step
         except (ValueError, KeyError, TypeError):
-            break  # the run was killed while writing it
-        if not last_step < number <= step or not line.endswith(b"\n"):
+            break  # the run was killed while it wrote the line
+        if not follows or not line.endswith(b"\n"):
             break
-        last_step, last_start, end = number, end, end + len(line)
+        last, start, end = record, end, end + len(line)
     lines.seek(end)
     lines.truncate()
-    return last_step, last_start
+    return last, start
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -142,8 +141,7 @@ def to_uint8(
 ) -> UInt8[np.ndarray, "*B H W C"]:
     """Images in [-1, 1] as bytes, clipped and *rounded*; uint8 images pass through; NaN is black.
 
-    The original system truncates, which darkens by half a level on average, and turns bytes that
-    went to [-1, 1] and back into their neighbours.
+    The original system truncates, which darkens pictures by half a level on average.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
@@ -155,7 +153,7 @@ def to_uint8(
 def image_grid(
     images: Num[Array | np.ndarray, "N H W 3"], columns: int
 ) -> UInt8[np.ndarray, "GH GW 3"]:
-    """Images side by side, row by row, white between them and where the last row ends early."""
+    """Images side by side, row by row, with white between them and at the end of the last row."""
     pixels = to_uint8(images)
     num, height, width, _ = pixels.shape
     columns = max(1, min(columns, num))
@@ -185,11 +183,6 @@ class NonFiniteError(RuntimeError):
     """Training has produced NaN or infinity; the message says at which step and where."""
 
 
-def find_non_finite(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of the metrics (scalars or arrays) that hold NaN or infinity."""
-    return [name for name, value in metrics.items() if not np.all(np.isfinite(np.asarray(value)))]
-
-
 def non_finite_paths(tree: PyTree) -> list[str]:
     """Paths of the floating-point leaves that hold NaN or infinity."""
     return [
@@ -201,11 +194,12 @@ def non_finite_paths(tree: PyTree) -> list[str]:
 
 
 def check_finite(step: int, metrics: Mapping[str, Any], params: PyTree = None) -> None:
-    """Raise NonFiniteError if a metric isn't finite, naming it and the first bad parameter."""
-    names = find_non_finite(metrics)
-    if not names:
+    """Raise NonFiniteError, which names metrics that aren't finite and the first such parameter."""
+    values = {name: np.asarray(value) for name, value in metrics.items()}
+    bad = {name: value for name, value in values.items() if not np.all(np.isfinite(value))}
+    if not bad:
         return
-    culprits = ", ".join(f"{name} = {np.asarray(metrics[name])}" for name in names)
+    culprits = ", ".join(f"{name} = {value}" for name, value in bad.items())
     paths = [] if params is None else non_finite_paths(params)
     where = f"; {len(paths)} parameters are not finite, first {paths[0]}" if paths else ""
     if params is not None and not paths:
@@ -225,16 +219,16 @@ class Throughput:
         self._images = 0
 
     def add(self, num_images: int) -> None:
-        """Count a step that has just been dispatched. The first one only starts the clock."""
+        """Count a step after its dispatch. The first step starts the clock and doesn't count."""
         if self._since is None:
             self._since = self._clock()
         else:
             self._images += num_images
 
     def read(self) -> float | None:
-        """Images per second since the last reading; None before there is anything to count.
+        """Images per second since the last reading; None before the second step.
 
-        Read after the step's metrics have been fetched: dispatch alone is asynchronous.
+        Call it after the step's metrics have arrived, since dispatch is asynchronous.
         """
         now = self._clock()
         elapsed = now - self._since if self._since is not None else 0.0
@@ -244,12 +238,12 @@ class Throughput:
         return rate
 
     def skip(self) -> None:
-        """Leave out what happened since the last reading (evaluation, pictures, a save)."""
+        """Don't count the time since the last reading (of evaluation, pictures, a save)."""
         self._since, self._images = None, 0
 
 
 def peak_memory() -> float:
-    """GiB that were in use at most: on the fullest local device, or by this process on CPUs."""
+    """The peak of memory in GiB: of the fullest local device, or of this process on CPUs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if not peaks:
@@ -259,9 +253,9 @@ def peak_memory() -> float:
 
 
 class Progress:
-    """A bar with ETA, loss and images/s in a terminal; a plain line now and then elsewhere.
+    """A bar with ETA, loss and images/s in a terminal; a plain line every 10 seconds elsewhere.
 
-    total, start: the last step, and the one the run goes on from. A context manager.
+    total: the last step. start: the step from which the run goes on. A context manager.
     """
 
     def __init__(
@@ -287,7 +281,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Show numbers by name (loss, images/s ...) beside the bar, or in a line of their own."""
+        """Show numbers by name (loss, images/s ...) beside the bar, or as a line."""
         shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown)

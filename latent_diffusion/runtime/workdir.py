@@ -7,8 +7,8 @@
     moments-IDENTITY.npy   the training set's latents, where they are encoded once
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
-A denoiser's workdir keeps its own copy of what is frozen: it can be moved, and what is done to the
-originals can't change it.
+A denoiser's workdir has copies of all frozen parts, so it can be moved, and changes of the
+originals don't matter.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ FIRST_STAGE = "first_stage.safetensors"
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another path to write: the file is under `path` when that is done, whole, or not at all."""
+    """A temporary path, from which a complete file moves to `path`; else it is removed."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -41,14 +41,14 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there complete or not at all, whenever the process is killed."""
+    """Write a file that appears when it is complete, even if the process is killed."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def together(workdir: Path) -> Iterator[Path]:
-    """A folder for new files: they move into `workdir` when all are written, else none of them."""
+    """A folder for new files, which move into `workdir` together when all of them are written."""
     folder = workdir / ".partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -61,7 +61,7 @@ def together(workdir: Path) -> Iterator[Path]:
 
 
 def frozen_files(workdir: Path) -> list[Path]:
-    """The files beside its checkpoints without which a workdir can't be loaded."""
+    """The files that loading a workdir needs beside its checkpoints."""
     return sorted(path for path in workdir.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
@@ -74,7 +74,7 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_run(workdir: Path) -> ConfigDict | None:
-    """The experiment of the run in a workdir; None where no step of one is saved."""
+    """The experiment of the run in a workdir; None where no checkpoint is saved."""
     checkpoints = (workdir / "checkpoints").glob("*")
     return load_config(workdir) if any(path.name.isdigit() for path in checkpoints) else None
 
@@ -99,8 +99,10 @@ def load_entry(workdir: Path, entry: str) -> Any:
 
 
 def open_entry(workdir: Path, entry: str) -> Any:
-    """As `load_entry`, but a tree of `Tensor`; they are best read in their order."""
-    checkpoints = Checkpointer(workdir / "checkpoints", read_only=True)  # open while they are used
+    """As `load_entry`, but a tree of `Tensor`, which should be read in the tree's order."""
+    checkpoints = Checkpointer(
+        workdir / "checkpoints", read_only=True
+    )  # stays open for the tensors
     tree = checkpoints.open(entry)
     if tree is None:
         raise CheckpointError(f"{workdir} has no checkpoint yet")

@@ -143,11 +143,10 @@ class Autoencoding:
             )
             return logits, moved.get("batch_stats", {})
 
-        def generate(params: Params):
-            return self._generate(params, state, x, keys, rng, axis_name)
-
         (x_rec, reg), generator_vjp, (reg_metrics, codebook) = jax.vjp(
-            generate, state.params["autoencoder"], has_aux=True
+            lambda params: self._generate(params, state, x, keys, rng, axis_name),
+            state.params["autoencoder"],
+            has_aux=True,
         )
         (_, rec_metrics), (d_rec, d_logvar) = jax.value_and_grad(
             self._reconstruction_loss, argnums=(0, 1), has_aux=True
@@ -215,7 +214,7 @@ class Autoencoding:
     ):
         """((x_rec, reg), (metrics, moved codebook)) of a training forward pass.
 
-        The two networks run in micro-batches; what lies between them sees the whole batch.
+        Encoder and decoder run in micro-batches; the regulariser between them has the whole batch.
         """
         autoencoder = self.autoencoder.clone(axis_name=axis_name)
 

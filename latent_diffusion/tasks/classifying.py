@@ -107,7 +107,7 @@ class Classifying:
     def show(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
-        """Images to look at: what is left of them half way through the noise."""
+        """Images to look at: inputs, and the inputs with half of the noise."""
         keys = example_keys(rng, batch["class_label"].shape[0], axis_name)
         z_0 = constants.first_stage.encode(batch)
         t = jnp.full(z_0.shape[:1], self.classifier.schedule.num_timesteps // 2)

@@ -55,7 +55,7 @@ class State(flax.struct.PyTreeNode):
     def updated(
         self, tx: optax.GradientTransformation, grads: Params, ema_decay: float | int
     ) -> "State":
-        """One step further: new parameters, and their average, which follows the new ones."""
+        """The state after a step: with new parameters, and an average that includes them."""
         updates, opt_state = tx.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         return self.replace(
@@ -89,7 +89,7 @@ class Denoising:
     sampling: Config
     loss: str = "l2"
     loss_weight: str = "simple"
-    timestep_sampling: str = "uniform"  # or a name of TIMESTEP_SAMPLING, or "loss"
+    timestep_sampling: str = "uniform"  # a name of TIMESTEP_SAMPLING, or "loss"
     elbo_weight: float = 0.0
     learn_logvar: bool = False
     offset_noise: float = 0.0
@@ -126,13 +126,12 @@ class Denoising:
         num_timesteps = self.denoiser.schedule.num_timesteps
         if self.learn_logvar:
             params["logvar"] = jnp.zeros(num_timesteps)
-        follows_loss = self.timestep_sampling == "loss"
         state = State(
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params=jax.tree.map(jnp.copy, params),
             opt_state=self.tx.init(params),
-            squares=jnp.ones(num_timesteps) if follows_loss else None,
+            squares=jnp.ones(num_timesteps) if self.timestep_sampling == "loss" else None,
         )
         frozen = {k: v for k, v in conditioners.items() if k in self.pretrained}
         return state, Constants(first_stage, frozen, base)
@@ -216,14 +215,13 @@ class Denoising:
     ) -> dict[str, Array]:
         """Eq. 3 of the paper, per example. dropout: the keys of training; None in evaluation.
 
-        Returns among others "loss", which training minimises, "simple", the error without weights,
-        and "t", the random timesteps.
+        Training minimises "loss"; "simple" is the error without weights.
         """
-        train = dropout is not None
+        first_stage, train = constants.first_stage, dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
         denoiser = self._with_params(params, constants)
         k_z, k_t, k_eps, k_drop, k_offset, k_input, k_cond = split_per_example(keys, 7)
-        z_0 = constants.first_stage.encode(batch, k_z)
+        z_0 = first_stage.encode(batch, k_z)
         t, unbias = self._timesteps(k_t, squares if train else None)
         eps = normal_per_example(k_eps, z_0.shape[1:])
         if self.offset_noise:
@@ -232,8 +230,7 @@ class Denoising:
         if train and self.input_perturbation:
             noise = objectives.perturb_input(k_input, eps, self.input_perturbation)
         z_t = q_sample(schedule, z_0, t, noise)
-        size = z_t.shape[1:3]
-        entries = denoiser.conditioner.prepare(batch, constants.first_stage, size, k_cond)
+        entries = denoiser.conditioner.prepare(batch, first_stage, z_t.shape[1:3], k_cond)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
         pred = denoiser.denoise(z_t, t, denoiser.condition(entries, drop), train, dropout)
         target = prediction_target(kind, schedule, z_0, eps, t)
@@ -244,9 +241,8 @@ class Denoising:
             loss = objectives.weigh_by_logvar(loss, params["logvar"][t])
         if self.elbo_weight:
             loss = loss + self.elbo_weight * objectives.elbo(schedule, kind)[t] * simple
-        bits = prior_bits_per_dim(schedule, z_0)
         seen = {"loss": unbias * loss, "objective": loss, "simple": simple, "t": t}
-        return {**seen, "prior_bits": bits}
+        return {**seen, "prior_bits": prior_bits_per_dim(schedule, z_0)}
 
     def _timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:
         """Timesteps [B], and the factor [B] that keeps the mean of their losses unbiased."""
@@ -281,11 +277,7 @@ def make_denoising(config: Config) -> Denoising:
     autoencoder = make_autoencoder(config["autoencoder"])
     conditioner = make_conditioner(config["conditioners"])
     size = config["data"]["image_size"]
-    objective = {
-        name: value
-        for name, value in config["diffusion"].items()
-        if name in Denoising.__dataclass_fields__
-    }
+    names = Denoising.__dataclass_fields__.keys()
     denoiser = make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels)
     plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})  # refuses bad options now
     return Denoising(
@@ -298,5 +290,5 @@ def make_denoising(config: Config) -> Denoising:
         lora=config["lora"] if config["lora"]["rank"] else None,
         pretrained=frozenset(config["pretrained"]),
         grad_accumulation=config["grad_accumulation"],
-        **objective,
+        **{name: value for name, value in config["diffusion"].items() if name in names},
     )

@@ -1,4 +1,4 @@
-"""The shapes of a run's batches, read off its config before any data is opened."""
+"""The shapes of a run's batches, from its config alone."""
 
 import jax
 import numpy as np

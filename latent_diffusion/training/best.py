@@ -1,7 +1,7 @@
-"""The best checkpoint of a run by one of its evaluated numbers, beside the newest ones.
+"""The best checkpoint of a run by a number of its evaluation, beside the newest checkpoints.
 
-`best/` in a workdir can be used like a workdir: `sample.py --workdir=runs/x/best`. It holds the
-parameters alone, and `best.json` says which step they are of and how good they are.
+`best/` in a workdir serves as a workdir itself: `sample.py --workdir=runs/x/best`. It holds the
+parameters, and in `best.json` their step and the number.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from latent_diffusion.types import lookup
 
 SIGNS = {"min": 1.0, "max": -1.0}
 RECORD = "best.json"
-ENTRIES = ("metric", "value", "step")  # of the record, which is also the checkpoint's metadata
+ENTRIES = ("metric", "value", "step")  # of best.json, and of the checkpoint's metadata
 
 
 class Best:
-    """Keeps the parameters with the lowest (or highest) value of `metric`; a context manager.
+    """Saves the parameters with the lowest (or highest) value of `metric`; a context manager.
 
-    metric: a name that an evaluation logs ("eval_loss", "eval_fd_alexnet"); "" keeps nothing.
-    The record is written when its checkpoint is on disk: by `settle`, at the end, or by the next
-    start, which reads it from the checkpoint.
+    metric: a name in the evaluation's log ("eval_loss", "eval_fd_alexnet"); "" saves nothing.
+    best.json is written when its checkpoint is on disk: by `settle`, at the end of the run, or by
+    the next start, which reads the values from the checkpoint.
     """
 
     def __init__(self, run: Path, metric: str, mode: str):
@@ -43,7 +43,7 @@ class Best:
             self.settle()
 
     def offer(self, step: int, state: Any, values: dict[str, float]) -> bool:
-        """Keep the parameters of `state` if their value is the best so far: whether it is.
+        """Save the parameters of `state` if their value is the best so far; returns whether it is.
 
         Returns before they are on disk. Raises ValueError where the evaluation has no such number.
         """
@@ -55,7 +55,7 @@ class Best:
             return False
         if same_metric and self._sign * value >= self._sign * self._record["value"]:
             return False
-        if jax.process_index() == 0:  # it speaks of a checkpoint that is removed by this save
+        if jax.process_index() == 0:  # this save removes the checkpoint that it describes
             (self._directory / RECORD).unlink(missing_ok=True)
         self._record = {"metric": self._metric, "value": value, "step": step}
         name = "params" if state.ema_params is None else "ema_params"
@@ -64,8 +64,9 @@ class Best:
         return True
 
     def settle(self) -> None:
-        """Write the record of a checkpoint that has come to be on disk; never waits."""
-        if not self._pending or not self._saved(self._record["step"]):
+        """Write best.json if its checkpoint is on disk; never waits."""
+        checkpoints = self._directory / "checkpoints"
+        if not self._pending or not (checkpoints / str(self._record["step"])).exists():
             return
         self._pending = False
         if jax.process_index() != 0:
@@ -80,8 +81,8 @@ class Best:
     def _last(self) -> dict[str, Any]:
         """The record of the checkpoint on disk, the same on all processes; {} without any.
 
-        The checkpoint's metadata serves where a kill came before the record. Otherwise the file is
-        right: one step, which is saved once, can be the best by one metric and then by another.
+        best.json has it, unless the process was killed before it wrote the file. Then it is the
+        checkpoint's metadata, whose metric may be older: a step is saved only once.
         """
         assert self._checkpoints is not None
         saved = self._checkpoints.metadata() or {}
@@ -90,9 +91,6 @@ class Best:
             written = json.loads((self._directory / RECORD).read_text(encoding="utf-8"))
             record = written if written["step"] == saved.get("step") else record
         return json.loads(processes.from_first(json.dumps(record)))
-
-    def _saved(self, step: int) -> bool:
-        return (self._directory / "checkpoints" / str(step)).exists()
 
     def __enter__(self) -> "Best":
         return self

@@ -1,4 +1,4 @@
-"""What a run would be, without allocating it."""
+"""The description of a run, without allocating it."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from latent_diffusion.types import lookup
 
 
 def dry_run(config: ConfigDict) -> str:
-    """What a run would be, without allocating it: config, parameters, sharding, memory, FLOPs."""
+    """A text about a run: config, parameters, sharding, memory, FLOPs. Nothing is allocated."""
     task = lookup(TASKS, config.task, "task")(config)
     mode, mesh = parallel.devices(config.parallel)
     batch, rng = batch_spec(config), jax.random.key(0)
@@ -21,11 +21,11 @@ def dry_run(config: ConfigDict) -> str:
     for name, tree in task.components(state, constants).items():
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
         lines.append(f"{name:24s}{count / 1e6:10.2f} M")
-    kept = parallel.num_bytes(state, shardings), parallel.num_bytes(constants)
+    used = parallel.num_bytes(state, shardings), parallel.num_bytes(constants)
     lines.append(
         f"mode {mode} on {jax.device_count()} devices, mesh {dict(mesh.shape) if mesh else '-'}"
     )
-    lines.append(f"bytes a device: state {kept[0]:,}, constants {kept[1]:,}, and activations")
+    lines.append(f"bytes a device: state {used[0]:,}, constants {used[1]:,}, and activations")
     flops = parallel.count_flops(task.train_step, state, constants, batch, rng)
     lines.append(
         f"{flops / 1e12:.4g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"

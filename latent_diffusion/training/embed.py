@@ -1,4 +1,4 @@
-"""CLIP's embeddings of a data set's pictures: what a retrieval-augmented model is trained with.
+"""CLIP's embeddings of a data set's pictures, for the training of retrieval-augmented models.
 
     python -m latent_diffusion.training.embed --config=configs/rdm.py --clip=CLIP --out=FOLDER
 
@@ -28,13 +28,13 @@ def embed_data(data_config: Any, clip_path: str | Path, out: Path) -> None:
     for split in ("train", "test"):
         bare = ConfigDict({**data_config, "embedding": ""})
         pictures = data.make_source(bare, split)
-        found = database_of(pictures, data_config, embedder)
-        found.save(out / f"{split}.npz")
-        print(f"{out / split}.npz: {len(found.names)} embeddings of {embedder.width} numbers")
+        database = database_of(pictures, data_config, embedder)
+        database.save(out / f"{split}.npz")
+        print(f"{out / split}.npz: {len(database.names)} embeddings of {embedder.width} numbers")
 
 
 def main(argv: list[str]) -> None:
-    """Embed what the config names."""
+    """Embed the data of a config."""
     quiet_and_cached()
     try:
         embed_data(CONFIG.value.data, CLIP.value, Path(OUT.value))

@@ -51,8 +51,9 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """Means of the per-example values over `log.eval_batches` batches, and the distance.
 
-        The distance is Fréchet's, between test images and what the averaged parameters make of
-        them. Padding counts in neither. stopped: asked before every batch; None where it is true.
+        The distance is the Fréchet distance between test images and reconstructions or samples by
+        the averaged parameters. Padding doesn't count. Returns None as soon as `stopped()`, which
+        is called before every batch, is true.
         """
         config = self._config
         values = self._outputs(
@@ -72,7 +73,7 @@ class Evaluator:
         return means | {f"eval_{name}": distance.value}
 
     def draw(self, state: Any, rng: jax.Array) -> dict[str, np.ndarray]:
-        """One grid: the images of every kind that the task shows, a row each."""
+        """A grid with a row for each kind of images that the task shows."""
         num = self._config.log.num_images
         batch = next(self._batches(num + -num % self._parts))  # a whole number for every device
         batch.pop("weight")
@@ -91,7 +92,7 @@ class Evaluator:
     ) -> dict[str, np.ndarray] | None:
         """The outputs [N ...] of a step for the test examples of `count` batches, without padding.
 
-        None where `stopped()` is true before one of the batches.
+        None where `stopped()` is true before a batch.
         """
         parts: dict[str, list[np.ndarray]] = {}
         batches = itertools.islice(self._batches(self._config.batch_size), count)
@@ -109,9 +110,9 @@ class Evaluator:
 
 
 def _with_weight(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step with the weights of its examples among its outputs.
+    """The step, with the weights of the examples among its outputs.
 
-    A process holds the weights of its rows alone; the outputs are those of the global batch.
+    A process has the weights of its rows alone, but needs the weights of the global batch.
     """
 
     def weighted(state: Any, constants: Any, batch: Any, rng: Any, **options: Any) -> Any:
@@ -123,7 +124,7 @@ def _with_weight(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _featured(show: Callable[..., Any], apply: Callable[..., Any]) -> Callable[..., Any]:
-    """A step that gives the features of test images and of what a task's `show` makes of them."""
+    """A step that returns the features of test images and of the pictures that `show` returns."""
 
     def features(state: Any, constants: Any, batch: Any, rng: Any, **options: Any) -> Any:
         constants, params = constants

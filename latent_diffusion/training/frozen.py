@@ -1,8 +1,7 @@
-"""What training uses and never changes: LPIPS, the first stage, its scale, conditioners."""
+"""The frozen parts of a training: LPIPS, the first stage with its scale, conditioners."""
 
 import itertools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import parallel
 from latent_diffusion.training import init_from, settings
 from latent_diffusion.trees import check_same_tree
-from latent_diffusion.types import Params, lookup
+from latent_diffusion.types import Params
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +26,33 @@ log = logging.getLogger(__name__)
 def load_constants(
     config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
 ) -> Any:
-    """Replace the random weights in a task's `constants` by the real ones.
+    """Replace the random weights in a task's `constants` by the real weights.
 
     source: the training examples, over which the latent scale is measured. run: the workdir of a
-    run that goes on, which has its own copies; None where it begins. start: what `init_from` holds.
+    run that goes on, which has copies; None where the run begins. start: the model of `init_from`.
     """
-    load = lookup(_LOADERS, config.task, "task")
-    return load(config, constants, source, run, start)
+    if config.task == "autoencoding":
+        net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
+        lpips = None if net == "none" else load_lpips_params(net, path or None)
+        return constants if lpips is None else constants.replace(lpips=lpips)
+    if config.task == "classifying" or run is not None:  # a denoiser's workdir has the scale, too
+        origin = Path(config.first_stage.path) if run is None else run
+        first_stage = kept.load_first_stage(origin, constants.first_stage.module)
+    else:
+        first_stage = _first_stage(config, constants.first_stage, source, start)
+    conditioner: dict[str, Params] = {}
+    for name, path in config.pretrained.items() if config.task == "denoising" else ():
+        if run is not None:
+            path, params = str(run), kept.load_conditioner(run, name)[0]
+        else:
+            params = as_params(_read(name, path, config.conditioners[name]))
+        check_same_tree(constants.conditioner[name], params, path)
+        conditioner[name] = jax.tree.map(jnp.asarray, params)
+    return constants.replace(first_stage=first_stage, conditioner=conditioner)
 
 
 def save(config: ConfigDict, constants: Any, folder: Path) -> None:
-    """Write the run's own copies of what `load_constants` returned for its beginning."""
+    """Write the run's copies of the constants; `load_constants` reads them when it goes on."""
     if config.task == "autoencoding":
         return
     kept.save_first_stage(folder, constants.first_stage, str(config.first_stage.path))
@@ -47,10 +62,9 @@ def save(config: ConfigDict, constants: Any, folder: Path) -> None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the fields of its pretrained conditioners, as their files say.
+    """The config with the fields of its pretrained conditioners, from their files.
 
-    What the config says of them already stands. Raises ValueError, in one line, where one isn't
-    usable. Only the headers of files are read.
+    Only the headers of files are read. Raises ValueError, in one line, for unusable files.
     """
     for name, path in config.pretrained.items():
         if name not in config.conditioners:
@@ -71,33 +85,6 @@ def _read(name: str, path: str, asked: ConfigDict) -> Part:
     return read_pretrained(name, path, asked.to_dict())
 
 
-def _perceptual(
-    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
-) -> Any:
-    net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
-    if net == "none":
-        return constants
-    return constants.replace(lpips=load_lpips_params(net, path or None))
-
-
-def _denoising(
-    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
-) -> Any:
-    if run is not None:
-        first_stage = kept.load_first_stage(run, constants.first_stage.module)
-    else:
-        first_stage = _first_stage(config, constants.first_stage, source, start)
-    conditioner: dict[str, Params] = {}
-    for name, path in config.pretrained.items():
-        if run is not None:
-            path, params = str(run), kept.load_conditioner(run, name)[0]
-        else:
-            params = as_params(_read(name, path, config.conditioners[name]))
-        check_same_tree(constants.conditioner[name], params, path)
-        conditioner[name] = jax.tree.map(jnp.asarray, params)
-    return constants.replace(first_stage=first_stage, conditioner=conditioner)
-
-
 def _first_stage(
     config: ConfigDict, fresh: FirstStage, source: Any, start: Bundle | None
 ) -> FirstStage:
@@ -111,22 +98,6 @@ def _first_stage(
         check_same_tree(fresh.params, params, path)
         fresh = fresh.replace(params=params)
     return measure_scale(config, fresh, source)
-
-
-def _as_denoised(
-    config: ConfigDict, constants: Any, source: Any, run: Path | None, start: Bundle | None
-) -> Any:
-    """The first stage of a denoiser's workdir, at the scale that the denoiser knows."""
-    origin = Path(config.first_stage.path) if run is None else run
-    first_stage = kept.load_first_stage(origin, constants.first_stage.module)
-    return constants.replace(first_stage=first_stage)
-
-
-_LOADERS: dict[str, Callable[..., Any]] = {
-    "autoencoding": _perceptual,
-    "denoising": _denoising,
-    "classifying": _as_denoised,
-}
 
 
 def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> FirstStage:

@@ -1,8 +1,8 @@
-"""Start a training run from parameters that somebody trained: `config.init_from`.
+"""Start a training run from trained parameters: `config.init_from`.
 
-Whatever `latent_diffusion.load` reads serves, whole or in part. Every fact that belongs to the
-parameters comes with them: `facts` lists the fields. The moving average starts from the loaded
-parameters, too; the optimiser starts afresh.
+It names any model that `latent_diffusion.load` reads, whole or in part. The config fields that
+belong to the parameters come with them: `facts` lists the fields. The moving average starts from
+the loaded parameters, too; the optimiser starts afresh.
 """
 
 import logging
@@ -29,11 +29,11 @@ from latent_diffusion.training import settings
 log = logging.getLogger(__name__)
 
 CONV_IN = "unet/input_blocks_0_0/kernel"
-# Tables with a row for each word: words that the file lacks have their rows at the end.
+# Tables with a row for each word. Rows of words that the file lacks come last.
 _WORDS = r"conditioner/(\w+/token_emb|word_map/embedding)/embedding"
 # Parts of the objective, not of the model: no file has them, and they start afresh.
-_OWN = r"logvar"
-# Fields of a module that its parameters don't depend on: they stay the run's.
+_FRESH = r"logvar"
+# Fields of a module that its parameters don't depend on: the run's values stay.
 _OF_THE_RUN = {"attention", "axis_name", "dropout", "dtype", "name", "out_channels", "parent"}
 _OF_THE_RUN |= {"pool", "remat", "codebook_beta", "codebook_legacy", "codebook_ema_decay"}
 _OF_THE_RUN |= {"codebook_restart_below", "gumbel_kl_weight", "gumbel_straight_through"}
@@ -41,7 +41,7 @@ _NOISE = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_
 
 
 def read(config: ConfigDict) -> convert.Bundle | None:
-    """What lies at `config.init_from`, its tensors unread; None where the run starts from noise."""
+    """The model at `config.init_from`, its tensors unread; None where the field is empty."""
     if not config.init_from:
         if config.lora.rank:
             raise ValueError("lora.rank adapts a trained model: name it by init_from")
@@ -52,9 +52,9 @@ def read(config: ConfigDict) -> convert.Bundle | None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the fields that belong to the parameters of `init_from`, as they have them.
+    """The config with the fields that belong to the parameters of `init_from`.
 
-    Fields that `init_from_changes` names stay as they are. Raises ValueError for other names.
+    Fields that `init_from_changes` names keep their values. Raises ValueError for other names.
     """
     bundle = read(config)
     if bundle is None:
@@ -71,8 +71,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> dict[str, Any]:
     """The fields that belong to the parameters, by dotted name: networks, noise, words, latents.
 
-    A part of the model brings its fields if all of its parameters are wanted.
-    every: those of `init_from_changes`, too.
+    A part of the model brings its fields if the run takes all of its parameters.
+    every: also the fields in `init_from_changes`.
     """
     fields: dict[str, Any] = {}
     if config.task == "autoencoding":
@@ -95,12 +95,12 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
                 if bundle.tokenizer is not None and "tokens" in module.keys:
                     fields["tokenizer.name"] = bundle.tokenizer.kind
                     fields["tokenizer.max_length"] = bundle.tokenizer.max_length
-    kept = () if every else config.init_from_changes
-    return {name: value for name, value in fields.items() if name not in kept}
+    changes = () if every else config.init_from_changes
+    return {name: value for name, value in fields.items() if name not in changes}
 
 
 def _comes_whole(config: ConfigDict, path: str, bundle: convert.Bundle) -> bool:
-    """Whether all parameters that the file has below `path` are wanted."""
+    """Whether the run takes all parameters below `path` that the file has."""
     name = path.removeprefix("conditioner/")
     if name in config.pretrained:
         return False
@@ -130,7 +130,7 @@ def first_stage_of(config: ConfigDict, bundle: convert.Bundle | None) -> FirstSt
 
 
 def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None) -> Any:
-    """The constants with `config.init_from` as what a low-rank adaptation adapts."""
+    """The constants, in which the model of `config.init_from` is the base of an adaptation."""
     if bundle is None or config.task != "denoising" or not config.lora.rank:
         return constants
     theirs = parameters_of(bundle, config.task)
@@ -138,12 +138,12 @@ def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None)
 
 
 def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) -> Any:
-    """The fresh state with the parameters of `bundle`, which is what `config.init_from` holds.
+    """The fresh state with the parameters of `bundle`, the model at `config.init_from`.
 
-    config.init_from_only: a regular expression over parameter paths; "" is all of them, and then
-    each must be in the file. Input channels that the U-Net has beyond the file's start from zero,
-    so that at first they change nothing; words beyond the file's start at random.
-    Raises one ValueError that names what doesn't fit.
+    config.init_from_only: a regular expression over parameter paths; "" takes all of them, and the
+    file must have each. Input channels that the file lacks start from zero, so that at first they
+    change nothing; words that it lacks start at random. Raises ValueError that names parameters
+    that don't fit.
     """
     if bundle is None or (config.task == "denoising" and config.lora.rank):
         return state
@@ -173,7 +173,7 @@ def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:
 
 
 def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -> Any:
-    """The tree with what `theirs` has of it."""
+    """The tree with the parameters of `theirs`, where `only` matches their paths."""
     ours = flatten_dict(params, sep="/")
     wanted = [path for path in ours if _is_wanted(path, only)]
     if not wanted:
@@ -187,14 +187,14 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
         for path in wanted
         if path in theirs and not _fits(path, ours[path].shape, theirs[path].shape)
     ]
-    told = [
+    problems = [
         f"{len(names)} {kind}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}"
         for kind, names in (("not in it", missing), ("of another shape", wrong))
         if names
     ]
-    if told:
+    if problems:
         hint = "take a part of it by init_from_only, or change the config"
-        raise ValueError(f"init_from={source} does not fit: {'; '.join(told)}; {hint}")
+        raise ValueError(f"init_from={source} does not fit: {'; '.join(problems)}; {hint}")
     if left := sorted({path.split("/")[0] for path in theirs.keys() - ours.keys()}):
         log.info("init_from: %s of %s has no place in this model", ", ".join(left), source)
     for path in wanted:
@@ -205,7 +205,7 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
 
 
 def _is_wanted(path: str, only: str) -> bool:
-    return bool(re.search(only, path)) if only else not re.fullmatch(_OWN, path)
+    return bool(re.search(only, path)) if only else not re.fullmatch(_FRESH, path)
 
 
 def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
@@ -217,15 +217,12 @@ def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
 
 
 def _in_place_of(fresh: Any, array: Any) -> Any:
-    """A copy of `array`, laid out as the fresh array is: no device gets the whole of a cut one.
-
-    The fresh array is freed, so that a start never holds two trees.
-    """
+    """A copy of `array` with the sharding of the fresh array, which is freed to save memory."""
     if isinstance(fresh, jax.Array):
         copy = parallel.put(array, fresh.sharding).copy()
         fresh.delete()
         return copy
-    return jnp.asarray(array)  # in a run that goes on there is only a shape
+    return jnp.asarray(array)  # a run that goes on has a shape in place of the fresh array
 
 
 def _enlarged(path: str, theirs: np.ndarray, ours: jax.Array) -> Any:

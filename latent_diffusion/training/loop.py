@@ -1,4 +1,4 @@
-"""The training loop: the one place where tasks, data, devices, checkpoints and logs meet."""
+"""The training loop, which joins tasks, data, devices, checkpoints and logs."""
 
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _look_at(
     stop: Stop,
     writer: metrics.Writer,
 ) -> bool:
-    """Evaluate, then draw, what is due at this step and isn't done; nothing after a signal.
+    """Evaluate, then draw, where it is due at this step and not done yet; never after a signal.
 
     Returns whether anything was due.
     """

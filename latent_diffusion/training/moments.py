@@ -1,10 +1,10 @@
-"""Latents encoded once: the first stage's moments of every training example, kept in the workdir.
+"""Latents encoded once: a file in the workdir with the moments of all training examples.
 
     moments-IDENTITY.npy  float32 [N h w 2C], read by memory map
 
-The identity belongs to the first stage, to `config.data`, and to the number and a sample of the
-examples; a file with another one is encoded anew. So a run that goes on doesn't encode again, and
-the size of a training set isn't bounded by memory.
+The identity is a hash of the first stage, of `config.data`, and of the number and a sample of the
+examples. A run that goes on finds its file and doesn't encode again. The training set may be larger
+than memory.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ SAMPLE = 16  # examples whose pixels enter the identity
 def with_moments(
     config: ConfigDict, directory: Path, first_stage: FirstStage, source: data.Source
 ) -> data.ArraySource:
-    """A source of `moments` and of all else that the examples of `source` have, already cut.
+    """A source of `moments` beside the other entries of the examples in `source`, already cut.
 
-    Pictures stay only where a condition is made of them. directory: the run's workdir, which all
-    processes see. Raises ValueError where images are augmented at random, since a cache would
-    freeze the draw.
+    Pictures stay where a condition needs them. directory: the run's workdir, which all processes
+    see. Raises ValueError where images are augmented at random, since all epochs would then have
+    the same augmentation.
     """
     if config.data.flip or config.data.crop == "random":
         raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
@@ -43,28 +43,27 @@ def with_moments(
     seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
     keys = {*data.KEYS, "caption", "boxes", "labels", "window"} - (set() if seen else {"image"})
     cut_out, rng = data.make_cut(config.data, train=True), np.random.default_rng(0)
-    examples = [_of(cut_out(source[i], rng), keys) for i in range(len(source))]
+    examples = [
+        {key: value for key, value in cut_out(source[i], rng).items() if key in keys}
+        for i in range(len(source))
+    ]
     arrays = {key: [example[key] for example in examples] for key in examples[0]}
     return data.ArraySource({"moments": np.load(path, mmap_mode="r"), **arrays})
 
 
-def _of(example: data.Example, keys: set[str]) -> data.Example:
-    return {key: value for key, value in example.items() if key in keys}
-
-
 def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) -> str:
-    found = hashlib.sha256(tree_hash(first_stage.params).encode())
-    found.update(json.dumps(config.data.to_dict(), sort_keys=True).encode())
-    found.update(str(len(source)).encode())
+    digest = hashlib.sha256(tree_hash(first_stage.params).encode())
+    digest.update(json.dumps(config.data.to_dict(), sort_keys=True).encode())
+    digest.update(str(len(source)).encode())
     for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():
-        found.update(np.ascontiguousarray(source[i]["image"]).tobytes())
-    return found.hexdigest()[:12]
+        digest.update(np.ascontiguousarray(source[i]["image"]).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _encoded(
     config: ConfigDict, first_stage: FirstStage, source: data.Source
 ) -> Iterator[np.ndarray]:
-    """Moments of the examples in order, batch by batch, on every process; the last filled up."""
+    """Moments of the examples in order, on every process; the last batch is padded."""
     mode, mesh = parallel.devices(config.parallel)
     index, count = parallel.process_shard(mode, mesh)
 
@@ -79,7 +78,7 @@ def _encoded(
 
 
 def _write(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
-    """One .npy of `length` rows, complete or not at all; process 0 writes, the others encode."""
+    """Write an .npy of `length` rows; process 0 writes, while the others help to encode."""
     if jax.process_index() != 0:
         for _ in batches:
             pass

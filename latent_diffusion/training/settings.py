@@ -1,8 +1,8 @@
-"""Fields of a config that files decide, and fields in which a run may go on differently.
+"""Fields of a config that files decide, and fields that may change when a run goes on.
 
-Where a run begins, files decide some fields: a first stage knows its architecture, parameters know
-what they were trained for. `asked` in config.json remembers what the config said before. So a run
-goes on where the same is asked, or what it has; and it needs none of those files again.
+Where a run begins, files decide some fields: for example, a first stage brings its architecture.
+The section `asked` of config.json has the values that the user's config had before. A run goes on
+with these values or with those of the files, and it never reads the files again.
 """
 
 import json
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 log = logging.getLogger(__name__)
 
-# Fields in which a run may go on differently, and why. All others belong to what was learned.
+# Fields that may change when a run goes on, and why. Its parameters depend on all others.
 MAY_CHANGE = {
     "num_steps": "the run may be longer or shorter",
     "seed": "it draws only the steps to come",
@@ -38,11 +38,11 @@ MAY_CHANGE = {
 }
 _PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
 _MAY_MOVE = r"data\.(dir|embedding_path)"  # the data is the same in another place
-_FREE = r"(conditioners|pretrained)\..*"  # sections whose entries no default names
+_FREE = r"(conditioners|pretrained)\..*"  # sections without default entries
 
 
 def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them, by their dotted names; `conditioners` names those that there are."""
+    """Values as in JSON, by dotted names; `conditioners` is the list of their names."""
     tree = config.to_dict() if isinstance(config, ConfigDict) else config
     tree = json.loads(json.dumps(tree, default=str))
     names = {"conditioners": list(tree["conditioners"])} if "conditioners" in tree else {}
@@ -50,9 +50,9 @@ def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decided(config: ConfigDict, fields: Mapping[str, Any], source: str) -> ConfigDict:
-    """The config with `fields` (by dotted name) as files have them.
+    """The config with the values of `fields`, by dotted name, which a file decides.
 
-    source: of the values, for the log, which names every field that was asked for otherwise.
+    source: the file. The log names every field for which the config had another value.
     """
     tree, now = config.to_dict(), flat(config)
     asked = flatten_dict(tree.get("asked", {}), sep=".")
@@ -61,14 +61,14 @@ def decided(config: ConfigDict, fields: Mapping[str, Any], source: str) -> Confi
         asked.setdefault(name, now.get(name))
         _set(tree, name, value)
     if changed:
-        told = (f"{k}={v!r} (asked: {now.get(k)!r})" for k, v in changed.items())
-        log.info("%s decides: %s", source, ", ".join(told))
+        texts = (f"{k}={v!r} (asked: {now.get(k)!r})" for k, v in changed.items())
+        log.info("%s decides: %s", source, ", ".join(texts))
         tree["asked"] = unflatten_dict(asked, sep=".")
     return ConfigDict(tree)
 
 
 def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDict:
-    """The config with which the run in `directory` goes on. run: the config that it has.
+    """The config with which the run in `directory` goes on. run: its config so far.
 
     Raises ValueError for the first field that differs from the run's and isn't in `MAY_CHANGE`.
     """
@@ -94,7 +94,7 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
 
 
 def _is_free(name: str, have: Any, had: Any) -> bool:
-    """Whether a run may go on with the value `have` of a field, where it had another one."""
+    """Whether a run may go on with the value `have` of a field in place of the value `had`."""
     if any(re.fullmatch(pattern, name) for pattern in MAY_CHANGE):
         return True
     if not (re.fullmatch(_PATHS, name) and have and had):

@@ -1,4 +1,4 @@
-"""The earlier run that a run builds on: a denoiser on a first stage, a classifier on a denoiser."""
+"""Runs that build on an earlier run: a denoiser on a first stage, a classifier on a denoiser."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ _BUILDS_ON = {
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the architecture of the run that it builds on; a classifier's noise, too.
+    """The config with the architecture of the earlier run; a classifier also takes its noise.
 
-    Raises ValueError, with the command that makes one, where that run isn't usable.
+    Raises ValueError, with a command that trains an earlier run, where there is no usable run.
     """
     if config.task not in _BUILDS_ON:
         return config
     if config.task == "denoising" and config.autoencoder.regularization == "identity":
         return config
     if config.task == "denoising" and config.init_from == config.first_stage.path != "":
-        return config  # the parameters brought it along
+        return config  # its architecture came with the parameters
     wanted, example = _BUILDS_ON[config.task]
     hint = (
         f"train one with: python train.py --config=configs/{example} "

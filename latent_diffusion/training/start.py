@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: frozen parts, state, data, compiled steps."""
+"""The start of a run: frozen parts, state, data, compiled steps."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ from latent_diffusion.types import lookup
 
 @dataclass(frozen=True)
 class Start:
-    """A run in place: `train_step(state, constants, next(batches), rng)` is its next step.
+    """A run before its next step, `train_step(state, constants, next(batches), rng)`.
 
-    step: the last step that is done; 0 where the run begins.
+    step: the number of finished steps.
     """
 
     step: int
@@ -38,10 +38,10 @@ class Start:
 
 
 def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
-    """The config with all that files say: checked, the same on all processes, nothing written.
+    """The config with all fields that files decide; it is checked, and nothing is written.
 
-    directory: the run's workdir. A run that goes on has resolved its config before. Raises
-    ValueError, in one line, where a file isn't usable, or the workdir holds another run.
+    directory: the run's workdir, whose config counts where a run goes on. Raises ValueError, in one
+    line, where a file isn't usable, the workdir holds another run, or processes differ.
     """
     lookup(TASKS, config.task, "task")
     run = workdir.load_run(directory)
@@ -58,19 +58,18 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
     """Begin the run of a resolved config in its workdir, or go on from its latest checkpoint.
 
-    Everything is read, made and checked before the workdir is touched.
+    Nothing is written before everything is read and checked.
     """
     mode, mesh = parallel.devices(config.parallel)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
     train_source = data.make_source(config.data, "train")
     test_source = data.make_source(config.data, "test")
-    run = directory if checkpoints.all_steps() else None  # whose copies of frozen parts are read
+    run = directory if checkpoints.all_steps() else None  # has copies of the frozen parts
     bundle = init_from.read(config) if run is None or config.lora.rank else None
     config, tokenizer = make_tokenizer(config, train_source, run, bundle)
     task = lookup(TASKS, config.task, "task")(config)
 
-    # Fresh state or its shapes alone, the frozen parts, then what the latest checkpoint holds.
-    # XLA takes minutes to compile hundreds of small threefry draws, and seconds for these.
+    # XLA compiles hundreds of threefry draws in minutes, and hundreds of rbg draws in seconds.
     init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
     init = functools.partial(task.init, batch_spec=batch_spec(config))
     if run is None:
@@ -118,7 +117,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
 def _write(
     config: ConfigDict, directory: Path, run: Path | None, constants: Any, tokenizer: Any
 ) -> None:
-    """Write what the workdir is to hold, all of it or nothing; process 0 only."""
+    """Write the files of the workdir, all of them or none; process 0 alone writes."""
     goes_on = run is not None
     unchanged = goes_on and settings.flat(config) == settings.flat(workdir.load_config(directory))
     if unchanged or jax.process_index() != 0:

@@ -1,4 +1,4 @@
-"""Signals that end a run: noted at once, obeyed after the step or the batch at hand."""
+"""Signals that end a run, after its current step or batch."""
 
 import os
 import signal
@@ -18,10 +18,10 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save; a second one acts at once.
+    """Notes the first SIGINT or SIGTERM, so that the loop can save; the next signal ends at once.
 
-    On several processes SIGTERM is left to JAX's runtime, which lets all stop at the same `poll`.
-    signum: the signal that ends the run, once `poll` has met it.
+    On several processes JAX's runtime handles SIGTERM, so that all stop at the same `poll`.
+    signum: the signal that ends the run; None until `poll` has seen it.
     """
 
     def __enter__(self) -> "Stop":
@@ -40,7 +40,7 @@ class Stop:
     def poll(self) -> int | None:
         """Look for a signal: after every step, before every batch of an evaluation.
 
-        All processes call it equally often, since the count is how they agree where to stop.
+        All processes must call it equally often, since they agree about the number of a call.
         """
         if self.signum is None:
             self._polls += 1

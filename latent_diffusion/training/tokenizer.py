@@ -1,4 +1,4 @@
-"""The tokenizer of a run: built from the training captions, or from files and parameters."""
+"""The tokenizer of a run: from training captions, from files, or from `init_from`."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from latent_diffusion.types import lookup
 def make_tokenizer(
     config: ConfigDict, source: Any, run: Path | None, start: Bundle | None
 ) -> tuple[ConfigDict, Tokenizer | None]:
-    """The tokenizer of a run, and the config with as many rows as it has words.
+    """The tokenizer of a run, and the config, whose text encoders get a row for each word.
 
-    source: the training examples. run: the workdir of a run that goes on, which has its tokenizer;
-    None where it begins. start: what `init_from` holds: its tokenizer comes with its parameters.
+    source: the training examples. run: the workdir of a run that goes on, which has a tokenizer;
+    None where the run begins. start: the model of `init_from`, whose tokenizer belongs to it.
     """
     if config.tokenizer.name == "none":
         return config, None
@@ -46,9 +46,9 @@ def _new(fields: ConfigDict, source: Any) -> Tokenizer:
 def _from_parameters(
     config: ConfigDict, source: Any, tokenizer: Tokenizer
 ) -> tuple[ConfigDict, Tokenizer]:
-    """Every word that the parameters know keeps its row; the captions' other words get new ones."""
+    """The words of the loaded model keep their rows; other words of the captions get new rows."""
     if not isinstance(tokenizer, WordTokenizer) or config.lora.rank:
-        return config, tokenizer  # no rows to add; or they would never be trained
+        return config, tokenizer  # rows can't be added, or nothing would train them
     more = tokenizer.extended(data.captions(source), config.tokenizer.vocab_size)
     rows = {"tokenizer.vocab_size": more.vocab_size}
     for name, part in zip(
@@ -71,10 +71,10 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
             )
         for field in ("empty", "pad_id"):
             wanted = getattr(tokenizer, field)
-            own = getattr(part, field, wanted)
-            own = tuple(own) if isinstance(own, list) else own  # as JSON has it
-            if own != wanted:
+            value = getattr(part, field, wanted)
+            value = tuple(value) if isinstance(value, list) else value  # a list comes from JSON
+            if value != wanted:
                 raise ValueError(
-                    f"conditioners.{name}.{field}={own}, but the tokenizer's is {wanted}: set it, "
-                    "or dropped conditions aren't the empty prompt"
+                    f"conditioners.{name}.{field}={value}, but the tokenizer's is {wanted}: set "
+                    "it, or dropped conditions aren't the empty prompt"
                 )

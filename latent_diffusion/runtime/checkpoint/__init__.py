@@ -1,9 +1,9 @@
 """Checkpoints of a run (Orbax), trees of constants in one file, and the lock on a workdir.
 
 A checkpoint is a directory `<step>/` with two items: `state`, any pytree of arrays, and `metadata`,
-JSON, which also holds a fingerprint of every array. Orbax writes it under a temporary name and
-renames it when it is complete, and removes old ones only after that, so whatever happens during a
-save, the previous checkpoint is still there; and whatever happens to it on disk later is noticed.
+JSON, which also holds a fingerprint of every array. Orbax writes it under a temporary name, renames
+it when it is complete, and removes old checkpoints after that. So a failed save leaves the previous
+checkpoint, and restoring notices later damage on disk.
 """
 
 from latent_diffusion.runtime.checkpoint.checkpointer import Checkpointer, Restored
@@ -14,16 +14,3 @@ from latent_diffusion.runtime.checkpoint.errors import (
 )
 from latent_diffusion.runtime.checkpoint.lock import WorkdirLock, acquire_lock
 from latent_diffusion.runtime.checkpoint.trees import load_tree, save_tree, tree_hash
-
-__all__ = [
-    "ArchitectureMismatch",
-    "CheckpointError",
-    "Checkpointer",
-    "Restored",
-    "WorkdirInUse",
-    "WorkdirLock",
-    "acquire_lock",
-    "load_tree",
-    "save_tree",
-    "tree_hash",
-]

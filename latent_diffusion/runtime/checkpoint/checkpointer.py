@@ -9,8 +9,7 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,14 +27,13 @@ from latent_diffusion.runtime.checkpoint.errors import (
     reason,
     silence_orbax,
 )
-from latent_diffusion.runtime.checkpoint.handlers import state_handler
-from latent_diffusion.runtime.checkpoint.lazy import grouped, lazy_handler
+from latent_diffusion.runtime.checkpoint.handlers import grouped, lazy_handler, state_handler
 from latent_diffusion.runtime.checkpoint.leaves import (
     as_keys,
-    difference,
     key_as_data,
     keys_to_data,
 )
+from latent_diffusion.trees import difference
 from latent_diffusion.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -49,7 +47,7 @@ _CHECKPOINTERS: weakref.WeakSet["Checkpointer"] = weakref.WeakSet()
 
 
 class Restored(NamedTuple):
-    """What `Checkpointer.restore` found."""
+    """The result of `Checkpointer.restore`."""
 
     state: PyTree
     metadata: dict[str, Any]
@@ -60,9 +58,8 @@ class Checkpointer:
     """Saves and restores the checkpoints of one directory; a context manager.
 
     directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk.
-    read_only: for readers beside a running training; touches nothing on disk. lazy: saves trees of
-    `Tensor`, in the memory of one leaf. Raises CheckpointError where the directory can't be written
-    (or read).
+    read_only: for readers beside a running training; changes nothing on disk. lazy: save trees of
+    `Tensor` leaf by leaf. Raises CheckpointError where the directory can't be written (or read).
     """
 
     def __init__(
@@ -74,7 +71,6 @@ class Checkpointer:
     ):
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
-        self._read_only = read_only
         self._rejected: set[int] = set()
         self._saving: int | None = None  # the step being written in the background
         _CHECKPOINTERS.add(self)
@@ -100,14 +96,14 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any] | None = None) -> None:
-        """Start to save; returns when `state` may be donated or changed, the rest is asynchronous.
+        """Start to save; returns when `state` may be donated or changed. The rest is asynchronous.
 
-        metadata: what JSON can hold; "step", "versions" and "format" are added. A step that has
-        been saved before is left as it is. Raises CheckpointError where this save can't begin or
-        the previous one failed.
+        metadata: JSON values; "step", "versions" and "format" are added. A step that is on disk
+        already is not saved again. Raises CheckpointError where this save can't begin or the
+        previous save failed.
         """
         self.wait()
-        # Orbax lets the processes agree about a save under a name that all its savers share.
+        # Processes agree about a save under a name that all of Orbax's savers share.
         for other in _CHECKPOINTERS if jax.process_count() > 1 else ():
             if other._saving is not None:
                 other.wait()
@@ -124,7 +120,7 @@ class Checkpointer:
             "prng_keys": keys,
             "fingerprints": integrity.fingerprints(state),
         }
-        content["digest"] = _digest(content)  # also complains here of what JSON can't hold
+        content["digest"] = _digest(content)  # raises TypeError for values that aren't JSON
         try:
             self._saving = step
             self._manager.save(
@@ -150,8 +146,8 @@ class Checkpointer:
     ) -> Restored | None:
         """Restore the latest good checkpoint; None where there is none at all.
 
-        abstract_state: arrays or ShapeDtypeStructs; leaves with a sharding are restored onto it,
-        whatever they were saved from, others as numpy. None: nested dicts and lists of numpy.
+        abstract_state: arrays or ShapeDtypeStructs. Leaves with a sharding are restored with it,
+        others as numpy. None: nested dicts and lists of numpy.
         only: names of top-level entries to read ("ema_params"); the rest stays on disk.
 
         Steps that are damaged or not ours are skipped with a logged reason. Raises
@@ -159,11 +155,24 @@ class Checkpointer:
         tree than `abstract_state`.
         """
         self.wait()
-        self._manager.reload()
+        return self._of_latest(lambda step: self._restore_step(step, abstract_state, only))
+
+    def open(self, entry: str) -> PyTree | None:
+        """A top-level entry of the latest checkpoint, nested dicts of `Tensor`; None without any.
+
+        Leaves are read in groups of GROUP bytes, and the latest group stays in memory: read them in
+        the tree's order, before this is closed. Steps whose description can't be read are skipped,
+        as in `restore`. Reading a damaged leaf raises CheckpointError, since it is too late to take
+        another step.
+        """
+        return self._of_latest(lambda step: self._open_step(step, entry))
+
+    def _of_latest(self, read: Callable[[int], Any]) -> Any:
+        """`read(step)` of the latest step that can be read; None where there is no step."""
         reasons = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.all_steps()):
             try:
-                restored = self._restore_step(step, abstract_state, only)
+                result = read(step)
             except ArchitectureMismatch:
                 raise
             except CheckpointError as error:
@@ -173,7 +182,7 @@ class Checkpointer:
                 continue
             if reasons:
                 log.warning("going on from the last good checkpoint, step %d", step)
-            return restored
+            return result
         if reasons:
             raise CheckpointError(
                 f"no usable checkpoint in {self.directory}: {'; '.join(reasons)}; "
@@ -181,32 +190,12 @@ class Checkpointer:
             )
         return None
 
-    def open(self, entry: str) -> PyTree | None:
-        """A top-level entry of the latest checkpoint, nested dicts of `Tensor`; None without any.
-
-        Leaves are read in groups of GROUP bytes, of which the last is kept: so go through them in
-        the tree's order, and before this is closed. Steps whose description can't be read are
-        skipped, as in `restore`; the reading of a damaged leaf raises CheckpointError, since others
-        may have been used already.
-        """
-        self._manager.reload()
-        reasons = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._open_step(step, entry)
-            except CheckpointError as error:
-                reasons.append(str(error))
-                log.warning("skipping a checkpoint: %s", error)
-        if reasons:
-            raise CheckpointError("; ".join(reasons))
-        return None
-
     def _open_step(self, step: int, entry: str) -> PyTree:
         with self._reading(step):
-            known = self._read_metadata(step).get("fingerprints", {})
+            fingerprints = self._read_metadata(step).get("fingerprints", {})
             saved = self._read_tree(step, [entry])
-            if known:
-                integrity.check_kinds(saved, known, [entry])
+            if fingerprints:
+                integrity.check_kinds(saved, fingerprints, [entry])
         flat = flatten_dict(saved)
         paths, groups = list(flat), grouped(list(flat.values()), GROUP)
 
@@ -215,8 +204,8 @@ class Checkpointer:
             wanted = unflatten_dict({path: flat[path] for path in paths[group.start : group.stop]})
             with self._reading(step):
                 state = self._read_state(step, wanted, None)
-                if known:
-                    integrity.check_values(state, known)
+                if fingerprints:
+                    integrity.check_values(state, fingerprints)
             return flatten_dict(state)
 
         def leaf(path: Any, group: range) -> Tensor:
@@ -228,7 +217,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Whatever goes wrong within is a CheckpointError that names the step's folder."""
+        """Turn every exception into a CheckpointError that names the step's folder."""
         try:
             yield
         except Exception as error:
@@ -236,7 +225,7 @@ class Checkpointer:
             raise CheckpointError(f"can't read {where}: {reason(error)}") from error
 
     def metadata(self) -> dict[str, Any] | None:
-        """What the latest checkpoint was saved with; None without one that can be read."""
+        """The metadata of the latest checkpoint; None where no checkpoint can be read."""
         for step in reversed(self.all_steps()):
             with contextlib.suppress(CheckpointError), self._reading(step):
                 return self._read_metadata(step)
@@ -257,34 +246,29 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None:
             return self.close()
         if jax.process_count() > 1 and partners.is_death(error):
-            return None  # the save under way would wait for a process that is no more
+            return None  # the save under way would wait for a dead process
         try:
             self.close()
-        except CheckpointError as failure:  # don't hide what went wrong first
+        except CheckpointError as failure:  # don't hide the first error
             log.error("%s", failure)
 
     def _failed(self, error: Exception) -> CheckpointError:
         """Clean up after a failed save and describe it."""
         step, self._saving = self._saving, None
-        if jax.process_index() == 0:  # what was written so far only fills the disk
+        if jax.process_index() == 0:  # half of a checkpoint only fills the disk
             for path in self.directory.glob(f"{step}{TEMPORARY}*"):
-                # Other files may still be being written; the next start removes those.
+                # Threads may still write other files; the next start removes them.
                 with contextlib.suppress(OSError):
                     path.rmtree()
         self._manager.reload()
         left = self._manager.latest_step()
-        kept = "there is no earlier one" if left is None else f"step {left} is still there"
+        hint = "there is no earlier one" if left is None else f"step {left} is still there"
         return CheckpointError(
-            f"saving checkpoint {self.directory / str(step)} failed: {reason(error)}; {kept}"
+            f"saving checkpoint {self.directory / str(step)} failed: {reason(error)}; {hint}"
         )
 
     def _set_rejected_aside(self) -> None:
@@ -311,9 +295,10 @@ class Checkpointer:
         try:
             metadata = self._read_metadata(step)
             saved = self._read_tree(step, only)
-            if known := metadata.pop("fingerprints", None):
-                integrity.check_kinds(saved, known, only)
-            problem = None if abstract_state is None else difference(abstract_state, saved)
+            if fingerprints := metadata.pop("fingerprints", None):
+                integrity.check_kinds(saved, fingerprints, only)
+            if abstract_state is not None:
+                problem = difference(jax.tree.map(key_as_data, abstract_state), saved)
             state = None if problem else self._read_state(step, saved, abstract_state)
         except Exception as error:
             failure = reason(error)
@@ -323,8 +308,8 @@ class Checkpointer:
             raise ArchitectureMismatch(
                 f"checkpoint {self.directory / str(step)} holds another model: {problem}"
             )
-        if known:  # all processes sum up together
-            integrity.check_values(state, known)
+        if fingerprints:  # all processes compute the sums together
+            integrity.check_values(state, fingerprints)
         return Restored(as_keys(state, metadata.pop("prng_keys")), metadata, step)
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
@@ -340,8 +325,8 @@ class Checkpointer:
 
     def _read_tree(self, step: int, only: Sequence[str] | None) -> PyTree:
         """Shapes and dtypes of the saved state, as nested dicts and lists."""
-        found = self._manager.item_metadata(step).state
-        tree = getattr(found, "tree", found)
+        metadata = self._manager.item_metadata(step).state
+        tree = getattr(metadata, "tree", metadata)
         if tree is None:
             raise CheckpointError("its state can't be read")
         if only is None:

@@ -1,4 +1,4 @@
-"""What can go wrong with checkpoints, said in one line."""
+"""Errors about checkpoints, whose messages are one line."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ class CheckpointError(RuntimeError):
 
 
 class ArchitectureMismatch(CheckpointError):
-    """The checkpoint is intact, but holds another tree than the one asked for."""
+    """The checkpoint is intact, but the state has another tree."""
 
 
 class WorkdirInUse(RuntimeError):
@@ -24,18 +24,18 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    # TensorStore's messages are pages of specs; the operating system's word on it is at their end.
-    if found := re.search(r"os_error_code='(\d+)'", text):
-        return os.strerror(int(found[1]))
+    # TensorStore's messages are pages of specs, with the operating system's error at their end.
+    if match := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(match[1]))
     first = text.strip().partition("\n")[0] or type(error).__name__
     return first if len(first) <= 200 else first[:200] + "…"
 
 
 def silence_orbax() -> None:
-    """Keep Orbax's noise about failures off the screen: what matters is raised or logged by us.
+    """Hide Orbax's reports of failures, since this package raises or logs them.
 
-    Five threads log a traceback each; and after one failed read or write, TensorStore's others
-    find Orbax's event loop closed, which Python reports one by one as unraisable.
+    Five threads log a traceback each. After a failed read or write, TensorStore's other operations
+    meet Orbax's closed event loop, and Python reports every one as unraisable.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_from_orbax)

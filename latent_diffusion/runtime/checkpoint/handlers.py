@@ -1,15 +1,23 @@
-"""How Orbax writes a state of arrays."""
+"""How Orbax writes trees: states of arrays, and trees larger than memory, leaf by leaf."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from latent_diffusion.files.tensor import Tensor
+
 
 def state_handler() -> ocp.PyTreeCheckpointHandler:
-    """What writes and reads states.
+    """The handler of states.
 
-    By default every device writes a part of what all of them hold. On one host that gains nothing,
-    and cutting costs a compilation for every shape.
+    By default all devices write a part of an array that each of them holds. On a single host this
+    saves no time, and cutting takes a compilation for every shape.
     """
     if jax.process_count() > 1:
         return ocp.PyTreeCheckpointHandler()
@@ -20,3 +28,47 @@ def state_handler() -> ocp.PyTreeCheckpointHandler:
         *((kind, types.ScalarHandler()) for kind in (int, float, np.number)),
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def grouped(leaves: Sequence[Any], limit: int) -> list[range]:
+    """Ranges of neighbouring arrays of at most `limit` bytes together, or of a single array."""
+    groups, start, total = [], 0, 0
+    for i, leaf in enumerate(leaves):
+        nbytes = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if total + nbytes > limit and i > start:
+            groups.append(range(start, i))
+            start, total = i, 0
+        total += nbytes
+    return [*groups, range(start, len(leaves))]
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+    """A handler of numpy arrays that reads an array, writes it, and goes on with the next.
+
+    Orbax's handler reads all arrays before it writes the first.
+    """
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        """Begin to write; the returned future is done when the last array is on disk."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        write = super().serialize
+
+        async def each() -> None:
+            for value, info, arg in zip(values, infos, args, strict=True):
+                for written in await write([np.asarray(value)], [info], [arg]):
+                    written.result()
+
+        thread = ThreadPoolExecutor(1)  # Orbax's event loop is busy with this call
+        future = thread.submit(asyncio.run, each())
+        thread.shutdown(wait=False)
+        return [future]
+
+
+def lazy_handler() -> ocp.PyTreeCheckpointHandler:
+    """A handler of trees of `Tensor`, which writes a file for each leaf."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Tensor, LazyHandler(deepcopy_host_arrays=False))
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)

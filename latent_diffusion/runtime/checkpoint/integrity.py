@@ -1,10 +1,9 @@
-"""Fingerprints of arrays: what was saved is what is restored, to the bit.
+"""Fingerprints of arrays: they show whether a restored array equals the saved array.
 
-The fingerprint of an array is Σ_i (2i + 1) · bits_i mod 2³² over its elements in C order. Whole
-numbers add up to the same whatever the order, so it doesn't depend on how an array is cut over
-devices or processes, and every device sums up its own part. Odd factors are invertible mod 2³²:
-no single flipped bit, nor any other change of one element, goes unnoticed; of larger damage, one
-in four billion does.
+The fingerprint of an array is Σ_i (2i + 1) · bits_i mod 2³² over its elements in C order. Sums of
+integers don't depend on their order, so every device can add up its part, however an array is cut
+over devices and processes. Odd factors are invertible mod 2³²: every change of a single element
+changes the sum. Larger damage leaves it unchanged by chance in one of four billion cases.
 """
 
 from collections.abc import Mapping
@@ -22,36 +21,36 @@ CHUNK = 1 << 20  # elements that numpy sums at once
 
 
 def fingerprints(tree: PyTree) -> dict[str, str]:
-    """ "dtype[shape]:sum" of every array by its path. Typed PRNG keys come as their data."""
+    """ "dtype[shape]:sum" of every array by its path. The tree holds no typed PRNG keys."""
     leaves = leaves_by_path(tree)
-    # All sums are on their way before the first is waited for.
+    # All sums are dispatched before the first result is needed.
     sums = {path: _sum(leaf) for path, leaf in leaves.items()}
     return {
         path: f"{_kind(leaves[path])}:{int(np.asarray(total)):08x}" for path, total in sums.items()
     }
 
 
-def check_kinds(saved: PyTree, known: Mapping[str, str], parts: Any) -> None:
-    """Raise CheckpointError where a tree isn't the one that was saved, by paths and shapes.
+def check_kinds(tree: PyTree, saved: Mapping[str, str], parts: Any) -> None:
+    """Raise CheckpointError where the paths, shapes or dtypes of a tree aren't the saved ones.
 
-    known: the fingerprints. parts: the top-level entries that `saved` holds; None is all.
+    saved: fingerprints. parts: names of the top-level entries in `tree`; None is all.
     """
-    kept = {k: v for k, v in known.items() if parts is None or k.partition("/")[0] in parts}
-    found = {path: _kind(leaf) for path, leaf in leaves_by_path(saved).items()}
-    wrong = [
-        path
-        for path in sorted(found.keys() | kept.keys())
-        if found.get(path) != kept.get(path, "").rpartition(":")[0]
-    ]
+    want = {
+        path: fingerprint.rpartition(":")[0]
+        for path, fingerprint in saved.items()
+        if parts is None or path.partition("/")[0] in parts
+    }
+    have = {path: _kind(leaf) for path, leaf in leaves_by_path(tree).items()}
+    wrong = [path for path in sorted(have.keys() | want.keys()) if have.get(path) != want.get(path)]
     if wrong:
         raise CheckpointError(f"its description is damaged at {wrong[0]}")
 
 
-def check_values(state: PyTree, known: Mapping[str, str]) -> None:
+def check_values(state: PyTree, saved: Mapping[str, str]) -> None:
     """Raise CheckpointError that names the first array with another fingerprint."""
     for path, value in fingerprints(state).items():
         kind, _, total = value.rpartition(":")
-        saved_kind, _, saved_total = known[path].rpartition(":")
+        saved_kind, _, saved_total = saved[path].rpartition(":")
         if kind == saved_kind and total != saved_total:  # another dtype was asked for
             raise CheckpointError(f"its contents are damaged at {path}")
 

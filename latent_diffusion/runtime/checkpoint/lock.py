@@ -1,4 +1,4 @@
-"""One run at a time trains in a workdir."""
+"""The lock of a workdir: a single run at a time trains there."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from latent_diffusion.runtime.checkpoint.errors import CheckpointError, WorkdirI
 
 
 class WorkdirLock:
-    """Held from `acquire_lock` until `release`, or until the process dies in whatever way."""
+    """Held from `acquire_lock` until `release`, or until the process ends."""
 
     def __init__(self, file: Any = None):
         self._file = file
@@ -21,7 +21,7 @@ class WorkdirLock:
     def release(self) -> None:
         """Let others have the workdir."""
         if self._file is not None:
-            self._file.truncate(0)  # nobody holds it: the file is as it was before
+            self._file.truncate(0)  # an empty file says that nobody holds the lock
             self._file.close()
             self._file = None
 
@@ -33,10 +33,10 @@ class WorkdirLock:
 
 
 def acquire_lock(workdir: str | os.PathLike) -> WorkdirLock:
-    """Make sure that one run at a time trains in `workdir`; process 0 locks for all processes.
+    """Lock `workdir` for this run; process 0 locks for all processes.
 
-    Raises WorkdirInUse with the holder's pid, CheckpointError where the lock can't be written; on
-    all processes.
+    Raises WorkdirInUse with the holder's pid, or CheckpointError where the lock can't be written;
+    on all processes.
     """
     lock, error = WorkdirLock(), None
     if jax.process_index() == 0 and "://" not in os.fspath(workdir):  # object stores have no locks

@@ -1,4 +1,4 @@
-"""One-shot trees of constants: a safetensors file with JSON metadata and a hash."""
+"""Trees of constants: a safetensors file with JSON metadata and a hash."""
 
 import hashlib
 import json
@@ -13,8 +13,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from latent_diffusion.runtime.checkpoint.errors import CheckpointError, reason
-from latent_diffusion.runtime.checkpoint.leaves import is_key
-from latent_diffusion.trees import path_string
+from latent_diffusion.trees import is_key, leaves_by_path
 from latent_diffusion.types import PyTree
 
 
@@ -23,9 +22,8 @@ def save_tree(
 ) -> None:
     """Write a tree of arrays to one safetensors file, with JSON metadata and its hash.
 
-    Atomic: the file appears under `path` when it is complete, or not at all. In a run of several
-    processes, process 0 writes; the arrays must be whole on every process.
-    Raises CheckpointError where it can't be written.
+    The file appears under `path` when it is complete. Process 0 writes; the arrays must be whole on
+    every process. Raises CheckpointError where the file can't be written.
     """
     if jax.process_index() != 0:
         return
@@ -43,7 +41,7 @@ def save_tree(
 
 
 def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `save_tree` wrote: (nested dicts of numpy arrays, metadata).
+    """Read a file of `save_tree`: (nested dicts of numpy arrays, metadata).
 
     Tuples, lists and dataclasses come back as dicts keyed by position or field. Raises
     CheckpointError for a missing, damaged or foreign file.
@@ -68,7 +66,7 @@ def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def tree_hash(tree: PyTree) -> str:
-    """SHA-256 over sorted paths, dtypes, shapes and bytes; containers don't matter, only paths."""
+    """SHA-256 over sorted paths, dtypes, shapes and bytes; kinds of containers don't matter."""
     digest = hashlib.sha256()
     for name, array in sorted(_flat_arrays(tree), key=lambda pair: pair[0]):
         digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
@@ -78,7 +76,7 @@ def tree_hash(tree: PyTree) -> str:
 
 def _flat_arrays(tree: PyTree) -> Iterator[tuple[str, np.ndarray]]:
     """('/'-joined path, contiguous numpy array) of every leaf; typed keys as their data."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in leaves_by_path(tree).items():
         data = jax.random.key_data(leaf) if is_key(leaf) else leaf
         # ascontiguousarray would turn a scalar into a vector.
-        yield path_string(path), np.asarray(data, order="C")
+        yield path, np.asarray(data, order="C")

@@ -1,4 +1,4 @@
-"""One step function, three callers: the only place that says pmap, jit, Mesh or NamedSharding.
+"""Running a step on devices in three modes. No other package mentions pmap, Mesh or NamedSharding.
 
 A step is `step(state, constants, batch, rng, *, axis_name=None) -> (state, metrics)`:
 
@@ -7,19 +7,17 @@ A step is `step(state, constants, batch, rng, *, axis_name=None) -> (state, metr
     mesh    `jax.jit` over a (data, fsdp, tensor) mesh; arrays are global, rules over parameter
             paths say how the state is cut
 
-The state has the same shapes in all three (no device axis), so checkpoints don't depend on them.
+The state has the same shapes in all modes (no device axis), so checkpoints don't depend on them.
 
-    modes      which mode, which mesh, which part of a batch is this process's
-    rules      from paths of the state to how its arrays are cut
+    modes      the mode, the mesh, and the process's part of a batch
+    rules      from paths of the state to the cuts of its arrays
     placement  putting states and batches on their devices
     steps      compiling
-    flops, hlo what a step computes, and what its compiled program sends
+    flops, hlo counting a step's operations, and the bytes that its compiled program sends
 """
 
 from latent_diffusion.runtime.parallel.flops import count_flops
 from latent_diffusion.runtime.parallel.modes import (
-    AXIS_NAME,
-    MESH_AXES,
     check_batch_size,
     devices,
     make_mesh,
@@ -37,43 +35,13 @@ from latent_diffusion.runtime.parallel.placement import (
     to_global,
 )
 from latent_diffusion.runtime.parallel.rules import (
-    Rules,
     describe,
     infer_shardings,
     num_bytes,
 )
 from latent_diffusion.runtime.parallel.steps import (
-    CompiledStep,
     compile_eval,
     compile_init,
     compile_step,
     lower_for,
 )
-
-__all__ = [
-    "AXIS_NAME",
-    "MESH_AXES",
-    "CompiledStep",
-    "Rules",
-    "abstract",
-    "check_batch_size",
-    "compile_eval",
-    "compile_init",
-    "compile_step",
-    "count_flops",
-    "describe",
-    "devices",
-    "infer_shardings",
-    "lower_for",
-    "make_mesh",
-    "num_bytes",
-    "num_parts",
-    "place",
-    "place_batch",
-    "process_rows",
-    "process_shard",
-    "put",
-    "resolve_mode",
-    "state_shardings",
-    "to_global",
-]

@@ -1,4 +1,4 @@
-"""Accelerators that aren't there: what they can do at most, and how to compile for them."""
+"""Accelerators that may be absent: their peak rates, and how to compile for them."""
 
 import importlib.util
 import os
@@ -30,7 +30,7 @@ CHIPS = {
     "h100": Chip("cuda", 989, 80, 3350, 450),
     "h200": Chip("cuda", 989, 141, 4800, 450),
 }
-# What XLA must know of a GPU it can't ask: (compute capability, cores, L2, shared memory a block).
+# XLA can't query an absent GPU: (compute capability, cores, L2, shared memory a block).
 _GPUS = {
     "a100": ((8, 0), 108, 41943040, 166912),
     "h100": ((9, 0), 132, 52428800, 232448),
@@ -50,12 +50,12 @@ def parse_topology(text: str) -> tuple[str, Chip, str]:
 
 
 def topology_devices(text: str) -> list[Any]:
-    """The chips of a topology, as JAX devices that can be compiled for, but run nothing.
+    """The chips of a topology, as JAX devices for compilation; they can't run programs.
 
     Raises ValueError, in one line, where the compiler isn't installed or doesn't know the topology.
     """
     name, chip, shape = parse_topology(text)
-    # Without a TPU there is nobody to ask, and nothing that two processes could fight for.
+    # libtpu asks no metadata server then, and several processes may load it at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     alone = {"SKIP_MDS_QUERY": "1", "WORKER_ID": "0", "WORKER_HOSTNAMES": "localhost"}
     for key, value in {**alone, "ACCELERATOR_TYPE": "v5litepod-4"}.items():

@@ -11,8 +11,8 @@ from jax.extend import core
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
     """Multiplications and additions in the matrix products and convolutions of `function(*args)`.
 
-    args: arrays or ShapeDtypeStructs. Loops count with their length where it is known (`scan`),
-    else once; of branches the dearest counts; what is recomputed in a backward pass counts again.
+    args: arrays or ShapeDtypeStructs. The body of a `scan` counts as often as it runs, that of
+    another loop once; of several branches the most expensive counts; recomputation counts again.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -30,7 +30,7 @@ def _count_equation(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
         _, in_features, *window = (kernel[i] for i in numbers.rhs_spec)
-        # Of a dilated input most elements are zeros, which no implementation multiplies.
+        # Most elements of a dilated input are zeros, which no implementation multiplies.
         taps = math.prod(window) / math.prod(params["lhs_dilation"])
         return round(2 * _size(equation.outvars[0]) * in_features * taps)
     inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]

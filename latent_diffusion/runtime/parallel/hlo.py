@@ -1,4 +1,4 @@
-"""Reading compiled programs: what crosses the network, how often, and what shouldn't be there."""
+"""Reading compiled programs: the collectives, which cross the network."""
 
 import re
 from collections.abc import Iterator
@@ -19,9 +19,6 @@ _HEADER = re.compile(r"^\s*(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _SHAPE = re.compile(r"\b([a-z]+)(\d+)[a-z0-9]*\[([\d,]*)\]")
-_HOST = re.compile(
-    r"= \S+ (infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*callback[^\"]*\""
-)
 
 
 class Collective(NamedTuple):
@@ -35,12 +32,12 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`), those in loops multiplied."""
     computations, entry = _computations(text)
-    found: list[Collective] = []
+    operations: list[Collective] = []
 
     def walk(name: str, times: int) -> None:
         for line in computations.get(name, ()):
             if match := _COLLECTIVE.search(line):
-                found.append(Collective(match[2], _result_bytes(match[1], match[3]), times))
+                operations.append(Collective(match[2], _result_bytes(match[1], match[3]), times))
             trips = _TRIPS.search(line)
             for role, names in _CALLED.findall(line):
                 inner = times * int(trips[1]) if trips and role == "body" else times
@@ -48,7 +45,7 @@ def collectives(text: str) -> list[Collective]:
                     walk(called, inner)
 
     walk(entry, 1)
-    return found
+    return operations
 
 
 def total_bytes(text: str) -> dict[str, int]:
@@ -57,11 +54,6 @@ def total_bytes(text: str) -> dict[str, int]:
     for kind, num_bytes, times in collectives(text):
         totals[kind] = totals.get(kind, 0) + num_bytes * times
     return totals
-
-
-def host_transfers(text: str) -> list[str]:
-    """Instructions that talk to the host while the program runs."""
-    return [line.strip() for line in text.splitlines() if _HOST.search(line)]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -1,4 +1,4 @@
-"""Which mode and mesh a run has, and which part of a batch is this process's."""
+"""The mode and mesh of a run, and a process's part of a batch."""
 
 import math
 from collections import Counter
@@ -45,17 +45,17 @@ def make_mesh(
 ) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices of all processes.
 
-    axis_sizes: sizes by axis name; axes left out have size 1, one may be -1 (whatever is left).
-    None means {"data": -1}. over: other devices than those of this run.
-    The devices stand in the order of their processes, so that the rows of a batch that a process
-    loads follow each other, and what is cut over "tensor" and "fsdp" lies close together.
+    axis_sizes: sizes by axis name; missing axes have size 1, and a single size may be -1 (the rest
+    of the devices). None means {"data": -1}. over: devices, by default those of this run. They are
+    sorted by process, so that a process loads neighbouring rows of a batch, and the parts of an
+    array that is cut over "tensor" or "fsdp" lie on neighbouring devices.
     Raises ValueError where the product isn't the number of devices.
     """
     over = jax.devices() if over is None else over
-    given = dict(axis_sizes) if axis_sizes else {"data": -1}
-    for name in given:
+    asked = dict(axis_sizes) if axis_sizes else {"data": -1}
+    for name in asked:
         lookup(dict.fromkeys(MESH_AXES), name, "mesh axis")
-    sizes = {name: int(given.get(name, 1)) for name in MESH_AXES}
+    sizes = {name: int(asked.get(name, 1)) for name in MESH_AXES}
     shown = " × ".join(f"{name} {size}" for name, size in sizes.items())
     count = len(over)
     free = [name for name, size in sizes.items() if size == -1]
@@ -89,8 +89,8 @@ def process_shard(
 ) -> tuple[int, int]:
     """(index, count): a process loads block `index` of `count` equal blocks of a global batch.
 
-    Processes get the same block where a tensor axis joins them: all rows that any of them needs.
-    process_index: of another process than this.
+    Processes that share a tensor axis load the same block, which holds the rows of all of them.
+    process_index: of the process; None is this process.
     """
     mode, mesh = resolve(mode, mesh)
     process = jax.process_index() if process_index is None else process_index
@@ -103,7 +103,7 @@ def process_shard(
 
 
 def process_rows(batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
-    """This process's block of a global batch that all processes hold."""
+    """The rows of this process in a global batch that all processes hold."""
     index, count = process_shard(mode, mesh)
     return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)
 

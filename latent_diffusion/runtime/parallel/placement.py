@@ -1,4 +1,4 @@
-"""Putting states and batches where a compiled step wants them."""
+"""Putting states and batches on the devices of a compiled step."""
 
 import functools
 from typing import Any
@@ -16,12 +16,13 @@ from latent_diffusion.runtime.parallel.modes import (
     resolve,
 )
 from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
+from latent_diffusion.trees import is_key
 from latent_diffusion.types import PyTree
 
 
 @functools.cache
 def _local_mesh() -> Mesh:
-    """What pmap itself uses: the devices of this process, in order."""
+    """The mesh of pmap: the devices of this process, in order."""
     return Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
 
 
@@ -33,7 +34,7 @@ def replicated(mode: str, mesh: Mesh | None) -> Sharding:
 
 
 def state_shardings(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
-    """Where the compiled step wants every leaf of the state. Rules count in mode "mesh" only."""
+    """The sharding of every leaf of a compiled step's state. Rules count in mode "mesh" alone."""
     mode, mesh = resolve(mode, mesh)
     if mesh is not None:
         return infer_shardings(tree, mesh, rules)
@@ -41,25 +42,26 @@ def state_shardings(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Ru
 
 
 def place(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
-    """Put a fresh or restored state (or constants) where the compiled step wants it.
+    """Put a fresh or restored state (or constants) on the devices of a compiled step.
 
-    Python scalars become arrays, so that the second step sees the types of the first; an array
-    that occurs twice (EMA = params at the start) becomes two, so that both can be donated. The
-    result may share memory with `tree`, which a donating step then deletes: use the result only.
+    Python scalars become arrays, so that all steps see the same types. An array that occurs twice
+    (at the start the averaged parameters are the parameters) becomes two, so that both can be
+    donated. The result may share memory with `tree`, and a step that donates its state deletes
+    both: use the result alone.
     """
     seen: set[int] = set()
 
-    def own(leaf: Any) -> Any:
+    def unshared(leaf: Any) -> Any:
         twice = id(leaf) in seen
         seen.add(id(leaf))
         return leaf.copy() if twice and isinstance(leaf, jax.Array) else leaf
 
-    tree = jax.tree.map(_strong, jax.tree.map(own, tree))
+    tree = jax.tree.map(_strong, jax.tree.map(unshared, tree))
     return jax.tree.map(put, tree, state_shardings(tree, mode, mesh, rules))
 
 
 def abstract(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
-    """ShapeDtypeStructs with shardings: what a checkpoint is restored into, before `place`."""
+    """ShapeDtypeStructs with shardings, for restoring a checkpoint; `place` comes after that."""
     tree = shapes_of(tree)
     shardings = state_shardings(tree, mode, mesh, rules)
     if mode == "pmap" and jax.process_count() > 1:
@@ -74,8 +76,8 @@ def abstract(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = (
 def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
     """Put this process's part of a global batch (numpy, leading axis B) on its devices.
 
-    Raises ValueError where B doesn't divide over the devices. Batches already placed pass through,
-    so a loader may place the next batch while a step runs.
+    Raises ValueError where B doesn't divide over the devices. Batches of JAX arrays stay as they
+    are, so a loader may place the next batch while a step runs.
     """
     mode, mesh = resolve(mode, mesh)
     leaves = jax.tree.leaves(host_batch)
@@ -105,9 +107,9 @@ def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTr
 
 
 def to_global(tree: PyTree, mode: str) -> PyTree:
-    """View a pmapped state on several processes as one replicated global state, without copying.
+    """View the state of pmap on several processes as a replicated global state, without a copy.
 
-    Checkpoints want global arrays; pmap returns arrays local to each process, and `place` makes
+    pmap returns arrays that are local to a process; checkpoints need global arrays. `place` makes
     them local again.
     """
     if mode != "pmap" or jax.process_count() == 1:
@@ -122,27 +124,23 @@ def _everywhere() -> Sharding:
 
 def _relabel(leaf: jax.Array, sharding: Sharding) -> jax.Array:
     """The same buffers of this process under another replicated sharding."""
-    if _is_key(leaf):
+    if is_key(leaf):
         data = _relabel(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     shards = [shard.data for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _strong(leaf: Any) -> Any:
-    """An array without weak type: x + 1.0 would strengthen it, and the next call recompile."""
+    """An array without weak type: a step returns strong types, and would be compiled again."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
     return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
 def put(leaf: Any, sharding: Sharding) -> jax.Array:
-    """An array, or what numpy makes of `leaf`, under a sharding."""
-    # An uncommitted array would come back committed from step 1, and step 2 would recompile.
+    """An array, or a value that numpy turns into an array, under a sharding."""
+    # A step returns committed arrays, and would be compiled again after uncommitted ones.
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
     local = getattr(leaf, "is_fully_addressable", True)
@@ -150,8 +148,8 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
         return _relabel(leaf, sharding)
     if sharding.is_fully_addressable or not local:
         return jax.device_put(leaf, sharding)
-    # device_put would first compare the values of all processes, a collective for every leaf.
-    if _is_key(leaf):
+    # device_put would compare the values of all processes first, by a collective for every leaf.
+    if is_key(leaf):
         data = put(np.asarray(jax.random.key_data(leaf)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)

@@ -1,4 +1,4 @@
-"""Sharding rules: from the paths of a state to how its arrays are cut over a mesh."""
+"""Sharding rules: from the paths of a state to the cuts of its arrays over a mesh."""
 
 import ast
 import re
@@ -71,9 +71,10 @@ def _parse_layout(spec: str) -> Callable[[Any, Mesh], P]:
 def infer_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs).
 
-    rules: (regex, layout) pairs. The regex is searched in the '/'-joined path, the first match
-    wins; so optimiser moments and EMA copies, whose paths end like their parameter's, follow it.
-    Layouts: "replicate", "tensor(axis)", "fsdp(min_mb=4)". No rules at all: replicate everything.
+    rules: (regex, layout) pairs. The first rule whose regex occurs in the '/'-joined path counts.
+    The paths of optimiser moments and averaged parameters end like the parameter's, so they have
+    its rule. Layouts: "replicate", "tensor(axis)", "fsdp(min_mb=4)". Without rules every leaf is
+    replicated.
 
     Raises ValueError for a leaf that no rule matches, and for a rule that matches no leaf.
     """
@@ -102,7 +103,7 @@ def infer_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
 
 
 def describe(shardings: PyTree, tree: PyTree) -> str:
-    """A table: path, shape, dtype, how it is cut, and bytes per device; the last row is the sum."""
+    """A table: path, shape, dtype, sharding and bytes per device; the last row is the sum."""
     rows = [("path", "shape", "dtype", "sharding", "bytes/device")]
     leaves = jax.tree_util.tree_leaves_with_path(shapes_of(tree))
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
@@ -122,7 +123,7 @@ def describe(shardings: PyTree, tree: PyTree) -> str:
 
 
 def num_bytes(tree: PyTree, shardings: PyTree = None) -> int:
-    """Bytes of a tree on one device; without shardings, of all of it."""
+    """Bytes of a tree on a device; without shardings, of the whole tree."""
     leaves = jax.tree.leaves(shapes_of(tree))
     wholes = [leaf.shape for leaf in leaves]
     if shardings is not None:

@@ -25,8 +25,9 @@ from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shap
 from latent_diffusion.types import PyTree
 
 Step = Callable[..., Any]
-# What JAX 0.10 gives to YNNPACK on a CPU, less convolutions, which Eigen computes faster, above all
-# backwards: a step of perceptual compression takes a quarter less time (docs/benchmarks.md).
+# On CPUs JAX 0.10 gives products, reductions and convolutions to YNNPACK. Eigen is faster with
+# convolutions, above all backwards: a step of perceptual compression takes a quarter less time
+# (docs/benchmarks.md).
 _NO_YNN_CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 }
@@ -37,7 +38,7 @@ class CompiledStep:
     """A step bound to its devices: `compiled(state, constants, host_batch, rng)`."""
 
     run: Callable[..., Any]
-    arguments: Callable[..., Any]  # the same arguments -> what the program gets, in place
+    arguments: Callable[..., Any]  # the same arguments -> the inputs of the program, in place
     lower: Callable[..., Any]  # the same arguments -> jax.stages.Lowered, to look at the HLO
 
     def __call__(self, state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> Any:
@@ -53,10 +54,9 @@ def compile_init(
     mesh: Mesh | None = None,
     rules: Rules = (),
 ) -> Any:
-    """Jit `init(rng) -> (state, constants)` so that its results lie where compiled steps want them.
+    """Jit `init(rng) -> (state, constants)`; the results have the shardings of compiled steps.
 
-    The state is made in its parts: beside its share, a device holds no more than the array that is
-    being drawn.
+    The state is born sharded: a device holds its share, and at most a single whole array beside it.
     """
     state, constants = jax.eval_shape(init, rng)
     shardings = state_shardings(state, mode, mesh, rules), state_shardings(constants, mode, mesh)
@@ -74,7 +74,7 @@ def compile_step(
     """Compile a training step; returns `f(state, constants, host_batch, rng) -> (state, metrics)`.
 
     host_batch: this process's part of the global batch, numpy with leading axis B.
-    rng: one typed key, the same on all processes. The state is donated: the one passed in is
+    rng: a typed key, the same on all processes. The state is donated: the caller's arrays are
     deleted. Metrics must be the same on all devices (the step averages them over `axis_name`).
     """
     mode, mesh = resolve(mode, mesh)
@@ -83,7 +83,7 @@ def compile_step(
     def build(state: PyTree) -> Any:
         if mode == "pmap":
             return _pmap(step, out_axes=None, donate_argnums=donate)
-        # Outputs laid out like the inputs: donation can alias, and step 2 doesn't recompile.
+        # Outputs have the inputs' layout: donation reuses memory, and step 2 isn't compiled again.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out = (shardings, replicated(mode, mesh))
         return _jit(step, mesh, out_shardings=out, donate_argnums=donate)
@@ -126,7 +126,7 @@ def lower_for(
     rules: Rules = (),
     evaluate: bool = False,
 ) -> Any:
-    """Lower a step for devices that need not be there: a `jax.stages.Lowered` to compile.
+    """Lower a step for devices that may be absent: a `jax.stages.Lowered` to compile.
 
     mode: "pmap" or "mesh", with a mesh over `devices`. args: (state, constants, batch, rng), arrays
     or ShapeDtypeStructs, the batch global. evaluate: as `compile_eval` does, else `compile_step`.
@@ -168,10 +168,10 @@ def _flat(step: Step, **options: Any) -> Step:
 
 
 def _rows_kept(step: Step, mesh: Mesh) -> Step:
-    """The step, with what it looks up in tables (`nn.Embed`) cut as the batch is.
+    """The step, whose embeddings (`nn.Embed`) are cut along the batch.
 
-    Else XLA cuts it as the table is, along features, and all that follows: under FSDP a text
-    transformer would send its activations, many times the bytes of its parameters.
+    Otherwise XLA cuts them and all later activations along features, as the table is cut: under
+    FSDP a text transformer would send its activations, many times the bytes of its parameters.
     """
     rows = NamedSharding(mesh, BATCH_SPEC)
 
@@ -191,13 +191,13 @@ def _rows_kept(step: Step, mesh: Mesh) -> Step:
 def _jit(step: Step, mesh: Mesh | None, **options: Any) -> Any:
     step = _rows_kept(step, mesh) if mesh else step
     concerned = jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10)
-    own = _NO_YNN_CONVOLUTIONS if concerned else None
-    return jax.jit(_flat(step), compiler_options=own, **options)
+    flags = _NO_YNN_CONVOLUTIONS if concerned else None
+    return jax.jit(_flat(step), compiler_options=flags, **options)
 
 
 def _pmap(step: Step, **options: Any) -> Any:
-    # Nested in_axes: JAX 0.10's shortcut for a flat tuple takes one entry per *leaf* whenever the
-    # arguments happen to have as many leaves in all as there are arguments.
+    # in_axes is nested, since JAX 0.10 reads a flat tuple as an entry for each *leaf* where the
+    # arguments have as many leaves as there are arguments.
     in_axes = (None, (None, 0, None))
     return jax.pmap(_flat(step, axis_name=AXIS_NAME), AXIS_NAME, in_axes=in_axes, **options)
 
@@ -209,10 +209,10 @@ def _bind(
     mesh: Mesh | None,
     rules: Rules,
 ) -> CompiledStep:
-    """Put arguments in place; `build` waits for the first state, whose layout it copies."""
+    """A step that places its arguments. build: compiles for the layout of the first state."""
     function: Any = None
     met = jax.process_count() == 1
-    constants_seen: list[PyTree] = []  # [given, placed]
+    constants_seen: list[PyTree] = []  # [the caller's, the same in place]
 
     def arguments(state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> tuple:
         nonlocal function
@@ -241,7 +241,7 @@ def _bind(
 
 
 def _place_constants(constants: PyTree, mode: str, mesh: Mesh | None) -> PyTree:
-    """Replicate what isn't on all devices yet; leave what the caller has laid out on them."""
+    """Replicate leaves that aren't on all devices; leave the layout of the others."""
     target = replicated(mode, mesh)
 
     def replicate(leaf: Any) -> Any:
