@@ -77,7 +77,7 @@ def read_levels(path: str | None, channel: bool = False) -> np.ndarray | None:
 
 
 def read_json(path: str | None) -> Any:
-    """What a JSON file holds."""
+    """The content of a JSON file."""
     if path is None:
         return None
     try:

@@ -117,7 +117,7 @@ class DiT(nn.Module):
 
     out_channels: channels of the prediction. base_size: side of the trained latent, for positions.
     mlp_norm_eps: of the norm before the feed-forward (1e-5 in some of diffusers' folders).
-    frequency_shift: of `timestep_embedding`; 0 in DiT's own code, 1 in diffusers'.
+    frequency_shift: of `timestep_embedding`; 0 in the code of DiT, 1 in diffusers.
     sit: the convention of SiT (Ma et al. 2024): the network sees the share of data 1 − (t + 1)/1000
     instead of t, and its velocity points to the data, so that its negative is the "flow" here.
     learned_variance: the network also predicts as many channels of an interpolation between the

@@ -1,4 +1,4 @@
-"""Which activations of a block the backward pass computes again instead of keeping them."""
+"""Choices of the activations that a backward pass recomputes: less memory for more time."""
 
 from collections.abc import Callable
 from typing import Any
