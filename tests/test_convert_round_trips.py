@@ -139,6 +139,8 @@ def test_whole_models(name, tmp_path):
         again = tmp_path / "folder2" / file.relative_to(tmp_path / "folder")
         assert json.loads(again.read_text()) == json.loads(file.read_text())
     assert pipeline.conditioners.keys() == bundle.conditioners.keys()
+    guidance = {"open-clip": 9.0, "unclip": 10.0}.get(name, 7.5)  # of its pipeline
+    assert pipeline.sampling["guidance_scale"] == guidance
     if "low_res" in pipeline.conditioners:
         assert pipeline.conditioners["low_res"].fields["max_noise_level"] == 350
 

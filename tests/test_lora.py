@@ -183,10 +183,12 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp
     # As training leaves it.
     settings = workdir.load_config(base)
     settings.init_from, settings.lora = str(base), {"rank": 2, "alpha": 3.0}
+    settings.data.image_size = 24
     workdir.save_config(settings, run)
     with Checkpointer(run / "checkpoints") as checkpoints:
         checkpoints.save(0, {"ema_params": {"lora": factors}})
     adapted = convert.read(run)
+    assert adapted.image_size == 24 != bundle.image_size  # of the pictures that it has learned from
     want = flatten_dict(low_rank.merge(params, factors, 3.0)["unet"], sep="/")
     for path, tensor in adapted.unet.params.items():
         np.testing.assert_allclose(tensor.read(), want[path], rtol=1e-5, atol=1e-5)

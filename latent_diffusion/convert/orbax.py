@@ -103,6 +103,7 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
         shift=bundle.shift,
         diffusion=config.diffusion.to_dict(),
         sampling=config.sampling.to_dict(),
+        image_size=bundle.image_size,
         tokenizer=tokenizer,
         lora=adapted,
     )

@@ -125,7 +125,7 @@ class Embedded:
         return {**self.source[index], **{key: c[index] for key, c in self.columns.items()}}
 
 
-_MADE: dict[tuple[Any, ...], Database] = {}  # of this process, by data set and network
+_MADE: dict[tuple[Any, ...], Database] = {}  # of this process, by split and config
 
 
 def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
@@ -137,8 +137,7 @@ def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
     """
     if data_config.embedding == PRECOMPUTED:
         return _precomputed(source, data_config, split)
-    fields = ("name", "dir", "image_size", "embedding", "embedding_path")
-    key = (split, len(source), *(getattr(data_config, field) for field in fields))
+    key = (split, len(source), str(data_config))
     if key not in _MADE:
         embedder = make_embedder(data_config.embedding, data_config.embedding_path or None)
         _MADE[key] = database_of(source, data_config, embedder)
