@@ -31,11 +31,15 @@ class Conditioning:
     concat: [B h w c'] channels appended to the noisy latent.
     context: [B L D] tokens attended to by cross-attention.
     vector: [B D] added to the timestep embedding.
+    tokens: [B P] int32 in front of a prior's codes; token_maps: [B n h w] the same, of the size of
+        the codes' grid.
     """
 
     concat: jax.Array | None = None
     context: jax.Array | None = None
     vector: jax.Array | None = None
+    tokens: jax.Array | None = None
+    token_maps: jax.Array | None = None
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from latent_diffusion.nets.conditioners.bert import Bert
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
@@ -18,6 +19,14 @@ from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.nets.conditioners.embeddings import ClassLabel, ImageEmbedding, Neighbours
 from latent_diffusion.nets.conditioners.maps import LayoutMap, SpatialRescaler, WordMap
 from latent_diffusion.nets.conditioners.pictures import Depth, LowRes, MaskedImage
+from latent_diffusion.nets.conditioners.sequence import (
+    ClassToken,
+    CodeMap,
+    Coordinates,
+    LayoutTokens,
+    SegmentationTokens,
+    Start,
+)
 from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
 from latent_diffusion.rng import split_per_example
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Keys, lookup
@@ -37,17 +46,27 @@ CONDITIONERS: dict[str, Any] = {
     "neighbours": Neighbours,
     "image_embedding": ImageEmbedding,
     "word_map": WordMap,
+    "start": Start,
+    "class_token": ClassToken,
+    "layout_tokens": LayoutTokens,
+    "segmentation_tokens": SegmentationTokens,
+    "coordinates": Coordinates,
+    "code_map": CodeMap,
 }
 
 
 def combine(parts: list[Conditioning]) -> Conditioning:
-    """Join conditionings: `concat` along channels, `context` along tokens, `vector` along width."""
+    """Join conditionings: `concat` along channels, `context` along tokens, `vector` along width.
+
+    The tokens of a prior follow each other, and so do their maps.
+    """
 
     def join(field: str, axis: int) -> Array | None:
         arrays = [value for part in parts if (value := getattr(part, field)) is not None]
         return jnp.concatenate(arrays, axis) if arrays else None
 
-    return Conditioning(join("concat", -1), join("context", 1), join("vector", -1))
+    axes = {"concat": -1, "context": 1, "vector": -1, "tokens": 1, "token_maps": 1}
+    return Conditioning(**{field: join(field, axis) for field, axis in axes.items()})
 
 
 class Conditioner(nn.Module):
@@ -118,6 +137,8 @@ def make_conditioner(config: Config) -> Conditioner:
             )
 
     def hashable(value: Any) -> Any:
+        if hasattr(value, "items"):
+            return FrozenDict({k: hashable(v) for k, v in value.items()})
         return tuple(value) if isinstance(value, list) else value  # a list comes from JSON
 
     fields_of = {name: {f: hashable(v) for f, v in c.items()} for name, c in config.items()}
