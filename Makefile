@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test mutants soak lint parity bench clean
+.PHONY: setup demo test mutants fuzz soak lint parity bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ test: $(VENV)/.test
 # Every test that a broken line has to make fail, with that line broken: tests/mutants.toml.
 mutants: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/mutants.py
+
+# Damaged and hostile files, more than in the suite; another seed: make fuzz FUZZ="--seed=1"
+fuzz: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py --count=20000 $(FUZZ) 2> /dev/null
 
 # A run of one process and one of two, each killed 20 times at random moments: at most 40 minutes.
 soak: $(VENV)/.test

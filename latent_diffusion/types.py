@@ -33,6 +33,7 @@ class Conditioning:
     vector: [B D] added to the timestep embedding.
     tokens: [B P] int32 in front of a prior's codes; token_maps: [B n h w] the same, of the size of
         the codes' grid.
+    guidance: [B] guidance scales minus one, for a U-Net with `guidance_dim`.
     """
 
     concat: jax.Array | None = None
@@ -40,6 +41,7 @@ class Conditioning:
     vector: jax.Array | None = None
     tokens: jax.Array | None = None
     token_maps: jax.Array | None = None
+    guidance: jax.Array | None = None
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

@@ -118,7 +118,7 @@ def test_shards_are_joined_by_their_index(tmp_path):
     with pytest.raises(ValueError, match="outside the folder"):
         open_tensors(index)
     index.write_text("[]")
-    with pytest.raises(ValueError, match="not an index"):
+    with pytest.raises(ValueError, match="not a JSON object, but list"):
         open_tensors(index)
 
 
@@ -284,13 +284,12 @@ def raw_pickle(path, pickled):
 @pytest.mark.parametrize(
     ("pickled", "reason"),
     [
-        # The memo would become an array of 2³¹ pointers.
-        (b"\x80\x02]r\xff\xff\xff\x7f.", "memo index 2,147,483,647 in a pickle of 9 bytes"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "expected a dictionary"),  # at place 2³¹ of the memo
         (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x3f.", "damaged pickle"),  # 2⁶² bytes
         (b"\x80\x02}q\x00", "damaged pickle"),  # no end
         (b"\x80\x02\xff.", "damaged pickle"),
-        (b"\x80\x02\x82\x01.", "extension"),
-        (b"(i__main__\nx\n.", r"refused to load '__main__\.x'"),
+        (b"\x80\x02\x82\x01.", "refused the instruction EXT1"),
+        (b"(i__main__\nx\n.", "refused the instruction INST"),
     ],
 )
 def test_programs_that_no_writer_of_tensors_makes_are_refused(tmp_path, pickled, reason):

@@ -259,10 +259,10 @@ def test_what_describes_no_model_is_refused_in_one_line(tmp_path):
     save_file(conv, folder / "diffusion_pytorch_model.safetensors")
     config = {"_class_name": "UNet2DModel", "block_out_channels": 8}
     for path, content, message in (
-        (tmp_path / "some.ckpt", None, "its tensors describe no model of the original"),
+        (tmp_path / "some.ckpt", None, "damaged, or no file of this kind: "),
         (folder, {"_class_name": "UNet3DModel"}, "unknown component .*'UNet3DModel'; known: "),
-        (folder, {"_class_name": "UNet2DModel"}, "does not say 'block_out_channels'"),
-        (folder, config, "does not describe a UNet2DModel"),
+        (folder, {"_class_name": "UNet2DModel", "act_fn": "relu"}, r"UNet2DModel\.act_fn='relu'"),
+        (folder, config, r"UNet2DModel\.block_out_channels=8; expected"),
         (tmp_path / "nowhere", None, "does not exist"),
     ):
         if content is not None:

@@ -224,7 +224,7 @@ def test_yaml_of_a_unet_is_read_back(name):
     fields, widths, linear = UNETS[name]
     fields = {**fields, "num_groups": 32, "model_channels": 32}
     params = unet_compvis.yaml_from_fields(fields, widths, linear, 8)["params"]
-    again = unet_compvis.fields_from_yaml(params)
+    again = unet_compvis.fields_from_yaml(params, linear)
     assert {k: v for k, v in fields.items() if k in again} == {
         k: v for k, v in again.items() if k in fields
     }
@@ -236,8 +236,8 @@ def test_yaml_of_a_unet_is_read_back(name):
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_yaml_of_an_autoencoder_is_read_back(name):
     fields = {**AUTOENCODERS[name], "num_groups": 32, "channels": 32}
-    params = autoencoder.yaml_from_fields(fields)["params"]
-    again = autoencoder.fields_from_yaml(params)
+    config = autoencoder.yaml_from_fields(fields)
+    again = autoencoder.fields_from_yaml(config)
     assert {k: again[k] for k in fields if k != "num_groups"} == {
         k: v for k, v in fields.items() if k != "num_groups"
     }

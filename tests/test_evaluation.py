@@ -1,6 +1,8 @@
 """Scores against closed forms, and against themselves under other batches; bad input is named."""
 
 import json
+import struct
+import zlib
 from types import SimpleNamespace
 
 import answers
@@ -84,6 +86,9 @@ def test_statistics_files_of_everybody(tmp_path):
     np.savez(tmp_path / "c.npz", arr_0=g.mean)
     with pytest.raises(ValueError, match=r"c\.npz holds no statistics"):
         load_statistics(tmp_path / "c.npz")
+    np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
+    with pytest.raises(ValueError, match=r"nan\.npz: mu or sigma has numbers that are not finite"):
+        load_statistics(tmp_path / "nan.npz")
 
 
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
@@ -252,6 +257,13 @@ def test_folders_with_something_wrong_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"mixed image sizes .*00000.png is 8×8, 00002.png is 9×9"):
         open_images(str(tmp_path / "mixed"))
     assert open_images(str(tmp_path / "mixed"), 4).read(0, 3).shape == (3, 4, 4, 3)
+    write_pictures(tmp_path / "huge", 1)  # whose header claims 30,000² pixels
+    data = bytearray((tmp_path / "huge" / "00000.png").read_bytes())
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "huge" / "00000.png").write_bytes(data)
+    with pytest.raises(ValueError, match=r"1 of 1 images in .*huge can't be read: 00000.png"):
+        open_images(str(tmp_path / "huge"))
     write_pictures(tmp_path / "bad", 3)
     whole = (tmp_path / "bad" / "00001.png").read_bytes()
     (tmp_path / "bad" / "00001.png").write_bytes(whole[: len(whole) // 2])

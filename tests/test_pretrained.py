@@ -139,7 +139,7 @@ def test_what_is_no_encoder_is_refused(bert_folder, tmp_path):
         ({"bert": ""}, "pretrained.bert is empty: say where its weights lie"),
         ({"bert": "/nowhere"}, "pretrained.bert=/nowhere does not exist"),
         ({"clip_text": "x"}, "pretrained.clip_text is none of the conditioners: bert, text"),
-        ({"text": str(folder)}, "config.json is of another kind of model: it has no"),
+        ({"text": str(folder)}, r"LDMBertModel\.hidden_act='gelu': this setting is unknown"),
         ({"bert": str(folder / "model.safetensors")}, "a bare file; give a folder"),
         ({"bert": str(tmp_path)}, "has no config.json with weights beside it"),
     ):

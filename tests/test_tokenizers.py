@@ -124,7 +124,7 @@ def test_clip_reads_the_files_there_are(tmp_path):
     packed = tmp_path / "bpe.txt.gz"
     packed.write_bytes(gzip.compress("\n".join(["header", *MERGES, ""]).encode()))
     assert ClipTokenizer.read(packed, max_length=9, pad="!").to_dict() == want
-    with pytest.raises(ValueError, match=r"nowhere is no CLIP tokenizer: FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"nowhere is no CLIP tokenizer: .*No such file"):
         ClipTokenizer.read(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no CLIP tokenizer: ValueError: the vocabulary has no"):
         ClipTokenizer.read(single, pad="[PAD]")
@@ -178,7 +178,7 @@ def test_bert_reads_the_files_there_are(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     with pytest.raises(ValueError, match="no BERT tokenizer: ValueError: it is cased"):
         BertTokenizer.read(folder)
-    with pytest.raises(ValueError, match=r"nowhere is no BERT tokenizer: FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"nowhere is no BERT tokenizer: .*No such file"):
         BertTokenizer.read(tmp_path / "nowhere")
 
 

@@ -16,6 +16,7 @@ from latent_diffusion.convert.compvis import read_compvis, write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
 from latent_diffusion.convert.lora import with_lora, write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
+from latent_diffusion.files.reading import reading
 from latent_diffusion.runtime import workdir
 from latent_diffusion.types import lookup
 
@@ -51,9 +52,20 @@ def read(
     """Read a workdir, a folder of diffusers, or a file of the original.
 
     config, ema, tokenizer: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
-    Raises ValueError for any other path, and for files that are damaged or not supported.
+    Raises a ValueError that begins with the path for any other path, and for files that are damaged
+    or not supported.
     """
-    path = Path(path)
+    with reading(path):
+        return _read(Path(path), config, ema, variant, tokenizer)
+
+
+def _read(
+    path: Path,
+    config: str | os.PathLike | None,
+    ema: bool | None,
+    variant: str | None,
+    tokenizer: str | os.PathLike | None,
+) -> Bundle:
     if path.is_file():
         yaml, words = (None if file is None else Path(file) for file in (config, tokenizer))
         return read_compvis(path, yaml, ema, words)

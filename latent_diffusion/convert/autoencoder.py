@@ -1,16 +1,19 @@
 """The autoencoder's names and settings in the original's files and in diffusers'."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from latent_diffusion.convert.settings import Fields, Settings, check_groups
 from latent_diffusion.convert.tables import Rule, Table, count, inside
-from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.autoencoder import Autoencoder
+from latent_diffusion.types import lookup
 
-_YAML = Settings(  # `ddconfig` of the original
+_DDCONFIG = Settings(
     names={
         "ch": "channels",
         "ch_mult": "channel_mult",
@@ -23,22 +26,103 @@ _YAML = Settings(  # `ddconfig` of the original
         "tanh_out": "tanh_out",
         "dropout": "dropout",
     },
-    defaults={"attn_resolutions": (), "attn_type": "vanilla", "tanh_out": False, "dropout": 0.0},
+    required={
+        "ch": 128,
+        "num_res_blocks": 2,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "z_channels": 4,
+    },
+    defaults={
+        "ch_mult": (1, 2, 4, 8),
+        "attn_resolutions": (16,),
+        "attn_type": "vanilla",
+        "tanh_out": False,
+        "dropout": 0.0,
+        "double_z": True,
+    },
+    checked={
+        "resamp_with_conv": (True,),
+        "use_linear_attn": (False,),
+        "give_pre_end": (False,),
+    },
 )
-_CONFIG = Settings(  # of diffusers
+_TRAINING = (  # settings of training, and of names in the data
+    "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",
+    "ema_decay", "learn_logvar", "batch_resize_range", "scheduler_config", "lr_g_factor",
+    "use_ema", "sane_index_shape", "temperature_scheduler_config", "kl_weight",
+)  # fmt: skip
+# The original's classes: settings beside `ddconfig`, by our name of the regularisation.
+_CLASSES = {
+    "kl": Settings(required={"ddconfig": {}, "embed_dim": 4}, harmless=_TRAINING),
+    **dict.fromkeys(
+        ("vq", "gumbel"),
+        Settings(
+            required={"ddconfig": {}, "embed_dim": 4, "n_embed": 8192},
+            checked={"remap": (None,)},
+            harmless=_TRAINING,
+        ),
+    ),
+}
+_TARGETS = {
+    "kl": "ldm.models.autoencoder.AutoencoderKL",
+    "vq": "ldm.models.autoencoder.VQModelInterface",
+    "gumbel": "taming.models.vqgan.GumbelVQ",
+}
+# Words in the names of the original's classes. VQGAN's quantisers have their own tensors.
+_KINDS = {"AutoencoderKL": "kl", "GumbelVQ": "gumbel", "VQ": "vq"}
+_CONFIG = Settings(  # of both classes of diffusers
     names={
         "layers_per_block": "num_res_blocks",
         "norm_num_groups": "num_groups",
         "in_channels": "image_channels",
         "latent_channels": "z_channels",
     },
+    defaults={
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "block_out_channels": (64,),
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "latent_channels": 4,
+        "mid_block_add_attention": True,
+        # 0.18215 in the class, too, but the released VQ models lack the setting and have 1.
+        "scaling_factor": 0.18215,
+    },
     allowed={"act_fn": ("silu", "swish")},
-    checked={"norm_type": ("group",), "use_quant_conv": (True,), "use_post_quant_conv": (True,)},
+    harmless=("sample_size", "force_upcast"),  # `read_size` reads the first
 )
+_OF_DIFFUSERS = {
+    "AutoencoderKL": replace(
+        _CONFIG,
+        defaults={**_CONFIG.defaults, "use_quant_conv": True, "use_post_quant_conv": True},
+        optional={"shift_factor": 0.0},
+        checked=dict.fromkeys(("latents_mean", "latents_std"), (None,)),
+    ),
+    "VQModel": replace(
+        _CONFIG,
+        defaults={
+            **_CONFIG.defaults,
+            "latent_channels": 3,
+            "num_vq_embeddings": 256,
+            "scaling_factor": 1.0,
+        },
+        optional={"vq_embed_dim": 3},
+        checked={"norm_type": ("group",), "lookup_from_codebook": (False,)},
+    ),
+}
+_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _ENDS = (
     Rule("(encoder|decoder)/(conv_in|conv_out)", r"\1.\2", "conv"),
     Rule("(quant_conv|post_quant_conv)", r"\1", "conv"),
-    Rule("quantize", "quantize.embedding", "embedding"),
+)
+_CODEBOOK = Rule("quantize", "quantize.embedding", "embedding")
+_GUMBEL = (  # of taming's GumbelVQ
+    Rule("quantize", "quantize.embed", "embedding"),
+    Rule("quantize/proj", "quantize.proj", "linear_2d"),
 )
 
 
@@ -82,8 +166,10 @@ def compvis_table(fields: Mapping[str, Any]) -> Table:
         (r"(\w+coder)/(down|up)_(\d+)_attn_(\d+)", r"\1.\2.\3.attn.\4"),
         (r"(\w+coder)/mid_attn_1", r"\1.mid.attn_1"),
     ]
+    codes = _GUMBEL if fields.get("regularization") == "gumbel" else (_CODEBOOK,)
     return [
         *_ENDS,
+        *codes,
         Rule(r"(\w+coder)/norm_out", r"\1.norm_out", "norm"),
         Rule(r"(\w+coder)/(down|up)_(\d+)_(\w+sample)_conv", r"\1.\2.\3.\4.conv", "conv"),
         *inside(blocks, _res_block("nin_shortcut")),
@@ -108,11 +194,46 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
             samplers.append(sampler)
     return [
         *_ENDS,
+        _CODEBOOK,
         *samplers,
         Rule(r"(\w+coder)/norm_out", r"\1.conv_norm_out", "norm"),
         *inside(blocks, _res_block("conv_shortcut")),
         *inside(attentions, _DIFFUSERS_ATTENTION),
     ]
+
+
+# The two convolutions beside the latent, and the settings of diffusers that leave them out.
+_QUANT_CONVS = {"use_quant_conv": "quant_conv", "use_post_quant_conv": "post_quant_conv"}
+
+
+def without_quant_convs(config: Mapping[str, Any], fields: Fields) -> dict[str, Tensor]:
+    """Identities in the place of convolutions beside the latent that a file of diffusers lacks."""
+    tensors = {}
+    for setting, name in _QUANT_CONVS.items():
+        if not config.get(setting, True):
+            width = (2 if name == "quant_conv" else 1) * fields["z_channels"]
+            tensors[f"{name}.weight"] = in_memory(np.eye(width, dtype=np.float32)[..., None, None])
+            tensors[f"{name}.bias"] = in_memory(np.zeros(width, np.float32))
+    return tensors
+
+
+def drop_quant_convs(
+    config: dict[str, Any], tensors: dict[str, Tensor], source: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Leave out the identities again, where the file that was read had none of them.
+
+    source: the config of that file. A convolution that is another map now is written.
+    """
+    for setting, name in _QUANT_CONVS.items():
+        if setting in source:
+            weight, bias = (
+                np.asarray(tensors[f"{name}.{leaf}"].read()) for leaf in ("weight", "bias")
+            )
+            same = not bias.any() and np.array_equal(weight[..., 0, 0], np.eye(len(weight)))
+            config[setting] = bool(source[setting] or not same)
+            if not config[setting]:
+                tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{name}.")}
+    return config, tensors
 
 
 def shapes(fields: Mapping[str, Any]) -> Any:
@@ -144,39 +265,67 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
         "embed_dim": embed_dim,
         "regularization": "none",
     }
-    if "quantize.embedding.weight" in tensors:
-        codes = tensors["quantize.embedding.weight"].shape[0]
-        return {**fields, "regularization": "vq", "num_codes": codes}
+    for name, kind in (("quantize.embedding.weight", "vq"), ("quantize.embed.weight", "gumbel")):
+        if name in tensors:
+            return {**fields, "regularization": kind, "num_codes": tensors[name].shape[0]}
     if tensors["encoder.conv_out.weight"].shape[0] == 2 * z_channels:
         fields["regularization"] = "kl"
     return fields
 
 
-def fields_from_yaml(params: Mapping[str, Any]) -> Fields:
-    """Our fields from `first_stage_config.params` of the original's yaml."""
+def fields_from_yaml(config: Mapping[str, Any]) -> Fields:
+    """Our fields from a `first_stage_config` of the original's yaml.
+
+    Raises ValueError for a class or a setting that our autoencoder can't express.
+    """
+    name = str(config.get("target", "")).rpartition(".")[2]
+    kind = next((kind for word, kind in _KINDS.items() if word in name), None)
+    if kind is None:
+        raise ValueError(f"first_stage_config.target is {name!r}; known: {', '.join(_KINDS)}")
+    params = _CLASSES[kind].complete(config.get("params", {}), name)
     settings = params["ddconfig"]
-    fields = {**_YAML.read(settings, "ddconfig"), "embed_dim": params["embed_dim"]}
-    fields["regularization"] = "kl" if settings["double_z"] else "vq"
-    return {**fields, "num_codes": params["n_embed"]} if "n_embed" in params else fields
+    fields = {**_DDCONFIG.read(settings, "ddconfig"), "embed_dim": params["embed_dim"]}
+    settings = _DDCONFIG.complete(settings, "ddconfig")
+    if settings["out_ch"] != settings["in_channels"]:
+        raise ValueError(
+            f"ddconfig.out_ch={settings['out_ch']}; supported: in_channels = "
+            f"{settings['in_channels']}"
+        )
+    if settings["double_z"] != (kind == "kl"):
+        raise ValueError(f"ddconfig.double_z={settings['double_z']} in a {name}")
+    if fields["attn_type"] == "vanilla-xformers":  # the same in another implementation
+        fields["attn_type"] = "vanilla"
+    if fields["attn_type"] not in ("vanilla", "linear", "none"):
+        raise ValueError(f"ddconfig.attn_type={fields['attn_type']!r}; vanilla, linear or none")
+    fields["regularization"] = kind
+    return fields if kind == "kl" else {**fields, "num_codes": params["n_embed"]}
 
 
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `fields_from_yaml`, with a class; ValueError where the original has none."""
     module = Autoencoder(**fields)
     check_groups(module)
-    if module.regularization not in ("kl", "vq"):
+    if module.regularization not in _TARGETS:
         raise ValueError(f"the original has no autoencoder with {module.regularization!r}")
+    _check_codes(module)
     kl = module.regularization == "kl"
-    settings = {**_YAML.write(module), "double_z": kl, "out_ch": module.image_channels}
+    settings = {**_DDCONFIG.write(module), "double_z": kl, "out_ch": module.image_channels}
     params = {
         "embed_dim": module.embed_dim,
         "ddconfig": settings,
         "lossconfig": {"target": "torch.nn.Identity"},
     }
-    if kl:
-        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
-    params["n_embed"] = module.num_codes
-    return {"target": "ldm.models.autoencoder.VQModelInterface", "params": params}
+    if not kl:
+        params["n_embed"] = module.num_codes
+    return {"target": _TARGETS[module.regularization], "params": params}
+
+
+def _check_codes(module: Autoencoder) -> None:
+    """Raise ValueError for a codebook that others' code would look up in another way."""
+    if module.regularization == "vq" and module.codebook_l2:
+        raise ValueError(
+            "this format has no codes on the unit sphere (codebook_l2); save it as orbax"
+        )
 
 
 def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
@@ -184,31 +333,52 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
 
     Raises ValueError for a setting that our autoencoder can't express.
     """
-    name, widths = config["_class_name"], list(config["block_out_channels"])
-    fields = _CONFIG.read(config, name)
-    downs, ups = config["down_block_types"], config["up_block_types"]
-    attention = [kind.startswith("Attn") for kind in downs]
-    if attention != [kind.startswith("Attn") for kind in ups][::-1]:
-        raise ValueError(f"encoder {downs} and decoder {ups} attend at different levels")
+    name = config["_class_name"]
+    fields, config = _OF_DIFFUSERS[name].read(config, name), complete(config)
+    widths = list(config["block_out_channels"])
+    if not widths or any(width % widths[0] for width in widths):
+        raise ValueError(f"{name}.block_out_channels={widths}; expected multiples of the first one")
+    if config["out_channels"] != config["in_channels"]:
+        raise ValueError(
+            f"{name}.out_channels={config['out_channels']}; supported: in_channels = "
+            f"{config['in_channels']}"
+        )
+    attention = _attention(config, "down_block_types")
+    if len(attention) != len(widths) or attention != _attention(config, "up_block_types")[::-1]:
+        raise ValueError(
+            f"{name}: down_block_types and up_block_types must attend at the same levels, as many "
+            f"as there are block_out_channels: {len(widths)}"
+        )
     # diffusers names the levels that attend; ours are named by the resolution of the image there.
-    resolution = max(256, 2 ** (len(widths) - 1))
+    resolution = max(256, 2 ** min(len(widths) - 1, 64))
     fields |= {
         "channels": widths[0],
         "channel_mult": tuple(width // widths[0] for width in widths),
         "attn_resolutions": tuple(resolution >> i for i, yes in enumerate(attention) if yes),
-        "attn_type": "vanilla" if config.get("mid_block_add_attention", True) else "none",
+        "attn_type": "vanilla" if config["mid_block_add_attention"] else "none",
         "resolution": resolution,
         "embed_dim": fields["z_channels"],
         "regularization": "kl",
     }
     if name == "VQModel":
-        width = config.get("vq_embed_dim") or fields["z_channels"]
+        width = config["vq_embed_dim"] or fields["z_channels"]
         codes = {"num_codes": config["num_vq_embeddings"], "embed_dim": width}
         return {**fields, **codes, "regularization": "vq"}
     return fields
 
 
-def diffusers_from_fields(fields: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of AutoencoderKL or VQModel, checked and with their defaults."""
+    return _OF_DIFFUSERS[config["_class_name"]].complete(config, config["_class_name"])
+
+
+def _attention(config: Mapping[str, Any], setting: str) -> list[bool]:
+    """The levels that attend."""
+    kinds = [kind.replace("UpDecoder", "DownEncoder") for kind in config[setting]]
+    return [lookup(_BLOCKS, kind, f"{config['_class_name']}.{setting}") for kind in kinds]
+
+
+def diffusers_from_fields(fields: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
     """A config.json for AutoencoderKL or VQModel; ValueError where they can't express the model."""
     module = Autoencoder(**fields)
     vq, levels = module.regularization == "vq", range(len(module.channel_mult))
@@ -218,6 +388,7 @@ def diffusers_from_fields(fields: Mapping[str, Any], image_size: int) -> dict[st
             "diffusers has autoencoders with regularization kl or vq, attn_type vanilla or none, "
             f"no tanh_out, not {module.regularization!r}, {module.attn_type!r}, {module.tanh_out}"
         )
+    _check_codes(module)
     if not vq and module.embed_dim != module.z_channels:
         raise ValueError(
             "diffusers' AutoencoderKL needs embed_dim = z_channels, this model has "
@@ -232,7 +403,7 @@ def diffusers_from_fields(fields: Mapping[str, Any], image_size: int) -> dict[st
         "up_block_types": [f"{'Attn' if a else ''}UpDecoderBlock2D" for a in attends[::-1]],
         "out_channels": module.image_channels,
         "mid_block_add_attention": module.attn_type != "none",
-        "sample_size": image_size,
+        "sample_size": list(image_size) if isinstance(image_size, tuple) else image_size,
     }
     if vq:
         config |= {"num_vq_embeddings": module.num_codes, "vq_embed_dim": module.embed_dim}

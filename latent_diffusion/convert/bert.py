@@ -9,6 +9,7 @@ from latent_diffusion.convert.settings import encoder_settings
 from latent_diffusion.convert.tables import Rule, Table, inside, joint_qkv
 from latent_diffusion.nets.conditioners.bert import Bert
 
+_POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 shapes = partial(conditioner_shapes, "bert")
 fields_from_config, config_from_fields = encoder_settings(
     Bert,
@@ -20,13 +21,24 @@ fields_from_config, config_from_fields = encoder_settings(
         "type_vocab_size": "type_vocab_size",
         "pad_token_id": "pad_id",
     },
-    defaults={"pad_token_id": 0},
+    defaults={
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+    },
     allowed={
         "hidden_act": ("gelu",),
         "layer_norm_eps": (1e-12,),
         "position_embedding_type": ("absolute",),
         "is_decoder": (False,),
+        "add_cross_attention": (False,),
     },
+    harmless=("directionality", *(f"pooler_{name}" for name in _POOLER)),
 )
 
 

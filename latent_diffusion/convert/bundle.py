@@ -17,6 +17,8 @@ from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedule
 from latent_diffusion.types import Params
 
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -39,7 +41,8 @@ class Bundle:
     scale_factor, shift: latents are (z - shift)·scale_factor; each is a scalar or one per channel.
     conditioners: parts by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
     `beta_start`, `beta_end`, `zero_terminal_snr` and `prediction`, as in a config. sampling: the
-    default options of `sample`. image_size: the side of a trained image, in pixels. notes: facts
+    default options of `sample`. image_size: the side of a trained image in pixels, or its height
+    and width. notes: facts
     that a format needs to write the same file again, e.g. `linear_projections`. lora: low-rank
     factors by part and path, which the parameters contain already; the formats of LoRA files hold
     nothing else.
@@ -54,7 +57,7 @@ class Bundle:
     diffusion: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
-    image_size: int = 256
+    image_size: Size = 256
     notes: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,20 +96,36 @@ class Bundle:
         return 2 ** (len(self.autoencoder.fields.get("channel_mult", (1,))) - 1)
 
     @property
-    def latent_size(self) -> int:
-        """The side of the latent of a trained image."""
-        return self.image_size // self.downsampling
+    def latent_size(self) -> Size:
+        """The side of the latent of a trained image, or its height and width."""
+        size, f = self.image_size, self.downsampling
+        return size // f if isinstance(size, int) else (size[0] // f, size[1] // f)
 
     def astype(self, dtype: Any) -> "Bundle":
         """The same model with its floating-point parameters in another dtype."""
         bundle = self
         for name, part in self.parts():
             params, unused = (
-                {path: tensor.astype(dtype) for path, tensor in tensors.items()}
+                {path: t.astype(dtype, f"{name}/{path}") for path, t in tensors.items()}
                 for tensors in (part.params, part.unused)
             )
             bundle = bundle.with_part(name, Part(part.fields, params, unused))
         return bundle
+
+
+def check_depth(where: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse more layers than a file can have, before their shapes are computed.
+
+    A residual block and a transformer's layer have eight tensors or more.
+    """
+    levels, blocks = len(fields.get("channel_mult", ())), fields.get("num_res_blocks", 0)
+    attending = 1 + blocks * len(fields.get("attention_resolutions", ()))
+    layers = levels * blocks + fields.get("depth", 0)
+    layers += attending * fields.get("transformer_depth", 0)
+    if 8 * layers > len(tensors):
+        raise ValueError(
+            f"{where}: {len(tensors)} tensors can't be the {layers} layers of its config"
+        )
 
 
 def flat(tree: Params) -> dict[str, Any]:
@@ -205,6 +224,16 @@ def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
     raise ValueError("the noise schedule has none of the named curves, and files hold only names")
 
 
+def _makes(diffusion: Mapping[str, Any], schedule: NoiseSchedule) -> bool:
+    """Whether the `diffusion` fields of a file make this schedule."""
+    names = ("schedule", "num_timesteps", "beta_start", "beta_end")
+    zero = diffusion["zero_terminal_snr"]
+    made = make_schedule(*(diffusion[name] for name in names), zero_terminal_snr=zero)
+    return made.num_timesteps == schedule.num_timesteps and np.allclose(
+        made.alphas, schedule.alphas, rtol=1e-5, atol=1e-7
+    )
+
+
 def with_folded_scale(bundle: Bundle) -> Bundle:
     """The same model with a scalar latent scale and no shift, for formats that have no other.
 
@@ -257,10 +286,10 @@ def bundle_of(model: Any) -> Bundle:
         )
     if (denoiser := model.denoiser) is None:
         return bundle
-    diffusion = model.origin.get("diffusion") or {
-        **recognise_schedule(denoiser.schedule),
-        "prediction": denoiser.prediction,
-    }
+    diffusion = model.origin.get("diffusion")
+    if diffusion is None or not _makes(diffusion, denoiser.schedule):
+        diffusion = recognise_schedule(denoiser.schedule)
+    diffusion = {**diffusion, "prediction": denoiser.prediction}
     conditioner, name = denoiser.params.get("conditioner", {}), denoiser.name
     network = as_part(_fields(denoiser.network), denoiser.params[name], unused.get(name))
     return replace(

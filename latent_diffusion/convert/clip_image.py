@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from latent_diffusion.convert import tables
+from latent_diffusion.convert import clip_text, tables
 from latent_diffusion.convert.bundle import Part, conditioner_shapes
-from latent_diffusion.convert.clip_text import OPEN_CLIP, open_clip_layers, transformers_layers
+from latent_diffusion.convert.clip_text import (
+    OPEN_CLIP,
+    half_of,
+    open_clip_layers,
+    transformers_layers,
+)
 from latent_diffusion.convert.settings import Fields, encoder_settings, usual_mlp
 from latent_diffusion.convert.tables import SAME, Layout, Leaf, Rule, Table, count
 from latent_diffusion.files.tensor import Tensor
@@ -24,8 +29,21 @@ _read_config, config_from_fields = encoder_settings(
         "hidden_act": "activation",
         "projection_dim": "projection_dim",
     },
-    defaults={},
-    allowed={"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")},
+    defaults={
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 512,
+    },
+    allowed={
+        "layer_norm_eps": (1e-5,),
+        "hidden_act": ("quick_gelu", "gelu"),
+        "num_channels": (3,),
+    },
+    harmless=("is_decoder", "add_cross_attention"),
 )
 _WHOLE = "vision_model"
 _ROW = Layout(lambda w: w[0], lambda x: (x[None],))
@@ -91,8 +109,10 @@ def fields_from_config(config: Mapping[str, Any]) -> Fields:
 
     A whole CLIPModel states `projection_dim` beside its `vision_config`, whose value is not used.
     """
-    whole = {"projection_dim": config["projection_dim"]}
-    return _read_config({**config, **config.get("vision_config", {}), **whole})
+    if "vision_config" not in config:
+        return _read_config(config)
+    width = clip_text.WHOLE.complete(config, "CLIPModel")["projection_dim"]
+    return _read_config({**half_of(config, "vision_config"), "projection_dim": width})
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:

@@ -8,7 +8,13 @@ import numpy as np
 
 from latent_diffusion.convert import tables
 from latent_diffusion.convert.bundle import Part, conditioner_shapes
-from latent_diffusion.convert.settings import Fields, encoder_settings, usual_mlp
+from latent_diffusion.convert.settings import (
+    TRANSFORMERS,
+    Fields,
+    Settings,
+    encoder_settings,
+    usual_mlp,
+)
 from latent_diffusion.convert.tables import LINEAR, SAME, Leaf, Rule, Table, count, inside
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_text import ClipText
@@ -23,8 +29,22 @@ _read_config, _write_config = encoder_settings(
         "max_position_embeddings": "max_length",
         "hidden_act": "activation",
     },
-    defaults={},
+    defaults={
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+    },
     allowed={"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")},
+    # The end of a text matters to its one embedding, which nothing here takes.
+    harmless=("projection_dim", "pad_token_id", "is_decoder", "add_cross_attention"),
+)
+WHOLE = Settings(  # of a CLIPModel, which holds the configs of both encoders
+    optional={f"{half}_config{end}": {} for half in ("text", "vision") for end in ("", "_dict")},
+    defaults={"projection_dim": 512},
+    harmless={*TRANSFORMERS, "logit_scale_init_value"},
 )
 LAYER = r"layers_(?P<i>\d+)"
 TRANSFORMERS, OPEN_CLIP = "encoder.layers.", "transformer.resblocks."
@@ -102,8 +122,16 @@ def fields_from_config(config: Mapping[str, Any]) -> Fields:
     The config's special tokens are wrong in most files, so they come from the size of the
     vocabulary; a tokenizer corrects them (`text.with_tokenizer`).
     """
-    fields = _read_config({**config, **config.get("text_config", {})})
+    fields = _read_config(half_of(config, "text_config"))
     return {**_special_tokens(fields["vocab_size"]), **fields}
+
+
+def half_of(config: Mapping[str, Any], half: str) -> Mapping[str, Any]:
+    """The config of one encoder, which may be a half of a whole CLIPModel's."""
+    if half not in config:
+        return config
+    whole = WHOLE.complete(config, "CLIPModel")
+    return {**(whole[half] or {}), **(whole[f"{half}_dict"] or {})}
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,25 @@
 """Single components of diffusers and transformers: a config.json and a weight file, both ways."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latent_diffusion.convert import autoencoder, dit, unet, unet_diffusers
-from latent_diffusion.convert.bundle import Bundle, input_widths, read_part
+from latent_diffusion.convert.bundle import Bundle, Size, check_depth, input_widths, read_part
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.inputs import conditioners_for, table_of
+from latent_diffusion.convert.settings import remembered
 from latent_diffusion.convert.tables import write_tensors
+from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.files.tensors import find_weights, open_tensors, write_safetensors
 from latent_diffusion.types import lookup
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Progress = Callable[[int], Any]
@@ -22,18 +28,8 @@ VERSION = "0.30.0"  # of diffusers, whose names of settings these are
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 IMAGE_ENCODER = "CLIPVisionModelWithProjection"
 _TABLE = "class_embedding.weight"  # of noise levels or classes, by number
+_PROJECTION = "text_projection.weight"  # of a text's one embedding, which nothing here takes
 _PREFIX = "text_model."  # of the names of CLIP's text encoder, in most files
-
-
-def load_json(path: Path) -> Json:
-    """Read a JSON object; ValueError names the file where it can't be read or isn't an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"can't read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"can't read {path}: not a JSON object")
-    return content
 
 
 def save_json(path: Path, content: Json) -> None:
@@ -43,8 +39,14 @@ def save_json(path: Path, content: Json) -> None:
 
 
 def open_weights(path: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
-    """Return the weight file in a component's folder, and its tensors."""
-    weights = find_weights(path, STEMS, variant)
+    """Return the weight file in a component's folder, and its tensors.
+
+    variant: "fp16?" is "fp16" where there is such a file, and else the usual one.
+    """
+    weights = find_weights(path, STEMS, variant and variant.removesuffix("?"))
+    if weights is None and variant and variant.endswith("?"):
+        weights = find_weights(path, STEMS)
+        log.warning("%s: no weights of variant %s; the usual ones are read", path, variant[:-1])
     if weights is None:
         of_variant = f" of variant {variant!r}" if variant else ""
         raise ValueError(f"{path} holds no weights{of_variant} ({' or '.join(STEMS)} …)")
@@ -53,43 +55,57 @@ def open_weights(path: Path, variant: str | None) -> tuple[Path, dict[str, Tenso
 
 def read_component(path: Path, variant: str | None) -> Bundle:
     """Read the folder of one component. Raises ValueError with the reason for refusing it."""
-    config = load_json(path / "config.json")
-    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
-    read = lookup(COMPONENTS, name, f"component in {path}")
+    config = read_json(path / "config.json")
+    with reading(path):
+        name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
+        read = lookup(COMPONENTS, name, f"component in {path}")
     weights, tensors = open_weights(path, variant)
-    try:
+    with reading(path):
         return read(weights, {**config, "_class_name": name}, tensors)
-    except KeyError as error:
-        raise ValueError(f"{path / 'config.json'} does not say {error}") from error
-    except (TypeError, AttributeError, IndexError, ArithmeticError) as error:
-        raise ValueError(f"{path / 'config.json'} does not describe a {name}: {error}") from error
+
+
+def read_size(config: Json) -> Size | None:
+    """`sample_size`: the side of a trained picture or latent, or (height, width)."""
+    size = config.get("sample_size")
+    sides = [size] if not isinstance(size, list | tuple) else size
+    if size is None:
+        return None
+    if len(sides) not in (1, 2) or not all(
+        type(side) is int and 0 < side < 1 << 20 for side in sides
+    ):
+        raise ValueError(f"{config['_class_name']}.sample_size={size!r}; expected one or two sides")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
 
 
 def _read_autoencoder(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields = autoencoder.fields_from_diffusers(config)
+    fields, values = autoencoder.fields_from_diffusers(config), autoencoder.complete(config)
+    tensors = autoencoder.with_new_names(tensors)
+    tensors = {**tensors, **autoencoder.without_quant_convs(values, fields)}
+    check_depth(where, fields, tensors)
     table, tree = autoencoder.diffusers_table(fields), autoencoder.shapes(fields)
-    # Old files have no scaling_factor: it is 0.18215 in Stable Diffusion and 1 in the VQ models.
-    usual_scale = 1.0 if config["_class_name"] == "VQModel" else 0.18215
-    size = config.get("sample_size")
     return Bundle(
-        autoencoder=read_part(where, fields, table, tree, autoencoder.with_new_names(tensors)),
-        scale_factor=config.get("scaling_factor", usual_scale),
-        shift=config.get("shift_factor") or 0.0,
-        image_size=size if isinstance(size, int) else 256,
+        autoencoder=read_part(where, fields, table, tree, tensors),
+        scale_factor=values["scaling_factor"],
+        shift=values.get("shift_factor") or 0.0,
+        image_size=read_size(config) or 256,
         notes={"autoencoder": config},
     )
 
 
 def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields = unet_diffusers.fields_from_diffusers(config)
-    linear, tensors = bool(config.get("use_linear_projection", False)), dict(tensors)
-    in_channels, out_channels = config["in_channels"], config["out_channels"]
+    fields, values = unet_diffusers.fields_from_diffusers(config), unet_diffusers.complete(config)
+    linear, tensors = bool(values.get("use_linear_projection")), dict(tensors)
+    in_channels, out_channels = values["in_channels"], values["out_channels"]
     conditioners = {}
-    if config.get("num_class_embeds") and _TABLE in tensors:
+    if values["num_class_embeds"] and not fields["vector_projection"]:
+        if _TABLE not in tensors:
+            raise ValueError(f"{where}: num_class_embeds needs a tensor {_TABLE}")
         conditioners = conditioners_for(in_channels, out_channels, True, tensors.pop(_TABLE))
-    vector = config.get("projection_class_embeddings_input_dim")
-    tree = unet.shapes(fields, in_channels, config.get("cross_attention_dim"), vector)
-    part = read_part(where, fields, unet.diffusers_table(fields, linear), tree, tensors)
+    check_depth(where, fields, tensors)
+    widths = unet_diffusers.input_widths(values)
+    part = read_part(
+        where, fields, unet.diffusers_table(fields, linear), unet.shapes(fields, *widths), tensors
+    )
     notes = {"linear_projections": linear, "unet": config}
     return Bundle(unet=part, conditioners=conditioners, notes=notes)
 
@@ -99,6 +115,8 @@ def _read_encoder(name: str, where: Path, config: Json, tensors: Mapping[str, Te
     if name == "clip_text":
         has_prefix = any(tensor.startswith(_PREFIX) for tensor in tensors)
         notes["clip_text_prefix"] = _PREFIX if has_prefix else ""
+        if _PROJECTION in tensors:  # which has no prefix in any file
+            part = replace(part, unused={**part.unused, _PROJECTION: tensors[_PROJECTION]})
     return Bundle(conditioners={name: part}, notes=notes)
 
 
@@ -111,6 +129,7 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
     "UNet2DConditionModel": _read_unet,
     "LDMBertModel": partial(_read_encoder, "text"),
     "CLIPTextModel": partial(_read_encoder, "clip_text"),
+    "CLIPTextModelWithProjection": partial(_read_encoder, "clip_text"),
     IMAGE_ENCODER: partial(_read_encoder, "clip_image"),
 }
 
@@ -118,12 +137,36 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
 # --------------------------------------------------------------------------------------- writing
 
 
+def _meaning_of_autoencoder(config: Json) -> Any:
+    values = autoencoder.complete(config)
+    own = values["scaling_factor"], values.get("shift_factor") or 0.0
+    own += values.get("use_quant_conv"), values.get("use_post_quant_conv")
+    return config["_class_name"], autoencoder.fields_from_diffusers(config), own
+
+
+def _meaning_of_unet(config: Json) -> Any:
+    values, fields = unet_diffusers.complete(config), unet_diffusers.fields_from_diffusers(config)
+    own = values["num_class_embeds"], values.get("use_linear_projection"), read_size(config)
+    return config["_class_name"], fields, own, unet_diffusers.input_widths(values)
+
+
+MEANINGS = {
+    "autoencoder": _meaning_of_autoencoder,
+    "unet": _meaning_of_unet,
+    "dit": dit.complete,
+}
+
+
 def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], str]:
     """Return config.json, tensors (still unread) and file stem of one of a bundle's parts."""
     write = {"autoencoder": _write_autoencoder, "unet": _write_unet, "dit": dit.as_component}
     half = write.get(name)
     config, tensors = half(bundle) if half is not None else _write_encoder(bundle, name)
-    config |= bundle.notes.get(name, {})  # the settings of the file from which it was read
+    meaning = MEANINGS.get(name) or ENCODERS[name].module.fields_from_config
+    size = {"sample_size": config.get("sample_size")}
+    config = remembered(config, bundle.notes.get(name), meaning)
+    if name == "autoencoder" and bundle.denoiser is None:  # else the denoiser says the size
+        config |= size
     if "architectures" in config:
         config.pop("_class_name", None)
     else:
@@ -144,7 +187,8 @@ def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
     fields = bundle.autoencoder.fields
     config = autoencoder.diffusers_from_fields(fields, bundle.image_size)
     config["scaling_factor"] = float(bundle.scale_factor)
-    return config, write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)
+    tensors = write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)
+    return autoencoder.drop_quant_convs(config, tensors, bundle.notes.get("autoencoder", {}))
 
 
 def _write_unet(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
@@ -164,4 +208,9 @@ def _write_encoder(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor]]:
         raise ValueError(f"diffusers has no component for the conditioner {name}; save it as orbax")
     prefix = bundle.notes.get("clip_text_prefix", _PREFIX) if name == "clip_text" else ""
     tensors = {prefix + tensor: t for tensor, t in encoder.write(part).items()}
-    return encoder.module.config_from_fields(part.fields), tensors
+    config = encoder.module.config_from_fields(part.fields)
+    if name == "clip_text" and _PROJECTION in part.unused:
+        tensors[_PROJECTION] = part.unused[_PROJECTION]
+        config["architectures"] = ["CLIPTextModelWithProjection"]
+        config["projection_dim"] = tensors[_PROJECTION].shape[0]
+    return config, tensors

@@ -4,6 +4,7 @@ Without a yaml the architecture is read off the shapes of the tensors; the numbe
 schedule and the prediction, which shapes don't show, are those of the released model of this size.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from latent_diffusion.convert import autoencoder, cond_stage, dit, tokenizers, u
 from latent_diffusion.convert.bundle import (
     Bundle,
     Part,
+    check_depth,
     input_widths,
     read_part,
     recognise_schedule,
@@ -25,11 +27,16 @@ from latent_diffusion.convert.cond_stage import AUGMENTOR, EMBEDDER
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings
-from latent_diffusion.convert.tables import prefixed, read_tensors, within, write_tensors
+from latent_diffusion.convert.tables import matching, prefixed, read_tensors, within, write_tensors
+from latent_diffusion.files.reading import read_bytes, reading
 from latent_diffusion.files.tensor import Tensor, TensorFile
 from latent_diffusion.files.tensors import open_tensors, write_safetensors
-from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.process.schedules import BETAS, make_schedule
+from latent_diffusion.types import lookup
 
+log = logging.getLogger(__name__)
+
+MAX_YAML = 256 << 10  # bytes; the released ones have a few thousand
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SAMPLING = {"sampler": "ddim", "num_steps": 50, "spacing": "original"}
 # Tensors that are not read: schedules are computed anew, losses and averages serve training.
@@ -42,6 +49,9 @@ IGNORED = (
     r"logvar|scale_factor|lvlb_weights",
     r"noise_augmentor\.(?!data_).*",
 )
+
+
+UNUSED = (r"out\.[02]\.(weight|bias)",)  # of a U-Net that predicts codes, which has `id_predictor`
 
 
 class Released(NamedTuple):
@@ -71,7 +81,7 @@ RELEASED = {
     (320, 1024, 4): Released(0.00085, 0.012, {"num_head_channels": 64}, 0.18215, "v"),  # SD v2
     (256, 1024, 4): Released(0.0001, 0.02, {"num_heads": 8}, 0.08333, "v"),  # SD x4 upscaler
 }
-_DIFFUSION = Settings(  # the yaml's names of our `diffusion` fields
+_MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
     names={
         "beta_schedule": "schedule",
         "linear_start": "beta_start",
@@ -85,8 +95,42 @@ _DIFFUSION = Settings(  # the yaml's names of our `diffusion` fields
         "linear_end": 2e-2,
         "timesteps": 1000,
         "parameterization": "eps",
+        "scale_factor": 1.0,
+        "scale_by_std": False,
     },
+    required={"unet_config": {}},
+    optional={
+        "first_stage_config": {},
+        "embedder_config": {},
+        "noise_aug_config": {},
+        "low_scale_config": {},
+        "image_size": 64,
+    },
+    checked={
+        "given_betas": (None,),
+        "cosine_s": (8e-3,),
+        "v_posterior": (0.0,),
+        "num_timesteps_cond": (None, 1),
+        "use_positional_encodings": (False,),
+        "cond_stage_forward": (None,),
+        "force_null_conditioning": (False, True),  # of training and logs
+    },
+    harmless=(
+        # The tensors show these two; `cond_stage` reads its settings.
+        "conditioning_key", "cond_stage_config", "channels", "first_stage_key", "cond_stage_key",
+        "concat_mode", "concat_keys", "masked_image_key", "depth_stage_config", "low_scale_key",
+        "noise_level_key", "embedding_key", "clip_denoised", "loss_type", "ckpt_path",
+        "ignore_keys", "load_only_unet", "monitor", "use_ema", "log_every_t",
+        "original_elbo_weight", "l_simple_weight", "scheduler_config", "learn_logvar",
+        "logvar_init", "cond_stage_trainable", "unet_trainable", "make_it_fit", "ucg_training",
+        "reset_ema", "reset_num_ema_updates", "finetune_keys", "keep_finetune_dims",
+        "c_concat_log_start", "c_concat_log_end", "embedding_dropout", "base_learning_rate",
+    ),
+)  # fmt: skip
+_TARGET = Settings(  # of every module in a yaml
+    optional={"params": {}}, defaults={"target": ""}, harmless=("base_learning_rate",)
 )
+_PARAMETERIZATIONS = ("eps", "x0", "v")
 _SD2_BASE_STEPS = 875_000  # of training: the checkpoint of SD v2 (and 2.1) that predicts eps
 
 
@@ -103,20 +147,26 @@ def read_compvis(
     opened = open_tensors(path)
     beside = path.with_suffix(".yaml")
     config = beside if config is None and beside.is_file() else config
-    params = _load_yaml(config) if config else {}
-    try:
-        bundle = _read(path, opened, params, ema)
-    except (LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        names = "its tensors" if config is None else f"its tensors and {config}"
-        raise ValueError(f"{path}: {names} describe no model of the original: {error!r}") from error
+    model = {}
+    if config is not None:
+        with reading(config):
+            model = _TARGET.complete(_load_yaml(config), "model")
+    bundle = _read(path, opened, model, ema)
     tokenizer = tokenizer or tokenizers.beside(path, bundle.conditioners)
     return bundle if tokenizer is None else tokenizers.with_tokenizer(bundle, tokenizer)
 
 
-def _read(path: Path, opened: TensorFile, params: Mapping[str, Any], ema: bool | None) -> Bundle:
+def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | None) -> Bundle:
+    """Read a model's tensors. model: its class and settings in the yaml; empty without a yaml."""
     if "encoder.conv_in.weight" in opened.tensors:
-        return Bundle(autoencoder=_read_first_stage(path, opened.tensors, params))
+        log.warning(
+            "%s: a first stage alone doesn't say the scale of its latents, which is taken as 1 "
+            "(Stable Diffusion's is 0.18215); model.first_stage.replace(scale_factor=…) changes it",
+            path,
+        )
+        return Bundle(autoencoder=_read_first_stage(path, opened.tensors, model))
     if f"{UNET}input_blocks.0.0.weight" in opened.tensors:
+        params = _MODEL.complete(model["params"] or {}, "LatentDiffusion") if model else {}
         return _read_whole(path, opened, params, ema)
     if dit.PATCHES in opened.tensors:
         return dit.read_dit(path, opened.tensors)
@@ -124,11 +174,21 @@ def _read(path: Path, opened: TensorFile, params: Mapping[str, Any], ema: bool |
     raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
 
 
+class _Loader(yaml.SafeLoader):
+    """Builds plain data without references, with which a short text can describe a huge one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse a reference; the rest as usual."""
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("references (*name) are not supported")
+        return super().compose_node(parent, index)
+
+
 def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a model's yaml: {error!r}") from error
+    with reading(path):
+        text = read_bytes(path, MAX_YAML).decode("utf-8")
+        model: dict[str, Any] = yaml.load(text, _Loader)["model"]
+        return model
 
 
 def _read_whole(
@@ -150,7 +210,11 @@ def _read_whole(
         has_text = bool(conditioners.keys() & {"text", "clip_text"})
         out_channels = unet_part.fields["out_channels"]
         conditioners |= conditioners_for(in_channels, out_channels, has_text, table)
-    diffusion = _diffusion(opened, params, released)
+    if "low_res" in conditioners and params.get("low_scale_config"):
+        noised = cond_stage.low_res_from_yaml(params["low_scale_config"])
+        part = conditioners["low_res"]
+        conditioners["low_res"] = replace(part, fields={**part.fields, **noised})
+    diffusion = _diffusion(path, opened, params, released)
     bundle = Bundle(
         unet=unet_part,
         conditioners=conditioners,
@@ -165,7 +229,7 @@ def _read_whole(
     )
     if not parts[FIRST_STAGE]:
         return bundle
-    settings = params.get("first_stage_config", {}).get("params")
+    settings = params.get("first_stage_config") or {}
     bundle = replace(bundle, autoencoder=_read_first_stage(path, parts[FIRST_STAGE], settings))
     side = params.get("image_size") or _side(unet_part.fields, context, diffusion["prediction"])
     return replace(bundle, image_size=side * bundle.downsampling)
@@ -177,9 +241,10 @@ def _read_unet(
     """Read the U-Net; return the released model of its size, too."""
     fields, context = unet_compvis.fields_from_shapes(tensors), unet_compvis.context_dim(tensors)
     size = (fields["model_channels"], context, fields["out_channels"])
-    released = RELEASED.get(size)
+    released, settings = RELEASED.get(size), {}
     if params:
-        fields = unet_compvis.fields_from_yaml(params["unet_config"]["params"])
+        settings = _TARGET.complete(params["unet_config"], "unet_config")["params"] or {}
+        fields = unet_compvis.fields_from_yaml(settings, linear)
     elif released is None:
         raise ValueError(
             f"{path}: its U-Net (width {size[0]}, context {size[1]}, {size[2]} channels) is none "
@@ -187,18 +252,19 @@ def _read_unet(
         )
     else:
         fields |= released.heads
-    vector = tensors.get("label_emb.0.0.weight")
-    in_channels = tensors["input_blocks.0.0.weight"].shape[1]
-    tree = unet.shapes(fields, in_channels, context, None if vector is None else vector.shape[1])
-    return read_part(path, fields, unet.compvis_table(fields, linear), tree, tensors), released
+    check_depth(path, fields, tensors)
+    tree = unet.shapes(fields, *unet_compvis.widths(tensors, settings))
+    unused = UNUSED if fields.get("num_codes") else ()
+    table = unet.compvis_table(fields, linear)
+    return read_part(path, fields, table, tree, tensors, unused), released
 
 
-def _read_first_stage(
-    path: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any] | None
-) -> Part:
+def _read_first_stage(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Part:
+    """Read the first stage. config: its class and settings in the yaml; empty without them."""
     fields = (
-        autoencoder.fields_from_yaml(params) if params else autoencoder.fields_from_shapes(tensors)
+        autoencoder.fields_from_yaml(config) if config else autoencoder.fields_from_shapes(tensors)
     )
+    check_depth(path, fields, tensors)
     table, tree = autoencoder.compvis_table(fields), autoencoder.shapes(fields)
     return read_part(path, fields, table, tree, tensors, ignored=(r"loss\..*",))
 
@@ -239,23 +305,40 @@ def _scale_factor(
     if "scale_factor" in tensors:
         return float(tensors["scale_factor"].read())
     if params:
-        return float(params.get("scale_factor", 1.0))
+        if params["scale_by_std"]:
+            raise ValueError("LatentDiffusion.scale_by_std, but the file has no scale_factor")
+        return float(params["scale_factor"])
     return released.scale_factor if released else 1.0
 
 
 def _diffusion(
-    opened: TensorFile, params: Mapping[str, Any], released: Released | None
+    path: Path, opened: TensorFile, params: Mapping[str, Any], released: Released | None
 ) -> dict[str, Any]:
     """The `diffusion` fields: the yaml's, else those of the file's schedule or a released model."""
     if params:
-        return {**_DIFFUSION.read(params, "LatentDiffusion"), "zero_terminal_snr": False}
+        fields = _MODEL.read(params, "LatentDiffusion")
+        if fields["prediction"] not in _PARAMETERIZATIONS:
+            raise ValueError(
+                f"LatentDiffusion.parameterization={fields['prediction']!r}; known: "
+                f"{', '.join(_PARAMETERIZATIONS)}"
+            )
+        lookup(BETAS, fields["schedule"], "LatentDiffusion.beta_schedule")
+        return {**fields, "zero_terminal_snr": False}
     assert released is not None  # otherwise `_read_unet` has refused the file
     fields = {**ASSUMED, "beta_start": released.beta_start, "beta_end": released.beta_end}
     if "betas" in opened.tensors:
         betas = opened.tensors["betas"].read().astype(np.float64)
         fields |= recognise_schedule(make_schedule(betas=betas))
     is_base = opened.metadata.get("global_step") == _SD2_BASE_STEPS and released.prediction == "v"
-    return {**fields, "prediction": "eps" if is_base else released.prediction}
+    prediction = "eps" if is_base else released.prediction
+    if released.prediction == "v":
+        log.warning(
+            "%s: taken for a model that predicts %s, as its tensors don't show; a yaml beside it "
+            "with parameterization: eps or v says otherwise",
+            path,
+            prediction,
+        )
+    return {**fields, "prediction": prediction}
 
 
 def _which(tensors: Mapping[str, Tensor], ema: bool | None) -> str:
@@ -312,10 +395,16 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, first_stage
     if bundle.diffusion["zero_terminal_snr"]:
         raise ValueError("the original's code has no zero_terminal_snr; save it as diffusers")
+    lookup(BETAS, bundle.diffusion["schedule"], "schedule of the original")
+    predictions = dict.fromkeys(_PARAMETERIZATIONS)
+    lookup(predictions, bundle.diffusion["prediction"], "prediction of the original")
     linear, fields = bundle.linear_projections, bundle.unet.fields
     widths, side = input_widths(bundle.unet), bundle.latent_size
+    if not isinstance(side, int):
+        raise ValueError(f"the original has square pictures, not {side}; save it as diffusers")
     config = unet_compvis.yaml_from_fields(fields, widths, linear, side)
     tensors |= write_tensors(prefixed(unet.compvis_table(fields, linear), UNET), bundle.unet.params)
+    tensors |= {UNET + name: t for name, t in matching(UNUSED, bundle.unet.unused).items()}
     if (table := table_of(bundle.conditioners)) is not None:
         tensors[f"{UNET}label_emb.weight"] = table
         config["params"]["num_classes"] = table.shape[0]
@@ -324,7 +413,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     embedder, further = cond_stage.write_embedder(bundle)
     tensors |= embedder
     params = {
-        **{name: bundle.diffusion[field] for name, field in _DIFFUSION.names.items()},
+        **{name: bundle.diffusion[field] for name, field in _MODEL.names.items()},
         "image_size": side,
         "unet_config": config,
         "channels": fields["out_channels"],
@@ -333,6 +422,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "cond_stage_config": conditioner,
         "conditioning_key": key,
         **further,
+        **cond_stage.low_res_to_yaml(bundle.conditioners.get("low_res")),
     }
     target = _TARGETS.get(frozenset(bundle.conditioners), f"{DDPM}.LatentDiffusion")
     return tensors, {"target": target, "params": params}

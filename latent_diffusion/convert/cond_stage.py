@@ -15,7 +15,10 @@ from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import Rule, matching, prefixed, within, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
+from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.nets.conditioners.maps import SpatialRescaler
+from latent_diffusion.nets.conditioners.pictures import LowRes
+from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +30,40 @@ LAYOUT = (8192, 92)  # tokens and places of the paper's boxes; only they tell bo
 _CLASSES = (Rule("embedding", "embedding", "embedding"),)
 _RESCALER = (Rule("channel_mapper", "channel_mapper", "conv"),)
 _RESCALER_SETTINGS = Settings(
-    {
+    names={
         "n_stages": "num_stages",
         "in_channels": "num_classes",
         "out_channels": "out_channels",
         "bias": "use_bias",
-    }
+    },
+    defaults={"n_stages": 1, "in_channels": 3, "bias": False},
+    optional={"out_channels": 3},
+    checked={"method": ("bilinear",), "multiplier": (0.5,)},
 )
+_CLASS_SETTINGS = Settings(
+    defaults={"n_classes": 1000}, required={"embed_dim": 512}, harmless=("key",)
+)
+# The original loads the texts' encoder by a name, which the tensors show.
+_NAMES = ("version", "device", "freeze", "arch", "ucg_rate", "model", "jit", "max_length")
+_CLIP_SETTINGS = Settings(checked={"layer": ("last",), "layer_idx": (None,)}, harmless=_NAMES)
+_OPEN_CLIP_SETTINGS = Settings(defaults={"layer": "last"}, harmless=_NAMES)
+_LAYERS = {0: "last", 1: "penultimate"}  # by the number of last layers that are skipped
+_IMAGE_SETTINGS = Settings(checked={"antialias": (True,), "layer": ("pooled",)}, harmless=_NAMES)
+_NOISE_SCHEDULE = Settings(
+    defaults={
+        "timesteps": 1000,
+        "beta_schedule": "linear",
+        "linear_start": 1e-4,
+        "linear_end": 0.02,
+    },
+    checked={"cosine_s": (8e-3,)},
+)
+_NOISING = Settings(
+    optional={"noise_schedule_config": {}},
+    defaults={"max_noise_level": 1000},
+    harmless=("timestep_dim", "clip_stats_path", "to_cuda"),
+)
+_MODULE = Settings(defaults={"target": ""}, optional={"params": {}})
 
 
 def read(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
@@ -51,9 +81,26 @@ def read(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     raise ValueError(f"{where}: unknown conditioner: its tensors are {some} …")
 
 
+def _said(params: Parameters, settings: Settings) -> dict[str, Any]:
+    """The settings of `cond_stage_config`, checked; empty without a yaml."""
+    if not params:
+        return {}
+    return _settings_of(params.get("cond_stage_config"), "cond_stage_config", settings)
+
+
+def _agree(said: Parameters, shown: Mapping[str, Any]) -> None:
+    """Raise ValueError where the yaml says something else than the tensors show."""
+    for name, value in shown.items():
+        if said and said[name] != value:
+            raise ValueError(f"cond_stage_config.{name}={said[name]}, but the tensors have {value}")
+
+
 def _read_text(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     """The paper's transformer, over words or over boxes."""
     part = read_encoder("text", where, tensors)
+    fields = part.fields
+    names = {theirs: fields[ours] for theirs, ours in text.YAML.names.items()}
+    _agree(_said(params, text.YAML), names)
     if (part.fields["vocab_size"], part.fields["max_length"]) != LAYOUT:
         return {"text": part}
     fields = {name: value for name, value in part.fields.items() if name != "empty"}
@@ -63,6 +110,7 @@ def _read_text(where: Path, tensors: Tensors, params: Parameters) -> dict[str, P
 
 def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     rows, width = tensors["embedding.weight"].shape
+    _agree(_said(params, _CLASS_SETTINGS), {"n_classes": rows, "embed_dim": width})
     fields = {"num_classes": rows - 1, "width": width}
     shapes = conditioner_shapes("class_label", fields)
     return {"class_label": read_part(where, fields, _CLASSES, shapes, tensors)}
@@ -70,12 +118,13 @@ def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict
 
 def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     out_channels, num_classes = tensors["channel_mapper.weight"].shape[:2]
-    settings = params.get("cond_stage_config", {}).get("params", {})
+    said, bias = _said(params, _RESCALER_SETTINGS), "channel_mapper.bias" in tensors
+    _agree(said, {"in_channels": num_classes, "out_channels": out_channels, "bias": bias})
     fields = {
         "num_classes": num_classes,
-        "num_stages": settings.get("n_stages", 2),
+        "num_stages": said.get("n_stages", 2),
         "out_channels": out_channels,
-        "use_bias": "channel_mapper.bias" in tensors,
+        "use_bias": bias,
     }
     shapes = conditioner_shapes("spatial_rescaler", fields)
     return {"spatial_rescaler": read_part(where, fields, _RESCALER, shapes, tensors)}
@@ -83,7 +132,13 @@ def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[st
 
 def _read_clip(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     """The text encoder of Stable Diffusion 1 or 2."""
-    return {"clip_text": read_encoder("clip_text", where, tensors)}
+    if f"{OPEN_CLIP_PREFIX}token_embedding.weight" not in tensors:
+        _said(params, _CLIP_SETTINGS)
+        return {"clip_text": read_encoder("clip_text", where, tensors)}
+    layer = _said(params, _OPEN_CLIP_SETTINGS).get("layer", "penultimate")
+    layers = {name: skipped for skipped, name in _LAYERS.items()}
+    skipped = lookup(layers, layer, "FrozenOpenCLIPEmbedder.layer")
+    return {"clip_text": read_encoder("clip_text", where, tensors, chosen={"skip_last": skipped})}
 
 
 CONDITIONERS: dict[str, Callable[[Path, Tensors, Parameters], dict[str, Part]]] = {
@@ -106,8 +161,13 @@ def read_embedder(
     """
     if not tensors:
         return {}
-    noising = params.get("noise_aug_config", {}).get("params", {})
-    levels = noising.get("noise_schedule_config", {}).get("timesteps", 1000)
+    levels = 1000
+    if params:
+        _settings_of(params["embedder_config"], "embedder_config", _IMAGE_SETTINGS)
+        schedule = _noise_schedule(params["noise_aug_config"], "noise_aug_config")
+        levels = schedule["timesteps"]
+        if schedule["beta_schedule"] != "squaredcos_cap_v2":
+            raise ValueError(f"noise_aug_config: a beta_schedule of {schedule['beta_schedule']!r}")
     fields = {**clip_image.fields_from_shapes(within(tensors, VISUAL)), "num_levels": levels}
     if not statistics:
         if fields["activation"] == "quick_gelu":
@@ -118,6 +178,41 @@ def read_embedder(
     shapes, unused = clip_image.shapes(fields), clip_image.OPEN_CLIP_UNUSED
     part = read_part(where, fields, table, shapes, {**tensors, **statistics}, unused)
     return {"clip_image": part}
+
+
+def low_res_from_yaml(config: Any) -> dict[str, Any]:
+    """The fields of the noise that the upscaler's pipeline adds, by `low_scale_config`."""
+    schedule = _noise_schedule(config, "low_scale_config")
+    if schedule["beta_schedule"] != "linear":
+        raise ValueError(f"low_scale_config: a beta_schedule of {schedule['beta_schedule']!r}")
+    return {
+        "beta_start": schedule["linear_start"],
+        "beta_end": schedule["linear_end"],
+        "max_noise_level": schedule["max_noise_level"],
+    }
+
+
+def low_res_to_yaml(part: Part | None) -> dict[str, Any]:
+    """The inverse of `low_res_from_yaml`, by its key; empty without noise."""
+    if part is None or not part.fields.get("num_levels"):
+        return {}
+    module = LowRes(**part.fields)
+    ends = {"linear_start": module.beta_start, "linear_end": module.beta_end}
+    params = {"noise_schedule_config": ends, "max_noise_level": module.max_noise_level}
+    name = "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation"
+    return {"low_scale_config": {"target": name, "params": params}}
+
+
+def _settings_of(config: Any, name: str, settings: Settings) -> dict[str, Any]:
+    """The settings of a module in the yaml, checked."""
+    return settings.complete(_MODULE.complete(config or {}, name)["params"] or {}, name)
+
+
+def _noise_schedule(config: Any, name: str) -> dict[str, Any]:
+    """The noise that a module adds to its condition."""
+    noising = _settings_of(config, name, _NOISING)
+    schedule = _NOISE_SCHEDULE.complete(noising["noise_schedule_config"] or {}, name)
+    return {**schedule, "max_noise_level": noising["max_noise_level"]}
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -180,7 +275,15 @@ def write_embedder(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     statistics = {k: part.params[k] for k in clip_image.STATISTICS}
     if statistics["mean"].read().any() or (statistics["std"].read() != 1).any():
         tensors |= write_tensors(clip_image.statistics_table(AUGMENTOR), statistics)
-    openai = ClipImage(**part.fields).activation == "quick_gelu"
+    module = ClipImage(**part.fields)
+    openai = module.activation == "quick_gelu"
+    shown = clip_image.fields_from_shapes(within(tensors, EMBEDDER + VISUAL))
+    for name in ("num_heads", "activation"):
+        if (said := getattr(module, name)) != shown[name]:
+            raise ValueError(
+                f"the original's image encoder of width {module.width} has {name} {shown[name]}, "
+                f"this model {said}; save it as diffusers"
+            )
     schedule = {"timesteps": part.fields["num_levels"], "beta_schedule": "squaredcos_cap_v2"}
     noising = {"timestep_dim": part.fields["projection_dim"], "noise_schedule_config": schedule}
     return tensors, {
@@ -222,9 +325,17 @@ def _write_rescaler(part: Part) -> Written:
 
 
 def _write_clip(part: Part) -> Written:
-    """OpenCLIP's names where the activation is that of OpenCLIP."""
-    if part.fields.get("activation") == "gelu":
-        config = _config("FrozenOpenCLIPEmbedder", layer="penultimate")
+    """OpenCLIP's names where the activation is that of OpenCLIP; ValueError for other heads."""
+    module = ClipText(**part.fields)
+    if module.num_heads * 64 != module.width:
+        raise ValueError(
+            f"the original's CLIP has heads of 64 channels, this model {module.num_heads} in "
+            f"{module.width} channels; save it as diffusers"
+        )
+    if module.activation == "gelu":
+        if module.skip_last not in _LAYERS:
+            raise ValueError(f"OpenCLIP skips 0 or 1 layers, this model {module.skip_last}")
+        config = _config("FrozenOpenCLIPEmbedder", layer=_LAYERS[module.skip_last])
         prefix, tensors = OPEN_CLIP_PREFIX, clip_text.open_clip_tensors(part)
     else:
         config = {"target": f"{ENCODERS}.FrozenCLIPEmbedder"}

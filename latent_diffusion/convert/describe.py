@@ -64,7 +64,9 @@ def _latents(bundle: Bundle, autoencoder: Part) -> str:
     kind, f = autoencoder.fields["regularization"], bundle.downsampling
     if kind == "identity":
         return "pixels"
-    size = f"{bundle.latent_size}² × {autoencoder.fields['embed_dim']}"
+    side = bundle.latent_size
+    size = f"{side}²" if isinstance(side, int) else f"{side[0]} × {side[1]}"
+    size += f" × {autoencoder.fields['embed_dim']}"
     scale = np.round(np.asarray(bundle.scale_factor, np.float64), 5).tolist()
     return f"{kind}, f = {f}, {size}, scale {scale}"
 

@@ -14,25 +14,28 @@ from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_fol
 from latent_diffusion.convert.components import (
     COMPONENTS,
     IMAGE_ENCODER,
+    STEMS,
     VERSION,
     Json,
     Progress,
-    load_json,
     open_weights,
     read_component,
+    read_size,
     save_json,
     write_component,
 )
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import read_tensors, write_tensors
-from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.files.reading import read_json
+from latent_diffusion.files.tensors import find_weights, write_safetensors
 
 log = logging.getLogger(__name__)
 
+LCM = "LatentConsistencyModelPipeline"
 UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline"
 DIT = "DiTPipeline"
 # The default guidance scale of pipelines; it is 7.5 for others of Stable Diffusion, 1 elsewhere.
-_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0}
+_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0, LCM: 8.5}
 # Components without weights, and those that are read with the component that they serve.
 _BESIDE_WEIGHTS = (
     "scheduler", "tokenizer", "low_res_scheduler", "image_noising_scheduler", "image_normalizer",
@@ -47,7 +50,7 @@ def is_diffusers(path: Path) -> bool:
         return True
     if not (path / "config.json").is_file():
         return False
-    config = load_json(path / "config.json")
+    config = read_json(path / "config.json")
     return "_class_name" in config or "architectures" in config
 
 
@@ -59,12 +62,16 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     """
     if not (path / "model_index.json").is_file():
         return replace(read_component(path, variant), diffusion=scheduler.ASSUMED)
-    index = load_json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
     named = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
     bundle = Bundle(diffusion=scheduler.ASSUMED, notes={"pipeline": name, **named})
+    if variant:  # some of the parts may lack it, but not all
+        if not any(find_weights(folder, STEMS, variant) for folder in path.iterdir()):
+            raise ValueError(f"{path}: none of its folders holds weights of variant {variant!r}")
+        variant = f"{variant}?"
     for component, kind in _components(path, index).items():
         # Other pipelines have an image encoder for adapters alone, which are not read.
         if kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
@@ -72,16 +79,19 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         elif component not in _BESIDE_WEIGHTS:
             log.warning("%s: its %s (%s) is left out", path, component, kind)
     bundle = _with_inputs(bundle, path, index, variant)
+    notes = {**bundle.notes, "conditioners": sorted(bundle.conditioners)}
+    bundle = replace(bundle, notes=notes)
     if (path / "scheduler").is_dir():
-        bundle = _with_scheduler(bundle, load_json(path / "scheduler" / "scheduler_config.json"))
+        bundle = _with_scheduler(bundle, read_json(path / "scheduler" / "scheduler_config.json"))
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
-    side = bundle.notes.get("unet", {}).get("sample_size")
+    side, f = read_size(bundle.notes.get("unet", {})), bundle.downsampling
     if bundle.dit is not None:
         side = bundle.dit.fields["base_size"]
-    if isinstance(side, int):
-        bundle = replace(bundle, image_size=side * bundle.downsampling)
-    return bundle
+    if side is None:
+        return bundle
+    pixels = side * f if isinstance(side, int) else (side[0] * f, side[1] * f)
+    return replace(bundle, image_size=pixels)
 
 
 def _components(path: Path, index: Json) -> dict[str, str]:
@@ -118,7 +128,7 @@ def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
     """The upscaler's small picture, with the noise that its pipeline adds."""
     config = {**_LOW_RES, "num_train_timesteps": 1000}
     if (path / "low_res_scheduler").is_dir():
-        config |= load_json(path / "low_res_scheduler" / "scheduler_config.json")
+        config |= read_json(path / "low_res_scheduler" / "scheduler_config.json")
     if config["beta_schedule"] != "scaled_linear":
         raise ValueError(f"{path}: a low_res_scheduler of {config['beta_schedule']!r}")
     ends = {name: config[name] for name in ("beta_start", "beta_end")}
@@ -128,7 +138,7 @@ def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
 
 def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
     """unCLIP's picture, whose embedding is standardised for the noise and scaled back."""
-    config = load_json(path / "image_noising_scheduler" / "scheduler_config.json")
+    config = read_json(path / "image_noising_scheduler" / "scheduler_config.json")
     if config.get("beta_schedule") != _COSINE:
         raise ValueError(f"{path}: an image_noising_scheduler of {config.get('beta_schedule')!r}")
     weights, tensors = open_weights(path / "image_normalizer", variant)
@@ -178,6 +188,7 @@ _LENGTH = 77  # tokens that LDMTextToImagePipeline makes of every prompt
 # Arguments of pipelines for which our models have no component.
 _ABSENT = {
     "StableDiffusionPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
+    LCM: ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionInpaintPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionImg2ImgPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionDepth2ImgPipeline": ("depth_estimator", "feature_extractor"),
@@ -208,7 +219,9 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         config = write_component(bundle, name, path / names[name], progress)
         kind = config.get("_class_name") or config["architectures"][0]
         index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
-    settings = bundle.notes.get("scheduler") or scheduler.to_diffusers(bundle.diffusion)
+    settings = bundle.notes.get("scheduler")
+    if settings is None or scheduler.from_diffusers(settings)[0] != dict(bundle.diffusion):
+        settings = scheduler.to_diffusers(bundle.diffusion)
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None:
@@ -230,11 +243,13 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
 
 def _pipeline(bundle: Bundle) -> str:
     """The class that runs the model: that of the folder it came from, or by its conditioners."""
-    if "pipeline" in bundle.notes:
-        return bundle.notes["pipeline"]
     conditioners = tuple(sorted(bundle.conditioners))
+    if list(conditioners) == bundle.notes.get("conditioners"):
+        return bundle.notes["pipeline"]
     if bundle.dit is not None and conditioners == ("class_label",):
         return DIT
+    if bundle.unet is not None and bundle.unet.fields.get("guidance_dim") is not None:
+        return LCM
     if bundle.dit is not None or conditioners not in PIPELINES:
         names = ", ".join(" + ".join(parts) or "nothing" for parts in PIPELINES)
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.convert.bundle import Bundle, Part, read_part
+from latent_diffusion.convert.bundle import Bundle, Part, check_depth, read_part
 from latent_diffusion.convert.inputs import CLASS
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings
@@ -59,7 +59,18 @@ _SETTINGS = Settings(
         "num_attention_heads": 16,
         "norm_eps": 1e-5,
         "sample_size": 32,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "num_embeds_ada_norm": 1000,
     },
+    optional={"out_channels": 8},
+    checked={  # of Transformer2DModel, the class in older folders
+        "use_linear_projection": (False,),
+        "only_cross_attention": (False,),
+        "double_self_attention": (False,),
+        "attention_type": ("default",),
+    },
+    harmless=("dropout", "norm_num_groups"),
     allowed={
         "activation_fn": ("gelu-approximate",),
         "attention_bias": (True,),
@@ -187,6 +198,7 @@ def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
         "learned_variance": out == 2 * channels,
     }
     classes = _class_label(tensors.pop(LABELS)) if LABELS in tensors else {}
+    check_depth(path, fields, tensors)
     tree = shapes(fields, channels)
     part = read_part(path, fields, dit_table(fields), tree, tensors, unused=(POSITIONS,))
     return Bundle(
@@ -225,12 +237,18 @@ def as_dit(bundle: Bundle, path: Path) -> dict[str, Tensor]:
 _LABELS = "norm1.emb.class_embedder.embedding_table.weight"
 
 
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of DiTTransformer2DModel, checked and with its defaults."""
+    return _SETTINGS.complete(config, config["_class_name"])
+
+
 def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bundle:
     """Read diffusers' transformer. Raises ValueError with the reason for refusing it."""
-    tensors, channels = dict(tensors), config["in_channels"]
-    fields = _SETTINGS.read(config, config["_class_name"])
-    width = fields["num_heads"] * config["attention_head_dim"]
-    out = config.get("out_channels") or channels
+    fields, values = _SETTINGS.read(config, config["_class_name"]), complete(config)
+    tensors, channels = dict(tensors), values["in_channels"]
+    check_depth(where, fields, tensors)
+    width = fields["num_heads"] * values["attention_head_dim"]
+    out = values["out_channels"] or channels
     if out not in (channels, 2 * channels):
         raise ValueError(
             f"{where}: out_channels={out} of {channels} channels; supported: once or twice"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_diffusion.convert import bert, clip_image, clip_text, text
-from latent_diffusion.convert.bundle import Part, conditioner_shapes, read_part
+from latent_diffusion.convert.bundle import Part, check_depth, conditioner_shapes, read_part
 from latent_diffusion.convert.tables import Table, below
 from latent_diffusion.files.tensor import Tensor
 
@@ -81,6 +81,7 @@ def read_encoder(
             f"pretrained.{name}={where} is a bare file; give a folder with config.json"
         )
     fields = {**fields, **(chosen or {})}
+    check_depth(where, fields, tensors)
     table = next(t for mark, t in encoder.tables.items() if mark in tensors or not mark)
     shapes, unused = conditioner_shapes(name, fields), encoder.module.unused(fields)
     return read_part(where, fields, table(fields), shapes, tensors, unused)

@@ -29,7 +29,8 @@ def read_orbax(directory: Path) -> Bundle:
     config = workdir.load_config(directory)
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
     notes = config.origin.to_dict() if "origin" in config else {}
-    bundle = Bundle(image_size=config.data.image_size, notes=notes)
+    size = config.data.image_size
+    bundle = Bundle(image_size=size if isinstance(size, int) else tuple(size), notes=notes)
     if config.task == "autoencoding" and not (directory / workdir.FIRST_STAGE).exists():
         entry = "ema_params" if config.ema_decay else "params"
         params = workdir.open_entry(directory, entry)["autoencoder"]

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from latent_diffusion.convert.bundle import Part
-from latent_diffusion.convert.components import STEMS, load_json
+from latent_diffusion.convert.components import STEMS
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.orbax import read_orbax
+from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensors import find_weights, open_tensors
 from latent_diffusion.runtime import workdir
 
@@ -18,9 +19,13 @@ def read_pretrained(name: str, path: str | Path, chosen: Mapping[str, Any]) -> P
     chosen: fields that the user has set; the files have the others. Parameters stay unread. Raises
     ValueError that names a path which doesn't hold such an encoder.
     """
-    path = Path(path)
+    with reading(f"pretrained.{name}={path}"):
+        return _read(name, Path(path), chosen)
+
+
+def _read(name: str, path: Path, chosen: Mapping[str, Any]) -> Part:
     settings = path / workdir.CONFIG
-    if settings.is_file() and "task" in load_json(settings):  # others' config.json have no task
+    if settings.is_file() and "task" in read_json(settings):  # others' config.json have no task
         conditioners = read_orbax(path).conditioners
         if name not in conditioners:
             raise ValueError(
@@ -36,14 +41,9 @@ def read_pretrained(name: str, path: str | Path, chosen: Mapping[str, Any]) -> P
     inner = (path / folder for folder in ENCODERS[name].folders)
     path = next((folder for folder in inner if folder.is_dir()), path)
     config, weights = None, path
-    reason = f"{path} holds no {name}: it has no tensor"
     if path.is_dir():
         file, settings = find_weights(path, STEMS), path / "config.json"
         if file is None or not settings.is_file():
             raise ValueError(f"pretrained.{name}={path} has no config.json with weights beside it")
-        config, weights = load_json(settings), file
-        reason = f"{settings} is of another kind of model: it has no"
-    try:
-        return read_encoder(name, path, open_tensors(weights).tensors, config, chosen)
-    except KeyError as error:
-        raise ValueError(f"{reason} {error}") from None
+        config, weights = read_json(settings), file
+    return read_encoder(name, path, open_tensors(weights).tensors, config, chosen)

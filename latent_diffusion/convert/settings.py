@@ -1,39 +1,74 @@
 """The settings of a module in the words of another library: one table, read and written."""
 
-from collections.abc import Callable, Mapping
+import math
+import reprlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 Fields = dict[str, Any]  # of one of our modules, by name
+_LARGEST = 1 << 31  # of whole numbers
+_short = reprlib.repr  # the full text of a value that a file made could fill the memory
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one class of another library names the settings that are fields of our module.
+    """The settings of one class of another library: all that there are, and their meaning here.
 
     names: their name → the name of our field, where both have the same value.
-    defaults: their value where a setting is absent; a setting without a default must be there.
+    defaults: their value where a setting that is used is absent. required: settings without a
+    default, optional: those whose default is None; both with an example of another value.
+    per_level: settings that may also be a list of such values.
     allowed: the only values of some settings that our module computes; the first is the default.
     checked: the same for settings that are not written, since not all classes have them.
+    harmless: settings that change no output: of training, of speed, names.
     """
 
-    names: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: Mapping[str, Any] = field(default_factory=dict)
+    optional: Mapping[str, Any] = field(default_factory=dict)
+    per_level: Collection[str] = ()
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     checked: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: Collection[str] = ()
+
+    def complete(self, config: Mapping[str, Any], owner: str) -> dict[str, Any]:
+        """Return the config with all defaults. owner: the class of the other library, for messages.
+
+        Names that begin with "_" are notes of diffusers. Raises ValueError that names a setting
+        which is absent, unknown, of another kind, or has a value that our module can't compute.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{owner} is {_short(config)}; expected settings by their names")
+        fixed = {**self.allowed, **self.checked}
+        first = {name: allowed[0] for name, allowed in fixed.items()}
+        values = {**dict.fromkeys(self.optional), **first, **self.defaults, **config}
+        examples = {**self.defaults, **self.required, **self.optional}
+        if absent := [name for name in self.required if name not in values]:
+            raise ValueError(f"{owner} does not say {', '.join(absent)}")
+        for name, value in values.items():
+            said = f"{owner}.{name}={_short(value)}"
+            if name in fixed:
+                if value not in fixed[name]:
+                    supported = " or ".join(map(repr, fixed[name]))
+                    raise ValueError(f"{said}; supported: {supported}")
+            elif name in examples:
+                listed = name in self.per_level and isinstance(value, list | tuple)
+                absent_one = value is None and name in self.optional
+                if not absent_one and not all(
+                    _is_like(one, examples[name]) for one in (value if listed else [value])
+                ):
+                    raise ValueError(f"{said}; expected a value such as {_short(examples[name])}")
+            elif value is not None and name not in self.harmless and not name.startswith("_"):
+                raise ValueError(
+                    f"{said}: this setting is unknown here, and could change the model"
+                )
+        return values
 
     def read(self, config: Mapping[str, Any], owner: str) -> Fields:
-        """Return our fields. owner: the class of the other library, for messages.
-
-        Raises ValueError for a value that our module can't compute, and KeyError for a setting that
-        is absent and has no default.
-        """
-        for name, allowed in {**self.allowed, **self.checked}.items():
-            if (value := config.get(name, allowed[0])) not in allowed:
-                supported = " or ".join(map(repr, allowed))
-                raise ValueError(f"{owner}.{name}={value!r}; supported: {supported}")
-        first = {name: allowed[0] for name, allowed in self.allowed.items()}
-        values = {**first, **self.defaults, **config}
+        """Return our fields; see `complete`."""
+        values = self.complete(config, owner)
         fields = {ours: values[theirs] for theirs, ours in self.names.items()}
         return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
@@ -44,6 +79,65 @@ class Settings:
         return first | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a value is of the kind of an example; an example below zero allows such values."""
+    match example:
+        case bool() | str():
+            return isinstance(value, type(example))
+        case int():
+            return type(value) is int and min(0, example) <= value < _LARGEST
+        case float():
+            return type(value) in (int, float) and math.isfinite(value)
+        case tuple():
+            items = isinstance(value, list | tuple)
+            return items and all(_is_like(item, example[0]) for item in value)
+        case _:
+            return isinstance(value, Mapping)
+
+
+def single(values: Mapping[str, Any], name: str, owner: str) -> Any:
+    """The value of a setting that may be a list with one value per level."""
+    value = values[name]
+    items = value if isinstance(value, list | tuple) else [value]
+    if len(items) == 0 or any(item != items[0] for item in items):
+        raise ValueError(f"{owner}.{name}={_short(value)}; supported: one for all levels")
+    return items[0]
+
+
+def remembered(
+    written: dict[str, Any],
+    source: Mapping[str, Any] | None,
+    meaning: Callable[[Mapping[str, Any]], Any],
+) -> dict[str, Any]:
+    """The config of a file that is written, in the words of the file that was read.
+
+    source: the config of that file, if there was one. Where both mean the same model, its words
+    win; else they only add settings which the written config does not have.
+    """
+    if not source:
+        return written
+    alike = meaning(source) == meaning(written)
+    return {**written, **source} if alike else {**source, **written}
+
+
+# Of every config of transformers: settings of training, of outputs and of generating texts.
+_GENERAL = """
+    architectures model_type transformers_version torch_dtype dtype name_or_path return_dict
+    output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss
+    tie_word_embeddings is_encoder_decoder cross_attention_hidden_size tie_encoder_decoder
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences chunk_size_feed_forward
+    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    finetuning_task id2label label2id tokenizer_class prefix bos_token_id eos_token_id
+    sep_token_id decoder_start_token_id task_specific_params problem_type use_cache
+    gradient_checkpointing initializer_range initializer_factor attention_dropout dropout
+    hidden_dropout_prob attention_probs_dropout_prob classifier_dropout activation_dropout
+"""
+TRANSFORMERS = frozenset(_GENERAL.split())
+
+
 def encoder_settings(
     module: Callable[..., Any],
     architecture: str,
@@ -51,11 +145,13 @@ def encoder_settings(
     names: Mapping[str, str],
     defaults: Mapping[str, Any],
     allowed: Mapping[str, tuple[Any, ...]],
+    harmless: Collection[str] = (),
 ) -> tuple[Callable[[Mapping[str, Any]], Fields], Callable[[Mapping[str, Any]], dict[str, Any]]]:
     """Return the functions config.json → fields and fields → config.json of an encoder.
 
     They serve transformers' encoders (BERT and both of CLIP), which share four settings. Our
-    `mlp_width` is None where it has its usual value, four times `width`.
+    `mlp_width` is None where it has its usual value, four times `width`. defaults: of all settings
+    that are used, as the class of transformers has them.
     """
     shared = {
         "hidden_size": "width",
@@ -63,7 +159,13 @@ def encoder_settings(
         "num_attention_heads": "num_heads",
         "intermediate_size": "mlp_width",
     }
-    settings = Settings({**shared, **names}, defaults, allowed)
+    settings = Settings(
+        names={**shared, **names},
+        defaults=defaults,
+        allowed=allowed,
+        checked={"pruned_heads": ({}, None)},
+        harmless=TRANSFORMERS.union(harmless),
+    )
 
     def read(config: Mapping[str, Any]) -> Fields:
         return usual_mlp(settings.read(config, architecture))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.convert.bundle import Part, conditioner_shapes
-from latent_diffusion.convert.settings import Fields, Settings
+from latent_diffusion.convert.settings import TRANSFORMERS, Fields, Settings
 from latent_diffusion.convert.tables import SAME, Leaf, Rule, Table, count, write_tensors
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -22,15 +22,29 @@ _SETTINGS = Settings(
         "encoder_attention_heads": "num_heads",
         "head_dim": "head_dim",
     },
+    defaults={
+        "vocab_size": 30522,
+        "max_position_embeddings": 77,
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 8,
+        "head_dim": 64,
+        "encoder_ffn_dim": 5120,
+    },
     allowed={"activation_function": ("gelu",)},
+    checked={"scale_embedding": (False,), "pruned_heads": ({}, None)},
+    harmless={*TRANSFORMERS, "encoder_layerdrop", "init_std", "pad_token_id", "num_hidden_layers"},
 )
-_YAML = Settings(
-    {
+YAML = Settings(  # of BERTEmbedder and TransformerEmbedder
+    names={
         "n_embed": "width",
         "n_layer": "depth",
         "vocab_size": "vocab_size",
         "max_seq_len": "max_length",
-    }
+    },
+    defaults={"vocab_size": 30522, "max_seq_len": 77},
+    required={"n_embed": 640, "n_layer": 32},
+    harmless=("device", "use_tokenizer", "embedding_dropout"),
 )
 _POSITIONS = (Leaf("pos_emb", (".weight",), SAME),)
 
@@ -110,15 +124,17 @@ def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
             "the original's text transformer has 8 heads of 64 channels, this model "
             f"{module.num_heads} of {module.head_dim}; save it as diffusers"
         )
-    params = _YAML.write(module)
+    params = YAML.write(module)
     return {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}
 
 
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
     """Our fields from a config.json of LDMBertModel."""
-    if (inner := config["encoder_ffn_dim"]) != (usual := 4 * config["d_model"]):
+    fields = _SETTINGS.read(config, "LDMBertModel")
+    inner, usual = config.get("encoder_ffn_dim", 5120), 4 * fields["width"]
+    if inner != usual:
         raise ValueError(f"LDMBertModel.encoder_ffn_dim={inner}; supported: 4·d_model = {usual}")
-    return {**_SETTINGS.read(config, "LDMBertModel"), **_empty(config["vocab_size"])}
+    return {**fields, **_empty(fields["vocab_size"])}
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

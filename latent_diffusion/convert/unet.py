@@ -126,6 +126,7 @@ def diffusers_table(fields: Mapping[str, Any], linear_projections: bool) -> Tabl
     table = [
         Rule("time_embed_0", "time_embedding.linear_1", "linear"),
         Rule("time_embed_2", "time_embedding.linear_2", "linear"),
+        Rule("time_embed_guidance", "time_embedding.cond_proj", "linear"),
         Rule("label_emb_0", "class_embedding.linear_1", "linear"),
         Rule("label_emb_2", "class_embedding.linear_2", "linear"),
         Rule("input_blocks_0_0", "conv_in", "conv"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from latent_diffusion.convert.settings import Fields, Settings, check_groups
+from latent_diffusion.convert.settings import Fields, Settings, check_groups, single
 from latent_diffusion.convert.tables import count
 from latent_diffusion.convert.unet import Widths
 from latent_diffusion.files.tensor import Tensor
@@ -15,7 +15,37 @@ _SAME = (
 )  # fmt: skip
 _SETTINGS = Settings(
     names={name: name for name in _SAME},
-    defaults={"use_scale_shift_norm": False, "resblock_updown": False, "dropout": 0.0},
+    required={
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": 2,
+        "attention_resolutions": (4, 2, 1),
+    },
+    defaults={
+        "channel_mult": (1, 2, 4, 8),
+        "dropout": 0.0,
+        "num_heads": -1,
+        "num_head_channels": -1,
+        "num_heads_upsample": -1,
+        "use_scale_shift_norm": False,
+        "resblock_updown": False,
+        "use_new_attention_order": False,
+        "use_spatial_transformer": False,
+        "transformer_depth": 1,
+        "use_linear_in_transformer": False,
+    },
+    optional={
+        "context_dim": 768,
+        "n_embed": 8192,
+        "adm_in_channels": 1024,
+        "disable_self_attentions": (True,),
+        "num_attention_blocks": (2,),
+    },
+    per_level=("num_res_blocks", "context_dim"),
+    checked={"conv_resample": (True,), "dims": (2,), "disable_middle_self_attn": (False,)},
+    # `legacy` computes the same heads in another way; the code for float16 is empty.
+    harmless=("image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "num_classes"),
 )
 
 
@@ -38,8 +68,11 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     attends = [f"input_blocks.{i}.1.norm.weight" in tensors for i in firsts]
     depth = count(tensors, "middle_block.1.transformer_blocks.")
     embedding = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+    out_channels = tensors["input_blocks.0.0.weight"].shape[1]  # where codes are predicted
+    if "out.2.weight" in tensors:
+        out_channels = tensors["out.2.weight"].shape[0]
     fields = {
-        "out_channels": tensors["out.2.weight"].shape[0],
+        "out_channels": out_channels,
         "model_channels": channels,
         "channel_mult": tuple(width // channels for width in widths),
         "num_res_blocks": num_res_blocks,
@@ -49,6 +82,8 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
         "resblock_updown": any(_is_late_res_block(n) for n in tensors),
         "vector_projection": "label_emb.0.0.weight" in tensors,
     }
+    if "id_predictor.1.weight" in tensors:
+        fields["num_codes"] = tensors["id_predictor.1.weight"].shape[0]
     context = context_dim(tensors)
     crossed = [  # the first attention takes the context, so that it is no self-attention
         bool(yes and depth and context != width)
@@ -75,21 +110,71 @@ def context_dim(tensors: Mapping[str, Tensor]) -> int | None:
     return None if key is None else key.shape[1]
 
 
-def fields_from_yaml(params: Mapping[str, Any]) -> Fields:
-    """Our fields from `unet_config.params` of the original's yaml."""
+def fields_from_yaml(params: Mapping[str, Any], linear: bool) -> Fields:
+    """Our fields from `unet_config.params` of the original's yaml.
+
+    linear: whether the tensors have linear maps around the transformers. Raises ValueError for a
+    setting that our U-Net can't express.
+    """
+    values = _SETTINGS.complete(params, "UNetModel")
     fields = _SETTINGS.read(params, "UNetModel")
-    fields["legacy_qkv_order"] = not params.get("use_new_attention_order", False)
-    spatial = params.get("use_spatial_transformer", False)
-    fields["transformer_depth"] = params.get("transformer_depth", 1) if spatial else 0
-    for name in ("num_heads", "num_head_channels"):
-        if params.get(name, -1) != -1:
-            fields[name] = params[name]
-    if any(params.get("disable_self_attentions") or ()):
-        fields["disable_self_attentions"] = tuple(params["disable_self_attentions"])
-    fields["vector_projection"] = params.get("num_classes") == "sequential"
-    if params.get("n_embed"):
-        fields["num_codes"] = params["n_embed"]
+    fields["num_res_blocks"] = single(values, "num_res_blocks", "UNetModel")
+    fields["legacy_qkv_order"] = not values["use_new_attention_order"]
+    fields["transformer_depth"] = values["transformer_depth"]
+    if not values["use_spatial_transformer"]:
+        fields["transformer_depth"] = 0
+    heads = {name: values[name] for name in ("num_heads", "num_head_channels")}
+    fields |= {name: number for name, number in heads.items() if number != -1}
+    if not fields.keys() & heads.keys():
+        raise ValueError("UNetModel says neither num_heads nor num_head_channels")
+    # The heads on the way up; blocks with a width of the head don't have the setting.
+    if (
+        values["num_heads_upsample"] not in (-1, values["num_heads"])
+        and heads["num_head_channels"] == -1
+    ):
+        raise ValueError(
+            f"UNetModel.num_heads_upsample={values['num_heads_upsample']}; supported: num_heads = "
+            f"{values['num_heads']}"
+        )
+    if values["use_spatial_transformer"] and values["use_linear_in_transformer"] != linear:
+        raise ValueError(
+            f"UNetModel.use_linear_in_transformer={values['use_linear_in_transformer']}, but the "
+            f"tensors show {linear}"
+        )
+    levels = len(fields["channel_mult"])
+    blocks = values["num_attention_blocks"]
+    if blocks is not None and list(blocks) != [fields["num_res_blocks"]] * levels:
+        raise ValueError(
+            f"UNetModel.num_attention_blocks={list(blocks)}; supported: num_res_blocks"
+        )
+    if any(crossed := tuple(values["disable_self_attentions"] or ())):
+        fields["disable_self_attentions"] = crossed
+        # Its middle keeps self-attention, where ours is as the last level.
+        if len(crossed) != levels or crossed[-1]:
+            raise ValueError(
+                f"UNetModel.disable_self_attentions={list(crossed)}; supported: {levels} levels, "
+                "of which the last is False"
+            )
+    kind = values.get("num_classes")
+    if not (kind is None or kind == "sequential" or type(kind) is int):
+        raise ValueError(f"UNetModel.num_classes={kind!r}; supported: 'sequential' or a number")
+    fields["vector_projection"] = kind == "sequential"
+    if values["n_embed"]:
+        fields["num_codes"] = values["n_embed"]
     return fields
+
+
+def widths(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Widths:
+    """The widths of the U-Net's inputs by its tensors; ValueError where the yaml says others."""
+    vector = tensors.get("label_emb.0.0.weight")
+    in_channels, context = tensors["input_blocks.0.0.weight"].shape[1], context_dim(tensors)
+    width = None if vector is None else vector.shape[1]
+    shown = {"in_channels": in_channels, "context_dim": context, "adm_in_channels": width}
+    for name, number in shown.items():
+        said = params.get(name)
+        if said is not None and said not in (number, [number]):
+            raise ValueError(f"UNetModel.{name}={said}, but the tensors have {number}")
+    return in_channels, context, width
 
 
 def yaml_from_fields(
@@ -101,6 +186,8 @@ def yaml_from_fields(
     """
     module = UNet(**fields)
     check_groups(module)
+    if module.guidance_dim is not None:
+        raise ValueError("the original has no U-Net with guidance_dim; save it as diffusers")
     params = _SETTINGS.write(module) | {"image_size": image_size, "in_channels": widths[0]}
     params |= {"use_checkpoint": module.remat != "none", "legacy": False}
     heads = "num_head_channels" if module.num_head_channels else "num_heads"
@@ -113,6 +200,11 @@ def yaml_from_fields(
     else:
         params["use_new_attention_order"] = not module.legacy_qkv_order
     if any(module.disable_self_attentions):
+        if module.disable_self_attentions[-1]:
+            raise ValueError(
+                "the original's middle block has self-attention, which this model's last level and "
+                "middle lack; save it as diffusers"
+            )
         params["disable_self_attentions"] = list(module.disable_self_attentions)
     if module.vector_projection:
         params |= {"num_classes": "sequential", "adm_in_channels": widths[2]}

@@ -116,4 +116,6 @@ def load_statistics(path: str | Path) -> Gaussian:
     mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
     if covariance.shape != (mean.size, mean.size):
         raise ValueError(f"{path}: mu {mean.shape} does not fit sigma {covariance.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: mu or sigma has numbers that are not finite")
     return Gaussian(int(arrays.get("count", 0)), mean, covariance)

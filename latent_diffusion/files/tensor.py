@@ -23,10 +23,11 @@ DTYPES = {  # by the names of safetensors
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+MAX_RANK = 32  # dimensions of an array, of which numpy allows no more
 _SMALL = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
     """An array that isn't in memory yet.
 
@@ -48,15 +49,27 @@ class Tensor:
         """Number of bytes of the array."""
         return self.size * self.dtype.itemsize
 
-    def astype(self, dtype: Any) -> "Tensor":
-        """The same numbers in another dtype; integers and booleans stay as they are."""
+    def astype(self, dtype: Any, name: str = "a tensor") -> "Tensor":
+        """The same numbers in another dtype; integers and booleans stay as they are.
+
+        name: for the ValueError that reading raises where a number is beyond the range of dtype.
+        """
         wanted = np.dtype(dtype)
         if wanted == self.dtype or not is_float(self.dtype):
             return self
-        return Tensor(self.shape, wanted, lambda: self.read().astype(wanted))
+        return Tensor(self.shape, wanted, lambda: _cast(self.read(), wanted, name))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read(), dtype, copy=copy)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype.itemsize < array.dtype.itemsize and (np.isinf(result) & np.isfinite(array)).any():
+        largest = np.abs(array[np.isfinite(array)].astype(np.float64)).max()
+        raise ValueError(f"{name} has {largest:.6g}, which is beyond the range of {dtype}")
+    return result
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -13,19 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.files.tensor import DTYPES, Tensor, TensorFile, mapped
+from latent_diffusion.files.reading import MAX_TEXT, read_json, reading
+from latent_diffusion.files.tensor import DTYPES, MAX_RANK, Tensor, TensorFile, mapped
 from latent_diffusion.files.torch_zip import open_torch_zip
-
-MAX_HEADER = 100 << 20  # bytes; the limit of the format
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
     """Open a weight file of any kind. Raises ValueError with the reason for refusing it."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.name.endswith(".index.json"):
-        return _open_sharded(path)
+    with reading(path):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        return _open_sharded(path) if path.name.endswith(".index.json") else _open_one(path)
+
+
+def _open_one(path: Path) -> TensorFile:
     with path.open("rb") as file:
         start = file.read(9)
     if start[:4] == b"PK\x03\x04":
@@ -41,15 +43,14 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
 
 
 def _open_sharded(path: Path) -> TensorFile:
-    try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(shards.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not an index of shards ({error!r:.200})") from error
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{path}: shard {name!r} lies outside the folder")
-    opened = {name: open_tensors(path.with_name(name)).tensors for name in names}
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{path}: not an index of shards: weight_map has no names of files")
+    opened = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not path.with_name(name).is_file():
+            raise ValueError(f"{path}: shard {name!r} is missing, or lies outside the folder")
+        opened[name] = _open_one(path.with_name(name)).tensors
     missing = [t for t, name in shards.items() if t not in opened[name]]
     if missing:
         raise ValueError(f"{path}: {missing[0]!r} is not in its shard {shards[missing[0]]!r}")
@@ -60,19 +61,24 @@ def _open_safetensors(path: Path) -> TensorFile:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
+        if length > min(size - 8, MAX_TEXT):
             raise ValueError(
                 f"{path}: its header claims {length:,} bytes, more than there are or than the "
-                f"{MAX_HEADER:,} allowed (truncated?)"
+                f"{MAX_TEXT:,} allowed (truncated?)"
             )
         text = file.read(length)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = [(name, *_entry(path, name, spec)) for name, spec in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
+    except (
+        json.JSONDecodeError,
+        UnicodeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path}: damaged header ({error!r:.200})") from error
     expected = 0
     for name, _, _, start, stop in sorted(entries, key=lambda entry: entry[3:]):
@@ -99,8 +105,10 @@ def _entry(path: Path, name: str, spec: Any) -> tuple[np.dtype, tuple[int, ...],
             f"{path}: {name!r} has unknown dtype {spec['dtype']!r}; known: {', '.join(DTYPES)}"
         )
     dtype, shape, (start, stop) = DTYPES[spec["dtype"]], tuple(spec["shape"]), spec["data_offsets"]
-    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
-        raise ValueError(f"{path}: {name!r} has shape {shape} at {start}:{stop}")
+    if len(shape) > MAX_RANK or any(
+        type(n) is not int or not 0 <= n < 1 << 63 for n in (*shape, start, stop)
+    ):
+        raise ValueError(f"{path}: {name!r} has shape {shape!s:.200} at {start!s:.30}:{stop!s:.30}")
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(
             f"{path}: {name!r} has shape {shape} of {spec['dtype']} but {stop - start} bytes"

@@ -1,44 +1,27 @@
 """torch's zip files without torch: a pickle of structure, and one stored entry per storage.
 
-The restricted unpickler reads the pickle. It gets stand-ins for the few names that tensors need;
-they only describe where a tensor lies, and no other name can be reached.
+The interpreter of pickles gets stand-ins for the few names that tensors need; they only describe
+where a tensor lies, and no other name can be reached.
 """
 
 import math
 import pickle
-import pickletools
-import reprlib
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_diffusion.files.tensor import DTYPES, Tensor, TensorFile, mapped
-from latent_diffusion.files.unpickler import RestrictedUnpickler
+from latent_diffusion.files import pickles
+from latent_diffusion.files.pickles import Call, Name, short
+from latent_diffusion.files.reading import MAX_TEXT
+from latent_diffusion.files.tensor import DTYPES, MAX_RANK, Tensor, TensorFile, mapped
 
 _LOCAL_HEADER = 30  # bytes before an entry's name
-MAX_PICKLE = 64 << 20  # bytes; that of a model with 10⁴ tensors has about one million
-
-
-_short = reprlib.repr  # the full text of an object that a file made could fill the memory
-
-
-class _Name(NamedTuple):
-    """A global that a pickle may mention, and that does nothing: a dtype, a storage type …"""
-
-    name: str
-
-
-class _Call(NamedTuple):
-    """A function that a pickle may call, but not alter, since this is a tuple."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+MAX_PICKLE = 16 << 20  # bytes; that of a model with 10⁴ tensors has about one million
+_DIRECTORY_END, _DIRECTORY_END_64 = 22, 56 + 20  # bytes of the records after the list of entries
 
 
 class _Storage(NamedTuple):
@@ -60,12 +43,14 @@ def _tensor(
 ) -> Tensor:
     """A view of a storage. rest: gradient flags and hooks, which are ignored."""
     if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError(f"a tensor of {_short(storage)}, which is no storage")
+        raise pickle.UnpicklingError(f"a tensor of {short(storage)}, which is no storage")
     flat, shape, stride = storage.flat, tuple(shape), tuple(stride)
-    if len(shape) != len(stride) or any(
-        type(n) is not int or n < 0 for n in (offset, *shape, *stride)
+    if (
+        len(shape) != len(stride)
+        or len(shape) > MAX_RANK
+        or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride))
     ):
-        where = f"{_short(offset)} of shape {_short(shape)}, strides {_short(stride)}"
+        where = f"{short(offset)} of shape {short(shape)}, strides {short(stride)}"
         raise pickle.UnpicklingError(f"a tensor at {where}")
     size = math.prod(shape)
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -88,8 +73,13 @@ def _tensor(
 def _scalar(dtype: Any, data: Any) -> Any:
     """A numpy scalar, as Lightning's callbacks save them."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
-        raise pickle.UnpicklingError(f"a numpy scalar of {_short(dtype)}")
+        raise pickle.UnpicklingError(f"a numpy scalar of {short(dtype)}")
     return np.frombuffer(data, dtype)[0]
+
+
+def _dtype(name: str, *flags: Any) -> np.dtype:
+    """The type of a numpy scalar."""
+    return np.dtype(name) if name in ("f8", "f4", "f2", "i8", "i4", "b1", "u1") else np.dtype("V1")
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -98,18 +88,18 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 
 ALLOWED: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": _Call(_tensor),
-    "torch._utils._rebuild_tensor": _Call(_tensor),
-    "torch._utils._rebuild_parameter": _Call(lambda data, *rest: data),
-    "torch.Size": _Call(tuple),
-    "_codecs.encode": _Call(_encode),
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray.scalar": _Call(_scalar),
-    "numpy._core.multiarray.scalar": _Call(_scalar),
-    **{f"torch.{name}": _Name(name) for name in (*_STORAGES, *_TORCH_DTYPES)},
+    "collections.OrderedDict": Call(lambda: OrderedDict()),  # without arguments, which it copies
+    "torch._utils._rebuild_tensor_v2": Call(_tensor),
+    "torch._utils._rebuild_tensor": Call(_tensor),
+    "torch._utils._rebuild_parameter": Call(lambda data, *rest: data),
+    "torch.Size": Call(tuple),
+    "_codecs.encode": Call(_encode),
+    "numpy.dtype": Call(_dtype),
+    "numpy.core.multiarray.scalar": Call(_scalar),
+    "numpy._core.multiarray.scalar": Call(_scalar),
+    **{f"torch.{name}": Name(name) for name in (*_STORAGES, *_TORCH_DTYPES)},
     # A key in the dictionary of callbacks that Lightning saves; it is never built.
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Name("ModelCheckpoint"),
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": Name("ModelCheckpoint"),
 }
 
 
@@ -119,6 +109,7 @@ def open_torch_zip(path: Path) -> TensorFile:
     The tensors of a training checkpoint are those of its `state_dict`; plain data beside it becomes
     metadata.
     """
+    _check_directory(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = _check_entries(path, archive)
@@ -130,9 +121,8 @@ def open_torch_zip(path: Path) -> TensorFile:
                 raise ValueError(f"{path}: big-endian storages are not supported")
             if entries[f"{root}data.pkl"].file_size > MAX_PICKLE:
                 raise ValueError(f"{path}: its pickle exceeds {MAX_PICKLE:,} bytes")
-            _check_program(path, archive.read(f"{root}data.pkl"))
-            with archive.open(entries[f"{root}data.pkl"]) as file:
-                tree = _unpickle(path, file, root, entries)
+            program = archive.read(f"{root}data.pkl")
+        tree = _unpickle(path, program, root, entries)
     except Exception as error:  # a damaged zip file can fail in many ways
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
@@ -142,6 +132,21 @@ def open_torch_zip(path: Path) -> TensorFile:
 
 def _is_pickle(name: str) -> bool:
     return name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a list of entries that would fill the memory, before it is read."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - _DIRECTORY_END - _DIRECTORY_END_64))
+        tail = file.read()
+    at = len(tail) - _DIRECTORY_END
+    at = at if tail[at : at + 4] == b"PK\x05\x06" else tail.rfind(b"PK\x05\x06")
+    length = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if length == 0xFFFFFFFF:  # a larger number lies in a record before it
+        start = at - _DIRECTORY_END_64
+        length = int.from_bytes(tail[start + 40 : start + 48], "little")
+    if at >= 0 and length > MAX_TEXT:
+        raise ValueError(f"{path}: a list of entries of {length:,} bytes")
 
 
 def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -166,28 +171,14 @@ def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.Zi
     return entries
 
 
-def _check_program(path: Path, program: bytes) -> None:
-    """Refuse a pickle that would make the unpickler allocate more than the length of the file.
-
-    The unpickler's memo is as long as its largest index, which a pickle can set with four bytes.
-    """
-    try:
-        for opcode, argument, _ in pickletools.genops(program):
-            place = int(argument) if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0  # type: ignore
-            if place > len(program):
-                raise ValueError(f"memo index {place:,} in a pickle of {len(program):,} bytes")
-    except Exception as error:  # a damaged program can fail in many ways
-        raise ValueError(f"{path}: damaged pickle: {error or type(error).__name__}") from error
-
-
-def _unpickle(path: Path, file: Any, root: str, entries: Mapping[str, zipfile.ZipInfo]) -> Any:
+def _unpickle(path: Path, program: bytes, root: str, entries: Mapping[str, zipfile.ZipInfo]) -> Any:
     def storage(pid: Any) -> _Storage:
         """("storage", type, key, device, number of elements) -> the flat array in the file."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"refused to load external data {_short(pid)}")
+            raise pickle.UnpicklingError(f"refused to load external data {short(pid)}")
         kind, key, numel = pid[1], pid[2], pid[4]
-        if not isinstance(kind, _Name) or kind.name not in _STORAGES:
-            raise pickle.UnpicklingError(f"a storage of unknown type {_short(kind)}")
+        if not isinstance(kind, Name) or kind.name not in _STORAGES:
+            raise pickle.UnpicklingError(f"a storage of unknown type {short(kind)}")
         dtype = DTYPES[_STORAGES[kind.name]]
         info = entries.get(f"{root}data/{key}")
         if info is None:
@@ -199,11 +190,11 @@ def _unpickle(path: Path, file: Any, root: str, entries: Mapping[str, zipfile.Zi
         return _Storage(mapped(path, _data_offset(path, info), dtype, (numel,)))
 
     try:
-        return RestrictedUnpickler(file, ALLOWED, storage).load()
-    except zipfile.BadZipFile:
-        raise
+        return pickles.run(program, ALLOWED, storage)
     except Exception as error:  # a hostile pickle can raise any exception
         reason = str(error) or type(error).__name__
+        if not isinstance(error, pickle.UnpicklingError):
+            reason = f"damaged pickle: {reason}"
         raise ValueError(f"{path}: {reason[:1000]}") from error
 
 
@@ -227,6 +218,6 @@ def _as_file(path: Path, tree: Any) -> TensorFile:
         raise ValueError(f"{path}: its state_dict is a {type(inner).__name__}")
     tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors; keys: {_short(list(tree))}")
+        raise ValueError(f"{path}: holds no tensors; keys: {short(list(tree))}")
     plain = (bool, int, float, str)
     return TensorFile(tensors, {k: v for k, v in tree.items() if isinstance(v, plain)})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion import convert
+from latent_diffusion.files.reading import reading
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser, make_network, schedule_of
@@ -36,12 +37,14 @@ def load(
     text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
     looks for them beside the file. lora: files to merge, with their weights. Parameters become
     float32.
-    Raises ValueError or CheckpointError, in one line, where there is no model.
+    Raises a ValueError of one line that begins with the path where there is no model.
     """
     bundle = convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
     for file, weight in (lora or {}).items():
-        bundle = convert.with_lora(bundle, Path(file), weight)
-    return as_model(bundle)
+        with reading(file):
+            bundle = convert.with_lora(bundle, Path(file), weight)
+    with reading(path):
+        return as_model(bundle)
 
 
 def load_classifier(path: str | os.PathLike) -> NoisyClassifier:

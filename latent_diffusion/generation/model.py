@@ -31,15 +31,16 @@ class Model(flax.struct.PyTreeNode):
     """First stage and denoiser with their parameters: a pytree.
 
     A half is a model, too; calls that need the other half raise ValueError. `defaults`: sampling
-    options of `sample` where the caller gives none. image_size: the side of a trained image.
-    origin: facts of the loaded file that `save` writes again (see `convert.bundle`).
+    options of `sample` where the caller gives none. image_size: the side of a trained image, or its
+    height and width. origin: facts of the loaded file that `save` writes again (see
+    `convert.bundle`).
     """
 
     first_stage: FirstStage | None = None
     denoiser: Denoiser | None = None
     tokenizer: Tokenizer | None = flax.struct.field(pytree_node=False, default=None)
     defaults: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
-    image_size: int = flax.struct.field(pytree_node=False, default=256)
+    image_size: int | tuple[int, int] = flax.struct.field(pytree_node=False, default=256)
     origin: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
 
     def encode(
@@ -259,7 +260,8 @@ class Model(flax.struct.PyTreeNode):
         """The batch entries that the denoiser's conditioner reads, and the size of the picture."""
         conditioner = self._need("denoiser").conditioner
         implied = conditions.size_of(given, self._downsampling())
-        size = image_size or implied or (self.image_size, self.image_size)
+        own = self.image_size
+        size = image_size or implied or (own if isinstance(own, tuple) else (own, own))
         latent = self._latent_size(size)
         return conditions.batch_of(conditioner, self._tokens, given, size, latent), size
 

@@ -110,7 +110,7 @@ class Denoiser(flax.struct.PyTreeNode):
             return jax.vmap(lambda t: compute("of_timestep", t, conditioning), out_axes=1)(t)
 
         # Where no vector joins the timestep's embedding, its projections serve all examples.
-        alike = all(c.vector is None for c in conditionings)
+        alike = all(c.vector is None and c.guidance is None for c in conditionings)
         shared = of_timesteps(jax.tree.map(lambda x: x[:1], conditionings[0])) if alike else None
 
         def network(z_t: Array, now: Array, prepared: Prepared) -> Array:
@@ -157,6 +157,8 @@ class Denoiser(flax.struct.PyTreeNode):
         guide: wraps the denoiser, see `steering`. tile: (side, overlap) of the parts of the latent
         that the network sees, None for the whole.
         """
+        if getattr(self.network, "guidance_dim", None) is not None:
+            conditioning, options = _guidance_told(conditioning, options, negative, more)
         if options.guidance_scale is not None and not jax.tree.leaves(null):
             raise ValueError("guidance_scale needs a condition: this model has none, so it is 1")
         if options.perpendicular is None and negative is not None:
@@ -192,6 +194,28 @@ class Denoiser(flax.struct.PyTreeNode):
             denoise = guidance.inpaint(denoise, self.schedule, picture, mask, keys.hole)
         z = run(denoise, z, timesteps, self.schedule, keys.steps, **own)
         return z if mask is None else guidance.paste(z, picture, mask)
+
+
+def _guidance_told(
+    conditioning: Conditioning, options: SamplingOptions, negative: Any, more: Sequence[Any]
+) -> tuple[Conditioning, SamplingOptions]:
+    """The conditioning with the guidance scale, which such a network takes as an input.
+
+    Raises ValueError for options that need a second evaluation of the network.
+    """
+    names = ("guidance_interval", "guidance_rescale", "perpendicular")
+    chosen = [name for name in names if getattr(options, name) is not None]
+    chosen += ["cfg_pp"] if options.cfg_pp else []
+    chosen += ["negative_prompts"] if negative is not None else []
+    chosen += ["more_prompts"] if more else []
+    scale = jnp.asarray(1.0 if options.guidance_scale is None else options.guidance_scale)
+    chosen += ["a guidance_scale for each step"] if scale.ndim else []
+    if chosen:
+        raise ValueError(f"this network has its guidance in it, which rules out {chosen[0]}")
+    leaves = jax.tree.leaves(conditioning)
+    count = leaves[0].shape[0] if leaves else 1
+    told = dataclasses.replace(conditioning, guidance=jnp.broadcast_to(scale - 1, (count,)))
+    return told, dataclasses.replace(options, guidance_scale=None)
 
 
 def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Network:

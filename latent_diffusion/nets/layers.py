@@ -131,6 +131,17 @@ def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) 
     return value
 
 
+def guidance_embedding(w: Float[Array, " B"], dim: int) -> Float[Array, "B D"]:
+    """[sin(1000·w·ω_i), cos(1000·w·ω_i)] with ω_i = 10⁴^(−i/(half − 1)), half = dim // 2.
+
+    w: guidance scales minus one. Luo et al. 2023 (latent consistency models) embed them so.
+    """
+    half = dim // 2
+    cos_and_sin = timestep_embedding(1000 * w, 2 * half, shift=1)
+    embedding = jnp.roll(cos_and_sin, half, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
 def timestep_embedding(t: Num[Array, " B"], dim: int, shift: int = 0) -> Float[Array, "B D"]:
     """[cos(t·ω_i), sin(t·ω_i)], ω_i = 10000^(−i/(half − shift)), half = dim // 2, as in LDM.
 

@@ -17,6 +17,7 @@ from latent_diffusion.nets.layers import (
     Dense,
     GroupNorm,
     UpsampleConv,
+    guidance_embedding,
     precomputed,
     timestep_embedding,
 )
@@ -75,6 +76,8 @@ class UNet(nn.Module):
     transformer_depth: 0 means plain self-attention (no context), else blocks per transformer.
     disable_self_attentions: per level, replace self-attention by a second cross-attention.
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.
+    guidance_dim: width of the sinusoid of `conditioning.guidance`, which a map adds to that of the
+    timestep: guidance is distilled into the network (Luo et al. 2023), which isn't run twice.
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
     remat: a name of `nets.remat.REMAT`: the backward pass recomputes activations.
@@ -93,6 +96,7 @@ class UNet(nn.Module):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     vector_projection: bool = False
+    guidance_dim: int | None = None
     num_codes: int | None = None
     pool: str = ""
     dropout: float = 0.0
@@ -165,7 +169,7 @@ class UNet(nn.Module):
             raise ValueError(
                 f"unet: latent of {z_t.shape[1]}×{z_t.shape[2]} must be divisible by {factor}"
             )
-        emb = self._embedding(t, conditioning.vector)
+        emb = self._embedding(t, conditioning.vector, conditioning.guidance)
         context, concat = conditioning.context, conditioning.concat
         if concat is not None and concat.shape[1:3] != z_t.shape[1:3]:
             raise ValueError(
@@ -224,10 +228,20 @@ class UNet(nn.Module):
         return h.astype(jnp.float32)
 
     def _embedding(
-        self, t: Num[Array, " B"], vector: Float[Array, "B D"] | None
+        self,
+        t: Num[Array, " B"],
+        vector: Float[Array, "B D"] | None,
+        guidance: Float[Array, " B"] | None,
     ) -> Float[Array, "B E"]:
         width = 4 * self.model_channels
         emb = timestep_embedding(t, self.model_channels)
+        given = guidance is not None or self.is_initializing()
+        if self.guidance_dim is not None and given:
+            w = jnp.zeros(t.shape) if guidance is None else guidance
+            project = Dense(
+                self.model_channels, use_bias=False, dtype=self.dtype, name="time_embed_guidance"
+            )
+            emb = emb + project(guidance_embedding(w, self.guidance_dim))
         emb = Dense(width, dtype=self.dtype, name="time_embed_0")(emb)
         emb = Dense(width, dtype=self.dtype, name="time_embed_2")(nn.silu(emb))
         if vector is None:

@@ -18,6 +18,7 @@ from latent_diffusion.types import Array, Float, Int, lookup
 Timestep = Int[Array, "..."] | Float[Array, "..."] | int | float
 Timesteps = Int[Array, " S_and_end"] | Float[Array, " S_and_end"]  # [S+1]
 
+MAX_TIMESTEPS = 1_000_000
 CLEAN = -1  # the timestep of noise-free data: alpha 1, sigma 0
 
 
@@ -109,8 +110,10 @@ def make_schedule(
     no betas (Liu et al. 2022). betas: [T] values that replace the named curve.
     zero_terminal_snr: shift and stretch √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023, algorithm 1). This
     needs a network that predicts x0, v or flow, since eps determines no z_0 there.
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for no timesteps or more than a million.
     """
+    if not 1 <= num_timesteps <= MAX_TIMESTEPS:
+        raise ValueError(f"num_timesteps={num_timesteps}; expected 1 to {MAX_TIMESTEPS:,}")
     if betas is None and name == "rectified_flow":
         sigmas = np.arange(1, num_timesteps + 1) / num_timesteps
         return _tabulate(1 - sigmas, sigmas)

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
 
 CONFIG = "config.json"
@@ -81,12 +82,10 @@ def load_run(workdir: Path) -> ConfigDict | None:
 
 def load_config(workdir: Path) -> ConfigDict:
     """Read a workdir's experiment; ValueError where it isn't a workdir."""
-    try:
-        return ConfigDict(json.loads((workdir / CONFIG).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{workdir} is not a workdir: it has no readable {CONFIG}") from error
-    except ValueError as error:
-        raise ValueError(f"{workdir / CONFIG} is damaged: {error}") from error
+    if not (workdir / CONFIG).exists():
+        raise ValueError(f"{workdir} is not a workdir: it has no readable {CONFIG}")
+    with reading(workdir / CONFIG):
+        return ConfigDict(read_json(workdir / CONFIG))
 
 
 def load_entry(workdir: Path, entry: str) -> Any:

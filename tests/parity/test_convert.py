@@ -18,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import latent_diffusion as ldm
 
+lcm = diffusers.LatentConsistencyModelPipeline
 diffusers.utils.logging.set_verbosity_error()
 WIDTHS = (32, 64)
 KL = dict(
@@ -62,6 +63,9 @@ PLAIN = dict(
 UPSCALER = dict(in_channels=7, num_class_embeds=9, use_linear_projection=True)
 COMPONENTS = {
     "kl": lambda: diffusers.AutoencoderKL(**KL),
+    "kl-bare": lambda: diffusers.AutoencoderKL(
+        **KL, use_quant_conv=False, use_post_quant_conv=False
+    ),
     "vq": lambda: diffusers.VQModel(**VQ),
     "unet": lambda: diffusers.UNet2DConditionModel(**UNET),
     "unet-linear": lambda: diffusers.UNet2DConditionModel(
@@ -70,6 +74,7 @@ COMPONENTS = {
     "unet-crossed": lambda: diffusers.UNet2DConditionModel(
         **{**UNET, "only_cross_attention": (True, False)}
     ),
+    "unet-lcm": lambda: diffusers.UNet2DConditionModel(**UNET, time_cond_proj_dim=12),
     "unet-inpainting": lambda: diffusers.UNet2DConditionModel(**{**UNET, "in_channels": 9}),
     "unet-classes": lambda: diffusers.UNet2DConditionModel(**UNET, num_class_embeds=5),
     "unet-upscaler": lambda: diffusers.UNet2DConditionModel(
@@ -147,6 +152,10 @@ def check_unet(model, theirs):
         batch = {"class_label": numbers, "noise_level": numbers, "low_res": concat}
         told["vector"] = model.denoiser.condition(batch, jnp.zeros(2, bool)).vector
         kwargs["class_labels"] = torch.from_numpy(np.array(numbers)).long()
+    if config.get("time_cond_proj_dim"):
+        w = torch.tensor([0.5, 7.0])
+        told["guidance"] = jnp.asarray(w.numpy())
+        kwargs["timestep_cond"] = lcm.get_guidance_scale_embedding(None, w, 12)
     if config.get("class_embed_type"):
         told["vector"] = draw(2, 2, config.projection_class_embeddings_input_dim)
         kwargs["class_labels"] = torch.from_numpy(np.array(told["vector"]))
@@ -161,10 +170,10 @@ def test_components(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model = ldm.load(tmp_path / "theirs")
     with torch.no_grad():
-        if name in ("kl", "vq"):
+        if name in ("kl", "kl-bare", "vq"):
             image = jnp.clip(draw(0, 2, 16, 16, 3), -1, 1)
             scale = theirs.config.scaling_factor
-            if name == "kl":
+            if name != "vq":
                 z = theirs.encode(to_torch(image)).latent_dist.mode()
             else:
                 z = theirs.encode(to_torch(image)).latents

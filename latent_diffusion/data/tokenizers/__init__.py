@@ -11,6 +11,7 @@ from typing import Any
 from latent_diffusion.data.tokenizers.bert import BertTokenizer
 from latent_diffusion.data.tokenizers.clip import ClipTokenizer
 from latent_diffusion.data.tokenizers.word import WordTokenizer, words
+from latent_diffusion.files.reading import read_text
 from latent_diffusion.types import lookup
 
 __all__ = [
@@ -34,7 +35,7 @@ TOKENIZERS: dict[str, Any] = {
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a saved tokenizer of any kind; ValueError names a file that holds none."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_text(Path(path)))
         kind = data["kind"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+from latent_diffusion.files.reading import read_json, read_text
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL = (PAD, UNK, CLS, SEP, "[MASK]")
@@ -82,7 +83,7 @@ class BertTokenizer:
         try:
             settings = path / "tokenizer_config.json"
             if settings.is_file():
-                content = json.loads(settings.read_text(encoding="utf-8"))
+                content = read_json(settings)
                 if not content.get("do_lower_case", True):
                     raise ValueError("it is cased; only uncased ones are supported")
             return cls(_read_vocabulary(path), max_length)
@@ -153,7 +154,7 @@ def _read_vocabulary(path: Path) -> list[str]:
     """One token a line, or the ids of a tokenizer.json."""
     if path.is_dir():
         path = path / ("vocab.txt" if (path / "vocab.txt").is_file() else "tokenizer.json")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix != ".json":
         return text.removesuffix("\n").split("\n")
     ids = json.loads(text)["model"]["vocab"]

@@ -6,9 +6,7 @@ were learned. The vocabulary comes from files: those of a `tokenizer` folder of 
 (bpe_simple_vocab_16e6.txt.gz).
 """
 
-import gzip
 import itertools
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+from latent_diffusion.files.reading import read_gzip, read_json, read_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # marks the last piece of a word
@@ -203,16 +202,16 @@ def _as_text(symbols: Sequence[str]) -> str:
 def _read_files(path: Path) -> tuple[list[str], list[str]]:
     """Vocabulary and merges."""
     if path.name.endswith(".gz"):
-        return _from_merges(gzip.decompress(path.read_bytes()).decode().split("\n"))
+        return _from_merges(read_gzip(path).split("\n"))
     single = path if path.is_file() else path / "tokenizer.json"
     if path.is_file() or not (path / "vocab.json").is_file():
-        data = json.loads(single.read_text(encoding="utf-8"))
+        data = read_json(single)
         ids = dict(data["model"]["vocab"])
         ids |= {token["content"]: token["id"] for token in data.get("added_tokens", ())}
         merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
         return _by_id(ids), merges
-    ids = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    ids = read_json(path / "vocab.json")
+    lines = read_text(path / "merges.txt").split("\n")
     return _by_id(ids), [line for line in lines if line and not line.startswith("#version")]
 
 
@@ -234,7 +233,7 @@ def _by_id(ids: dict[str, int]) -> list[str]:
 def _read_settings(path: Path) -> tuple[int, str, list[str]]:
     """max_length, pad and any_case by the files beside the vocabulary, or 77, the end, none."""
     config, special = (
-        json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+        read_json(path / name) if (path / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
     length = min(
@@ -243,7 +242,7 @@ def _read_settings(path: Path) -> tuple[int, str, list[str]]:
     tokens = [*config.get("added_tokens_decoder", {}).values()]
     single = path if path.suffix == ".json" else path / "tokenizer.json"
     if not tokens and single.is_file():
-        tokens = json.loads(single.read_text(encoding="utf-8")).get("added_tokens", [])
+        tokens = read_json(single).get("added_tokens", [])
     roles = {**config, **special}  # the last file wins
     pad = roles.get("pad_token") or EOS
     tokens = tokens or [roles[f"{role}_token"] for role in _ROLES if roles.get(f"{role}_token")]

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RuntimeError, ValueError):
     """A checkpoint can't be written or read; the message is one line."""
 
 

@@ -1,0 +1,91 @@
+"""The boundary around files of others: whatever is wrong with one is an error of one line.
+
+A file can be damaged in as many ways as the code that reads it can fail, and a hostile one can ask
+for more memory than there is. So a size is checked before a file is read, and any exception becomes
+a ValueError that begins with the path.
+"""
+
+import gzip
+import io
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+# Bytes of a file of settings, a vocabulary or a header. JSON takes up to 24 times its length.
+MAX_TEXT = 8 << 20
+_LONGEST = 2000  # characters of a message
+
+
+class reading:
+    """Turn any error within into a ValueError of one line that begins with `path`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = str(path)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            raise ValueError(_message(self._path, error)) from error
+
+
+def _message(path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        text = error.strerror or text
+    elif not isinstance(error, ValueError | ModuleNotFoundError | RuntimeError) or not text:
+        text = f"damaged, or no file of this kind: {type(error).__name__} {text}".rstrip()
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+    return text if text.startswith(path) else f"{path}: {text}"
+
+
+def read_bytes(path: Path, most: int = MAX_TEXT) -> bytes:
+    """Read a small file; ValueError for one that is larger, or no file (a pipe, a device …)."""
+    with reading(path):
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("no regular file")
+            if status.st_size > most:
+                raise ValueError(
+                    f"{status.st_size:,} bytes; files of its kind have {most:,} at most"
+                )
+            data: bytes = file.read(most + 1)
+        return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file at once, even a pipe into which nobody writes."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_text(path: Path) -> str:
+    """Read a small text in UTF-8; see `read_bytes`."""
+    with reading(path):
+        return read_bytes(path).decode("utf-8")
+
+
+def read_gzip(path: Path) -> str:
+    """Read a small compressed text; ValueError where it would become too large."""
+    with reading(path):
+        with gzip.open(io.BytesIO(read_bytes(path))) as file:
+            data = file.read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise ValueError(f"more than {MAX_TEXT:,} bytes when it is unpacked")
+        return data.decode("utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ValueError names the file where it can't be read or isn't an object."""
+    with reading(path):
+        content = json.loads(read_text(path), parse_constant=_no_number)
+        if not isinstance(content, dict):
+            raise ValueError(f"not a JSON object, but {type(content).__name__}")
+        return content
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")

@@ -1,0 +1,152 @@
+"""Every setting of diffusers' and transformers' classes is used, harmless, or refused by its name.
+
+The classes are the installed ones, so that a setting of a later version shows up here.
+"""
+
+import inspect
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
+
+from latent_diffusion.convert import bert, clip_image, clip_text, components, text
+
+TWO = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, sample_size=8)
+CROSSED = dict(
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=24,
+    attention_head_dim=4,
+)
+ENDS = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+# Bases from which one setting is changed: some settings matter only beside others.
+CLASSES = {
+    "UNet2DConditionModel": [
+        {**TWO, **CROSSED},
+        {**TWO, **CROSSED, "class_embed_type": "projection",
+         "projection_class_embeddings_input_dim": 6},
+    ],
+    "UNet2DModel": [
+        {**TWO, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 16},
+        {**TWO, "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+         "up_block_types": ("UpBlock2D", "AttnUpBlock2D"), "attention_head_dim": 16},
+    ],
+    "AutoencoderKL": [{**TWO, **ENDS}],
+    "VQModel": [{**TWO, **ENDS}],
+}  # fmt: skip
+MEANINGS = {
+    **dict.fromkeys(("UNet2DConditionModel", "UNet2DModel"), components.MEANINGS["unet"]),
+    **dict.fromkeys(("AutoencoderKL", "VQModel"), components.MEANINGS["autoencoder"]),
+}
+# Those that change no output; `test_harmless_settings_of_diffusers` asks diffusers.
+HARMLESS = {
+    "UNet2DConditionModel": {"upcast_attention", "addition_embed_type_num_heads"},
+    "UNet2DModel": {"num_train_timesteps"},
+    "AutoencoderKL": {"force_upcast", "sample_size"},
+    "VQModel": {"force_upcast", "sample_size"},
+}
+ENCODERS = {
+    "CLIPTextConfig": (transformers.CLIPTextConfig, clip_text),
+    "CLIPVisionConfig": (transformers.CLIPVisionConfig, clip_image),
+    "BertConfig": (transformers.BertConfig, bert),
+    "LDMBertConfig": (LDMBertConfig, text),
+}
+
+
+def others(value):
+    """Some values of another meaning."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value or 1, value + 1]
+    if isinstance(value, float):
+        return [value + 0.5]
+    if isinstance(value, str):
+        return ["other"]
+    if isinstance(value, tuple | list):
+        return [value[::-1], value[:-1], ("Other", *value[1:])]
+    return [7, "other", True]
+
+
+def outcome(meaning, base, setting, value):
+    """How a setting is taken: "refused" (by its name), "used" or "silent"."""
+    try:
+        return "silent" if meaning({**base, setting: value}) == meaning(base) else "used"
+    except ValueError as error:
+        assert setting in str(error), (setting, str(error))
+        return "refused"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_settings_of_diffusers(name):
+    meaning, silent = MEANINGS[name], set()
+    settings = inspect.signature(getattr(diffusers, name).__init__).parameters
+    assert len(settings) > 15
+    for setting, parameter in settings.items():
+        if setting in ("self", "args", "kwargs"):
+            continue
+        taken = set()
+        for base in CLASSES[name]:
+            base = {"_class_name": name, **base}
+            value = base.get(setting, parameter.default)
+            taken |= {outcome(meaning, base, setting, other) for other in others(value)}
+        if not taken & {"used", "refused"}:
+            silent.add(setting)
+    assert silent == HARMLESS[name]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_settings_that_diffusers_leaves_out_have_its_defaults(name):
+    """A config.json that says nothing is one that says every default."""
+    settings = inspect.signature(getattr(diffusers, name).__init__).parameters.items()
+    said = {k: p.default for k, p in settings if k not in ("self", "args", "kwargs")}
+    if name == "VQModel":  # the released models leave it out, and mean 1
+        said["scaling_factor"] = 1.0
+    del said["sample_size"]
+    config = {"_class_name": name}
+    assert MEANINGS[name](config) == MEANINGS[name]({**config, **said})
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_settings_of_text_and_image_encoders(name):
+    make, module = ENCODERS[name]
+    base = {k: v for k, v in make().to_dict().items() if not isinstance(v, dict)}
+    base["architectures"] = ["X"]
+    meaning = module.fields_from_config
+    assert meaning(base) == meaning({})  # the defaults are theirs
+    silent = {
+        setting
+        for setting, value in base.items()
+        if {outcome(meaning, base, setting, other) for other in others(value)} == {"silent"}
+    }
+    used = ("size", "hidden_act", "_layers", "heads", "head_dim", "layer_norm_eps", "d_model")
+    assert not [s for s in silent if any(word in s for word in used)], silent
+    with pytest.raises(ValueError, match="no_such_setting"):
+        meaning({**base, "no_such_setting": 1})
+
+
+def output(name, settings):
+    torch.manual_seed(0)
+    module = getattr(diffusers, name)(**settings).eval()
+    x = torch.randn(1, 3 if name != "UNet2DConditionModel" else 4, 16, 16)
+    with torch.no_grad():
+        if name == "UNet2DConditionModel":
+            return module(x, 3, torch.ones(1, 2, 24)).sample
+        return (module(x, 3) if name == "UNet2DModel" else module(x)).sample
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, s) for name, settings in HARMLESS.items() for s in sorted(settings)],
+)
+def test_harmless_settings_of_diffusers(name, setting):
+    default = inspect.signature(getattr(diffusers, name).__init__).parameters[setting].default
+    base = CLASSES[name][0]
+    changed = {**base, setting: others(base.get(setting, default))[0]}
+    torch.testing.assert_close(output(name, changed), output(name, base), rtol=0, atol=0)

@@ -1,0 +1,229 @@
+"""Models that other libraries load in less common forms, and what a file may not be made of."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_convert_round_trips as models
+import yaml
+from safetensors.numpy import load_file, save_file
+
+import latent_diffusion as ldm
+from latent_diffusion import convert
+from latent_diffusion.convert import autoencoder, unet
+from latent_diffusion.convert.describe import describe
+from latent_diffusion.nets.layers import guidance_embedding
+from latent_diffusion.process.plan import plan
+from latent_diffusion.rng import example_keys, sampling_keys
+
+RNG = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A Stable Diffusion with holes, in diffusers' folders."""
+    path = tmp_path_factory.mktemp("pipeline") / "model"
+    convert.write(models.make_bundle("clip"), path, "diffusers")
+    return path
+
+
+def config_of(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def changed(path, **settings):
+    (path / "config.json").write_text(json.dumps({**config_of(path), **settings}))
+
+
+def copied(source, target):
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_model_is_saved_as_it_is_now(pipeline, tmp_path):
+    """Facts of the file that was read don't win over the model."""
+    path = copied(pipeline, tmp_path / "read")
+    changed(path / "vae", act_fn="swish", sample_size=99)
+    model = ldm.load(path)
+    first_stage = model.first_stage.replace(scale_factor=jnp.float32(0.5))
+    denoiser = model.denoiser.replace(prediction="v")
+    model.replace(first_stage=first_stage, denoiser=denoiser).save(tmp_path / "b", "diffusers")
+    vae, scheduler = config_of(tmp_path / "b" / "vae"), tmp_path / "b" / "scheduler"
+    assert vae["scaling_factor"] == 0.5 and vae["sample_size"] == 16
+    said = json.loads((scheduler / "scheduler_config.json").read_text())
+    assert said["prediction_type"] == "v_prediction"
+    again = ldm.load(tmp_path / "b")
+    assert again.first_stage.scale_factor == 0.5 and again.denoiser.prediction == "v"
+    model.save(tmp_path / "c", "diffusers")  # unchanged: in the words of the file
+    assert config_of(tmp_path / "c" / "vae") == config_of(path / "vae")
+
+
+def test_float16_overflow_is_refused_with_the_name_of_the_array(tmp_path):
+    bundle = models.make_bundle("text")
+    params = dict(bundle.unet.params)
+    kernel = np.full(params["out_2/kernel"].shape, 7e4, np.float32)
+    params["out_2/kernel"] = convert.as_part({}, {"k": kernel}).params["k"]
+    bundle = replace(bundle, unet=replace(bundle.unet, params=params))
+    with pytest.raises(ValueError, match="unet/out_2/kernel has 70000, which is beyond the range"):
+        convert.write(bundle, tmp_path / "a.safetensors", "compvis", "float16")
+    assert not (tmp_path / "a.safetensors").exists()
+    convert.write(bundle, tmp_path / "b.safetensors", "compvis", "bfloat16")
+
+
+def test_heads_that_a_format_cannot_say_are_refused(tmp_path):
+    bundle = models.make_bundle("clip")
+    text = bundle.conditioners["clip_text"]
+    other = replace(text, fields={**text.fields, "num_heads": 2})
+    bundle = bundle.with_part("clip_text", other)
+    with pytest.raises(ValueError, match="heads of 64 channels, this model 2 in 64 channels"):
+        convert.write(bundle, tmp_path / "a.safetensors", "compvis")
+
+
+def test_sizes_that_are_not_square(pipeline, tmp_path):
+    path = copied(pipeline, tmp_path / "read")
+    changed(path / "unet", sample_size=[8, 12])
+    model = ldm.load(path)
+    assert model.image_size == (16, 24)
+    model.save(tmp_path / "orbax")
+    assert ldm.load(tmp_path / "orbax").image_size == (16, 24)
+    model.save(tmp_path / "diffusers", "diffusers")
+    assert config_of(tmp_path / "diffusers" / "unet")["sample_size"] == [8, 12]
+    with pytest.raises(ValueError, match="square pictures"):
+        model.save(tmp_path / "a.safetensors", "compvis")
+    assert "8 × 12 × 4" in describe(convert.read(path))
+
+
+def test_a_part_without_the_variant_gives_its_usual_weights(pipeline, tmp_path, caplog):
+    path = copied(pipeline, tmp_path / "read")
+    (weights,) = (path / "unet").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    bundle = convert.read(path, variant="fp16")
+    assert bundle.unet is not None and bundle.autoencoder is not None
+    assert "vae: no weights of variant fp16; the usual ones are read" in caplog.text
+    with pytest.raises(ValueError, match="none of its folders holds weights of variant 'non_ema'"):
+        convert.read(path, variant="non_ema")
+
+
+def test_a_text_encoder_with_projection(pipeline, tmp_path):
+    path = copied(pipeline / "text_encoder", tmp_path / "read")
+    changed(path, architectures=["CLIPTextModelWithProjection"], projection_dim=7)
+    (file,) = path.glob("*.safetensors")
+    tensors = {**load_file(file), "text_projection.weight": models.random((7, models.WIDTH))}
+    save_file(tensors, file)
+    convert.write(convert.read(path), tmp_path / "written", "diffusers")
+    models.equal(load_file(tmp_path / "written" / file.name), tensors)
+    assert config_of(tmp_path / "written") == {**config_of(path)}
+
+
+GUMBEL = {**models.AUTOENCODER, "regularization": "gumbel", "num_codes": 6}
+
+
+def test_gumbel_files_of_taming(tmp_path):
+    part = models.part(GUMBEL, autoencoder.shapes(GUMBEL))
+    path = tmp_path / "vqgan.safetensors"
+    convert.write(convert.Bundle(autoencoder=part), path, "compvis")
+    tensors = load_file(path)
+    assert tensors["quantize.proj.weight"].shape == (6, 4, 1, 1)
+    assert tensors["quantize.embed.weight"].shape == (6, 4)
+    target = yaml.safe_load(path.with_suffix(".yaml").read_text())["model"]["target"]
+    assert target == "taming.models.vqgan.GumbelVQ"
+    for config in (True, False):  # with its yaml, and by the shapes alone
+        if not config:
+            path.with_suffix(".yaml").unlink()
+        read = convert.read(path).autoencoder
+        assert read.fields["regularization"] == "gumbel" and read.fields["num_codes"] == 6
+        for name, tensor in part.params.items():
+            np.testing.assert_array_equal(read.params[name].read(), tensor.read())
+
+
+def test_files_of_models_that_predict_codes(tmp_path):
+    """The original's file keeps the output that its class has, but doesn't use."""
+    bundle = models.make_bundle("text")
+    fields = {**models.UNET, "num_codes": 5}
+    part = models.part(fields, unet.shapes(fields, 4, models.WIDTH, None))
+    path = tmp_path / "model.safetensors"
+    convert.write(replace(bundle, unet=part), path, "compvis")
+    unused = {
+        f"model.diffusion_model.out.{name}": models.random(shape)
+        for name, shape in (("0.weight", 32), ("0.bias", 32), ("2.weight", (4, 32, 3, 3)),
+                            ("2.bias", 4))
+    }  # fmt: skip
+    theirs = {**load_file(path), **unused}
+    save_file(theirs, path)
+    read = convert.read(path)
+    assert read.unet.fields["num_codes"] == 5
+    convert.write(read, tmp_path / "again.safetensors", "compvis")
+    models.equal(load_file(tmp_path / "again.safetensors"), theirs)
+
+
+def test_files_say_what_was_assumed(tmp_path, caplog):
+    part = models.make_bundle("text").autoencoder
+    convert.write(convert.Bundle(autoencoder=part), tmp_path / "vae.safetensors", "compvis")
+    convert.read(tmp_path / "vae.safetensors")
+    assert "the scale of its latents, which is taken as 1" in caplog.text
+
+
+def test_convolutions_beside_the_latent_may_be_absent(pipeline, tmp_path):
+    path = copied(pipeline / "vae", tmp_path / "read")
+    changed(path, use_quant_conv=False, use_post_quant_conv=False)
+    (file,) = path.glob("*.safetensors")
+    tensors = {n: t for n, t in load_file(file).items() if "quant_conv" not in n}
+    save_file(tensors, file)
+    model = ldm.load(path)
+    kernel = model.first_stage.params["quant_conv"]["kernel"]
+    np.testing.assert_array_equal(kernel[0, 0], np.eye(8))
+    model.save(tmp_path / "again", "diffusers")
+    models.equal(load_file(tmp_path / "again" / file.name), tensors)
+    assert config_of(tmp_path / "again") == config_of(path)
+    params = jax.tree.map(lambda x: 2 * x, model.first_stage.params)
+    changed_model = model.replace(first_stage=model.first_stage.replace(params=params))
+    changed_model.save(tmp_path / "other", "diffusers")
+    assert config_of(tmp_path / "other")["use_quant_conv"]
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    """A model whose guidance is an input, as latent consistency models have it."""
+    bundle = models.make_bundle("clip")
+    fields = {**models.UNET, "guidance_dim": 6}
+    part = models.part(fields, unet.shapes(fields, 4, models.WIDTH, None))
+    conditioners = {"clip_text": bundle.conditioners["clip_text"]}
+    return replace(bundle, unet=part, conditioners=conditioners)
+
+
+def test_guidance_may_be_an_input_of_the_network(distilled, tmp_path):
+    convert.write(distilled, tmp_path / "a", "diffusers")
+    assert config_of(tmp_path / "a" / "unet")["time_cond_proj_dim"] == 6
+    index = json.loads((tmp_path / "a" / "model_index.json").read_text())
+    assert index["_class_name"] == "LatentConsistencyModelPipeline"
+    model = ldm.load(tmp_path / "a")
+    z, t = jax.random.normal(RNG, (2, 8, 8, 4)), jnp.array([3, 700])
+    context = jnp.ones((2, 5, models.WIDTH))
+    scales = [model.denoise(z, t, ldm.Conditioning(context=context, guidance=jnp.full(2, w)))
+              for w in (0.0, 6.5)]  # fmt: skip
+    assert np.abs(scales[0] - scales[1]).max() > 1e-3
+    null = ldm.Conditioning(context=jnp.full((1, 5, models.WIDTH), jnp.nan))  # nothing reads it
+    keys, told = sampling_keys(example_keys(RNG, 1)), ldm.Conditioning(context=context[:1])
+
+    def sample(**options):
+        planned = plan(model.denoiser.schedule, "eps", {}, {"num_steps": 2, **options})
+        return np.asarray(
+            model.denoiser.sample(keys, told, null, planned[0], (8, 8, 4), planned[1])
+        )
+
+    images = [sample(guidance_scale=scale) for scale in (1.0, 7.5)]
+    assert np.isfinite(images).all() and np.abs(images[0] - images[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="rules out guidance_rescale"):
+        sample(guidance_scale=2.0, guidance_rescale=0.5)
+    with pytest.raises(ValueError, match="the original has no U-Net with guidance_dim"):
+        model.save(tmp_path / "a.safetensors", "compvis")
+
+
+def test_the_embedding_of_guidance_by_hand():
+    got = guidance_embedding(jnp.array([0.001]), 4)
+    want = [np.sin(1.0), np.sin(1e-4), np.cos(1.0), np.cos(1e-4)]
+    np.testing.assert_allclose(got[0], want, rtol=1e-5)
