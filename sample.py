@@ -16,6 +16,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
+ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
 OUT = flags.DEFINE_string("out", None, "Where the images go.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
@@ -43,7 +44,7 @@ connect = shared_flags.cluster()
 
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.generation.sampling`."""
-    from latent_diffusion.convert.lora import read_weights
+    from latent_diffusion.convert.adapters import read_weights
     from latent_diffusion.generation import sampling
     from latent_diffusion.runtime import processes
     from latent_diffusion.runtime.startup import quiet_and_cached
@@ -79,7 +80,8 @@ def main(argv: list[str]) -> None:
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
             tokenizer=TOKENIZER.value,
-            lora=read_weights(LORA.value),
+            lora=dict(read_weights(LORA.value)),
+            adapters=read_weights(ADAPTER.value, "adapter"),
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

@@ -72,7 +72,9 @@ def get_config() -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = 0  # > 0: train only a low-rank adaptation of the parameters at init_from
     c.lora.alpha = 1.0  # alpha/rank times the product of the factors is added to a kernel
-    # The adapted kernels: the U-Net's attention; of CLIP, "self_attn/(qkv|out)"
+    c.lora.kind = "lora"  # | "dora": the norm of each output's weights is trained, too
+    # Regexes over the paths of kernels, linear and convolutional: the U-Net's attention; with its
+    # convolutions, "unet/"; of CLIP, "self_attn/(qkv|out)"
     c.lora.targets = (r"unet/.*attn\d/to_",)
 
     c.parallel = ConfigDict()

@@ -104,7 +104,13 @@ def test_a_single_file_is_sampled_with_its_tokenizer_and_an_adaptation(tmp_path)
     convert.write(replace(bundle, lora={"unet": {kernel: factors}}), style, "kohya")
 
     flags = ("--prompts=a red cat", "--num_images=2", "--num_steps=2", f"--out={tmp_path}")
-    _run("sample.py", f"--model={model}", f"--tokenizer={vocabulary}", f"--lora={style}:50", *flags)
+    _run(
+        "sample.py",
+        f"--model={model}",
+        f"--tokenizer={vocabulary}",
+        f"--adapter={style}:50",
+        *flags,
+    )
     got = np.load(tmp_path / "samples.npz")["arr_0"].astype(int)
     plain, adapted = (
         metrics.to_uint8(

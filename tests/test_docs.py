@@ -24,7 +24,16 @@ STARTS = {"docs/coverage.md": ("latent_diffusion", "tests", ""), "docs/tasks.md"
 # Files and folders of workdirs, of users and of other formats; `unet/` begins a parameter's path.
 OUTSIDE = {"config.json", "metrics.json", "results.json", "model_index.json", "vocab.json"}
 OUTSIDE |= {"tokenizer.json", "tokenizer/", "checkpoints/", "images/", "tensorboard/"}
-OUTSIDE |= {"best.json", "best/", "evaluations/", "train/", "test/", "val/", "unet/"}
+OUTSIDE |= {
+    "adapter_config.json",
+    "best.json",
+    "best/",
+    "evaluations/",
+    "train/",
+    "test/",
+    "val/",
+    "unet/",
+}
 
 
 def code_of(text: str) -> str:

@@ -73,6 +73,7 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "seed": (9, "seed", 9),
         "tokenizer": ("words", "tokenizer", "words"),
         "lora": ("style:0.5", "lora", {"style": 0.5}),
+        "adapter": ("style:0.5", "adapters", [["style", 0.5]]),
         "batch_size": (7, "batch_size", 7),
         "sampler": ("euler", "sampler", "euler"),
         "num_steps": (5, "num_steps", 5),

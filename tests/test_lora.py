@@ -1,5 +1,6 @@
 """Low-rank adaptation: its formula, its training, and the files in which others keep it."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -7,22 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tiny import make_batch, make_config
 
 from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, unet
-from latent_diffusion.convert.lora import (
-    read_lora,
-    read_weights,
-    write_diffusers_lora,
-    write_kohya_lora,
-)
+from latent_diffusion.convert.adapters import read_adapter, read_weights, write_kohya_lora
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks.denoising import State
+from latent_diffusion.training import init_from
 from latent_diffusion.training.batch_spec import batch_spec
 
 CLIP = dict(vocab_size=9, max_length=5, width=16, depth=1, num_heads=2)
@@ -37,6 +35,7 @@ def random_tree(shapes, seed):
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
+@functools.cache
 def make_bundle():
     return convert.Bundle(
         unet=convert.as_part(UNET, random_tree(unet.shapes(UNET, 3, 16, None), 0)),
@@ -47,7 +46,7 @@ def make_bundle():
 def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
     rng = np.random.default_rng(0)
     params = {name: {"kernel": rng.normal(size=(4, 6)).astype(np.float32)} for name in "ab"}
-    config = {"rank": 2, "targets": ("^a/",)}
+    config = {"rank": 2, "targets": ("^a/",), "kind": "lora"}
     factors = low_rank.init(jax.random.key(0), params, config)
     assert flatten_dict(factors, sep="/").keys() == {"a/kernel/down", "a/kernel/up"}
     jax.tree.map(np.testing.assert_array_equal, low_rank.merge(params, factors, 8.0), params)
@@ -57,10 +56,33 @@ def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
     np.testing.assert_allclose(merged["a"]["kernel"], want, rtol=1e-5)
     np.testing.assert_array_equal(merged["b"]["kernel"], params["b"]["kernel"])
     with pytest.raises(ValueError, match="match no kernel"):
-        low_rank.init(jax.random.key(0), params, {"rank": 2, "targets": ("c",)})
-    params["a"]["kernel"] = np.zeros((3, 3, 4, 6))
-    with pytest.raises(ValueError, match=r"a/kernel, of shape \(3, 3, 4, 6\): no matrix"):
-        low_rank.init(jax.random.key(0), params, config)
+        low_rank.init(jax.random.key(0), params, {**config, "targets": ("c",)})
+    with pytest.raises(ValueError, match=r"lora\.kind='loha'; known: lora, dora"):
+        low_rank.init(jax.random.key(0), params, {**config, "kind": "loha"})
+
+
+def test_factors_of_a_convolution_are_a_convolution_and_a_map_and_dora_keeps_the_norms():
+    rng = np.random.default_rng(0)
+    kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((3, 3, 4, 6), (1, 5, 5, 4)))
+    config = {"rank": 2, "targets": ("",), "kind": "dora"}
+    factors = low_rank.init(jax.random.key(0), {"kernel": kernel}, config)["kernel"]
+    np.testing.assert_allclose(low_rank.adapted(kernel, factors, 1.0), kernel, rtol=1e-6)
+    factors["up"] = rng.normal(size=factors["up"].shape).astype(np.float32)
+    magnitude = factors.pop("magnitude")
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    summed = low_rank.adapted(kernel, factors, 3.0)
+    chain = conv(conv(x, factors["down"]), factors["up"])
+    np.testing.assert_allclose(conv(x, summed), conv(x, kernel) + 1.5 * chain, rtol=1e-4, atol=1e-4)
+    rescaled = low_rank.adapted(kernel, {**factors, "magnitude": magnitude}, 3.0)
+    norm = np.sqrt((np.asarray(rescaled) ** 2).sum((0, 1, 2)))
+    np.testing.assert_allclose(norm, np.sqrt((kernel**2).sum((0, 1, 2))), rtol=1e-5)
+    direction = summed / np.sqrt((summed**2).sum((0, 1, 2)))
+    np.testing.assert_allclose(rescaled / norm, direction, rtol=1e-4)
 
 
 def test_training_moves_the_factors_and_has_no_memory_for_the_rest():
@@ -89,6 +111,19 @@ def test_training_moves_the_factors_and_has_no_memory_for_the_rest():
     assert ups and all(float(jnp.abs(up).max()) > 0 for up in ups)
 
 
+def test_a_dora_starts_with_the_norms_of_the_kernels_at_init_from():
+    shapes = unet.shapes(UNET, 3, 16, None)
+    config = make_config("denoising", **{"lora.rank": 1, "lora.kind": "dora"})
+    factors = low_rank.init(jax.random.key(0), {"unet": random_tree(shapes, 0)}, config.lora)
+    state = State(0, {"lora": factors}, {"lora": jax.tree.map(jnp.copy, factors)}, None)
+    base = random_tree(shapes, 1)
+    bundle = convert.Bundle(unet=convert.as_part(UNET, base))
+    state = init_from.start_from(config, state, bundle)
+    for params in (state.params, state.ema_params):
+        merged = low_rank.merge({"unet": base}, params["lora"], 1.0)["unet"]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), merged, base)
+
+
 def foreign(kind, rank=3, alpha=1.5):
     """A LoRA file of theirs for `make_bundle`: names, as their tools write them."""
     rng, tensors = np.random.default_rng(2), {}
@@ -114,7 +149,7 @@ def foreign(kind, rank=3, alpha=1.5):
 
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
-def test_files_of_others_are_merged_by_the_formula_and_written_again_bitwise(kind, tmp_path):
+def test_files_of_others_are_merged_by_the_formula(kind, tmp_path):
     path, tensors = tmp_path / "lora.safetensors", foreign(kind)
     save_file(tensors, path)
     bundle = make_bundle()
@@ -136,13 +171,6 @@ def test_files_of_others_are_merged_by_the_formula_and_written_again_bitwise(kin
     still = moved == bundle.conditioners["clip_text"].params[qkv].read()
     assert still[:, 16:32].all() and not still[:, :16].any() and not still[:, 32:].any()
 
-    write = write_kohya_lora if kind == "kohya" else write_diffusers_lora
-    write(replace(bundle, lora=read_lora(path, bundle)), tmp_path / "again.safetensors")
-    again = load_file(tmp_path / "again.safetensors")
-    assert again.keys() == tensors.keys()
-    for name, array in tensors.items():
-        np.testing.assert_array_equal(again[name], array, strict=True)
-
 
 def test_old_names_of_diffusers_and_files_of_another_model(tmp_path):
     new = foreign("diffusers")
@@ -162,27 +190,31 @@ def test_old_names_of_diffusers_and_files_of_another_model(tmp_path):
     for path, tensor in ours[0].unet.params.items():
         np.testing.assert_array_equal(tensor.read(), ours[1].unet.params[path].read())
     save_file(
-        {"unet.mid_block.other.lora_A.weight": np.ones((2, 2), np.float32)},
+        {f"unet.mid_block.other.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"},
         tmp_path / "x.safetensors",
     )
-    with pytest.raises(ValueError, match="is no LoRA of this model: 1 tensors without a place"):
+    with pytest.raises(
+        ValueError, match=r"x\.safetensors: 1 modules aren't in this model: unet\.mid"
+    ):
         convert.with_lora(bundle, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="this model has no LoRA"):
         write_kohya_lora(bundle, tmp_path / "y.safetensors")
 
 
-def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(kind, tmp_path):
     base, run = tmp_path / "base", tmp_path / "run"
     convert.write(replace(make_bundle(), diffusion=ASSUMED), base, "orbax")
     bundle = convert.read(base)
     params = {"unet": convert.as_params(bundle.unet)}
     params["conditioner"] = {"clip_text": convert.as_params(bundle.conditioners["clip_text"])}
-    config = {"rank": 2, "targets": ("attn2/to_k", "self_attn/qkv")}
+    targets = ("attn2/to_k", "self_attn/qkv", "blocks_1_0/out_layers_3", "input_blocks_1_1/proj_in")
+    config = {"rank": 2, "targets": targets, "kind": kind}
     factors = low_rank.init(jax.random.key(0), params, config)
     factors = random_tree(factors, 3)
     # As training leaves it.
     settings = workdir.load_config(base)
-    settings.init_from, settings.lora = str(base), {"rank": 2, "alpha": 3.0}
+    settings.init_from, settings.lora = str(base), {"rank": 2, "alpha": 3.0, "kind": kind}
     settings.data.image_size = 24
     workdir.save_config(settings, run)
     with Checkpointer(run / "checkpoints") as checkpoints:
@@ -192,9 +224,10 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp
     want = flatten_dict(low_rank.merge(params, factors, 3.0)["unet"], sep="/")
     for path, tensor in adapted.unet.params.items():
         np.testing.assert_allclose(tensor.read(), want[path], rtol=1e-5, atol=1e-5)
-    for kind in ("lora", "kohya"):
-        convert.write(adapted, tmp_path / f"{kind}.safetensors", kind)
-        again = convert.with_lora(bundle, tmp_path / f"{kind}.safetensors")
+    for names in ("lora", "kohya"):
+        file = tmp_path / f"{names}.safetensors"
+        convert.write(adapted, file, names)
+        again = convert.with_lora(bundle, file)
         changed = 0
         for (_, part), (_, other), (_, old) in zip(
             adapted.parts(), again.parts(), bundle.parts(), strict=True
@@ -204,12 +237,31 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(tmp
                 np.testing.assert_allclose(x, other.params[path].read(), rtol=1e-4, atol=1e-4)
                 changed += not np.array_equal(x, old.params[path].read())
         assert changed == sum(path.endswith("down") for path in flatten_dict(factors, sep="/"))
+        # Every number comes back bitwise, in the layout of the others.
+        modules = {name.replace(".", "_"): m for name, m in read_adapter(file).modules.items()}
+        assert len(modules) == changed + 2  # q, k and v are one kernel here
+        prefixes = ("unet_", "text_encoder_") if names == "lora" else ("lora_unet_", "lora_te_")
+        block, layer = "down_blocks_0_", "text_model_encoder_layers_0_self_attn_"
+        ours = flatten_dict(factors["unet"], sep="/")
+        conv = modules[f"{prefixes[0]}{block}resnets_0_conv2"]["weight"]
+        own = {k.rpartition("/")[2]: x for k, x in ours.items() if "input_blocks_1_0" in k}
+        np.testing.assert_array_equal(conv["lora_down"], own["down"].transpose(3, 2, 0, 1))
+        np.testing.assert_array_equal(conv["lora_up"][:, :, 0, 0], own["up"][0, 0].T)
+        assert conv["scale"] == 1.5
+        joint = factors["conditioner"]["clip_text"]["layers_0"]["self_attn"]["qkv"]["kernel"]
+        for i, name in enumerate("qkv"):
+            module = modules[f"{prefixes[1]}{layer}{name}_proj"]["weight"]
+            np.testing.assert_array_equal(module["lora_down"], joint["down"].T)
+            columns = slice(16 * i, 16 * (i + 1))
+            np.testing.assert_array_equal(module["lora_up"], joint["up"][:, columns].T)
+            if kind == "dora":
+                np.testing.assert_array_equal(module["magnitude"], joint["magnitude"][columns])
 
 
 def test_weights_of_adaptations_as_a_user_writes_them():
-    assert read_weights(["a.safetensors", "b:c.safetensors:-0.5"]) == {
-        "a.safetensors": 1.0,
-        "b:c.safetensors": -0.5,
-    }
+    assert read_weights(["a.safetensors", "b:c.safetensors:-0.5"]) == [
+        ("a.safetensors", 1.0),
+        ("b:c.safetensors", -0.5),
+    ]
     with pytest.raises(ValueError, match="--lora=a:x: write FILE or FILE:WEIGHT"):
         read_weights(["a:x"])

@@ -146,6 +146,7 @@ PROGRAMS = {
     "optimizer.warmup_steps": (CLASSIFIER, "tx", 5, {}),
     "optimizer.weight_decay": (CLASSIFIER, "tx", 0.5, {}),
     "lora.alpha": (DENOISER, "train_step", 2.5, LORA),
+    "lora.kind": (DENOISER, "train_step", "dora", LORA),
     "lora.rank": (DENOISER, "train_step", 1, {}),
     "lora.targets": (DENOISER, "train_step", (r"unet/.*attn1/to_q",), LORA),
 }
@@ -263,6 +264,7 @@ OPTIONS = {
 ANSWERS = "test_answers.py::test_"
 TOLD = f"{ANSWERS}a_condition_reaches_the_network"
 GUIDE = f"{ANSWERS}a_guide_changes_the_pictures"
+ADAPTERS = "test_adapters.py::test_sampling_with_adapters_is_sampling_with_the_merged_model"
 BATCHES = "test_model.py::test_a_call_runs_one_program_for_each_batch"
 CODES = "test_codebooks.py::test_large_and_odd_images_go_through_the_model"
 DRAWN = "test_codebooks.py::test_latents_are_drawn_with_a_key_and_likeliest_without"
@@ -285,6 +287,7 @@ ARGUMENTS = {
         "quantize_x0": "test_model.py::test_bad_input_is_one_line",
         "tile_size": TILES,
         "tile_overlap": TILES,
+        "adapters": ADAPTERS,
         "batch_size": BATCHES,
         "mode": BATCHES,
         "progress": HOLE,
@@ -316,8 +319,8 @@ FLAGS = {
     "sample": {
         **dict.fromkeys(
             (
-                *("workdir", "model", "tokenizer", "lora", "out", "prompts", "prompts_file"),
-                *("class_labels", "num_images", "seed"),
+                *("workdir", "model", "tokenizer", "lora", "adapter", "out", "prompts"),
+                *("prompts_file", "class_labels", "num_images", "seed"),
                 *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),
                 *("low_res", "noise_level", "depth", "neighbours", "image_embedding"),

@@ -11,10 +11,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from latent_diffusion.convert.adapters import (
+    read_adapter,
+    with_lora,
+    write_diffusers_lora,
+    write_kohya_lora,
+)
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
 from latent_diffusion.convert.compvis import read_compvis, write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
-from latent_diffusion.convert.lora import with_lora, write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
 from latent_diffusion.files.reading import reading
 from latent_diffusion.runtime import workdir
@@ -28,6 +33,7 @@ __all__ = [
     "as_part",
     "bundle_of",
     "read",
+    "read_adapter",
     "with_lora",
     "write",
 ]

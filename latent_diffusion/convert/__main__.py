@@ -51,12 +51,12 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
     from tqdm import tqdm
 
     from latent_diffusion.convert import read, with_lora, write
+    from latent_diffusion.convert.adapters import read_weights
     from latent_diffusion.convert.describe import describe
-    from latent_diffusion.convert.lora import read_weights
 
     yaml, tokenizer = CONFIG.value, TOKENIZER.value
     bundle = read(source, config=yaml, ema=EMA.value, variant=VARIANT.value, tokenizer=tokenizer)
-    for file, weight in read_weights(LORA.value).items():
+    for file, weight in read_weights(LORA.value):
         bundle = with_lora(bundle, Path(file), weight)
     print(describe(bundle))
     if target is None:

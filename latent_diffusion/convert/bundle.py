@@ -44,8 +44,8 @@ class Bundle:
     default options of `sample`. image_size: the side of a trained image in pixels, or its height
     and width. notes: facts
     that a format needs to write the same file again, e.g. `linear_projections`. lora: low-rank
-    factors by part and path, which the parameters contain already; the formats of LoRA files hold
-    nothing else.
+    factors and their α by part and path, which the parameters contain already; the formats of LoRA
+    files hold nothing else.
     """
 
     autoencoder: Part | None = None
@@ -82,6 +82,11 @@ class Bundle:
             present: dict[str, Any] = {name: part}
             return replace(self, **present)
         return replace(self, conditioners={**self.conditioners, name: part})
+
+    def with_params(self, name: str, params: Mapping[str, Tensor]) -> "Bundle":
+        """The same model with some other parameters, by path, in the part of this name."""
+        part = dict(self.parts())[name]
+        return self.with_part(name, replace(part, params={**part.params, **params}))
 
     @property
     def linear_projections(self) -> bool:
@@ -286,10 +291,15 @@ def bundle_of(model: Any) -> Bundle:
         )
     if (denoiser := model.denoiser) is None:
         return bundle
+    bundle = with_denoiser(bundle, denoiser, unused)
     diffusion = model.origin.get("diffusion")
     if diffusion is None or not _makes(diffusion, denoiser.schedule):
         diffusion = recognise_schedule(denoiser.schedule)
-    diffusion = {**diffusion, "prediction": denoiser.prediction}
+    return replace(bundle, diffusion={**diffusion, "prediction": denoiser.prediction})
+
+
+def with_denoiser(bundle: Bundle, denoiser: Any, unused: Mapping[str, Any]) -> Bundle:
+    """The bundle with the networks of a `Denoiser`. unused: further tensors, by part."""
     conditioner, name = denoiser.params.get("conditioner", {}), denoiser.name
     network = as_part(_fields(denoiser.network), denoiser.params[name], unused.get(name))
     return replace(
@@ -298,7 +308,6 @@ def bundle_of(model: Any) -> Bundle:
             name: as_part(fields, conditioner.get(name, {}), unused.get(name))
             for name, fields in denoiser.conditioner.config.items()
         },
-        diffusion=diffusion,
     ).with_part(name, network)
 
 

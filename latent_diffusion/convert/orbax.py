@@ -11,11 +11,10 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.convert import kept
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
-from latent_diffusion.convert.lora import merged
 from latent_diffusion.data.tokenizers import load_tokenizer
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.optimisation.low_rank import flatten_factors
+from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.types import Params
@@ -87,13 +86,15 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
 
     base = read(config.init_from)
     adapted: dict[str, dict[str, Any]] = {}
-    for path, pair in flatten_factors(factors).items():
+    for path, own in low_rank.flatten_factors(factors).items():
         part, _, kernel = path.removeprefix("conditioner/").partition("/")
         alpha = np.float32(config.lora.alpha)
-        arrays = {name: np.asarray(factor) for name, factor in pair.items()}
+        arrays = {name: np.asarray(factor) for name, factor in own.items()}
         adapted.setdefault(part, {})[kernel] = {**arrays, "alpha": alpha}
-    for part, kernels in adapted.items():
-        base = merged(base, part, kernels)
+    parts = dict(base.parts())
+    for name, kernels in adapted.items():
+        merged = {path: _merged(parts[name].params[path], own) for path, own in kernels.items()}
+        base = base.with_params(name, merged)
     tokenizer = base.tokenizer
     if (directory / workdir.TOKENIZER).exists():
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
@@ -108,6 +109,15 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
         tokenizer=tokenizer,
         lora=adapted,
     )
+
+
+def _merged(kernel: Tensor, factors: dict[str, Any]) -> Tensor:
+    def read() -> np.ndarray:
+        base = np.asarray(kernel.read(), np.float32)
+        merged: np.ndarray = low_rank.adapted(base, factors, factors["alpha"])
+        return merged.astype(kernel.dtype)
+
+    return Tensor(kernel.shape, kernel.dtype, read)
 
 
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:

@@ -5,20 +5,25 @@ has the kind of the layer, which lists the arrays of the layer and the layout of
 Matching the rules against a parameter tree gives `Pair`s, which can be followed either way.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.files.tensor import Tensor, is_float
 
 
 class Layout(NamedTuple):
-    """How one array of ours is made of theirs, and theirs of ours; the two are exact inverses."""
+    """How one array of ours is made of theirs, and theirs of ours; the two are exact inverses.
 
-    read: Callable[..., np.ndarray]
-    write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    They take arrays of NumPy and of JAX.
+    """
+
+    read: Callable[..., Any]
+    write: Callable[[Any], tuple[Any, ...]]
 
 
 def _one(read: Callable, write: Callable) -> Layout:
@@ -33,16 +38,17 @@ LINEAR_2D = _one(lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
 LINEAR_1D = _one(lambda w: w[:, :, 0].T, lambda k: k.T[:, :, None])
 
 
+@functools.cache  # layouts are parts of compiled programs' keys: equal ones must be the same
 def _joint(num_heads: int, interleaved: bool) -> Layout:
     """Our array holds q, k and v in its last axis (see `joint_qkv`); they have three arrays."""
     axis = -2 if interleaved else -3
 
-    def read(*parts: np.ndarray) -> np.ndarray:
+    def read(*parts: Any) -> Any:
         split = [p.T.reshape(*p.shape[1:], num_heads, -1) for p in parts]
-        joint = np.stack(split, axis)
+        joint = (np if isinstance(parts[0], np.ndarray) else jnp).stack(split, axis)
         return joint.reshape(*joint.shape[:-3], -1)
 
-    def write(joint: np.ndarray) -> tuple[np.ndarray, ...]:
+    def write(joint: Any) -> tuple[Any, ...]:
         heads = (num_heads, 3, -1) if interleaved else (3, num_heads, -1)
         split = joint.reshape(*joint.shape[:-1], *heads)
         parts = [split.take(i, axis) for i in range(3)]
@@ -142,15 +148,15 @@ class Pair(NamedTuple):
     layout: Layout
 
 
-def pairs(table: Table, paths: Iterable[str]) -> list[Pair]:
+def pairs(table: Table, paths: Iterable[str], partly: bool = False) -> list[Pair]:
     """Pair each of our parameters with their tensors.
 
-    Raises ValueError that lists the parameters for which `table` has no rule.
+    Raises ValueError that lists the parameters for which `table` has no rule, unless `partly`.
     """
     compiled = [(re.compile(rule.ours), rule) for rule in table]
     matched = {path: _pair(compiled, path) for path in paths}
     nameless = [path for path, pair in matched.items() if pair is None]
-    if nameless:
+    if nameless and not partly:
         raise ValueError(f"this format has no name for {', '.join(nameless)}")
     return [pair for pair in matched.values() if pair is not None]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import Tokenizer
+from latent_diffusion.generation import adapters as adapting
 from latent_diffusion.generation import conditions, guides, program
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
@@ -143,6 +144,7 @@ class Model(flax.struct.PyTreeNode):
         classifier: NoisyClassifier | None = None,
         classifier_labels: Sequence[int] | None = None,
         target: Array | np.ndarray | None = None,
+        adapters: Sequence[Any] = (),
         batch_size: int = 64,
         mode: str = "auto",
         **options: Any,
@@ -166,7 +168,10 @@ class Model(flax.struct.PyTreeNode):
         for each image made, of which the option `strength` says how much is made anew, or `mask`
         [N H W 1] where: 1 is a hole, around which pixels stay as they are. `classifier` (see
         `load_classifier`), which steers toward `classifier_labels`; `target` [N h w C], which
-        pictures become when they are reduced to its size (App. C of the paper).
+        pictures become when they are reduced to its size (App. C of the paper). `adapters`: pairs
+        of an adapter (see `load_adapter`) and its weight, or weights by prefixes of diffusers'
+        names such as "unet.up_blocks"; the sum of their changes is added for this call, whatever
+        the weights with one compilation.
 
         options: see `process.options.SamplingOptions` and docs/samplers.md; those that aren't given
         are the model's `defaults`. Numbers among them may vary without a new compilation.
@@ -199,14 +204,17 @@ class Model(flax.struct.PyTreeNode):
             batch["z_T"] = conditions.array("z_T", z_T, (total, *latent))
 
         mode = parallel.resolve_mode(mode)
+        adapted, weights = adapting.bound(self, adapters, mode)
         networks = {
+            "adapters": adapted,
             **program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode),
             "classifier": None
             if classifier is None
             else program.placed(classifier, classifier, mode),
             "distance": None if target is None else guides.load_distance(chosen.target_distance),
         }
-        planned = (timesteps, chosen, [np.float32(weight) for _, weight in more_prompts])
+        more = [np.float32(weight) for _, weight in more_prompts]
+        planned = (timesteps, chosen, more, weights)
         return program.run(networks, planned, batch, latent, rng, batch_size, mode)
 
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:

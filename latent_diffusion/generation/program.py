@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.convert.adapters import adapted
 from latent_diffusion.generation import guides
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.process.guidance import paste
@@ -45,9 +46,10 @@ def run(
 ) -> np.ndarray:
     """Images [N H W C], batch by batch.
 
-    networks: "first_stage", "denoiser", and "classifier" and "distance" (either may be None), on
-    their devices. planned: timesteps, options and the weights of further prompts. batch: [N ...]
-    entries. latent: (h, w, c). Raises ValueError, in one line, where an image isn't finite.
+    networks: "first_stage", "denoiser", the changes of "adapters", and "classifier" and "distance"
+    (either may be None), on their devices. planned: timesteps, options, the weights of further
+    prompts and of adapters. batch: [N ...] entries. latent: (h, w, c). Raises ValueError, in one
+    line, where an image isn't finite.
     """
     total = len(batch["index"])
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
@@ -114,7 +116,10 @@ def _sample(
 ) -> Array:
     """Prepare the conditions, sample latents, decode them, and paste them into their picture."""
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
-    timesteps, options, weights = planned
+    timesteps, options, weights, of_adapters = planned
+    if networks["adapters"]:
+        params = adapted(denoiser.params, networks["adapters"], of_adapters)
+        denoiser = denoiser.replace(params=params)
     size, f = batch["index"].shape[0], first_stage.module.downsampling
     keys = sampling_keys(keys_of_examples(rng, batch["index"]))
     prepared = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.loading import load
 from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime import processes
@@ -106,18 +107,22 @@ def sample_to_disk(
     seed: int = 0,
     tokenizer: str | None = None,
     lora: Mapping[str, float] | None = None,
+    adapters: Sequence[tuple[str, float]] = (),
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora: see `load`. Process 0 alone writes and prints.
+    tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`.
+    Process 0 alone writes and prints.
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     own = {name: value for name, value in options.items() if not callable(value)}
+    own |= {"adapters": [list(entry) for entry in adapters]}
     own |= {"tokenizer": tokenizer, "lora": {str(k): v for k, v in (lora or {}).items()}}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
     model = load(path, tokenizer=tokenizer, lora=lora)
+    options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
     start = time.perf_counter()
     images = to_uint8(model.sample(rng, prompts, class_labels, num_images=num_images, **options))
     seconds = time.perf_counter() - start

@@ -1,7 +1,8 @@
 """Low-rank adaptation (Hu et al. 2022): train W + (α/r)·A·B for frozen W, with narrow A and B.
 
-A tree of factors stands beside a tree of parameters: {"down": A [in r], "up": B [r out]} under the
-path of every adapted kernel [in out].
+A tree of factors stands beside a tree of parameters, under the path of every adapted kernel
+[… in out]: {"down": A [… in r], "up": B [r out], [1 1 r out] for a convolution}. Of kind "dora"
+(Liu et al. 2024) the norm of each output's weights is trained as well: {"magnitude": [out]}.
 """
 
 import re
@@ -11,15 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from latent_diffusion.types import Config, Params
+from latent_diffusion.optimisation.deltas import Array, delta, norms
+from latent_diffusion.types import Config, Number, Params
+
+KINDS = ("lora", "dora")
 
 
 def init(rng: jax.Array, params: Params, config: Config) -> Params:
     """Factors for every kernel whose path matches `targets`; A is random and B zero, so W stays.
 
-    config: `rank` and `targets` (regular expressions). Raises ValueError where no kernel matches,
-    and where a kernel that is no matrix matches.
+    config: `rank`, `kind`, and `targets` (regular expressions). Raises ValueError where no kernel
+    matches.
     """
+    if config["kind"] not in KINDS:
+        raise ValueError(f"lora.kind={config['kind']!r}; known: {', '.join(KINDS)}")
     flat = flatten_dict(params, sep="/")
     targets = [path for path in flat if any(re.search(t, path) for t in config["targets"])]
     targets = [path for path in targets if path.endswith("kernel")]
@@ -27,26 +33,46 @@ def init(rng: jax.Array, params: Params, config: Config) -> Params:
         raise ValueError(f"lora.targets={tuple(config['targets'])} match no kernel")
     factors = {}
     for path, key in zip(targets, jax.random.split(rng, len(targets)), strict=True):
-        if flat[path].ndim != 2:
-            raise ValueError(f"lora.targets match {path}, of shape {flat[path].shape}: no matrix")
-        rows, columns = flat[path].shape
+        *rows, columns = flat[path].shape
+        fan_in = flat[path].size // columns
+        ones = [1] * (len(rows) - 1)
         factors[path] = {
-            "down": jax.random.normal(key, (rows, config["rank"])) * rows**-0.5,
-            "up": jnp.zeros((config["rank"], columns)),
+            "down": jax.random.normal(key, (*rows, config["rank"])) * fan_in**-0.5,
+            "up": jnp.zeros((*ones, config["rank"], columns)),
         }
+        if config["kind"] == "dora":
+            factors[path]["magnitude"] = magnitude(flat[path])
     return unflatten_dict(factors, sep="/")
 
 
 def merge(params: Params, factors: Params, alpha: float | int) -> Params:
     """The parameters with (α/r)·A·B added to the adapted kernels."""
     flat = flatten_dict(params, sep="/")
-    for path, pair in flatten_factors(factors).items():
-        flat[path] = flat[path] + alpha / pair["down"].shape[1] * (pair["down"] @ pair["up"])
+    for path, own in flatten_factors(factors).items():
+        flat[path] = adapted(flat[path], own, alpha)
     return unflatten_dict(flat, sep="/")
 
 
+def adapted(kernel: Array, factors: dict[str, Any], alpha: Number) -> Array:
+    """One kernel [… in out] with its change."""
+    rank = factors["down"].shape[-1]
+    own = {"lora_down": _rows(factors["down"]), "lora_up": _rows(factors["up"])}
+    own |= {"magnitude": factors["magnitude"]} if "magnitude" in factors else {}
+    return kernel + delta(_rows(kernel), {**own, "scale": alpha / rank}).T.reshape(kernel.shape)
+
+
+def magnitude(kernel: Array) -> Array:
+    """The norms [out] of a kernel, with which a DoRA changes nothing."""
+    return norms(_rows(kernel))
+
+
+def _rows(kernel: Array) -> Array:
+    """[out fan-in]."""
+    return kernel.reshape(-1, kernel.shape[-1]).T
+
+
 def flatten_factors(factors: Params) -> dict[str, dict[str, Any]]:
-    """The factors {"down", "up"} by the path of their kernel."""
+    """The factors by the path of their kernel."""
     by_kernel: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten_dict(factors, sep="/").items():
         kernel, _, name = path.rpartition("/")

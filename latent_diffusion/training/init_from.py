@@ -23,6 +23,7 @@ from latent_diffusion.models.denoiser import BACKBONES
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
+from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import parallel
 from latent_diffusion.training import settings
 
@@ -145,8 +146,12 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     change nothing; words that it lacks start at random. Raises ValueError that names parameters
     that don't fit.
     """
-    if bundle is None or (config.task == "denoising" and config.lora.rank):
+    if bundle is None:
         return state
+    if config.task == "denoising" and config.lora.rank:
+        theirs = parameters_of(bundle, config.task)
+        params, average = (_with_norms(t, theirs) for t in (state.params, state.ema_params))
+        return state.replace(params=params, ema_params=average)
     theirs = parameters_of(bundle, config.task)
     params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))
     ema_params = state.ema_params
@@ -156,6 +161,16 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     if getattr(state, "codebook", None):
         state = state.replace(codebook=_restarted(state.codebook, params["autoencoder"]))
     return state
+
+
+def _with_norms(params: Any, theirs: Mapping[str, Tensor]) -> Any:
+    """Fresh factors with the norms of the kernels that they adapt, where they have norms."""
+    factors = flatten_dict(params["lora"], sep="/")
+    for path, fresh in factors.items():
+        kernel, _, name = path.rpartition("/")
+        if name == "magnitude":
+            factors[path] = _in_place_of(fresh, low_rank.magnitude(theirs[kernel].read()))
+    return {**params, "lora": unflatten_dict(factors, sep="/")}
 
 
 def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:

@@ -463,7 +463,7 @@ def test_adaptations(kind, tmp_path):
     assert np.abs(ours - plain).max() > 0.05
 
 
-def adapting(folder, model):
+def adapting(folder, model, kind):
     """A short training of factors beside the attention of both networks of a pipeline's folder."""
     config, bundle = default.get_config(), convert.bundle_of(model)
     config.update_from_flattened_dict({
@@ -471,8 +471,11 @@ def adapting(folder, model):
         "tokenizer.path": str(folder / "tokenizer"), "data.image_size": SIDE * F,
         "batch_size": 8, "num_steps": 3, "log.every_steps": 1, "log.images_every_steps": 0,
         "log.eval_batches": 1, "log.num_images": 1, "sampling.num_steps": 2,
-        "optimizer.learning_rate": 0.05, "lora.rank": 2, "lora.alpha": 3.0,
-        "lora.targets": (r"unet/.*attn\d/to_", r"clip_text/.*self_attn/(qkv|out_proj)"),
+        "optimizer.learning_rate": 0.05, "lora.rank": 2, "lora.alpha": 3.0, "lora.kind": kind,
+        "lora.targets": (
+            r"unet/.*attn\d/to_", r"clip_text/.*self_attn/(qkv|out_proj)",
+            r"unet/.*(in_layers_2|skip_connection|op|proj_in|emb_layers_1)/",
+        ),
     })  # fmt: skip
     unet = {k: v for k, v in bundle.unet.fields.items() if k in config.unet}
     config.unet.update(unet)
@@ -481,17 +484,22 @@ def adapting(folder, model):
     return config
 
 
-def test_adaptations_that_we_train(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adaptations_that_we_train(kind, tmp_path):
     pytest.importorskip("peft")
     pipeline, model = stable(diffusers.StableDiffusionPipeline, tmp_path, make_unet(), **ABSENT)
-    loop.train(adapting(tmp_path / "pipeline", model), tmp_path / "run")
+    loop.train(adapting(tmp_path / "pipeline", model, kind), tmp_path / "run")
     z_T = draw(0, 2, SIDE, SIDE, 4)
     options = {**model.defaults, "num_steps": 20}
     ours = sample(ldm.load(tmp_path / "run"), z_T=z_T, **options)
     assert np.abs(ours - sample(model, z_T=z_T)).max() > 0.05
-    for kind in ("lora", "kohya"):
-        file = tmp_path / f"{kind}.safetensors"
-        convert.write(convert.read(tmp_path / "run"), file, kind)
+    for names in ("lora", "kohya"):
+        file = tmp_path / f"{names}.safetensors"
+        convert.write(convert.read(tmp_path / "run"), file, names)
+        unmerged = [(ldm.load_adapter(file), 1.0)]
+        check(sample(model, z_T=z_T, adapters=unmerged), (ours + 1) / 2)
+        if (names, kind) == ("kohya", "dora"):
+            continue  # diffusers drops `dora_scale`
         pipeline.load_lora_weights(tmp_path, weight_name=file.name)
         theirs = pipeline(PROMPTS, latents=to_torch(z_T), num_inference_steps=20, output_type="np")
         check(ours, theirs.images)

@@ -1,0 +1,146 @@
+"""What `load_adapter` returns: changes of a model that leave its parameters as they are.
+
+Every kind of adapter is a pytree of its own class below `Adapter`. The class says by which argument
+of `Model.sample` it goes in; those of `adapters` have `changes(bundle)`, which lists the parameters
+that they change. LoRA and its kinds are all of one class, since one file may mix them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from latent_diffusion.convert.adapters.names import Place, places
+from latent_diffusion.convert.bundle import Bundle
+from latent_diffusion.optimisation.deltas import Array, Factors, delta, kind_of
+from latent_diffusion.types import Params
+
+Weight = float | int | Mapping[str, float | int]  # of an adapter, or of its parts by prefixes
+
+
+class Adapter(flax.struct.PyTreeNode):
+    """path: of its file, which messages begin with. argument: of `Model.sample` that takes it."""
+
+    argument: ClassVar[str] = "adapters"
+    path: str = flax.struct.field(pytree_node=False)
+
+    def changes(self, bundle: Bundle) -> dict[str, "Change"]:
+        """The changes by path in the parameters of a `Denoiser`; ValueError for another model."""
+        raise ValueError(f"{self.path}: give this adapter as {self.argument}=")
+
+
+class Change(flax.struct.PyTreeNode):
+    """The change of one of our parameters, whose parts others may have as separate arrays.
+
+    factors: of each of their arrays, or None. names: of their modules, "unet.mid_block…". layout:
+    how ours is made of theirs (see `convert.tables`).
+    """
+
+    factors: tuple[Factors | None, ...]
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    layout: Any = flax.struct.field(pytree_node=False)
+
+    def delta(self, parameter: Array, weights: Array) -> Array:
+        """What is to be added to the parameter. weights: [parts]."""
+        theirs = self.layout.write(parameter)
+        parts = [
+            0 * base if factors is None else weights[i] * delta(base, factors)
+            for i, (base, factors) in enumerate(zip(theirs, self.factors, strict=True))
+        ]
+        return self.layout.read(*parts)
+
+
+class LowRank(Adapter):
+    """Factors of weights by the names that their modules have in the file: LoRA and its kinds.
+
+    modules: {name: {"weight" | "bias": factors}}, see `optimisation.deltas`.
+    """
+
+    modules: Mapping[str, Mapping[str, Factors]]
+
+    def changes(self, bundle: Bundle) -> dict[str, Change]:
+        """See `Adapter`."""
+        known = places(bundle)
+        if unknown := [name for name in self.modules if name not in known]:
+            some = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
+            raise ValueError(f"{self.path}: {len(unknown)} modules aren't in this model: {some}")
+        found: dict[str, dict[int, Any]] = {}
+        whole: dict[str, Place] = {}
+        for name, arrays in self.modules.items():
+            for array, factors in arrays.items():
+                place = known[name].get(array)
+                if place is None:
+                    raise ValueError(f"{self.path}: {name} has no {array} in this model")
+                if place.part in found.setdefault(place.path, {}):
+                    raise ValueError(f"{self.path}: {place.names[place.part]} has two changes")
+                _check(f"{self.path}: the {array} of {name}", place.shape, factors)
+                found[place.path][place.part] = factors
+                whole[place.path] = place
+        return {
+            path: Change(
+                tuple(parts.get(i) for i in range(len(whole[path].names))),
+                whole[path].names,
+                whole[path].layout,
+            )
+            for path, parts in found.items()
+        }
+
+
+def _check(what: str, shape: tuple[int, ...], factors: Factors) -> None:
+    """Raise ValueError for factors that don't fit an array of this shape."""
+    weight = jax.ShapeDtypeStruct(shape, np.float32)
+    down = np.shape(factors.get("lora_down", ()))
+    try:
+        jax.eval_shape(delta, weight, dict(factors))
+        fits = len(down) != len(shape) or "lora_mid" in factors or down[1:] == shape[1:]
+    except (TypeError, ValueError, IndexError):
+        fits = False
+    if not fits:
+        shapes = ", ".join(f"{name} {np.shape(x)}" for name, x in factors.items() if np.ndim(x))
+        raise ValueError(f"{what} is {shape}; {kind_of(factors)} doesn't fit it: {shapes}")
+
+
+def weights_of(changes: Mapping[str, Change], weight: Weight, source: str) -> dict[str, np.ndarray]:
+    """The weight of each part of each change.
+
+    weight: one for all, or by prefixes of names ("unet.up_blocks", "text_encoder"), of which the
+    longest counts; parts without a prefix have the weight of "", by default 1. source: for
+    messages. Raises ValueError for a prefix of no name.
+    """
+    by_prefix = dict(weight) if isinstance(weight, Mapping) else {"": weight}
+    names = {name for change in changes.values() for name in change.names}
+    for prefix in by_prefix:
+        if not any(_within(name, prefix) for name in names):
+            blocks = sorted({".".join(name.split(".")[:3]) for name in names})
+            raise ValueError(f"{source}: no module {prefix!r}; there are {', '.join(blocks)}")
+
+    def of(name: str) -> float | int:
+        prefixes = [prefix for prefix in by_prefix if _within(name, prefix)]
+        return by_prefix[max(prefixes, key=len)] if prefixes else 1.0
+
+    return {
+        path: np.asarray([of(name) for name in change.names], np.float32)
+        for path, change in changes.items()
+    }
+
+
+def _within(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def adapted(
+    params: Params,
+    changes: Sequence[Mapping[str, Change]],
+    weights: Sequence[Mapping[str, Array]],
+) -> Params:
+    """The parameters with the sum of all changes added, each one a change of `params` alone."""
+    base = flatten_dict(params, sep="/")
+    result = dict(base)
+    with jax.default_matmul_precision("highest"):
+        for each, own in zip(changes, weights, strict=True):
+            for path, change in each.items():
+                result[path] += change.delta(base[path], own[path]).astype(base[path].dtype)
+    return unflatten_dict(result, sep="/")

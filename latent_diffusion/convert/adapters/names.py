@@ -1,0 +1,78 @@
+"""The names that others give the modules of a model in files of adapters."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_diffusion.convert import clip_text, unet
+from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.convert.tables import Layout, Pair, Table, pairs, prefixed
+
+
+class Place(NamedTuple):
+    """Where an array of theirs lies in the parameters of a `Denoiser`.
+
+    path: of our parameter. names: of the modules that it joins, of which this is number `part`, in
+    diffusers' words: "unet.mid_block…", "text_encoder.text_model…". shape: of their array.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    part: int
+    layout: Layout
+    shape: tuple[int, ...]
+
+
+def pairs_of(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
+    """Every parameter that diffusers names: its part, the prefix of the names, the pair."""
+    for name, part in bundle.parts():
+        table: Table
+        if name == "unet":
+            prefix, table = "unet", unet.diffusers_table(part.fields, bundle.linear_projections)
+        elif name == "clip_text":
+            prefix, table = "text_encoder", clip_text.transformers_table(part.fields)
+            table = prefixed(table, "text_model.")
+        else:
+            continue
+        for pair in pairs(table, part.params, partly=True):
+            yield name, part, prefix, pair
+
+
+def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
+    """The places of "weight" and "bias" of every module, by each name that a file may call it."""
+    found: dict[str, dict[str, Place]] = {}
+    paths: dict[str, Place] = {}
+    for part_name, part, prefix, pair in pairs_of(bundle):
+        modules, arrays = zip(*(name.rpartition(".")[::2] for name in pair.theirs), strict=True)
+        names = tuple(f"{prefix}.{module}" for module in modules)
+        path = f"{part_name if part_name == 'unet' else f'conditioner/{part_name}'}/{pair.ours}"
+        stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
+        for i, theirs in enumerate(pair.layout.write(stand_in)):
+            place = Place(path, names, i, pair.layout, theirs.shape)
+            for spelling in _spellings(prefix, modules[i]):
+                found.setdefault(spelling, {})[arrays[i]] = place
+        if part_name == "unet" and len(names) == 1:
+            paths[pair.ours] = place
+    if bundle.unet is not None:
+        for spelling, array, ours in _original(bundle.unet, bundle.linear_projections):
+            if ours in paths:
+                found.setdefault(spelling, {})[array] = paths[ours]
+    return found
+
+
+def _spellings(prefix: str, module: str) -> tuple[str, ...]:
+    """diffusers with its prefix and without, kohya's sd-scripts, LyCORIS' own wrapper."""
+    flat = module.replace(".", "_")
+    if prefix == "unet":
+        return f"unet.{module}", module, f"lora_unet_{flat}", f"lycoris_{flat}"
+    return f"text_encoder.{module}", module, f"lora_te_{flat}"
+
+
+def _original(part: Part, linear: bool) -> Iterator[tuple[str, str, str]]:
+    """The original's names of the U-Net's arrays: with kohya's prefix, and with its own."""
+    for pair in pairs(unet.compvis_table(part.fields, linear), part.params, partly=True):
+        if len(pair.theirs) == 1:
+            module, _, array = pair.theirs[0].rpartition(".")
+            yield f"lora_unet_{module.replace('.', '_')}", array, pair.ours
+            yield f"diffusion_model.{module}", array, pair.ours

@@ -1,0 +1,92 @@
+"""PEFT's settings of an adapter: in its adapter_config.json, and in the header of diffusers' files.
+
+A setting is used, or known not to matter to a trained adapter, or refused by its name unless it is
+at its default, which is None, False or empty but for those in `_SUPPORTED`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+METADATA = "lora_adapter_metadata"
+_PARTS = ("unet", "text_encoder")
+_USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+# Which modules were adapted, and how training went: the tensors say the rest.
+_HARMLESS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "inference_mode"),
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
+    *("use_effective_conv2d", "decompose_both", "decompose_factor", "loftq_config", "eva_config"),
+    *("use_dora", "lora_bias"),
+)
+_SUPPORTED = {
+    "peft_type": ("LORA", "LOHA", "LOKR", None),
+    "bias": ("none",),
+    # Other initialisations change the base as well.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "init_weights": (True, False, "lycoris"),
+}
+
+
+class PeftSettings:
+    """Settings by part ("unet", "text_encoder", "" for all) and name; ValueError for unknown ones.
+
+    where: the file, for messages.
+    """
+
+    def __init__(self, where: str, settings: Mapping[str, Any]) -> None:
+        self.where = where
+        self.values: dict[str, dict[str, Any]] = {}
+        for key, value in settings.items():
+            part, dot, name = key.partition(".")
+            part, name = (part, name) if dot and part in _PARTS else ("", key)
+            _check(where, key, name, value)
+            self.values.setdefault(part, {})[name] = value
+
+    def scale(self, module: str, kind: str, rank: int | None) -> np.float32:
+        """α/r, or α/√r of rank-stabilised LoRA (Kalajdzievski 2023), of a module of the file."""
+        own, name = self.of(module), re.sub(rf"^({'|'.join(_PARTS)})\.", "", module)
+        said = self._number("r", own, "rank_pattern", name)
+        if kind != "LoKr" and said != rank:
+            raise ValueError(f"its rank is {rank}, but {self.where} says r={said:g}")
+        alpha = self._number(
+            "alpha" if "alpha" in own else "lora_alpha", own, "alpha_pattern", name
+        )
+        return np.float32(alpha / (said**0.5 if own.get("use_rslora") else said))
+
+    def of(self, module: str) -> dict[str, Any]:
+        """The settings of the part of a module."""
+        part = next((part for part in _PARTS if module.startswith(f"{part}.")), "")
+        return self.values.get(part, self.values.get("", {}))
+
+    def _number(self, key: str, own: Mapping[str, Any], patterns: str, module: str) -> float | int:
+        """The number of a module: by a pattern, which ends like its name, or the one of all."""
+        value = own.get(key, 8)  # PEFT's default of both
+        for pattern, exception in (own.get(patterns) or {}).items():
+            end = pattern.removeprefix("^")
+            if module == end or (end == pattern and module.endswith(f".{end}")):
+                key, value = f"{patterns}[{pattern!r}]", exception
+                break
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise ValueError(f"{self.where} says {key}={str(value)[:80]!r}, not a positive number")
+        return value
+
+
+def _check(where: str, key: str, name: str, value: Any) -> None:
+    """Raise ValueError for a setting that changes more than is computed here."""
+    if name in _SUPPORTED:
+        allowed = _SUPPORTED[name]
+        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+            raise ValueError(
+                f"{where}: {key}={str(value)[:80]!r} isn't supported; "
+                f"supported: {' or '.join(map(repr, allowed))}"
+            )
+    elif name.endswith("_pattern") and name in _USED:
+        keys = value if isinstance(value, dict) else {} if value is None else None
+        if keys is None or not all(re.fullmatch(r"\^?[\w.]+", key) for key in keys):
+            raise ValueError(f"{where}: {key}={str(value)[:80]!r} isn't by names of modules")
+    elif name not in (*_USED, *_HARMLESS) and value not in (None, False, [], {}):
+        raise ValueError(f"{where}: {key}={str(value)[:80]!r} isn't supported")

@@ -1,0 +1,94 @@
+"""The factors that a workdir was trained for, in the names of diffusers and of kohya's sd-scripts.
+
+CLIP's q, k and v, which others separate, are one kernel here: each gets a copy of A.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.convert.adapters.names import pairs_of
+from latent_diffusion.convert.adapters.peft_settings import METADATA
+from latent_diffusion.convert.bundle import Bundle
+from latent_diffusion.convert.tables import Pair
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.files.tensors import write_safetensors
+
+_ENDS = {  # of the names of A, B and the magnitude
+    "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+    "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
+}
+
+
+def _write(
+    kind: str, bundle: Bundle, path: Path, progress: Callable[[int], Any] = lambda count: None
+) -> None:
+    """Write a bundle's adaptation, without its model, in the names of a kind in `_ENDS`.
+
+    diffusers' files hold α in their header, kohya's in tensors. Raises ValueError for a model
+    without a LoRA.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the name of a LoRA's file ends in .safetensors")
+    if not bundle.lora:
+        raise ValueError("this model has no LoRA: it is a workdir with lora.rank that has one")
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for part, _, prefix, pair in pairs_of(bundle):
+        factors = bundle.lora.get(part, {}).get(pair.ours)
+        if factors is None:
+            continue
+        for theirs, arrays in _theirs(pair, factors).items():
+            module = theirs.removesuffix(".weight")
+            if kind == "kohya":
+                flat = module.replace(".", "_")
+                name = f"lora_{'unet' if prefix == 'unet' else 'te'}_{flat}"
+                tensors[f"{name}.alpha"] = in_memory(np.float32(factors["alpha"]))
+            else:
+                name = f"{prefix}.{module}"
+                _add_settings(settings, prefix, module, factors)
+            for end, array in zip(_ENDS[kind], arrays, strict=False):
+                laid_out = _magnitude(kind, array, arrays[0].ndim) if array.ndim == 1 else array
+                tensors[f"{name}.{end}"] = in_memory(np.ascontiguousarray(laid_out))
+    if not tensors:
+        raise ValueError("there is no LoRA to save: none of its kernels has a name in this format")
+    metadata = {METADATA: json.dumps(settings, sort_keys=True)} if settings else None
+    write_safetensors(path, tensors, metadata, progress)
+
+
+def _theirs(pair: Pair, factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
+    """A [r in …], B [out r …] and perhaps the magnitude [out] of each of their modules."""
+    down, up = (np.asarray(factors[name]) for name in ("down", "up"))
+    magnitude = (np.asarray(factors["magnitude"]),) if "magnitude" in factors else ()
+    if len(pair.theirs) == 1:
+        (a,), (b,) = pair.layout.write(down), pair.layout.write(up)
+        return {pair.theirs[0]: (a, b, *magnitude)}
+    ups = pair.layout.write(up)
+    norms = [pair.layout.write(m) for m in magnitude]
+    return {
+        name: (down.T, ups[i], *(each[i] for each in norms)) for i, name in enumerate(pair.theirs)
+    }
+
+
+def _magnitude(kind: str, norms: np.ndarray, ndim: int) -> np.ndarray:
+    """kohya's [out 1 …]; of PEFT [out], or of a convolution [1 out 1 1]."""
+    if kind == "kohya":
+        return norms.reshape(-1, *[1] * (ndim - 1))
+    return norms if ndim == 2 else norms.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def _add_settings(
+    settings: dict[str, Any], prefix: str, module: str, factors: Mapping[str, Any]
+) -> None:
+    alpha = float(factors["alpha"])
+    settings |= {f"{prefix}.r": factors["down"].shape[-1], f"{prefix}.lora_alpha": alpha}
+    settings[f"{prefix}.use_dora"] = "magnitude" in factors
+    settings.setdefault(f"{prefix}.target_modules", []).append(module)
+
+
+write_diffusers_lora = partial(_write, "diffusers")
+write_kohya_lora = partial(_write, "kohya")
