@@ -189,7 +189,7 @@ def test_convolutions_beside_the_latent_may_be_absent(pipeline, tmp_path):
 def distilled():
     """A model whose guidance is an input, as latent consistency models have it."""
     bundle = models.make_bundle("clip")
-    fields = {**models.UNET, "guidance_dim": 6}
+    fields = {**models.UNET, "guidance_dim": 6, "use_scale_shift_norm": True}
     part = models.part(fields, unet.shapes(fields, 4, models.WIDTH, None))
     conditioners = {"clip_text": bundle.conditioners["clip_text"]}
     return replace(bundle, unet=part, conditioners=conditioners)

@@ -231,9 +231,13 @@ def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
 
 def _makes(diffusion: Mapping[str, Any], schedule: NoiseSchedule) -> bool:
     """Whether the `diffusion` fields of a file make this schedule."""
-    names = ("schedule", "num_timesteps", "beta_start", "beta_end")
-    zero = diffusion["zero_terminal_snr"]
-    made = make_schedule(*(diffusion[name] for name in names), zero_terminal_snr=zero)
+    made = make_schedule(
+        diffusion["schedule"],
+        diffusion["num_timesteps"],
+        diffusion["beta_start"],
+        diffusion["beta_end"],
+        zero_terminal_snr=diffusion["zero_terminal_snr"],
+    )
     return made.num_timesteps == schedule.num_timesteps and np.allclose(
         made.alphas, schedule.alphas, rtol=1e-5, atol=1e-7
     )

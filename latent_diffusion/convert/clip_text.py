@@ -9,7 +9,7 @@ import numpy as np
 from latent_diffusion.convert import tables
 from latent_diffusion.convert.bundle import Part, conditioner_shapes
 from latent_diffusion.convert.settings import (
-    TRANSFORMERS,
+    GENERAL,
     Fields,
     Settings,
     encoder_settings,
@@ -44,7 +44,7 @@ _read_config, _write_config = encoder_settings(
 WHOLE = Settings(  # of a CLIPModel, which holds the configs of both encoders
     optional={f"{half}_config{end}": {} for half in ("text", "vision") for end in ("", "_dict")},
     defaults={"projection_dim": 512},
-    harmless={*TRANSFORMERS, "logit_scale_init_value"},
+    harmless={*GENERAL, "logit_scale_init_value"},
 )
 LAYER = r"layers_(?P<i>\d+)"
 TRANSFORMERS, OPEN_CLIP = "encoder.layers.", "transformer.resblocks."

@@ -64,10 +64,10 @@ def read_component(path: Path, variant: str | None) -> Bundle:
         return read(weights, {**config, "_class_name": name}, tensors)
 
 
-def read_size(config: Json) -> Size | None:
+def read_size(config: Mapping[str, Any]) -> Size | None:
     """`sample_size`: the side of a trained picture or latent, or (height, width)."""
     size = config.get("sample_size")
-    sides = [size] if not isinstance(size, list | tuple) else size
+    sides: list[Any] = [size] if not isinstance(size, list | tuple) else list(size)
     if size is None:
         return None
     if len(sides) not in (1, 2) or not all(
@@ -137,14 +137,14 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
 # --------------------------------------------------------------------------------------- writing
 
 
-def _meaning_of_autoencoder(config: Json) -> Any:
+def _meaning_of_autoencoder(config: Mapping[str, Any]) -> Any:
     values = autoencoder.complete(config)
-    own = values["scaling_factor"], values.get("shift_factor") or 0.0
-    own += values.get("use_quant_conv"), values.get("use_post_quant_conv")
+    convs = values.get("use_quant_conv"), values.get("use_post_quant_conv")
+    own = values["scaling_factor"], values.get("shift_factor") or 0.0, convs
     return config["_class_name"], autoencoder.fields_from_diffusers(config), own
 
 
-def _meaning_of_unet(config: Json) -> Any:
+def _meaning_of_unet(config: Mapping[str, Any]) -> Any:
     values, fields = unet_diffusers.complete(config), unet_diffusers.fields_from_diffusers(config)
     own = values["num_class_embeds"], values.get("use_linear_projection"), read_size(config)
     return config["_class_name"], fields, own, unet_diffusers.input_widths(values)

@@ -241,7 +241,8 @@ def _read_unet(
     """Read the U-Net; return the released model of its size, too."""
     fields, context = unet_compvis.fields_from_shapes(tensors), unet_compvis.context_dim(tensors)
     size = (fields["model_channels"], context, fields["out_channels"])
-    released, settings = RELEASED.get(size), {}
+    released = RELEASED.get(size)
+    settings: Mapping[str, Any] = {}
     if params:
         settings = _TARGET.complete(params["unet_config"], "unet_config")["params"] or {}
         fields = unet_compvis.fields_from_yaml(settings, linear)

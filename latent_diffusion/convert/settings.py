@@ -121,7 +121,7 @@ def remembered(
 
 
 # Of every config of transformers: settings of training, of outputs and of generating texts.
-_GENERAL = """
+_WORDS = """
     architectures model_type transformers_version torch_dtype dtype name_or_path return_dict
     output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss
     tie_word_embeddings is_encoder_decoder cross_attention_hidden_size tie_encoder_decoder
@@ -135,7 +135,7 @@ _GENERAL = """
     gradient_checkpointing initializer_range initializer_factor attention_dropout dropout
     hidden_dropout_prob attention_probs_dropout_prob classifier_dropout activation_dropout
 """
-TRANSFORMERS = frozenset(_GENERAL.split())
+GENERAL = frozenset(_WORDS.split())
 
 
 def encoder_settings(
@@ -164,7 +164,7 @@ def encoder_settings(
         defaults=defaults,
         allowed=allowed,
         checked={"pruned_heads": ({}, None)},
-        harmless=TRANSFORMERS.union(harmless),
+        harmless=GENERAL.union(harmless),
     )
 
     def read(config: Mapping[str, Any]) -> Fields:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.convert.bundle import Part, conditioner_shapes
-from latent_diffusion.convert.settings import TRANSFORMERS, Fields, Settings
+from latent_diffusion.convert.settings import GENERAL, Fields, Settings
 from latent_diffusion.convert.tables import SAME, Leaf, Rule, Table, count, write_tensors
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -33,7 +33,7 @@ _SETTINGS = Settings(
     },
     allowed={"activation_function": ("gelu",)},
     checked={"scale_embedding": (False,), "pruned_heads": ({}, None)},
-    harmless={*TRANSFORMERS, "encoder_layerdrop", "init_std", "pad_token_id", "num_hidden_layers"},
+    harmless={*GENERAL, "encoder_layerdrop", "init_std", "pad_token_id", "num_hidden_layers"},
 )
 YAML = Settings(  # of BERTEmbedder and TransformerEmbedder
     names={

@@ -203,7 +203,7 @@ def _blocks(config: Mapping[str, Any], side: str) -> list[tuple[bool, str]]:
     own = config.get(f"{side.lower()}sample_type")
     if own is not None:
         _check_one_of(config, f"{side.lower()}sample_type", ("conv", "resnet"))
-    return [(attends, change or own) for attends, change in blocks]
+    return [(attends, change or str(own)) for attends, change in blocks]
 
 
 def _crossed(config: Mapping[str, Any], levels: int) -> tuple[bool, ...]:
