@@ -74,7 +74,7 @@ def test_another_metric_begins_afresh_even_at_the_step_that_is_kept(tmp_path):
     for step, value, best in ((3, 20.0, True), (4, 19.0, False), (5, 21.0, True)):
         assert offer(tmp_path, "eval_psnr", step, value, "max") == best
     assert kept(tmp_path) == {"metric": "eval_psnr", "value": 21.0, "step": 5}
-    assert offer(tmp_path, "eval_loss", 6, 7.0)
+    assert offer(tmp_path, "eval_loss", 6, 70.0)
 
 
 @pytest.mark.parametrize(("metric", "measured"), [("", 0), ("eval_loss", 0), ("eval_new", 1)])

@@ -305,7 +305,7 @@ ARGUMENTS = {
 }
 
 CLUSTER = ("distributed", "coordinator", "num_processes", "process_id", "connect_timeout")
-TOGETHER = "test_processes.py::test_processes_with_other_configs_or_alone_refuse_to_start"
+TOGETHER = "test_processes.py::test_processes_that_differ_or_are_alone_refuse_to_start"
 RUNS = "test_commands.py::test_a_workdir_holds_what_the_readme_says"
 CALL = "test_flags.py::test_what_is_written_behind_{}_reaches_the_call"
 # Module of a command -> its flags. What a call makes of its arguments has tests above.
