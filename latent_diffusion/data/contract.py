@@ -18,6 +18,7 @@ class Key(NamedTuple):
 KEYS: dict[str, Key] = {
     "image": Key(np.float32, "B H W 3", -1, 1),
     "moments": Key(np.float32, "B h w c"),  # cached first-stage output
+    "codes": Key(np.int32, "B h w", 0),  # cached places in the first stage's codebook
     "class_label": Key(np.int32, "B", 0),
     "tokens": Key(np.int32, "B L", 0),
     "layout": Key(np.int32, "B L", 0),

@@ -15,7 +15,7 @@ import numpy as np
 
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.rng import example_keys, pmean
-from latent_diffusion.types import Array, Batch, Config, Float, Keys, Params, lookup
+from latent_diffusion.types import Array, Batch, Config, Float, Int, Keys, Params, lookup
 
 
 class FirstStage(flax.struct.PyTreeNode):
@@ -48,6 +48,16 @@ class FirstStage(flax.struct.PyTreeNode):
     def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         """Pixels from scaled latents."""
         return self._apply("decode", z / self.scale_factor + self.shift)
+
+    def indices(self, batch: Batch) -> Int[Array, "B h w"]:
+        """Places in the codebook: a batch's cached `codes` if there are any, else of `image`."""
+        if "codes" in batch:
+            return batch["codes"]
+        return self._apply("encode_to_indices", batch["image"])
+
+    def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
+        """Pixels from places in the codebook."""
+        return self._apply("decode_indices", indices)
 
     def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         """Scaled latents replaced by the nearest codes; ValueError without a codebook."""

@@ -159,7 +159,7 @@ class SamplingOptions:
     eta: Any = _number(
         None, "[0, inf)", "share of fresh noise, of ddim and the ancestral and SDE samplers"
     )
-    temperature: Any = _number(None, "[0, inf)", "factor of the noise of ddim and ddpm")
+    temperature: Any = _number(None, "[0, inf)", "factor of the noise of ddim, ddpm and priors")
     noise_dropout: Any = _number(None, "[0, 1)", "share of ddim's noise that is dropped", off=0.0)
     large_variance: Any = _number(
         None, "[0, 1]", "ddpm's variance between the posterior's (0) and beta (1)"
@@ -199,7 +199,37 @@ class SamplingOptions:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class PriorOptions:
+    """The options of a prior over codes, which has no sampler."""
+
+    temperature: Any = _number(1.0, "[0, inf)", "of the drawing; 0 takes the likeliest", off=1.0)
+    top_k: Any = _choice(
+        0,
+        int,
+        "codes that can be drawn by a prior, the likeliest; 0 is all",
+        range="[1, inf)",
+        off=0.0,
+        traced=True,
+    )
+    top_p: Any = _number(
+        1.0,
+        "(0, 1]",
+        "probability of the likeliest codes, which a prior can draw; 1 is all",
+        off=1.0,
+    )
+    guidance_scale: Any = _number(
+        1.0, "", "strength of classifier-free guidance on logits; 1 is off", off=1.0
+    )
+    num_steps: Any = _choice(12, int, "steps of a masked prior", range="[1, inf)")
+    choice_temperature: Any = _number(
+        4.5, "[0, inf)", "noise in the order in which a masked prior settles codes"
+    )
+
+
 OPTIONS = options_of(SamplingOptions)
+PRIOR_OPTIONS = options_of(PriorOptions)
+ALL_OPTIONS = {**PRIOR_OPTIONS, **OPTIONS}  # of one name: the flag explains the denoiser's
 
 
 def check_needs(given: Mapping[str, Any]) -> None:

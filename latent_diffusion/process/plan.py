@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.process.options import OPTIONS, SamplingOptions
+from latent_diffusion.process.options import (
+    OPTIONS,
+    PRIOR_OPTIONS,
+    Option,
+    PriorOptions,
+    SamplingOptions,
+)
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import SPACINGS, NoiseSchedule, Timesteps, spacing
 from latent_diffusion.types import Config, lookup
@@ -17,11 +23,12 @@ from latent_diffusion.types import Config, lookup
 # CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
 CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
 
-jax.tree_util.register_dataclass(
-    SamplingOptions,
-    data_fields=[name for name, option in OPTIONS.items() if option.traced],
-    meta_fields=[name for name, option in OPTIONS.items() if not option.traced],
-)
+for cls, table in ((SamplingOptions, OPTIONS), (PriorOptions, PRIOR_OPTIONS)):
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[name for name, option in table.items() if option.traced],
+        meta_fields=[name for name, option in table.items() if not option.traced],
+    )
 
 
 def options_of_sampler(name: str) -> dict[str, Any]:
@@ -71,6 +78,31 @@ def plan(
     return jnp.asarray(timesteps), dataclasses.replace(options, **numbers, **told)
 
 
+def plan_prior(defaults: Config, given: Mapping[str, Any], causal: bool) -> PriorOptions:
+    """The options of a prior, `given` over the model's `defaults`, checked; numbers as in `plan`.
+
+    Raises ValueError for an option that a prior of this kind doesn't have.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    masked_only = ("num_steps", "choice_temperature")
+    known = [name for name in PRIOR_OPTIONS if not (causal and name in masked_only)]
+    for name in given:
+        if name not in known:
+            kind = "causal" if causal else "masked"
+            raise ValueError(
+                f"unknown option {name!r} for a {kind} prior; known: {', '.join(sorted(known))}"
+            )
+    values = {name: option.default for name, option in PRIOR_OPTIONS.items()}
+    values |= {name: value for name, value in defaults.items() if name in PRIOR_OPTIONS}
+    checked = {k: PRIOR_OPTIONS[k].checked(k, v) for k, v in {**values, **given}.items()}
+    return PriorOptions(
+        **{
+            name: _number(name, value, PRIOR_OPTIONS) if PRIOR_OPTIONS[name].traced else value
+            for name, value in checked.items()
+        }
+    )
+
+
 def own_options(options: SamplingOptions) -> dict[str, Any]:
     """The keyword arguments of the sampler's table."""
     values = {name: getattr(options, name) for name in options_of_sampler(options.sampler)}
@@ -100,9 +132,9 @@ def _values(defaults: Config, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: OPTIONS[name].checked(name, v) for name, v in {**numbers, **values}.items()}
 
 
-def _number(name: str, value: Any) -> Any:
+def _number(name: str, value: Any, table: Mapping[str, Option] = OPTIONS) -> Any:
     """The value as an input of a program; None where it asks for nothing."""
-    return None if value is None or value == OPTIONS[name].off else np.asarray(value, np.float32)
+    return None if value is None or value == table[name].off else np.asarray(value, np.float32)
 
 
 def _check_guidance(

@@ -16,12 +16,13 @@ from flax.core import FrozenDict
 
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners.text import sentences
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Int, Keys
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Keys
 
 
-def _dropped(drop: Bool[Array, " B"], tokens: Int[Array, "B ..."], null: int | None) -> Array:
+def _dropped(drop: Bool[Array, " B"], tokens: Any, null: int | None) -> Array:
+    """The tokens [B ...], with `null` in the examples that are dropped."""
     if null is None:
-        return tokens
+        return jnp.asarray(tokens)
     return jnp.where(drop.reshape(-1, *[1] * (tokens.ndim - 1)), null, tokens)
 
 
