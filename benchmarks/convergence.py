@@ -15,7 +15,8 @@ from absl import app, flags
 from benchmarks.exact import Mixture
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.samplers.table import run
-from latent_diffusion.process.schedules import make_schedule, spacing
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.process.spacings import spacing
 
 DETERMINISTIC = (
     "ddim",
@@ -23,7 +24,9 @@ DETERMINISTIC = (
     "heun",
     "dpm2",
     "lms",
+    "ipndm",
     "dpm_solver_2m",
+    "dpm_solver_3m",
     "dpm_solver_pp_2m",
     "dpm_solver_pp_singlestep",
     "unipc",

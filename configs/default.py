@@ -227,13 +227,13 @@ def dit() -> ConfigDict:
 
 def diffusion() -> ConfigDict:
     c = ConfigDict()
-    # "linear" (of square roots) | "sqrt_linear" | "sqrt" | "cosine" | "rectified_flow"
+    # "linear" (of square roots) | "sqrt_linear" | "sqrt" | "cosine" | "rectified_flow" | "edm"
     c.schedule = "linear"
     c.num_timesteps = 1000
-    c.beta_start = 0.0015
+    c.beta_start = 0.0015  # of "edm": the ends of sigma
     c.beta_end = 0.0195
     c.zero_terminal_snr = False
-    c.prediction = "eps"  # "eps" | "x0" | "v" | "flow"
+    c.prediction = "eps"  # "eps" | "x0" | "v" | "flow" | "edm"
     c.loss = "l2"  # "l2" | "l1"
     c.loss_weight = "simple"  # "simple" | "min_snr" | "elbo" | "elbo_original"
     c.elbo_weight = 0.0  # of the variational bound, which is added to the loss
@@ -250,7 +250,7 @@ def sampling() -> ConfigDict:
     c = ConfigDict()
     c.sampler = "ddim"  # a name in latent_diffusion.SAMPLERS
     c.num_steps = 50
-    c.spacing = "trailing"  # a name in schedules.SPACINGS
+    c.spacing = "trailing"  # a name in spacings.SPACINGS
     # Share of fresh noise, in samplers with an eta; None = the sampler's default
     c.eta = placeholder(float)
     c.guidance_scale = 1.0

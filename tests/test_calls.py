@@ -13,7 +13,14 @@ from answers import RNG, TEXT, model
 from conftest import ROOT
 
 from latent_diffusion.generation import program
-from latent_diffusion.process.options import SamplingOptions, markdown
+from latent_diffusion.process.options import (
+    SAMPLER_NAMES,
+    SPACING_NAMES,
+    SamplingOptions,
+    markdown,
+)
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.spacings import SPACINGS
 from latent_diffusion.rng import example_keys, sampling_keys, seed_key
 
 BALLAST = (12_345,)  # the shape of a parameter that no other array has
@@ -136,3 +143,8 @@ def test_sample_writes_no_picture_of_nan(tmp_path):
 def test_the_table_of_options_in_the_docs_is_made_from_them():
     page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
     assert markdown(SamplingOptions) in page
+
+
+def test_the_help_names_every_sampler_and_spacing():
+    assert SAMPLER_NAMES.split(", ") == list(SAMPLERS)
+    assert SPACING_NAMES.split(", ") == list(SPACINGS)

@@ -161,6 +161,25 @@ def test_whole_models(name, tmp_path):
     )
 
 
+def test_the_index_decides_the_class_of_the_scheduler(tmp_path, caplog):
+    convert.write(make_bundle("text"), tmp_path / "folder", "diffusers")
+    file = tmp_path / "folder" / "model_index.json"
+    index = json.loads(file.read_text())
+
+    def read(name):
+        file.write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+        return convert.read(tmp_path / "folder")
+
+    assert read("DDIMScheduler").sampling["sampler"] == "ddim"
+    other = read("EulerDiscreteScheduler")
+    assert other.sampling["sampler"] == "euler" and other.sampling["spacing"] == "trailing"
+    convert.write(other, tmp_path / "again", "diffusers")
+    config = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "EulerDiscreteScheduler" and not caplog.records
+    unknown = read("NewScheduler")
+    assert unknown.diffusion == other.diffusion and "NewScheduler" in caplog.text
+
+
 @pytest.mark.parametrize("format", ["diffusers", "compvis"])
 def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, tmp_path):
     fields = {"num_classes": 6, "width": 128, "route": "vector"}
@@ -185,6 +204,13 @@ def test_a_shift_of_the_latents_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**settings, "shift_factor": 0.5}))
     read = convert.read(tmp_path)
     assert (read.scale_factor, read.shift) == (0.25, 0.5)
+
+
+def test_the_original_has_no_schedules_of_others(tmp_path):
+    bundle = make_bundle("text")
+    bundle = replace(bundle, diffusion={**bundle.diffusion, "schedule": "edm"})
+    with pytest.raises(ValueError, match="unknown schedule of the original 'edm'"):
+        convert.write(bundle, tmp_path / "model.safetensors", "compvis")
 
 
 def test_boxes_are_told_from_words_by_their_number():

@@ -189,3 +189,20 @@ def test_pure_noise_tells_a_network_of_eps_nothing():
     plan(schedule, "v", {}, {})
     visited, _ = plan(schedule, "eps", {}, {"spacing": "leading"})
     assert visited[0] < 999
+
+
+def test_the_network_sees_whole_timesteps():
+    """Of fractional ones, while the noise stays theirs."""
+    denoiser, conditioning, null = made()
+    given = {"spacing": "given", "timesteps": (900.6, 300.6), "num_steps": 2, "sampler": "ddim"}
+
+    def sample(**own):
+        timesteps, options = plan(SCHEDULE, "v", {}, {**given, **own})
+        keys = sampling_keys(example_keys(jax.random.key(0), 3))
+        return denoiser.sample(keys, conditioning, null, timesteps, SHAPE, options)
+
+    exact, nearest, below = (sample(network_timesteps=n) for n in ("exact", "round", "floor"))
+    np.testing.assert_array_equal(exact, sample())
+    assert np.abs(exact - nearest).max() > 1e-3 and np.abs(nearest - below).max() > 1e-3
+    with pytest.raises(ValueError, match="unknown network_timesteps 'ceil'; known: exact, floor"):
+        sample(network_timesteps="ceil")

@@ -66,7 +66,7 @@ def test_targets():
     np.testing.assert_array_equal(target["x0"], Z_0)
     np.testing.assert_allclose(target["v"], alpha * EPS - sigma * Z_0, rtol=1e-6)
     np.testing.assert_allclose(target["flow"], EPS - Z_0, rtol=1e-6)
-    with pytest.raises(ValueError, match="unknown prediction type 'epsilon'; known: eps, flow"):
+    with pytest.raises(ValueError, match="unknown prediction type 'epsilon'; known: edm, eps"):
         prediction_target("epsilon", LINEAR, Z_0, EPS, 500)
 
 

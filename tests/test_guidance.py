@@ -8,7 +8,8 @@ import pytest
 from latent_diffusion.process import constraints, guidance
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import make_schedule, spacing
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.process.spacings import spacing
 from latent_diffusion.rng import example_keys
 
 SCHEDULE = make_schedule()
@@ -197,7 +198,7 @@ def test_constraints_do_what_they_say():
     assert float(jnp.abs(bounded).max()) == 1.0
     small = 0.1 * BIG / jnp.abs(BIG).max()
     close(constraints.dynamic_threshold(answers(small), SCHEDULE)(Z, T).z_0, small)
-    low = constraints.dynamic_threshold(answers(BIG), SCHEDULE, 0.9, ceiling=1.0)(Z, T).z_0
+    low = constraints.dynamic_threshold(answers(BIG), SCHEDULE, 0.9, limit=1.0)(Z, T).z_0
     close(low, jnp.clip(BIG, -1, 1))
     # The norm: shrunk to the limit, direction kept, shorter ones untouched.
     shrunk = constraints.norm_threshold(answers(BIG), SCHEDULE, 0.8)(Z, T).z_0

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampler_tables import filled
 from test_schedules import assert_printed
 
 from benchmarks.exact import Mixture
@@ -14,8 +15,9 @@ from latent_diffusion.process import constraints
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
 from latent_diffusion.process.samplers.first_order import ddim_noise
-from latent_diffusion.process.samplers.table import Table, run, steps
-from latent_diffusion.process.schedules import make_schedule, spacing
+from latent_diffusion.process.samplers.table import run, steps
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.process.spacings import spacing
 from latent_diffusion.rng import example_keys, normal_per_example
 from latent_diffusion.types import lookup
 
@@ -35,13 +37,20 @@ STOCHASTIC = {
     "euler_ancestral",
     "dpm2_ancestral",
     "dpm_solver_pp_2s_ancestral",
+    "dpm_solver_pp_sde",
     "dpm_solver_pp_2m_sde",
     "dpm_solver_pp_3m_sde",
     "lcm",
+    "tcd",
 }
-TWO_EVALUATIONS = {"heun", "dpm2", "dpm2_ancestral", "dpm_solver_pp_2s_ancestral"}
+TWO_EVALUATIONS = {
+    "heun",
+    "dpm2",
+    "dpm2_ancestral",
+    "dpm_solver_pp_2s_ancestral",
+    "dpm_solver_pp_sde",
+}
 BATCH = 1024
-ROWS = 130  # of the one compiled loop below
 KEYS = example_keys(jax.random.key(0), BATCH)
 # Evenly spread quantiles, so that deterministic samplers have no sampling error.
 QUANTILES = np.random.default_rng(0).permutation((np.arange(BATCH) + 0.5) / BATCH)
@@ -84,38 +93,14 @@ def looped(consistent=False, bound=None, follow=False):
     return jax.jit(loop)
 
 
-def filled(table, rows=ROWS, columns=5):
-    """The same table with every coefficient there is, and idle rows at its end."""
-    count = len(table.t)
-
-    def fill(values, idle=0.0):
-        values = np.full(count, idle) if values is None else values
-        return jnp.asarray(np.pad(values, (0, rows - count), constant_values=idle), jnp.float32)
-
-    def fill_all(values):
-        values = np.zeros((count, 0)) if values is None else values
-        pad = ((0, rows - count), (0, columns - values.shape[1]))
-        return jnp.asarray(np.pad(values, pad), jnp.float32)
-
-    return Table(
-        t=fill(table.t),
-        scale=fill(np.zeros(count) if table.scale is None else table.scale, idle=1.0),
-        z_0=fill_all(table.z_0),
-        eps=fill_all(table.eps),
-        noise=fill(table.noise),
-        restart=fill(table.restart, idle=1.0),
-        keep=fill(table.keep),
-        correction=fill_all(table.correction),
-        dropout=fill(table.dropout),
-    )
-
-
 def levels(num_steps, schedule=LINEAR, end=-1):
     return spacing("exponential", schedule, num_steps, end=end).astype(jnp.float32)
 
 
 def sample(name, mixture, timesteps, schedule=LINEAR, z_T=Z_T, keys=KEYS):
-    table = filled(SAMPLERS[name].table(schedule, timesteps))
+    # A network that isn't distilled can't jump as far as trajectory consistency asks.
+    own = {"eta": 0.02} if name == "tcd" else {}
+    table = filled(SAMPLERS[name].table(schedule, timesteps, **own))
     return looped(name == "lcm")(table, mixture, schedule, z_T, keys)
 
 
@@ -162,7 +147,8 @@ def test_an_image_is_the_same_in_any_batch(name):
     """And the sampler itself agrees with its table run as above."""
     timesteps = spacing("original", LINEAR, 5)
     many = sample(name, GAUSSIAN, timesteps)
-    few = compiled(name)(GAUSSIAN, LINEAR, timesteps, Z_T[7:9], KEYS[7:9])
+    own = {"eta": 0.02} if name == "tcd" else {}
+    few = compiled(name, **own)(GAUSSIAN, LINEAR, timesteps, Z_T[7:9], KEYS[7:9])
     np.testing.assert_allclose(few, many[7:9], atol=2e-5)
 
 
@@ -174,8 +160,10 @@ ORDERS = {
     "euler": 1,
     "heun": 2,
     "dpm2": 2,
+    "ipndm": 2,
     "lms": 4,  # reached slowly, after its start of lower order
     "dpm_solver_2m": 2,
+    "dpm_solver_3m": 2,
     "dpm_solver_pp_2m": 2,
     "dpm_solver_pp_singlestep": 2,
     "unipc": 3,  # the corrector adds one
@@ -429,7 +417,7 @@ def test_without_noise_the_sde_solvers_are_the_ode_solvers(solver_type):
 
 
 @pytest.mark.parametrize(
-    "name", ["euler_ancestral", "dpm2_ancestral", "dpm_solver_pp_2s_ancestral"]
+    "name", ["euler_ancestral", "dpm2_ancestral", "dpm_solver_pp_2s_ancestral", "dpm_solver_pp_sde"]
 )
 def test_ancestral_samplers_without_noise_follow_the_flow(name):
     z_0 = SAMPLERS[name](GAUSSIAN.denoiser(LINEAR), START, levels(64), LINEAR, None, eta=0.0)
@@ -437,7 +425,13 @@ def test_ancestral_samplers_without_noise_follow_the_flow(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "orders"), [("lms", (1, 2, 3)), ("deis", (1, 3, 4)), ("unipc", (1, 3))]
+    ("name", "orders"),
+    [
+        ("lms", (1, 2, 3)),
+        ("deis", (1, 3, 4)),
+        ("unipc", (1, 3)),
+        ("dpm_solver_pp_singlestep", (1, 2, 3)),
+    ],
 )
 def test_order_option(name, orders):
     timesteps = levels(16, end=0)
@@ -458,6 +452,36 @@ def test_consistency_sampling_mixes_in_its_input():
     np.testing.assert_allclose(answer, out * z_0 + skip * START, rtol=1e-4)
     wider = ours("lcm", timesteps, timestep_scaling=0.1, sigma_data=1.0)
     np.testing.assert_allclose(wider, START / 2 + z_0 / math.sqrt(2), rtol=1e-4)
+
+
+def test_trajectory_consistency_without_noise_is_ddim_at_whole_timesteps():
+    timesteps = spacing("leading", LINEAR, 10)
+    still = ours("tcd", timesteps, eta=0.0)
+    np.testing.assert_allclose(still, ours("ddim", timesteps), atol=1e-5)
+    table = SAMPLERS["tcd"].table(LINEAR, timesteps, eta=0.4)
+    below = LINEAR.alpha_t(jnp.floor(0.6 * timesteps[1:-1]))
+    renoised = (LINEAR.alpha_t(timesteps[1:-1]) / below) ** 2
+    np.testing.assert_allclose(table.noise[:-1] ** 2, 1 - renoised, rtol=1e-3)
+    assert table.noise[-1] == 0
+
+
+def test_a_step_without_correction_is_the_predictors_alone():
+    timesteps = levels(8, end=0)
+    free = SAMPLERS["unipc"].table(LINEAR, timesteps, disable_corrector=tuple(range(8)))
+    assert not np.any(free.correction) and np.all(free.restart == 1)
+    one = SAMPLERS["unipc"].table(LINEAR, timesteps, disable_corrector=(2,))
+    assert one.restart.tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_plms_of_v_in_its_first_step_is_that_of_eps():
+    """Only sums of several predictions differ."""
+    timesteps = levels(1)
+    v, eps = (ours("plms", timesteps, extrapolated=name) for name in ("v", "eps"))
+    np.testing.assert_allclose(v, eps, atol=2e-5)
+    timesteps = levels(16, end=0)
+    v, eps = (ours("plms", timesteps, extrapolated=name) for name in ("v", "eps"))
+    flow = GAUSSIAN.flow(LINEAR, START, 999, 0)
+    assert 1e-4 < jnp.max(jnp.abs(v - eps)) < 0.3 and jnp.max(jnp.abs(v - flow)) < 0.3
 
 
 def test_inversion_leads_to_the_flow_and_back_at_first_order():

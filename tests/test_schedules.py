@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from latent_diffusion.process.schedules import BETAS, CLEAN, SPACINGS, make_schedule, spacing
+from latent_diffusion.process.schedules import BETAS, CLEAN, make_schedule
+from latent_diffusion.process.spacings import SPACINGS, spacing
 
 LINEAR = make_schedule("linear", beta_start=0.0015, beta_end=0.0195)
 
@@ -176,6 +178,39 @@ def test_karras_spacing_is_even_in_the_root_of_sigma():
     np.testing.assert_allclose(np.diff(square), np.diff(square).mean(), rtol=1e-3)
 
 
+def test_beta_spacing_has_even_quantiles():
+    sigmas = np.exp(-0.5 * LINEAR.log_snr_t(spacing("beta", LINEAR, 9)[:-1]))
+    table = np.exp(-0.5 * np.asarray(LINEAR.log_snr, np.float64))
+    share = scipy.stats.beta.cdf((sigmas - table[0]) / (table[-1] - table[0]), 0.6, 0.6)
+    np.testing.assert_allclose(np.diff(share), -1 / 8, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential", "beta"])
+def test_curves_lie_within_another_spacing_or_given_bounds(name):
+    leading = spacing("leading", LINEAR, 20, offset=3)
+    steps = spacing(name, LINEAR, 20, within="leading", offset=3)
+    np.testing.assert_allclose(steps[jnp.array([0, -2, -1])], leading[jnp.array([0, -2, -1])])
+    ended = spacing(name, LINEAR, 5, within="linspace", end=0)
+    np.testing.assert_allclose(ended[jnp.array([0, -2, -1])], [999, 0, 0], atol=1e-3)
+    bound = spacing(name, LINEAR, 5, sigma_min=0.1, sigma_max=5.0)
+    ends = np.exp(-0.5 * LINEAR.log_snr_t(bound[jnp.array([0, -2])]))
+    np.testing.assert_allclose(ends, [5.0, 0.1], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"sigma_max must lie in 0.0387\d* … 83.8\d*, .* got 90"):
+        spacing(name, LINEAR, 5, sigma_max=90.0)
+
+
+def test_schedules_of_karras_preconditioning():
+    """Its network is told a quarter of the logarithm of sigma, and sees z of variance 1."""
+    schedule = make_schedule("edm", 1000, 0.002, 80.0)
+    t = jnp.array([0, 400.3, 999])
+    sigma = np.geomspace(0.002, 80.0, 1000)[0] * (80.0 / 0.002) ** (np.asarray(t) / 999)
+    np.testing.assert_allclose(schedule.time_t(t), 0.25 * np.log(sigma), rtol=1e-4)
+    np.testing.assert_allclose(schedule.sigma_t(t) / schedule.alpha_t(t), sigma, rtol=1e-4)
+    variance = schedule.alpha_t(t) ** 2 * 0.25 + schedule.sigma_t(t) ** 2
+    np.testing.assert_allclose(variance, 1.0, rtol=1e-4)
+    assert LINEAR.time_t(t) is t
+
+
 def test_exponential_spacing_is_even_in_log_snr():
     for end in (CLEAN, 0):
         timesteps = spacing("exponential", LINEAR, 9, end=end)
@@ -198,7 +233,7 @@ def test_impossible_numbers_of_steps(num_steps):
 def test_bad_input_is_one_clear_line():
     with pytest.raises(ValueError, match=r"unknown spacing 'unifrom'; known: .*karras.*uniform"):
         spacing("unifrom", LINEAR, 5)
-    with pytest.raises(ValueError, match=r"unknown noise schedule 'cos'; known: cosine, linear"):
+    with pytest.raises(ValueError, match=r"unknown noise schedule 'cos'; known: cosine, edm"):
         make_schedule("cos")
     with pytest.raises(ValueError, match=r"end must be -1 .* or 0 .*, got 3"):
         spacing("uniform", LINEAR, 5, end=3)

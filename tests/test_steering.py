@@ -18,7 +18,8 @@ from latent_diffusion.process import steering
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import make_schedule, spacing
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.process.spacings import spacing
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS

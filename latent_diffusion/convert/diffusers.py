@@ -82,7 +82,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     notes = {**bundle.notes, "conditioners": sorted(bundle.conditioners)}
     bundle = replace(bundle, notes=notes)
     if (path / "scheduler").is_dir():
-        bundle = _with_scheduler(bundle, read_json(path / "scheduler" / "scheduler_config.json"))
+        config = read_json(path / "scheduler" / "scheduler_config.json")
+        bundle = _with_scheduler(bundle, config, _components(path, index).get("scheduler"))
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
     side, f = read_size(bundle.notes.get("unet", {})), bundle.downsampling
@@ -148,7 +149,10 @@ def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
     return Part(fields, {**part.params, **statistics}, part.unused)
 
 
-def _with_scheduler(bundle: Bundle, config: Json) -> Bundle:
+def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
+    """The bundle with the schedule and defaults of a scheduler, whose class the index decides."""
+    if kind is not None:
+        config = {**config, "_class_name": kind}
     diffusion, sampling = scheduler.from_diffusers(config)
     name = bundle.notes["pipeline"]
     default = 7.5 if name.startswith("StableDiffusion") else 1.0

@@ -1,9 +1,15 @@
 """diffusers' scheduler_config.json: our noise schedule, prediction and sampling defaults."""
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from latent_diffusion.types import lookup
+from latent_diffusion.convert.scheduler_classes import SCHEDULERS, Scheduler
+from latent_diffusion.convert.scheduler_options import CURVES
+from latent_diffusion.types import Config, lookup
+
+log = logging.getLogger(__name__)
 
 # A U-Net without a schedule gets Stable Diffusion's.
 ASSUMED = {
@@ -16,142 +22,109 @@ ASSUMED = {
 }
 _CURVES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# class → (our sampler, its default timestep_spacing)
-SCHEDULERS = {
-    "DDPMScheduler": ("ddpm", "leading"),
-    "DDIMScheduler": ("ddim", "leading"),
-    "PNDMScheduler": ("plms", "leading"),
-    "EulerDiscreteScheduler": ("euler", "linspace"),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace"),
-    "HeunDiscreteScheduler": ("heun", "linspace"),
-    "KDPM2DiscreteScheduler": ("dpm2", "linspace"),
-    "KDPM2AncestralDiscreteScheduler": ("dpm2_ancestral", "linspace"),
-    "LMSDiscreteScheduler": ("lms", "linspace"),
-    "DPMSolverMultistepScheduler": ("multistep", "linspace"),
-    "DPMSolverSinglestepScheduler": ("dpm_solver_pp_singlestep", "linspace"),
-    "UniPCMultistepScheduler": ("unipc", "linspace"),
-    "DEISMultistepScheduler": ("deis", "linspace"),
-    "LCMScheduler": ("lcm", "leading"),
+# What an unknown class is taken for where its config says nothing.
+_UNKNOWN = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
 }
-# algorithm_type and solver_order of the multistep solver → our sampler and its options
-_MULTISTEP: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpmsolver 1": ("ddim", {}),
-    "dpmsolver++ 1": ("ddim", {}),
-    "sde-dpmsolver++ 1": ("ddim", {"eta": 1.0}),
-    "dpmsolver 2": ("dpm_solver_2m", {}),
-    "dpmsolver++ 2": ("dpm_solver_pp_2m", {}),
-    "sde-dpmsolver++ 2": ("dpm_solver_pp_2m_sde", {}),
-    "dpmsolver++ 3": ("dpm_solver_pp_3m_sde", {"eta": 0.0}),
-    "sde-dpmsolver++ 3": ("dpm_solver_pp_3m_sde", {}),
-}
-_SOLVERS = {
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-}
-# Classes whose timesteps leave out t = 0, and classes whose timesteps are integers.
-_OPEN = _SOLVERS | {"DEISMultistepScheduler"}
-_INTEGER = {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler"}
-# Configs carry settings over from other classes, so a setting is read only for classes that use it:
-# these are the classes, with their defaults.
-_CLIP_SAMPLE = {"DDPMScheduler": True, "DDIMScheduler": True}
-_CLIP_SAMPLE |= {"HeunDiscreteScheduler": False, "LCMScheduler": False}
-_SET_ALPHA_TO_ONE = {"DDIMScheduler": True, "PNDMScheduler": False}
-_FINAL_SIGMAS_TYPE = _SOLVERS | {"EulerDiscreteScheduler"}
-# Settings that change a sampler, with the values that ours can compute: (default, allowed).
-_FIXED: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "PNDMScheduler": {"skip_prk_steps": (False, (True,))},
-    "DPMSolverSinglestepScheduler": {
-        "algorithm_type": ("dpmsolver++", ("dpmsolver++",)),
-        "solver_order": (2, (2,)),
-        "solver_type": ("midpoint", ("midpoint",)),
-    },
-    "UniPCMultistepScheduler": {
-        "solver_type": ("bh2", ("bh2",)),
-        "predict_x0": (True, (True,)),
-    },
-    "DDPMScheduler": {"variance_type": ("fixed_small", ("fixed_small", "fixed_large"))},
-    "EulerDiscreteScheduler": {"timestep_type": ("discrete", ("discrete",))},
-}
-_UNKNOWN = ("trained_betas", "thresholding", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+_KNOWN = {name for record in SCHEDULERS.values() for name in record.names()}
 
 
-def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def from_diffusers(config: Mapping[str, Any]) -> tuple[Config, Config]:
     """Read a `scheduler_config.json`: (`diffusion` fields, sampling defaults).
 
-    Absent settings have the defaults of their class. Raises ValueError of one line for a setting
-    that no sampler of ours has.
+    Absent settings have the defaults of their class. Where no sampler of ours does what the class
+    or a setting asks for, the log says so, and the default sampler has a name that is unknown, so
+    that another one must be named. Raises ValueError of one line for a noise schedule or prediction
+    that ours don't have, and for values of a wrong type.
     """
-    name = config["_class_name"]
-    sampler, default_spacing = lookup(SCHEDULERS, name, "scheduler")
-    for field in _UNKNOWN:
-        if config.get(field):
-            raise ValueError(f"{name} with {field} has no equal here")
-    for field, (default, allowed) in _FIXED.get(name, {}).items():
-        if (value := config.get(field, default)) not in allowed:
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError("a scheduler's config names no _class_name")
+    if config.get("trained_betas") is not None:
+        raise ValueError(f"{name} with trained_betas has no equal here")
+    record = SCHEDULERS.get(name)
+    if record is None:
+        settings = _complete(_UNKNOWN, config, name)
+        log.warning("no sampler here does what a %s does: name another when sampling", name)
+        return _diffusion(settings), {"sampler": name, "num_steps": 50}
+    strange = [key for key in config if key not in _KNOWN and not key.startswith("_")]
+    if strange:
+        log.warning("%s doesn't know %s, which changes nothing", name, ", ".join(strange))
+    settings = _complete(record.used, config, name, record.aliases)
+    if record.noise is None:
+        diffusion = _diffusion(settings)
+    else:
+        number = {"num_timesteps": settings["num_train_timesteps"]}
+        diffusion = {**ASSUMED, **number, **record.noise(settings)}
+    try:
+        settings |= _allowed(record, config)
+        return diffusion, {"num_steps": 50, **record.read(settings)}
+    except ValueError as error:
+        log.warning("no sampler here does what this %s does (%s): name another", name, error)
+        return diffusion, {"sampler": f"{name}: {error}", "num_steps": 50}
+
+
+def _complete(
+    used: Mapping[str, Any],
+    config: Mapping[str, Any],
+    name: str,
+    aliases: Mapping[str, Mapping[str, str]] | None = None,
+) -> Config:
+    """Every used setting, with the type of its default."""
+    settings = {**used, **{key: config[key] for key in used if key in config}}
+    for key, value in settings.items():
+        default = used[key]
+        if isinstance(default, bool) and value is None:
+            settings[key] = False
+        elif not _fits(value, default):
+            raise ValueError(f"{name} with {key}={value!r}: it must be like {default!r}")
+        elif isinstance(value, str):
+            settings[key] = (aliases or {}).get(key, {}).get(value, value)
+    return settings
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a default; None stands for a number that isn't set."""
+    if default is None or isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return (default is None and value is None) or (number and math.isfinite(value))
+    if isinstance(default, list):
+        return isinstance(value, list) and all(_fits(entry, 0) for entry in value)
+    return isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _allowed(record: Scheduler, config: Mapping[str, Any]) -> Config:
+    """The settings that ours follow at few values. Raises ValueError for another value."""
+    settings = {key: config.get(key, allowed[0]) for key, allowed in record.only.items()}
+    for key, value in settings.items():
+        allowed = record.only[key]
+        if value not in allowed and not (value is None and allowed[0] is False):
             values = " or ".join(map(str, allowed))
-            raise ValueError(f"{name} with {field}={value} has no equal here; allowed: {values}")
-    options: dict[str, Any] = {}
-    if sampler == "multistep":
-        sampler, options = _multistep(config)
-    elif sampler in ("unipc", "deis"):
-        options = {"order": config.get("solver_order", 2)}
-    elif sampler == "ddpm" and config.get("variance_type") == "fixed_large":
-        options = {"large_variance": 1.0}
-    if name in _CLIP_SAMPLE and config.get("clip_sample", _CLIP_SAMPLE[name]):
-        options["clip_x0"] = config.get("clip_sample_range", 1.0)
-    sampling = {"sampler": sampler, "num_steps": 4 if sampler == "lcm" else 50, **options}
-    return _diffusion(config), {**sampling, **_spacing(config, name, default_spacing)}
+            raise ValueError(f"{key}={value!r} has no equal here; allowed: {values}")
+    # Curves follow these settings also in classes that don't have them.
+    curved = any(config.get(name) for name in CURVES)
+    for key in ("sigma_min", "sigma_max"):
+        if curved and key not in record.used and config.get(key) is not None:
+            raise ValueError(f"{key} has no equal here")
+    return settings
 
 
-def _diffusion(config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = config.get("prediction_type", "epsilon")
+def _diffusion(settings: Mapping[str, Any]) -> Config:
+    """The `diffusion` fields. Raises ValueError for a curve or prediction that ours don't have."""
+    kind = settings["prediction_type"]
     return {
-        "schedule": lookup(_CURVES, config.get("beta_schedule", "linear"), "beta_schedule"),
-        "num_timesteps": config.get("num_train_timesteps", 1000),
-        "beta_start": config.get("beta_start", 0.0001),
-        "beta_end": config.get("beta_end", 0.02),
-        "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
+        "schedule": lookup(_CURVES, settings["beta_schedule"], "beta_schedule"),
+        "num_timesteps": settings["num_train_timesteps"],
+        "beta_start": settings["beta_start"],
+        "beta_end": settings["beta_end"],
+        "zero_terminal_snr": settings.get("rescale_betas_zero_snr", False),
         "prediction": lookup(_PREDICTIONS, kind, "prediction_type"),
     }
-
-
-def _multistep(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    kind = f"{config.get('algorithm_type', 'dpmsolver++')} {config.get('solver_order', 2)}"
-    if kind not in _MULTISTEP:
-        kinds = ", ".join(_MULTISTEP)
-        raise ValueError(f"unknown algorithm_type and solver_order {kind}; known: {kinds}")
-    sampler, options = _MULTISTEP[kind]
-    if sampler.startswith("dpm_solver_pp"):
-        options = {**options, "solver_type": config.get("solver_type", "midpoint")}
-    return sampler, options
-
-
-def _spacing(config: Mapping[str, Any], name: str, default: str) -> dict[str, Any]:
-    if name == "LCMScheduler":
-        return {"spacing": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
-    # Sampling ends at ᾱ_0, not at clean data, where the setting of the last alpha or sigma says so.
-    keeps_noise = name == "DEISMultistepScheduler"
-    if name in _SET_ALPHA_TO_ONE:
-        keeps_noise = not config.get("set_alpha_to_one", _SET_ALPHA_TO_ONE[name])
-    elif name in _FINAL_SIGMAS_TYPE:
-        keeps_noise = config.get("final_sigmas_type", "zero") == "sigma_min"
-    end = {"end": 0} if keeps_noise else {}
-    if name not in _INTEGER:
-        for curve in ("karras", "exponential"):
-            if config.get(f"use_{curve}_sigmas"):
-                return {"spacing": curve, **end}
-    kind = config.get("timestep_spacing", default)
-    if name == "DPMSolverSinglestepScheduler":  # it ignores the setting
-        kind = "linspace"
-    linspace = "open" if name in _OPEN else "uniform" if name in _INTEGER else "linspace"
-    leading = "open_leading" if name in _OPEN else "leading"
-    table = {
-        "leading": {"spacing": leading, "offset": config.get("steps_offset", 0)},
-        "trailing": {"spacing": "trailing"},
-        "linspace": {"spacing": linspace},
-    }
-    return {**lookup(table, kind, "timestep_spacing"), **end}
 
 
 def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Prepared(flax.struct.PyTreeNode):
 class Denoiser(flax.struct.PyTreeNode):
     """Modules, schedule and parameters {name, "conditioner"} of a trained (or training) model.
 
-    prediction: the quantity that the network predicts: "eps", "x0", "v" or "flow". name: the
+    prediction: the quantity that the network predicts: "eps", "x0", "v", "flow" or "edm". name: the
     network's in BACKBONES, the key of its parameters and of its fields in a config.
     """
 
@@ -80,7 +80,12 @@ class Denoiser(flax.struct.PyTreeNode):
     ) -> Float[Array, "B h w k"]:
         """The raw network output."""
         out: Any = self.network.apply(
-            {"params": self.params[self.name]}, z_t, t, conditioning, train, rngs=rngs
+            {"params": self.params[self.name]},
+            z_t,
+            self.schedule.time_t(t),
+            conditioning,
+            train,
+            rngs=rngs,
         )
         return out
 
@@ -102,7 +107,7 @@ class Denoiser(flax.struct.PyTreeNode):
         def compute(collection: str, t: Array, conditioning: Conditioning) -> Any:
             leaves = jax.tree.leaves(conditioning)
             z_t = jnp.zeros((leaves[0].shape[0] if leaves else 1, *shape))
-            t = jnp.broadcast_to(t, z_t.shape[:1])
+            t = jnp.broadcast_to(self.schedule.time_t(t), z_t.shape[:1])
             _, seen = self.network.apply(variables, z_t, t, conditioning, mutable=[collection])
             return seen.get(collection, {})
 
@@ -120,7 +125,8 @@ class Denoiser(flax.struct.PyTreeNode):
                 "of_context": prepared.of_context,
                 "of_timestep": jax.tree.map(lambda x: x[:, row], of_timestep),
             }
-            out: Any = self.network.apply({**variables, **known}, z_t, now, prepared.conditioning)
+            told = self.schedule.time_t(now)
+            out: Any = self.network.apply({**variables, **known}, z_t, told, prepared.conditioning)
             return out
 
         return network, tuple(
@@ -171,11 +177,18 @@ class Denoiser(flax.struct.PyTreeNode):
             z = q_sample(self.schedule, picture, timesteps[0], z)
             if len(timesteps) == 1:
                 return z
+        else:
+            spread = {"unit": lambda t: 1.0, "sigma": self.schedule.sigma_t}
+            z = lookup(spread, options.start or "unit", "start")(timesteps[0]) * z
         run = SAMPLERS[options.sampler]
         own = own_options(options)
         evaluated = run.table(self.schedule, timesteps, **own).t
+        rounded = lookup(
+            guidance.ROUNDINGS, options.network_timesteps or "exact", "network_timesteps"
+        )
         beside = [c for c, _ in more] + ([] if negative is None else [negative])
-        network, prepared = self.prepare(evaluated, shape, null, conditioning, *beside)
+        network, prepared = self.prepare(rounded(evaluated), shape, null, conditioning, *beside)
+        network = guidance.at_timesteps(network, rounded)
         denoise = guidance.guided(
             network if tile is None else in_tiles(network, *tile),
             self.schedule,

@@ -25,7 +25,8 @@ def constrained(
     if (bound := options.clip_x0) is not None:
         denoise = clip(denoise, schedule, -bound, bound, **follow)
     if (ratio := options.dynamic_threshold) is not None:
-        denoise = dynamic_threshold(denoise, schedule, ratio, **follow)
+        limit = jnp.inf if options.threshold_limit is None else options.threshold_limit
+        denoise = dynamic_threshold(denoise, schedule, ratio, limit, **follow)
     if nearest is not None:
         denoise = quantize(denoise, schedule, nearest, **follow)
     return denoise
@@ -46,17 +47,17 @@ def dynamic_threshold(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     ratio: Number = 0.995,
-    ceiling: float = jnp.inf,
+    limit: Number = jnp.inf,
     recompute_eps: bool = True,
 ) -> Denoiser:
     """Clip |z_0| at its own `ratio` quantile per example, then scale to [−1, 1] (Imagen, §2.3).
 
-    The threshold is at least 1 and at most `ceiling`. ratio: in (0, 1].
+    The threshold is at least 1 and at most `limit`. ratio: in (0, 1].
     """
 
     def threshold(z_0: Array) -> Array:
         bound = jnp.quantile(jnp.abs(z_0), ratio, axis=tuple(range(1, z_0.ndim)), keepdims=True)
-        bound = jnp.clip(bound, 1.0, ceiling)
+        bound = jnp.clip(bound, 1.0, limit)
         return jnp.clip(z_0, -bound, bound) / bound
 
     return _change_z_0(denoise, threshold, schedule, recompute_eps)

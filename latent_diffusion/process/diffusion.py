@@ -27,6 +27,12 @@ PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | flo
     "eps": lambda alpha, sigma: (0.0, 1.0),
     "x0": lambda alpha, sigma: (1.0, 0.0),
     "v": lambda alpha, sigma: (-sigma, alpha),  # Salimans & Ho 2022
+    # The answer of a network within Karras' preconditioning, table 1 of Karras et al. 2022, as a
+    # function of alpha = 1/√(s² + d²) and sigma = s/√(s² + d²), of which d is the spread of z_0.
+    "edm": lambda alpha, sigma: (
+        alpha * sigma / jnp.sqrt(1 - sigma**2),
+        -jnp.sqrt(1 - sigma**2),
+    ),
     "flow": lambda alpha, sigma: (-1.0, 1.0),  # velocity of a rectified flow (Liu et al. 2022)
 }
 

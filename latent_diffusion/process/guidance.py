@@ -65,6 +65,19 @@ def guided(
     return classifier_free(*given, first, null, scale, interval=interval, rescale=rescale)
 
 
+# The timesteps that the network sees, of those of the sampler.
+ROUNDINGS: dict[str, Callable[[Array], Array]] = {
+    "exact": lambda t: t,
+    "round": jnp.round,
+    "floor": lambda t: jnp.floor(t + 1e-3),  # whole ones may lie below by rounding
+}
+
+
+def at_timesteps(network: Network, rounded: Callable[[Array], Array]) -> Network:
+    """The network, which sees `rounded` timesteps; levels of noise stay those of the sampler."""
+    return lambda z_t, t, conditioning: network(z_t, rounded(t), conditioning)
+
+
 def from_prediction(network: Network, schedule: NoiseSchedule, kind: str) -> Callable:
     """Turn a network into `denoise(z_t, t, conditioning=None) -> Prediction`.
 

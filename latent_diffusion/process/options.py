@@ -104,6 +104,19 @@ def _number(default: Any, range: str, help: str, **fields: Any) -> Any:
     return _choice(default, float, help, traced=True, range=range, **fields)
 
 
+# A test compares them with the tables, which need JAX.
+SAMPLER_NAMES = (
+    "ddpm, ddim, plms, euler, euler_ancestral, heun, dpm2, dpm2_ancestral, ipndm, lms, "
+    "dpm_solver_2m, dpm_solver_3m, dpm_solver_pp_2s_ancestral, dpm_solver_pp_sde, "
+    "dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m_sde, dpm_solver_pp_singlestep, "
+    "unipc, deis, lcm, tcd"
+)
+SPACING_NAMES = (
+    "original, original_quad, uniform, linspace, open, leading, open_leading, trailing, quad, "
+    "karras, exponential, beta, given, ays, lcm"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """Numbers are inputs of the compiled program, choices are part of it.
@@ -113,16 +126,19 @@ class SamplingOptions:
     without guidance, say, doesn't compute it.
     """
 
-    sampler: Any = _choice(
-        "ddim", str, "how steps are taken: ddim, euler, heun, dpm_solver_pp_2m, unipc and others"
-    )
+    sampler: Any = _choice("ddim", str, f"how steps are taken: {SAMPLER_NAMES}")
     num_steps: Any = _choice(50, int, "steps, at most as many as the schedule has timesteps")
-    spacing: Any = _choice(
-        "trailing", str, "where steps lie: trailing, leading, karras, original and others"
-    )
+    spacing: Any = _choice("trailing", str, f"where steps lie: {SPACING_NAMES}")
     end: Any = _choice(None, int, "where sampling ends: -1 is clean data, 0 the least noise")
     offset: Any = _choice(None, int, "added to the timesteps of leading and open_leading")
     rho: Any = _choice(None, float, "exponent of the karras spacing", range="(0, inf)")
+    within: Any = _choice(
+        None, str, "spacing whose first and last steps are those of karras, exponential and beta"
+    )
+    sigma_min: Any = _choice(
+        None, float, "least sigma/alpha of karras, exponential and beta", range="(0, inf)"
+    )
+    sigma_max: Any = _choice(None, float, "largest sigma/alpha of them", range="(0, inf)")
     distilled_steps: Any = _choice(None, int, "steps that an lcm was made of", range="[1, inf)")
     timesteps: Any = _choice(
         None, float, "the timesteps of the given spacing", count=None, range="[0, inf)"
@@ -148,16 +164,25 @@ class SamplingOptions:
         off=0.0,
         needs="negative_prompts",
     )
+    network_timesteps: Any = _choice(
+        None, str, "exact, round or floor: timesteps that the network sees, as some of diffusers"
+    )
+    start: Any = _choice(
+        None, str, "unit or sigma: the spread of the first noise; k-diffusion has its sigma"
+    )
     clip_x0: Any = _number(0.0, "[0, inf)", "bound of estimates of z_0; 0 is off", off=0.0)
     dynamic_threshold: Any = _number(
         0.0, "(0, 1]", "quantile that clips estimates of z_0, e.g. 0.995; 0 is off", off=0.0
+    )
+    threshold_limit: Any = _number(
+        None, "[1, inf)", "largest bound of dynamic_threshold", needs="dynamic_threshold"
     )
     quantize_x0: Any = _choice(False, bool, "estimates of z_0 become their closest codes")
     strength: Any = _number(
         1.0, "[0, 1]", "share of the steps, which change image", off=1.0, needs="image"
     )
     eta: Any = _number(
-        None, "[0, inf)", "share of fresh noise, of ddim and the ancestral and SDE samplers"
+        None, "[0, inf)", "share of fresh noise, of ddim, tcd and the ancestral and SDE samplers"
     )
     temperature: Any = _number(None, "[0, inf)", "factor of the noise of ddim, ddpm and priors")
     noise_dropout: Any = _number(None, "[0, 1)", "share of ddim's noise that is dropped", off=0.0)
@@ -166,8 +191,24 @@ class SamplingOptions:
     )
     timestep_scaling: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
     sigma_data: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
-    order: Any = _choice(None, int, "order of lms, deis and unipc", range="[1, 4]")
-    solver_type: Any = _choice(None, str, "midpoint or heun, of multistep DPM-Solver++")
+    order: Any = _choice(None, int, "order of lms, deis, unipc and singlestep", range="[1, 4]")
+    solver_type: Any = _choice(
+        None, str, "midpoint or heun, of DPM-Solver; bh1 or bh2, of unipc: the second-order step"
+    )
+    lower_order_final: Any = _choice(
+        None, bool, "whether the order of multistep and singlestep methods falls in the last steps"
+    )
+    euler_at_final: Any = _choice(
+        None, bool, "whether the last step of multistep DPM-Solver is of first order"
+    )
+    disable_corrector: Any = _choice(
+        None,
+        int,
+        "steps of unipc, counted from 0, that nothing corrects",
+        count=None,
+        range="[0, inf)",
+    )
+    extrapolated: Any = _choice(None, str, "eps or v: the prediction that plms extrapolates")
     classifier_scale: Any = _number(
         1.0,
         "",

@@ -17,9 +17,12 @@ from latent_diffusion.process.options import (
     SamplingOptions,
 )
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import SPACINGS, NoiseSchedule, Timesteps, spacing
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.process.spacings import SPACINGS, spacing
 from latent_diffusion.types import Config, lookup
 
+# Habits of some schedulers of diffusers, which a file's default sampler brings with it.
+OF_SCHEDULERS = ("network_timesteps", "start")
 # CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
 CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
 
@@ -114,9 +117,14 @@ def _values(defaults: Config, given: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     usual = {"sampler": SamplingOptions.sampler, "spacing": SamplingOptions.spacing}
     defaults = {**usual, **{k: value for k, value in defaults.items() if value is not None}}
-    for part, options_of in (("sampler", options_of_sampler), ("spacing", options_of_spacing)):
-        if given.get(part, defaults[part]) != defaults[part]:
-            replaced = options_of(defaults[part])
+    parts: list[tuple[str, Any, Callable[[str], dict[str, Any]], tuple[str, ...]]] = [
+        ("sampler", SAMPLERS, options_of_sampler, OF_SCHEDULERS),
+        ("spacing", SPACINGS, options_of_spacing, ()),
+    ]
+    for part, table, options_of, more in parts:
+        default = defaults[part]
+        if given.get(part, default) != default:  # files name samplers that aren't here
+            replaced = {*more, *(options_of(default) if default in table else ())}
             defaults = {k: value for k, value in defaults.items() if k not in replaced}
     values = {**defaults, **given}
     sampler, name = values["sampler"], values["spacing"]

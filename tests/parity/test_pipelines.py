@@ -56,6 +56,11 @@ SCHEDULERS = {
     "ddim": lambda: diffusers.DDIMScheduler(**STABLE, clip_sample=False),
     "pndm": lambda: diffusers.PNDMScheduler(**STABLE, skip_prk_steps=True),
     "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS, steps_offset=1),
+    "whole timesteps": lambda: diffusers.DPMSolverMultistepScheduler(
+        **BETAS, use_karras_sigmas=True
+    ),
+    "start of k-diffusion": lambda: diffusers.EulerDiscreteScheduler(**BETAS, use_beta_sigmas=True),
+    "edm": lambda: diffusers.EDMDPMSolverMultistepScheduler(),
 }
 
 

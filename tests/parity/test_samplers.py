@@ -18,9 +18,11 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from scheduler_cases import CONFIGS, along_path
+
 from latent_diffusion.convert.scheduler import from_diffusers
 from latent_diffusion.models.denoiser import schedule_of
-from latent_diffusion.process import constraints, guidance, schedules
+from latent_diffusion.process import constraints, guidance, schedules, spacings
 from latent_diffusion.process.plan import own_options, plan
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
 from latent_diffusion.rng import example_keys, normal_per_example
@@ -161,7 +163,7 @@ def test_equals_diffusers(case, num_steps, monkeypatch):
     name, own, spacing, spacing_own, scheduler, options, step = case
     if name == "dpm_solver_pp_3m_sde":  # whose last steps keep their order, as k-diffusion's
         options = {**options, "lower_order_final": False}
-    timesteps = schedules.spacing(spacing, SCHEDULE, num_steps, **spacing_own)
+    timesteps = spacings.spacing(spacing, SCHEDULE, num_steps, **spacing_own)
     rows = second_row if name == "dpm2_ancestral" else lambda call: call
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside diffusers
@@ -180,7 +182,7 @@ def test_inversion_equals_diffusers(num_steps):
     z = torch.from_numpy(np.asarray(Z_T, np.float64))
     for t in scheduler.timesteps:
         z = scheduler.step(torch_model(z, t), t, z).prev_sample
-    timesteps = schedules.spacing("leading", SCHEDULE, num_steps)
+    timesteps = spacings.spacing("leading", SCHEDULE, num_steps)
 
     def network(z_t, t, conditioning):
         return model(z_t, t.reshape(-1, 1, 1, 1), jnp)
@@ -199,7 +201,7 @@ def test_rectified_flow_equals_diffusers(num_steps):
     for t in scheduler.timesteps:
         z = scheduler.step(torch_model(z, t - 1, "flow"), t, z).prev_sample
     schedule = schedules.make_schedule("rectified_flow")
-    timesteps = schedules.spacing("linspace", schedule, num_steps)
+    timesteps = spacings.spacing("linspace", schedule, num_steps)
     assert_close(ours("euler", timesteps, "flow", schedule), z.numpy())
 
 
@@ -216,18 +218,6 @@ def assert_read_alike(scheduler, num_steps, monkeypatch, rows=lambda call: call,
     own = {**own_options(options), "clip_x0": options.clip_x0}
     answer = ours(options.sampler, timesteps, kind, schedule, **own)
     assert_close(answer, expected)
-
-
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: "-".join([c[0], c[2], *map(str, c[1].values())])
-)
-def test_settings_are_read_from_its_config(case, monkeypatch):
-    name, _, _, _, scheduler, options, step = case
-    rows = second_row if name == "dpm2_ancestral" else lambda call: call
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scheduler = getattr(diffusers, scheduler)(**COMMON, **options)
-    assert_read_alike(scheduler, 20, monkeypatch, rows, **step)
 
 
 # As in released pipelines, with what they carry over from schedulers they once had.
@@ -332,6 +322,7 @@ K_CASES = [
     ("lms", "sample_lms", None),
     ("dpm_solver_pp_2s_ancestral", "sample_dpmpp_2s_ancestral", second_row),
     ("dpm_solver_pp_2m", "sample_dpmpp_2m", None),
+    ("dpm_solver_pp_sde", "sample_dpmpp_sde", "path"),
     ("dpm_solver_pp_2m_sde", "sample_dpmpp_2m_sde", lambda call: call),
     ("dpm_solver_pp_3m_sde", "sample_dpmpp_3m_sde", lambda call: call),
 ]
@@ -341,12 +332,14 @@ K_CASES = [
 @pytest.mark.parametrize("spacing", ["karras", "linspace"])
 @pytest.mark.parametrize(("name", "function", "rows"), K_CASES, ids=lambda x: str(x)[:30])
 def test_equals_k_diffusion(name, function, rows, spacing, num_steps, k_sampling):
-    timesteps = schedules.spacing(spacing, SCHEDULE, num_steps)
+    timesteps = spacings.spacing(spacing, SCHEDULE, num_steps)
     sigmas = np.exp(np.interp(np.asarray(timesteps[:-1]), np.arange(1000), LOG_SIGMAS))
     sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     calls = iter(range(10_000))
     own = {"disable": True}
-    if rows is not None:
+    if rows == "path":
+        own["noise_sampler"] = along_path(row_noise)
+    elif rows is not None:
         own["noise_sampler"] = lambda *levels: row_noise(rows(next(calls)))
     x = torch.from_numpy(np.asarray(Z_T, np.float64)) * (1 + sigmas[0] ** 2) ** 0.5
     expected = getattr(k_sampling, function)(k_model, x, sigmas, **own)
@@ -354,4 +347,5 @@ def test_equals_k_diffusion(name, function, rows, spacing, num_steps, k_sampling
 
 
 def test_every_sampler_is_compared():
-    assert {case[0] for case in [*CASES, *K_CASES]} == set(SAMPLERS)
+    by_config = {from_diffusers({"_class_name": n, **c})[1]["sampler"] for n, c in CONFIGS}
+    assert by_config | {case[0] for case in [*CASES, *K_CASES]} == set(SAMPLERS)

@@ -2,7 +2,7 @@
 
 denoise: `(z_t [B h w c], t scalar) -> Prediction(z_0, eps)`; guidance and everything else that
 varies wraps it (`process.guidance`). z_T: the latent at timesteps[0], standard normal noise as a
-rule. timesteps: [S+1], descending, from `schedules.spacing`. rng: one key per image, which
+rule. timesteps: [S+1], descending, from `spacings.spacing`. rng: one key per image, which
 determines the noise of this image alone; deterministic samplers ignore it. A sampler can be traced
 and runs as one `lax.scan`.
 """
@@ -55,9 +55,12 @@ SAMPLERS = {
     "heun": Sampler(runge_kutta.heun, by_eps=True),
     "dpm2": Sampler(runge_kutta.dpm2, by_eps=True),
     "dpm2_ancestral": Sampler(runge_kutta.dpm2_ancestral, by_eps=True),
+    "ipndm": Sampler(multistep.ipndm, by_eps=True),
     "lms": Sampler(multistep.lms, by_eps=True),
     "dpm_solver_2m": Sampler(dpm_solver.dpm_solver_2m, by_eps=True),
+    "dpm_solver_3m": Sampler(dpm_solver.dpm_solver_3m, by_eps=True),
     "dpm_solver_pp_2s_ancestral": Sampler(runge_kutta.dpm_solver_pp_2s_ancestral),
+    "dpm_solver_pp_sde": Sampler(runge_kutta.dpm_solver_pp_sde),
     "dpm_solver_pp_2m": Sampler(dpm_solver.dpm_solver_pp_2m),
     "dpm_solver_pp_2m_sde": Sampler(dpm_solver.dpm_solver_pp_2m_sde),
     "dpm_solver_pp_3m_sde": Sampler(dpm_solver.dpm_solver_pp_3m_sde),
@@ -65,4 +68,5 @@ SAMPLERS = {
     "unipc": Sampler(multistep.unipc),
     "deis": Sampler(multistep.deis, by_eps=True),
     "lcm": Sampler(first_order.lcm),
+    "tcd": Sampler(first_order.tcd),
 }

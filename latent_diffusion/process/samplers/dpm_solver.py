@@ -1,44 +1,62 @@
 """DPM-Solver (Lu et al. 2022a) and DPM-Solver++ (2022b), one evaluation a step.
 
-lam is log(alpha/sigma), h a step in it. Steps without enough past are of lower order; so is the
-last one where it ends at clean data (h is infinite there) or the 2M methods have under 15 steps.
+lam is log(alpha/sigma), h a step in it. DPM-Solver extrapolates eps and DPM-Solver++ z_0; of
+x = h for eps and x = −h for z_0 the weights are the same functions. Steps without enough past are
+of lower order, and so are the last ones: see `_orders`.
 """
 
 import jax.numpy as jnp
 
-from latent_diffusion.process.samplers.integrals import lagged, phi, ratio
+from latent_diffusion.process.samplers.integrals import lagged, multistep_orders, phi, ratio
 from latent_diffusion.process.samplers.table import Levels, Table, is_zero, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Bool, Float, Number, lookup
+from latent_diffusion.types import Array, Float, Int, Number, lookup
 
-# h -> the weight of the slope of z_0 in a second-order step, over that of z_0's own −expm1(−h).
+# x -> the weight of the slope in a second-order step.
 _SLOPE_WEIGHTS = {
-    "midpoint": lambda h: -0.5 * jnp.expm1(-h),
-    "heun": lambda h: h * phi(2, -h),  # the exact integral of a linear z_0
+    "midpoint": lambda x: -0.5 * jnp.expm1(x),
+    "heun": lambda x: -x * phi(2, x),  # the exact integral of a linear prediction
 }
 
 
-def dpm_solver_2m(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
+def dpm_solver_2m(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Table:
     """DPM-Solver of second order, multistep: extrapolates eps over log-SNR."""
-    here, there = steps(schedule, timesteps)
-    h = there.lam - here.lam
-    slope = jnp.where(_has_past(there, 1, few=15), 0.5 * ratio(h, lagged(h, 1)), 0.0)
-    span = there.alpha * (there.rho - here.rho)
-    return Table(
-        here.t,
-        scale=there.alpha / here.safe_alpha,
-        eps=span[:, None] * jnp.stack([1 + slope, -slope], axis=1),
-    )
+    return _noise_multistep(schedule, timesteps, 2, solver_type, lower_order_final, euler_at_final)
+
+
+def dpm_solver_3m(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Table:
+    """DPM-Solver of third order, multistep. solver_type: of its second-order steps."""
+    return _noise_multistep(schedule, timesteps, 3, solver_type, lower_order_final, euler_at_final)
 
 
 def dpm_solver_pp_2m(
-    schedule: NoiseSchedule, timesteps: Timesteps, *, solver_type: str = "midpoint"
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
 ) -> Table:
     """DPM-Solver++(2M) (2022b, algorithm 2): extrapolates z_0 over log-SNR.
 
     solver_type: "midpoint", or "heun", which integrates the extrapolation exactly.
     """
-    return dpm_solver_pp_2m_sde(schedule, timesteps, eta=0.0, solver_type=solver_type)
+    ends = (lower_order_final, euler_at_final)
+    return _data_multistep(schedule, timesteps, 2, 0.0, solver_type, *ends)
 
 
 def dpm_solver_pp_2m_sde(
@@ -47,85 +65,151 @@ def dpm_solver_pp_2m_sde(
     *,
     eta: Number = 1.0,
     solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
 ) -> Table:
     """SDE-DPM-Solver++(2M) (2022b, eq. 19). eta scales the noise; 0 is `dpm_solver_pp_2m`."""
-    weight = lookup(_SLOPE_WEIGHTS, solver_type, "solver_type")
-    here, there = steps(schedule, timesteps)
-    h = there.lam - here.lam
-    slope = weight(h * (1 + eta)) * ratio(h, lagged(h, 1))
-    slope = jnp.where(_has_past(there, 1, few=15), slope, 0.0)
-    whole = -jnp.expm1(-h * (1 + eta))
-    z_0 = jnp.stack([whole + slope, -slope], axis=1)
-    return _exponential(here, there, z_0, eta)
+    ends = (lower_order_final, euler_at_final)
+    return _data_multistep(schedule, timesteps, 2, eta, solver_type, *ends)
 
 
 def dpm_solver_pp_3m_sde(
-    schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0, solver_type: str = "heun"
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    eta: Number = 1.0,
+    solver_type: str = "heun",
+    lower_order_final: bool = False,
+    euler_at_final: bool = False,
 ) -> Table:
     """SDE-DPM-Solver++(3M) (k-diffusion). eta scales the noise.
 
-    solver_type: of the second-order step before the past suffices; diffusers' is "midpoint".
+    solver_type: of the second-order steps; diffusers' is "midpoint".
     The second difference has the published weight, half of what third order would need.
+    """
+    ends = (lower_order_final, euler_at_final)
+    return _data_multistep(schedule, timesteps, 3, eta, solver_type, *ends)
+
+
+def dpm_solver_pp_singlestep(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    order: int = 2,
+    eta: Number = 0.0,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+) -> Table:
+    """DPM-Solver++(2S), or with `order` 3 (3S): groups of steps from the start of their group.
+
+    The first step of a group is straight, the next ones use the evaluations of their group.
+    eta scales the noise. lower_order_final: whether the last step is straight even where it
+    completes a group and doesn't end at clean data.
     """
     weight = lookup(_SLOPE_WEIGHTS, solver_type, "solver_type")
     here, there = steps(schedule, timesteps)
+    row = jnp.arange(len(here.t))
+    orders = row % order + 1
+    completes = (row == len(row) - 1) & (orders == order) & lower_order_final
+    orders = jnp.where(completes | (there.t < 0), 1, orders)
+    past = [Levels(*(lagged(x, k) for x in here)) for k in range(3)]
+    start = Levels(*(_by_order(orders, *fields) for fields in zip(*past, strict=True)))
+    h = there.lam - start.lam
+    x = -h * (1 + eta)
+    whole = -jnp.expm1(x)
+    to_here, to_middle = ratio(h, here.lam - start.lam), ratio(h, past[1].lam - start.lam)
+    second = _columns(weight(x) * to_here, whole - weight(x) * to_here)
+    far = _columns(to_here, 0.0, -to_here)  # the slopes from the group's start: to here,
+    near = _columns(0.0, to_middle, -to_middle)  # and to the evaluation between
+    slope, curve = far, jnp.zeros_like(far)
+    if solver_type == "heun":
+        apart = (to_middle - to_here)[:, None]
+        slope = ratio(near * to_middle[:, None] - far * to_here[:, None], apart)
+        curve = 2 * ratio((far - near) * (to_here * to_middle)[:, None], apart)
+    third = _columns(0.0 * whole, 0.0, whole) - (x * phi(2, x))[:, None] * slope
+    third -= (x * phi(3, x))[:, None] * curve
+    z_0 = _by_order(orders, _columns(whole, 0.0, 0.0), jnp.pad(second, ((0, 0), (0, 1))), third)
+    table = _exponential(here, start, there, z_0[:, :order], eta)
+    first = jnp.where(orders == 1, 1.0, 0.0)
+    return table._replace(restart=first, keep=1 - first)
+
+
+def _noise_multistep(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    order: int,
+    solver_type: str,
+    lower_order_final: bool,
+    euler_at_final: bool,
+) -> Table:
+    here, there = steps(schedule, timesteps)
     h = there.lam - here.lam
-    h_1, h_2, h_eta = lagged(h, 1), lagged(h, 2), h * (1 + eta)
+    orders = _orders(there, order, lower_order_final, euler_at_final)
+    weights = _multistep(h, h, orders, order, solver_type)
+    # sigma there, but that it is not quite 0 where h stands for infinity.
+    sigma = there.alpha * jnp.exp(-there.lam)
+    return Table(here.t, scale=there.alpha / here.safe_alpha, eps=sigma[:, None] * weights)
 
-    def differences(*z_0: Array | float) -> Array:
-        return jnp.stack([jnp.broadcast_to(x, h.shape) for x in z_0], axis=1)
 
-    recent = differences(ratio(h, h_1), -ratio(h, h_1), 0.0)
-    before = differences(0.0, ratio(h, h_2), -ratio(h, h_2))
+def _data_multistep(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    order: int,
+    eta: Number,
+    solver_type: str,
+    lower_order_final: bool,
+    euler_at_final: bool,
+) -> Table:
+    here, there = steps(schedule, timesteps)
+    h = there.lam - here.lam
+    orders = _orders(there, order, lower_order_final, euler_at_final)
+    z_0 = _multistep(h, -h * (1 + eta), orders, order, solver_type)
+    return _exponential(here, here, there, z_0, eta)
+
+
+def _orders(
+    there: Levels, order: int, lower_order_final: bool, euler_at_final: bool
+) -> Int[Array, " S"]:
+    """The order of each step; 1 in a last one to clean data, where h is infinite."""
+    orders = multistep_orders(len(there.t), order, lower_order_final)
+    last = jnp.arange(len(orders)) == len(orders) - 1
+    return jnp.where(last & ((there.t < 0) | euler_at_final), 1, orders)
+
+
+def _multistep(
+    h: Array, x: Array, orders: Int[Array, " S"], count: int, solver_type: str
+) -> Float[Array, "S K"]:
+    """Weights of the latest `count` predictions, over alpha (of z_0) or sigma (of eps) there."""
+    weight = lookup(_SLOPE_WEIGHTS, solver_type, "solver_type")
+    h_1, h_2 = lagged(h, 1), lagged(h, 2)
+    recent = _columns(ratio(h, h_1), -ratio(h, h_1), 0.0)
+    before = _columns(0.0, ratio(h, h_2), -ratio(h, h_2))
     slope = recent + (recent - before) * ratio(h_1, h_1 + h_2)[:, None]
     curve = (recent - before) * ratio(h, h_1 + h_2)[:, None]
-    third = (h_eta * phi(2, -h_eta))[:, None] * slope + (h_eta * phi(3, -h_eta))[:, None] * curve
-    second = weight(h_eta)[:, None] * recent
-    z_0 = differences(-jnp.expm1(-h_eta), 0.0, 0.0)
-    z_0 += jnp.where(
-        _has_past(there, 1)[:, None], jnp.where(_has_past(there, 2)[:, None], third, second), 0.0
-    )
-    return _exponential(here, there, z_0, eta)
+    second = weight(x)[:, None] * recent
+    third = -(x * phi(2, x))[:, None] * slope - (x * phi(3, x))[:, None] * curve
+    weights = _columns(-jnp.expm1(x), 0.0, 0.0)
+    return (weights + _by_order(orders, jnp.zeros_like(second), second, third))[:, :count]
 
 
-def dpm_solver_pp_singlestep(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
-    """DPM-Solver++(2S): pairs of steps, the first one straight, the second from the pair's start.
+def _by_order(orders: Int[Array, " S"], first: Array, second: Array, third: Array) -> Array:
+    """Row by row the entry for the order of its step."""
+    orders = orders.reshape(-1, *[1] * (first.ndim - 1))
+    return jnp.where(orders == 1, first, jnp.where(orders == 2, second, third))
 
-    The last step, and the last two of an even number, are straight.
-    """
-    here, there = steps(schedule, timesteps)
-    start = Levels(*(lagged(x, 1) for x in here))
-    row = jnp.arange(len(here.t))
-    second = (row % 2 == 1) & (row < len(row) - 1)
-    whole = -jnp.expm1(jnp.where(second, start.lam, here.lam) - there.lam)
-    slope = 0.5 * whole * ratio(there.lam - start.lam, here.lam - start.lam)
-    z_0 = jnp.where(
-        second[:, None],
-        jnp.stack([slope, whole - slope], axis=1),
-        jnp.stack([whole, jnp.zeros_like(whole)], axis=1),
-    )
+
+def _columns(*columns: Array | float) -> Float[Array, "S K"]:
+    return jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, columns)), axis=1)
+
+
+def _exponential(
+    here: Levels, start: Levels, there: Levels, z_0: Float[Array, "S K"], eta: Number
+) -> Table:
+    """The exact solution of the linear part from `start`, and weights of z_0 relative to alpha."""
+    h = there.lam - start.lam
     return Table(
         here.t,
-        scale=there.sigma / jnp.where(second, start.sigma, here.sigma),
-        z_0=there.alpha[:, None] * z_0,
-        restart=jnp.where(second, 0.0, 1.0),
-        keep=jnp.where(second, 1.0, 0.0),
-    )
-
-
-def _has_past(there: Levels, count: int, few: int = 0) -> Bool[Array, " S"]:
-    """Steps with `count` predecessors, but the last where it is clean, or one of under `few`."""
-    row = jnp.arange(len(there.t))
-    final = (row == len(row) - 1) & ((there.t < 0) | (len(row) < few))
-    return (row >= count) & ~final
-
-
-def _exponential(here: Levels, there: Levels, z_0: Float[Array, "S K"], eta: Number) -> Table:
-    """The exact solution of the linear part, and the weights of z_0 relative to alpha."""
-    h = there.lam - here.lam
-    return Table(
-        here.t,
-        scale=there.sigma / here.sigma * jnp.exp(-eta * h),
+        scale=there.sigma / start.sigma * jnp.exp(-eta * h),
         z_0=there.alpha[:, None] * z_0,
         noise=None if is_zero(eta) else there.sigma * jnp.sqrt(-jnp.expm1(-2 * eta * h)),
     )

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from latent_diffusion.process.diffusion import Denoiser
-from latent_diffusion.process.samplers.table import Levels, Table, is_zero, run, steps
-from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, run, steps
+from latent_diffusion.process.schedules import CLEAN, NoiseSchedule, Timesteps
 from latent_diffusion.types import Array, Float, Number
 
 
@@ -113,4 +113,24 @@ def lcm(
         scale=there.alpha * skip,
         z_0=(there.alpha * out)[:, None],
         noise=there.sigma.at[-1].set(0.0),
+    )
+
+
+def tcd(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 0.3) -> Table:
+    """Strategic stochastic sampling of trajectory consistency (Zheng et al. 2024, algorithm 4).
+
+    Each step goes straight to the timestep s = (1 − eta) t of the next one t, then noise leads up
+    to t; eta is the paper's gamma, and 0 is deterministic. The last step adds no noise.
+    """
+    here, there = steps(schedule, timesteps)
+    below = levels(schedule, jnp.where(there.t < 0, CLEAN, jnp.floor((1 - eta) * there.t)))
+    up = there.alpha / below.alpha
+    noise = jnp.sqrt(jnp.maximum(there.sigma**2 - (up * below.sigma) ** 2, 0.0))
+    last = jnp.arange(len(noise)) == len(noise) - 1
+    up, noise = jnp.where(last, 1.0, up), jnp.where(last, 0.0, noise)
+    return Table(
+        here.t,
+        z_0=(up * below.alpha)[:, None],
+        eps=(up * below.sigma)[:, None],
+        noise=None if is_zero(eta) else noise,
     )

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Shaped
 
-from latent_diffusion.types import Array, Bool, Float
+from latent_diffusion.types import Array, Bool, Float, Int
 
 
 def phi(k: int, x: Float[Array, " S"]) -> Float[Array, " S"]:
@@ -61,6 +61,13 @@ def past_nodes(
         exists = jnp.arange(x.shape[0]) >= k
         usable.append(usable[-1] & distinct & exists & (k < order))
     return nodes, usable
+
+
+def multistep_orders(count: int, order: int, lower_order_final: bool) -> Int[Array, " S"]:
+    """The orders of `count` steps: they rise with the past and fall in the last of under 15."""
+    row = jnp.arange(count)
+    orders = jnp.minimum(order, row + 1)
+    return jnp.minimum(orders, count - row) if lower_order_final and count < 15 else orders
 
 
 def lagged(x: Shaped[Array, " S"], k: int) -> Shaped[Array, " S"]:

@@ -1,19 +1,21 @@
 """Linear multistep methods (PLMS, LMS, DEIS, UniPC): one evaluation a step, and earlier ones."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from latent_diffusion.process.samplers.integrals import (
     interpolation_weights,
     lagged,
+    multistep_orders,
     past_nodes,
     phi,
     ratio,
 )
 from latent_diffusion.process.samplers.table import Levels, Table, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float
+from latent_diffusion.types import Array, Float, lookup
 
 # Adams–Bashforth on equal steps (Liu et al. 2022, eq. 12). Row 1 returns to the start with the mean
 # of both ends (Heun); later rows skip its evaluation, which is not on the path.
@@ -26,9 +28,27 @@ _PLMS = (
     (55 / 24, -59 / 24, 37 / 24, -9 / 24, 0),
 )
 
+# Adams–Bashforth on equal steps, by the number of earlier evaluations.
+_ADAMS = (
+    (1, 0, 0, 0),
+    (3 / 2, -1 / 2, 0, 0),
+    (23 / 12, -16 / 12, 5 / 12, 0),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
 
-def plms(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
-    """PLMS, also PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as the original."""
+# h -> half of UniPC's B(h), the weight of a slope in its lowest orders.
+_HALF_B: dict[str, Callable[[Array], Array]] = {
+    "bh1": lambda h: 0.5 * h,
+    "bh2": lambda h: -0.5 * jnp.expm1(-h),
+}
+
+
+def plms(schedule: NoiseSchedule, timesteps: Timesteps, *, extrapolated: str = "eps") -> Table:
+    """PLMS, also PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as the original.
+
+    extrapolated: "eps", or "v" as in diffusers for networks that predict it: eps = alpha v +
+    sigma z of a step then has its v from several evaluations, and its z where the step starts.
+    """
     count = len(timesteps) - 1
     every = levels(schedule, timesteps)
     row = jnp.arange(count + 1)
@@ -37,14 +57,27 @@ def plms(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     # The second evaluation lies at the end of the first step; with one step, at its start again.
     t = jnp.where((row == 1) & (count > 1), there.t, here.t)
     span = there.alpha * (there.rho - here.rho)
+    scale = there.alpha / here.safe_alpha
+    weights = span[:, None] * jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)]
     again = jnp.where(row == 1, 1.0, 0.0)
-    return Table(
-        t,
-        scale=there.alpha / here.safe_alpha,
-        eps=span[:, None] * jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)],
-        restart=1 - again,
-        keep=again,
-    )
+    if lookup({"eps": False, "v": True}, extrapolated, "extrapolated prediction"):
+        seen = levels(schedule, t)
+        v = here.alpha[:, None] * weights  # v = alpha eps − sigma z_0 at each evaluation
+        alphas, sigmas = (
+            jnp.stack([lagged(x, k) for k in range(v.shape[1])], axis=1)
+            for x in (seen.alpha, seen.sigma)
+        )
+        scale = scale + span * here.sigma
+        return Table(t, scale, -v * sigmas, v * alphas, restart=1 - again, keep=again)
+    return Table(t, scale, eps=weights, restart=1 - again, keep=again)
+
+
+def ipndm(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
+    """PLMS whose first steps are of lower order: one evaluation a step (Zhang & Chen 2023)."""
+    here, there = steps(schedule, timesteps)
+    span = there.alpha * (there.rho - here.rho)
+    weights = jnp.asarray(_ADAMS)[jnp.minimum(jnp.arange(len(span)), len(_ADAMS) - 1)]
+    return Table(here.t, scale=there.alpha / here.safe_alpha, eps=span[:, None] * weights)
 
 
 def lms(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 4) -> Table:
@@ -57,42 +90,59 @@ def lms(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 4) -> Tab
     return _adams(here, there, weights)
 
 
-def deis(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 2) -> Table:
+def deis(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    order: int = 2,
+    lower_order_final: bool = True,
+) -> Table:
     """DEIS (Zhang & Chen 2023, tAB): eps as a polynomial in log-SNR, integrated exactly.
 
-    order: up to 4. The order falls in the last steps where there are fewer than 15, and to 1 in a
-    step to clean data.
+    order: up to 4; 1 in a step to clean data. lower_order_final: see `multistep_orders`.
     """
     here, there = steps(schedule, timesteps)
     h = there.lam - here.lam
-    left = jnp.arange(len(h), 0, -1)
-    few = left if len(h) < 15 else jnp.full_like(left, order)
-    nodes, usable = past_nodes(here.lam, h, jnp.where(there.t < 0, 1, few), order)
+    orders = multistep_orders(len(h), order, lower_order_final)
+    nodes, usable = past_nodes(here.lam, h, jnp.where(there.t < 0, 1, orders), order)
     moments = [math.factorial(k) * jnp.exp(-h) * phi(k + 1, h) for k in range(order)]
     span = (-h * here.rho)[:, None]  # d rho = −rho d lam
     return _adams(here, there, span * interpolation_weights(nodes, usable, moments))
 
 
-def unipc(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 2) -> Table:
-    """UniPC, B(h) = e^h − 1, on z_0 (Zhao et al. 2023, algorithms 5 and 6).
+def unipc(
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    *,
+    order: int = 2,
+    solver_type: str = "bh2",
+    lower_order_final: bool = True,
+    disable_corrector: tuple[int, ...] = (),
+) -> Table:
+    """UniPC on z_0 (Zhao et al. 2023, algorithms 5 and 6).
 
     Each evaluation first corrects the latent it was made at, then predicts the next one.
-    order: of the predictor, up to 3; it falls to 1 in the last steps.
+    order: of the predictor, up to 3; `lower_order_final` lets it fall to 1 in the last steps.
+    solver_type: "bh1" for B(h) = h, "bh2" for B(h) = e^h − 1. disable_corrector: steps, counted
+    from 0, to whose ends no correction is made.
     """
     here, there = steps(schedule, timesteps)
     h = there.lam - here.lam
     row = jnp.arange(len(h))
-    orders = jnp.minimum(jnp.minimum(order, row + 1), len(h) - row)
-    predict = _predictor(here, h, orders, order)
-    correct = _corrector(here, h, orders, order)
-    first = row == 0
+    orders = jnp.minimum(order, row + 1)
+    if lower_order_final:
+        orders = jnp.minimum(orders, len(h) - row)
+    half = lookup(_HALF_B, solver_type, "solver_type of unipc")
+    predict = _predictor(here, h, orders, order, half)
+    correct = _corrector(here, h, orders, order, half)
+    free = (row == 0) | jnp.isin(row - 1, jnp.asarray(disable_corrector, jnp.int32))
     return Table(
         here.t,
         scale=there.sigma / here.sigma,
         z_0=there.alpha[:, None] * jnp.pad(predict, ((0, 0), (0, 1))),
-        restart=jnp.where(first, 1.0, 0.0),
-        keep=jnp.where(first, 0.0, here.sigma / lagged(here.sigma, 1)),
-        correction=jnp.where(first[:, None], 0.0, here.alpha[:, None] * correct),
+        restart=jnp.where(free, 1.0, 0.0),
+        keep=jnp.where(free, 0.0, here.sigma / lagged(here.sigma, 1)),
+        correction=jnp.where(free[:, None], 0.0, here.alpha[:, None] * correct),
     )
 
 
@@ -101,19 +151,23 @@ def _adams(here: Levels, there: Levels, weights: Float[Array, "S K"]) -> Table:
     return Table(here.t, scale=there.alpha / here.safe_alpha, eps=there.alpha[:, None] * weights)
 
 
-def _predictor(here: Levels, h: Array, orders: Array, order: int) -> Float[Array, "S K"]:
+def _predictor(
+    here: Levels, h: Array, orders: Array, order: int, half: Callable[[Array], Array]
+) -> Float[Array, "S K"]:
     """UniP: weights of z_0 here and before, relative to alpha there."""
     nodes, usable = past_nodes(here.lam, h, orders, order)
     exact = h[:, None] * interpolation_weights(nodes, usable, _data_moments(h, order))
     if order == 1:
         return exact
     # Order 2 replaces the exact weight of the slope by half of B(h): DPM-Solver++(2M).
-    half = -0.5 * jnp.expm1(-h) * ratio(h, lagged(h, 1))
-    simple = jnp.zeros_like(exact).at[:, 0].set(-jnp.expm1(-h) + half).at[:, 1].set(-half)
+    slope = half(h) * ratio(h, lagged(h, 1))
+    simple = jnp.zeros_like(exact).at[:, 0].set(-jnp.expm1(-h) + slope).at[:, 1].set(-slope)
     return jnp.where((orders == 2)[:, None], simple, exact)
 
 
-def _corrector(here: Levels, h: Array, orders: Array, order: int) -> Float[Array, "S J"]:
+def _corrector(
+    here: Levels, h: Array, orders: Array, order: int, half: Callable[[Array], Array]
+) -> Float[Array, "S J"]:
     """UniC: weights of z_0 here, at the step's start and before it, relative to alpha here."""
     start, h, orders = lagged(here.lam, 1), lagged(h, 1), lagged(orders, 1)
     nodes, usable = past_nodes(start, h, orders, order)
@@ -122,8 +176,8 @@ def _corrector(here: Levels, h: Array, orders: Array, order: int) -> Float[Array
     moments = _data_moments(h, order + 1)
     exact = h[:, None] * interpolation_weights([ones, *nodes], [ones > 0, *exists], moments)
     # Order 1 replaces the exact weight of the difference by half of B(h).
-    half = -0.5 * jnp.expm1(-h)
-    simple = jnp.zeros_like(exact).at[:, 0].set(half).at[:, 1].set(-jnp.expm1(-h) - half)
+    slope = half(h)
+    simple = jnp.zeros_like(exact).at[:, 0].set(slope).at[:, 1].set(-jnp.expm1(-h) - slope)
     return jnp.where((orders == 1)[:, None], simple, exact)
 
 

@@ -7,6 +7,7 @@ d(z/alpha)/d(rho) = eps.
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.process.samplers.integrals import ratio
 from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.types import Array, Number
@@ -49,6 +50,42 @@ def dpm_solver_pp_2s_ancestral(
     return _two_stages(
         here, middle, there, down, scale, z_0=(z_0,), up=None if is_zero(eta) else up
     )
+
+
+def dpm_solver_pp_sde(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0) -> Table:
+    """SDE-DPM-Solver++ of two stages, along one Brownian path (k-diffusion's DPM++ SDE).
+
+    The path is one of rho, so that the noise of a step is that of its first stage, which the
+    latent in the middle holds, and more.
+    """
+    here, there = steps(schedule, timesteps)
+    last = jnp.arange(len(here.t)) == len(here.t) - 1
+    between = _middle(schedule, here, there.rho)
+    middle = Levels(*(jnp.where(last, *x) for x in zip(there, between, strict=True)))
+    down_1, up_1 = _ancestral(here, middle, eta)
+    down, up = _ancestral(here, there, eta)
+    first_scale, scale = middle.alpha * down_1 / here.sigma, there.alpha * down / here.sigma
+    first_z_0 = middle.alpha * (1 - down_1 / here.rho)
+    z_0 = there.alpha * (1 - down / here.rho)
+    share = ratio(here.rho - middle.rho, here.rho - there.rho)  # of the variance
+    again = ratio(there.alpha * up * jnp.sqrt(share), middle.alpha * up_1)
+    first = Table(
+        here.t,
+        scale=first_scale,
+        z_0=jnp.stack([first_z_0, 0.0 * z_0], axis=1),
+        noise=None if is_zero(eta) else middle.alpha * up_1,
+        restart=jnp.ones_like(scale),
+        keep=jnp.zeros_like(scale),
+    )
+    second = Table(
+        middle.t,
+        scale=jnp.ones_like(scale),
+        z_0=jnp.stack([z_0, -again * first_z_0], axis=1),
+        noise=None if is_zero(eta) else there.alpha * up * jnp.sqrt(1 - share),
+        restart=again,
+        keep=scale - again * first_scale,
+    )
+    return _interleave(first, second)
 
 
 def _middle(schedule: NoiseSchedule, here: Levels, down: Array) -> Levels:
@@ -94,8 +131,11 @@ def _two_stages(
         keep=zeros,
     )
     second = Table(middle.t, scale, columns(*z_0), columns(*eps), noise, zeros, ones)
+    return _interleave(first, second)
 
-    def interleave(a: Array, b: Array) -> Array:
-        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])[:-1]
 
-    return jax.tree.map(interleave, first, second)
+def _interleave(first: Table, second: Table) -> Table:
+    """The rows of both stages in turn, without the second stage of the last step."""
+    return jax.tree.map(
+        lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])[:-1], first, second
+    )
