@@ -473,17 +473,6 @@ def test_a_step_without_correction_is_the_predictors_alone():
     assert one.restart.tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
 
 
-def test_plms_of_v_in_its_first_step_is_that_of_eps():
-    """Only sums of several predictions differ."""
-    timesteps = levels(1)
-    v, eps = (ours("plms", timesteps, extrapolated=name) for name in ("v", "eps"))
-    np.testing.assert_allclose(v, eps, atol=2e-5)
-    timesteps = levels(16, end=0)
-    v, eps = (ours("plms", timesteps, extrapolated=name) for name in ("v", "eps"))
-    flow = GAUSSIAN.flow(LINEAR, START, 999, 0)
-    assert 1e-4 < jnp.max(jnp.abs(v - eps)) < 0.3 and jnp.max(jnp.abs(v - flow)) < 0.3
-
-
 def test_inversion_leads_to_the_flow_and_back_at_first_order():
     """Both are Euler steps: a quarter of the step size leaves a quarter of the error."""
     image = 1.5 + 0.4 * START
