@@ -94,7 +94,7 @@ def lora_of(pipeline, kind, rng, ends=CONVOLUTIONS):
         if kind == "bias":
             tensors[f"{key}.lora_B.bias"] = normal(rng, out)
     if kind in ("header", "rslora", "dora", "bias"):
-        for prefix in ("unet", "text_encoder"):
+        for prefix in sorted({prefix for prefix, _, _ in adapted}):
             names = [n for p, n, _ in adapted if p == prefix]
             settings = {"r": RANK, "lora_alpha": 5, "target_modules": names}
             settings |= {"alpha_pattern": {names[0]: 3}, "use_rslora": kind == "rslora"}

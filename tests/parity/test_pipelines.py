@@ -478,8 +478,9 @@ def adapting(folder, model, kind):
         "log.eval_batches": 1, "log.num_images": 1, "sampling.num_steps": 2,
         "optimizer.learning_rate": 0.05, "lora.rank": 2, "lora.alpha": 3.0, "lora.kind": kind,
         "lora.targets": (
-            r"unet/.*attn\d/to_", r"clip_text/.*self_attn/(qkv|out_proj)",
-            r"unet/.*(in_layers_2|skip_connection|op|proj_in|emb_layers_1)/",
+            r"unet/.*(attn\d/to_.*|in_layers_2|skip_connection|op|proj_in|emb_layers_1)/",
+            # transformers' encoder leaves the magnitudes of a DoRA out.
+            *([r"clip_text/.*self_attn/(qkv|out_proj)"] if kind == "lora" else []),
         ),
     })  # fmt: skip
     unet = {k: v for k, v in bundle.unet.fields.items() if k in config.unet}
