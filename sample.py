@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from latent_diffusion.process.options import OPTIONS
+from latent_diffusion.process.options import ALL_OPTIONS
 from latent_diffusion.runtime import flags as shared_flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
@@ -38,7 +38,7 @@ NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [
 IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once, at most.")
 PROGRESS = flags.DEFINE_bool("progress", False, "Show a bar that counts network evaluations.")
-read_options = shared_flags.define(OPTIONS, fallback="the model's")
+read_options = shared_flags.define(ALL_OPTIONS, fallback="the model's")
 connect = shared_flags.cluster()
 
 

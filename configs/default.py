@@ -9,7 +9,7 @@ from ml_collections.config_dict import placeholder  # None until it is set, to i
 def get_config() -> ConfigDict:
     c = ConfigDict()
     # "autoencoding" (perceptual compression) | "denoising" (latent denoising) | "classifying" (of
-    # noisy latents, for guidance)
+    # noisy latents, for guidance) | "prior" (over the codes of a first stage)
     c.task = "denoising"
     c.seed = 0
     c.batch_size = 64  # global: summed over all devices and processes
@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     c.classifier.num_classes = 1000
     c.classifier.pool = "attention"  # "attention" | "adaptive" | "spatial" | "spatial_v2"
     c.sampling = sampling()
+    c.transformer = transformer()
+    c.prior = prior()
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # "adam" | "adamw"
@@ -243,6 +245,38 @@ def diffusion() -> ConfigDict:
     c.offset_noise = 0.0  # 0.1: brightness diffuses, too
     c.input_perturbation = 0.0  # 0.1: noise on the input alone, not in the target
     c.drop_rate = 0.1  # conditioning dropout, for classifier-free guidance
+    return c
+
+
+def transformer() -> ConfigDict:
+    c = ConfigDict()
+    # Rows of the table of tokens: codes, conditions' tokens and, last, that of a masked code
+    c.vocab_size = 1024
+    c.max_length = 512  # positions: the conditions' tokens and the codes
+    c.width = 1024
+    c.depth = 24
+    c.num_heads = 16
+    c.causal = True  # code after code; False: masked codes, several at once
+    c.dropout = 0.0  # of embeddings, attention and residuals
+    c.remat = False  # recompute activations in the backward pass
+    c.attention = "auto"  # as unet.attention
+    c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
+    return c
+
+
+def prior() -> ConfigDict:
+    c = ConfigDict()
+    c.pkeep = 1.0  # causal: share of the codes before that aren't replaced by random ones
+    c.label_smoothing = 0.0
+    c.min_masked = 0.0  # masked: the least share of codes that is masked
+    c.drop_rate = 0.0  # conditioning dropout, for classifier-free guidance
+    c.sampling = ConfigDict()
+    c.sampling.temperature = 1.0  # 0 takes the likeliest
+    c.sampling.top_k = 0  # draw among so many codes; 0 = all
+    c.sampling.top_p = 1.0  # draw among the likeliest with this probability together
+    c.sampling.guidance_scale = 1.0
+    c.sampling.num_steps = 12  # masked
+    c.sampling.choice_temperature = 4.5  # masked: noise in the order of the codes
     return c
 
 

@@ -16,6 +16,7 @@ from latent_diffusion.generation import program
 from latent_diffusion.process.options import (
     SAMPLER_NAMES,
     SPACING_NAMES,
+    PriorOptions,
     SamplingOptions,
     markdown,
 )
@@ -143,6 +144,8 @@ def test_sample_writes_no_picture_of_nan(tmp_path):
 def test_the_table_of_options_in_the_docs_is_made_from_them():
     page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
     assert markdown(SamplingOptions) in page
+    page = (ROOT / "docs" / "priors.md").read_text(encoding="utf-8")
+    assert markdown(PriorOptions) in page
 
 
 def test_the_help_names_every_sampler_and_spacing():

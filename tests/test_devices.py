@@ -17,19 +17,34 @@ from latent_diffusion.trees import path_string
 
 RNG = jax.random.key(7)
 STEPS = 5
-RULES = (  # small arrays stay whole: every cut costs compile time here
+REST = (".*", "fsdp(min_mb=0.002)")  # small arrays stay whole: every cut costs compile time here
+RULES = (
     (r"(conv2|to_out|proj_out|out_layers_3)/kernel", "tensor(-2)"),
     (r"(conv1|to_[qkv]|in_layers_2)/kernel", "tensor(-1)"),
-    (".*", "fsdp(min_mb=0.002)"),
+    REST,
+)
+RULES_OF_PRIOR = (
+    (r"(proj|mlp_2)/kernel", "tensor(-2)"),
+    (r"(query|key|value|mlp_0|head)/kernel", "tensor(-1)"),
+    REST,
 )
 # A bias before a norm has rounding noise for a gradient; eps keeps Adam from magnifying it.
 COMMON = {"optimizer.eps": 1e-2, "optimizer.learning_rate": 1e-3}
-BOTH = ("autoencoding", "denoising")
-OWN = {"autoencoding": {"autoencoding.reduction": "mean"}, "denoising": {}}
+BOTH = ("autoencoding", "denoising", "prior")
+OWN = {
+    "autoencoding": {"autoencoding.reduction": "mean"},
+    "denoising": {},
+    "prior": {"transformer.dropout": 0.0, "prior.pkeep": 0.8},
+}
 LESS_MEMORY = {
     "autoencoding": {"grad_accumulation": 2, "autoencoder.remat": True},
     "denoising": {"grad_accumulation": 2, "unet.remat": "full"},
+    "prior": {"grad_accumulation": 2, "transformer.remat": True},
 }
+
+
+def rules_of(task):
+    return RULES_OF_PRIOR if task == "prior" else RULES
 
 
 def _make(task, **fields):
@@ -51,7 +66,7 @@ def _run(task, name):
     mode, sizes, rules, fields = {
         "single": ("single", None, (), {}),
         "pmap": ("pmap", None, (), {}),
-        "mesh": ("mesh", {"data": 2, "fsdp": 2, "tensor": 2}, RULES, LESS_MEMORY[task]),
+        "mesh": ("mesh", {"data": 2, "fsdp": 2, "tensor": 2}, rules_of(task), LESS_MEMORY[task]),
     }[name]
     mesh = parallel.make_mesh(sizes) if sizes else None
     step = parallel.compile_step(_make(task, **fields)[0].train_step, mode, mesh=mesh, rules=rules)
@@ -102,8 +117,11 @@ def test_the_step_is_clean(task, name):
 
 @pytest.mark.parametrize("task", BOTH)
 def test_bfloat16_has_no_accidental_float32_products(task):
-    names = ["autoencoder.dtype", "unet.dtype", "conditioners.text.dtype"]
-    names = names if task == "denoising" else names[:1]
+    names = {
+        "autoencoding": ["autoencoder.dtype"],
+        "denoising": ["autoencoder.dtype", "unet.dtype", "conditioners.text.dtype"],
+        "prior": ["autoencoder.dtype", "transformer.dtype"],
+    }[task]
     made, config = _make(task, **dict.fromkeys(names, "bfloat16"))
     state, constants = jax.eval_shape(made.init, RNG, batch_spec(config))
     lowered = jax.jit(made.train_step).lower(state, constants, batch_spec(config), RNG).as_text()

@@ -29,7 +29,7 @@ from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.evaluate.frechet import frechet_distance, gaussian
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.process.options import OPTIONS
+from latent_diffusion.process.options import ALL_OPTIONS
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.autoencoding import Constants as PerceptualConstants
@@ -69,7 +69,7 @@ def test_every_argument_has_one_entry(method):
     arguments = set(inspect.signature(getattr(Model, method)).parameters) - {"self"}
     listed = [*wiring.ARGUMENTS[method]]
     if method == "sample":
-        arguments = arguments - {"options"} | OPTIONS.keys()
+        arguments = arguments - {"options"} | ALL_OPTIONS.keys()
         listed += wiring.OPTIONS
     assert sorted(listed) == sorted(arguments)
 

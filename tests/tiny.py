@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from configs import openmoji_autoencoder, openmoji_classifier, openmoji_text
+from configs import openmoji_autoencoder, openmoji_classifier, openmoji_prior, openmoji_text
 from latent_diffusion.training.batch_spec import batch_spec
 
 SIZE, BATCH = 16, 8
@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "autoencoding": openmoji_autoencoder,
     "denoising": openmoji_text,
     "classifying": openmoji_classifier,
+    "prior": openmoji_prior,
 }
 
 

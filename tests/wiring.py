@@ -4,9 +4,11 @@ A field is named here once: as a row of PROGRAMS or EXAMPLES, whose shared test 
 value, or in CONFIG with the test of its own. `test_wiring.py` holds these tables against the code.
 """
 
-from latent_diffusion.process.options import OPTIONS as SAMPLING
+from latent_diffusion.process.options import ALL_OPTIONS as SAMPLING
 
 AUTOENCODER, DENOISER, CLASSIFIER = "autoencoding", "denoising", "classifying"
+PRIOR = "prior"
+MASKED = {"transformer.causal": False}
 VQ = {"autoencoder.regularization": "vq", "autoencoder.num_codes": 4}
 GUMBEL = {"autoencoder.regularization": "gumbel", "autoencoder.num_codes": 4}
 ATTENTION = {"autoencoder.attn_resolutions": (8,), "autoencoder.resolution": 8}
@@ -133,6 +135,26 @@ PROGRAMS = {
     "sampling.num_steps": (DENOISER, "show", 3, {}),
     "sampling.sampler": (DENOISER, "show", "heun", {}),
     "sampling.spacing": (DENOISER, "show", "leading", {}),
+    "transformer.attention": (PRIOR, "eval_step", "xla", MASKED),
+    "transformer.causal": (PRIOR, "eval_step", False, {}),
+    "transformer.depth": (PRIOR, "eval_step", 2, {}),
+    "transformer.dropout": (PRIOR, "train_step", 0.2, {}),
+    "transformer.dtype": (PRIOR, "eval_step", "bfloat16", {}),
+    "transformer.max_length": (PRIOR, "init", 66, {}),
+    "transformer.num_heads": (PRIOR, "eval_step", 4, {}),
+    "transformer.remat": (PRIOR, "train_step", True, {}),
+    "transformer.vocab_size": (PRIOR, "init", 30, {}),
+    "transformer.width": (PRIOR, "eval_step", 8, {}),
+    "prior.drop_rate": (PRIOR, "train_step", 0.25, {}),
+    "prior.label_smoothing": (PRIOR, "train_step", 0.25, {}),
+    "prior.min_masked": (PRIOR, "train_step", 0.25, MASKED),
+    "prior.pkeep": (PRIOR, "train_step", 0.75, {}),
+    "prior.sampling.choice_temperature": (PRIOR, "show", 2.5, MASKED),
+    "prior.sampling.guidance_scale": (PRIOR, "show", 3.5, {}),
+    "prior.sampling.num_steps": (PRIOR, "show", 3, MASKED),
+    "prior.sampling.temperature": (PRIOR, "show", 0.5, {}),
+    "prior.sampling.top_k": (PRIOR, "show", 3, {}),
+    "prior.sampling.top_p": (PRIOR, "show", 0.5, {}),
     "optimizer.b1": (CLASSIFIER, "tx", 0.8, {}),
     "optimizer.b2": (CLASSIFIER, "tx", 0.8, {}),
     "optimizer.end_factor": (CLASSIFIER, "tx", 0.5, COSINE),
@@ -282,6 +304,8 @@ CLASSES = f"{ANSWERS}classes_and_their_null"
 TILES = "test_model.py::test_large_pictures_are_made_in_tiles"
 HOLE = "test_model.py::test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps"
 PULLS = "test_conditions.py::test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named"
+DRAWS = "test_prior_model.py::test_an_option_of_a_prior_changes_the_pictures"
+LOGITS = "test_prior_model.py::test_logits_of_codes_under_a_condition"
 # Method of Model -> its arguments and options that are no rows of OPTIONS.
 ARGUMENTS = {
     "sample": {
@@ -293,6 +317,7 @@ ARGUMENTS = {
         **dict.fromkeys(("classifier", "classifier_labels", "classifier_scale"), GUIDE),
         **dict.fromkeys(("target", "target_scale"), GUIDE),
         "target_distance": PULLS,
+        **dict.fromkeys(("top_k", "top_p", "choice_temperature"), DRAWS),
         "quantize_x0": "test_model.py::test_bad_input_is_one_line",
         "network_timesteps": "test_denoiser.py::test_the_network_sees_whole_timesteps",
         "tile_size": TILES,
@@ -303,6 +328,7 @@ ARGUMENTS = {
         "progress": HOLE,
         "preview": f"{ANSWERS}previews_are_estimates_of_the_latents",
     },
+    "logits": {"codes": LOGITS, "conditioning": LOGITS},
     "encode": {"images": CODES, "rng": DRAWN, "tile_size": CODES, "tile_overlap": CODES},
     "decode": {"latents": SCALES, "size": CODES, "tile_size": CODES, "tile_overlap": CODES},
     "condition": {

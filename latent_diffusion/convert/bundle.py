@@ -53,6 +53,7 @@ class Bundle:
     shift: Any = 0.0
     unet: Part | None = None
     dit: Part | None = None
+    prior: Part | None = None
     conditioners: Mapping[str, Part] = field(default_factory=dict)
     diffusion: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +68,8 @@ class Bundle:
             yield "autoencoder", self.autoencoder
         if self.denoiser is not None:
             yield self.denoiser
+        if self.prior is not None:
+            yield "prior", self.prior
         yield from self.conditioners.items()
 
     @property
@@ -78,7 +81,7 @@ class Bundle:
 
     def with_part(self, name: str, part: Part) -> "Bundle":
         """The same model with another part of this name."""
-        if name in ("autoencoder", "unet", "dit"):
+        if name in ("autoencoder", "unet", "dit", "prior"):
             present: dict[str, Any] = {name: part}
             return replace(self, **present)
         return replace(self, conditioners={**self.conditioners, name: part})
@@ -293,6 +296,8 @@ def bundle_of(model: Any) -> Bundle:
             scale_factor=first_stage.scale_factor,
             shift=first_stage.shift,
         )
+    if model.prior is not None:
+        return _with_prior(bundle, model.prior, unused)
     if (denoiser := model.denoiser) is None:
         return bundle
     bundle = with_denoiser(bundle, denoiser, unused)
@@ -304,15 +309,26 @@ def bundle_of(model: Any) -> Bundle:
 
 def with_denoiser(bundle: Bundle, denoiser: Any, unused: Mapping[str, Any]) -> Bundle:
     """The bundle with the networks of a `Denoiser`. unused: further tensors, by part."""
-    conditioner, name = denoiser.params.get("conditioner", {}), denoiser.name
+    name = denoiser.name
     network = as_part(_fields(denoiser.network), denoiser.params[name], unused.get(name))
     return replace(
         bundle,
-        conditioners={
-            name: as_part(fields, conditioner.get(name, {}), unused.get(name))
-            for name, fields in denoiser.conditioner.config.items()
-        },
+        conditioners=_conditioners(denoiser, unused),
     ).with_part(name, network)
+
+
+def _with_prior(bundle: Bundle, prior: Any, unused: Mapping[str, Any]) -> Bundle:
+    part = as_part(_fields(prior.transformer), prior.params["transformer"])
+    return replace(bundle, prior=part, conditioners=_conditioners(prior, unused))
+
+
+def _conditioners(owner: Any, unused: Mapping[str, Any]) -> dict[str, Part]:
+    """The conditioners of a denoiser or a prior."""
+    trees = owner.params.get("conditioner", {})
+    return {
+        name: as_part(fields, trees.get(name, {}), unused.get(name))
+        for name, fields in owner.conditioner.config.items()
+    }
 
 
 def _fields(module: Any) -> dict[str, Any]:

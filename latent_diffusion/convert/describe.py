@@ -33,7 +33,7 @@ def missing(bundle: Bundle) -> list[str]:
     """Return the parts that the model lacks for making pictures of its conditions."""
     absent = ["a first stage"] if bundle.autoencoder is None else []
     if bundle.denoiser is None:
-        return absent or ["a denoiser"]
+        return absent or (["a denoiser"] if bundle.prior is None else [])
     _, context, vector = input_widths(bundle.denoiser[1])
     names = bundle.conditioners.keys()
     if context and not names & _CONTEXT:
@@ -49,6 +49,7 @@ def _kind(bundle: Bundle) -> str:
     if "pipeline" in bundle.notes:
         return bundle.notes["pipeline"]
     halves = {"first stage": bundle.autoencoder, "denoiser": bundle.denoiser}
+    halves["prior"] = bundle.prior
     present = [name for name, part in halves.items() if part is not None]
     return ", ".join(present + [f"conditioner {name}" for name in bundle.conditioners]) or "empty"
 

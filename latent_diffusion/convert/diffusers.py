@@ -206,6 +206,8 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     A latent scale per channel moves into the autoencoder (`with_folded_scale`). A word tokenizer
     becomes one of the tokenizers library. Raises ValueError for a model without a pipeline.
     """
+    if bundle.prior is not None:
+        raise ValueError("diffusers has no pipeline with a prior over codes; save it as orbax")
     bundle = with_folded_scale(bundle)
     table = table_of(bundle.conditioners)
     parts = [name for name, part in bundle.parts() if part.params]

@@ -1,5 +1,6 @@
 """Our format: a workdir as training leaves it, but without a state from which to resume."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,31 +42,33 @@ def read_orbax(directory: Path) -> Bundle:
         bundle = replace(bundle, autoencoder=part, **scale)
     if config.task == "autoencoding":
         return bundle
-    return _with_denoiser(bundle, directory, config)
+    return _with_network(bundle, directory, config)
 
 
-def _with_denoiser(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle:
+def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle:
+    """Read the denoiser or the prior, its conditioners and its tokenizer."""
     params = workdir.open_entry(directory, "ema_params")
     if config.get("lora", {}).get("rank"):
         return _adapted(bundle, directory, config, params["lora"])
     tokenizer = None
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    trees = dict(params.get("conditioner", {}))
+    trees |= {n: kept.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})}
+    conditioners = {
+        name: as_part(fields.to_dict(), trees.get(name, {}))
+        for name, fields in config.conditioners.items()
+    }
+    bundle = replace(bundle, conditioners=conditioners, tokenizer=tokenizer)
+    if config.task == "prior":
+        part = as_part(config.transformer.to_dict(), params["transformer"])
+        return replace(bundle, prior=part, sampling=config.prior.sampling.to_dict())
     name = config.get("backbone", "unet")
     fields = config[name].to_dict()
     part = as_part(fields, params[name])
     fields["out_channels"] = _out_channels(name, part)
-    trees = dict(params.get("conditioner", {}))
-    trees |= {n: kept.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})}
     return replace(
-        bundle,
-        conditioners={
-            name: as_part(fields.to_dict(), trees.get(name, {}))
-            for name, fields in config.conditioners.items()
-        },
-        diffusion=config.diffusion.to_dict(),
-        sampling=config.sampling.to_dict(),
-        tokenizer=tokenizer,
+        bundle, diffusion=config.diffusion.to_dict(), sampling=config.sampling.to_dict()
     ).with_part(name, part)
 
 
@@ -126,10 +129,10 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
     progress: is called with numbers of elements that are written. Raises ValueError for a model
     that has neither a first stage nor a denoiser.
     """
-    if bundle.denoiser is None and bundle.autoencoder is None:
+    if bundle.denoiser is None and bundle.prior is None and bundle.autoencoder is None:
         raise ValueError("a workdir holds a first stage or a denoiser; this model has neither")
     config: dict[str, Any] = {
-        "task": "autoencoding" if bundle.denoiser is None else "denoising",
+        "task": _task(bundle),
         "ema_decay": 0.0,
         "data": {"image_size": bundle.image_size},
         "tokenizer": {"name": "none" if bundle.tokenizer is None else bundle.tokenizer.kind},
@@ -141,6 +144,10 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
     if bundle.autoencoder is not None:
         config["autoencoder"] = _plain(bundle.autoencoder.fields)
         _write_first_stage(bundle, path, progress)
+    if bundle.prior is not None:
+        config["transformer"] = _plain(bundle.prior.fields)
+        config["transformer"].pop("num_codes", None)  # a run takes them from its first stage
+        config["prior"] = {"sampling": config.pop("sampling")}
     if bundle.denoiser is not None:
         name, network = bundle.denoiser
         config["backbone"], config[name] = name, _plain(network.fields)
@@ -152,6 +159,12 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
         checkpoints.save(0, _state(bundle, progress))
 
 
+def _task(bundle: Bundle) -> str:
+    if bundle.prior is not None:
+        return "prior"
+    return "autoencoding" if bundle.denoiser is None else "denoising"
+
+
 def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
     assert bundle.autoencoder is not None
     first_stage = FirstStage(
@@ -161,7 +174,7 @@ def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
         make_autoencoder(bundle.autoencoder.fields),
     )
     kept.save_first_stage(path, first_stage, "converted")
-    if bundle.denoiser is not None:
+    if _task(bundle) != "autoencoding":
         progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
 
 
@@ -171,12 +184,13 @@ def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
     def lazy(part: Part) -> Any:
         return unflatten_dict({k: _lazy(t, progress) for k, t in part.params.items()}, sep="/")
 
-    if bundle.denoiser is None:
+    if _task(bundle) == "autoencoding":
         assert bundle.autoencoder is not None
         return {"params": {"autoencoder": lazy(bundle.autoencoder)}}
     conditioner = {name: lazy(part) for name, part in bundle.conditioners.items()}
-    name, network = bundle.denoiser
-    return {"ema_params": {name: lazy(network), "conditioner": conditioner}}
+    networks = {"transformer": bundle.prior} | dict([bundle.denoiser] if bundle.denoiser else [])
+    parts = {name: lazy(part) for name, part in networks.items() if part is not None}
+    return {"ema_params": {**parts, "conditioner": conditioner}}
 
 
 def _lazy(tensor: Tensor, progress: Any) -> Tensor:
@@ -192,7 +206,11 @@ def _lazy(tensor: Tensor, progress: Any) -> Tensor:
 
 def _plain(fields: Any) -> dict[str, Any]:
     """Fields as JSON has them: a dtype by its name."""
-    named = {k: v for k, v in fields.items() if k not in ("parent", "name", "axis_name")}
+    named: dict[str, Any] = {
+        k: dict(v) if isinstance(v, Mapping) else v
+        for k, v in fields.items()
+        if k not in ("parent", "name", "axis_name")
+    }
     if named.get("dtype") is not None:
         named["dtype"] = str(jnp.dtype(named["dtype"]))
     return named

@@ -36,7 +36,7 @@ def conditions_of(
 
     transform: the transform of evaluation, for conditions that are computed from an example.
     """
-    keys = model.denoiser.conditioner.keys if model.denoiser else ()
+    keys = model.conditioner.keys if model.denoiser or model.prior else ()
     captions = data.captions(source) if "tokens" in keys else []
     total = len(captions) or len(source)
     if keys and not total:

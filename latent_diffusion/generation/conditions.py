@@ -174,7 +174,9 @@ def _image(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
 
 # batch key -> how its value is read: (conditioner, value, (height, width), that of the latent)
 _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
-    "class_label": lambda part, x, *_: _integers("class_labels", x, part.num_classes + 1),
+    "class_label": lambda part, x, *_: _integers(
+        "class_labels", x, part.num_classes + (getattr(part, "null", 0) is not None)
+    ),
     "layout": lambda part, x, *_: _layout(part, x),
     "segmentation": lambda part, x, size, _: _segmentation(part, x, size),
     "image": lambda part, x, size, _: _image(part, x, size),

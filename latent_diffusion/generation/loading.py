@@ -15,6 +15,7 @@ from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser, make_network, schedule_of
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.models.prior import make_prior
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import workdir
 from latent_diffusion.tasks.classifying import make_classifying
@@ -60,7 +61,9 @@ def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
 
 def as_model(bundle: convert.Bundle) -> Model:
     """Read a bundle's parameters into memory and build its modules."""
-    first_stage = denoiser = None
+    first_stage = denoiser = prior = None
+    conditioner = {n: convert.as_params(part) for n, part in bundle.conditioners.items()}
+    fields = {name: part.fields for name, part in bundle.conditioners.items()}
     if bundle.autoencoder is not None:
         first_stage = FirstStage(
             convert.as_params(bundle.autoencoder),
@@ -71,20 +74,26 @@ def as_model(bundle: convert.Bundle) -> Model:
     if bundle.denoiser is not None:
         name, network = bundle.denoiser
         params = {name: convert.as_params(network)}
-        conditioner = {n: convert.as_params(part) for n, part in bundle.conditioners.items()}
         if conditioner:
             params["conditioner"] = conditioner
         denoiser = Denoiser(
             params,
             schedule_of(bundle.diffusion),
             make_network(name, network.fields),
-            make_conditioner({name: part.fields for name, part in bundle.conditioners.items()}),
+            make_conditioner(fields),
             bundle.diffusion["prediction"],
             name,
+        )
+    if bundle.prior is not None:
+        if first_stage is None:
+            raise ValueError("a prior draws codes of a first stage, which this file lacks")
+        prior = make_prior(bundle.prior.fields, fields, first_stage.module).replace(
+            params={"transformer": convert.as_params(bundle.prior), "conditioner": conditioner}
         )
     return Model(
         first_stage=first_stage,
         denoiser=denoiser,
+        prior=prior,
         tokenizer=bundle.tokenizer,
         defaults=dict(bundle.sampling),
         image_size=bundle.image_size,

@@ -14,10 +14,12 @@ import numpy as np
 from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.generation import adapters as adapting
-from latent_diffusion.generation import conditions, guides, program
+from latent_diffusion.generation import codes, conditions, guides, program
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.models.prior import Prior
+from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.process.options import check_needs
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.tiling import pad_to_multiple, tiled
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Model(flax.struct.PyTreeNode):
-    """First stage and denoiser with their parameters: a pytree.
+    """First stage and denoiser (or prior) with their parameters: a pytree.
 
     A half is a model, too; calls that need the other half raise ValueError. `defaults`: sampling
     options of `sample` where the caller gives none. image_size: the side of a trained image, or its
@@ -39,6 +41,7 @@ class Model(flax.struct.PyTreeNode):
 
     first_stage: FirstStage | None = None
     denoiser: Denoiser | None = None
+    prior: Prior | None = None
     tokenizer: Tokenizer | None = flax.struct.field(pytree_node=False, default=None)
     defaults: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
     image_size: int | tuple[int, int] = flax.struct.field(pytree_node=False, default=256)
@@ -102,15 +105,15 @@ class Model(flax.struct.PyTreeNode):
         given: other conditions, `image` and `mask` among them. rng: of the noise that some
         conditions get; `sample` with the same rng adds the same noise.
         """
-        denoiser = self._need("denoiser")
         given |= {"prompts": prompts, "class_labels": class_labels}
         batch, size = self._conditions(given, image_size)
         count = len(next(iter(batch.values()), np.zeros(1)))
         keys = None if rng is None else sampling_keys(example_keys(rng, count)).conditions
-        entries = {key: jnp.asarray(value) for key, value in batch.items()}
+        entries: Any = {key: jnp.asarray(value) for key, value in batch.items()}
         latent = self._latent_size(size)
-        entries = denoiser.conditioner.prepare(entries, self.first_stage, latent, keys)
-        return denoiser.condition(entries, jnp.zeros(count, bool))
+        entries = self.conditioner.prepare(entries, self.first_stage, latent, keys)
+        owner: Any = self.denoiser or self.prior
+        return owner.condition(entries, jnp.zeros(count, bool))
 
     def denoise(
         self,
@@ -120,6 +123,10 @@ class Model(flax.struct.PyTreeNode):
     ) -> Float[Array, "B h w k"]:
         """The raw network output for noisy scaled latents z_t at timesteps t."""
         return self._need("denoiser").denoise(z_t, t, conditioning)
+
+    def logits(self, codes: Int[Array, "B L"], conditioning: Conditioning) -> Float[Array, "B L K"]:
+        """Of a prior: logits whose position i predicts code i, codes row by row."""
+        return self._need("prior").logits(codes, conditioning)
 
     def sample(
         self,
@@ -173,19 +180,33 @@ class Model(flax.struct.PyTreeNode):
         names such as "unet.up_blocks"; the sum of their changes is added for this call, whatever
         the weights with one compilation.
 
-        options: see `process.options.SamplingOptions` and docs/samplers.md; those that aren't given
-        are the model's `defaults`. Numbers among them may vary without a new compilation.
+        A prior takes `image` with `mask` alone, whose hole it draws anew, and draws pictures larger
+        than the trained ones through windows.
+
+        options: see `process.options.SamplingOptions` and docs/samplers.md, and of a prior
+        `PriorOptions` and docs/priors.md; those that aren't given are the model's `defaults`.
+        Numbers among them may vary without a new compilation.
 
         Raises ValueError, in one line, for bad input, and where an image isn't finite.
         """
-        denoiser, first_stage = self._need("denoiser"), self._need("first_stage")
+        first_stage = self._need("first_stage")
+        given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
+        given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
+        given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
+        if self.prior is not None:
+            examples, size = self._conditions(given, image_size)
+            batch = conditions.repeated(examples, num_images)
+            call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
+            call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
+            call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
+            trained = self.image_size if isinstance(self.image_size, int) else min(self.image_size)
+            latent = (*self._latent_size(size), trained // self._downsampling())
+            return codes.draw(self, batch, latent, call, rng, batch_size, mode)
+        denoiser = self._need("denoiser")
         changes = {"image": image, "negative_prompts": negative_prompts}
         check_needs({**options, **changes, "classifier": classifier, "target": target})
         timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
 
-        given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
-        given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
-        given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
         pictures = {"image": image, "mask": mask}  # conditions of some models
         given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
         examples, size = self._conditions(given, image_size)
@@ -228,9 +249,17 @@ class Model(flax.struct.PyTreeNode):
     def _need(self, part: str) -> Any:
         value = getattr(self, part)
         if value is None:
-            have = "a first stage" if part == "denoiser" else "a denoiser"
+            names = ("first_stage", "denoiser", "prior")
+            parts = [name.replace("_", " ") for name in names if getattr(self, name) is not None]
+            have = " and ".join(f"a {name}" for name in parts)
             raise ValueError(f"this model has no {part.replace('_', ' ')}, only {have}")
         return value
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What reads the conditions, of the denoiser or of the prior."""
+        conditioner: Conditioner = (self.prior or self._need("denoiser")).conditioner
+        return conditioner
 
     def _texts(
         self,
@@ -265,8 +294,8 @@ class Model(flax.struct.PyTreeNode):
     def _conditions(
         self, given: Mapping[str, Any], image_size: tuple[int, int] | None
     ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """The batch entries that the denoiser's conditioner reads, and the size of the picture."""
-        conditioner = self._need("denoiser").conditioner
+        """The batch entries that the conditioner reads, and the size of the picture."""
+        conditioner = self.conditioner
         implied = conditions.size_of(given, self._downsampling())
         own = self.image_size
         size = image_size or implied or (own if isinstance(own, tuple) else (own, own))

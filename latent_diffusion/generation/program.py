@@ -37,24 +37,26 @@ def placed(owner: Any, networks: Any, mode: str) -> Any:
 
 def run(
     networks: dict[str, Any],
-    planned: tuple[Any, ...],
+    planned: Any,
     batch: dict[str, np.ndarray],
     latent: tuple[int, int, int],
     rng: jax.Array,
     batch_size: int,
     mode: str,
+    images_of: Any = None,
 ) -> np.ndarray:
     """Images [N H W C], batch by batch.
 
     networks: "first_stage", "denoiser", the changes of "adapters", and "classifier" and "distance"
     (either may be None), on their devices. planned: timesteps, options, the weights of further
-    prompts and of adapters. batch: [N ...] entries. latent: (h, w, c). Raises ValueError, in one
-    line, where an image isn't finite.
+    prompts and of adapters. batch: [N ...] entries. latent: (h, w, c). images_of: makes the images
+    of a batch; None is a denoiser's sampling. Raises ValueError, in one line, where an image isn't
+    finite.
     """
     total = len(batch["index"])
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
     leaves, structure = jax.tree.flatten(networks)
-    step = _compiled(mode, latent, structure, jax.tree.structure(planned))
+    step = _compiled(mode, latent, structure, jax.tree.structure(planned), images_of or _sample)
     images = []
     for start in range(0, total, rows):
         index = np.minimum(np.arange(start, start + rows), total - 1)  # pad with the last
@@ -95,14 +97,16 @@ def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, 
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(mode: str, latent: tuple[int, int, int], networks: Any, planned: Any) -> Any:
+def _compiled(
+    mode: str, latent: tuple[int, int, int], networks: Any, planned: Any, images_of: Any
+) -> Any:
     """The program for a size of the latent and for the structures of its inputs.
 
     Parameters are inputs, too, so the program doesn't keep them in memory.
     """
 
     def step(leaves, planned, batch, rng, *, axis_name=None):
-        return _sample(networks.unflatten(leaves), planned, batch, rng, latent)
+        return images_of(networks.unflatten(leaves), planned, batch, rng, latent)
 
     return parallel.compile_eval(step, mode)
 

@@ -4,7 +4,7 @@
     tokenizer.json         the vocabulary, where there is one
     first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
     conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
-    moments-IDENTITY.npy   the training set's latents, where they are encoded once
+    moments-IDENTITY.npy   the training set's latents, where they are encoded once; or codes-…
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
 A denoiser's workdir has copies of all frozen parts, so it can be moved, and changes of the

@@ -8,9 +8,11 @@ diffusion; devices, disks and loggers it doesn't.
 from latent_diffusion.tasks.autoencoding import make_autoencoding
 from latent_diffusion.tasks.classifying import make_classifying
 from latent_diffusion.tasks.denoising import make_denoising
+from latent_diffusion.tasks.prior import make_prior_training
 
 TASKS = {
     "autoencoding": make_autoencoding,
     "denoising": make_denoising,
     "classifying": make_classifying,
+    "prior": make_prior_training,
 }

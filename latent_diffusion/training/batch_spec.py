@@ -1,5 +1,7 @@
 """The shapes of a run's batches, from its config alone."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,7 +14,7 @@ _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype
     "image": lambda config: ((*_square(config), config.autoencoder.image_channels), np.float32),
     "tokens": lambda config: ((config.tokenizer.max_length,), np.int32),
     "class_label": lambda config: ((), np.int32),
-    "layout": lambda config: ((config.conditioners.layout.max_length,), np.int32),
+    "layout": lambda config: ((_reader(config, "layout").max_length,), np.int32),
     "segmentation": lambda config: (_square(config), np.int32),
     "mask": lambda config: ((*_square(config), 1), np.float32),
     "low_res": lambda config: (
@@ -32,10 +34,15 @@ def _square(config: ConfigDict, f: int = 1) -> tuple[int, int]:
     return (config.data.image_size // f, config.data.image_size // f)
 
 
+def _reader(config: ConfigDict, key: str) -> Any:
+    """The first conditioner that reads a batch key."""
+    return next(part for part in make_conditioner(config.conditioners).parts() if key in part.keys)
+
+
 def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of one global batch, before anything is read."""
     shapes = {"image": _BATCH_SPECS["image"](config)}
-    if config.task == "denoising":
+    if config.task in ("denoising", "prior"):
         keys = make_conditioner(config.conditioners).keys
     elif config.task == "classifying":
         keys = ("class_label",)

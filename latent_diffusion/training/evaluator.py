@@ -62,6 +62,8 @@ class Evaluator:
         if values is None:
             return None
         means = {f"eval_{name}": float(np.mean(value)) for name, value in values.items()}
+        if "eval_bits_per_code" in means:
+            means["eval_perplexity"] = 2.0 ** means["eval_bits_per_code"]
         if self._net is None:
             return means
         count = -(-config.log.distance_images // config.batch_size)

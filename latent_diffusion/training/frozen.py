@@ -41,7 +41,7 @@ def load_constants(
     else:
         first_stage = _first_stage(config, constants.first_stage, source, start)
     conditioner: dict[str, Params] = {}
-    for name, path in config.pretrained.items() if config.task == "denoising" else ():
+    for name, path in config.pretrained.items() if config.task != "classifying" else ():
         if run is not None:
             path, params = str(run), kept.load_conditioner(run, name)[0]
         else:
@@ -97,7 +97,7 @@ def _first_stage(
         params = kept.load_autoencoder_params(Path(path))
         check_same_tree(fresh.params, params, path)
         fresh = fresh.replace(params=params)
-    return measure_scale(config, fresh, source)
+    return fresh if config.task == "prior" else measure_scale(config, fresh, source)
 
 
 def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> FirstStage:

@@ -1,6 +1,7 @@
 """Latents encoded once: a file in the workdir with the moments of all training examples.
 
     moments-IDENTITY.npy  float32 [N h w 2C], read by memory map
+    codes-IDENTITY.npy    int32 [N h w], the places in the codebook on which a prior is trained
 
 The identity is a hash of the first stage, of `config.data`, and of the number and a sample of the
 examples. A run that goes on finds its file and doesn't encode again. The training set may be larger
@@ -31,12 +32,13 @@ def with_moments(
     """A source of `moments` beside the other entries of the examples in `source`, already cut.
 
     Pictures stay where a condition needs them. directory: the run's workdir, which all processes
-    see. Raises ValueError where images are augmented at random, since all epochs would then have
-    the same augmentation.
+    see. For a prior, `codes` are in the place of moments. Raises ValueError where images are
+    augmented at random, since all epochs would then have the same augmentation.
     """
     if config.data.flip or config.data.crop == "random":
         raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
-    path = directory / f"moments-{_identity(config, first_stage, source)}.npy"
+    kind = "codes" if config.task == "prior" else "moments"
+    path = directory / f"{kind}-{_identity(config, first_stage, source)}.npy"
     if processes.any_process(not path.exists()):
         _write(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
@@ -48,7 +50,7 @@ def with_moments(
         for i in range(len(source))
     ]
     arrays = {key: [example[key] for example in examples] for key in examples[0]}
-    return data.ArraySource({"moments": np.load(path, mmap_mode="r"), **arrays})
+    return data.ArraySource({kind: np.load(path, mmap_mode="r"), **arrays})
 
 
 def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) -> str:
@@ -68,6 +70,8 @@ def _encoded(
     index, count = parallel.process_shard(mode, mesh)
 
     def encode(state, first_stage, batch, rng, *, axis_name=None):
+        if config.task == "prior":
+            return first_stage.indices(batch)
         return first_stage.moments(batch["image"])
 
     run = parallel.compile_eval(encode, mode, mesh=mesh)
@@ -87,10 +91,12 @@ def _write(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
         left = length
         for batch in batches:
             if left == length:  # the first one tells the shape
-                header = {"descr": "<f4", "fortran_order": False}
+                dtype = "<i4" if batch.dtype.kind == "i" else "<f4"
+                header = {"descr": dtype, "fortran_order": False}
                 header["shape"] = (length, *batch.shape[1:])
                 np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(batch[:left], "<f4").tobytes())
+            file.write(np.ascontiguousarray(batch[:left], dtype).tobytes())
             left -= min(left, len(batch))
-    for other in set(path.parent.glob("moments-*.npy")) - {path}:
+    kind = path.name.partition("-")[0]
+    for other in set(path.parent.glob(f"{kind}-*.npy")) - {path}:
         other.unlink()

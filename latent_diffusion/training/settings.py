@@ -27,12 +27,15 @@ MAY_CHANGE = {
     r"(log|checkpoint|sampling)\..*": "training doesn't read them",
     r"parallel\..*": "checkpoints don't depend on devices",
     r"optimizer\.(?!name|frozen).*": "the optimiser's state serves any rates",
-    r"(unet|dit|autoencoder)\.(attention|dropout|dtype|remat)": "the parameters are the same",
+    r"(unet|dit|autoencoder|transformer)\.(attention|dropout|dtype|remat)": (
+        "the parameters are the same"
+    ),
     r"autoencoding\.(\w+_weight|\w+_start|adversarial_ramp|disc_learning_rate|disc_loss|"
     r"gumbel_temperature|learn_logvar|perceptual_path|reduction)": "the objective may change",
     r"diffusion\.(loss|loss_weight|elbo_weight|drop_rate|offset_noise|input_perturbation)": (
         "the objective may change"
     ),
+    r"prior\..*": "the objective may change, and sampling is no part of it",
     r"first_stage\.cache": "cached latents are the same",
     r"data\.(flip|search)": "the pictures are the same",
 }

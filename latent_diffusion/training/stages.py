@@ -1,4 +1,6 @@
-"""Runs that build on an earlier run: a denoiser on a first stage, a classifier on a denoiser."""
+"""Runs that build on an earlier run: a denoiser or a prior on a first stage, a classifier on a
+denoiser.
+"""
 
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from latent_diffusion.training import settings
 _BUILDS_ON = {
     "denoising": ("autoencoding", "openmoji_autoencoder.py"),
     "classifying": ("denoising", "openmoji_unconditional.py"),
+    "prior": ("autoencoding", "openmoji_prior.py:first_stage"),
 }
 
 

@@ -1,0 +1,81 @@
+"""A sampling call of a prior: what it is asked, and the images of one batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.generation import conditions, program
+from latent_diffusion.models.prior import check_null, check_size
+from latent_diffusion.process.guidance import paste
+from latent_diffusion.process.options import PriorOptions
+from latent_diffusion.process.plan import plan_prior
+from latent_diffusion.rng import keys_of_examples, sampling_keys
+from latent_diffusion.runtime import parallel
+from latent_diffusion.types import Array, Batch
+
+# Arguments of `Model.sample` that a denoiser alone has a use for.
+_OTHERS = ("negative_prompts", "more_prompts", "z_T", "classifier", "classifier_labels", "target")
+
+
+def draw(
+    model: Any,
+    batch: dict[str, np.ndarray],
+    latent: tuple[int, int, int],
+    call: Mapping[str, Any],
+    rng: jax.Array,
+    batch_size: int,
+    mode: str,
+) -> np.ndarray:
+    """Images [N H W C] of a `Model` with a prior. batch: the entries [N ...] of the conditions.
+
+    latent: height and width of the codes, and the side of the window that was trained. call: the
+    other arguments and options of `Model.sample`. Raises ValueError for what doesn't fit.
+    """
+    prior, first_stage, options = model.prior, model.first_stage, dict(call)
+    for name in _OTHERS:
+        value = options.pop(name)
+        if not (value is None or (isinstance(value, tuple) and not value)):
+            raise ValueError(f"{name} is for denoisers: this model draws codes with a prior")
+    image, mask = options.pop("image"), options.pop("mask")
+    chosen = plan_prior(model.defaults, options, prior.transformer.causal)
+    if chosen.guidance_scale is not None:
+        check_null(prior.conditioner, f"guidance_scale={chosen.guidance_scale:g}")
+    check_size(prior.transformer, latent[:2], latent[2])
+    if image is not None and mask is None:
+        raise ValueError("image needs mask: a prior draws the codes of the hole anew")
+    f, channels = first_stage.module.downsampling, first_stage.module.image_channels
+    shape = (latent[0] * f, latent[1] * f, channels)
+    batch |= conditions.known_image(image, mask, False, shape, len(batch["index"]))
+    mode = parallel.resolve_mode(mode)
+    networks = program.placed(model, {"first_stage": first_stage, "prior": prior}, mode)
+    return program.run(networks, chosen, batch, latent, rng, batch_size, mode, images_of)
+
+
+def images_of(
+    networks: Mapping[str, Any],
+    options: PriorOptions,
+    batch: Batch,
+    rng: jax.Array,
+    latent: tuple[int, int, int],
+) -> Array:
+    """Prepare the conditions, draw codes, decode them, and paste them into their picture.
+
+    latent: height and width of the codes, and the side of the window that was trained.
+    """
+    prior, first_stage = networks["prior"], networks["first_stage"]
+    size, count = latent[:2], batch["index"].shape[0]
+    keys = sampling_keys(keys_of_examples(rng, batch["index"]))
+    entries = prior.conditioner.prepare(batch, first_stage, size, keys.conditions)
+    told, null = (prior.condition(entries, jnp.full(count, drop)) for drop in (False, True))
+    known = None
+    if "known" in batch:
+        f = first_stage.module.downsampling
+        hole = nn.max_pool(batch["hole"], (f, f), (f, f))[..., 0]
+        known = (first_stage.indices({"image": batch["known"]}), hole == 0)
+    codes = prior.sample(keys.steps, told, null, size, latent[2], options, known)
+    images = jnp.clip(first_stage.decode_indices(codes), -1.0, 1.0)
+    return images if known is None else paste(images, batch["known"], batch["hole"])

@@ -1,0 +1,202 @@
+"""Training a prior: the codes that it sees, those of its loss, and a run up to its samples."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import BATCH, SIZE, make_batch, make_config
+
+import latent_diffusion as ldm
+from configs import openmoji_prior
+from latent_diffusion import data
+from latent_diffusion.optimisation.optimizers import make_optimizer
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks.prior import make_prior_training
+from latent_diffusion.training import loop, moments
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.trees import leaves_by_path
+
+RNG = jax.random.key(3)
+LENGTH, CODES = 64, 16
+
+
+@functools.cache
+def setup(*fields):
+    """The task with random parameters (averages differ), constants and a batch."""
+    config = make_config("prior", **dict(fields))
+    task = make_prior_training(config)
+    rng = np.random.default_rng(0)
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    params, averages, constants = (
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), tree)
+        for tree in (state.params, state.params, constants)
+    )
+    codes = rng.integers(0, CODES, (BATCH, 8, 8)).astype(np.int32)
+    batch = {key: jnp.asarray(x) for key, x in {**make_batch(config), "codes": codes}.items()}
+    return (
+        task,
+        zeros.replace(params=params, ema_params=averages),
+        constants,
+        {**batch, "codes": codes},
+    )
+
+
+def bits_of(logits, codes):
+    logits = np.asarray(logits, np.float64)
+    return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, codes)) / np.log(2)
+
+
+def test_a_causal_prior_is_evaluated_by_the_likelihood_of_the_averaged_parameters():
+    task, state, constants, batch = setup(("prior.pkeep", 0.5), ("prior.label_smoothing", 0.2))
+    got = jax.jit(task.eval_step)(state, constants, batch, RNG)
+    prior = task.prior.replace(params=state.ema_params)
+    codes = jnp.asarray(batch["codes"].reshape(BATCH, -1))
+    logits = prior.logits(codes, prior.condition(batch, jnp.zeros(BATCH, bool)))
+    np.testing.assert_allclose(got["bits_per_code"], bits_of(logits, codes).mean(1), rtol=1e-4)
+    np.testing.assert_allclose(got["loss"], got["bits_per_code"] * np.log(2), rtol=1e-5)
+
+
+def test_training_smooths_labels_and_logs_bits_without():
+    fields = [("transformer.dropout", 0.0), ("prior.label_smoothing", 0.25)]
+    plain, smooth = setup(*fields[:1]), setup(*fields)
+    (_, a), (_, b) = (jax.jit(made[0].train_step)(*made[1:], RNG) for made in (plain, smooth))
+    assert float(a["bits_per_code"]) == pytest.approx(float(b["bits_per_code"]), rel=1e-5)
+    assert float(a["loss"]) == pytest.approx(float(a["bits_per_code"]) * np.log(2), rel=1e-5)
+    # Nearly uniform logits: the smoothed part is about log K, too, but not the same.
+    assert float(b["loss"]) != pytest.approx(float(a["loss"]), rel=1e-4)
+    assert float(a["perplexity"]) == pytest.approx(2 ** float(a["bits_per_code"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("pkeep", [1.0, 0.7, 0.0])
+def test_so_many_codes_are_kept_and_all_are_asked_for(pkeep):
+    task, *_ = setup(("prior.pkeep", pkeep))
+    keys = jax.random.split(RNG, 50)
+    codes = jnp.zeros((50, LENGTH), jnp.int32)
+    seen, asked = task._seen(codes, keys, True)
+    assert asked.all() and int(seen.max()) < CODES
+    share = float(jnp.mean(seen == 0))
+    assert share == pytest.approx(pkeep + (1 - pkeep) / CODES, abs=0.03)
+    assert (task._seen(codes, keys, False)[0] == 0).all()
+
+
+def counts(least, train, number=4000):
+    """How many of 64 codes are masked, in so many draws."""
+    task, *_ = setup(("transformer.causal", False), ("prior.min_masked", least))
+    codes = jnp.arange(LENGTH)[None].repeat(number, 0) % CODES
+    seen, asked = jax.jit(task._seen, static_argnums=2)(codes, jax.random.split(RNG, number), train)
+    mask = task.prior.transformer.mask_token
+    np.testing.assert_array_equal(seen, jnp.where(asked, mask, codes))
+    return np.asarray(asked.sum(1))
+
+
+def test_training_masks_a_cosine_share_and_evaluation_every_number_alike():
+    masked = counts(0.0, train=True)
+    assert masked.min() >= 1 and masked.max() == LENGTH
+    # P(share ≥ cos(π/2 · u)) = u: half of the draws lie below cos(π/4).
+    assert np.mean(masked <= np.ceil(LENGTH * 0.5**0.5)) == pytest.approx(0.5, abs=0.04)
+    assert counts(0.5, train=True).min() == 32
+    even = np.bincount(counts(0.5, train=False, number=12_800), minlength=65)
+    assert even[0] == 0 and even[1:].min() > 130 and even[1:].max() < 270  # 200 each
+
+
+def test_a_masked_prior_is_asked_for_masked_codes_alone():
+    task, state, constants, batch = setup(("transformer.causal", False))
+    got = jax.jit(task.eval_step)(state, constants, batch, RNG)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(RNG, jnp.arange(BATCH))
+    k_seen = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
+    codes = jnp.asarray(batch["codes"].reshape(BATCH, -1))
+    seen, asked = task._seen(codes, k_seen, False)
+    prior = task.prior.replace(params=state.ema_params)
+    bits = bits_of(prior.logits(seen, prior.condition(batch, jnp.zeros(BATCH, bool))), codes)
+    want = [bits[i][np.asarray(asked[i])].mean() for i in range(BATCH)]
+    np.testing.assert_allclose(got["bits_per_code"], want, rtol=1e-4)
+
+
+def test_codes_are_those_of_the_frozen_first_stage_and_the_loss_falls():
+    config = make_config("prior", **{"optimizer.learning_rate": 1e-2})
+    task = TASKS["prior"](config)
+    init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
+    state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
+    batch, step, losses = make_batch(config), jax.jit(task.train_step), []
+    pictures = {"image": jnp.asarray(batch["image"])}
+    cached = {**batch, "codes": constants.first_stage.indices(pictures)}
+    _, a = step(state, constants, batch, RNG)
+    _, b = step(state, constants, cached, RNG)
+    assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    for _ in range(10):
+        state, metrics = step(state, constants, cached, RNG)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.9 * losses[0]
+    assert set(state.params) == {"transformer", "conditioner"}
+
+
+def test_weight_decay_is_of_linear_maps_alone():
+    config = openmoji_prior.get_config("layout")
+    config.optimizer.update({"learning_rate": 1.0, "warmup_steps": 0, "weight_decay": 0.5})
+    config.optimizer.schedule = "constant"
+    task, *_ = setup()
+    shapes, _ = jax.eval_shape(task.init, RNG, batch_spec(make_config("prior")))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes.params)
+    tx = make_optimizer(config.optimizer, 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decayed = {path for path, leaf in leaves_by_path(updates).items() if np.any(leaf)}
+    kernels = {path for path in leaves_by_path(params) if path.endswith("/kernel")}
+    assert decayed == kernels and len(kernels) == 7 < len(leaves_by_path(params))
+
+
+def test_dropping_needs_a_null_condition():
+    config = make_config("prior", **{"conditioners.class_token.null": None})
+    with pytest.raises(ValueError, match=r"drop_rate=0.1 needs a null condition, and class_t"):
+        make_prior_training(config)
+
+
+@pytest.mark.parametrize("variant", ["", "masked", "class", "layout", "segmentation"])
+def test_every_variant_fits_its_first_stage(variant):
+    config = openmoji_prior.get_config(variant)
+    task = make_prior_training(config)
+    state, constants = jax.eval_shape(task.init, RNG, batch_spec(config))
+    assert constants.first_stage.params["quantize"]["embedding"].shape == (512, 4)
+    used = state.params["transformer"]["pos_emb"].shape[0]
+    assert used == config.transformer.max_length
+
+
+def test_cached_codes_are_integers_of_every_picture(tmp_path):
+    config = make_config("prior")
+    _, _, constants, _ = setup()
+    images = np.random.default_rng(0).integers(0, 256, (11, SIZE, SIZE, 3), np.uint8)
+    source = data.ArraySource({"image": images, "class_label": np.arange(11)})
+    cached = moments.with_moments(config, tmp_path, constants.first_stage, source)
+    (file,) = tmp_path.glob("codes-*.npy")
+    assert np.load(file).dtype == np.int32 and set(cached[0]) == {"codes", "class_label", "window"}
+    want = constants.first_stage.indices({"image": jnp.asarray(images / np.float32(127.5) - 1)})
+    np.testing.assert_array_equal([cached[i]["codes"] for i in range(11)], want)
+
+
+def test_a_run_from_the_first_stage_to_samples(tmp_path):
+    """And what it refuses: pixels, which have no codes, and another task's workdir."""
+    small = {"data.image_size": SIZE, "batch_size": 8, "log.num_images": 2, "num_steps": 2}
+    first = openmoji_prior.get_config("smoke")
+    first.task = "autoencoding"
+    first.autoencoding.update({"perceptual": "none", "disc_start": 9, "adversarial_start": 9})
+    first.autoencoding.discriminator.update({"channels": 8, "num_layers": 1})
+    for config in (first, prior := openmoji_prior.get_config("smoke")):
+        config.autoencoder.update({"channel_mult": (1, 1), "num_groups": 4})
+        config.update_from_flattened_dict(small)
+    loop.train(first, tmp_path / "first_stage")
+    prior.first_stage.path = str(tmp_path / "first_stage")
+    loop.train(prior, tmp_path / "prior")
+    lines = (tmp_path / "prior" / "metrics.jsonl").read_text()
+    for name in ("bits_per_code", "perplexity", "eval_bits_per_code", "eval_perplexity"):
+        assert f'"{name}"' in lines
+    assert list((tmp_path / "prior").glob("codes-*.npy"))
+    assert list((tmp_path / "prior" / "images").glob("*inputs_samples*.png"))
+    model = ldm.load(tmp_path / "prior")
+    images = model.sample(RNG, class_labels=[0, 5], temperature=0.5)
+    assert images.shape == (2, SIZE, SIZE, 3) and model.defaults["guidance_scale"] == 2.0
+    prior.first_stage.path = str(tmp_path / "prior")
+    with pytest.raises(ValueError, match="holds a run of 'prior'; train one with: "):
+        loop.train(prior, tmp_path / "other")
