@@ -56,6 +56,7 @@ parity: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e ".[parity]"
 	$(BIN)/python -m pip install --quiet --no-deps k-diffusion  # only its samplers are used
+	$(BIN)/python -m pip install --quiet --no-deps taming-transformers-rom1504  # only its GPT
 	$(BIN)/python -m pytest tests/parity -o addopts="-q"
 
 # Speed beside PyTorch's, into runs/bench. make bench BENCH="--device=gpu --only=unet_forward"

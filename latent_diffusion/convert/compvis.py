@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from latent_diffusion.convert import autoencoder, cond_stage, dit, tokenizers, unet, unet_compvis
+from latent_diffusion.convert import (
+    autoencoder,
+    cond_stage,
+    dit,
+    taming,
+    tokenizers,
+    unet,
+    unet_compvis,
+)
 from latent_diffusion.convert.bundle import (
     Bundle,
     Part,
@@ -170,6 +178,8 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         return _read_whole(path, opened, params, ema)
     if dit.PATCHES in opened.tensors:
         return dit.read_dit(path, opened.tensors)
+    if taming.MARK in opened.tensors:
+        return taming.read_taming(path, opened.tensors, model.get("params") or {})
     some = ", ".join(list(opened.tensors)[:3])
     raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
 
@@ -382,6 +392,8 @@ def write_compvis(
 
 def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors under the original's names, still unread, and the `model` of its yaml."""
+    if bundle.prior is not None:
+        return taming.as_taming(bundle)
     tensors: dict[str, Tensor] = {}
     first_stage: dict[str, Any] = {}
     if bundle.autoencoder is not None:

@@ -206,6 +206,7 @@ FIRST_STAGES = {
     "vq-f8": dict(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=16384),
     "vq-f8-n256": dict(mult=(1, 2, 2, 4), attend=(32,), z=4, codes=256),
     "vq-f16": dict(mult=(1, 1, 2, 2, 4), attend=(16,), z=8, codes=16384),
+    "taming-f16": dict(mult=(1, 1, 2, 2, 4), attend=(16,), z=256, codes=1024),
 }
 
 
@@ -380,6 +381,26 @@ DIFFUSERS = {
 }
 
 
+# ---------------------------------------------------------------- taming-transformers' own priors
+
+
+def gpt(*sizes):
+    """The released sizes: rows of tokens and positions, blocks, heads, width."""
+    if not hasattr(transformers, "top_k_top_p_filtering"):  # today's versions have lost it
+        transformers.top_k_top_p_filtering = None
+    from taming.modules.transformer.mingpt import GPT
+
+    return GPT(*sizes)
+
+
+PRIORS = {
+    "prior-faceshq": lambda: gpt(1024, 512, 24, 16, 1024),
+    "prior-coco": lambda: gpt(8192, 348, 40, 16, 1408),
+    "prior-openimages": lambda: gpt(8192, 348, 36, 16, 1536),
+    "prior-cin": lambda: gpt(16384, 256, 48, 16, 1536),
+}
+
+
 def of_module(make):
     """{name: shape} of a module built without memory."""
     with torch.device("meta"):
@@ -390,7 +411,7 @@ LISTS = {
     **{f"unet-{name}": (lambda f=fields: unet(**f)) for name, fields in UNETS.items()},
     **{f"first-stage-{name}": (lambda f=f: first_stage(**f)) for name, f in FIRST_STAGES.items()},
     **{f"conditioner-{name}": make for name, make in CONDITIONERS.items()},
-    **{name: (lambda make=make: of_module(make)) for name, make in DIFFUSERS.items()},
+    **{name: (lambda make=make: of_module(make)) for name, make in {**DIFFUSERS, **PRIORS}.items()},
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""The first stage and the condition of taming-transformers' priors: tensors and yaml."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.convert import autoencoder
+from latent_diffusion.convert.bundle import Bundle, Part, read_part
+from latent_diffusion.convert.tables import within, write_tensors
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.types import lookup
+
+Params = Mapping[str, Any]
+Written = tuple[dict[str, Tensor], str, Any]  # tensors, cond_stage_key, cond_stage_config
+_LOSS = (r"loss\..*",)
+_COLOURS = (r"colorize",)  # a random map from classes to colours, for pictures in logs
+_TARGET = "taming.models.vqgan.VQModel"
+
+
+def check_target(config: Params, supported: str) -> None:
+    """Raise ValueError for the config of another class."""
+    if config["target"] != supported:
+        raise ValueError(f"target={config['target']!r}; supported: {supported}")
+
+
+def read_vq(path: Path, tensors: Mapping[str, Tensor], config: Params) -> Part:
+    """Read a first stage, of pictures or of maps. config: its yaml."""
+    params = {k: value for k, value in config["params"].items() if k != "n_labels"}
+    fields = autoencoder.fields_from_yaml({**config, "params": params})
+    table, tree = autoencoder.compvis_table(fields), autoencoder.shapes(fields)
+    return read_part(path, fields, table, tree, tensors, unused=_COLOURS, ignored=_LOSS)
+
+
+def read_condition(
+    path: Path, tensors: Mapping[str, Tensor], params: Params, bundle: Bundle
+) -> dict[str, Part]:
+    """Read the conditioner that the yaml's `model.params` describe; bundle: the other parts."""
+    config = params.get("cond_stage_config")
+    if params.get("unconditional") or config == "__is_unconditional__":
+        return {"start": Part({"token": params.get("sos_token", 0)}, {})}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"cond_stage_config={config!r}; supported: {', '.join(_READERS)}")
+    reader = lookup(_READERS, config["target"], "target of cond_stage_config")
+    return reader(path, tensors, params, bundle)
+
+
+def _labels(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
+    classes = params["cond_stage_config"]["params"]["n_classes"]
+    return {"class_token": Part({"num_classes": classes}, {})}
+
+
+def _start(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
+    return {"start": Part({"token": params["cond_stage_config"]["params"]["sos_token"]}, {})}
+
+
+def _coordinates(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
+    given = params["cond_stage_config"]["params"]
+    fields = {"num_places": given["n_embed"], "factor": given["down_factor"]}
+    return {"coordinates": Part(fields, {})}
+
+
+def _boxes(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
+    if (key := params.get("cond_stage_key")) != "objects_bbox":
+        raise ValueError(f"cond_stage_key={key!r} of DummyCondStage; supported: 'objects_bbox'")
+    assert bundle.prior is not None
+    fields = bundle.prior.fields
+    length = fields["max_length"] - int(np.prod(np.broadcast_to(bundle.latent_size, 2)))
+    return {"layout_tokens": Part({"vocab_size": fields["vocab_size"], "max_length": length}, {})}
+
+
+def _map(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
+    if (key := params.get("cond_stage_key")) not in ("depth", "segmentation"):
+        raise ValueError(f"cond_stage_key={key!r} of VQModel; supported: 'depth', 'segmentation'")
+    part = read_vq(path, tensors, params["cond_stage_config"])
+    inner = {f"autoencoder/{name}": tensor for name, tensor in part.params.items()}
+    return {"code_map": Part({"key": key, "autoencoder": part.fields}, inner, part.unused)}
+
+
+_READERS: dict[str, Callable[[Path, Any, Params, Bundle], dict[str, Part]]] = {
+    "taming.modules.util.Labelator": _labels,
+    "taming.modules.util.SOSProvider": _start,
+    "taming.modules.misc.coord.CoordStage": _coordinates,
+    "taming.models.dummy_cond_stage.DummyCondStage": _boxes,
+    _TARGET: _map,
+    "taming.models.vqgan.VQSegmentationModel": _map,
+}
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write_vq(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a first stage without prefix, and its yaml."""
+    config = autoencoder.yaml_from_fields(part.fields)
+    params = config["params"]
+    params["lossconfig"] = {"target": "taming.modules.losses.DummyLoss"}
+    for name, tensor in part.unused.items():
+        params[f"{name}_nlabels"] = tensor.shape[1]
+    tensors = write_tensors(autoencoder.compvis_table(part.fields), part.params)
+    target = _TARGET if part.fields["regularization"] == "vq" else config["target"]
+    return {**tensors, **part.unused}, {"target": target, "params": params}
+
+
+def _write_map(part: Part) -> Written:
+    inner = Part(part.fields["autoencoder"], within(part.params, "autoencoder/"), part.unused)
+    tensors, config = write_vq(inner)
+    return tensors, part.fields["key"], config
+
+
+def _module(target: str, **params: Any) -> dict[str, Any]:
+    return {"target": target, "params": params}
+
+
+WRITERS: dict[str, Callable[[Part], Written]] = {
+    "start": lambda part: ({}, "image", "__is_unconditional__"),
+    "class_token": lambda part: (
+        *({}, "class_label"),
+        _module("taming.modules.util.Labelator", n_classes=part.fields["num_classes"]),
+    ),
+    "coordinates": lambda part: (
+        *({}, "coord"),
+        _module(
+            "taming.modules.misc.coord.CoordStage",
+            n_embed=part.fields["num_places"],
+            down_factor=part.fields["factor"],
+        ),
+    ),
+    "layout_tokens": lambda part: (
+        *({}, "objects_bbox"),
+        _module("taming.models.dummy_cond_stage.DummyCondStage", conditional_key="objects_bbox"),
+    ),
+    "code_map": _write_map,
+}
