@@ -131,7 +131,7 @@ def test_bfloat16_has_no_accidental_float32_products(task):
     assert len(products) > 20
     # JAX's attention multiplies a softmax's gradient, in float32, by keys in bfloat16.
     full = [" ".join(product) for product in products if "bf16" not in product[0]]
-    # The discriminator, which has kernels of 4×4, and the search for the nearest of the codes [16 2]
+    # The discriminator, which has kernels of 4×4, and the search for the nearest of codes [16 2]
     # compute in float32.
     meant = {"autoencoding": r"tensor<4x4x\d+x\d+xf32>", "prior": r"tensor<2x16xf32>"}
     assert all(re.search(meant.get(task, "nothing"), types) for types in full)
