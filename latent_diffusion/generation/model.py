@@ -41,11 +41,11 @@ class Model(flax.struct.PyTreeNode):
 
     first_stage: FirstStage | None = None
     denoiser: Denoiser | None = None
-    prior: Prior | None = None
     tokenizer: Tokenizer | None = flax.struct.field(pytree_node=False, default=None)
     defaults: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
     image_size: int | tuple[int, int] = flax.struct.field(pytree_node=False, default=256)
     origin: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict)
+    prior: Prior | None = None
 
     def encode(
         self,
