@@ -280,7 +280,7 @@ OPTIONS = {
     "order": (1, {"sampler": "unipc"}),
     "solver_type": ("heun", ANCESTRAL),
     "lower_order_final": (False, {"sampler": "unipc"}),
-    "euler_at_final": (True, {**ANCESTRAL, "end": 0}),
+    "euler_at_final": (True, {**ANCESTRAL, "end": 0, "lower_order_final": False}),
     "disable_corrector": ((0,), {"sampler": "unipc"}),
     "extrapolated": ("v", {"sampler": "plms"}),
     "negative_prompts": (["cat"], {}),
