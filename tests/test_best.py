@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ from latent_diffusion.runtime import metrics
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.training import loop
 from latent_diffusion.training.best import Best
+from latent_diffusion.training.start import Start
+from latent_diffusion.training.stop import Stop
 
 
 def test_the_best_state_is_kept_across_restarts(tmp_path):
@@ -84,8 +87,8 @@ def test_a_step_is_evaluated_again_for_a_metric_that_it_lacks(metric, measured, 
     values = {"eval_loss": 1.0, "eval_new": 2.0}
     calls = []
     evaluator = SimpleNamespace(measure=lambda *_: calls.append(1) or values, draw=lambda *_: {})
-    run = SimpleNamespace(evaluator=evaluator, rng=None, mode="single")
-    stop = SimpleNamespace(signum=None, poll=lambda: None)
+    run = Mock(spec=Start, evaluator=evaluator, rng=None, mode="single")
+    stop = Mock(spec=Stop, signum=None, poll=lambda: None)
     state = SimpleNamespace(ema_params={"x": jnp.ones(2)})
     with Best(tmp_path, metric, "min") as best, metrics.Writer(tmp_path, step=2) as writer:
         config.checkpoint.best = metric

@@ -8,6 +8,7 @@ import json
 import re
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import flax.struct
 import jax
@@ -279,11 +280,12 @@ def test_a_run_learns_from_one_split_and_is_evaluated_on_the_other(tmp_path, mon
         for split, level in (("train", 0), ("test", 255))
     }
     monkeypatch.setattr(data, "make_source", lambda config, split: sources[split])
-    monkeypatch.setattr(start, "Evaluator", lambda *given: given)
+    monkeypatch.setattr(start, "Evaluator", lambda *given: Mock(spec=Evaluator, given=given))
     fields = {"parallel.mode": "single", "first_stage.normalization": "none"}
     run = started(tmp_path, **fields, **{"first_stage.cache": False})
     assert set(np.unique(next(run.batches)["image"])) == {-1.0}
-    assert sources["test"] in run.evaluator and sources["train"] not in run.evaluator
+    given = run.evaluator.given
+    assert sources["test"] in given and sources["train"] not in given
 
 
 def pictures(count):
