@@ -3,7 +3,7 @@
 import json
 import struct
 import zlib
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import answers
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import several
 from PIL import Image
 
 from latent_diffusion import data
+from latent_diffusion.convert.clip import Clip
 from latent_diffusion.evaluate import command, inception, scores
 from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.clip_score import measure_clip_score
@@ -285,7 +286,8 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     monkeypatch.setattr(command, "load", lambda path: answers.model(answers.TEXT))
     net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
     monkeypatch.setattr(command, "make_features", lambda *given: net)
-    colours = SimpleNamespace(
+    colours = Mock(
+        spec=Clip,
         params={},
         of_images=lambda params, images: images.mean((1, 2)),
         embed_texts=lambda texts: np.ones((len(texts), 3)),
