@@ -15,7 +15,7 @@ def test_whatever_is_wrong_with_a_file_one_error_names_it():
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu", "PATH": ""}
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "fuzz.py", "--count=60"],
-        capture_output=True, text=True, env=environment, timeout=600, check=False,
+        capture_output=True, text=True, env=environment, timeout=1200, check=False,
     )  # fmt: skip
     last = result.stderr.strip().splitlines()[-1:]
     assert result.stdout, f"it died of {last}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Fields = dict[str, Any]  # of one of our modules, by name
-_LARGEST = 1 << 31  # of whole numbers
+_LARGEST = 1 << 20  # of whole numbers: no released model has a width or a length near it
 _short = reprlib.repr  # the full text of a value that a file made could fill the memory
 
 

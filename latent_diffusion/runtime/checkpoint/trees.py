@@ -47,6 +47,8 @@ def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     CheckpointError for a missing, damaged or foreign file.
     """
     tree: dict[str, Any] = {}
+    if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"can't read {path}: no regular file")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
