@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 Rng = jax.Array  # one typed PRNG key
@@ -42,6 +43,13 @@ class Conditioning:
     tokens: jax.Array | None = None
     token_maps: jax.Array | None = None
     guidance: jax.Array | None = None
+
+
+def module_fields(config: Config) -> dict[str, Any]:
+    """The fields of a module from those of a config, where the dtype is a name or None."""
+    fields = dict(config)
+    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
+    return fields
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

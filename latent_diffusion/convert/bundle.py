@@ -37,15 +37,14 @@ class Part:
 class Bundle:
     """Everything that makes up a model; a part that is None is absent.
 
-    unet, dit: the denoiser's network, which is one of them at most.
-    scale_factor, shift: latents are (z - shift)·scale_factor; each is a scalar or one per channel.
-    conditioners: parts by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
-    `beta_start`, `beta_end`, `zero_terminal_snr` and `prediction`, as in a config. sampling: the
-    default options of `sample`. image_size: the side of a trained image in pixels, or its height
-    and width. notes: facts
-    that a format needs to write the same file again, e.g. `linear_projections`. lora: low-rank
-    factors and their α by part and path, which the parameters contain already; the formats of LoRA
-    files hold nothing else.
+    unet, dit: the denoiser's network, one of them at most. scale_factor, shift: latents are
+    (z - shift)·scale_factor; each is a scalar or one per channel. conditioners: parts by the name
+    of the conditioner. diffusion: `schedule`, `num_timesteps`, `beta_start`, `beta_end`,
+    `zero_terminal_snr` and `prediction`, as in a config. sampling: the default options of `sample`.
+    image_size: the side of a trained image in pixels, or its height and width. notes: facts that a
+    format needs to write the same file again, such as `linear_projections`. lora: low-rank factors
+    and their α by part and path, which the parameters contain already; the formats of LoRA files
+    hold nothing else.
     """
 
     autoencoder: Part | None = None

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.convert.bundle import Bundle, Part, check_depth, read_part
-from latent_diffusion.convert.inputs import CLASS
+from latent_diffusion.convert.bundle import Bundle, check_depth, read_part
+from latent_diffusion.convert.inputs import CLASS, conditioners_for
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import (
@@ -164,16 +164,6 @@ def shapes(fields: Mapping[str, Any], in_channels: int) -> Params:
     return jax.eval_shape(dit.init, jax.random.key(0), z_t, t)["params"]
 
 
-def _class_label(table: Tensor) -> dict[str, Part]:
-    """The conditioner whose last row [width] of embeddings is the null class."""
-    rows, width = table.shape
-    return {
-        "class_label": Part(
-            {"num_classes": rows - 1, "width": width, "route": "vector"}, {CLASS: table}
-        )
-    }
-
-
 def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
     """Read a file of DiT or SiT. Its settings are the released ones of this width, or shapes.
 
@@ -197,7 +187,7 @@ def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
         "sit": sit,
         "learned_variance": out == 2 * channels,
     }
-    classes = _class_label(tensors.pop(LABELS)) if LABELS in tensors else {}
+    classes = conditioners_for(channels, channels, False, tensors.pop(LABELS, None))
     check_depth(path, fields, tensors)
     tree = shapes(fields, channels)
     part = read_part(path, fields, dit_table(fields), tree, tensors, unused=(POSITIONS,))
@@ -262,7 +252,7 @@ def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str,
     tables = [tensors.pop(f"transformer_blocks.{i}.{_LABELS}") for i in range(fields["depth"])]
     copies = tuple(table.read() for table in tables)
     part = read_part(where, fields, diffusers_table(fields), shapes(fields, channels), tensors)
-    classes = _class_label(in_memory(_same(_LABELS, copies)))
+    classes = conditioners_for(channels, channels, False, in_memory(_same(_LABELS, copies)))
     return Bundle(dit=part, conditioners=classes, notes={"dit": dict(config)})
 
 

@@ -112,8 +112,7 @@ class Model(flax.struct.PyTreeNode):
         entries: Any = {key: jnp.asarray(value) for key, value in batch.items()}
         latent = self._latent_size(size)
         entries = self.conditioner.prepare(entries, self.first_stage, latent, keys)
-        owner: Any = self.denoiser or self.prior
-        return owner.condition(entries, jnp.zeros(count, bool))
+        return self._conditioned().condition(entries, jnp.zeros(count, bool))
 
     def denoise(
         self,
@@ -199,8 +198,8 @@ class Model(flax.struct.PyTreeNode):
             call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
             call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
             call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
-            trained = self.image_size if isinstance(self.image_size, int) else min(self.image_size)
-            latent = (*self._latent_size(size), trained // self._downsampling())
+            window = min(self.trained_size) // self._downsampling()
+            latent = (*self._latent_size(size), window)
             return codes.draw(self, batch, latent, call, rng, batch_size, mode)
         denoiser = self._need("denoiser")
         changes = {"image": image, "negative_prompts": negative_prompts}
@@ -258,8 +257,18 @@ class Model(flax.struct.PyTreeNode):
     @property
     def conditioner(self) -> Conditioner:
         """What reads the conditions, of the denoiser or of the prior."""
-        conditioner: Conditioner = (self.prior or self._need("denoiser")).conditioner
+        conditioner: Conditioner = self._conditioned().conditioner
         return conditioner
+
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """Height and width of the pictures of training, in pixels."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    def _conditioned(self) -> Any:
+        """The prior or the denoiser, which draws by conditions."""
+        return self.prior or self._need("denoiser")
 
     def _texts(
         self,
@@ -297,8 +306,7 @@ class Model(flax.struct.PyTreeNode):
         """The batch entries that the conditioner reads, and the size of the picture."""
         conditioner = self.conditioner
         implied = conditions.size_of(given, self._downsampling())
-        own = self.image_size
-        size = image_size or implied or (own if isinstance(own, tuple) else (own, own))
+        size = image_size or implied or self.trained_size
         latent = self._latent_size(size)
         return conditions.batch_of(conditioner, self._tokens, given, size, latent), size
 

@@ -33,6 +33,7 @@ from latent_diffusion.types import (
     Number,
     Params,
     lookup,
+    module_fields,
 )
 
 BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
@@ -262,9 +263,7 @@ def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -
 
 def make_network(name: str, config: Config, **more: Any) -> Any:
     """The network `name` of BACKBONES with the fields of a config, where a dtype is a name."""
-    fields = dict(config)
-    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
-    return BACKBONES[name](**fields, **more)
+    return BACKBONES[name](**module_fields(config), **more)
 
 
 def schedule_of(config: Config) -> NoiseSchedule:

@@ -15,7 +15,17 @@ import numpy as np
 
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.rng import example_keys, pmean
-from latent_diffusion.types import Array, Batch, Config, Float, Int, Keys, Params, lookup
+from latent_diffusion.types import (
+    Array,
+    Batch,
+    Config,
+    Float,
+    Int,
+    Keys,
+    Params,
+    lookup,
+    module_fields,
+)
 
 
 class FirstStage(flax.struct.PyTreeNode):
@@ -75,9 +85,7 @@ def make_autoencoder(config: Config) -> nn.Module:
     """The autoencoder that `config` describes; regularization "identity" keeps the pixels."""
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
-    fields = dict(config)
-    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
-    return Autoencoder(**fields)
+    return Autoencoder(**module_fields(config))
 
 
 def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> FirstStage:

@@ -23,6 +23,7 @@ from latent_diffusion.types import (
     Int,
     Keys,
     Params,
+    module_fields,
 )
 
 Known = tuple[Array, Array]  # codes [B L] and where they are known [B L]
@@ -184,8 +185,7 @@ def make_prior(transformer: Config, conditioners: Config, autoencoder: nn.Module
         raise ValueError(
             "a prior needs a first stage with a codebook (autoencoder.regularization vq or gumbel)"
         )
-    fields = {"num_codes": autoencoder.num_codes, **transformer}
-    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
+    fields = module_fields({"num_codes": autoencoder.num_codes, **transformer})
     made = Prior({}, CodeTransformer(**fields), make_conditioner(conditioners))
     network, num_codes = made.transformer, autoencoder.num_codes
     rows = network.vocab_size - (not network.causal)  # the last is the token of a masked code

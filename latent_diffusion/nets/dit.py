@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.nets.attention import CrossAttention, attend
-from latent_diffusion.nets.layers import Dense, precomputed, timestep_embedding
+from latent_diffusion.nets.layers import Dense, layer_norm, precomputed, timestep_embedding
 from latent_diffusion.nets.remat import rematerialised
 from latent_diffusion.types import Array, Conditioning, Float, Num
 
@@ -96,8 +96,7 @@ class DiTBlock(nn.Module):
                 zero_init=True,
                 name="cross_attn",
             )
-            norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm_cross")
-            x = x + cross(norm(x).astype(x.dtype), context)
+            x = x + cross(layer_norm("norm_cross", 1e-6)(x).astype(x.dtype), context)
 
         h = modulated(x, mlp_shift, mlp_scale, self.mlp_norm_eps)
         h = nn.gelu(self._dense("mlp_fc1", int(self.mlp_ratio * features))(h), approximate=True)

@@ -106,15 +106,13 @@ class Denoising:
         batch_spec: arrays or ShapeDtypeStructs of one batch.
         """
         key_f, key_c, key_u = jax.random.split(rng, 3)
-        one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
         image = jnp.zeros((1, *self.image_shape))
         first_stage = init_first_stage(self.autoencoder, key_f, image)
         z = first_stage.encode({"image": image})
         name, network = self.denoiser.name, self.denoiser.network
-        conditioner, drop = self.denoiser.conditioner, jnp.zeros(1, bool)
-        entries = conditioner.prepare(one, first_stage, z.shape[1:3], key_c[None])
-        conditioning, variables = conditioner.init_with_output(key_c, entries, drop)
-        conditioners = variables.get("params", {})
+        conditioning, conditioners = self.denoiser.conditioner.init_from_spec(
+            key_c, batch_spec, first_stage, z.shape[1:3]
+        )
         params = {
             name: network.init(key_u, z, jnp.zeros(1), conditioning)["params"],
             "conditioner": {k: v for k, v in conditioners.items() if k not in self.pretrained},

@@ -30,7 +30,7 @@ from latent_diffusion.rng import (
     uniform_per_example,
 )
 from latent_diffusion.tasks.denoising import Constants, Metrics, State
-from latent_diffusion.types import Array, Batch, Bool, Config, Int, Keys, Params
+from latent_diffusion.types import Array, Axis, Batch, Bool, Config, Int, Keys, Params, Rng
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,16 @@ class PriorTraining:
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces."""
         key_f, key_c, key_t = jax.random.split(rng, 3)
-        one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
         image = jnp.zeros((1, *self.image_shape))
         first_stage = init_first_stage(self.autoencoder, key_f, image)
         codes = first_stage.indices({"image": image})
-        told = self.prior.conditioner.prepare(one, first_stage, codes.shape[1:], key_c[None])
-        conditioning, variables = self.prior.conditioner.init_with_output(
-            key_c, told, jnp.zeros(1, bool)
+        conditioning, conditioners = self.prior.conditioner.init_from_spec(
+            key_c, batch_spec, first_stage, codes.shape[1:]
         )
-        found = variables.get("params", {})
         flat = codes.reshape(1, -1)
         params = {
             "transformer": self.prior.transformer.init(key_t, flat, conditioning)["params"],
-            "conditioner": {k: v for k, v in found.items() if k not in self.pretrained},
+            "conditioner": {k: v for k, v in conditioners.items() if k not in self.pretrained},
         }
         state = State(
             step=jnp.zeros((), jnp.int32),
@@ -73,12 +70,11 @@ class PriorTraining:
             ema_params=jax.tree.map(jnp.copy, params),
             opt_state=self.tx.init(params),
         )
-        return state, Constants(
-            first_stage, {k: v for k, v in found.items() if k in self.pretrained}
-        )
+        frozen = {k: v for k, v in conditioners.items() if k in self.pretrained}
+        return state, Constants(first_stage, frozen)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
-        """The parts that a reader wants counted, by name."""
+        """The parts whose parameters `--dry_run` counts, by name."""
         return {
             "prior": state.params["transformer"],
             "conditioner": state.params["conditioner"],
@@ -87,13 +83,7 @@ class PriorTraining:
         }
 
     def train_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> tuple[State, Metrics]:
         """One update of transformer and conditioner. axis_name: the mapped axis under pmap."""
         rng = jax.random.fold_in(rng, state.step)
@@ -114,13 +104,7 @@ class PriorTraining:
         return state, {**metrics, "grad_norm": global_norm(grads)}
 
     def eval_step(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
         """Per-example [B] losses of the averaged parameters, conditioning never dropped."""
         codes = constants.first_stage.indices(batch)
@@ -128,13 +112,7 @@ class PriorTraining:
         return self._loss(state.ema_params, constants, batch, codes, keys)
 
     def show(
-        self,
-        state: State,
-        constants: Constants,
-        batch: Batch,
-        rng: jax.Array,
-        *,
-        axis_name: str | None = None,
+        self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
         codes = constants.first_stage.indices(batch)

@@ -29,7 +29,17 @@ from latent_diffusion.nets.conditioners.sequence import (
 )
 from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
 from latent_diffusion.rng import split_per_example
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Config, Keys, lookup
+from latent_diffusion.types import (
+    Array,
+    Batch,
+    Bool,
+    Conditioning,
+    Config,
+    Keys,
+    Params,
+    Rng,
+    lookup,
+)
 
 CONDITIONERS: dict[str, Any] = {
     "class_label": ClassLabel,
@@ -104,6 +114,19 @@ class Conditioner(nn.Module):
         for part, key in zip(parts, keys, strict=True):
             batch = part.prepare(batch, first_stage, size, key)
         return batch
+
+    @nn.nowrap
+    def init_from_spec(
+        self, rng: Rng, batch_spec: Batch, first_stage: Any, size: tuple[int, ...]
+    ) -> tuple[Conditioning, Params]:
+        """The conditioning of one example of zeros, and fresh parameters by conditioner.
+
+        batch_spec: arrays or ShapeDtypeStructs of a batch. first_stage, size: as in `prepare`.
+        """
+        one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
+        entries = self.prepare(one, first_stage, size, rng[None])
+        conditioning, variables = self.init_with_output(rng, entries, jnp.zeros(1, bool))
+        return conditioning, variables.get("params", {})
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
