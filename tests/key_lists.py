@@ -15,7 +15,8 @@ from sparse import write_sparse
 
 from latent_diffusion import convert
 from latent_diffusion.convert.components import as_component
-from latent_diffusion.convert.compvis import IGNORED, as_compvis
+from latent_diffusion.convert.compvis import IGNORED
+from latent_diffusion.convert.compvis_writing import as_compvis
 
 FOLDER = Path(__file__).parent / "keys"
 

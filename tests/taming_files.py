@@ -7,7 +7,7 @@ from key_lists import read_key_list, shapes
 from sparse import write_sparse
 
 from latent_diffusion import convert
-from latent_diffusion.convert.compvis import as_compvis
+from latent_diffusion.convert.compvis_writing import as_compvis
 
 VQ = "taming.models.vqgan.VQModel"
 UTIL = "taming.modules.util"

@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 
 from latent_diffusion.convert import (
     autoencoder,
+    autoencoder_diffusers,
     bert,
     clip_image,
     clip_text,
@@ -80,8 +81,8 @@ def test_autoencoders_round_trip_and_are_recognised(name):
         k: v for k, v in fields.items() if k in known
     }
     check_round_trip(autoencoder.diffusers_table(fields), shapes)
-    config = autoencoder.diffusers_from_fields(fields, 32)
-    again = autoencoder.fields_from_diffusers(config)
+    config = autoencoder_diffusers.diffusers_from_fields(fields, 32)
+    again = autoencoder_diffusers.fields_from_diffusers(config)
     assert {k: again[k] for k in fields} == fields
 
 
@@ -207,9 +208,9 @@ def test_what_others_cannot_express_is_said():
     with pytest.raises(ValueError, match="32 groups"):
         autoencoder.yaml_from_fields(KL)
     with pytest.raises(ValueError, match="linear"):
-        autoencoder.diffusers_from_fields({**KL, "attn_type": "linear"}, 32)
+        autoencoder_diffusers.diffusers_from_fields({**KL, "attn_type": "linear"}, 32)
     with pytest.raises(ValueError, match="embed_dim"):
-        autoencoder.diffusers_from_fields({**KL, "embed_dim": 3}, 32)
+        autoencoder_diffusers.diffusers_from_fields({**KL, "embed_dim": 3}, 32)
     with pytest.raises(ValueError, match="one width for all heads"):
         fields = {**UNET, "transformer_depth": 0, "attention_resolutions": (1, 2)}
         unet_diffusers.diffusers_from_fields(fields, (3, None, None), False, 8)

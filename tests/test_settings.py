@@ -32,7 +32,7 @@ def tensor(*shape):
 
 
 def of_model(params):
-    values = compvis._MODEL.complete({"unet_config": {"params": UNET}, **params}, "LatentDiffusion")
+    values = compvis.MODEL.complete({"unet_config": {"params": UNET}, **params}, "LatentDiffusion")
     empty = TensorFile({})
     return compvis._diffusion(Path("x"), empty, values, None), compvis._scale_factor(
         {}, values, None

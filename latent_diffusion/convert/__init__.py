@@ -18,7 +18,8 @@ from latent_diffusion.convert.adapters import (
     write_kohya_lora,
 )
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
-from latent_diffusion.convert.compvis import read_compvis, write_compvis
+from latent_diffusion.convert.compvis import read_compvis
+from latent_diffusion.convert.compvis_writing import write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
 from latent_diffusion.files.reading import reading

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import autoencoder, dit, unet, unet_diffusers
+from latent_diffusion.convert import autoencoder, autoencoder_diffusers, dit, unet, unet_diffusers
 from latent_diffusion.convert.bundle import Bundle, Size, check_depth, input_widths, read_part
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.inputs import conditioners_for, table_of
@@ -78,9 +78,10 @@ def read_size(config: Mapping[str, Any]) -> Size | None:
 
 
 def _read_autoencoder(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    fields, values = autoencoder.fields_from_diffusers(config), autoencoder.complete(config)
-    tensors = autoencoder.with_new_names(tensors)
-    tensors = {**tensors, **autoencoder.without_quant_convs(values, fields)}
+    fields = autoencoder_diffusers.fields_from_diffusers(config)
+    values = autoencoder_diffusers.complete(config)
+    tensors = autoencoder_diffusers.with_new_names(tensors)
+    tensors = {**tensors, **autoencoder_diffusers.without_quant_convs(values, fields)}
     check_depth(where, fields, tensors)
     table, tree = autoencoder.diffusers_table(fields), autoencoder.shapes(fields)
     return Bundle(
@@ -138,10 +139,10 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
 
 
 def _meaning_of_autoencoder(config: Mapping[str, Any]) -> Any:
-    values = autoencoder.complete(config)
+    values = autoencoder_diffusers.complete(config)
     convs = values.get("use_quant_conv"), values.get("use_post_quant_conv")
     own = values["scaling_factor"], values.get("shift_factor") or 0.0, convs
-    return config["_class_name"], autoencoder.fields_from_diffusers(config), own
+    return config["_class_name"], autoencoder_diffusers.fields_from_diffusers(config), own
 
 
 def _meaning_of_unet(config: Mapping[str, Any]) -> Any:
@@ -185,10 +186,11 @@ def write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -
 def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
     assert bundle.autoencoder is not None
     fields = bundle.autoencoder.fields
-    config = autoencoder.diffusers_from_fields(fields, bundle.image_size)
+    config = autoencoder_diffusers.diffusers_from_fields(fields, bundle.image_size)
     config["scaling_factor"] = float(bundle.scale_factor)
     tensors = write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)
-    return autoencoder.drop_quant_convs(config, tensors, bundle.notes.get("autoencoder", {}))
+    source = bundle.notes.get("autoencoder", {})
+    return autoencoder_diffusers.drop_quant_convs(config, tensors, source)
 
 
 def _write_unet(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:

@@ -5,7 +5,7 @@ schedule and the prediction, which shapes don't show, are those of the released 
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,16 +29,15 @@ from latent_diffusion.convert.bundle import (
     input_widths,
     read_part,
     recognise_schedule,
-    with_folded_scale,
 )
 from latent_diffusion.convert.cond_stage import AUGMENTOR, EMBEDDER
-from latent_diffusion.convert.inputs import conditioners_for, table_of
+from latent_diffusion.convert.inputs import conditioners_for
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings
-from latent_diffusion.convert.tables import matching, prefixed, read_tensors, within, write_tensors
+from latent_diffusion.convert.tables import read_tensors, within
 from latent_diffusion.files.reading import read_bytes, reading
 from latent_diffusion.files.tensor import Tensor, TensorFile
-from latent_diffusion.files.tensors import open_tensors, write_safetensors
+from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.process.schedules import BETAS, make_schedule
 from latent_diffusion.types import lookup
 
@@ -89,7 +88,7 @@ RELEASED = {
     (320, 1024, 4): Released(0.00085, 0.012, {"num_head_channels": 64}, 0.18215, "v"),  # SD v2
     (256, 1024, 4): Released(0.0001, 0.02, {"num_heads": 8}, 0.08333, "v"),  # SD x4 upscaler
 }
-_MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
+MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
     names={
         "beta_schedule": "schedule",
         "linear_start": "beta_start",
@@ -138,7 +137,7 @@ _MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
 _TARGET = Settings(  # of every module in a yaml
     optional={"params": {}}, defaults={"target": ""}, harmless=("base_learning_rate",)
 )
-_PARAMETERIZATIONS = ("eps", "x0", "v")
+PARAMETERIZATIONS = ("eps", "x0", "v")
 _SD2_BASE_STEPS = 875_000  # of training: the checkpoint of SD v2 (and 2.1) that predicts eps
 
 
@@ -174,7 +173,7 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         )
         return Bundle(autoencoder=_read_first_stage(path, opened.tensors, model))
     if f"{UNET}input_blocks.0.0.weight" in opened.tensors:
-        params = _MODEL.complete(model["params"] or {}, "LatentDiffusion") if model else {}
+        params = MODEL.complete(model["params"] or {}, "LatentDiffusion") if model else {}
         return _read_whole(path, opened, params, ema)
     if dit.PATCHES in opened.tensors:
         return dit.read_dit(path, opened.tensors)
@@ -327,11 +326,11 @@ def _diffusion(
 ) -> dict[str, Any]:
     """The `diffusion` fields: the yaml's, else those of the file's schedule or a released model."""
     if params:
-        fields = _MODEL.read(params, "LatentDiffusion")
-        if fields["prediction"] not in _PARAMETERIZATIONS:
+        fields = MODEL.read(params, "LatentDiffusion")
+        if fields["prediction"] not in PARAMETERIZATIONS:
             raise ValueError(
                 f"LatentDiffusion.parameterization={fields['prediction']!r}; known: "
-                f"{', '.join(_PARAMETERIZATIONS)}"
+                f"{', '.join(PARAMETERIZATIONS)}"
             )
         lookup(BETAS, fields["schedule"], "LatentDiffusion.beta_schedule")
         return {**fields, "zero_terminal_snr": False}
@@ -357,85 +356,3 @@ def _which(tensors: Mapping[str, Tensor], ema: bool | None) -> str:
     if "model_ema.decay" not in tensors and "model_ema.num_updates" not in tensors:
         return "the only ones in the file"
     return "live ones; the file has averages, too" if ema is False else "averages; live ones, too"
-
-
-# --------------------------------------------------------------------------------------- writing
-
-DDPM = "ldm.models.diffusion.ddpm"
-# Classes of later versions of the original's code, by the conditioners of the model.
-_TARGETS = {
-    frozenset({"clip_text", "masked_image"}): f"{DDPM}.LatentInpaintDiffusion",
-    frozenset({"clip_text", "depth"}): f"{DDPM}.LatentDepth2ImageDiffusion",
-    frozenset({"clip_text", "low_res"}): f"{DDPM}.LatentUpscaleDiffusion",
-    frozenset({"clip_text", "clip_image"}): f"{DDPM}.ImageEmbeddingConditionedLatentDiffusion",
-}
-
-
-def write_compvis(
-    bundle: Bundle, path: Path, progress: Callable[[int], Any] = lambda count: None
-) -> None:
-    """Write one .safetensors file under the original's names, and its yaml beside it.
-
-    progress: is called with the number of elements of each tensor that is written. Raises
-    ValueError where the original's code can't express the model.
-    """
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: the name of a file of the original must end in .safetensors")
-    if bundle.dit is not None:  # DiT's files have no yaml
-        write_safetensors(path, dit.as_dit(bundle, path), progress=progress)
-        return
-    tensors, config = as_compvis(with_folded_scale(bundle))
-    write_safetensors(path, tensors, progress=progress)
-    text_of_yaml = yaml.safe_dump({"model": config}, sort_keys=False)
-    path.with_suffix(".yaml").write_text(text_of_yaml, encoding="utf-8")
-
-
-def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors under the original's names, still unread, and the `model` of its yaml."""
-    if bundle.prior is not None:
-        return taming.as_taming(bundle)
-    tensors: dict[str, Tensor] = {}
-    first_stage: dict[str, Any] = {}
-    if bundle.autoencoder is not None:
-        fields = bundle.autoencoder.fields
-        first_stage = autoencoder.yaml_from_fields(fields)
-        prefix = FIRST_STAGE if bundle.unet is not None else ""
-        names = prefixed(autoencoder.compvis_table(fields), prefix)
-        tensors |= write_tensors(names, bundle.autoencoder.params)
-    if bundle.unet is None:
-        if not tensors:
-            raise ValueError("there is nothing to save: the model is empty")
-        return tensors, first_stage
-    if bundle.diffusion["zero_terminal_snr"]:
-        raise ValueError("the original's code has no zero_terminal_snr; save it as diffusers")
-    lookup(BETAS, bundle.diffusion["schedule"], "schedule of the original")
-    predictions = dict.fromkeys(_PARAMETERIZATIONS)
-    lookup(predictions, bundle.diffusion["prediction"], "prediction of the original")
-    linear, fields = bundle.linear_projections, bundle.unet.fields
-    widths, side = input_widths(bundle.unet), bundle.latent_size
-    if not isinstance(side, int):
-        raise ValueError(f"the original has square pictures, not {side}; save it as diffusers")
-    config = unet_compvis.yaml_from_fields(fields, widths, linear, side)
-    tensors |= write_tensors(prefixed(unet.compvis_table(fields, linear), UNET), bundle.unet.params)
-    tensors |= {UNET + name: t for name, t in matching(UNUSED, bundle.unet.unused).items()}
-    if (table := table_of(bundle.conditioners)) is not None:
-        tensors[f"{UNET}label_emb.weight"] = table
-        config["params"]["num_classes"] = table.shape[0]
-    condition, conditioner, key = cond_stage.write(bundle)
-    tensors |= {COND_STAGE + name: tensor for name, tensor in condition.items()}
-    embedder, further = cond_stage.write_embedder(bundle)
-    tensors |= embedder
-    params = {
-        **{name: bundle.diffusion[field] for name, field in _MODEL.names.items()},
-        "image_size": side,
-        "unet_config": config,
-        "channels": fields["out_channels"],
-        "scale_factor": float(bundle.scale_factor),
-        **({"first_stage_config": first_stage} if first_stage else {}),
-        "cond_stage_config": conditioner,
-        "conditioning_key": key,
-        **further,
-        **cond_stage.low_res_to_yaml(bundle.conditioners.get("low_res")),
-    }
-    target = _TARGETS.get(frozenset(bundle.conditioners), f"{DDPM}.LatentDiffusion")
-    return tensors, {"target": target, "params": params}

@@ -1,0 +1,103 @@
+"""A model as a single file of the original, and its yaml."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latent_diffusion.convert import autoencoder, cond_stage, dit, taming, unet, unet_compvis
+from latent_diffusion.convert.bundle import Bundle, input_widths, with_folded_scale
+from latent_diffusion.convert.compvis import (
+    COND_STAGE,
+    FIRST_STAGE,
+    MODEL,
+    PARAMETERIZATIONS,
+    UNET,
+    UNUSED,
+)
+from latent_diffusion.convert.inputs import table_of
+from latent_diffusion.convert.tables import matching, prefixed, write_tensors
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.process.schedules import BETAS
+from latent_diffusion.types import lookup
+
+DDPM = "ldm.models.diffusion.ddpm"
+# Classes of later versions of the original's code, by the conditioners of the model.
+_TARGETS = {
+    frozenset({"clip_text", "masked_image"}): f"{DDPM}.LatentInpaintDiffusion",
+    frozenset({"clip_text", "depth"}): f"{DDPM}.LatentDepth2ImageDiffusion",
+    frozenset({"clip_text", "low_res"}): f"{DDPM}.LatentUpscaleDiffusion",
+    frozenset({"clip_text", "clip_image"}): f"{DDPM}.ImageEmbeddingConditionedLatentDiffusion",
+}
+
+
+def write_compvis(
+    bundle: Bundle, path: Path, progress: Callable[[int], Any] = lambda count: None
+) -> None:
+    """Write one .safetensors file under the original's names, and its yaml beside it.
+
+    progress: is called with the number of elements of each tensor that is written. Raises
+    ValueError where the original's code can't express the model.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the name of a file of the original must end in .safetensors")
+    if bundle.dit is not None:  # DiT's files have no yaml
+        write_safetensors(path, dit.as_dit(bundle, path), progress=progress)
+        return
+    tensors, config = as_compvis(with_folded_scale(bundle))
+    write_safetensors(path, tensors, progress=progress)
+    text_of_yaml = yaml.safe_dump({"model": config}, sort_keys=False)
+    path.with_suffix(".yaml").write_text(text_of_yaml, encoding="utf-8")
+
+
+def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors under the original's names, still unread, and the `model` of its yaml."""
+    if bundle.prior is not None:
+        return taming.as_taming(bundle)
+    tensors: dict[str, Tensor] = {}
+    first_stage: dict[str, Any] = {}
+    if bundle.autoencoder is not None:
+        fields = bundle.autoencoder.fields
+        first_stage = autoencoder.yaml_from_fields(fields)
+        prefix = FIRST_STAGE if bundle.unet is not None else ""
+        names = prefixed(autoencoder.compvis_table(fields), prefix)
+        tensors |= write_tensors(names, bundle.autoencoder.params)
+    if bundle.unet is None:
+        if not tensors:
+            raise ValueError("there is nothing to save: the model is empty")
+        return tensors, first_stage
+    if bundle.diffusion["zero_terminal_snr"]:
+        raise ValueError("the original's code has no zero_terminal_snr; save it as diffusers")
+    lookup(BETAS, bundle.diffusion["schedule"], "schedule of the original")
+    predictions = dict.fromkeys(PARAMETERIZATIONS)
+    lookup(predictions, bundle.diffusion["prediction"], "prediction of the original")
+    linear, fields = bundle.linear_projections, bundle.unet.fields
+    widths, side = input_widths(bundle.unet), bundle.latent_size
+    if not isinstance(side, int):
+        raise ValueError(f"the original has square pictures, not {side}; save it as diffusers")
+    config = unet_compvis.yaml_from_fields(fields, widths, linear, side)
+    tensors |= write_tensors(prefixed(unet.compvis_table(fields, linear), UNET), bundle.unet.params)
+    tensors |= {UNET + name: t for name, t in matching(UNUSED, bundle.unet.unused).items()}
+    if (table := table_of(bundle.conditioners)) is not None:
+        tensors[f"{UNET}label_emb.weight"] = table
+        config["params"]["num_classes"] = table.shape[0]
+    condition, conditioner, key = cond_stage.write(bundle)
+    tensors |= {COND_STAGE + name: tensor for name, tensor in condition.items()}
+    embedder, further = cond_stage.write_embedder(bundle)
+    tensors |= embedder
+    params = {
+        **{name: bundle.diffusion[field] for name, field in MODEL.names.items()},
+        "image_size": side,
+        "unet_config": config,
+        "channels": fields["out_channels"],
+        "scale_factor": float(bundle.scale_factor),
+        **({"first_stage_config": first_stage} if first_stage else {}),
+        "cond_stage_config": conditioner,
+        "conditioning_key": key,
+        **further,
+        **cond_stage.low_res_to_yaml(bundle.conditioners.get("low_res")),
+    }
+    target = _TARGETS.get(frozenset(bundle.conditioners), f"{DDPM}.LatentDiffusion")
+    return tensors, {"target": target, "params": params}
