@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 import public_keys
+import taming_files
 from diffusers.loaders import single_file_utils
 
 
@@ -59,3 +60,8 @@ def test_first_stages(name, tmp_path):
 @pytest.mark.parametrize("name", here.COMPONENTS)
 def test_components(name, tmp_path):
     here.check_component(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", taming_files.RELEASED)
+def test_priors(name, tmp_path):
+    taming_files.check_prior(name, tmp_path)
