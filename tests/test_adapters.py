@@ -239,6 +239,19 @@ def test_alpha_may_be_in_the_header_or_in_a_config_beside(settings, scale, tmp_p
         np.testing.assert_allclose(change, want, **CLOSE)
 
 
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/null"])
+def test_a_config_beside_that_is_no_file_is_not_read(target, tmp_path):
+    file_of(tmp_path, PEFT, name="adapter_model")
+    config = tmp_path / "adapter_config.json"
+    config.symlink_to(target)
+    with pytest.raises(ValueError, match=f"^{tmp_path}"):
+        read_adapter(tmp_path)
+    config.unlink()
+    config.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=f"^{config}: not a JSON object, but list"):
+        read_adapter(tmp_path)
+
+
 UNSUPPORTED = [
     ({"r": 4}, "its rank is 2, but .* says r=4"),
     ({"r": 2, "lora_alpha": "x"}, "lora_alpha='x', not a positive number"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from latent_diffusion.convert.adapters.adapter import LowRank
 from latent_diffusion.convert.adapters.peft_settings import METADATA, PeftSettings
+from latent_diffusion.files.reading import read_json
 from latent_diffusion.files.tensor import Tensor, TensorFile, is_float
 from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.optimisation import deltas
@@ -105,13 +106,13 @@ def _open(path: Path) -> tuple[TensorFile, PeftSettings]:
             )
         file = open_tensors(there[0])
     if config is not None:
-        return file, PeftSettings(str(config), _parsed(config, config.read_bytes()))
+        return file, PeftSettings(str(config), read_json(config))
     text = file.metadata.get(METADATA)
     where = f"{path}: {METADATA}"
     return file, PeftSettings(where, {} if text is None else _parsed(where, text))
 
 
-def _parsed(where: Any, text: Any) -> Mapping[str, Any]:
+def _parsed(where: str, text: str) -> Mapping[str, Any]:
     try:
         settings = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
