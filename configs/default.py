@@ -193,7 +193,10 @@ def unet() -> ConfigDict:
     c.attention_resolutions = (4, 2, 1)  # downsampling factors
     c.num_heads = 8
     c.num_head_channels = placeholder(int)  # wins over num_heads
-    c.transformer_depth = 1  # 0 = plain self-attention, no context
+    # Blocks per transformer, or a tuple with those of each level; 0 = plain self-attention, no
+    # context
+    c.transformer_depth = 1
+    c.middle_depth = placeholder(int)  # the same in the middle; None = as the last level
     c.disable_self_attentions = ()
     c.legacy_qkv_order = True
     c.use_scale_shift_norm = False

@@ -54,6 +54,15 @@ UNETS = {  # fields, widths of its inputs, linear projections
         {**UNET, "transformer_depth": 0, "num_head_channels": 4, "resblock_updown": True,
          "use_scale_shift_norm": True}, (3, None, None), False,
     ),
+    "depths": (
+        {**UNET, "channel_mult": (1, 2, 2), "attention_resolutions": (2, 4),
+         "transformer_depth": (1, 2, 3)}, (3, 6, None), True,
+    ),
+    "middle-depth": (
+        {**UNET, "channel_mult": (1, 2, 2), "transformer_depth": (1, 2, 1),
+         "attention_resolutions": (1, 2), "middle_depth": 3},
+        (3, 6, None), True,
+    ),
     "crossed": ({**UNET, "disable_self_attentions": (True, False)}, (7, 6, None), False),
     "vector": ({**UNET, "vector_projection": True}, (3, 6, 5), True),
 }  # fmt: skip

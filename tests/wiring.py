@@ -104,6 +104,7 @@ PROGRAMS = {
     "unet.dropout": (DENOISER, "train_step", 0.1, {}),
     "unet.dtype": (DENOISER, "eval_step", "bfloat16", {}),
     "unet.legacy_qkv_order": (DENOISER, "eval_step", False, {"unet.transformer_depth": 0}),
+    "unet.middle_depth": (DENOISER, "eval_step", 2, {}),
     "unet.model_channels": (DENOISER, "eval_step", 16, {}),
     "unet.num_groups": (DENOISER, "eval_step", 2, {}),
     "unet.num_head_channels": (DENOISER, "eval_step", 2, {}),

@@ -96,6 +96,11 @@ class Bundle:
         return bool(self.notes.get("linear_projections"))
 
     @property
+    def time_width(self) -> int | None:
+        """The width of each size's sinusoid in the vector (Stable Diffusion XL); None elsewhere."""
+        return self.notes.get("time_width")
+
+    @property
     def downsampling(self) -> int:
         """The factor f of the autoencoder; 8, the most common one, without an autoencoder."""
         if self.autoencoder is None:
@@ -126,9 +131,12 @@ def check_depth(where: Path, fields: Mapping[str, Any], tensors: Mapping[str, Te
     A residual block and a transformer's layer have eight tensors or more.
     """
     levels, blocks = len(fields.get("channel_mult", ())), fields.get("num_res_blocks", 0)
-    attending = 1 + blocks * len(fields.get("attention_resolutions", ()))
     layers = levels * blocks + fields.get("depth", 0)
-    layers += attending * fields.get("transformer_depth", 0)
+    attends = [2**level in fields.get("attention_resolutions", ()) for level in range(levels)]
+    depth = fields.get("transformer_depth", 0)
+    depths = (depth,) * max(levels, 1) if isinstance(depth, int) else depth
+    layers += blocks * sum(d for d, yes in zip(depths, attends, strict=False) if yes)
+    layers += fields.get("middle_depth") or depths[-1]
     if 8 * layers > len(tensors):
         raise ValueError(
             f"{where}: {len(tensors)} tensors can't be the {layers} layers of its config"

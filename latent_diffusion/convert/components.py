@@ -104,10 +104,12 @@ def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bund
         conditioners = conditioners_for(in_channels, out_channels, True, tensors.pop(_TABLE))
     check_depth(where, fields, tensors)
     widths = unet_diffusers.input_widths(values)
-    part = read_part(
-        where, fields, unet.diffusers_table(fields, linear), unet.shapes(fields, *widths), tensors
-    )
+    text_time = unet_diffusers.is_text_time(values)
+    table = unet.diffusers_table(fields, linear, text_time)
+    part = read_part(where, fields, table, unet.shapes(fields, *widths), tensors)
     notes = {"linear_projections": linear, "unet": config}
+    if text_time:
+        notes["time_width"] = values["addition_time_embed_dim"]
     return Bundle(unet=part, conditioners=conditioners, notes=notes)
 
 
@@ -148,7 +150,8 @@ def _meaning_of_autoencoder(config: Mapping[str, Any]) -> Any:
 def _meaning_of_unet(config: Mapping[str, Any]) -> Any:
     values, fields = unet_diffusers.complete(config), unet_diffusers.fields_from_diffusers(config)
     own = values["num_class_embeds"], values.get("use_linear_projection"), read_size(config)
-    return config["_class_name"], fields, own, unet_diffusers.input_widths(values)
+    sizes = values.get("addition_embed_type"), values.get("addition_time_embed_dim")
+    return config["_class_name"], fields, own, unet_diffusers.input_widths(values), sizes
 
 
 MEANINGS = {
@@ -196,9 +199,10 @@ def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
 def _write_unet(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
     assert bundle.unet is not None
     fields, linear = bundle.unet.fields, bundle.linear_projections
-    widths, side = input_widths(bundle.unet), bundle.latent_size
-    config = unet_diffusers.diffusers_from_fields(fields, widths, linear, side)
-    tensors = write_tensors(unet.diffusers_table(fields, linear), bundle.unet.params)
+    widths, side, time_width = input_widths(bundle.unet), bundle.latent_size, bundle.time_width
+    config = unet_diffusers.diffusers_from_fields(fields, widths, linear, side, time_width)
+    names = unet.diffusers_table(fields, linear, time_width is not None)
+    tensors = write_tensors(names, bundle.unet.params)
     if (table := table_of(bundle.conditioners)) is not None:
         tensors[_TABLE], config["num_class_embeds"] = table, table.shape[0]
     return config, tensors

@@ -1,6 +1,6 @@
 """The U-Net's names and shapes in the original's files and in diffusers'."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,35 @@ def num_heads(module: UNet, channels: int) -> int:
     return module.num_heads
 
 
+def is_conditional(module: UNet) -> bool:
+    """Whether the attention takes a context: it is then in transformers."""
+    return any(module.depths)
+
+
 def attends(module: UNet, level: int) -> bool:
     """Whether the blocks of a level have attention."""
     return 2**level in module.attention_resolutions
+
+
+def depth_fields(
+    depth: int | Sequence[int], middle: int | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields that say how many blocks a transformer has: one number where all have as many.
+
+    depth: of all transformers, or of those on each level. middle: of the middle's; None is as the
+    last level. fields: the U-Net's others. A level without attention has no transformer, so its
+    number says nothing; it becomes 1, as in the released files.
+    """
+    attention, levels = fields["attention_resolutions"], len(fields["channel_mult"])
+    each = (depth,) * levels if isinstance(depth, int) else tuple(depth)
+    if len(each) != levels:
+        raise ValueError(f"transformers have {list(each)} blocks; expected {levels} numbers")
+    middle = each[-1] if middle is None else middle
+    each = tuple(d if 2**level in attention else 1 for level, d in enumerate(each))
+    if {d for level, d in enumerate(each) if 2**level in attention} <= {middle}:
+        return {"transformer_depth": middle}
+    own = {} if each[-1] == middle else {"middle_depth": middle}
+    return {"transformer_depth": each, **own}
 
 
 def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
@@ -71,7 +97,7 @@ def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
         (r"middle_block_(\d)", r"middle_block.\1"),
     ]
     attention = _spatial_transformer(linear_projections)
-    if not UNet(**fields).transformer_depth:
+    if not is_conditional(UNet(**fields)):
         attention = _COMPVIS_ATTENTION
     return [
         Rule(r"time_embed_(\d)", r"time_embed.\1", "linear"),
@@ -120,15 +146,20 @@ def _walk(module: UNet) -> Iterator[tuple[str, str, str, int]]:
             yield f"{ours}_{part}{conv}", f"{theirs}.upsamplers.0{dot}", resample, width
 
 
-def diffusers_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
-    """diffusers' names; it groups blocks by their level and their kind."""
-    module = UNet(**fields)
+def diffusers_table(
+    fields: Mapping[str, Any], linear_projections: bool, text_time: bool = False
+) -> Table:
+    """diffusers' names; it groups blocks by their level and their kind.
+
+    text_time: the vector is a text's and sizes' (Stable Diffusion XL), which has another name.
+    """
+    module, vector = UNet(**fields), "add_embedding" if text_time else "class_embedding"
     table = [
         Rule("time_embed_0", "time_embedding.linear_1", "linear"),
         Rule("time_embed_2", "time_embedding.linear_2", "linear"),
         Rule("time_embed_guidance", "time_embedding.cond_proj", "linear"),
-        Rule("label_emb_0", "class_embedding.linear_1", "linear"),
-        Rule("label_emb_2", "class_embedding.linear_2", "linear"),
+        Rule("label_emb_0", f"{vector}.linear_1", "linear"),
+        Rule("label_emb_2", f"{vector}.linear_2", "linear"),
         Rule("input_blocks_0_0", "conv_in", "conv"),
         Rule("out_0", "conv_norm_out", "norm"),
         Rule("out_2", "conv_out", "conv"),
@@ -138,7 +169,7 @@ def diffusers_table(fields: Mapping[str, Any], linear_projections: bool) -> Tabl
             table.append(Rule(ours, theirs, "conv"))
         elif kind == "res":
             table += inside([(ours, theirs)], _DIFFUSERS_RES)
-        elif module.transformer_depth:
+        elif is_conditional(module):
             table += inside([(ours, theirs)], _spatial_transformer(linear_projections))
         else:
             table += inside([(ours, theirs)], _diffusers_attention(module, width))

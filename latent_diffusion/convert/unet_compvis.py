@@ -5,7 +5,7 @@ from typing import Any
 
 from latent_diffusion.convert.settings import Fields, Settings, check_groups, single
 from latent_diffusion.convert.tables import count
-from latent_diffusion.convert.unet import Widths
+from latent_diffusion.convert.unet import Widths, depth_fields
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.unet import UNet
 
@@ -31,7 +31,6 @@ _SETTINGS = Settings(
         "use_scale_shift_norm": False,
         "resblock_updown": False,
         "use_new_attention_order": False,
-        "use_spatial_transformer": False,
         "transformer_depth": 1,
         "use_linear_in_transformer": False,
     },
@@ -41,9 +40,17 @@ _SETTINGS = Settings(
         "adm_in_channels": 1024,
         "disable_self_attentions": (True,),
         "num_attention_blocks": (2,),
+        "transformer_depth_middle": 10,
+        "use_spatial_transformer": True,  # Stable Diffusion XL's code has no such setting
     },
-    per_level=("num_res_blocks", "context_dim"),
-    checked={"conv_resample": (True,), "dims": (2,), "disable_middle_self_attn": (False,)},
+    per_level=("num_res_blocks", "context_dim", "transformer_depth"),
+    checked={
+        "conv_resample": (True,),
+        "dims": (2,),
+        "disable_middle_self_attn": (False,),
+        "disable_middle_transformer": (False,),
+        "spatial_transformer_attn_type": ("softmax", "softmax-xformers"),  # the same function
+    },
     # `legacy` computes the same heads in another way; the code for float16 is empty.
     harmless=("image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "num_classes"),
 )
@@ -66,7 +73,8 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     firsts = [1 + level * (num_res_blocks + 1) for level in range(levels)]
     widths = [tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in firsts]
     attends = [f"input_blocks.{i}.1.norm.weight" in tensors for i in firsts]
-    depth = count(tensors, "middle_block.1.transformer_blocks.")
+    depths = [count(tensors, f"input_blocks.{i}.1.transformer_blocks.") for i in firsts]
+    middle = count(tensors, "middle_block.1.transformer_blocks.")
     embedding = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     out_channels = tensors["input_blocks.0.0.weight"].shape[1]  # where codes are predicted
     if "out.2.weight" in tensors:
@@ -77,16 +85,16 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
         "channel_mult": tuple(width // channels for width in widths),
         "num_res_blocks": num_res_blocks,
         "attention_resolutions": tuple(2**i for i, yes in enumerate(attends) if yes),
-        "transformer_depth": depth,
         "use_scale_shift_norm": embedding == 2 * widths[0],
         "resblock_updown": any(_is_late_res_block(n) for n in tensors),
         "vector_projection": "label_emb.0.0.weight" in tensors,
     }
+    fields |= depth_fields(depths, middle, fields)
     if "id_predictor.1.weight" in tensors:
         fields["num_codes"] = tensors["id_predictor.1.weight"].shape[0]
     context = context_dim(tensors)
     crossed = [  # the first attention takes the context, so that it is no self-attention
-        bool(yes and depth and context != width)
+        bool(yes and middle and context != width)
         and tensors[f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_k.weight"].shape[1]
         == context
         for i, yes, width in zip(firsts, attends, widths, strict=True)
@@ -120,9 +128,11 @@ def fields_from_yaml(params: Mapping[str, Any], linear: bool) -> Fields:
     fields = _SETTINGS.read(params, "UNetModel")
     fields["num_res_blocks"] = single(values, "num_res_blocks", "UNetModel")
     fields["legacy_qkv_order"] = not values["use_new_attention_order"]
-    fields["transformer_depth"] = values["transformer_depth"]
-    if not values["use_spatial_transformer"]:
-        fields["transformer_depth"] = 0
+    transformers = values["use_spatial_transformer"]
+    transformers = bool(values["context_dim"]) if transformers is None else transformers
+    depth = values["transformer_depth"] if transformers else 0
+    middle = values["transformer_depth_middle"] if transformers else None
+    fields |= depth_fields(depth, middle, fields)
     heads = {name: values[name] for name in ("num_heads", "num_head_channels")}
     fields |= {name: number for name, number in heads.items() if number != -1}
     if not fields.keys() & heads.keys():
@@ -136,7 +146,7 @@ def fields_from_yaml(params: Mapping[str, Any], linear: bool) -> Fields:
             f"UNetModel.num_heads_upsample={values['num_heads_upsample']}; supported: num_heads = "
             f"{values['num_heads']}"
         )
-    if values["use_spatial_transformer"] and values["use_linear_in_transformer"] != linear:
+    if transformers and values["use_linear_in_transformer"] != linear:
         raise ValueError(
             f"UNetModel.use_linear_in_transformer={values['use_linear_in_transformer']}, but the "
             f"tensors show {linear}"
@@ -192,9 +202,13 @@ def yaml_from_fields(
     params |= {"use_checkpoint": module.remat != "none", "legacy": False}
     heads = "num_head_channels" if module.num_head_channels else "num_heads"
     params[heads] = getattr(module, heads)
-    if module.transformer_depth:
-        params |= {"use_spatial_transformer": True, "transformer_depth": module.transformer_depth}
+    if any(module.depths):
+        depth = module.transformer_depth
+        depth = depth if isinstance(depth, int) else list(depth)
+        params |= {"use_spatial_transformer": True, "transformer_depth": depth}
         params["context_dim"] = widths[1]
+        if module.middle_depth is not None:
+            params["transformer_depth_middle"] = module.middle_depth
         if linear_projections:
             params["use_linear_in_transformer"] = True
     else:

@@ -35,7 +35,7 @@ _BOTH = Settings(  # of both classes
 )
 _NONE_ALONE = (
     "reverse_transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type",
-    "num_attention_heads", "addition_embed_type", "addition_time_embed_dim",
+    "num_attention_heads",
     "time_embedding_act_fn", "timestep_post_act", "cross_attention_norm",
 )  # fmt: skip
 _SETTINGS = {
@@ -60,6 +60,8 @@ _SETTINGS = {
             "projection_class_embeddings_input_dim": 2048,
             "time_cond_proj_dim": 256,
             "mid_block_only_cross_attention": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
         },
         per_level=(
             "layers_per_block", "only_cross_attention", "cross_attention_dim",
@@ -77,7 +79,7 @@ _SETTINGS = {
             "class_embeddings_concat": (False,),
             **dict.fromkeys(_NONE_ALONE, (None,)),
         },
-        # The last one belongs to an `addition_embed_type`, of which there is none.
+        # The last one belongs to an `addition_embed_type` that is refused.
         harmless=("sample_size", "upcast_attention", "addition_embed_type_num_heads"),
     ),
     "UNet2DModel": replace(
@@ -125,9 +127,18 @@ def input_widths(values: Mapping[str, Any]) -> unet.Widths:
     context = vector = None
     if "cross_attention_dim" in values:
         context = single(values, "cross_attention_dim", values["_class_name"])
-        if values["class_embed_type"] == "projection":
+        if _takes_vector(values):
             vector = values["projection_class_embeddings_input_dim"]
     return values["in_channels"], context, vector
+
+
+def is_text_time(values: Mapping[str, Any]) -> bool:
+    """Whether the vector is that of a text and of sizes. values: of `complete`."""
+    return values.get("addition_embed_type") is not None
+
+
+def _takes_vector(values: Mapping[str, Any]) -> bool:
+    return values.get("class_embed_type") == "projection" or is_text_time(values)
 
 
 def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
@@ -148,7 +159,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
         "attention_resolutions": tuple(2**i for i, yes in enumerate(attends) if yes),
         "use_scale_shift_norm": config["resnet_time_scale_shift"] == "scale_shift",
         "resblock_updown": resampled,
-        "vector_projection": config.get("class_embed_type") == "projection",
+        "vector_projection": _takes_vector(config),
     }
     _check_one_of(config, "resnet_time_scale_shift", ("default", "scale_shift"))
     heads: Any = config["attention_head_dim"]
@@ -160,7 +171,15 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
     _check_one_of(config, "class_embed_type", (None, "projection"))
     if config["time_cond_proj_dim"] is not None:
         fields["guidance_dim"] = config["time_cond_proj_dim"]
-    fields["transformer_depth"] = single(config, "transformer_layers_per_block", name)
+    _check_one_of(config, "addition_embed_type", (None, "text_time"))
+    if is_text_time(config):
+        _check_one_of(config, "class_embed_type", (None,))
+        if config["addition_time_embed_dim"] is None:
+            raise ValueError(
+                f"{name}.addition_embed_type='text_time' needs addition_time_embed_dim"
+            )
+    depth = config["transformer_layers_per_block"]
+    fields |= unet.depth_fields(depth, None, fields)
     if any(crossed := _crossed(config, len(widths))):
         fields["disable_self_attentions"] = crossed
     # The setting is the number of heads here, though its name says the width of a head.
@@ -233,14 +252,19 @@ def _check_middle_norm(config: Mapping[str, Any], scale_shift: bool) -> None:
 
 
 def diffusers_from_fields(
-    fields: Mapping[str, Any], widths: unet.Widths, linear_projections: bool, image_size: Any
+    fields: Mapping[str, Any],
+    widths: unet.Widths,
+    linear_projections: bool,
+    image_size: Any,
+    time_width: int | None = None,
 ) -> dict[str, Any]:
     """A config.json for UNet2DModel or UNet2DConditionModel; ValueError where neither fits.
 
-    widths: of the U-Net's inputs. image_size: the side of the latents.
+    widths: of the U-Net's inputs. image_size: the side of the latents. time_width: of the sinusoid
+    of each size in the vector; None where the vector is no text's and sizes'.
     """
     module = UNet(**fields)
-    conditional = module.transformer_depth > 0
+    conditional = unet.is_conditional(module)
     for is_lacking, kind in (
         (module.num_codes, "that predicts codes (num_codes)"),
         (conditional and module.resblock_updown, "with resblock_updown and cross-attention"),
@@ -276,7 +300,7 @@ def diffusers_from_fields(
             config["attn_norm_num_groups"] = module.num_groups
         return config
     config["cross_attention_dim"] = widths[1]
-    config["transformer_layers_per_block"] = module.transformer_depth
+    config["transformer_layers_per_block"] = _diffusers_depth(module)
     config["use_linear_projection"] = linear_projections
     if module.guidance_dim is not None:
         config["time_cond_proj_dim"] = module.guidance_dim
@@ -285,14 +309,30 @@ def diffusers_from_fields(
         if module.disable_self_attentions[-1]:
             config["mid_block_only_cross_attention"] = True
     if module.vector_projection:
-        config["class_embed_type"] = "projection"
+        if time_width is None:
+            config["class_embed_type"] = "projection"
+        else:
+            config["addition_embed_type"] = "text_time"
+            config["addition_time_embed_dim"] = time_width
         config["projection_class_embeddings_input_dim"] = widths[2]
     return config
 
 
+def _diffusers_depth(module: UNet) -> int | list[int]:
+    depth, last = module.transformer_depth, module.depths[-2]
+    if module.depths[-1] == last:
+        return depth if isinstance(depth, int) else list(depth)
+    if unet.attends(module, len(module.channel_mult) - 1):
+        raise ValueError(
+            f"diffusers' middle has as many blocks as the last level ({last}), this model "
+            f"{module.depths[-1]}; save it in the original's format"
+        )
+    return [*module.depths[:-2], module.depths[-1]]
+
+
 def _diffusers_heads(module: UNet, widths: list[int], attends: list[bool]) -> int | list[int]:
     """The setting `attention_head_dim`: numbers of heads with cross-attention, else their width."""
-    if module.transformer_depth:
+    if unet.is_conditional(module):
         if not module.num_head_channels:
             return module.num_heads
         return [width // module.num_head_channels for width in widths]

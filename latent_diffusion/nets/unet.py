@@ -73,7 +73,9 @@ class UNet(nn.Module):
     out_channels: channels of the prediction. model_channels: width at full resolution.
     attention_resolutions: downsampling *factors* (1, 2, 4 …) at which blocks carry attention.
     num_heads, num_head_channels: number or width of heads; the width counts if both are set.
-    transformer_depth: 0 means plain self-attention (no context), else blocks per transformer.
+    transformer_depth: 0 means plain self-attention (no context), else blocks per transformer; one
+    number, or one for each level (Stable Diffusion XL).
+    middle_depth: the same in the middle; None is as the last level.
     disable_self_attentions: per level, replace self-attention by a second cross-attention.
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.
     guidance_dim: width of the sinusoid of `conditioning.guidance`, which a map adds to that of the
@@ -90,7 +92,7 @@ class UNet(nn.Module):
     attention_resolutions: Sequence[int] = (4, 2, 1)
     num_heads: int = 8
     num_head_channels: int | None = None
-    transformer_depth: int = 1
+    transformer_depth: int | Sequence[int] = 1
     disable_self_attentions: Sequence[bool] = ()
     legacy_qkv_order: bool = True
     use_scale_shift_norm: bool = False
@@ -104,6 +106,22 @@ class UNet(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: Any = None
+    middle_depth: int | None = None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks per transformer, on each level and in the middle."""
+        each, levels = self.transformer_depth, len(self.channel_mult)
+        depths = (each,) * levels if isinstance(each, int) else tuple(each)
+        middle = depths[-1:] if self.middle_depth is None else (self.middle_depth,)
+        attending = [2**level in self.attention_resolutions for level in range(levels)]
+        used = [d for d, yes in zip(depths, attending, strict=False) if yes] + [*middle]
+        if len(depths) != levels or (any(depths) and not all(used)):
+            raise ValueError(
+                f"unet.transformer_depth={each} and middle_depth={self.middle_depth}: expected one "
+                f"number, or {levels} that are at least 1 where a level has attention"
+            )
+        return depths + middle
 
     def _remat(self, block: Any, **options: Any) -> Any:
         return rematerialised(block, self.remat, "unet.remat", **options)
@@ -121,7 +139,10 @@ class UNet(nn.Module):
         )
 
     def _attention(self, name: str, channels: int, level: int):
-        """Attention of width `channels` as a function of (h, context)."""
+        """Attention of width `channels` as a function of (h, context).
+
+        level: that of the resolution; the number of levels stands for the middle.
+        """
         if self.num_head_channels:
             num_heads, head_dim = channels // self.num_head_channels, self.num_head_channels
         else:
@@ -131,7 +152,7 @@ class UNet(nn.Module):
                 f"unet: {channels} channels cannot be split into heads "
                 f"(num_heads={self.num_heads}, num_head_channels={self.num_head_channels})"
             )
-        if self.transformer_depth == 0:
+        if self.depths[level] == 0:
             block = self._remat(AttentionBlock)(
                 num_heads,
                 self.legacy_qkv_order,
@@ -142,11 +163,13 @@ class UNet(nn.Module):
             )
             return lambda h, context: block(h)
         transformer = self._remat(SpatialTransformer)
-        disabled = bool(self.disable_self_attentions) and self.disable_self_attentions[level]
+        last = len(self.channel_mult) - 1
+        crossed = self.disable_self_attentions
+        disabled = bool(crossed) and crossed[min(level, last)]
         return transformer(
             num_heads,
             head_dim,
-            self.transformer_depth,
+            self.depths[level],
             not disabled,
             self.num_groups,
             self.attention,
@@ -195,7 +218,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = self._res_block("middle_block_0", channels)(h, emb, train)
-        h = self._attention("middle_block_1", channels, levels - 1)(h, context)
+        h = self._attention("middle_block_1", channels, levels)(h, context)
         h = self._res_block("middle_block_2", channels)(h, emb, train)
         if self.pool:
             means = [jnp.mean(x, (1, 2)) for x in [*skips, h]]

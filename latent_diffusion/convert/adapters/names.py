@@ -29,7 +29,8 @@ def pairs_of(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
     for name, part in bundle.parts():
         table: Table
         if name == "unet":
-            prefix, table = "unet", unet.diffusers_table(part.fields, bundle.linear_projections)
+            linear, text_time = bundle.linear_projections, bundle.time_width is not None
+            prefix, table = "unet", unet.diffusers_table(part.fields, linear, text_time)
         elif name == "clip_text":
             prefix, table = "text_encoder", clip_text.transformers_table(part.fields)
             table = prefixed(table, "text_model.")
