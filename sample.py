@@ -36,6 +36,12 @@ NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_re
 DEPTH = flags.DEFINE_string("depth", None, "A picture, light where things are near.")
 NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [N k D] or [k D].")
 IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
+SIZES = [
+    flags.DEFINE_list("original_size", None, "Height,width of the picture before resizing (SDXL)."),
+    flags.DEFINE_list("crop_top_left", None, "Top,left of its crop (SDXL)."),
+    flags.DEFINE_list("target_size", None, "Height,width of the picture as trained on (SDXL)."),
+]
+AESTHETIC_SCORE = flags.DEFINE_float("aesthetic_score", None, "How it should be liked (SDXL).")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once, at most.")
 PROGRESS = flags.DEFINE_bool("progress", False, "Show a bar that counts network evaluations.")
 read_options = shared_flags.define(ALL_OPTIONS, fallback="the model's")
@@ -69,6 +75,8 @@ def main(argv: list[str]) -> None:
             "depth": sampling.read_levels(DEPTH.value, channel=True),
             "neighbours": sampling.read_array(NEIGHBOURS.value),
             "image_embedding": sampling.read_array(IMAGE_EMBEDDING.value),
+            **{flag.name: sampling.read_integers(flag.name, flag.value) for flag in SIZES},
+            "aesthetic_score": AESTHETIC_SCORE.value,
             "progress": sampling.progress_bar() if PROGRESS.value else None,
             **read_options(),
         }
@@ -76,7 +84,7 @@ def main(argv: list[str]) -> None:
             WORKDIR.value or MODEL.value,
             Path(OUT.value),
             prompts=sampling.read_prompts(PROMPTS.value, PROMPTS_FILE.value),
-            class_labels=sampling.read_labels(CLASS_LABELS.value),
+            class_labels=sampling.read_integers("class_labels", CLASS_LABELS.value),
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
             tokenizer=TOKENIZER.value,

@@ -122,6 +122,7 @@ def data() -> ConfigDict:
     c.low_res = ""  # small pictures, by a name in data.degradations: "bicubic" | "bsrgan_light" ...
     c.low_res_factor = 4
     c.mask = ""  # holes, by a name in data.masks: "lama" | "lama_or_all" | "boxes" ...
+    c.sizes = False  # numbers of pixels that the conditioner "sizes" reads: original, crop, target
     c.layout = ConfigDict()  # sentences for boxes; vocab_size 0 = none (see data.layout)
     c.layout.vocab_size = 0
     c.layout.max_objects = 30

@@ -385,6 +385,10 @@ TOLD = {
         {"neighbours": {"num_neighbours": 2, "width": 6}}, [noise(1, 2, 6), noise(2, 2, 6)], {},
     ),
     "image_embedding": ({"image_embedding": {"width": 6}}, [noise(1, 6), noise(2, 6)], {}),
+    "original_size": ({"sizes": {"width": 6}}, [(5, 9), (9, 5)], {}),
+    "crop_top_left": ({"sizes": {"width": 6}}, [(0, 3), (3, 0)], {}),
+    "target_size": ({"sizes": {"width": 6}}, [(5, 9), (9, 5)], {}),
+    "aesthetic_score": ({"sizes": {"width": 6, "aesthetic_score": True}}, [2.5, 6.5], {}),
 }  # fmt: skip
 KEYS = {  # what conditioners read, of one example
     "tokens": jnp.zeros((1, 3), jnp.int32),
@@ -395,6 +399,8 @@ KEYS = {  # what conditioners read, of one example
     "depth": jnp.zeros((1, SIDE, SIDE, 1)),
     "neighbours": jnp.zeros((1, 2, 6)),
     "image_embedding": jnp.zeros((1, 6)),
+    **dict.fromkeys(("original_size", "crop_top_left", "target_size"), jnp.zeros((1, 2), int)),
+    "aesthetic_score": jnp.zeros(1),
 }
 
 

@@ -32,6 +32,7 @@ SMALL = {
     | {"num_heads": 2, "head_dim": 3},
     "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
     "layout_map": {"vocab_size": 25, "max_length": 8, "height": 4, "width": 4, "channels": 2},
+    "sizes": {"width": 6},
     "start": {},
     "class_token": {"num_classes": 5, "null": 5},
     "layout_tokens": {"vocab_size": 26, "max_length": 8},
@@ -44,7 +45,7 @@ SMALL = {
         | {"regularization": "vq", "num_codes": 5}
     },
 }
-TELLING = [name for name in CONDITIONERS if name not in ("start", "coordinates")]
+TELLING = [name for name in CONDITIONERS if name not in ("start", "coordinates", "sizes")]
 NUMPY = np.random.default_rng(0)
 
 
@@ -64,6 +65,10 @@ BATCH = {
     "neighbours": _random(3, 2, 6),
     "image_embedding": _random(3, 6),
     "class_label": jnp.array([0, 4, 2]),
+    "original_size": jnp.array([[8, 9], [600, 400], [1024, 1024]]),
+    "crop_top_left": jnp.array([[0, 0], [0, 56], [7, 0]]),
+    "target_size": jnp.array([[8, 8], [512, 384], [1024, 1024]]),
+    "aesthetic_score": jnp.array([2.5, 6.0, 7.0]),
     "tokens": jnp.array([[2, 3, 0, 0], [4, 0, 0, 0], [5, 6, 7, 8]]),
 }
 NEVER, ALWAYS = jnp.zeros(3, bool), jnp.ones(3, bool)
@@ -158,6 +163,21 @@ def test_what_is_kept_stays_while_the_rest_is_dropped():
     never, always = _conditioning(config, NEVER), _conditioning(config, ALWAYS)
     np.testing.assert_array_equal(never.concat, always.concat)
     assert float(jnp.abs(never.context - always.context).max()) > 1e-3
+
+
+def test_sizes_are_sinusoids_in_the_order_of_sdxl_and_stay_where_conditions_are_dropped():
+    def sinusoid(number):  # cosines first, frequencies from 1 to 1/10000 (exclusive)
+        angles = float(number) * 10_000.0 ** (-np.arange(3) / 3)
+        return [*np.cos(angles), *np.sin(angles)]
+
+    vector = _conditioning({"sizes": {"width": 6}}, NEVER).vector
+    expected = [sinusoid(number) for number in (600, 400, 0, 56, 512, 384)]
+    np.testing.assert_allclose(vector[1], np.ravel(expected), atol=1e-4)
+    np.testing.assert_array_equal(_conditioning({"sizes": {"width": 6}}, ALWAYS).vector, vector)
+    refiner = _conditioning({"sizes": {"width": 6, "aesthetic_score": True}}, NEVER).vector
+    np.testing.assert_array_equal(refiner[:, :24], vector[:, :24])
+    np.testing.assert_allclose(refiner[0, 24:], sinusoid(2.5), atol=1e-6)
+    assert _conditioning({"sizes": {}}, NEVER).vector.shape == (3, 6 * 256)
 
 
 def test_an_embedding_is_a_token_or_a_vector():
@@ -270,7 +290,7 @@ def test_several_conditioners_join_along_their_axes():
     hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
     assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2 + 2)
     assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
-    assert hybrid.vector.shape == (3, 6)
+    assert hybrid.vector.shape == (3, 6 + 6 * 6)
     assert hybrid.tokens.shape == (3, 1 + 1 + 8) and hybrid.token_maps.shape == (3, 3, 4, 4)
     both = combine(
         [

@@ -336,6 +336,34 @@ def test_shorter_side_scales_before_the_window():
         small({"image": picture})
 
 
+@pytest.mark.parametrize("shorter_side", [0, 24])
+def test_sizes_are_those_of_the_picture_that_is_seen(shorter_side):
+    """Each pixel shows its column; the corner is that of the resized and flipped picture."""
+    columns = np.broadcast_to(np.arange(48) * 5, (24, 48))
+    image = np.repeat(columns[..., None], 3, -1).astype(np.uint8)
+    c = config(crop="random", shorter_side=shorter_side, flip=True, sizes=True)
+    transform, seen = make_transform(c, train=True), set()
+    scale = 1 if shorter_side else 8 / 24  # of the picture in which the window has 8 pixels
+    for seed in range(20):
+        out = transform({"image": image}, np.random.default_rng(seed))
+        shown = to_uint8(out["image"])[0, :, 0] / 5.0
+        flipped = shown[0] > shown[-1]
+        first = (48 - shown[0] - 0.5) if flipped else shown[0] + 0.5  # in whole pixels' middles
+        corner = out["crop_top_left"]
+        assert abs(corner[1] - (first * scale - 0.5)) <= 0.51
+        assert corner[0] == 0 if scale < 1 else 0 <= corner[0] <= 16
+        np.testing.assert_array_equal(out["original_size"], [24, 48])
+        np.testing.assert_array_equal(out["target_size"], [8, 8])
+        seen.add((bool(flipped), int(corner[1])))
+    assert {flipped for flipped, _ in seen} == {True, False} and len(seen) > 5
+    still = make_transform(c, train=False)({"image": image, "original_size": [480, 960]})
+    middle = [8, 20] if shorter_side else [0, 4]
+    np.testing.assert_array_equal(still["crop_top_left"], middle)
+    np.testing.assert_array_equal(still["original_size"], [480, 960])  # the source knows better
+    whole = make_transform(config(crop="squash", sizes=True), train=True)({"image": image})
+    np.testing.assert_array_equal(whole["crop_top_left"], [0, 0])
+
+
 def test_flip_is_random_in_training_only():
     image = ramp(4, 4)
     train = make_transform(config(flip=True, image_size=4), train=True)

@@ -80,6 +80,7 @@ def test_conditions_of_cached_examples_are_those_of_the_cut_picture(made, low_re
     """Label maps, boxes and small pictures of pictures three times as wide as high."""
     config, directory, first_stage, _ = made
     config.data.update({"crop": "center", "low_res": low_res, "low_res_factor": 4})
+    config.data.sizes = True
     config.data.layout.update({"vocab_size": 1024, "max_objects": 1, "encode_crop": False})
     images = np.random.default_rng(1).integers(0, 256, (BATCH, SIZE, 3 * SIZE, 3), np.uint8)
     labels = np.repeat([[0, 1, 2]], SIZE, axis=1) * np.ones((BATCH, SIZE, 1), np.int32)
@@ -102,5 +103,7 @@ def test_conditions_of_cached_examples_are_those_of_the_cut_picture(made, low_re
         assert set(got) >= {"moments", "segmentation", "layout", *(["low_res"] if low_res else [])}
         np.testing.assert_array_equal(got["segmentation"], np.ones((SIZE, SIZE)))
         np.testing.assert_array_equal(got["layout"], [5, 0, 1023])
+        np.testing.assert_array_equal(got["original_size"], [SIZE, 3 * SIZE])
+        np.testing.assert_array_equal(got["crop_top_left"], [0, SIZE])
         for key in set(got) - {"moments"}:
             np.testing.assert_array_equal(got[key], want[key])

@@ -160,6 +160,8 @@ def test_source(few, tmp_path):
     assert (rocket["image"][rocket["alpha"] == 0] == 255).all()  # white ground
     assert rocket["name"] == "1F680" and GROUPS[rocket["class_label"]] == "Travel & Places"
     np.testing.assert_allclose(rocket["image"] / 255, draw(by_caption["rocket"], 16), atol=1e-6)
+    larger = ConfigDict({**config(tmp_path).to_dict(), "shorter_side": 20})  # for crops
+    assert data.make_source(larger, "train")[0]["image"].shape == (20, 20, 3)
     everything = ConfigDict({**config(tmp_path).to_dict(), "train_split": "train+test"})
     assert len(data.make_source(everything, "train")) == len(few)
     with pytest.raises(ValueError, match="unknown split 'dev' of openmoji; known: test, train"):

@@ -158,11 +158,13 @@ def conditioner_shapes(name: str, fields: Mapping[str, Any]) -> Params:
         "segmentation": ((1, side, side), "int32"),
         "image": ((1, 2, 2, 3), "float32"),
         "noise_level": ((1,), "int32"),
+        **dict.fromkeys(("original_size", "crop_top_left", "target_size"), ((1, 2), "int32")),
+        "aesthetic_score": ((1,), "float32"),
         "embedding_noise": ((1, getattr(module, "projection_dim", 1)), "float32"),
     }
     batch = {key: jax.ShapeDtypeStruct(*spec) for key, spec in keys.items()}
     drop = jax.ShapeDtypeStruct((1,), bool)
-    return jax.eval_shape(module.init, jax.random.key(0), batch, drop)["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), batch, drop).get("params", {})
 
 
 def as_part(

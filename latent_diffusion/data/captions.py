@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("text", "caption")  # of captions, where the config names none
 MAPS = ("mask", "depth", "segmentation")  # which a row gives as the names of pictures
-_NUMBERS = (set(KEYS) | {"boxes", "labels"}) - {"image", "tokens", "weight"} - set(MAPS)
+_MADE = {"image", "tokens", "weight", "crop_top_left", "target_size"}  # by the transform
+_NUMBERS = (set(KEYS) | {"boxes", "labels"}) - _MADE - set(MAPS)
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where a row stands, and the row
 
 

@@ -29,6 +29,11 @@ KEYS: dict[str, Key] = {
     "depth": Key(np.float32, "B H W 1"),  # in any unit
     "neighbours": Key(np.float32, "B k D"),  # image embeddings of similar pictures
     "image_embedding": Key(np.float32, "B D"),
+    # In pixels, height or top first (see `nets.conditioners.sizes`):
+    "original_size": Key(np.int32, "B 2", 1),  # of the picture as it was before
+    "crop_top_left": Key(np.int32, "B 2", 0),  # of the window, in the picture resized for it
+    "target_size": Key(np.int32, "B 2", 1),  # of the picture that is trained on
+    "aesthetic_score": Key(np.float32, "B"),  # how people like it, usually 1 to 10
     "weight": Key(np.float32, "B", 0),  # 0 = padding
 }
 

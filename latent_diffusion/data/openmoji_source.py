@@ -39,7 +39,10 @@ class OpenMojiSource:
 
 
 def make(data_config: Any, split: str) -> Remember:
-    """Return the data at `data_config.image_size`, which is drawn once into `data_config.dir`.
+    """Return the data, which is drawn once into `data_config.dir`.
+
+    Its pictures have the size `data_config.shorter_side`, from which crops are cut, if it is given,
+    else `data_config.image_size`.
 
     split: "train", "test", or an expression of TFDS ("train+test", "train[:100]"). Without a dir
     it lies in the cache of TFDS ($TFDS_DATA_DIR, else ~/tensorflow_datasets).
@@ -47,5 +50,6 @@ def make(data_config: Any, split: str) -> Remember:
     from latent_diffusion.data import openmoji_builder
     from latent_diffusion.data.tfds import records
 
-    builder = openmoji_builder.prepare(data_config.image_size, data_config.dir or None)
+    size = data_config.shorter_side or data_config.image_size
+    builder = openmoji_builder.prepare(size, data_config.dir or None)
     return Remember(OpenMojiSource(records(builder, split, "openmoji", encoded=["image"])))

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int, UInt8
 
 from latent_diffusion.data.conditions import make_conditions
 from latent_diffusion.data.contract import KEYS
-from latent_diffusion.data.layout import WHOLE
+from latent_diffusion.data.layout import WHOLE, mirrored
 from latent_diffusion.data.sources import Example
-from latent_diffusion.data.windows import CROPS, cut, cut_depth, cut_labels, window
+from latent_diffusion.data.windows import CROPS, corner, cut, cut_depth, cut_labels, window
 from latent_diffusion.types import lookup
 
 _PICTURES = ("image", "segmentation", "mask", "depth")  # what a window cuts and a flip turns
@@ -42,7 +42,9 @@ def make_cut(data_config: Any, train: bool) -> Transform:
     """Return `cut_out(example, rng)`: `image`, and the maps beside it, brought to size.
 
     `window` [4] is then the part of the whole picture that they show: left, top, right, bottom in
-    [0, 1]. What has a window was cut before (its picture may be gone since) and stays as it is.
+    [0, 1]. With `data_config.sizes`, `original_size` [2] is the height and width of the picture
+    before, unless the source knows better. What has a window was cut before (its picture may be
+    gone since) and stays as it is.
     """
     crop = "center" if data_config.crop == "random" and not train else data_config.crop
     lookup(CROPS, crop, "data.crop")
@@ -55,6 +57,8 @@ def make_cut(data_config: Any, train: bool) -> Transform:
         if "image" in example:
             shape = example["image"].shape[:2]
             where = window(shape, size, crop, data_config.shorter_side, rng)
+            if data_config.get("sizes", False):
+                example.setdefault("original_size", np.array(shape))
             example["image"] = cut(example["image"], where, size)
         if "segmentation" in example:
             labels: Any = np.asarray(example["segmentation"], np.int32)
@@ -74,7 +78,8 @@ def make_transform(
     """Return `transform(example, rng=None)`: crop, resize, flip and scale; keep batch keys only.
 
     Maps and boxes that the data brings follow the picture. From it are made, where `data_config`
-    names them, `low_res`, `mask` and `layout`; with a tokenizer, `tokens` [L] from `caption`.
+    names them, `low_res`, `mask`, `layout` and `crop_top_left` with `target_size`; with a
+    tokenizer, `tokens` [L] from `caption`.
 
     In evaluation (`train` false) nothing is cropped or flipped at random, and of several captions
     the first is taken; masks and degradations come from the generator there, too.
@@ -101,6 +106,11 @@ def make_transform(
         image = turned.pop("image", None)
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}
         out |= turned
+        if data_config.get("sizes", False):
+            crop, size = example["window"], data_config.image_size
+            seen = corner(mirrored(crop) if flip else crop, size)
+            out["crop_top_left"] = np.array(seen, np.int32)
+            out["target_size"] = np.array((size, size), np.int32)
         if image is not None:
             out["image"] = to_float(image)
         made = conditions(example, image, example["window"], flip, rng)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
+from latent_diffusion.data.layout import Box
 from latent_diffusion.types import lookup
 
 
@@ -94,6 +95,12 @@ def window(
     side = size if shorter_side else min(height, width)
     top, left = place(height, width, side, rng)
     return Window(height, width, top, left, side)
+
+
+def corner(crop: Box, size: int) -> tuple[int, int]:
+    """Top and left of a crop, in pixels of the picture in which its sides are `size` pixels."""
+    left, top, right, bottom = crop
+    return round(top / (bottom - top) * size), round(left / (right - left) * size)
 
 
 def cut(

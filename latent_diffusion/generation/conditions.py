@@ -64,13 +64,13 @@ def batch_of(
     width) of the picture and of its latent. Raises ValueError for conditions that the model doesn't
     have, lacks, or can't read.
     """
+    given = _with_defaults(conditioner, given, size)
     check_names(conditioner, given)
     parts = {
         key: part
         for part in conditioner.parts()
         for key in (*part.keys, *getattr(part, "optional", ()))
     }
-    given = {**given}
     if "noise_level" in conditioner.optional and given.get("noise_level") is None:
         given["noise_level"] = parts["noise_level"].usual_level
     batch: dict[str, np.ndarray] = {}
@@ -81,6 +81,18 @@ def batch_of(
         else:
             batch[key] = _READERS[key](part, value, size, latent_size)
     return _of_one_length(batch)
+
+
+def _with_defaults(
+    conditioner: Conditioner, given: Mapping[str, Any], size: tuple[int, int]
+) -> dict[str, Any]:
+    """The conditions, with the defaults of conditioners where nothing is given."""
+    values = dict(given)
+    for part in conditioner.parts():
+        if hasattr(part, "defaults"):
+            own = part.defaults(size)
+            values |= {key: value for key, value in own.items() if values.get(key) is None}
+    return values
 
 
 def _of_one_length(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,6 +184,15 @@ def _image(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
     return _numbers("image", value, shape, -1, 1)
 
 
+def _pixels(name: str, value: Any, low: int) -> np.ndarray:
+    """(height, width) or (top, left), of one picture or of each: [N 2]."""
+    value = np.asarray(value)
+    value = _of_shape(name, value[None] if value.ndim == 1 else value, (2,))
+    if value.size and value.min() < low:
+        raise ValueError(f"{name}: {value.min()} pixels, expected at least {low}")
+    return _integers(name, value, 2**24)  # float32 has such integers exactly
+
+
 # batch key -> how its value is read: (conditioner, value, (height, width), that of the latent)
 _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "class_label": lambda part, x, *_: _integers(
@@ -186,6 +207,10 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "depth": lambda part, x, *_: _numbers("depth", x, (None, None, 1)),
     "neighbours": lambda part, x, *_: _numbers("neighbours", x, (None, part.width)),
     "image_embedding": lambda part, x, *_: _numbers("image_embedding", x, (part.width,)),
+    "original_size": lambda part, x, *_: _pixels("original_size", x, 1),
+    "crop_top_left": lambda part, x, *_: _pixels("crop_top_left", x, 0),
+    "target_size": lambda part, x, *_: _pixels("target_size", x, 1),
+    "aesthetic_score": lambda part, x, *_: _numbers("aesthetic_score", x, ()),
 }
 
 

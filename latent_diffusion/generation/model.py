@@ -147,6 +147,10 @@ class Model(flax.struct.PyTreeNode):
         depth: Array | np.ndarray | None = None,
         neighbours: Array | np.ndarray | None = None,
         image_embedding: Array | np.ndarray | None = None,
+        original_size: tuple[int, int] | Array | np.ndarray | None = None,
+        crop_top_left: tuple[int, int] | Array | np.ndarray | None = None,
+        target_size: tuple[int, int] | Array | np.ndarray | None = None,
+        aesthetic_score: float | Array | np.ndarray | None = None,
         classifier: NoisyClassifier | None = None,
         classifier_labels: Sequence[int] | None = None,
         target: Array | np.ndarray | None = None,
@@ -165,8 +169,10 @@ class Model(flax.struct.PyTreeNode):
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
         tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
         (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; unCLIP takes
-        an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`. One
-        example serves all.
+        an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`;
+        Stable Diffusion XL `original_size` (H, W), `crop_top_left` (y, x) and `target_size` (H, W),
+        in pixels, its refiner `aesthetic_score` instead of the last: by default the sizes are the
+        picture's, nothing is cropped, and the score is 6. One example serves all.
 
         Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
         one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
@@ -192,6 +198,8 @@ class Model(flax.struct.PyTreeNode):
         given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
         given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
         given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
+        given |= {"original_size": original_size, "crop_top_left": crop_top_left}
+        given |= {"target_size": target_size, "aesthetic_score": aesthetic_score}
         if self.prior is not None:
             examples, size = self._conditions(given, image_size)
             batch = conditions.repeated(examples, num_images)

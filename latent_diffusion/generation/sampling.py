@@ -28,12 +28,12 @@ def read_prompts(prompts: str | None, prompts_file: str | None) -> list[str] | N
     return None
 
 
-def read_labels(labels: Sequence[str] | None) -> list[int] | None:
-    """Class ids from their flag."""
+def read_integers(flag: str, values: Sequence[str] | None) -> list[int] | None:
+    """The integers behind a flag, such as class ids or a height and a width."""
     try:
-        return None if labels is None else [int(label) for label in labels]
+        return None if values is None else [int(value) for value in values]
     except ValueError as error:
-        raise ValueError(f"--class_labels={','.join(labels or ())}: ids are integers") from error
+        raise ValueError(f"--{flag}={','.join(values or ())}: expected integers") from error
 
 
 def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:

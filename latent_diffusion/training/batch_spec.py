@@ -26,6 +26,10 @@ _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype
         (config.conditioners.neighbours.num_neighbours, config.conditioners.neighbours.width),
         np.float32,
     ),
+    **dict.fromkeys(
+        ("original_size", "crop_top_left", "target_size"), lambda config: ((2,), np.int32)
+    ),
+    "aesthetic_score": lambda config: ((), np.float32),
     "image_embedding": lambda config: ((config.conditioners.image_embedding.width,), np.float32),
 }
 

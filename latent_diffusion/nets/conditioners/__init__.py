@@ -27,6 +27,7 @@ from latent_diffusion.nets.conditioners.sequence import (
     SegmentationTokens,
     Start,
 )
+from latent_diffusion.nets.conditioners.sizes import Sizes
 from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
 from latent_diffusion.rng import split_per_example
 from latent_diffusion.types import (
@@ -56,6 +57,7 @@ CONDITIONERS: dict[str, Any] = {
     "neighbours": Neighbours,
     "image_embedding": ImageEmbedding,
     "word_map": WordMap,
+    "sizes": Sizes,
     "start": Start,
     "class_token": ClassToken,
     "layout_tokens": LayoutTokens,

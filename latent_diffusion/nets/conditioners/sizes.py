@@ -1,0 +1,47 @@
+"""Sizes of pictures as a condition: Stable Diffusion XL's micro-conditioning."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from latent_diffusion.nets.layers import timestep_embedding
+from latent_diffusion.types import Array, Batch, Bool, Conditioning
+
+AESTHETIC_SCORE = 6.0  # the default of a sampling call, as in diffusers
+
+
+class Sizes(nn.Module):
+    """Numbers of a picture as a vector [B n·width] of their sinusoids (Podell et al. 2023, 2.2).
+
+    The numbers are `original_size` [B 2] before the picture was resized, `crop_top_left` [B 2] of
+    the training crop and `target_size` [B 2] of the picture that is trained on: pixels, height or
+    top first. So a denoiser may learn from small and from cut pictures without drawing such ones.
+    Where conditions are dropped the numbers stay.
+
+    aesthetic_score: `aesthetic_score` [B] takes the place of the target size, as in the refiner.
+    width: of each number's sinusoid, which is that of timesteps.
+    """
+
+    aesthetic_score: bool = False
+    width: int = 256
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Batch keys in the order of their numbers."""
+        last = "aesthetic_score" if self.aesthetic_score else "target_size"
+        return ("original_size", "crop_top_left", last)
+
+    @nn.nowrap
+    def defaults(self, size: tuple[int, int]) -> dict[str, Any]:
+        """The values of a sampling call for pictures of `size`: whole ones that have this size."""
+        values: dict[str, Any] = dict.fromkeys(("original_size", "target_size"), size)
+        values |= {"crop_top_left": (0, 0), "aesthetic_score": AESTHETIC_SCORE}
+        return {key: values[key] for key in self.keys}
+
+    @nn.compact
+    def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
+        rows = [batch[key].reshape(len(drop), -1).astype(jnp.float32) for key in self.keys]
+        numbers = jnp.concatenate(rows, axis=1)
+        sinusoids = timestep_embedding(numbers.reshape(-1), self.width)
+        return Conditioning(vector=sinusoids.reshape(len(drop), -1))
