@@ -291,8 +291,9 @@ BAD = [
     ({f"{K}.on_input": UP, f"{K}.weight": UP}, "IA3 isn't read"),
     ({f"{K}.ia3_l": UP}, "IA3 isn't read"),
     ({"controlnet_cond_embedding.conv_in.weight": UP}, "ControlNet isn't read"),
-    ({"string_to_param": UP}, "textual inversion isn't read"),
+    ({**PAIR, "bundle_emb.x.string_to_param.*": UP}, "textual inversion within a LoRA isn't read"),
     ({"conv_in.weight": UP}, "is no LoRA: conv_in.weight"),
+    ({"<word>": UP}, "this kind isn't merged; give it to sample"),
     ({**PAIR, SPELLINGS["kohya"][0]: DOWN, SPELLINGS["kohya"][1]: UP}, "to_out.0 has two changes"),
     ({f"{K}.diff_b": UP}, "has no bias in this model"),
 ]  # fmt: skip

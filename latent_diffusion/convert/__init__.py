@@ -16,6 +16,7 @@ from latent_diffusion.convert.adapters import (
     with_lora,
     write_diffusers_lora,
     write_kohya_lora,
+    write_own,
 )
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part, bundle_of
 from latent_diffusion.convert.compvis import read_compvis
@@ -45,6 +46,8 @@ FORMATS = {
     "orbax": write_orbax,
     "lora": write_diffusers_lora,  # the adaptation of a workdir, without its model
     "kohya": write_kohya_lora,
+    "textual_inversion": write_own("diffusers"),  # the added word of a workdir, without its model
+    "a1111": write_own("a1111"),
 }
 
 

@@ -13,8 +13,12 @@ from pathlib import Path
 
 from absl import app, flags
 
+FORMATS = ["diffusers", "compvis", "orbax", "lora", "kohya", "textual_inversion", "a1111"]
 TO = flags.DEFINE_enum(
-    "to", None, ["diffusers", "compvis", "orbax", "lora", "kohya"], "The format of DST."
+    "to",
+    None,
+    FORMATS,
+    "The format of DST.",
 )
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "float16", "bfloat16"], "Of the parameters; default: that of SRC."
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
     if len(paths) != (1 if DRY_RUN.value else 2):
         raise app.UsageError("give SRC and DST and --to=FORMAT, or SRC and --dry_run")
     if not DRY_RUN.value and TO.value is None:
-        raise app.UsageError("give --to=diffusers, --to=compvis, --to=orbax, --to=lora or =kohya")
+        raise app.UsageError(f"give --to=FORMAT: {', '.join(FORMATS)}")
     try:
         convert(paths[0], None if DRY_RUN.value else paths[1], TO.value or "")
     except (ValueError, OSError, CheckpointError) as error:

@@ -61,6 +61,11 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Write the files that transformers reads; returns the name of the class that reads them."""
+    if tokenizer.added:
+        raise ValueError(
+            f"these files have no place for the added words {', '.join(tokenizer.added)}; save the "
+            "model as orbax, or the words alone as textual_inversion"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, ClipTokenizer):
         return _write_clip(tokenizer, folder)

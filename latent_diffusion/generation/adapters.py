@@ -8,43 +8,79 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion.convert import read_adapter
-from latent_diffusion.convert.adapters import Adapter, Change, weights_of
+from latent_diffusion.convert.adapters import Adapter, Words, weights_of
 from latent_diffusion.convert.bundle import Bundle, with_denoiser
+from latent_diffusion.data.tokenizers import with_words as with_more_words
 from latent_diffusion.generation import program
+from latent_diffusion.nets.conditioners import make_conditioner
 
 
-def load_adapter(path: str | os.PathLike) -> Adapter:
-    """The adapter in a file, or in PEFT's folder: LoRA and its kinds (see docs/adapters.md).
+def load_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
+    """The adapter in a file, or in PEFT's folder: LoRA and its kinds, or textual inversion.
 
-    It is a pytree, for `Model.sample(adapters=[(adapter, weight)])`. Raises ValueError, in one line
-    that begins with the path and names the kind and the tensor, for what can't be read.
+    It is a pytree, for `Model.sample(adapters=[(adapter, weight)])`; see docs/adapters.md. word:
+    the name in prompts of a textual inversion, in place of that of its file. Raises ValueError, in
+    one line that begins with the path and names the kind and the tensor, for what can't be read.
     """
-    adapter: Adapter = jax.tree.map(jnp.asarray, read_adapter(path))
+    adapter: Adapter = jax.tree.map(jnp.asarray, read_adapter(path, word))
     return adapter
 
 
-def bound(
-    model: Any, adapters: Sequence[Any], mode: str
-) -> tuple[list[dict[str, Change]], list[Any]]:
+def bound(model: Any, adapters: Sequence[Any], mode: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """What each adapter changes in the model, on the devices of a mode, and with which weights.
 
     adapters: pairs of an `Adapter` and its `Weight`. Raises ValueError for an adapter of another
     model, and for prefixes of weights without a module.
     """
     changes, weights = [], []
-    for entry in adapters:
-        if not (isinstance(entry, tuple | list) and len(entry) == 2):
-            raise ValueError(f"adapters are pairs (adapter, weight), not {str(entry)[:80]}")
-        adapter, weight = entry
-        if not isinstance(adapter, Adapter):
-            raise ValueError(f"adapters come from load_adapter, not {str(adapter)[:80]}")
+    for adapter, weight in sorted(checked(adapters), key=lambda entry: isinstance(entry[0], Words)):
         own = _changes(model, adapter)
         weights.append(weights_of(own, weight, adapter.path))
         changes.append(program.placed(adapter, own, mode))
     return changes, weights
 
 
-def _changes(model: Any, adapter: Adapter) -> dict[str, Change]:
+def checked(adapters: Sequence[Any]) -> list[tuple[Adapter, Any]]:
+    """The pairs of adapters and weights; ValueError for anything else."""
+    for entry in adapters:
+        if not (isinstance(entry, tuple | list) and len(entry) == 2):
+            raise ValueError(f"adapters are pairs (adapter, weight), not {str(entry)[:80]}")
+        if not isinstance(entry[0], Adapter):
+            raise ValueError(f"adapters come from load_adapter, not {str(entry[0])[:80]}")
+    return [(adapter, weight) for adapter, weight in adapters]
+
+
+def with_words(model: Any, adapters: Sequence[Any]) -> Any:
+    """The model, whose prompts may have the words of the adapters.
+
+    Its text encoders expect tables with further rows, which `program` adds for a call.
+    """
+    added = [adapter for adapter, _ in checked(adapters) if isinstance(adapter, Words)]
+    if not added:
+        return model
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{added[0].path}: this model has no tokenizer: load it with tokenizer=PATH"
+        )
+    config = dict(model.denoiser.conditioner.config)
+    parts = dict(zip(config, model.denoiser.conditioner.parts(), strict=True))
+    readers = {name: part for name, part in parts.items() if "tokens" in part.keys}
+    tokenizer = model.tokenizer
+    rows = max(part.vocab_size for part in readers.values())
+    for adapter in added:
+        try:
+            tokenizer = with_more_words(
+                tokenizer, {adapter.word: range(rows, rows + adapter.count)}
+            )
+        except ValueError as error:
+            raise ValueError(f"{adapter.path}: {error}") from error
+        rows += adapter.count
+    config |= {name: {**config[name], "vocab_size": rows} for name in readers}
+    denoiser = model.denoiser.replace(conditioner=make_conditioner(config))
+    return model.replace(tokenizer=tokenizer, denoiser=denoiser)
+
+
+def _changes(model: Any, adapter: Adapter) -> dict[str, Any]:
     """The adapter's changes; they stay with it for further calls with models of this shape."""
     denoiser = model.denoiser
     shapes = [leaf.shape for leaf in jax.tree.leaves(denoiser.params)]

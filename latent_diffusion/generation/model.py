@@ -201,6 +201,8 @@ class Model(flax.struct.PyTreeNode):
         given |= {"original_size": original_size, "crop_top_left": crop_top_left}
         given |= {"target_size": target_size, "aesthetic_score": aesthetic_score}
         if self.prior is not None:
+            if adapters:
+                raise ValueError("a prior takes no adapters")
             examples, size = self._conditions(given, image_size)
             batch = conditions.repeated(examples, num_images)
             call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
@@ -209,14 +211,15 @@ class Model(flax.struct.PyTreeNode):
             window = min(self.trained_size) // self._downsampling()
             latent = (*self._latent_size(size), window)
             return codes.draw(self, batch, latent, call, rng, batch_size, mode)
-        denoiser = self._need("denoiser")
+        model = adapting.with_words(self, adapters) if self.denoiser is not None else self
+        denoiser = model._need("denoiser")
         changes = {"image": image, "negative_prompts": negative_prompts}
         check_needs({**options, **changes, "classifier": classifier, "target": target})
         timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
 
         pictures = {"image": image, "mask": mask}  # conditions of some models
         given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
-        examples, size = self._conditions(given, image_size)
+        examples, size = model._conditions(given, image_size)
         batch = conditions.repeated(examples, num_images)
         total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
         latent = (*self._latent_size(size), first_stage.module.latent_channels)
@@ -225,7 +228,7 @@ class Model(flax.struct.PyTreeNode):
         if "image" not in batch or hole is not None or strength is not None:
             shape = (*size, channels)
             batch |= conditions.known_image(image, hole, strength is not None, shape, total)
-        batch |= self._texts(negative_prompts, more_prompts, num_images, total)
+        batch |= model._texts(negative_prompts, more_prompts, num_images, total)
         guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         if z_T is not None:

@@ -25,14 +25,13 @@ def placed(owner: Any, networks: Any, mode: str) -> Any:
     The first call places them there. Later calls reuse them, unless the owner's parameters or the
     mode have changed. They are freed together with the owner.
     """
-    leaves = jax.tree.leaves(networks)
-    last_mode, last_leaves, result = vars(owner).get("_placed", (None, [], None))
+    leaves, structure = jax.tree.flatten(networks)
+    last_mode, last_leaves, in_place = vars(owner).get("_placed", (None, [], None))
     same = len(leaves) == len(last_leaves) and all(map(lambda a, b: a is b, leaves, last_leaves))
     if mode != last_mode or not same:
         in_place = parallel.place(leaves, mode)
-        result = jax.tree.unflatten(jax.tree.structure(networks), in_place)
-        vars(owner)["_placed"] = (mode, leaves, result)
-    return result
+        vars(owner)["_placed"] = (mode, leaves, in_place)
+    return jax.tree.unflatten(structure, in_place)
 
 
 def run(

@@ -195,3 +195,26 @@ def test_kinds_as_lycoris_merges_them(kind, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     want = parameters(tmp_path / "b", pipeline)
     compare(before, want, bundle, tmp_path / "x.safetensors", changed=40)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "a1111"])
+def test_a_word_of_two_vectors_as_diffusers_samples_it(layout, tmp_path):
+    pipeline, model = stable(diffusers.StableDiffusionPipeline, tmp_path, make_unet(), **ABSENT)
+    width = pipeline.text_encoder.config.hidden_size
+    vectors = normal(np.random.default_rng(3), 2, width)
+    if layout == "diffusers":
+        torch.save({"<it>": torch.from_numpy(vectors)}, tmp_path / "<it>.bin")
+    else:
+        tree = {"string_to_param": {"*": torch.from_numpy(vectors)}, "name": "<it>"}
+        torch.save({"string_to_token": {"*": 265}, **tree}, tmp_path / "<it>.bin")
+    pipeline.load_textual_inversion(str(tmp_path / "<it>.bin"))
+    z_T, texts = draw(0, 2, SIDE, SIDE, 4), (["a <it> cat", "two dogs"], ["dogs", "a <it>, far"])
+    call = {"latents": to_torch(z_T), "num_inference_steps": 4, "output_type": "np"}
+    theirs = pipeline(texts[0], negative_prompt=texts[1], **call).images
+    options = {"negative_prompts": texts[1], "num_steps": 4, "z_T": z_T, "mode": "single"}
+    word = ldm.load_adapter(tmp_path / "<it>.bin")
+    ours = (model.sample(jax.random.key(0), texts[0], adapters=[(word, 1.0)], **options) + 1) / 2
+    plain = (model.sample(jax.random.key(0), texts[0], **options) + 1) / 2
+    difference = np.abs(ours - theirs).max()
+    print(f"largest difference {difference:.1e}")
+    assert difference <= 1e-4 and np.abs(plain - theirs).max() > 1e-2

@@ -9,8 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert.adapters.adapter import Adapter, Change, Weight, adapted, weights_of
-from latent_diffusion.convert.adapters.reading import read_low_rank, read_weights
+from latent_diffusion.convert.adapters.adapter import (
+    Adapter,
+    Change,
+    LowRank,
+    Rows,
+    Weight,
+    adapted,
+    weights_of,
+)
+from latent_diffusion.convert.adapters.reading import open_adapter, read_low_rank, read_weights
+from latent_diffusion.convert.adapters.words import (
+    Words,
+    is_words,
+    read_words,
+    write_own,
+    write_words,
+)
 from latent_diffusion.convert.adapters.writing import write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.files.tensor import Tensor
@@ -18,7 +33,9 @@ from latent_diffusion.files.tensor import Tensor
 __all__ = [
     "Adapter",
     "Change",
+    "Rows",
     "Weight",
+    "Words",
     "adapted",
     "read_adapter",
     "read_weights",
@@ -26,20 +43,33 @@ __all__ = [
     "with_lora",
     "write_diffusers_lora",
     "write_kohya_lora",
+    "write_own",
+    "write_words",
 ]
 
 
-def read_adapter(path: str | os.PathLike) -> Adapter:
-    """Read the adapter at `path`, of NumPy arrays. ValueError for kinds that aren't read."""
+def read_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
+    """Read the adapter at `path`, of NumPy arrays. ValueError for kinds that aren't read.
+
+    word: the name in prompts of a textual inversion, in place of its own.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    return read_low_rank(path)
+    file, settings = open_adapter(path)
+    if is_words(file):
+        return read_words(path, file, word)
+    if word is not None:
+        raise ValueError(f"{path} is no textual inversion, and word={word!r} names one")
+    return read_low_rank(path, file, settings)
 
 
 def with_lora(bundle: Bundle, path: Path, weight: Weight = 1.0) -> Bundle:
     """Return the model with `weight` times an adapter added to its parameters, when read."""
-    changes = read_adapter(path).changes(bundle)
+    adapter = read_adapter(path)
+    if not isinstance(adapter, LowRank):
+        raise ValueError(f"{path}: this kind isn't merged; give it to sample")
+    changes = adapter.changes(bundle)
     weights = weights_of(changes, weight, str(path))
     for whole, change in changes.items():
         name, _, ours = whole.removeprefix("conditioner/").partition("/")

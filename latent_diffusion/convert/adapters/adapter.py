@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -27,7 +28,7 @@ class Adapter(flax.struct.PyTreeNode):
     argument: ClassVar[str] = "adapters"
     path: str = flax.struct.field(pytree_node=False)
 
-    def changes(self, bundle: Bundle) -> dict[str, "Change"]:
+    def changes(self, bundle: Bundle) -> dict[str, Any]:
         """The changes by path in the parameters of a `Denoiser`; ValueError for another model."""
         raise ValueError(f"{self.path}: give this adapter as {self.argument}=")
 
@@ -52,6 +53,21 @@ class Change(flax.struct.PyTreeNode):
         ]
         return self.layout.read(*parts)
 
+    def added(self, result: Array, parameter: Array, weights: Array) -> Array:
+        """`result` with the change of `parameter` added."""
+        return result + self.delta(parameter, weights).astype(parameter.dtype)
+
+
+class Rows(flax.struct.PyTreeNode):
+    """Rows [n width] that join one of our tables, as its last ones, times their weight."""
+
+    rows: Any
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def added(self, result: Array, parameter: Array, weights: Array) -> Array:
+        """`result` with the rows behind its own."""
+        return jnp.concatenate([result, (weights[0] * self.rows).astype(result.dtype)])
+
 
 class LowRank(Adapter):
     """Factors of weights by the names that their modules have in the file: LoRA and its kinds.
@@ -61,7 +77,7 @@ class LowRank(Adapter):
 
     modules: Mapping[str, Mapping[str, Factors]]
 
-    def changes(self, bundle: Bundle) -> dict[str, Change]:
+    def changes(self, bundle: Bundle) -> dict[str, Any]:
         """See `Adapter`."""
         known = places(bundle)
         if unknown := [name for name in self.modules if name not in known]:
@@ -103,7 +119,7 @@ def _check(what: str, shape: tuple[int, ...], factors: Factors) -> None:
         raise ValueError(f"{what} is {shape}; {kind_of(factors)} doesn't fit it: {shapes}")
 
 
-def weights_of(changes: Mapping[str, Change], weight: Weight, source: str) -> dict[str, np.ndarray]:
+def weights_of(changes: Mapping[str, Any], weight: Weight, source: str) -> dict[str, np.ndarray]:
     """The weight of each part of each change.
 
     weight: one for all, or by prefixes of names ("unet.up_blocks", "text_encoder"), of which the
@@ -133,14 +149,17 @@ def _within(name: str, prefix: str) -> bool:
 
 def adapted(
     params: Params,
-    changes: Sequence[Mapping[str, Change]],
+    changes: Sequence[Mapping[str, Any]],  # `Change`s and `Rows`
     weights: Sequence[Mapping[str, Array]],
 ) -> Params:
-    """The parameters with the sum of all changes added, each one a change of `params` alone."""
+    """The parameters with the sum of all changes added, each one a change of `params` alone.
+
+    New rows of a table come after changes of it.
+    """
     base = flatten_dict(params, sep="/")
     result = dict(base)
     with jax.default_matmul_precision("highest"):
         for each, own in zip(changes, weights, strict=True):
             for path, change in each.items():
-                result[path] += change.delta(base[path], own[path]).astype(base[path].dtype)
+                result[path] = change.added(result[path], base[path], own[path])
     return unflatten_dict(result, sep="/")

@@ -60,17 +60,16 @@ _OTHERS = (
     (r"controlnet_|^control_model\.", "ControlNet"),
     (r"^ip_adapter\.|^image_proj", "IP-Adapter"),
     (r"^adapter\.|^body\.\d+\.block", "T2I-Adapter"),
-    (r"string_to_param|^bundle_emb\.|^emb_params$", "textual inversion"),
+    (r"string_to_param|^bundle_emb\.|^emb_params$", "a textual inversion within a LoRA"),
 )
 
 
-def read_low_rank(path: Path) -> LowRank:
-    """Read the LoRA at `path`: a file, or PEFT's folder.
+def read_low_rank(path: Path, file: TensorFile, settings: PeftSettings) -> LowRank:
+    """The LoRA in an opened file, or in PEFT's folder.
 
     Raises one ValueError that begins with the path, and names the kind and the tensor, for a file
     that is no LoRA, that lacks half of a pair, or has a setting that isn't understood.
     """
-    file, settings = _open(path)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         module, factor = _split(path, name)
@@ -90,7 +89,8 @@ def read_low_rank(path: Path) -> LowRank:
     return LowRank(path=str(path), modules=read)
 
 
-def _open(path: Path) -> tuple[TensorFile, PeftSettings]:
+def open_adapter(path: Path) -> tuple[TensorFile, PeftSettings]:
+    """The tensors of a file, or of PEFT's folder, and the settings beside them."""
     config = path / "adapter_config.json" if path.is_dir() else None
     if config is None:
         file = open_tensors(path)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latent_diffusion.data.tokenizers.added import with_words
 from latent_diffusion.data.tokenizers.bert import BertTokenizer
 from latent_diffusion.data.tokenizers.clip import ClipTokenizer
 from latent_diffusion.data.tokenizers.word import WordTokenizer, words
@@ -21,6 +22,7 @@ __all__ = [
     "Tokenizer",
     "WordTokenizer",
     "load_tokenizer",
+    "with_words",
     "words",
 ]
 
@@ -41,6 +43,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None
     tokenizer = lookup(TOKENIZERS, kind, f"tokenizer kind in {path}")
     try:
-        return tokenizer.from_dict(data)
-    except (KeyError, TypeError, ValueError) as e:
+        return with_words(tokenizer.from_dict(data), data.get("added", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None

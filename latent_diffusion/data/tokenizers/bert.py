@@ -8,11 +8,13 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from latent_diffusion.data.tokenizers.added import Words, with_added, without_added
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
 from latent_diffusion.files.reading import read_json, read_text
 
@@ -57,6 +59,7 @@ class BertTokenizer:
     """
 
     kind = "bert"
+    added: Words = MappingProxyType({})  # see `with_words`
 
     def __init__(self, vocabulary: Sequence[str], max_length: int = 77):
         check_length(max_length, 2)
@@ -94,7 +97,7 @@ class BertTokenizer:
         """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
         return fill_rows(
             captions,
-            self._pieces,
+            with_added(self.added, self._pieces),
             self.max_length,
             self.pad_id,
             self._cut,
@@ -105,7 +108,8 @@ class BertTokenizer:
 
     def unknown_words(self, caption: str) -> list[str]:
         """The words of a caption that no pieces compose."""
-        return [word for word in split_words(caption) if self._word(word)[0].id == self._ids[UNK]]
+        words, unknown = split_words(without_added(self.added, caption)), self._ids[UNK]
+        return [word for word in words if self._word(word)[0].id == unknown]
 
     def _pieces(self, caption: str) -> list[Piece]:
         pieces: list[Piece] = []
@@ -147,7 +151,7 @@ class BertTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
-        write_json(self.to_dict(), path)
+        write_json(self, path)
 
 
 def _read_vocabulary(path: Path) -> list[str]:

@@ -11,11 +11,13 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from latent_diffusion.data.tokenizers.added import Words, with_added
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
 from latent_diffusion.files.reading import read_gzip, read_json, read_text
 
@@ -68,6 +70,7 @@ class ClipTokenizer:
     """
 
     kind = "clip"
+    added: Words = MappingProxyType({})  # see `with_words`
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class ClipTokenizer:
         """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
         return fill_rows(
             captions,
-            self._pieces,
+            with_added(self.added, self._pieces),
             self.max_length,
             self.pad_id,
             self._cut,
@@ -184,7 +187,7 @@ class ClipTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
-        write_json(self.to_dict(), path)
+        write_json(self, path)
 
 
 def _one_of(tokens: Iterable[str]) -> re.Pattern:

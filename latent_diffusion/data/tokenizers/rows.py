@@ -61,6 +61,9 @@ def check_length(max_length: int, least: int) -> None:
         raise ValueError(f"max_length must be at least {least}, got {max_length}")
 
 
-def write_json(content: dict[str, Any], path: str | Path) -> None:
-    """Write a tokenizer's `to_dict()` as a file for `load_tokenizer`."""
+def write_json(tokenizer: Any, path: str | Path) -> None:
+    """Write a tokenizer's `to_dict()` and its added words as a file for `load_tokenizer`."""
+    content: dict[str, Any] = tokenizer.to_dict()
+    if tokenizer.added:
+        content = {**content, "added": {word: list(ids) for word, ids in tokenizer.added.items()}}
     Path(path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -5,11 +5,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from latent_diffusion.data.tokenizers.added import Words, with_added, without_added
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
 
 PAD, UNK = 0, 1
@@ -42,6 +44,7 @@ class WordTokenizer:
     """
 
     kind = "word"
+    added: Words = MappingProxyType({})  # see `with_words`
     empty: tuple[int, ...] = ()  # tokens of the empty prompt, before its padding
     pad_id = PAD
 
@@ -69,14 +72,15 @@ class WordTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids, padded with 0 on the right. Longer captions are cut, with one warning each."""
-        return fill_rows(captions, self._pieces, self.max_length, PAD, self._cut)
+        own = (self.max_length, PAD, self._cut)
+        return fill_rows(captions, with_added(self.added, self._pieces), *own)
 
     def _pieces(self, caption: str) -> list[Piece]:
         return [Piece(self._ids.get(word, UNK), word) for word in words(caption)]
 
     def unknown_words(self, caption: str) -> list[str]:
         """The caption's words that have no row of their own."""
-        return [word for word in words(caption) if word not in self._ids]
+        return [word for word in words(without_added(self.added, caption)) if word not in self._ids]
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs, ready for JSON."""
@@ -94,4 +98,4 @@ class WordTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
-        write_json(self.to_dict(), path)
+        write_json(self, path)

@@ -1,0 +1,148 @@
+"""Textual inversion (Gal et al. 2022): vectors of new words, read, written, and given to a model.
+
+A word has one vector or several, one after the other in a prompt. A model with two text encoders
+has vectors of both.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import numpy as np
+
+from latent_diffusion.convert.adapters.adapter import Adapter, Rows
+from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.files.tensor import TensorFile, in_memory, is_float
+from latent_diffusion.files.tensors import write_safetensors
+
+# Conditioners whose words can have new rows -> their table of rows.
+TABLES = {
+    "clip_text": "token_embedding/embedding",
+    "clip_text_2": "token_embedding/embedding",
+    "text": "token_emb/embedding",
+    "bert": "word_embeddings/embedding",
+    "word_map": "embedding/embedding",
+}
+_A1111 = ("string_to_param.*", "emb_params")  # of their .pt and .safetensors files
+_SDXL = ("clip_l", "clip_g")
+
+
+class Words(Adapter):
+    """A new word, as prompts spell it; vectors: [n width] for each text encoder, by its name.
+
+    The names are "" of the only text encoder, "clip_l" and "clip_g" of the two of SDXL, or those of
+    conditioners.
+    """
+
+    word: str = flax.struct.field(pytree_node=False)
+    vectors: Mapping[str, Any]
+
+    @property
+    def count(self) -> int:
+        """The number of vectors of the word."""
+        return int(next(iter(self.vectors.values())).shape[0])
+
+    def changes(self, bundle: Bundle) -> dict[str, Any]:
+        """See `Adapter`: the rows that join the tables of the text encoders."""
+        found: dict[str, Any] = {}
+        left = dict(self.vectors)
+        for name, part, table in tables_of(bundle):
+            width = part.params[table].shape[1]
+            keys = [key for key in left if key in ("", name, *_SDXL)]
+            own = next((key for key in keys if left[key].shape[1] == width), None)
+            if own is None:
+                widths = ", ".join(str(rows.shape[1]) for rows in self.vectors.values())
+                raise ValueError(
+                    f"{self.path}: the word {self.word!r} has vectors of {widths} numbers, but "
+                    f"those of {name} have {width}"
+                )
+            names = (f"text_encoder{'_2' if found else ''}",)
+            found[f"conditioner/{name}/{table}"] = Rows(left.pop(own), names)
+        if left:
+            raise ValueError(
+                f"{self.path}: {next(iter(left)) or 'vectors'} of the word {self.word!r} is for a "
+                "text encoder that this model lacks"
+            )
+        return found
+
+
+def tables_of(bundle: Bundle) -> list[tuple[str, Part, str]]:
+    """The text encoders of a model by name, and the paths of their tables of words."""
+    parts = bundle.conditioners
+    return [(name, parts[name], table) for name, table in TABLES.items() if name in parts]
+
+
+def is_words(file: TensorFile) -> bool:
+    """Whether a file holds textual inversion."""
+    names, tensors = [*file.tensors], [*file.tensors.values()]
+    if len(names) == 1 and names[0] not in (*_A1111, *_SDXL):  # diffusers': {"<word>": vectors}
+        return tensors[0].shape != () and len(tensors[0].shape) <= 2 and "." not in names[0]
+    known = {*_A1111, *_SDXL, *TABLES}
+    return bool(names) and all(n in known or n.startswith("string_to_param.") for n in names)
+
+
+def read_words(path: Path, file: TensorFile, word: str | None = None) -> Words:
+    """The word in a file of diffusers, of A1111's web UI, or of SDXL.
+
+    word: its name in prompts; None takes diffusers' own, or the name of a file of the others, as
+    their programs do. Raises ValueError for a file with two words.
+    """
+    vectors = {}
+    for name, tensor in file.tensors.items():
+        if not is_float(tensor.dtype) or len(tensor.shape) not in (1, 2) or not tensor.size:
+            raise ValueError(f"{path}: {name} is {tensor.dtype} {tensor.shape}, not vectors [n D]")
+        array = np.asarray(tensor.astype(np.float32).read())
+        vectors[name] = array.reshape(-1, array.shape[-1])
+    only = next(iter(vectors))
+    if set(vectors) & {*_SDXL, *TABLES}:
+        if len({len(rows) for rows in vectors.values()}) > 1:
+            raise ValueError(f"{path}: its text encoders have different numbers of vectors")
+        return Words(path=str(path), word=word or path.stem, vectors=vectors)
+    if len(vectors) > 1:
+        raise ValueError(f"{path}: {len(vectors)} words in one file: {', '.join(vectors)[:200]}")
+    named = path.stem if only in _A1111 or only.startswith("string_to_param.") else only
+    return Words(path=str(path), word=word or named, vectors={"": vectors[only]})
+
+
+def words_of(bundle: Bundle) -> list[Words]:
+    """The words that were added to a model, with their vectors."""
+    added = getattr(bundle.tokenizer, "added", {})
+    found = []
+    for word, ids in added.items():
+        tables = tables_of(bundle)
+        rows = {n: np.asarray(part.params[path].read())[list(ids)] for n, part, path in tables}
+        if rows.keys() == {"clip_text", "clip_text_2"}:
+            rows = dict(zip(_SDXL, rows.values(), strict=True))
+        vectors = rows if len(rows) > 1 else {"": next(iter(rows.values()))}
+        found.append(Words(path=word, word=word, vectors=vectors))
+    return found
+
+
+def write_words(adapter: Words, path: Path, layout: str) -> None:
+    """Write a word in the layout "diffusers" or "a1111" (whose name is that of the file).
+
+    Both write "clip_l" and "clip_g" for two text encoders.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the name of a word's file ends in .safetensors")
+    if layout not in ("diffusers", "a1111"):
+        raise ValueError(f"unknown layout {layout!r}; known: diffusers, a1111")
+    single = adapter.word if layout == "diffusers" else "emb_params"
+    arrays = {name or single: np.ascontiguousarray(x) for name, x in adapter.vectors.items()}
+    write_safetensors(path, {name: in_memory(x) for name, x in arrays.items()})
+
+
+def write_own(layout: str) -> Callable[..., None]:
+    """A writer of the only word that was added to a bundle, without its model."""
+
+    def write(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
+        found = words_of(bundle)
+        if len(found) != 1:
+            raise ValueError(
+                f"this model has {len(found)} added words, and a file holds one: train it with "
+                "textual_inversion.word"
+            )
+        write_words(found[0], path, layout)
+
+    return write

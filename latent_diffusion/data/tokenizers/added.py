@@ -1,0 +1,73 @@
+"""Words that a model gets after its training (textual inversion), beside a tokenizer's own."""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from latent_diffusion.data.tokenizers.rows import Piece
+
+Words = Mapping[str, tuple[int, ...]]  # a word as prompts spell it -> the ids of its vectors
+
+
+def with_words(tokenizer: Any, words: Mapping[str, Sequence[int]]) -> Any:
+    """The tokenizer with further words, each of which becomes one id or several.
+
+    A word stands for itself in a text, not within another word: "cat" isn't in "cats". Capitals
+    count. Raises ValueError for an empty word, and for one that the tokenizer knows already.
+    """
+    known = dict(tokenizer.added)
+    for word, ids in words.items():
+        if not word or word != word.strip():
+            raise ValueError(f"{word!r} is no word: it is empty, or spaces are around it")
+        if word in known or _is_token(tokenizer, word):
+            raise ValueError(f"the word {word!r} exists already; give the new one another name")
+        known[word] = tuple(int(i) for i in ids)
+    more = copy.copy(tokenizer)
+    more.added = known
+    return more
+
+
+def _is_token(tokenizer: Any, word: str) -> bool:
+    """Whether the word is a single token of the tokenizer's own, and not an unknown one."""
+    pieces = tokenizer._pieces(word)
+    alone = len(pieces) == 1 and pieces[0].text.removesuffix("</w>") == word.lower()
+    return alone and not tokenizer.unknown_words(word)
+
+
+def with_added(
+    added: Words, pieces_of: Callable[[str], list[Piece]]
+) -> Callable[[str], list[Piece]]:
+    """The function `pieces_of`, for texts that also have added words."""
+    if not added:
+        return pieces_of
+    pattern = _pattern(tuple(sorted(added, key=len, reverse=True)))
+
+    def pieces(caption: str) -> list[Piece]:
+        found = []
+        for part in pattern.split(caption):
+            if part in added:
+                found += [Piece(i, part) for i in added[part]]
+            else:
+                found += pieces_of(part)
+        return found
+
+    return pieces
+
+
+def without_added(added: Words, caption: str) -> str:
+    """The caption with a space in place of each added word."""
+    return _pattern(tuple(added)).sub(" ", caption) if added else caption
+
+
+@functools.lru_cache(maxsize=64)
+def _pattern(words: tuple[str, ...]) -> re.Pattern:
+    """A pattern of one group. A word that ends in a letter ends where the letters end."""
+    each = (
+        (r"(?<!\w)" if re.match(r"\w", word) else "")
+        + re.escape(word)
+        + (r"(?!\w)" if re.search(r"\w$", word) else "")
+        for word in words
+    )
+    return re.compile(f"({'|'.join(each)})")

@@ -1,0 +1,119 @@
+"""Textual inversion: files of others, words in prompts and negatives, rows that join the tables."""
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_convert_files import tensor, torch_zip
+from test_model import RNG, model
+
+import latent_diffusion as ldm
+from latent_diffusion.convert.adapters import read_adapter, write_words
+from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer, with_words
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def sampled(prompts, adapters=(), **options):
+    return model().sample(RNG, prompts, mode="single", num_steps=2, adapters=adapters, **options)
+
+
+def file_of(folder, tensors, name="x"):
+    save_file(tensors, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+def row(word):
+    """A word's own row in the table of the model."""
+    table = model().denoiser.params["conditioner"]["text"]["token_emb"]["embedding"]
+    return np.asarray(table)[model().tokenizer([word])[0, 0]][None]
+
+
+def test_a_word_of_two_known_vectors_is_the_two_words_and_its_weight_is_traced(tmp_path, caplog):
+    path = file_of(tmp_path, {"<both>": np.concatenate([row("red"), row("cat")])})
+    word = ldm.load_adapter(path)
+    plain = sampled(["red cat"])
+    np.testing.assert_array_equal(sampled(["<both>"], [(word, 1.0)]), plain)
+    assert np.abs(sampled(["<both>"]) - plain).max() > 0.01  # nobody knows the word
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        caplog.clear()
+        half = sampled(["<both>"], [(word, 0.5)])
+    assert not [r for r in caplog.records if "Compiling" in r.getMessage()]
+    assert np.abs(half - plain).max() > 0.01
+    # In negatives, beside another word, which comes first and has a name without signs.
+    other = read_adapter(file_of(tmp_path, {"emb_params": draw(3, 6)}, "noun"))
+    both = [(other, 1.0), (word, 1.0)]
+    negative = sampled(["dog"], both, negative_prompts=["<both>"])
+    np.testing.assert_array_equal(negative, sampled(["dog"], both, negative_prompts=["red cat"]))
+    assert np.abs(sampled(["noun"], both) - sampled(["nouns"], both)).max() > 0.01
+
+
+def test_files_of_all_programs_hold_the_same_vectors_and_both_layouts_are_written(tmp_path):
+    vectors = draw(2, 6)
+    stored, storages = tensor("FloatStorage", "0", 12, (2, 6), (6, 1)), {"0": vectors}
+    tree = {"string_to_token": {"*": 265}, "string_to_param": {"*": stored}, "name": "other"}
+    torch_zip(tmp_path / "noun.pt", tree, storages)
+    torch_zip(tmp_path / "noun.bin", {"<it>": stored}, storages)
+    single = file_of(tmp_path, {"<it>": vectors[0]}, "single")
+    for path, word in (("noun.pt", "noun"), ("noun.bin", "<it>")):
+        read = read_adapter(tmp_path / path)
+        assert (read.word, read.count) == (word, 2)
+        np.testing.assert_array_equal(read.vectors[""], vectors)
+        assert read_adapter(tmp_path / path, word="<mine>").word == "<mine>"
+    assert read_adapter(single).vectors[""].shape == (1, 6)
+    for layout, key in (("diffusers", "noun"), ("a1111", "emb_params")):
+        write_words(read_adapter(tmp_path / "noun.pt"), tmp_path / "noun.safetensors", layout)
+        written = load_file(tmp_path / "noun.safetensors")
+        assert written.keys() == {key}
+        np.testing.assert_array_equal(written[key], vectors)
+        assert read_adapter(tmp_path / "noun.safetensors").word == "noun"
+    pair = {"clip_l": draw(2, 6), "clip_g": draw(2, 10)}
+    read = read_adapter(file_of(tmp_path, pair, "pair"))
+    assert read.word == "pair" and read.vectors.keys() == pair.keys()
+    write_words(read, tmp_path / "again.safetensors", "diffusers")
+    for name, array in load_file(tmp_path / "again.safetensors").items():
+        np.testing.assert_array_equal(array, pair[name])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"cat": draw(1, 6)}, "the word 'cat' exists already"),
+        ({"<it>": draw(1, 7)}, "'<it>' has vectors of 7 numbers, but those of text have 6"),
+        ({"clip_l": draw(1, 6), "clip_g": draw(1, 9)}, "clip_g of the word 'x' is for a text enc"),
+        ({"clip_l": draw(1, 6), "clip_g": draw(2, 9)}, "different numbers of vectors"),
+        ({"<it>": np.zeros((1, 6), np.int32)}, "int32 .* not vectors"),
+        ({" it": draw(1, 6)}, "' it' is no word"),
+    ],
+)
+def test_a_word_that_does_not_fit_is_refused_in_a_line(tensors, message, tmp_path):
+    path = file_of(tmp_path, tensors)
+    with pytest.raises(ValueError, match=rf"^{path}.*{message}") as error:
+        sampled(["dog"], [(ldm.load_adapter(path), 1.0)])
+    assert "\n" not in str(error.value)
+
+
+def test_added_words_are_whole_words_and_lie_beside_the_vocabulary(tmp_path):
+    tokenizer = WordTokenizer.train(["a red cat"], 8, 4)
+    more = with_words(tokenizer, {"noun": [8], "<it>": [9, 10]})
+    rows = more(["noun", "nouns", "a <it>noun", "Noun", "<it> cat"])
+    unknown, pad, a, cat = 1, 0, *tokenizer(["a cat"])[0, :2]
+    np.testing.assert_array_equal(
+        rows,
+        [
+            [8, pad, pad, pad],
+            [unknown, pad, pad, pad],
+            [a, 9, 10, 8],
+            [unknown, pad, pad, pad],
+            [9, 10, cat, pad],
+        ],
+    )
+    assert more.unknown_words("noun <it> dog") == ["dog"]
+    assert tokenizer.unknown_words("noun") == ["noun"]
+    more.save(tmp_path / "words.json")
+    again = load_tokenizer(tmp_path / "words.json")
+    np.testing.assert_array_equal(again(["a <it>noun"]), rows[2:3])
+    with pytest.raises(ValueError, match="the word '<it>' exists already"):
+        with_words(again, {"<it>": [11]})
