@@ -9,7 +9,8 @@ from ml_collections.config_dict import placeholder  # None until it is set, to i
 def get_config() -> ConfigDict:
     c = ConfigDict()
     # "autoencoding" (perceptual compression) | "denoising" (latent denoising) | "classifying" (of
-    # noisy latents, for guidance) | "prior" (over the codes of a first stage)
+    # noisy latents, for guidance) | "prior" (over the codes of a first stage) | "distillation" (of
+    # a denoiser, for few steps)
     c.task = "denoising"
     c.seed = 0
     c.batch_size = 64  # global: summed over all devices and processes
@@ -50,6 +51,7 @@ def get_config() -> ConfigDict:
     # a weight file, or a workdir), which determine the conditioner's fields
     c.pretrained = ConfigDict()
     c.diffusion = diffusion()
+    c.distillation = distillation()
     c.classifier = ConfigDict()
     c.classifier.num_classes = 1000
     c.classifier.pool = "attention"  # "attention" | "adaptive" | "spatial" | "spatial_v2"
@@ -203,6 +205,7 @@ def unet() -> ConfigDict:
     c.use_scale_shift_norm = False
     c.resblock_updown = False
     c.vector_projection = False
+    c.guidance_dim = placeholder(int)  # of a distilled network that takes the scale as an input
     c.dropout = 0.0
     c.num_groups = 32
     # What the backward pass recomputes: "none" | "full" (all within blocks) | "dots_saveable" |
@@ -240,7 +243,8 @@ def diffusion() -> ConfigDict:
     c.beta_end = 0.0195
     c.zero_terminal_snr = False
     c.prediction = "eps"  # "eps" | "x0" | "v" | "flow" | "edm"
-    c.loss = "l2"  # "l2" | "l1"
+    c.loss = "l2"  # "l2" | "l1" | "pseudo_huber"
+    c.huber_c = 1e-3  # of pseudo_huber: errors below it count by their square
     c.loss_weight = "simple"  # "simple" | "min_snr" | "elbo" | "elbo_original"
     c.elbo_weight = 0.0  # of the variational bound, which is added to the loss
     c.learn_logvar = False  # a learned log-variance for each timestep
@@ -249,6 +253,19 @@ def diffusion() -> ConfigDict:
     c.offset_noise = 0.0  # 0.1: brightness diffuses, too
     c.input_perturbation = 0.0  # 0.1: noise on the input alone, not in the target
     c.drop_rate = 0.1  # conditioning dropout, for classifier-free guidance
+    return c
+
+
+def distillation() -> ConfigDict:
+    c = ConfigDict()
+    c.teacher = ""  # a path that latent_diffusion.load reads; the student starts from it
+    # "consistency" (few steps, by the sampler "lcm") | "guidance" (one evaluation a step, not two)
+    c.method = "consistency"
+    # The least and the largest guidance scale of the teacher. A student whose network has a
+    # guidance_dim takes it as an input; else it is in the student, whose own scale is 1
+    c.guidance_scales = (1.0, 1.0)
+    c.distilled_steps = 50  # of the teacher's DDIM, along which the student jumps
+    c.target_decay = 0.95  # of the average that makes the targets; 0 = the student makes them
     return c
 
 
@@ -292,6 +309,7 @@ def sampling() -> ConfigDict:
     # Share of fresh noise, in samplers with an eta; None = the sampler's default
     c.eta = placeholder(float)
     c.guidance_scale = 1.0
+    c.distilled_steps = placeholder(int)  # of the spacing "lcm": a distillation sets its own
     return c
 
 

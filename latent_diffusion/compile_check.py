@@ -67,7 +67,7 @@ def check(
 
     from latent_diffusion.runtime import parallel
     from latent_diffusion.runtime.parallel.chips import parse_topology, topology_devices
-    from latent_diffusion.tasks import TASKS
+    from latent_diffusion.tasks import DENOISERS, TASKS
     from latent_diffusion.training.batch_spec import batch_spec
     from latent_diffusion.types import lookup
 
@@ -95,7 +95,7 @@ def check(
     checked = []
     for program in programs:
         train = program == "train"
-        if not train and config.task != "denoising":
+        if not train and config.task not in DENOISERS:
             continue
         step, args = task.train_step if train else task.show, (state, constants, batch, rng)
         used = [tree if train or tree is None else tree.ema_params for tree in (state, shardings)]

@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from configs import openmoji_autoencoder, openmoji_classifier, openmoji_prior, openmoji_text
+from configs import (
+    openmoji_autoencoder,
+    openmoji_classifier,
+    openmoji_few_steps,
+    openmoji_prior,
+    openmoji_text,
+)
 from latent_diffusion.training.batch_spec import batch_spec
 
 SIZE, BATCH = 16, 8
@@ -11,6 +17,7 @@ EXPERIMENTS = {
     "denoising": openmoji_text,
     "classifying": openmoji_classifier,
     "prior": openmoji_prior,
+    "distillation": openmoji_few_steps,
 }
 
 

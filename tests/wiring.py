@@ -7,7 +7,7 @@ value, or in CONFIG with the test of its own. `test_wiring.py` holds these table
 from latent_diffusion.process.options import ALL_OPTIONS as SAMPLING
 
 AUTOENCODER, DENOISER, CLASSIFIER = "autoencoding", "denoising", "classifying"
-PRIOR = "prior"
+PRIOR, STUDENT = "prior", "distillation"
 MASKED = {"transformer.causal": False}
 VQ = {"autoencoder.regularization": "vq", "autoencoder.num_codes": 4}
 GUMBEL = {"autoencoder.regularization": "gumbel", "autoencoder.num_codes": 4}
@@ -122,6 +122,7 @@ PROGRAMS = {
     "diffusion.input_perturbation": (DENOISER, "train_step", 0.25, {}),
     "diffusion.learn_logvar": (DENOISER, "train_step", True, {}),
     "diffusion.loss": (DENOISER, "train_step", "l1", {}),
+    "diffusion.huber_c": (DENOISER, "train_step", 0.25, {"diffusion.loss": "pseudo_huber"}),
     "diffusion.loss_weight": (DENOISER, "train_step", "min_snr", {}),
     "diffusion.num_timesteps": (DENOISER, "train_step", 500, {}),
     "diffusion.offset_noise": (DENOISER, "train_step", 0.25, {}),
@@ -129,8 +130,16 @@ PROGRAMS = {
     "diffusion.schedule": (DENOISER, "train_step", "sqrt", {}),
     "diffusion.timestep_sampling": (DENOISER, "train_step", "logit_normal", {}),
     "diffusion.zero_terminal_snr": (DENOISER, "train_step", True, LINEAR),
+    "distillation.distilled_steps": (STUDENT, "train_step", 20, {}),
+    "distillation.guidance_scales": (STUDENT, "train_step", (1.0, 3.0), {}),
+    "distillation.method": (STUDENT, "train_step", "guidance", {}),
+    "distillation.target_decay": (STUDENT, "train_step", 0.5, {}),
+    "unet.guidance_dim": (STUDENT, "train_step", 4, {}),
     "classifier.num_classes": (CLASSIFIER, "eval_step", 5, {}),
     "classifier.pool": (CLASSIFIER, "eval_step", "spatial", {}),
+    "sampling.distilled_steps": (
+        *(DENOISER, "show", 20, {"sampling.sampler": "lcm", "sampling.spacing": "lcm"}),
+    ),
     "sampling.eta": (DENOISER, "show", 0.5, {}),
     "sampling.guidance_scale": (DENOISER, "show", 3.5, {}),
     "sampling.num_steps": (DENOISER, "show", 3, {}),
@@ -193,6 +202,7 @@ EXAMPLES = {
 }
 
 HERE = "test_wiring.py::test_"
+TEACHER = "test_distillation.py::test_a_student_starts_as_its_teacher_and_goes_on_without_it"
 PERCEPTUAL = f"{HERE}a_run_reads_the_perceptual_weights_that_the_config_names"
 CONDITIONAL = "test_codebooks.py::test_conditional_discriminator_sees_the_condition"
 TRAINED = "test_commands.py::test_load_gives_a_model_that_encodes_decodes_and_samples"
@@ -203,6 +213,7 @@ DISTANCE = f"{HERE}a_distance_is_over_so_many_pictures_and_of_the_features_that_
 TOKENIZER = f"{HERE}the_tokenizer_is_the_one_that_the_config_describes"
 EMBEDDED = "test_clip.py::test_a_data_set_is_embedded_once_and_for_all"
 CONFIG = {
+    "distillation.teacher": TEACHER,
     "autoencoding.disc_condition": CONDITIONAL,
     "autoencoding.perceptual_path": PERCEPTUAL,
     "checkpoint.best": LOOP,

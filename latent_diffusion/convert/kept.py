@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.runtime.checkpoint import load_tree, save_tree
-from latent_diffusion.runtime.workdir import FIRST_STAGE, load_config, load_entry
+from latent_diffusion.runtime.workdir import FIRST_STAGE, TEACHER, load_config, load_entry
 from latent_diffusion.types import Params
 
 
@@ -39,6 +39,16 @@ def load_first_stage(workdir: Path, module: nn.Module) -> FirstStage:
         shift=jnp.asarray(tree["shift"]),
         module=module,
     )
+
+
+def save_teacher(workdir: Path, params: Params, source: str) -> None:
+    """Keep a copy of a distillation's teacher, for a run that goes on. source: its path."""
+    save_tree(workdir / TEACHER, params, {"source": source})
+
+
+def load_teacher(workdir: Path) -> Params:
+    """The parameters that `save_teacher` kept."""
+    return load_tree(workdir / TEACHER)[0]
 
 
 def conditioner_file(workdir: Path, name: str) -> Path:

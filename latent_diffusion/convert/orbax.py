@@ -18,6 +18,7 @@ from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.tasks.distillation import guidance_range
 from latent_diffusion.types import Params
 
 
@@ -29,6 +30,8 @@ def read_orbax(directory: Path) -> Bundle:
     config = workdir.load_config(directory)
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
     notes = config.origin.to_dict() if "origin" in config else {}
+    if config.task == "distillation":
+        notes["guidance_range"] = guidance_range(config)
     size = config.data.image_size
     bundle = Bundle(image_size=size if isinstance(size, int) else tuple(size), notes=notes)
     if config.task == "autoencoding" and not (directory / workdir.FIRST_STAGE).exists():

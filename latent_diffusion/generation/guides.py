@@ -1,6 +1,7 @@
 """Guides that steer a trained model while it samples: a classifier, or a picture to resemble."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import NoiseSchedule
 from latent_diffusion.types import Params, lookup
 
+log = logging.getLogger(__name__)
+
 # distance between a picture and its target -> the LPIPS net that it needs
 DISTANCES = {"l2": None, "lpips": "alex"}
 
@@ -28,6 +31,15 @@ def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) 
         theirs, ours = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
         if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-6):
             raise ValueError("the classifier was trained with another noise schedule")
+
+
+def warn_of_scale(origin: Mapping[str, Any], options: SamplingOptions) -> None:
+    """Log a warning where a distilled model gets guidance scales that it wasn't distilled for."""
+    low, high = origin.get("guidance_range", (-np.inf, np.inf))
+    scales = np.atleast_1d(1.0 if options.guidance_scale is None else options.guidance_scale)
+    if wrong := [scale for scale in scales if not low <= scale <= high]:
+        allowed = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        log.warning("guidance_scale=%g, but the model is distilled for %s", wrong[0], allowed)
 
 
 def entries(

@@ -216,6 +216,7 @@ class Model(flax.struct.PyTreeNode):
         changes = {"image": image, "negative_prompts": negative_prompts}
         check_needs({**options, **changes, "classifier": classifier, "target": target})
         timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
+        guides.warn_of_scale(self.origin, chosen)
 
         pictures = {"image": image, "mask": mask}  # conditions of some models
         given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}

@@ -262,7 +262,11 @@ class UNet(nn.Module):
         if self.guidance_dim is not None and given:
             w = jnp.zeros(t.shape) if guidance is None else guidance
             project = Dense(
-                self.model_channels, use_bias=False, dtype=self.dtype, name="time_embed_guidance"
+                self.model_channels,
+                use_bias=False,
+                zero_init=True,
+                dtype=self.dtype,
+                name="time_embed_guidance",
             )
             emb = emb + project(guidance_embedding(w, self.guidance_dim))
         emb = Dense(width, dtype=self.dtype, name="time_embed_0")(emb)

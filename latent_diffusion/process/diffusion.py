@@ -37,7 +37,7 @@ PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | flo
 }
 
 
-def _expand(coefficient: Array, like: Array) -> Array:
+def expand(coefficient: Array, like: Array) -> Array:
     """Append axes to coefficients [B] or [], so that they multiply a latent [B ...]."""
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
 
@@ -46,7 +46,7 @@ def q_sample(
     schedule: NoiseSchedule, z_0: Float[Array, "B ..."], t: Timestep, eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
     """Noise z_0 to timestep t ([B] or a scalar): alpha_t z_0 + sigma_t eps."""
-    return _expand(schedule.alpha_t(t), z_0) * z_0 + _expand(schedule.sigma_t(t), z_0) * eps
+    return expand(schedule.alpha_t(t), z_0) * z_0 + expand(schedule.sigma_t(t), z_0) * eps
 
 
 def prediction_target(
@@ -57,7 +57,7 @@ def prediction_target(
     t: Timestep,
 ) -> Float[Array, "B ..."]:
     """The target at z_t of a network that predicts `kind` ("eps", "x0", "v" or "flow")."""
-    alpha_t, sigma_t = _expand(schedule.alpha_t(t), z_0), _expand(schedule.sigma_t(t), z_0)
+    alpha_t, sigma_t = expand(schedule.alpha_t(t), z_0), expand(schedule.sigma_t(t), z_0)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
     return a * z_0 + b * eps
 
@@ -70,7 +70,7 @@ def to_z_0_and_eps(
     z_t: Float[Array, "B ..."],
 ) -> Prediction:
     """Convert a network's prediction `pred` at z_t; alpha_t and sigma_t are scalars or [B]."""
-    alpha_t, sigma_t = _expand(alpha_t, z_t), _expand(sigma_t, z_t)
+    alpha_t, sigma_t = expand(alpha_t, z_t), expand(sigma_t, z_t)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
     determinant = alpha_t * b - sigma_t * a
     z_0 = (b * z_t - sigma_t * pred) / determinant

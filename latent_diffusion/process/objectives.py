@@ -3,6 +3,7 @@
 Weights are arrays [T], factors of the error of the network's prediction, whatever it predicts.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,7 +25,21 @@ def l2(pred: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Arra
     return jnp.mean(jnp.square(pred - target).reshape(pred.shape[0], -1), axis=1)
 
 
-LOSSES = {"l1": l1, "l2": l2}
+def pseudo_huber(
+    pred: Float[Array, "B ..."], target: Float[Array, "B ..."], c: float = 1e-3
+) -> Float[Array, " B"]:
+    """Mean of √(error² + c²) − c of each example: squared below c, absolute above it."""
+    error = jnp.sqrt(jnp.square(pred - target) + c**2) - c
+    return jnp.mean(error.reshape(pred.shape[0], -1), axis=1)
+
+
+LOSSES: dict[str, Callable[..., Array]] = {"l1": l1, "l2": l2, "pseudo_huber": pseudo_huber}
+
+
+def make_loss(name: str, huber_c: float) -> Callable[[Array, Array], Array]:
+    """The loss `name` of LOSSES. huber_c: of pseudo_huber."""
+    loss = lookup(LOSSES, name, "loss")
+    return functools.partial(loss, c=huber_c) if loss is pseudo_huber else loss
 
 
 def _signal_in_error(schedule: NoiseSchedule, kind: str) -> Array:

@@ -116,8 +116,18 @@ def _lcm(log_snr: np.ndarray, num: int, end: int, distilled_steps: int = 50) -> 
     """Some of the timesteps of the solver that was distilled (Luo et al. 2023)."""
     if num > distilled_steps:
         raise ValueError(f"num_steps must lie in 1 … {distilled_steps} (distilled), got {num}")
-    trained = (np.arange(distilled_steps) + 1) * (len(log_snr) // distilled_steps) - 1
+    trained = distilled_timesteps(len(log_snr), distilled_steps)
     return trained[::-1][np.arange(num) * distilled_steps // num]
+
+
+def distilled_timesteps(num_timesteps: int, distilled_steps: int) -> np.ndarray:
+    """The timesteps [N], ascending, of the solver along which a model is distilled.
+
+    Raises ValueError for more steps than timesteps.
+    """
+    if not 1 <= distilled_steps <= num_timesteps:
+        raise ValueError(f"distilled_steps={distilled_steps} must lie in 1 … {num_timesteps}")
+    return (np.arange(distilled_steps) + 1) * (num_timesteps // distilled_steps) - 1
 
 
 def _timesteps_at(log_snr: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@
     tokenizer.json         the vocabulary, where there is one
     first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
     conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
+    teacher.safetensors    the teacher's network (distillation)
     moments-IDENTITY.npy   the training set's latents, where they are encoded once; or codes-…
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
@@ -28,6 +29,7 @@ from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 FIRST_STAGE = "first_stage.safetensors"
+TEACHER = "teacher.safetensors"
 
 
 @contextlib.contextmanager
@@ -63,7 +65,9 @@ def together(workdir: Path) -> Iterator[Path]:
 
 def frozen_files(workdir: Path) -> list[Path]:
     """The files that loading a workdir needs beside its checkpoints."""
-    return sorted(path for path in workdir.iterdir() if path.suffix in (".json", ".safetensors"))
+    kinds = (".json", ".safetensors")
+    paths = (path for path in workdir.iterdir() if path.suffix in kinds)
+    return sorted(path for path in paths if path.name != TEACHER)  # training alone reads it
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:

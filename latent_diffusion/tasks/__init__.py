@@ -8,6 +8,7 @@ diffusion; devices, disks and loggers it doesn't.
 from latent_diffusion.tasks.autoencoding import make_autoencoding
 from latent_diffusion.tasks.classifying import make_classifying
 from latent_diffusion.tasks.denoising import make_denoising
+from latent_diffusion.tasks.distillation import make_distillation
 from latent_diffusion.tasks.prior import make_prior_training
 
 TASKS = {
@@ -15,4 +16,6 @@ TASKS = {
     "denoising": make_denoising,
     "classifying": make_classifying,
     "prior": make_prior_training,
+    "distillation": make_distillation,
 }
+DENOISERS = ("denoising", "distillation")  # the tasks that train a denoiser

@@ -43,7 +43,8 @@ class State(flax.struct.PyTreeNode):
 
     params: {the backbone's name, "conditioner"}, of an adaptation {"lora": the same keys}; and
     "logvar" [T] where it is learned. squares: [T] average squared objective (with all its weights)
-    of each timestep, where importance sampling follows the loss; else None.
+    of each timestep, where importance sampling follows the loss; else None. target: of a
+    distillation, another average of the parameters, which makes the targets; else None.
     """
 
     step: Any
@@ -51,6 +52,7 @@ class State(flax.struct.PyTreeNode):
     ema_params: Params
     opt_state: Any
     squares: Any = None
+    target: Any = None
 
     def updated(
         self, tx: optax.GradientTransformation, grads: Params, ema_decay: float | int
@@ -70,12 +72,14 @@ class Constants(flax.struct.PyTreeNode):
     """Everything that training reads and never changes.
 
     conditioner: pretrained parts, by name. base: the adapted parameters of a low-rank adaptation,
-    which trains its factors alone.
+    which trains its factors alone. teacher: the backbone's parameters of a distillation; None
+    where they are those of `base`.
     """
 
     first_stage: FirstStage
     conditioner: Params = flax.struct.field(default_factory=dict)
     base: Params = None
+    teacher: Params = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Denoising:
     lora: Config | None = None
     pretrained: frozenset[str] = frozenset()  # names of conditioners that are frozen
     grad_accumulation: int = 1
+    huber_c: float = 1e-3
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -150,7 +155,7 @@ class Denoising:
     ) -> tuple[State, Metrics]:
         """One update of network and conditioner. axis_name: the mapped axis under pmap."""
         rng = jax.random.fold_in(rng, state.step)
-        keys = example_keys(rng, _batch_size(batch), axis_name)
+        keys = example_keys(rng, batch_size(batch), axis_name)
 
         def loss_fn(params: Params, batch: Batch, keys: Keys):
             dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
@@ -172,7 +177,7 @@ class Denoising:
 
         prior_bits: bits per dimension that z_T still holds about the image.
         """
-        keys = example_keys(rng, _batch_size(batch), axis_name)
+        keys = example_keys(rng, batch_size(batch), axis_name)
         seen = self._loss(state.ema_params, state.squares, constants, batch, keys)
         return {name: seen[name] for name in ("loss", "simple", "prior_bits")}
 
@@ -180,8 +185,8 @@ class Denoising:
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
         """Images to look at: samples for the batch's conditions, by the averaged parameters."""
-        size = _batch_size(batch)
-        denoiser = self._with_params(state.ema_params, constants)
+        size = batch_size(batch)
+        denoiser = self.with_params(state.ema_params, constants)
         keys = sampling_keys(example_keys(rng, size, axis_name))
         timesteps, options = plan(denoiser.schedule, denoiser.prediction, self.sampling, {})
         first_stage, image = constants.first_stage, jnp.zeros((1, *self.image_shape))
@@ -195,11 +200,11 @@ class Denoising:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
-    def _with_params(self, params: Params, constants: Constants) -> Denoiser:
+    def with_params(self, params: Params, constants: Constants) -> Denoiser:
         """The denoiser with its trained (or adapted) parameters and the frozen conditioners."""
         if self.lora is not None:
             params = low_rank.merge(constants.base, params["lora"], self.lora["alpha"])
-        conditioner = {**params["conditioner"], **constants.conditioner}
+        conditioner = {**params.get("conditioner", {}), **constants.conditioner}
         return self.denoiser.replace(params={**params, "conditioner": conditioner})
 
     def _loss(
@@ -217,10 +222,10 @@ class Denoising:
         """
         first_stage, train = constants.first_stage, dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
-        denoiser = self._with_params(params, constants)
+        denoiser = self.with_params(params, constants)
         k_z, k_t, k_eps, k_drop, k_offset, k_input, k_cond = split_per_example(keys, 7)
         z_0 = first_stage.encode(batch, k_z)
-        t, unbias = self._timesteps(k_t, squares if train else None)
+        t, unbias = self.timesteps(k_t, squares if train else None)
         eps = normal_per_example(k_eps, z_0.shape[1:])
         if self.offset_noise:
             eps = objectives.offset_noise(k_offset, eps, self.offset_noise)
@@ -232,7 +237,7 @@ class Denoising:
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
         pred = denoiser.denoise(z_t, t, denoiser.condition(entries, drop), train, dropout)
         target = prediction_target(kind, schedule, z_0, eps, t)
-        simple = lookup(objectives.LOSSES, self.loss, "loss")(pred, target)
+        simple = objectives.make_loss(self.loss, self.huber_c)(pred, target)
         weights = lookup(objectives.LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)
         loss = weights[t] * simple
         if self.learn_logvar:
@@ -242,7 +247,7 @@ class Denoising:
         seen = {"loss": unbias * loss, "objective": loss, "simple": simple, "t": t}
         return {**seen, "prior_bits": prior_bits_per_dim(schedule, z_0)}
 
-    def _timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:
+    def timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:
         """Timesteps [B], and the factor [B] that keeps the mean of their losses unbiased."""
         schedule = self.denoiser.schedule
         if self.timestep_sampling != "loss":
@@ -266,7 +271,8 @@ class Denoising:
         return objectives.update_squares(squares, t, losses)
 
 
-def _batch_size(batch: Batch) -> int:
+def batch_size(batch: Batch) -> int:
+    """The number of examples in a batch."""
     return next(iter(batch.values())).shape[0]
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.tasks import DENOISERS
 from latent_diffusion.types import lookup
 
 _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype)
@@ -46,7 +47,7 @@ def _reader(config: ConfigDict, key: str) -> Any:
 def batch_spec(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of one global batch, before anything is read."""
     shapes = {"image": _BATCH_SPECS["image"](config)}
-    if config.task in ("denoising", "prior"):
+    if config.task in (*DENOISERS, "prior"):
         keys = make_conditioner(config.conditioners).keys
     elif config.task == "classifying":
         keys = ("class_label",)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
-from latent_diffusion.convert import Bundle, Part, as_params, kept
+from latent_diffusion.convert import Bundle, Part, as_params, kept, read
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.models.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
@@ -45,7 +45,7 @@ def load_constants(
         if run is not None:
             path, params = str(run), kept.load_conditioner(run, name)[0]
         else:
-            params = as_params(_read(name, path, config.conditioners[name]))
+            params = as_params(_read(config, name, path))
         check_same_tree(constants.conditioner[name], params, path)
         conditioner[name] = jax.tree.map(jnp.asarray, params)
     return constants.replace(first_stage=first_stage, conditioner=conditioner)
@@ -59,6 +59,8 @@ def save(config: ConfigDict, constants: Any, folder: Path) -> None:
     for name, params in constants.conditioner.items():
         fields = config.conditioners[name].to_dict()
         kept.save_conditioner(folder, name, params, fields, config.pretrained[name])
+    if getattr(constants, "teacher", None) is not None:
+        kept.save_teacher(folder, constants.teacher, config.distillation.teacher)
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -71,18 +73,20 @@ def resolve(config: ConfigDict) -> ConfigDict:
             raise ValueError(
                 f"pretrained.{name} is none of the conditioners: {', '.join(config.conditioners)}"
             )
-        part = _read(name, path, config.conditioners[name])
+        part = _read(config, name, path)
         fields = {f"conditioners.{name}.{field}": value for field, value in part.fields.items()}
         config = settings.decided(config, fields, f"pretrained.{name}={path}")
     return config
 
 
-def _read(name: str, path: str, asked: ConfigDict) -> Part:
+def _read(config: ConfigDict, name: str, path: str) -> Part:
     if not path:
         raise ValueError(f"pretrained.{name} is empty: say where its weights lie")
     if not Path(path).exists():
         raise ValueError(f"pretrained.{name}={path} does not exist")
-    return read_pretrained(name, path, asked.to_dict())
+    if config.task == "distillation" and path == config.distillation.teacher:
+        return read(path).conditioners[name]  # also of files from which no other task takes parts
+    return read_pretrained(name, path, config.conditioners[name].to_dict())
 
 
 def _first_stage(

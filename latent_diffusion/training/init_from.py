@@ -25,6 +25,7 @@ from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import parallel
+from latent_diffusion.tasks import DENOISERS
 from latent_diffusion.training import settings
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 CONV_IN = "unet/input_blocks_0_0/kernel"
 # Tables with a row for each word. Rows of words that the file lacks come last.
 _WORDS = r"conditioner/(\w+/token_emb|word_map/embedding)/embedding"
-# Parts of the objective, not of the model: no file has them, and they start afresh.
-_FRESH = r"logvar"
+# Parameters that start afresh where the file lacks them: those of the objective, and of the
+# guidance as an input, which is zero at first.
+_FRESH = r"logvar|.*_guidance/kernel"
 # Fields of a module that its parameters don't depend on: the run's values stay.
 _OF_THE_RUN = {"attention", "axis_name", "dropout", "dtype", "name", "out_channels", "parent"}
 _OF_THE_RUN |= {"pool", "remat", "codebook_beta", "codebook_legacy", "codebook_ema_decay"}
@@ -47,7 +49,7 @@ def read(config: ConfigDict) -> convert.Bundle | None:
         if config.lora.rank:
             raise ValueError("lora.rank adapts a trained model: name it by init_from")
         return None
-    if config.task not in ("autoencoding", "denoising"):
+    if config.task not in ("autoencoding", *DENOISERS):
         raise ValueError(f"init_from serves autoencoding and denoising, not {config.task!r}")
     return convert.read(config.init_from)
 
@@ -87,7 +89,9 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
         if bundle.autoencoder is not None:
             fields |= _fields("autoencoder", Autoencoder, bundle.autoencoder)
             fields["first_stage.path"] = str(config.init_from)
-    if config.task == "denoising":
+    if config.task == "distillation":  # whether guidance is an input is the student's choice
+        fields.pop(f"{config.backbone}.guidance_dim", None)
+    if config.task in DENOISERS:
         for name in config.conditioners:
             path = f"conditioner/{name}"
             if name in bundle.conditioners and _comes_whole(config, path, bundle):
@@ -103,7 +107,7 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
 def _comes_whole(config: ConfigDict, path: str, bundle: convert.Bundle) -> bool:
     """Whether the run takes all parameters below `path` that the file has."""
     name = path.removeprefix("conditioner/")
-    if name in config.pretrained:
+    if name in config.pretrained and config.task != "distillation":
         return False
     theirs = [p for p in parameters_of(bundle, config.task) if p.startswith(f"{path}/")]
     return all(re.search(config.init_from_only, p) for p in theirs)
@@ -132,7 +136,7 @@ def first_stage_of(config: ConfigDict, bundle: convert.Bundle | None) -> FirstSt
 
 def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None) -> Any:
     """The constants, in which the model of `config.init_from` is the base of an adaptation."""
-    if bundle is None or config.task != "denoising" or not config.lora.rank:
+    if bundle is None or config.task not in DENOISERS or not config.lora.rank:
         return constants
     theirs = parameters_of(bundle, config.task)
     return constants.replace(base=_filled(constants.base, theirs, "", str(config.init_from)))
@@ -148,7 +152,7 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     """
     if bundle is None:
         return state
-    if config.task == "denoising" and config.lora.rank:
+    if config.task in DENOISERS and config.lora.rank:
         theirs = parameters_of(bundle, config.task)
         params, average = (_with_norms(t, theirs) for t in (state.params, state.ema_params))
         return state.replace(params=params, ema_params=average)
@@ -158,6 +162,8 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     if ema_params is not None:
         ema_params = jax.tree.map(_in_place_of, ema_params, params)
     state = state.replace(params=params, ema_params=ema_params)
+    if getattr(state, "target", None) is not None:
+        state = state.replace(target=jax.tree.map(_in_place_of, state.target, params))
     if getattr(state, "codebook", None):
         state = state.replace(codebook=_restarted(state.codebook, params["autoencoder"]))
     return state
@@ -190,7 +196,7 @@ def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:
 def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -> Any:
     """The tree with the parameters of `theirs`, where `only` matches their paths."""
     ours = flatten_dict(params, sep="/")
-    wanted = [path for path in ours if _is_wanted(path, only)]
+    wanted = [path for path in ours if _is_wanted(path, only, path in theirs)]
     if not wanted:
         raise ValueError(
             f"init_from_only={only!r} matches no parameter; they begin with "
@@ -216,11 +222,12 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
         array = _enlarged(path, theirs[path].read(), ours[path])
         ours[path] = _in_place_of(ours[path], array)
     log.info("init_from: %d of %d parameters from %s", len(wanted), len(ours), source)
-    return unflatten_dict(ours, sep="/")
+    filled = unflatten_dict(ours, sep="/")
+    return {name: filled.get(name, {}) for name in params}  # parts without parameters, too
 
 
-def _is_wanted(path: str, only: str) -> bool:
-    return bool(re.search(only, path)) if only else not re.fullmatch(_FRESH, path)
+def _is_wanted(path: str, only: str, there: bool) -> bool:
+    return bool(re.search(only, path)) if only else there or not re.fullmatch(_FRESH, path)
 
 
 def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:

@@ -7,11 +7,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from latent_diffusion.runtime.workdir import load_config
+from latent_diffusion.tasks import DENOISERS
 from latent_diffusion.training import settings
 
 # task -> the task whose workdir it builds on, and a config that trains one
 _BUILDS_ON = {
     "denoising": ("autoencoding", "openmoji_autoencoder.py"),
+    "distillation": ("autoencoding", "openmoji_autoencoder.py"),
     "classifying": ("denoising", "openmoji_unconditional.py"),
     "prior": ("autoencoding", "openmoji_prior.py:first_stage"),
 }
@@ -24,9 +26,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     if config.task not in _BUILDS_ON:
         return config
-    if config.task == "denoising" and config.autoencoder.regularization == "identity":
+    if config.task in DENOISERS and config.autoencoder.regularization == "identity":
         return config
-    if config.task == "denoising" and config.init_from == config.first_stage.path != "":
+    if config.task in DENOISERS and config.init_from == config.first_stage.path != "":
         return config  # its architecture came with the parameters
     wanted, example = _BUILDS_ON[config.task]
     hint = (

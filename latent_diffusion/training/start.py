@@ -13,7 +13,7 @@ from latent_diffusion import data
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
-from latent_diffusion.training import frozen, init_from, moments, settings, stages
+from latent_diffusion.training import frozen, init_from, moments, settings, stages, teacher
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -46,7 +46,8 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     lookup(TASKS, config.task, "task")
     run = workdir.load_run(directory)
     if run is None:
-        config = frozen.resolve(stages.resolve(init_from.resolve(config)))
+        config = init_from.resolve(teacher.resolve(config))
+        config = frozen.resolve(stages.resolve(config))
     else:
         config = settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
@@ -77,6 +78,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     else:
         state, constants = jax.eval_shape(init, init_rng)
     constants = frozen.load_constants(config, constants, train_source, run, bundle)
+    constants = teacher.load(config, constants, run, bundle)
     constants = init_from.base_from(config, constants, bundle)
     step = 0
     if run is None:

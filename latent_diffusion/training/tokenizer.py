@@ -47,7 +47,8 @@ def _from_parameters(
     config: ConfigDict, source: Any, tokenizer: Tokenizer
 ) -> tuple[ConfigDict, Tokenizer]:
     """The words of the loaded model keep their rows; other words of the captions get new rows."""
-    if not isinstance(tokenizer, WordTokenizer) or config.lora.rank:
+    frozen = config.lora.rank or config.task == "distillation"
+    if not isinstance(tokenizer, WordTokenizer) or frozen:
         return config, tokenizer  # rows can't be added, or nothing would train them
     more = tokenizer.extended(data.captions(source), config.tokenizer.vocab_size)
     rows = {"tokenizer.vocab_size": more.vocab_size}

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from latent_diffusion.process.consistency import boundary
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, run, steps
 from latent_diffusion.process.schedules import CLEAN, NoiseSchedule, Timesteps
@@ -105,9 +106,7 @@ def lcm(
     timestep_scaling and sigma_data, mixes the input into z_0. The last step adds no noise.
     """
     here, there = steps(schedule, timesteps)
-    scaled = here.t * timestep_scaling
-    skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-    out = scaled / jnp.sqrt(scaled**2 + sigma_data**2)
+    skip, out = boundary(here.t, timestep_scaling, sigma_data)
     return Table(
         here.t,
         scale=there.alpha * skip,

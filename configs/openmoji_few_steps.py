@@ -1,0 +1,62 @@
+"""Text to OpenMoji in one to four steps: the student of a trained denoiser.
+
+Command   python train.py --config=configs/openmoji_few_steps.py --workdir=runs/demo/few_steps
+          after configs/openmoji_text.py in runs/demo/denoiser
+Variants  :scales (the guidance scale, from 1 to 3, is an input of the network)
+          :guidance (one evaluation a step instead of two, at equal steps; the scale is an input)
+          :lora (a low-rank adaptation of the teacher)
+          :smoke (synthetic shapes, a few steps)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, openmoji_text
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
+    c.task = "distillation"
+    c.distillation.teacher = "runs/demo/denoiser"
+    c.distillation.guidance_scales = (2.0, 2.0)
+    c.first_stage.path = ""  # the teacher has one
+    c.num_steps = 2000
+
+    c.diffusion.loss = "pseudo_huber"
+    c.diffusion.drop_rate = 0.0
+    c.sampling.update({"sampler": "lcm", "spacing": "lcm", "num_steps": 4, "guidance_scale": 1.0})
+
+    c.optimizer.learning_rate = 5e-4
+    c.optimizer.warmup_steps = 50
+    return default.apply_variant(
+        c, variant, {"scales": scales, "guidance": guidance, "lora": lora, "smoke": smoke}
+    )
+
+
+def scales(c: ConfigDict) -> None:
+    """The scale is an input; sampling takes that of the teacher's own samples."""
+    c.unet.guidance_dim = 64
+    c.distillation.guidance_scales = (1.0, 3.0)
+    c.sampling.guidance_scale = 2.0
+
+
+def guidance(c: ConfigDict) -> None:
+    """As many steps as the teacher's, each of one evaluation."""
+    scales(c)
+    c.distillation.method = "guidance"
+    c.diffusion.loss = "l2"
+    teacher = openmoji_text.get_config()
+    c.sampling = teacher.sampling
+
+
+def lora(c: ConfigDict) -> None:
+    """The student is a file of a few hundred kilobytes beside the teacher."""
+    c.lora.rank = 16
+    c.lora.alpha = 16.0
+    c.lora.targets = (r"unet/.*kernel",)
+
+
+def smoke(c: ConfigDict) -> None:
+    """All parts of the full run, on synthetic shapes, in seconds."""
+    c.num_steps = 4
+    c.optimizer.warmup_steps = 0
+    c.sampling.num_steps = 2
