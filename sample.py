@@ -27,8 +27,22 @@ NEGATIVE_PROMPTS = flags.DEFINE_string(
     "negative_prompts", None, "One for all, or one a prompt: a;b"
 )
 MORE_PROMPTS = flags.DEFINE_string("more_prompts", None, "Texts and weights: a:0.5;b:-0.3")
-IMAGE = flags.DEFINE_string("image", None, "Start from this picture; needs --strength or --mask.")
-MASK = flags.DEFINE_string("mask", None, "A picture, white where --image is to be filled.")
+HEIGHT = flags.DEFINE_integer(
+    "height", None, "Of the images, in pixels. Default: as trained.", lower_bound=1
+)
+WIDTH = flags.DEFINE_integer(
+    "width", None, "Of the images, in pixels. Default: as trained.", lower_bound=1
+)
+PROMPT_WEIGHTS = flags.DEFINE_bool(
+    "prompt_weights", False, "Prompts have weights: (word:1.3), [word], BREAK; and any length."
+)
+IMAGE = flags.DEFINE_string(
+    "image",
+    None,
+    "Start from the middle of this picture, resized to --height and --width; needs --strength or "
+    "--mask.",
+)
+MASK = flags.DEFINE_string("mask", None, "A picture, white or transparent where --image is filled.")
 LAYOUT = flags.DEFINE_string("layout", None, "JSON: [[class, [left, top, right, bottom]], ...].")
 SEGMENTATION = flags.DEFINE_string("segmentation", None, "A picture whose levels are classes.")
 LOW_RES = flags.DEFINE_string("low_res", None, "A small picture, to be enlarged.")
@@ -66,18 +80,21 @@ def main(argv: list[str]) -> None:
         options = {
             "negative_prompts": sampling.read_prompts(NEGATIVE_PROMPTS.value, None),
             "more_prompts": sampling.read_weighted(MORE_PROMPTS.value),
-            "image": sampling.read_picture(IMAGE.value, "RGB"),
-            "mask": sampling.read_picture(MASK.value, "L"),
+            "image": sampling.read_picture(IMAGE.value),
+            "mask": sampling.read_map(MASK.value, "mask"),
             "layout": sampling.read_json(LAYOUT.value),
-            "segmentation": sampling.read_levels(SEGMENTATION.value),
-            "low_res": sampling.read_picture(LOW_RES.value, "RGB"),
+            "segmentation": sampling.read_map(SEGMENTATION.value, "levels"),
+            "low_res": sampling.read_picture(LOW_RES.value),
             "noise_level": NOISE_LEVEL.value,
-            "depth": sampling.read_levels(DEPTH.value, channel=True),
+            "depth": sampling.read_map(DEPTH.value, "depth"),
             "neighbours": sampling.read_array(NEIGHBOURS.value),
             "image_embedding": sampling.read_array(IMAGE_EMBEDDING.value),
             **{flag.name: sampling.read_integers(flag.name, flag.value) for flag in SIZES},
             "aesthetic_score": AESTHETIC_SCORE.value,
-            "progress": sampling.progress_bar() if PROGRESS.value else None,
+            "progress": sampling.ProgressBar() if PROGRESS.value else None,
+            "prompt_weights": PROMPT_WEIGHTS.value,
+            "height": HEIGHT.value,
+            "width": WIDTH.value,
             **read_options(),
         }
         sampling.sample_to_disk(

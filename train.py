@@ -30,12 +30,12 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
-    if DRY_RUN.value:
-        print(dry_run(CONFIG.value))
-        return
-    if not WORKDIR.value:
+    if not (WORKDIR.value or DRY_RUN.value):
         raise app.UsageError("--workdir is needed (or --dry_run)")
     try:
+        if DRY_RUN.value:
+            print(dry_run(CONFIG.value))
+            return
         connect()
         loop.train(CONFIG.value, WORKDIR.value)
     except loop.Interrupted as interrupted:
@@ -46,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    shared_flags.run(main)

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections import config_flags
 
+from latent_diffusion.runtime import flags as shared_flags
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 ...")
 PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which to compile.")
@@ -238,4 +240,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    shared_flags.run(main)

@@ -1,6 +1,7 @@
 """Conditions as users give them to `Model.sample`, and what they are told about wrong ones."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation import conditions, sampling
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.denoiser import Denoiser
@@ -215,9 +217,10 @@ def test_conditions_from_files(tmp_path):
     palette.putpalette([7 * i % 256 for i in range(768)])  # colours don't matter, indices do
     for name, picture in (("grey.png", Image.fromarray(labels)), ("palette.png", palette)):
         picture.save(tmp_path / name)
-        read = sampling.read_levels(str(tmp_path / name))
+        read = sampling.read_map(str(tmp_path / name), "levels")
         np.testing.assert_array_equal(read, labels[None])
-    assert sampling.read_levels(str(tmp_path / "grey.png"), channel=True).shape == (1, 3, 4, 1)
+    depth = sampling.read_map(str(tmp_path / "grey.png"), "depth")
+    np.testing.assert_array_equal(depth[0, ..., 0], labels)
     (tmp_path / "layout.json").write_text("[[3, [0.1, 0.2, 0.6, 0.9]]]")
     layout = sampling.read_json(str(tmp_path / "layout.json"))
     np.testing.assert_array_equal(
@@ -226,8 +229,66 @@ def test_conditions_from_files(tmp_path):
     )
     np.save(tmp_path / "embedding.npy", np.ones(6))
     assert sampling.read_array(str(tmp_path / "embedding.npy")).shape == (6,)
-    assert sampling.read_levels(None) is sampling.read_json(None) is sampling.read_array(None)
+    assert sampling.read_map(None, "mask") is sampling.read_json(None) is sampling.read_array(None)
+    picture = np.zeros((3, 4, 4), np.uint8)  # transparent
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    assert (sampling.read_picture(str(tmp_path / "picture.png")) == 1).all()
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa \u2028 b\r\n\nc\n".encode())
+    prompts = sampling.read_prompts(None, str(tmp_path / "prompts.txt"))
+    assert prompts == ["a \u2028 b", "", "c"]
     (tmp_path / "bad").write_text("no")
     for read in (sampling.read_json, sampling.read_array):
         with pytest.raises(ValueError, match=r"bad: (not JSON|no NumPy array)"):
             read(str(tmp_path / "bad"))
+
+
+class Recorder:
+    """A model that records the options of a call."""
+
+    trained_size = (8, 8)
+
+    def __init__(self, *keys):
+        self.conditioner = SimpleNamespace(keys=keys)
+
+    def sample(self, rng, prompts, class_labels, **options):
+        self.options = options
+        return np.zeros((1, 8, 8, 3), np.float32)
+
+
+def given_to(model, tmp_path, monkeypatch, **options):
+    monkeypatch.setattr(sampling, "load", lambda *_, **__: model)
+    sampling.sample_to_disk("here", tmp_path, num_images=1, **options)
+    return model.options
+
+
+def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsys):
+    """Its middle, in the shape of the result; a mask goes with it, and stays of zeros and ones."""
+    columns = np.linspace(-1, 1, 24, dtype=np.float32)
+    image = np.broadcast_to(columns[None, :, None], (16, 24, 3))[None]
+    mask = (image[..., :1] > 0).astype(np.float32)
+    options_of = functools.partial(given_to, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    options = options_of(Recorder(), image=image, strength=0.5)
+    assert "--image has 24×16 pixels: its middle is resized to 8×8" in capsys.readouterr().out
+    expected = columns[4:20].reshape(8, 2).mean(1)  # the middle 16 columns, two by two
+    np.testing.assert_allclose(options["image"][0, 4, 1:-1, 0], expected[1:-1], atol=0.02)
+    assert options["image"].shape == (1, 8, 8, 3) and "image_size" not in options
+    options = options_of(Recorder("image", "mask"), image=image, mask=mask, height=4, width=6)
+    assert options["image_size"] == (4, 6) and options["image"].shape == (1, 4, 6, 3)
+    np.testing.assert_array_equal(options["mask"][0, ..., 0], [[0, 0, 0, 1, 1, 1]] * 4)
+    assert options_of(Recorder(), width=16)["image_size"] == (8, 16)
+    same = to_float(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))[None]
+    np.testing.assert_array_equal(options_of(Recorder(), image=same, strength=0.5)["image"], same)
+    assert options_of(Recorder("image"), image=image)["image"] is image  # a condition of any size
+    with pytest.raises(ValueError, match="--mask has 12×16 pixels, but --image has 24×16"):
+        options_of(Recorder(), image=image, mask=mask[:, :, :12])
+
+
+@pytest.mark.parametrize("name", ["word_map", "layout_map"])
+def test_learned_maps_say_which_fields_another_size_needs(name):
+    fields = {"word_map": {"vocab_size": 16}, "layout_map": {"vocab_size": 26, "max_length": 8}}
+    conditioner = make_conditioner({name: {**fields[name], "height": 4, "width": 4}})
+    batch = {"tokens": np.zeros((1, 3), np.int32), "layout": np.zeros((1, 8), np.int32)}
+    assert conditioner.prepare(batch, None, (4, 4)) == batch
+    message = f"{name} has maps of 4×4, but the latent is 4×8: .* conditioners.{name}.width=8"
+    with pytest.raises(ValueError, match=message):
+        conditioner.prepare(batch, None, (4, 8))

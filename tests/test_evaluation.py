@@ -229,7 +229,24 @@ def test_results_bear_the_name_of_their_features():
     with pytest.raises(ValueError, match="pr needs reference images"):
         scores.score(["pr"], arrays, scores.Reference(statistics=gaussian(y)), "inception")
     with pytest.raises(ValueError, match="fid needs at least 20 images, got 7"):
+        scores.check_counts(["pr", "fid"], 7)
+    with pytest.raises(ValueError, match="fid needs at least 20 images, got 7"):
         scores.score(["fid"], {"features": x[:7]}, reference, "inception")
+
+
+@pytest.mark.parametrize("metric", sorted(scores.MINIMUM))
+def test_too_few_images_are_said_before_the_work_as_a_metric_would_say_it(metric):
+    draw, few = np.random.default_rng(0).normal, scores.MINIMUM[metric] - 1
+    keys = ("features", "logits", "clip", "captions")
+    arrays = {key: draw(size=(few, 4)).astype(np.float32) for key in keys}
+    reference = scores.Reference(draw(size=(30, 4)).astype(np.float32))
+    with pytest.raises(ValueError) as early:
+        scores.check_counts([metric], few)
+    with pytest.raises(ValueError) as late:
+        scores.score([metric], arrays, reference, "inception")
+    said = [str(error.value).partition(" needs ")[2] for error in (early, late)]
+    assert said[0] == said[1] == f"at least {few + 1} images, got {few}"
+    scores.check_counts([metric], few + 1)
 
 
 def test_inception_has_the_published_size_and_says_where_its_weights_come_from(tmp_path):
@@ -238,7 +255,7 @@ def test_inception_has_the_published_size_and_says_where_its_weights_come_from(t
     # 17,216 channels; folded, the scales are gone.
     expected = 21_785_568 - 17_216 + 2048 * 1008
     assert sum(np.prod(shape) for shape in leaves.values()) == expected
-    with pytest.raises(ValueError, match=r"no Inception weights at .*pt_inception.*pytorch-fid"):
+    with pytest.raises(ValueError, match=r"no Inception weights.* --features_path=.*pytorch-fid"):
         make_features("inception", tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match="unknown features 'dino'; known: alexnet, incep"):
         make_features("dino")

@@ -120,6 +120,9 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "neighbours": (tmp_path / "array.npy", "neighbours", [1.0] * 3),
         "image_embedding": (tmp_path / "array.npy", "image_embedding", [1.0] * 3),
         "progress": ("true", "progress", "function"),
+        "height": (24, "height", 24),
+        "width": (40, "width", 40),
+        "prompt_weights": ("true", "prompt_weights", True),
         "workdir": ("run", "path", "run"),
     }
     told = python(SAMPLE, *(f"--{flag}={text}" for flag, (text, *_) in expected.items()))

@@ -131,11 +131,52 @@ def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
     seen = []
     options = {"negative_prompts": ["dog", "green"], "guidance_rescale": 0.5, "num_images": 2}
     images = sample(image=IMAGE, mask=MASK, progress=lambda t: seen.append(int(t)), **options)
-    jax.effects_barrier()
     np.testing.assert_array_equal(images[:, :, :4], np.repeat(IMAGE[:, :, :4], 4, 0))
     assert np.abs(images[:, :, 4:] - IMAGE[:, :, 4:]).max() > 0.1
     assert np.abs(images[0, :, 4:] - images[1, :, 4:]).max() > 0.1
     assert sorted(seen) == [249, 499, 749, 999]
+
+
+class Counter:
+    """A progress function with a total."""
+
+    total, calls = None, 0
+
+    def __call__(self, t):
+        self.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_images": 2, "batch_size": 2}, 8),  # two batches of four steps
+        ({"sampler": "heun"}, 14),  # batches of one; two evaluations a step, but for the last one
+        ({"image": IMAGE, "strength": 0.5}, 4),
+        ({"image": IMAGE, "strength": 0.0}, 0),
+        ({"num_images": 4, "mode": "pmap"}, 32),  # every device counts
+        ({"num_images": 4, "mode": "mesh"}, 4),
+    ],
+)
+def test_progress_reaches_its_total(options, expected):
+    counter = Counter()
+    sample(progress=counter, **options)
+    assert counter.calls == counter.total == expected
+
+
+def test_pictures_have_the_size_of_their_noise_or_of_the_picture_they_start_from():
+    z_T = np.random.default_rng(2).normal(size=(2, 4, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(sample(z_T=z_T), sample(z_T=z_T, image_size=(4, 8)))
+    half = sample(image=IMAGE[:, :4], strength=0.0)
+    np.testing.assert_allclose(half, np.repeat(IMAGE[:, :4], 2, 0), atol=1e-6)
+    filled = sample(image=IMAGE[:, :4], mask=MASK[:, :4])
+    np.testing.assert_array_equal(filled[:, :, :4], np.repeat(IMAGE[:, :4, :4], 2, 0))
+
+
+def test_a_tile_below_the_trained_size_is_warned_of(caplog):
+    sample(tile_size=8, image_size=(8, 16))
+    assert not caplog.records
+    sample(tile_size=4)
+    assert "tile_size=4: tiles are smaller than the trained pictures, which have 8" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -180,7 +221,10 @@ def test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps():
         ),
         ({"image": IMAGE, "mask": MASK * 255}, r"mask: values in \[0, 255\], expected \[0, 1\]"),
         ({"mask": MASK}, "mask says where an image is made anew: give image, too"),
-        ({"z_T": np.zeros((2, 4, 4, 3))}, r"z_T has shape \(2, 4, 4, 3\), expected \(2, 8, 8, 3\)"),
+        (
+            {"z_T": np.zeros((2, 4, 4, 3)), "image_size": (8, 8)},
+            r"z_T has shape \(2, 4, 4, 3\), expected \(2, 8, 8, 3\)",
+        ),
     ],
 )
 def test_bad_input_is_one_line(options, message):

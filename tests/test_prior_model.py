@@ -245,6 +245,7 @@ BAD = [
     ({"top_k": -1}, r"top_k must lie in \[1, inf\), got -1"),
     ({"negative_prompts": ["a"]}, "negative_prompts is for denoisers"),
     ({"z_T": np.zeros((2, 4, 4, 2))}, "z_T is for denoisers"),
+    ({"adapters": [(None, 1.0)]}, "adapters is for denoisers"),
     ({"image": np.zeros((1, 8, 8, 3))}, "image needs mask: a prior draws the codes of the hole"),
     ({"image_size": (4, 8)}, "a picture of 2×4 codes is smaller than the prior's window of 4×4"),
     ({"causal": False, "image_size": (8, 16)}, "a masked prior draws 4×4 codes, no 4×8"),

@@ -316,6 +316,7 @@ SCALES = "test_answers.py::test_the_guided_answer_is_decoded"
 CLASSES = f"{ANSWERS}classes_and_their_null"
 TILES = "test_model.py::test_large_pictures_are_made_in_tiles"
 HOLE = "test_model.py::test_inpainting_keeps_every_pixel_outside_the_hole_and_reports_its_steps"
+WEIGHTS = "test_prompts.py::test_weights_reach_the_pictures_and_plain_prompts_stay_as_they_are"
 PULLS = "test_conditions.py::test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named"
 DRAWS = "test_prior_model.py::test_an_option_of_a_prior_changes_the_pictures"
 LOGITS = "test_prior_model.py::test_logits_of_codes_under_a_condition"
@@ -340,6 +341,7 @@ ARGUMENTS = {
         "batch_size": BATCHES,
         "mode": BATCHES,
         "progress": HOLE,
+        "prompt_weights": WEIGHTS,
         "preview": f"{ANSWERS}previews_are_estimates_of_the_latents",
     },
     "logits": {"codes": LOGITS, "conditioning": LOGITS},
@@ -350,6 +352,7 @@ ARGUMENTS = {
         "class_labels": CLASSES,
         "image_size": f"{ANSWERS}a_condition_has_the_size_of_the_picture",
         "rng": TOLD,
+        "prompt_weights": "test_prompts.py::test_a_condition_has_the_weights",
         "given": TOLD,
     },
 }
@@ -375,7 +378,7 @@ FLAGS = {
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),
                 *("low_res", "noise_level", "depth", "neighbours", "image_embedding"),
                 *("original_size", "crop_top_left", "target_size", "aesthetic_score"),
-                *("progress", "batch_size"),
+                *("progress", "batch_size", "height", "width", "prompt_weights"),
             ),
             CALL.format("sample"),
         ),

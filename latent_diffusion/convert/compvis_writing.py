@@ -69,7 +69,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("there is nothing to save: the model is empty")
         return tensors, first_stage
     if bundle.diffusion["zero_terminal_snr"]:
-        raise ValueError("the original's code has no zero_terminal_snr; save it as diffusers")
+        raise ValueError("the original's code has no zero_terminal_snr; save it as orbax")
     lookup(BETAS, bundle.diffusion["schedule"], "schedule of the original")
     predictions = dict.fromkeys(PARAMETERIZATIONS)
     lookup(predictions, bundle.diffusion["prediction"], "prediction of the original")

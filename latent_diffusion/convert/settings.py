@@ -190,5 +190,5 @@ def check_groups(module: Any) -> None:
     if module.num_groups != 32:
         raise ValueError(
             f"the original's code has 32 groups in every norm, this model {module.num_groups}; "
-            "save it as diffusers"
+            "save it as orbax"
         )

@@ -122,7 +122,7 @@ def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     if (module.num_heads, module.head_dim) != (8, 64) and module.depth:
         raise ValueError(
             "the original's text transformer has 8 heads of 64 channels, this model "
-            f"{module.num_heads} of {module.head_dim}; save it as diffusers"
+            f"{module.num_heads} of {module.head_dim}; save it as orbax"
         )
     params = YAML.write(module)
     return {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}

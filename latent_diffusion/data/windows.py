@@ -22,12 +22,13 @@ def resize(
 
 
 def fit(
-    image: UInt8[np.ndarray, "H W C"], height: int, width: int, mask: bool = False
+    image: UInt8[np.ndarray, "H W C"], size: tuple[int, int], mask: bool = False
 ) -> UInt8[np.ndarray, "h w C"]:
-    """The largest part in the middle that has the shape of height × width, brought to this size.
+    """The largest part in the middle that has the shape of size (height, width), resized to it.
 
     mask: each pixel takes the nearest value.
     """
+    height, width = size
     scale = max(height / image.shape[0], width / image.shape[1])
     top, left = (image.shape[0] - height / scale) / 2, (image.shape[1] - width / scale) / 2
     box = (left, top, image.shape[1] - left, image.shape[0] - top)

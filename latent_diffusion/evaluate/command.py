@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.convert.clip import Clip, load_clip
+from latent_diffusion.data.captions import read_lines
 from latent_diffusion.evaluate import SAMPLING, generate, reconstruction, scores
 from latent_diffusion.evaluate.collect import cache_folder, collect_features
 from latent_diffusion.evaluate.features import make_features, with_clip
@@ -104,12 +105,13 @@ def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> 
     scores.check_metrics(metrics, options["features"])
     clip = _clip(options) if "clip" in metrics else None
     net: Any = _features(options) if set(metrics) - set(scores.WITHOUT_FEATURES) else None
-    reference, reference_name = _reference(options, cache, config, net)
     if config is None:
         images = open_images(options["samples"], options["image_size"])
     else:
         images = _samples_of_model(options, config)
     count = _count(options, images)
+    scores.check_counts(metrics, count)
+    reference, reference_name = _reference(options, cache, config, net)
     captions = None if clip is None else _captions(options, images, count)
     both: Any = net if clip is None else with_clip(net, clip)
     nets = {"features": both.name, "clip_path": None if clip is None else options["clip_path"]}
@@ -139,7 +141,7 @@ def _captions(options: Options, images: ImageSet, count: int) -> list[str]:
         return images.captions(count)
     path = Path(options["samples"] or "")
     path = (path if path.is_dir() else path.parent) / "prompts.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_lines(path) if path.is_file() else []
     if len(lines) < count:
         raise ValueError(
             f"clip needs a caption for each of {count} pictures; {path} has {len(lines)}"
@@ -180,6 +182,7 @@ def _reference(
         real = generate.of_data(config, options["split"] or "train")
     else:
         real = open_images(spec, options["image_size"])
+    scores.check_counts([metric for metric in metrics if metric in scores.OF_POINTS], real.count)
     collect = functools.partial(collect_features, net=net)
     arrays = _collected(options, cache, "reference", real, real.count, collect)
     return scores.Reference(features=arrays["features"]), real.name

@@ -174,9 +174,9 @@ def load_inception_params(path: str | Path | None) -> Params:
     """
     if not path or not Path(path).is_file():
         raise ValueError(
-            f"no Inception weights at {str(path)!r}: FID, KID, IS and precision/recall need "
-            f"{WEIGHTS_FILE} (a release asset of pytorch-fid and of torch-fidelity), or its "
-            "safetensors; without it, choose other features"
+            f"no Inception weights{f' at {path}' if path else ''}: fid, kid, is, pr and dc need "
+            f"--features_path={WEIGHTS_FILE} (a release asset of pytorch-fid and of "
+            "torch-fidelity), or its safetensors; or choose --features=alexnet"
         )
     theirs = {name: tensor.read() for name, tensor in open_tensors(path).tensors.items()}
     flat: dict[tuple[str, ...], np.ndarray] = {}

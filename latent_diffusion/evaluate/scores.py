@@ -4,16 +4,18 @@ Results over the features of `inception` are called `fid`, `kid`, `precision` ..
 other net is appended: `fd_alexnet`, `kd_alexnet`, `precision_alexnet`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from latent_diffusion.evaluate.clip_score import measure_clip_score
+from latent_diffusion.evaluate.frechet import MIN_IMAGES as FRECHET
 from latent_diffusion.evaluate.frechet import Gaussian, gaussian, measure_frechet
-from latent_diffusion.evaluate.inception_score import measure_inception_score
+from latent_diffusion.evaluate.inception_score import SPLITS, measure_inception_score
+from latent_diffusion.evaluate.kernel import MIN_IMAGES as KERNEL
 from latent_diffusion.evaluate.kernel import measure_kernel
-from latent_diffusion.evaluate.measured import Measured
+from latent_diffusion.evaluate.measured import Measured, check_count
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
 from latent_diffusion.types import lookup
 
@@ -83,6 +85,9 @@ METRICS: dict[str, Metric] = {
         "clip_score": measure_clip_score(arrays["clip"], arrays["captions"])
     },
 }
+MINIMUM = {"fid": FRECHET, "fd": FRECHET, "kid": KERNEL, "kd": KERNEL, "is": SPLITS}
+MINIMUM |= {"pr": 5, "dc": 7, "clip": 2}  # pr and dc: a picture, its k neighbours, and one more
+OF_POINTS = ("kid", "kd", "pr", "dc")  # they need as many reference images
 DEFAULT = ["fd", "pr"]
 INCEPTION_ONLY = ("fid", "kid", "is")
 WITHOUT_REFERENCE = ("is", "clip")
@@ -98,6 +103,12 @@ def check_metrics(metrics: list[str], net: str) -> None:
             raise ValueError(
                 f"{metric} means Inception features, not {net!r}{other.get(metric, '')}"
             )
+
+
+def check_counts(metrics: Sequence[str], count: int) -> None:
+    """Raise ValueError, before the work, for a metric that needs more than `count` images."""
+    for metric in metrics:
+        check_count(metric, count, MINIMUM[metric])
 
 
 def score(

@@ -38,11 +38,13 @@ def check_names(conditioner: Conditioner, given: Mapping[str, Any]) -> None:
 
 
 def size_of(given: Mapping[str, Any], f: int) -> tuple[int, int] | None:
-    """Height and width of the picture that the conditions imply, or None.
+    """Height and width of the picture that is implied, or None.
 
-    f: pixels for each position of the latent.
+    given: conditions, `z_T`, and `known`, the picture to start from. f: pixels for each position of
+    the latent.
     """
-    for name, factor in (("segmentation", 1), ("mask", 1), ("low_res", f)):
+    sized = (("segmentation", 1), ("mask", 1), ("low_res", f), ("z_T", f), ("known", 1))
+    for name, factor in sized:
         if given.get(name) is not None:
             shape = np.shape(given[name])
             where = -2 if name == "segmentation" else -3
@@ -53,16 +55,16 @@ def size_of(given: Mapping[str, Any], f: int) -> tuple[int, int] | None:
 
 def batch_of(
     conditioner: Conditioner,
-    tokenize: Callable[[Sequence[str]], np.ndarray],
+    tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]],
     given: Mapping[str, Any],
     size: tuple[int, int],
     latent_size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
     """The batch entries [N ...] that a conditioner reads.
 
-    given: conditions by name. tokenize: turns prompts into tokens. size, latent_size: (height,
-    width) of the picture and of its latent. Raises ValueError for conditions that the model doesn't
-    have, lacks, or can't read.
+    given: conditions by name. tokenize: turns prompts into `tokens` and so on. size, latent_size:
+    (height, width) of the picture and of its latent. Raises ValueError for conditions that the
+    model doesn't have, lacks, or can't read.
     """
     given = _with_defaults(conditioner, given, size)
     check_names(conditioner, given)
@@ -77,7 +79,7 @@ def batch_of(
     for key, part in parts.items():
         value = given[argument(key)]
         if key == "tokens":
-            batch[key] = tokenize(texts("prompts", value))
+            batch |= tokenize(texts("prompts", value))
         else:
             batch[key] = _READERS[key](part, value, size, latent_size)
     return _of_one_length(batch)

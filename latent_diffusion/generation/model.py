@@ -15,6 +15,7 @@ from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.generation import adapters as adapting
 from latent_diffusion.generation import codes, conditions, guides, program
+from latent_diffusion.generation.prompts import Tokenize, beside, make_tokenize
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import FirstStage
@@ -91,22 +92,30 @@ class Model(flax.struct.PyTreeNode):
         """Images from places in the codebook."""
         return _apply(self._need("first_stage"), "decode_indices", indices)
 
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """Height and width of the pictures of training, in pixels."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
     def condition(
         self,
         prompts: str | Sequence[str] | None = None,
         class_labels: int | Sequence[int] | None = None,
         *,
+        prompt_weights: bool = False,
         image_size: tuple[int, int] | None = None,
         rng: jax.Array | None = None,
         **given: Any,
     ) -> Conditioning:
         """The conditioning for conditions of the model, as in `sample`, an example for each.
 
-        given: other conditions, `image` and `mask` among them. rng: of the noise that some
-        conditions get; `sample` with the same rng adds the same noise.
+        prompt_weights, given: as in `sample`, `image` and `mask` among them. rng: of the noise that
+        some conditions get; `sample` with the same rng adds the same noise.
         """
         given |= {"prompts": prompts, "class_labels": class_labels}
-        batch, size = self._conditions(given, image_size)
+        tokenize = make_tokenize(self, prompt_weights, prompts)
+        batch, size = self._conditions(given, image_size, tokenize)
         count = len(next(iter(batch.values()), np.zeros(1)))
         keys = None if rng is None else sampling_keys(example_keys(rng, count)).conditions
         entries: Any = {key: jnp.asarray(value) for key, value in batch.items()}
@@ -136,6 +145,7 @@ class Model(flax.struct.PyTreeNode):
         num_images: int = 1,
         negative_prompts: str | Sequence[str] | None = None,
         more_prompts: Sequence[tuple[str, float | int]] = (),
+        prompt_weights: bool = False,
         image: Array | np.ndarray | None = None,
         mask: Array | np.ndarray | None = None,
         z_T: Float[Array | np.ndarray, "B h w c"] | None = None,
@@ -162,8 +172,8 @@ class Model(flax.struct.PyTreeNode):
         """Images [N H W C] in [-1, 1]: `num_images` for each condition, condition-major.
 
         Image i depends on rng and i alone, not on batch_size or devices. z_T: start noise [N h w c]
-        instead of fresh noise. image_size: (H, W), by default that of the conditions or of trained
-        images. batch_size: how many images are sampled at once, at most.
+        instead of fresh noise. image_size: (H, W), by default that of the conditions, of z_T or of
+        `image`, or of trained images. batch_size: how many images are sampled at once, at most.
 
         Conditions: a model takes those that it was trained with, and needs each of them: `prompts`,
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
@@ -176,17 +186,19 @@ class Model(flax.struct.PyTreeNode):
 
         Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
         one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
-        of weight 1; a negative weight steers away. `image` [N H W C] in [-1, 1], one for all or one
-        for each image made, of which the option `strength` says how much is made anew, or `mask`
-        [N H W 1] where: 1 is a hole, around which pixels stay as they are. `classifier` (see
-        `load_classifier`), which steers toward `classifier_labels`; `target` [N h w C], which
-        pictures become when they are reduced to its size (App. C of the paper). `adapters`: pairs
-        of an adapter (see `load_adapter`) and its weight, or weights by prefixes of diffusers'
-        names such as "unet.up_blocks"; the sum of their changes is added for this call, whatever
-        the weights with one compilation.
+        of weight 1; a negative weight steers away. `prompt_weights`: all these texts are read with
+        `(word:1.3)`, `[word]` and `BREAK` (docs/samplers.md), and may have any length; for CLIP's
+        text encoders. `image` [N H W C] in [-1, 1], one for all or one for each image made, of
+        which the option `strength` says how much is made anew, or `mask` [N H W 1] where: 1 is a
+        hole, around which pixels stay as they are. `classifier` (see `load_classifier`), which
+        steers toward `classifier_labels`; `target` [N h w C], which pictures become when they are
+        reduced to its size (App. C of the paper). `adapters`: pairs of an adapter (see
+        `load_adapter`) and its weight, or weights by prefixes of diffusers' names such as
+        "unet.up_blocks"; the sum of their changes is added for this call, whatever the weights
+        with one compilation.
 
-        A prior takes `image` with `mask` alone, whose hole it draws anew, and draws pictures larger
-        than the trained ones through windows.
+        Of these, a prior takes `prompt_weights`, and `image` with `mask`, whose hole it draws anew;
+        it draws pictures larger than the trained ones through windows.
 
         options: see `process.options.SamplingOptions` and docs/samplers.md, and of a prior
         `PriorOptions` and docs/priors.md; those that aren't given are the model's `defaults`.
@@ -201,11 +213,12 @@ class Model(flax.struct.PyTreeNode):
         given |= {"original_size": original_size, "crop_top_left": crop_top_left}
         given |= {"target_size": target_size, "aesthetic_score": aesthetic_score}
         if self.prior is not None:
-            if adapters:
-                raise ValueError("a prior takes no adapters")
-            examples, size = self._conditions(given, image_size)
+            tokenize = make_tokenize(self, prompt_weights, prompts)
+            known = {"mask": mask, "known": image}
+            examples, size = self._conditions(given, image_size, tokenize, **known)
             batch = conditions.repeated(examples, num_images)
             call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
+            call |= {"adapters": tuple(adapters)}
             call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
             call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
             window = min(self.trained_size) // self._downsampling()
@@ -220,23 +233,36 @@ class Model(flax.struct.PyTreeNode):
 
         pictures = {"image": image, "mask": mask}  # conditions of some models
         given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
-        examples, size = model._conditions(given, image_size)
+        hole, strength = None if "mask" in given else mask, options.get("strength")
+        starts = "image" not in given or hole is not None or strength is not None
+        known = {"mask": mask, "z_T": z_T, "known": image if starts else None}
+        more_texts = [text for text, _ in more_prompts]
+        tokenize = make_tokenize(model, prompt_weights, prompts, negative_prompts, more_texts)
+        examples, size = model._conditions(given, image_size, tokenize, **known)
         batch = conditions.repeated(examples, num_images)
         total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
         latent = (*self._latent_size(size), first_stage.module.latent_channels)
 
-        hole, strength = None if "mask" in batch else mask, options.get("strength")
-        if "image" not in batch or hole is not None or strength is not None:
+        if starts:
             shape = (*size, channels)
             batch |= conditions.known_image(image, hole, strength is not None, shape, total)
-        batch |= model._texts(negative_prompts, more_prompts, num_images, total)
+        batch |= beside(tokenize, negative_prompts, more_prompts, num_images, total)
         guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         if z_T is not None:
             batch["z_T"] = conditions.array("z_T", z_T, (total, *latent))
 
+        trained = min(self.trained_size)
+        if chosen.tile_size is not None and chosen.tile_size < trained:
+            log.warning(
+                "tile_size=%d: tiles are smaller than the trained pictures, which have %d pixels",
+                *(chosen.tile_size, trained),
+            )
         mode = parallel.resolve_mode(mode)
         adapted, weights = adapting.bound(self, adapters, mode)
+        if hasattr(chosen.progress, "total"):
+            evaluations = program.num_evaluations(denoiser.schedule, timesteps, chosen)
+            chosen.progress.total = evaluations * program.num_calls(total, batch_size, mode)
         networks = {
             "adapters": adapted,
             **program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode),
@@ -272,34 +298,9 @@ class Model(flax.struct.PyTreeNode):
         conditioner: Conditioner = self._conditioned().conditioner
         return conditioner
 
-    @property
-    def trained_size(self) -> tuple[int, int]:
-        """Height and width of the pictures of training, in pixels."""
-        size = self.image_size
-        return size if isinstance(size, tuple) else (size, size)
-
     def _conditioned(self) -> Any:
         """The prior or the denoiser, which draws by conditions."""
         return self.prior or self._need("denoiser")
-
-    def _texts(
-        self,
-        negative: str | Sequence[str] | None,
-        more: Sequence[tuple[str, float | int]],
-        num_images: int,
-        total: int,
-    ) -> dict[str, np.ndarray]:
-        """The batch entries of negative and of further prompts: tokens."""
-        tokens = {f"more_{i}": self._tokens([text]) for i, (text, _) in enumerate(more)}
-        if negative is not None:
-            texts, prompts = conditions.texts("negative_prompts", negative), total // num_images
-            if len(texts) not in (1, prompts):
-                raise ValueError(
-                    f"{len(texts)} negative_prompts for {prompts} prompts; "
-                    "give one for all, or one for each"
-                )
-            tokens["negative"] = self._tokens(texts)
-        return {name: np.repeat(rows, total // len(rows), 0) for name, rows in tokens.items()}
 
     def _downsampling(self) -> int:
         """f; 8, the most common, where there is no first stage."""
@@ -313,23 +314,21 @@ class Model(flax.struct.PyTreeNode):
         return size[0] // f, size[1] // f
 
     def _conditions(
-        self, given: Mapping[str, Any], image_size: tuple[int, int] | None
+        self,
+        given: Mapping[str, Any],
+        image_size: tuple[int, int] | None,
+        tokenize: Tokenize,
+        **sized: Any,
     ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """The batch entries that the conditioner reads, and the size of the picture."""
+        """The batch entries that the conditioner reads, and the size of the picture.
+
+        sized: other arguments of the call that imply the size, see `conditions.size_of`.
+        """
         conditioner = self.conditioner
-        implied = conditions.size_of(given, self._downsampling())
+        implied = conditions.size_of({**given, **sized}, self._downsampling())
         size = image_size or implied or self.trained_size
         latent = self._latent_size(size)
-        return conditions.batch_of(conditioner, self._tokens, given, size, latent), size
-
-    def _tokens(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts as the model's tokenizer writes them; words that it doesn't know are named."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: load it with tokenizer=PATH")
-        for prompt in prompts:
-            if unknown := self.tokenizer.unknown_words(prompt):
-                log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))
-        return self.tokenizer(list(prompts))
+        return conditions.batch_of(conditioner, tokenize, given, size, latent), size
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "overlap"))

@@ -12,6 +12,10 @@ from latent_diffusion.convert.adapters import adapted
 from latent_diffusion.generation import guides
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.process.guidance import paste
+from latent_diffusion.process.options import SamplingOptions
+from latent_diffusion.process.plan import own_options
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.process.tiling import tiled
 from latent_diffusion.rng import keys_of_examples, sampling_keys
 from latent_diffusion.runtime import parallel
@@ -62,6 +66,7 @@ def run(
         part = parallel.process_rows({key: value[index] for key, value in batch.items()}, mode)
         images.append(step(leaves, planned, part, rng))
         _check_finite(images[-1], start, networks)
+    jax.effects_barrier()  # the last calls of `progress` and `preview` may be under way
     return np.concatenate(images)[:total]
 
 
@@ -76,6 +81,19 @@ def batch_rows(total: int, batch_size: int, parts: int) -> int:
     largest, needed = -(-batch_size // parts), -(-total // parts)
     sizes = [largest, *(4**k for k in reversed(range(16)) if 4**k < largest)]
     return parts * min(sizes, key=lambda size: -(-needed // size) * (size + 1))
+
+
+def num_evaluations(schedule: NoiseSchedule, timesteps: Timesteps, options: SamplingOptions) -> int:
+    """How often one batch evaluates the network."""
+    if len(timesteps) == 1:
+        return 0
+    return len(SAMPLERS[options.sampler].table(schedule, timesteps, **own_options(options)).t)
+
+
+def num_calls(total: int, batch_size: int, mode: str) -> int:
+    """How often `progress` is called at each evaluation of `total` images: by batch and device."""
+    rows = batch_rows(total, batch_size, parallel.num_parts(mode))
+    return -(-total // rows) * (jax.local_device_count() if mode == "pmap" else 1)
 
 
 def decoded(first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] | None) -> jax.Array:
@@ -128,8 +146,9 @@ def _sample(
     prepared = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
 
     def condition(tokens: str = "tokens", drop: bool = False) -> Any:
-        entries = {**prepared, "tokens": prepared[tokens]} if tokens in prepared else prepared
-        return denoiser.condition(entries, jnp.full(size, drop))
+        names = {"tokens": tokens, "tokens_weights": f"{tokens}_weights"}
+        own = {key: prepared[name] for key, name in names.items() if name in prepared}
+        return denoiser.condition({**prepared, **own}, jnp.full(size, drop))
 
     hole, picture = batch.get("hole"), batch.get("known")
     tile = tile_of_latent(options.tile_size, options.tile_overlap, f)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from latent_diffusion.data import pictures, windows
+from latent_diffusion.data.captions import read_lines
+from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.loading import load
 from latent_diffusion.rng import seed_key
@@ -24,7 +27,7 @@ def read_prompts(prompts: str | None, prompts_file: str | None) -> list[str] | N
     if prompts is not None:
         return [prompt.strip() for prompt in prompts.split(";")]
     if prompts_file is not None:
-        return Path(prompts_file).read_text(encoding="utf-8").splitlines()
+        return read_lines(Path(prompts_file))
     return None
 
 
@@ -47,34 +50,40 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
         raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
 
 
-def read_picture(path: str | None, mode: str) -> np.ndarray | None:
-    """[1 H W 3] in [-1, 1] from a picture ("RGB"), or [1 H W 1] of 0 and 1 from a mask ("L")."""
-    if path is None:
-        return None
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert(mode), np.float32)[None]
-    return pixels / 127.5 - 1 if mode == "RGB" else (pixels[..., None] > 127).astype(np.float32)
+def read_picture(path: str | None) -> np.ndarray | None:
+    """[1 H W 3] in [-1, 1] from the file of a picture."""
+    return None if path is None else to_float(pictures.read_image(path))[None]
 
 
-def progress_bar() -> Callable[[Any], None]:
+def read_map(path: str | None, kind: str) -> np.ndarray | None:
+    """[1 H W 1] from the file of a "mask" or of "depth", [1 H W] from one of classes ("levels")."""
+    read = {"mask": pictures.read_mask, "depth": pictures.read_depth}.get(
+        kind, pictures.read_levels
+    )
+    return None if path is None else read(path)[None]
+
+
+class ProgressBar:
     """A bar that counts the network's evaluations (of every device), for option `progress`."""
-    from tqdm import tqdm
 
-    bar = tqdm(unit=" evaluations", disable=False)  # asked for, whatever the environment
+    def __init__(self) -> None:
+        from tqdm import tqdm
 
-    def advance(t: Any) -> None:
-        bar.update()
+        # It was asked for, so it is shown in any environment.
+        self._bar = tqdm(unit=" evaluations", disable=False)
 
-    return advance
+    @property
+    def total(self) -> int | None:
+        """The number of evaluations, which `Model.sample` sets."""
+        return self._bar.total
 
+    @total.setter
+    def total(self, total: int) -> None:
+        self._bar.reset(total)
 
-def read_levels(path: str | None, channel: bool = False) -> np.ndarray | None:
-    """[1 H W] of the levels in a picture (palettes by their indices); with a last axis if asked."""
-    if path is None:
-        return None
-    with Image.open(path) as picture:
-        levels = np.asarray(picture if picture.mode in ("P", "L", "I") else picture.convert("L"))
-    return levels.astype(np.int32)[None, ..., None] if channel else levels.astype(np.int32)[None]
+    def __call__(self, t: Any) -> None:
+        """Count one evaluation."""
+        self._bar.update()
 
 
 def read_json(path: str | None) -> Any:
@@ -97,6 +106,33 @@ def read_array(path: str | None) -> np.ndarray | None:
         raise ValueError(f"{path}: no NumPy array: {error}") from error
 
 
+def _fitted(
+    keys: Sequence[str], size: tuple[int, int], options: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The picture to start from and its mask, cut in the middle and resized to `size` (H, W).
+
+    keys: batch entries that the model reads as conditions.
+    """
+    image, mask = options.get("image"), options.get("mask")
+    varied = "image" in keys and "mask" not in keys  # a condition of any size, unless it is changed
+    if image is None or (varied and mask is None and options.get("strength") is None):
+        return {}
+    given = image.shape[1:3]
+    if mask is not None and mask.shape[1:3] != given:
+        pixels = [f"{shape[1]}×{shape[0]}" for shape in (mask.shape[1:3], given)]
+        raise ValueError(f"--mask has {pixels[0]} pixels, but --image has {pixels[1]}")
+    if given != size and jax.process_index() == 0:
+        print(
+            f"--image has {given[1]}×{given[0]} pixels: its middle is resized to "
+            f"{size[1]}×{size[0]} (--width, --height)"
+        )
+    fitted = {"image": to_float(windows.fit(to_uint8(image)[0], size))[None]}
+    if mask is not None:
+        whole = windows.fit((255 * mask[0]).astype(np.uint8), size, mask=True)
+        fitted["mask"] = (whole[None] > 127).astype(np.float32)
+    return fitted
+
+
 def sample_to_disk(
     path: str | Path,
     out: Path,
@@ -108,21 +144,33 @@ def sample_to_disk(
     tokenizer: str | None = None,
     lora: Mapping[str, float] | None = None,
     adapters: Sequence[tuple[str, float]] = (),
+    height: int | None = None,
+    width: int | None = None,
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`.
-    Process 0 alone writes and prints.
+    tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`. height, width: of
+    the images, each by default the trained side. An `image` to start from, and its `mask`, are cut
+    in their middle and resized to this size. Process 0 alone writes and prints.
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     own = {name: value for name, value in options.items() if not callable(value)}
     own |= {"adapters": [list(entry) for entry in adapters]}
-    own |= {"tokenizer": tokenizer, "lora": {str(k): v for k, v in (lora or {}).items()}}
+    own |= {
+        "height": height,
+        "width": width,
+        "tokenizer": tokenizer,
+        "lora": {str(k): v for k, v in (lora or {}).items()},
+    }
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
     model = load(path, tokenizer=tokenizer, lora=lora)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
+    size = (height or model.trained_size[0], width or model.trained_size[1])
+    if height or width:
+        options["image_size"] = size
+    options |= _fitted(model.conditioner.keys, size, options)
     start = time.perf_counter()
     images = to_uint8(model.sample(rng, prompts, class_labels, num_images=num_images, **options))
     seconds = time.perf_counter() - start

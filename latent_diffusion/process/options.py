@@ -233,7 +233,11 @@ class SamplingOptions:
         None, int, "pixels that tiles share; else a quarter", range="[0, inf)", needs="tile_size"
     )
     progress: Any = _choice(
-        None, object, "`progress(t)` is called before each evaluation of the network", flag=False
+        None,
+        object,
+        "`progress(t)` is called before each evaluation of the network; its attribute `total`, if "
+        "it has one, becomes the number of calls",
+        flag=False,
     )
     preview: Any = _choice(
         None, object, "`preview(t, z_0)` is called with each estimate of z_0", flag=False

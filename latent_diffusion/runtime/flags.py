@@ -2,12 +2,53 @@
 quick.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 
 flags.disclaim_key_flags()  # --help lists a flag with the command that defines it
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """`app.run` of a command with --config: whatever is wrong in its flags is said in one line."""
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest: list[str] = flags.FLAGS(argv)
+        config = flags.FLAGS["config"].value  # a file that can't be read fails where it is used
+        if config is not None:
+            config.is_locked  # noqa: B018
+        return rest
+    except (AttributeError, LookupError, TypeError) as error:
+        reason = _unknown_field(argv) or str(error)
+    except (ValueError, OSError, flags.Error) as error:
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        if isinstance(error, OSError):
+            reason = f"--config: {reason}"
+    sys.exit(f"error: {reason}")
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """What is wrong with the first --config.NAME that the config doesn't have."""
+    files = [argument for argument in argv if argument.lstrip("-").startswith("config=")]
+    sys.argv = [argv[0], *files]  # where the config's flag looks for its fields
+    flags.FLAGS(sys.argv)
+    for argument in argv[1:]:
+        path = argument.lstrip("-").partition("=")[0]
+        part: Any = flags.FLAGS["config"].value
+        above = "the config"
+        for name in path.split(".")[1:] if path.startswith("config.") else ():
+            known = list(part) if hasattr(part, "keys") else []
+            if name.partition("[")[0] not in known:
+                return (
+                    f"--{path}: {above} has no field {name!r}; known: {', '.join(known) or 'none'}"
+                )
+            part, above = part[name.partition("[")[0]], name
+    return ""
 
 
 def cluster() -> Callable[[], None]:

@@ -1,11 +1,14 @@
 """The description of a run, without allocating it."""
 
+import json
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import settings
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.types import lookup
 
@@ -17,7 +20,9 @@ def dry_run(config: ConfigDict) -> str:
     batch, rng = batch_spec(config), jax.random.key(0)
     state, constants = jax.eval_shape(task.init, rng, batch)
     shardings = parallel.state_shardings(state, mode, mesh, config.parallel.rules)
-    lines = [str(config), parallel.describe(shardings.params, state.params)]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.flat(config).items()]
+    if mesh:
+        lines.append(parallel.describe(shardings.params, state.params))
     for name, tree in task.components(state, constants).items():
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
         lines.append(f"{name:24s}{count / 1e6:10.2f} M")
@@ -25,7 +30,7 @@ def dry_run(config: ConfigDict) -> str:
     lines.append(
         f"mode {mode} on {jax.device_count()} devices, mesh {dict(mesh.shape) if mesh else '-'}"
     )
-    lines.append(f"bytes a device: state {used[0]:,}, constants {used[1]:,}, and activations")
+    lines.append(f"bytes a device: state {used[0]:,}, constants {used[1]:,}")
     flops = parallel.count_flops(task.train_step, state, constants, batch, rng)
     lines.append(
         f"{flops / 1e12:.4g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"

@@ -35,6 +35,7 @@ def load_constants(
         net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
         lpips = None if net == "none" else load_lpips_params(net, path or None)
         return constants if lpips is None else constants.replace(lpips=lpips)
+    log.info("first stage: %s", run or config.first_stage.path or "none, the pictures themselves")
     if config.task == "classifying" or run is not None:  # a denoiser's workdir has the scale, too
         origin = Path(config.first_stage.path) if run is None else run
         first_stage = kept.load_first_stage(origin, constants.first_stage.module)

@@ -61,7 +61,8 @@ CLIP_TEXT = dict(
 
 def make_clip_text(**own):
     torch.manual_seed(0)
-    return randomised(transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_TEXT, **own)))
+    config = transformers.CLIPTextConfig(**{**CLIP_TEXT, **own})
+    return randomised(transformers.CLIPTextModel(config))
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])

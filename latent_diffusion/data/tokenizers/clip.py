@@ -15,10 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from latent_diffusion.data.tokenizers.added import Words, with_added
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+from latent_diffusion.data.tokenizers.weights import parse
 from latent_diffusion.files.reading import read_gzip, read_json, read_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -128,6 +129,31 @@ class ClipTokenizer:
             end=self.empty[1:],
             join=_as_text,
         )
+
+    def chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """Tokens with their weights (see `weights`), in chunks that fit between start and end."""
+        chunks, room = [], self.max_length - 2
+        pieces_of = with_added(self.added, self._pieces)
+        for section in parse(prompt):
+            tokens = [(piece.id, weight) for text, weight in section for piece in pieces_of(text)]
+            chunks += [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
+        return chunks
+
+    def weighted(
+        self, prompts: Sequence[str], num_chunks: int
+    ) -> tuple[Int[np.ndarray, "N nL"], Float[np.ndarray, "N nL"]]:
+        """Token ids and weights of prompts of any length, in num_chunks rows of L each.
+
+        Start, end and padding have weight 1. Chunks that a prompt doesn't fill are empty prompts.
+        """
+        (start, end), shape = self.empty, (len(prompts), num_chunks, self.max_length)
+        tokens, weights = np.full(shape, self.pad_id, np.int32), np.ones(shape, np.float32)
+        tokens[:, :, 0], tokens[:, :, 1] = start, end
+        for i, prompt in enumerate(prompts):
+            for j, chunk in enumerate(self.chunks(prompt)):
+                tokens[i, j, 1 : len(chunk) + 2] = [*(token for token, _ in chunk), end]
+                weights[i, j, 1 : len(chunk) + 1] = [weight for _, weight in chunk]
+        return tokens.reshape(len(prompts), -1), weights.reshape(len(prompts), -1)
 
     def unknown_words(self, caption: str) -> list[str]:
         """No words: every text has bytes, and every byte has an id."""

@@ -1,6 +1,7 @@
 """Conditions that are drawn as maps of the latent's size: labels of pixels, words, objects."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ from latent_diffusion.nets.conditioners.null import zeros_where
 from latent_diffusion.nets.conditioners.text import sentences
 from latent_diffusion.nets.convolution import average_pool
 from latent_diffusion.nets.layers import Conv
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int
+from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int, Keys
 
 
 class SpatialRescaler(nn.Module):
@@ -60,6 +61,14 @@ class WordMap(nn.Module):
 
     keys = ("tokens",)
 
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Refuse a latent of another size than the maps'."""
+        _check_size("word_map", (self.height, self.width), size)
+        return batch
+
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         tokens, init = batch["tokens"], nn.initializers.normal(0.02)
@@ -87,6 +96,14 @@ class LayoutMap(nn.Module):
 
     keys = ("layout",)
 
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Refuse a latent of another size than the maps'."""
+        _check_size("layout_map", (self.height, self.width), size)
+        return batch
+
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         tokens = sentences("layout_map", batch, self.max_length)
@@ -110,6 +127,15 @@ class LayoutMap(nn.Module):
         """The (x, y) in [0, 1] that a token of a place stands for."""
         side = math.isqrt(self.vocab_size)
         return jnp.stack([token % side, token // side], -1) / (side - 1)
+
+
+def _check_size(name: str, own: tuple[int, int], size: tuple[int, ...]) -> None:
+    if own != tuple(size):
+        raise ValueError(
+            f"{name} has maps of {own[0]}×{own[1]}, but the latent is {size[0]}×{size[1]}: a "
+            "trained model draws pictures of its size alone; a new one needs "
+            f"conditioners.{name}.height={size[0]} and conditioners.{name}.width={size[1]}"
+        )
 
 
 def _covered(

@@ -1,0 +1,67 @@
+r"""Prompts with weights, as Stable Diffusion's user interfaces write them.
+
+`(words)` multiplies the weight of what it encloses by 1.1 and `[words]` divides it by 1.1;
+`(words:1.3)` multiplies it by 1.3. Brackets nest; one that is never closed reaches to the end.
+`\(`, `\)`, `\[`, `\]` and `\\` are literal. `BREAK` ends a section of the prompt.
+"""
+
+import re
+
+STEP = 1.1
+_SIGNS = re.compile(
+    r"(?P<literal>\\[()\[\]\\])|(?P<weight>:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\))|(?P<sign>[()\[\]])"
+    r"|(?P<section>\s*\bBREAK\b\s*)"
+)
+Fragment = tuple[str, float]  # a text and its weight
+
+
+def parse(prompt: str) -> list[list[Fragment]]:
+    """The sections of a prompt, each as texts with their weights."""
+    texts, weights = [""], [1.0]  # the fragments; BREAK is one of them
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # where brackets begin
+
+    def add(text: str) -> None:
+        texts.append(text)
+        weights.append(1.0)
+
+    def close(kind: str, factor: float) -> None:
+        for i in range(opened[kind].pop(), len(texts)):
+            weights[i] *= factor
+
+    end = 0
+    for found in _SIGNS.finditer(prompt):
+        add(prompt[end : found.start()])
+        kind, text, end = found.lastgroup, found.group(), found.end()
+        if kind == "weight" and opened["("]:
+            close("(", float(text[1:-1]))
+        elif kind == "weight":
+            add(text)
+        elif kind == "literal":
+            add(text[1:])
+        elif kind == "section":
+            add("BREAK")
+        elif text in opened:
+            opened[text].append(len(texts))
+        elif opened["(" if text == ")" else "["]:
+            close(*(("(", STEP) if text == ")" else ("[", 1 / STEP)))
+        else:
+            add(text)
+    add(prompt[end:])
+    for kind, factor in (("(", STEP), ("[", 1 / STEP)):
+        while opened[kind]:
+            close(kind, factor)
+    return _joined(texts, weights)
+
+
+def _joined(texts: list[str], weights: list[float]) -> list[list[Fragment]]:
+    """Sections, in which neighbours of one weight are one text."""
+    sections: list[list[Fragment]] = [[]]
+    for text, weight in zip(texts, weights, strict=True):
+        section = sections[-1]
+        if text == "BREAK":
+            sections.append([])
+        elif section and section[-1][1] == weight:
+            section[-1] = (section[-1][0] + text, weight)
+        elif text:
+            section.append((text, weight))
+    return sections

@@ -1,0 +1,73 @@
+"""Prompts as batch entries: `tokens` [N L], and their weights where prompts have some."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.data.tokenizers import ClipTokenizer
+from latent_diffusion.generation import conditions
+from latent_diffusion.nets.conditioners.clip_text import ClipText
+
+log = logging.getLogger(__name__)
+Tokenize = Callable[[Sequence[str]], dict[str, np.ndarray]]
+
+
+def make_tokenize(model: Any, weighted: bool, *texts: str | Sequence[str] | None) -> Tokenize:
+    """The function that turns prompts into batch entries with the tokenizer of a `Model`.
+
+    weighted: whether prompts have weights, and any length. texts: all prompts of a call, which then
+    get equally many chunks. Raises ValueError where the model can't read weights.
+    """
+    tokenizer = model.tokenizer
+    if not weighted:
+        return lambda prompts: {"tokens": _tokens(tokenizer, prompts)}
+    readers = [part for part in model.conditioner.parts() if "tokens" in part.keys]
+    reads = [isinstance(part, ClipText) for part in readers]
+    if not (isinstance(tokenizer, ClipTokenizer) and reads and all(reads)):
+        raise ValueError("prompt_weights needs a model with CLIP's text encoder and tokenizer")
+    lists = [[text] if isinstance(text, str) else text or [] for text in texts]
+    lengths = [len(tokenizer.chunks(prompt)) for prompts in lists for prompt in prompts]
+    num_chunks = max(lengths, default=1)
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        tokens, weights = tokenizer.weighted(prompts, num_chunks)
+        return {"tokens": tokens, "tokens_weights": weights}
+
+    return tokenize
+
+
+def _tokens(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts as the tokenizer writes them; words that it doesn't know are named."""
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer: load it with tokenizer=PATH")
+    for prompt in prompts:
+        if unknown := tokenizer.unknown_words(prompt):
+            log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))
+    tokens: np.ndarray = tokenizer(list(prompts))
+    return tokens
+
+
+def beside(
+    tokenize: Tokenize,
+    negative: str | Sequence[str] | None,
+    more: Sequence[tuple[str, float | int]],
+    num_images: int,
+    total: int,
+) -> dict[str, np.ndarray]:
+    """The batch entries [total ...] of negative and of further prompts."""
+    written = {f"more_{i}": tokenize([text]) for i, (text, _) in enumerate(more)}
+    if negative is not None:
+        texts, prompts = conditions.texts("negative_prompts", negative), total // num_images
+        if len(texts) not in (1, prompts):
+            raise ValueError(
+                f"{len(texts)} negative_prompts for {prompts} prompts; "
+                "give one for all, or one for each"
+            )
+        written["negative"] = tokenize(texts)
+    return {
+        key.replace("tokens", name): np.repeat(rows, total // len(rows), 0)
+        for name, entry in written.items()
+        for key, rows in entry.items()
+    }
