@@ -1,5 +1,6 @@
 """Attention by blocks is attention: values and gradients, whatever the length and the dtype."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +75,39 @@ def test_blocks_keep_the_dtype_and_sum_in_float32():
     assert out.dtype == jnp.bfloat16
     exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, q, q)))
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
+
+
+def test_a_loop_over_blocks_is_the_blocks_by_the_same_parameters():
+    """Operation by operation exactly, and compiled but for rounding, with gradients; with
+    activations recomputed; and with keys and values made before."""
+    rng = np.random.default_rng(0)
+    fields = {"num_heads": 2, "head_dim": 2, "depth": 3, "num_groups": 2}
+    module = attention.SpatialTransformer
+    plain, loop = module(**fields), module(**fields, scan=True)
+    recomputed = nn.remat(module)(**fields, scan=True)
+    x = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
+    context = jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32)
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), x, context)
+    assert shapes == jax.eval_shape(loop.init, jax.random.key(0), x, context)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.5, s.shape), s.dtype), shapes)
+
+    def answer(block):
+        def loss(params):
+            out = block.apply(params, x, context)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    grads, out = answer(plain)
+    for block in (loop, recomputed):
+        got, seen = answer(block)
+        np.testing.assert_allclose(seen, out, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), got, grads)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(*(b.apply(params, x, context) for b in (plain, loop)))
+    _, known = loop.apply(params, x, context, mutable=["of_context"])
+    again = jax.jit(loop.apply)({**params, **known}, x, jnp.zeros_like(context))
+    np.testing.assert_allclose(again, out, rtol=1e-5)  # and the context isn't read any more
+    programs = [str(jax.make_jaxpr(block.apply)(params, x, context)) for block in (plain, loop)]
+    assert [program.count("scan[") for program in programs] == [0, 1]
+    assert [program.count("erfc") for program in programs] == [3, 1]  # a GELU for each block

@@ -104,6 +104,7 @@ PROGRAMS = {
     "unet.dropout": (DENOISER, "train_step", 0.1, {}),
     "unet.dtype": (DENOISER, "eval_step", "bfloat16", {}),
     "unet.legacy_qkv_order": (DENOISER, "eval_step", False, {"unet.transformer_depth": 0}),
+    "unet.scan": (DENOISER, "eval_step", True, {"unet.transformer_depth": 2}),
     "unet.middle_depth": (DENOISER, "eval_step", 2, {}),
     "unet.model_channels": (DENOISER, "eval_step", 16, {}),
     "unet.num_groups": (DENOISER, "eval_step", 2, {}),

@@ -1,5 +1,6 @@
 """Attention blocks of the autoencoder and the U-Net."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -235,6 +236,9 @@ class SpatialTransformer(nn.Module):
 
     Section 3.3 of Rombach et al. 2022. The projections are 1×1 convolutions, which on tokens are
     linear maps; released models store them as either.
+
+    scan: the blocks run as a loop, which is compiled once for all of them. Parameters keep their
+    names; the loop reads them from stacked copies.
     """
 
     num_heads: int
@@ -244,6 +248,7 @@ class SpatialTransformer(nn.Module):
     num_groups: int = 32
     attention: str = "auto"
     dtype: Any = None
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -251,17 +256,42 @@ class SpatialTransformer(nn.Module):
     ) -> Float[Array, "B H W C"]:
         h = _tokens(GroupNorm(self.num_groups, epsilon=1e-6, name="norm")(x))
         h = Dense(self.num_heads * self.head_dim, dtype=self.dtype, name="proj_in")(h)
-        for i in range(self.depth):
-            h = TransformerBlock(
-                self.num_heads,
-                self.head_dim,
-                self.self_attention,
-                self.attention,
-                self.dtype,
-                name=f"transformer_blocks_{i}",
-            )(h, context)
+        block = functools.partial(
+            TransformerBlock,
+            self.num_heads,
+            self.head_dim,
+            self.self_attention,
+            self.attention,
+            self.dtype,
+        )
+        names = [f"transformer_blocks_{i}" for i in range(self.depth)]
+        # Parameters, and keys and values of the context, are made under the blocks' own names.
+        making = self.is_initializing() or self.is_mutable_collection("of_context")
+        if self.scan and self.depth > 1 and not making:
+            h = self._scanned(block(parent=None), names, h, context)
+        else:
+            for name in names:
+                h = block(name=name)(h, context)
         h = Dense(x.shape[-1], zero_init=True, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
+
+    @nn.nowrap
+    def _scanned(
+        self,
+        block: TransformerBlock,
+        names: list[str],
+        h: Float[Array, "B L C"],
+        context: Float[Array, "B S D"] | None,
+    ) -> Float[Array, "B L C"]:
+        """`block` of h with the variables of one name after the other."""
+        kinds = {kind: tree for kind, tree in self.variables.items() if names[0] in tree}
+        of_blocks = [{kind: tree[name] for kind, tree in kinds.items()} for name in names]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_blocks)
+
+        def step(h: Array, variables: Any) -> tuple[Any, None]:
+            return block.apply(variables, h, context), None
+
+        return jax.lax.scan(step, h, stacked)[0]
 
 
 def attention_2d(attn_type: str, num_groups: int, attention: str, dtype: Any, name: str):

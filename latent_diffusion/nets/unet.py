@@ -83,6 +83,8 @@ class UNet(nn.Module):
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
     remat: a name of `nets.remat.REMAT`: the backward pass recomputes activations.
+    scan: deep transformers run as loops over their blocks, which compile in a fraction of the time
+    and read copies of the blocks' parameters.
     """
 
     out_channels: int = 4
@@ -107,6 +109,7 @@ class UNet(nn.Module):
     attention: str = "auto"
     dtype: Any = None
     middle_depth: int | None = None
+    scan: bool = False
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -174,6 +177,7 @@ class UNet(nn.Module):
             self.num_groups,
             self.attention,
             self.dtype,
+            self.scan,
             name=name,
         )
 

@@ -38,7 +38,7 @@ _WORDS = r"conditioner/(\w+/token_emb|word_map/embedding)/embedding"
 _FRESH = r"logvar|.*_guidance/kernel"
 # Fields of a module that its parameters don't depend on: the run's values stay.
 _OF_THE_RUN = {"attention", "axis_name", "dropout", "dtype", "name", "out_channels", "parent"}
-_OF_THE_RUN |= {"pool", "remat", "codebook_beta", "codebook_legacy", "codebook_ema_decay"}
+_OF_THE_RUN |= {"pool", "remat", "scan", "codebook_beta", "codebook_legacy", "codebook_ema_decay"}
 _OF_THE_RUN |= {"codebook_restart_below", "gumbel_kl_weight", "gumbel_straight_through"}
 _NOISE = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr", "prediction")
 

@@ -27,7 +27,7 @@ MAY_CHANGE = {
     r"(log|checkpoint|sampling)\..*": "training doesn't read them",
     r"parallel\..*": "checkpoints don't depend on devices",
     r"optimizer\.(?!name|frozen).*": "the optimiser's state serves any rates",
-    r"(unet|dit|autoencoder|transformer)\.(attention|dropout|dtype|remat)": (
+    r"(unet|dit|autoencoder|transformer)\.(attention|dropout|dtype|remat|scan)": (
         "the parameters are the same"
     ),
     r"autoencoding\.(\w+_weight|\w+_start|adversarial_ramp|disc_learning_rate|disc_loss|"
