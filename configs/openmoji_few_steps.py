@@ -20,12 +20,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.distillation.guidance_scales = (2.0, 2.0)
     c.first_stage.path = ""  # the teacher has one
     c.num_steps = 2000
+    c.distillation.distilled_steps = 20
 
     c.diffusion.loss = "pseudo_huber"
     c.diffusion.drop_rate = 0.0
     c.sampling.update({"sampler": "lcm", "spacing": "lcm", "num_steps": 4, "guidance_scale": 1.0})
 
-    c.optimizer.learning_rate = 5e-4
+    c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 50
     return default.apply_variant(
         c, variant, {"scales": scales, "guidance": guidance, "lora": lora, "smoke": smoke}

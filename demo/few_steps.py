@@ -1,0 +1,120 @@
+"""The table and the pictures of docs/few_steps.md: a distilled student beside its teacher.
+
+    python -m demo.few_steps --teacher=runs/demo/denoiser --student=runs/demo/few_steps
+
+Writes few_steps.json and few_steps.png into the student's workdir. Fréchet distances are of the
+features of AlexNet, between samples for captions of the test split and the training pictures; their
+standard errors are a jackknife's. The judge of `demo.judge` measures accuracies.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from demo import judge
+from demo.openmoji import HELD_OUT, PER_GROUP, SEEN, draw_with_prompts, training_captions
+from latent_diffusion import data
+from latent_diffusion.data import openmoji
+from latent_diffusion.evaluate import generate
+from latent_diffusion.evaluate.collect import collect_features
+from latent_diffusion.evaluate.features import make_features
+from latent_diffusion.evaluate.frechet import gaussian, measure_frechet
+from latent_diffusion.generation.loading import load
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.runtime.startup import quiet_and_cached
+
+SCALE = 2.0  # of the teacher's guidance
+SHOWN = (*SEEN[:5], *HELD_OUT[:3])
+BATCH = 128
+# name of a row -> who draws, and how
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "teacher, DDIM, 20 steps": ("teacher", {"sampler": "ddim", "num_steps": 20}),
+}
+for steps in (4, 2, 1):
+    ROWS |= {
+        f"student, {steps}": ("student", {"num_steps": steps}),
+        f"DDIM, {steps}": ("teacher", {"sampler": "ddim", "num_steps": steps}),
+        f"DPM++, {steps}": ("teacher", {"sampler": "dpm_solver_pp_2m", "num_steps": steps}),
+    }
+
+
+class Judged:
+    """The judge, the prompts that it asks for, and the right answers."""
+
+    def __init__(self, source: Any):
+        examples = [source[i] for i in range(len(source))]
+        images = np.stack([example["image"] for example in examples])
+        tones = np.array([openmoji.skin_tone(example["caption"]) for example in examples])
+        self._tone = judge.fit(images[tones >= 0], tones[tones >= 0])
+        self._group = judge.fit(images, np.array([e["class_label"] for e in examples]))
+        self._held_out = openmoji.held_out_combinations()
+        captions, self._groups = training_captions(examples, PER_GROUP)
+        self.prompts = [*self._held_out, *captions]
+
+    def accuracies(self, samples: np.ndarray) -> dict[str, float]:
+        """Of pictures of all prompts: of skin tones, and of groups."""
+        count = len(self._held_out)
+        tones = np.array([openmoji.skin_tone(prompt) for prompt in self._held_out])
+        of_tones = judge.balanced_accuracy(self._tone, samples[:count], tones)
+        groups = np.array(self._groups)
+        of_groups = judge.balanced_accuracy(self._group, samples[count:], groups)
+        return {"tone": of_tones, "group": of_groups}
+
+
+def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, float]]:
+    """Measure all rows and draw the pictures; returns the numbers by row."""
+    models = {"teacher": load(teacher), "student": load(student)}
+    config = workdir.load_config(teacher)
+    train, test = (data.make_source(config.data, split) for split in ("train", "test"))
+    judged, net, cache = Judged(train), make_features("alexnet"), student / "evaluations"
+    real = generate.of_data(config, "train")
+    reference = gaussian(
+        collect_features(real.read, real.count, net, cache / "few_steps_real")["features"]
+    )
+    numbers, drawn = {}, []
+    for row, (who, options) in ROWS.items():
+        model, options = models[who], dict(options)
+        if who == "teacher":
+            options |= {"guidance_scale": SCALE}
+        transform = data.make_transform(config.data, train=False)
+        conditions = generate.conditions_of(model, test, transform, count, 0)
+        made = generate.samples(model, conditions, count, 0, BATCH, **options)
+        folder = cache / f"few_steps_{''.join(filter(str.isalnum, row))}_{count}"
+        features = collect_features(made.read, count, net, folder)["features"]
+        distance = measure_frechet(features, reference, "fd_alexnet")
+        draw = {"batch_size": BATCH, **options}
+        model.sample(jax.random.key(1), judged.prompts, **draw)  # compiles
+        start = time.perf_counter()
+        samples = to_uint8(model.sample(jax.random.key(0), judged.prompts, **draw))
+        rate = len(samples) / (time.perf_counter() - start)
+        numbers[row] = {"fd": distance.value, "error": distance.error, "images_per_second": rate}
+        numbers[row] |= judged.accuracies(samples)
+        shown = to_uint8(model.sample(jax.random.key(2), SHOWN, **options))
+        drawn.append((row, shown))
+        print(row, {name: round(value, 4) for name, value in numbers[row].items()}, flush=True)
+    draw_with_prompts(drawn).save(student / "few_steps.png")
+    (student / "few_steps.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return numbers
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate; the rows are printed while they are measured."""
+    quiet_and_cached()
+    try:
+        evaluate(Path(TEACHER.value), Path(STUDENT.value), COUNT.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    TEACHER = flags.DEFINE_string("teacher", "runs/demo/denoiser", "The teacher's workdir.")
+    STUDENT = flags.DEFINE_string("student", "runs/demo/few_steps", "The student's workdir.")
+    COUNT = flags.DEFINE_integer("num_images", 2048, "Samples of each row.")
+    app.run(main)
