@@ -227,7 +227,7 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
     settings = bundle.notes.get("scheduler")
     if settings is None or scheduler.from_diffusers(settings)[0] != dict(bundle.diffusion):
-        settings = scheduler.to_diffusers(bundle.diffusion)
+        settings = scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None:

@@ -127,8 +127,18 @@ def _diffusion(settings: Mapping[str, Any]) -> Config:
     }
 
 
-def to_diffusers(diffusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a DDIM scheduler; ValueError where diffusers lacks the schedule."""
+def to_diffusers(
+    diffusion: Mapping[str, Any], sampling: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The configuration of a DDIM scheduler; ValueError where diffusers lacks the schedule.
+
+    sampling: the model's defaults, of which the sampler "lcm" makes an LCM scheduler.
+    """
+    if sampling is not None and sampling.get("sampler") == "lcm":
+        own = {"original_inference_steps": sampling.get("distilled_steps") or 50}
+        if (scaling := sampling.get("timestep_scaling")) is not None:
+            own["timestep_scaling"] = scaling
+        return {**to_diffusers(diffusion), "_class_name": "LCMScheduler", **own}
     curves = {ours: theirs for theirs, ours in _CURVES.items()}
     predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     return {
