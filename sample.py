@@ -17,6 +17,9 @@ MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
 ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
+CONTROL = flags.DEFINE_multi_string(
+    "control", [], "A control net, its hint, a weight: FILE:PICTURE:WEIGHT; repeatable."
+)
 OUT = flags.DEFINE_string("out", None, "Where the images go.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
@@ -64,7 +67,7 @@ connect = shared_flags.cluster()
 
 def main(argv: list[str]) -> None:
     """Read the flags; the work is `latent_diffusion.generation.sampling`."""
-    from latent_diffusion.convert.adapters import read_weights
+    from latent_diffusion.convert.adapters import read_pictured, read_weights
     from latent_diffusion.generation import sampling
     from latent_diffusion.runtime import processes
     from latent_diffusion.runtime.startup import quiet_and_cached
@@ -107,6 +110,7 @@ def main(argv: list[str]) -> None:
             tokenizer=TOKENIZER.value,
             lora=dict(read_weights(LORA.value)),
             adapters=read_weights(ADAPTER.value, "adapter"),
+            controls=[read_pictured(entry, "control") for entry in CONTROL.value],
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

@@ -35,6 +35,9 @@ class Conditioning:
     tokens: [B P] int32 in front of a prior's codes; token_maps: [B n h w] the same, of the size of
         the codes' grid.
     guidance: [B] guidance scales minus one, for a U-Net with `guidance_dim`.
+    residuals: of control nets, [B h w c] for each skip of the U-Net and for its middle: they join
+        the way up. features: of T2I-Adapters, the same places or None: they join the way down.
+    controls: inputs of the control nets of a `nets.control.Controlled`, which makes the residuals.
     """
 
     concat: jax.Array | None = None
@@ -43,6 +46,22 @@ class Conditioning:
     tokens: jax.Array | None = None
     token_maps: jax.Array | None = None
     guidance: jax.Array | None = None
+    residuals: tuple[jax.Array | None, ...] = ()
+    features: tuple[jax.Array | None, ...] = ()
+    controls: tuple["Control", ...] = ()
+
+
+@flax.struct.dataclass
+class Control:
+    """The input of a control net.
+
+    hint: [B h w F] the embedding of its picture. scales: [B n] factors of the n residuals.
+    window: [B 2] timesteps (as the network sees them) after which, and until which, it counts.
+    """
+
+    hint: jax.Array
+    scales: jax.Array
+    window: jax.Array
 
 
 def module_fields(config: Config) -> dict[str, Any]:

@@ -290,7 +290,7 @@ BAD = [
     ({f"{K}.boft_R": UP}, "BOFT isn't read"),
     ({f"{K}.on_input": UP, f"{K}.weight": UP}, "IA3 isn't read"),
     ({f"{K}.ia3_l": UP}, "IA3 isn't read"),
-    ({"controlnet_cond_embedding.conv_in.weight": UP}, "ControlNet isn't read"),
+    ({**PAIR, "lora_controlnet": UP}, "Control-LoRA isn't read"),
     ({**PAIR, "bundle_emb.x.string_to_param.*": UP}, "textual inversion within a LoRA isn't read"),
     ({"conv_in.weight": UP}, "is no LoRA: conv_in.weight"),
     ({"<word>": UP}, "this kind isn't merged; give it to sample"),

@@ -339,6 +339,7 @@ ARGUMENTS = {
         "tile_size": TILES,
         "tile_overlap": TILES,
         "adapters": ADAPTERS,
+        "controls": "test_control.py::test_weights_windows_and_blocks_are_inputs_of_one_program",
         "batch_size": BATCHES,
         "mode": BATCHES,
         "progress": HOLE,
@@ -373,7 +374,8 @@ FLAGS = {
     "sample": {
         **dict.fromkeys(
             (
-                *("workdir", "model", "tokenizer", "lora", "adapter", "out", "prompts"),
+                *("workdir", "model", "tokenizer", "lora", "adapter", "control", "out"),
+                "prompts",
                 *("prompts_file", "class_labels", "num_images", "seed"),
                 *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),

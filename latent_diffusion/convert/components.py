@@ -58,6 +58,8 @@ def read_component(path: Path, variant: str | None) -> Bundle:
     config = read_json(path / "config.json")
     with reading(path):
         name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
+        if name in ("ControlNetModel", "MultiAdapter", "T2IAdapter"):
+            raise ValueError(f"{path}: a {name} is no model: give it to load_adapter")
         read = lookup(COMPONENTS, name, f"component in {path}")
     weights, tensors = open_weights(path, variant)
     with reading(path):

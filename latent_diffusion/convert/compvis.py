@@ -22,6 +22,7 @@ from latent_diffusion.convert import (
     unet,
     unet_compvis,
 )
+from latent_diffusion.convert.adapters.control import is_control
 from latent_diffusion.convert.bundle import (
     Bundle,
     Part,
@@ -179,6 +180,8 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         return dit.read_dit(path, opened.tensors)
     if taming.MARK in opened.tensors:
         return taming.read_taming(path, opened.tensors, model.get("params") or {})
+    if is_control(opened.tensors):
+        raise ValueError(f"{path} is a control net, no model: give it to load_adapter")
     some = ", ".join(list(opened.tensors)[:3])
     raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
 

@@ -69,6 +69,9 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     }
     levels = 1 + len(resamplers)
     num_res_blocks = blocks // levels - 1
+    if not blocks:  # a control net has the way down alone
+        levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
+        num_res_blocks = count(tensors, "input_blocks.") // levels - 1
     channels = tensors["input_blocks.0.0.weight"].shape[0]
     firsts = [1 + level * (num_res_blocks + 1) for level in range(levels)]
     widths = [tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in firsts]

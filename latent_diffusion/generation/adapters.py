@@ -47,6 +47,8 @@ def checked(adapters: Sequence[Any]) -> list[tuple[Adapter, Any]]:
             raise ValueError(f"adapters are pairs (adapter, weight), not {str(entry)[:80]}")
         if not isinstance(entry[0], Adapter):
             raise ValueError(f"adapters come from load_adapter, not {str(entry[0])[:80]}")
+        if entry[0].argument != "adapters":
+            raise ValueError(f"{entry[0].path}: give this adapter as {entry[0].argument}=")
     return [(adapter, weight) for adapter, weight in adapters]
 
 

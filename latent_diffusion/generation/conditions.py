@@ -116,13 +116,14 @@ def _integers(name: str, value: Any, end: int) -> np.ndarray:
     return value.astype(np.int32)
 
 
-def _numbers(
+def numbers(
     name: str,
     value: Any,
     shape: tuple[int | None, ...],
     low: float | int = -np.inf,
     high: float | int = np.inf,
 ) -> np.ndarray:
+    """The value [N …] as float32; ValueError for another shape, or numbers beyond a range."""
     value = np.asarray(value, np.float32)
     value = _of_shape(name, value[None] if value.ndim == len(shape) else value, shape)
     if value.size and not (value.min() >= low and value.max() <= high):  # NaN fails too
@@ -183,7 +184,7 @@ def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
 def _image(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
     """A picture with holes has the size of the result; a picture that is varied has any size."""
     shape = (*size, 3) if "mask" in part.keys else (None, None, 3)
-    return _numbers("image", value, shape, -1, 1)
+    return numbers("image", value, shape, -1, 1)
 
 
 def _pixels(name: str, value: Any, low: int) -> np.ndarray:
@@ -203,16 +204,16 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "layout": lambda part, x, *_: _layout(part, x),
     "segmentation": lambda part, x, size, _: _segmentation(part, x, size),
     "image": lambda part, x, size, _: _image(part, x, size),
-    "mask": lambda part, x, size, _: _numbers("mask", x, (*size, 1), 0, 1),
-    "low_res": lambda part, x, _, latent: _numbers("low_res", x, (*latent, 3), -1, 1),
+    "mask": lambda part, x, size, _: numbers("mask", x, (*size, 1), 0, 1),
+    "low_res": lambda part, x, _, latent: numbers("low_res", x, (*latent, 3), -1, 1),
     "noise_level": lambda part, x, *_: _integers("noise_level", x, part.max_noise_level),
-    "depth": lambda part, x, *_: _numbers("depth", x, (None, None, 1)),
-    "neighbours": lambda part, x, *_: _numbers("neighbours", x, (None, part.width)),
-    "image_embedding": lambda part, x, *_: _numbers("image_embedding", x, (part.width,)),
+    "depth": lambda part, x, *_: numbers("depth", x, (None, None, 1)),
+    "neighbours": lambda part, x, *_: numbers("neighbours", x, (None, part.width)),
+    "image_embedding": lambda part, x, *_: numbers("image_embedding", x, (part.width,)),
     "original_size": lambda part, x, *_: _pixels("original_size", x, 1),
     "crop_top_left": lambda part, x, *_: _pixels("crop_top_left", x, 0),
     "target_size": lambda part, x, *_: _pixels("target_size", x, 1),
-    "aesthetic_score": lambda part, x, *_: _numbers("aesthetic_score", x, ()),
+    "aesthetic_score": lambda part, x, *_: numbers("aesthetic_score", x, ()),
 }
 
 
@@ -248,9 +249,9 @@ def known_image(
         return {}
     if mask is None and not varied:
         raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
-    entries = {"image": _numbers("image", image, shape, -1, 1)}
+    entries = {"image": numbers("image", image, shape, -1, 1)}
     if mask is not None:
-        entries["mask"] = _numbers("mask", mask, (*shape[:2], 1), 0, 1)
+        entries["mask"] = numbers("mask", mask, (*shape[:2], 1), 0, 1)
     names = {"image": "known", "mask": "hole"}
     return {names[name]: value for name, value in for_all(entries, total).items()}
 

@@ -15,6 +15,7 @@ from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.generation import adapters as adapting
 from latent_diffusion.generation import codes, conditions, guides, program
+from latent_diffusion.generation import controls as controlling
 from latent_diffusion.generation.prompts import Tokenize, beside, make_tokenize
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
@@ -165,6 +166,7 @@ class Model(flax.struct.PyTreeNode):
         classifier_labels: Sequence[int] | None = None,
         target: Array | np.ndarray | None = None,
         adapters: Sequence[Any] = (),
+        controls: Sequence[Any] = (),
         batch_size: int = 64,
         mode: str = "auto",
         **options: Any,
@@ -195,7 +197,9 @@ class Model(flax.struct.PyTreeNode):
         reduced to its size (App. C of the paper). `adapters`: pairs of an adapter (see
         `load_adapter`) and its weight, or weights by prefixes of diffusers' names such as
         "unet.up_blocks"; the sum of their changes is added for this call, whatever the weights
-        with one compilation.
+        with one compilation. `controls`: (control net, hint, weight), or with settings as a fourth;
+        hints are [N H W 3] in [0, 1], one for all or one for each image, and determine the size by
+        default (see docs/adapters.md).
 
         Of these, a prior takes `prompt_weights`, and `image` with `mask`, whose hole it draws anew;
         it draws pictures larger than the trained ones through windows.
@@ -218,7 +222,7 @@ class Model(flax.struct.PyTreeNode):
             examples, size = self._conditions(given, image_size, tokenize, **known)
             batch = conditions.repeated(examples, num_images)
             call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
-            call |= {"adapters": tuple(adapters)}
+            call |= {"adapters": tuple(adapters), "controls": tuple(controls)}
             call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
             call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
             window = min(self.trained_size) // self._downsampling()
@@ -238,7 +242,8 @@ class Model(flax.struct.PyTreeNode):
         known = {"mask": mask, "z_T": z_T, "known": image if starts else None}
         more_texts = [text for text, _ in more_prompts]
         tokenize = make_tokenize(model, prompt_weights, prompts, negative_prompts, more_texts)
-        examples, size = model._conditions(given, image_size, tokenize, **known)
+        size_asked = image_size or controlling.size_of(controls)
+        examples, size = model._conditions(given, size_asked, tokenize, **known)
         batch = conditions.repeated(examples, num_images)
         total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
         latent = (*self._latent_size(size), first_stage.module.latent_channels)
@@ -247,6 +252,7 @@ class Model(flax.struct.PyTreeNode):
             shape = (*size, channels)
             batch |= conditions.known_image(image, hole, strength is not None, shape, total)
         batch |= beside(tokenize, negative_prompts, more_prompts, num_images, total)
+        batch |= controlling.entries(controls, size, total)
         guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         if z_T is not None:
@@ -263,16 +269,20 @@ class Model(flax.struct.PyTreeNode):
         if hasattr(chosen.progress, "total"):
             evaluations = program.num_evaluations(denoiser.schedule, timesteps, chosen)
             chosen.progress.total = evaluations * program.num_calls(total, batch_size, mode)
+        nets = controlling.bound(self, controls)
+        own = program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode)
         networks = {
             "adapters": adapted,
-            **program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode),
+            "controls": [program.placed(adapter, tree, mode) for adapter, _, tree in nets],
+            "first_stage": own["first_stage"],
+            "denoiser": controlling.with_nets(own["denoiser"], tuple(net for _, net, _ in nets)),
             "classifier": None
             if classifier is None
             else program.placed(classifier, classifier, mode),
             "distance": None if target is None else guides.load_distance(chosen.target_distance),
         }
         more = [np.float32(weight) for _, weight in more_prompts]
-        planned = (timesteps, chosen, more, weights)
+        planned = (timesteps, chosen, more, weights, controlling.numbers_of(controls))
         return program.run(networks, planned, batch, latent, rng, batch_size, mode)
 
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:

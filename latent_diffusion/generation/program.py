@@ -1,5 +1,6 @@
 """The compiled program of a sampling call, and the batches that it runs on."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.convert.adapters import adapted
-from latent_diffusion.generation import guides
+from latent_diffusion.generation import controls, guides
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.options import SamplingOptions
@@ -50,11 +51,11 @@ def run(
 ) -> np.ndarray:
     """Images [N H W C], batch by batch.
 
-    networks: "first_stage", "denoiser", the changes of "adapters", and "classifier" and "distance"
-    (either may be None), on their devices. planned: timesteps, options, the weights of further
-    prompts and of adapters. batch: [N ...] entries. latent: (h, w, c). images_of: makes the images
-    of a batch; None is a denoiser's sampling. Raises ValueError, in one line, where an image isn't
-    finite.
+    networks: "first_stage", "denoiser", the changes of "adapters", the parameters of "controls",
+    and "classifier" and "distance" (either may be None), on their devices. planned: timesteps,
+    options, the weights of further prompts and of adapters, the numbers of controls. batch:
+    [N ...] entries. latent: (h, w, c). images_of: makes the images of a batch; None is a denoiser's
+    sampling. Raises ValueError, in one line, where an image isn't finite.
     """
     total = len(batch["index"])
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
@@ -137,18 +138,24 @@ def _sample(
 ) -> Array:
     """Prepare the conditions, sample latents, decode them, and paste them into their picture."""
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
-    timesteps, options, weights, of_adapters = planned
+    timesteps, options, weights, of_adapters, of_controls = planned
     if networks["adapters"]:
         params = adapted(denoiser.params, networks["adapters"], of_adapters)
         denoiser = denoiser.replace(params=params)
+    denoiser = controls.with_params(denoiser, networks["controls"])
     size, f = batch["index"].shape[0], first_stage.module.downsampling
     keys = sampling_keys(keys_of_examples(rng, batch["index"]))
     prepared = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
 
+    inputs = (batch, of_controls, timesteps, options)
+    with_hints, without = controls.inputs(denoiser, networks["controls"], *inputs)
+
     def condition(tokens: str = "tokens", drop: bool = False) -> Any:
         names = {"tokens": tokens, "tokens_weights": f"{tokens}_weights"}
         own = {key: prepared[name] for key, name in names.items() if name in prepared}
-        return denoiser.condition({**prepared, **own}, jnp.full(size, drop))
+        hints = without if drop or tokens == "negative" else with_hints
+        conditioning = denoiser.condition({**prepared, **own}, jnp.full(size, drop))
+        return dataclasses.replace(conditioning, controls=hints)
 
     hole, picture = batch.get("hole"), batch.get("known")
     tile = tile_of_latent(options.tile_size, options.tile_overlap, f)

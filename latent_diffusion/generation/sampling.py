@@ -14,6 +14,7 @@ from latent_diffusion.data import pictures, windows
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.adapters import load_adapter
+from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.loading import load
 from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime import processes
@@ -53,6 +54,11 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
 def read_picture(path: str | None) -> np.ndarray | None:
     """[1 H W 3] in [-1, 1] from the file of a picture."""
     return None if path is None else to_float(pictures.read_image(path))[None]
+
+
+def read_hint(path: str) -> np.ndarray:
+    """[1 H W 3] in [0, 1] from a picture, whose size the samples will have."""
+    return pictures.read_image(path)[None].astype(np.float32) / 255
 
 
 def read_map(path: str | None, kind: str) -> np.ndarray | None:
@@ -146,13 +152,15 @@ def sample_to_disk(
     adapters: Sequence[tuple[str, float]] = (),
     height: int | None = None,
     width: int | None = None,
+    controls: Sequence[tuple[str, str, float]] = (),
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
     tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`. height, width: of
     the images, each by default the trained side. An `image` to start from, and its `mask`, are cut
-    in their middle and resized to this size. Process 0 alone writes and prints.
+    in their middle and resized to this size. controls: paths of nets, pictures of hints, which have
+    the size of the images, and weights. Process 0 alone writes and prints.
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     own = {name: value for name, value in options.items() if not callable(value)}
@@ -163,11 +171,16 @@ def sample_to_disk(
         "tokenizer": tokenizer,
         "lora": {str(k): v for k, v in (lora or {}).items()},
     }
+    own |= {"controls": [list(entry) for entry in controls]}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
     model = load(path, tokenizer=tokenizer, lora=lora)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
-    size = (height or model.trained_size[0], width or model.trained_size[1])
+    options["controls"] = [
+        (load_adapter(file), read_hint(hint), weight) for file, hint, weight in controls
+    ]
+    trained = size_of(options["controls"]) or model.trained_size
+    size = (height or trained[0], width or trained[1])
     if height or width:
         options["image_size"] = size
     options |= _fitted(model.conditioner.keys, size, options)

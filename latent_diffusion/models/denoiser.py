@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.nets.dit import DiT
@@ -233,21 +234,26 @@ def _guidance_told(
 
 
 def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Network:
-    """`network` on overlapping tiles of the latent and its concatenated condition, blended.
+    """`network` on overlapping tiles of the latent, its concatenated condition and hints, blended.
 
     For pictures whose activations don't fit. Norms and self-attention see a tile, not the whole.
     """
 
     def over_tiles(z_t: Array, now: Array, prepared: Prepared) -> Array:
-        conditioning, channels = prepared.conditioning, z_t.shape[-1]
+        conditioning = prepared.conditioning
+        concat = () if conditioning.concat is None else (conditioning.concat,)
+        maps = [z_t, *concat, *(control.hint for control in conditioning.controls)]
+        ends = np.cumsum([x.shape[-1] for x in maps])[:-1]
 
         def on_tile(x: Array) -> Array:
-            beside = None if conditioning.concat is None else x[..., channels:]
-            part = dataclasses.replace(conditioning, concat=beside)
-            return network(x[..., :channels], now, prepared.replace(conditioning=part))
+            z_tile, *beside = jnp.split(x, ends, -1)
+            own: dict[str, Any] = {"concat": beside.pop(0)} if concat else {}
+            hints = zip(conditioning.controls, beside, strict=True)
+            controls = tuple(dataclasses.replace(c, hint=hint) for c, hint in hints)
+            part = dataclasses.replace(conditioning, **own, controls=controls)
+            return network(z_tile, now, prepared.replace(conditioning=part))
 
-        parts = [z_t] if conditioning.concat is None else [z_t, conditioning.concat]
-        return tiled(on_tile, jnp.concatenate(parts, -1), side, overlap)
+        return tiled(on_tile, jnp.concatenate(maps, -1), side, overlap)
 
     return over_tiles
 

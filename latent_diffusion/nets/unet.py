@@ -67,6 +67,11 @@ class ResBlock(nn.Module):
         return x + h
 
 
+def _added(h: Array, more: Array | None) -> Array:
+    """The features with those of an adapter added, in the dtype of the network."""
+    return h if more is None else h + more.astype(h.dtype)
+
+
 class UNet(nn.Module):
     """Predicts eps, x0 or v from a noisy latent, its timestep and a `Conditioning`.
 
@@ -82,6 +87,8 @@ class UNet(nn.Module):
     timestep: guidance is distilled into the network (Luo et al. 2023), which isn't run twice.
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
+    What adapters add (`conditioning.residuals`, `.features`) has one entry for each skip, in the
+    order of the blocks, and one for the middle.
     remat: a name of `nets.remat.REMAT`: the backward pass recomputes activations.
     scan: deep transformers run as loops over their blocks, which compile in a fraction of the time
     and read copies of the blocks' parameters.
@@ -190,40 +197,7 @@ class UNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "B h w k"] | Float[Array, "B k"]:
         conditioning = Conditioning() if conditioning is None else conditioning
-        levels = len(self.channel_mult)
-        factor = 2 ** (levels - 1)
-        if z_t.shape[1] % factor or z_t.shape[2] % factor:
-            raise ValueError(
-                f"unet: latent of {z_t.shape[1]}×{z_t.shape[2]} must be divisible by {factor}"
-            )
-        emb = self._embedding(t, conditioning.vector, conditioning.guidance)
-        context, concat = conditioning.context, conditioning.concat
-        if concat is not None and concat.shape[1:3] != z_t.shape[1:3]:
-            raise ValueError(
-                f"unet: conditioning.concat is {concat.shape[1]}×{concat.shape[2]}, "
-                f"the latent {z_t.shape[1]}×{z_t.shape[2]}"
-            )
-        h = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
-
-        # Down: every block's output is a skip for the way up.
-        h = Conv(self.model_channels, dtype=self.dtype, name="input_blocks_0_0")(h)
-        skips, index = [h], 0
-        for level, mult in enumerate(self.channel_mult):
-            channels = mult * self.model_channels
-            for _ in range(self.num_res_blocks):
-                index += 1
-                h = self._res_block(f"input_blocks_{index}_0", channels)(h, emb, train)
-                if 2**level in self.attention_resolutions:
-                    h = self._attention(f"input_blocks_{index}_1", channels, level)(h, context)
-                skips.append(h)
-            if level != levels - 1:
-                index += 1
-                h = self._downsample(f"input_blocks_{index}_0", h, emb, train)
-                skips.append(h)
-
-        h = self._res_block("middle_block_0", channels)(h, emb, train)
-        h = self._attention("middle_block_1", channels, levels)(h, context)
-        h = self._res_block("middle_block_2", channels)(h, emb, train)
+        skips, h, emb = self._way_down(z_t, t, conditioning, train)
         if self.pool:
             means = [jnp.mean(x, (1, 2)) for x in [*skips, h]]
             sizes = (self.num_head_channels or Pooling.head_dim, self.num_groups)
@@ -232,8 +206,13 @@ class UNet(nn.Module):
             )
             return pooling(h, means)
 
+        if conditioning.residuals:
+            *beside, last = conditioning.residuals
+            skips = [_added(skip, x) for skip, x in zip(skips, beside, strict=True)]
+            h = _added(h, last)
+
         # Up: a block more per level, each with a skip.
-        index = -1
+        index, context = -1, conditioning.context
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             channels = mult * self.model_channels
             for block in range(self.num_res_blocks + 1):
@@ -253,6 +232,56 @@ class UNet(nn.Module):
         h = nn.silu(GroupNorm(self.num_groups, epsilon=1e-5, name="out_0")(h))
         h = Conv(self.out_channels, zero_init=True, dtype=self.dtype, name="out_2")(h)
         return h.astype(jnp.float32)
+
+    def _way_down(
+        self,
+        z_t: Float[Array, "B h w c"],
+        t: Num[Array, " B"],
+        conditioning: Conditioning,
+        train: bool,
+        hint: Float[Array, "B h w F"] | None = None,
+    ) -> tuple[list[Array], Array, Float[Array, "B E"]]:
+        """Every block's output, which is a skip for the way up; the middle's; the embedding.
+
+        hint: is added to the output of the first convolution (see `nets.control`).
+        """
+        levels = len(self.channel_mult)
+        factor = 2 ** (levels - 1)
+        if z_t.shape[1] % factor or z_t.shape[2] % factor:
+            raise ValueError(
+                f"unet: latent of {z_t.shape[1]}×{z_t.shape[2]} must be divisible by {factor}"
+            )
+        emb = self._embedding(t, conditioning.vector, conditioning.guidance)
+        context, concat = conditioning.context, conditioning.concat
+        if concat is not None and concat.shape[1:3] != z_t.shape[1:3]:
+            raise ValueError(
+                f"unet: conditioning.concat is {concat.shape[1]}×{concat.shape[2]}, "
+                f"the latent {z_t.shape[1]}×{z_t.shape[2]}"
+            )
+        h = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
+
+        h = Conv(self.model_channels, dtype=self.dtype, name="input_blocks_0_0")(h)
+        skips, index = [h if hint is None else h + hint], 0
+        h, features = skips[0], dict(enumerate(conditioning.features))
+        for level, mult in enumerate(self.channel_mult):
+            channels = mult * self.model_channels
+            for _ in range(self.num_res_blocks):
+                index += 1
+                h = self._res_block(f"input_blocks_{index}_0", channels)(h, emb, train)
+                if 2**level in self.attention_resolutions:
+                    h = self._attention(f"input_blocks_{index}_1", channels, level)(h, context)
+                h = _added(h, features.get(index))
+                skips.append(h)
+            if level != levels - 1:
+                index += 1
+                h = self._downsample(f"input_blocks_{index}_0", h, emb, train)
+                h = _added(h, features.get(index))
+                skips.append(h)
+
+        h = self._res_block("middle_block_0", channels)(h, emb, train)
+        h = self._attention("middle_block_1", channels, levels)(h, context)
+        h = self._res_block("middle_block_2", channels)(h, emb, train)
+        return skips, _added(h, features.get(index + 1)), emb
 
     def _embedding(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_diffusion.convert.adapters import control
 from latent_diffusion.convert.adapters.adapter import (
     Adapter,
     Change,
@@ -18,7 +19,13 @@ from latent_diffusion.convert.adapters.adapter import (
     adapted,
     weights_of,
 )
-from latent_diffusion.convert.adapters.reading import open_adapter, read_low_rank, read_weights
+from latent_diffusion.convert.adapters.control import ControlWeights, write_control
+from latent_diffusion.convert.adapters.reading import (
+    open_adapter,
+    read_low_rank,
+    read_pictured,
+    read_weights,
+)
 from latent_diffusion.convert.adapters.words import (
     Words,
     is_words,
@@ -28,19 +35,23 @@ from latent_diffusion.convert.adapters.words import (
 )
 from latent_diffusion.convert.adapters.writing import write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.bundle import Bundle
+from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
 
 __all__ = [
     "Adapter",
     "Change",
+    "ControlWeights",
     "Rows",
     "Weight",
     "Words",
     "adapted",
     "read_adapter",
+    "read_pictured",
     "read_weights",
     "weights_of",
     "with_lora",
+    "write_control",
     "write_diffusers_lora",
     "write_kohya_lora",
     "write_own",
@@ -56,7 +67,14 @@ def read_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if config.get("_class_name") == control.CLASS:
+        with reading(path):
+            return control.read_folder(path, config)
     file, settings = open_adapter(path)
+    if control.is_control(file.tensors):
+        with reading(path):
+            return control.read_original(path, file.tensors)
     if is_words(file):
         return read_words(path, file, word)
     if word is not None:

@@ -120,14 +120,23 @@ def _check(what: str, shape: tuple[int, ...], factors: Factors) -> None:
 
 
 def weights_of(changes: Mapping[str, Any], weight: Weight, source: str) -> dict[str, np.ndarray]:
-    """The weight of each part of each change.
+    """The weight of each part of each change; see `weight_of_names`."""
+    names = [name for change in changes.values() for name in change.names]
+    found = iter(weight_of_names(names, weight, source))
+    return {
+        path: np.asarray([next(found) for _ in change.names], np.float32)
+        for path, change in changes.items()
+    }
+
+
+def weight_of_names(names: Sequence[str], weight: Weight, source: str) -> np.ndarray:
+    """The weight of each name.
 
     weight: one for all, or by prefixes of names ("unet.up_blocks", "text_encoder"), of which the
     longest counts; parts without a prefix have the weight of "", by default 1. source: for
     messages. Raises ValueError for a prefix of no name.
     """
     by_prefix = dict(weight) if isinstance(weight, Mapping) else {"": weight}
-    names = {name for change in changes.values() for name in change.names}
     for prefix in by_prefix:
         if not any(_within(name, prefix) for name in names):
             blocks = sorted({".".join(name.split(".")[:3]) for name in names})
@@ -137,10 +146,7 @@ def weights_of(changes: Mapping[str, Any], weight: Weight, source: str) -> dict[
         prefixes = [prefix for prefix in by_prefix if _within(name, prefix)]
         return by_prefix[max(prefixes, key=len)] if prefixes else 1.0
 
-    return {
-        path: np.asarray([of(name) for name in change.names], np.float32)
-        for path, change in changes.items()
-    }
+    return np.asarray([of(name) for name in names], np.float32)
 
 
 def _within(name: str, prefix: str) -> bool:

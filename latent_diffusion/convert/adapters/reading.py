@@ -198,3 +198,15 @@ def read_weights(entries: Iterable[str], flag: str = "lora") -> list[tuple[str, 
         except ValueError as error:
             raise ValueError(f"--{flag}={entry}: write FILE or FILE:WEIGHT") from error
     return weights
+
+
+def read_pictured(entry: str, flag: str) -> tuple[str, str, float]:
+    """The file, the picture and the weight in "FILE:PICTURE:WEIGHT", or "FILE:PICTURE" for 1."""
+    file, first, rest = entry.partition(":")
+    picture, second, weight = rest.rpartition(":")
+    try:
+        if not first or not rest:
+            raise ValueError
+        return (file, picture, float(weight)) if second else (file, rest, 1.0)
+    except ValueError as error:
+        raise ValueError(f"--{flag}={entry}: write FILE:PICTURE or FILE:PICTURE:WEIGHT") from error

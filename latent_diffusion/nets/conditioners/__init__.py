@@ -78,7 +78,8 @@ def combine(parts: list[Conditioning]) -> Conditioning:
         return jnp.concatenate(arrays, axis) if arrays else None
 
     axes = {"concat": -1, "context": 1, "vector": -1, "tokens": 1, "token_maps": 1}
-    return Conditioning(**{field: join(field, axis) for field, axis in axes.items()})
+    joined: dict[str, Any] = {field: join(field, axis) for field, axis in axes.items()}
+    return Conditioning(**joined)
 
 
 class Conditioner(nn.Module):

@@ -1,0 +1,303 @@
+"""Control nets in files: the original's (whole, or differences to a U-Net), diffusers' folders."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from flax.traverse_util import unflatten_dict
+
+from latent_diffusion.convert import unet, unet_compvis, unet_diffusers
+from latent_diffusion.convert.adapters.adapter import Adapter
+from latent_diffusion.convert.bundle import Part, check_depth, flat, input_widths, read_part
+from latent_diffusion.convert.components import open_weights, save_json
+from latent_diffusion.convert.settings import Settings, check_groups
+from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.nets.control import HINT, ControlNet, control_net
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.types import Conditioning, Params
+
+CLASS = "ControlNetModel"
+_PREFIX = "control_model."
+_DIFFERENCE = "difference"  # a tensor that marks a file
+_CONV_IN = "input_blocks_0_0/kernel"
+_SETTINGS = Settings(  # beside those of the U-Net
+    defaults={
+        "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": (16, 32, 96, 256),
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": False,
+    },
+)
+_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+
+
+class ControlWeights(Adapter):
+    """A control net: its parameters by path, as float32 arrays.
+
+    fields: of the `ControlNet`, of which those that the U-Net has as well are the U-Net's own when
+    it is used. difference: the parameters that the U-Net has as well are to be added to its own.
+    bgr: hints have their channels in the other order. linear, time_width: see `Bundle`. config:
+    diffusers', where the net comes from its folder.
+    """
+
+    argument: ClassVar[str] = "controls"
+    params: Mapping[str, Any]
+    fields: Mapping[str, Any] = flax.struct.field(pytree_node=False)
+    difference: bool = flax.struct.field(pytree_node=False, default=False)
+    bgr: bool = flax.struct.field(pytree_node=False, default=False)
+    linear: bool = flax.struct.field(pytree_node=False, default=False)
+    time_width: int | None = flax.struct.field(pytree_node=False, default=None)
+    config: Mapping[str, Any] = flax.struct.field(pytree_node=False, default=FrozenDict())
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """diffusers' names of the blocks that the residuals come from."""
+        return tuple(residual_names(ControlNet(**self.fields)))
+
+    def net(self, module: Any, params: Params, downsampling: int) -> ControlNet:
+        """The net for a U-Net with these parameters; ValueError where it is another U-Net's.
+
+        downsampling: pixels for each place of the latent.
+        """
+        if not isinstance(module, UNet):
+            raise ValueError(f"{self.path}: a control net steers a U-Net, which this model isn't")
+        theirs, concat = flat(params), True
+        for path, own in self.params.items():
+            if path.startswith((HINT, "zero_convs", "middle_block_out")):
+                continue
+            if path not in theirs:
+                raise ValueError(f"{self.path}: the U-Net has no {path}; it is another one's")
+            if path == _CONV_IN and own.shape != theirs[path].shape:
+                concat = False  # as diffusers does for U-Nets that see more than the latent
+                own_sides, their_sides = (np.delete(x.shape, 2) for x in (own, theirs[path]))
+                fits = own.shape[2] < theirs[path].shape[2] and all(own_sides == their_sides)
+            else:
+                fits = own.shape == theirs[path].shape
+            if not fits:
+                raise ValueError(
+                    f"{self.path}: {path} is {own.shape}, that of the U-Net {theirs[path].shape}"
+                )
+        own_fields = {name: self.fields[name] for name in ("hint_channels", "global_pooling")}
+        shrinks = 2 ** (len(own_fields["hint_channels"]) - 1)
+        if shrinks != downsampling:
+            raise ValueError(
+                f"{self.path}: its hints shrink by {shrinks}, the pictures by f={downsampling}"
+            )
+        net = control_net(module, downsampling, takes_concat=concat, **own_fields)
+        if len(self.blocks) != len(list(residual_names(net))):
+            raise ValueError(
+                f"{self.path}: it has {len(self.blocks)} outputs for a U-Net with "
+                f"{len(list(residual_names(net)))} places"
+            )
+        return net
+
+    def tree(self, params: Params) -> Params:
+        """The parameters for a `ControlNet` and its `HintNet`; params: those of the U-Net."""
+        theirs = flat(params) if self.difference else {}
+        whole = {
+            path: jnp.asarray(x) + theirs[path] if path in theirs else jnp.asarray(x)
+            for path, x in self.params.items()
+        }
+        return unflatten_dict(whole, sep="/")
+
+    def changes(self, bundle: Any) -> dict[str, Any]:
+        """See `Adapter`: it changes no parameter."""
+        raise ValueError(f"{self.path} is a control net: give it as controls=, with its hint")
+
+
+def residual_names(net: UNet) -> Iterator[str]:
+    """diffusers' names of the blocks whose outputs are skips, and of the middle."""
+    yield "conv_in"
+    levels = len(net.channel_mult)
+    for level in range(levels):
+        yield from (f"down_blocks.{level}.resnets.{i}" for i in range(net.num_res_blocks))
+        if level != levels - 1:
+            yield f"down_blocks.{level}.downsamplers.0"
+    yield "mid_block"
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def is_control(names: Any) -> bool:
+    """Whether tensors of these names are a control net of the original's, or of diffusers'."""
+    ends = ("zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight")
+    return any(name in (*ends, _PREFIX + ends[0]) for name in names)
+
+
+def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
+    """A file of the original's: `control_model.…`, alone or beside a whole model."""
+    own = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
+    fields: dict[str, Any] = unet_compvis.fields_from_shapes(own)
+    context = unet_compvis.context_dim(own)
+    fields |= {"num_heads": 8} if context == 768 else {"num_head_channels": 64}
+    hints = sorted(int(name.split(".")[1]) for name in own if name.startswith(f"{HINT}."))[::2]
+    widths = [own[f"{HINT}.{i}.weight"].shape[0] for i in hints[:-1]]
+    fields["hint_channels"] = tuple(widths[::2])
+    projection = own.get("middle_block.1.proj_in.weight")
+    linear = projection is not None and len(projection.shape) == 2
+    part = _part(path, fields, _original(fields, linear), own, unet_compvis.widths(own, {}))
+    return _weights(path, part, linear=linear, difference=_DIFFERENCE in tensors)
+
+
+def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
+    """A folder of diffusers' with a ControlNetModel."""
+    own = {k: v for k, v in config.items() if k in _SETTINGS.defaults}
+    values = _SETTINGS.complete(own, CLASS)
+    rest = {k: v for k, v in config.items() if k not in own} | {
+        "_class_name": "UNet2DConditionModel"
+    }
+    rest["up_block_types"] = _mirrored(config.get("down_block_types", _DOWN))
+    fields, unet_values = unet_diffusers.fields_from_diffusers(rest), unet_diffusers.complete(rest)
+    order = values["controlnet_conditioning_channel_order"]
+    if order not in ("rgb", "bgr"):
+        raise ValueError(
+            f"{CLASS}.controlnet_conditioning_channel_order={order!r}; known: rgb, bgr"
+        )
+    if values["conditioning_channels"] != 3:
+        raise ValueError(
+            f"{CLASS}.conditioning_channels={values['conditioning_channels']}; known: 3"
+        )
+    fields["hint_channels"] = tuple(values["conditioning_embedding_out_channels"])
+    fields["global_pooling"] = values["global_pool_conditions"]
+    weights, tensors = open_weights(path, None)
+    linear, text_time = (
+        bool(unet_values["use_linear_projection"]),
+        unet_diffusers.is_text_time(unet_values),
+    )
+    table = _diffusers(fields, linear, text_time)
+    part = _part(weights, fields, table, tensors, unet_diffusers.input_widths(unet_values))
+    time_width = unet_values["addition_time_embed_dim"] if text_time else None
+    own = {"linear": linear, "time_width": time_width, "config": _frozen(config)}
+    return _weights(path, part, bgr=order == "bgr", **own)
+
+
+def _mirrored(downs: Any) -> list[str]:
+    return [str(name).replace("Down", "Up") for name in reversed(downs)]
+
+
+def _part(
+    where: Path, fields: Mapping[str, Any], table: Table, tensors: Mapping[str, Tensor], widths: Any
+) -> Part:
+    check_depth(where, fields, tensors)
+    return read_part(where, fields, table, shapes(fields, *widths), tensors)
+
+
+def _weights(path: Path, part: Part, **own: Any) -> ControlWeights:
+    params = {k: np.asarray(t.astype(np.float32).read()) for k, t in part.params.items()}
+    fields = {"hint_channels": (16, 32, 96, 256), "global_pooling": False, **part.fields}
+    return ControlWeights(path=str(path), params=params, fields=_frozen(fields), **own)
+
+
+def _frozen(fields: Mapping[str, Any]) -> FrozenDict:
+    return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def shapes(
+    fields: Mapping[str, Any], in_channels: int, context_dim: int | None, vector_dim: int | None
+) -> Params:
+    """The tree of parameter shapes of a control net and its hint net."""
+    net = ControlNet(**fields)
+    side = 2 ** (len(net.channel_mult) - 1)
+
+    def array(*shape: int | None) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct(shape, "float32") if all(shape) else None
+
+    def init(z_t: Any, t: Any, context: Any, vector: Any, hint: Any, embedding: Any) -> Any:
+        conditioning = Conditioning(context=context, vector=vector)
+        key = jax.random.key(0)
+        own = net.init(key, z_t, t, conditioning, embedding)["params"]
+        return {**own, HINT: net.hint_net.init(key, hint)["params"]}
+
+    inputs = array(1, side, side, in_channels), array(1), array(1, 1, context_dim)
+    hints = array(1, 64, 64, 3), array(1, side, side, net.model_channels)
+    return jax.eval_shape(init, *inputs, array(1, vector_dim), *hints)
+
+
+def _original(fields: Mapping[str, Any], linear: bool) -> Table:
+    return [
+        Rule(r"zero_convs_(\d+)_0", r"zero_convs.\1.0", "conv"),
+        Rule("middle_block_out_0", "middle_block_out.0", "conv"),
+        Rule(rf"{HINT}/conv_(\d+)", rf"{HINT}.\1", "conv"),
+        *unet.compvis_table(_of_unet(fields), linear),
+    ]
+
+
+def _diffusers(fields: Mapping[str, Any], linear: bool, text_time: bool) -> Table:
+    last = 2 * (len(fields["hint_channels"]) - 1)
+    names = {
+        0: "conv_in",
+        **{i: f"blocks.{i - 1}" for i in range(1, last + 1)},
+        last + 1: "conv_out",
+    }
+    hints = [
+        Rule(f"{HINT}/conv_{2 * i}", f"controlnet_cond_embedding.{name}", "conv")
+        for i, name in names.items()
+    ]
+    return [
+        *hints,
+        Rule(r"zero_convs_(\d+)_0", r"controlnet_down_blocks.\1", "conv"),
+        Rule("middle_block_out_0", "controlnet_mid_block", "conv"),
+        *unet.diffusers_table(_of_unet(fields), linear, text_time),
+    ]
+
+
+def _of_unet(fields: Mapping[str, Any]) -> dict[str, Any]:
+    own = ("hint_channels", "global_pooling", "takes_concat")
+    return {name: value for name, value in fields.items() if name not in own}
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
+    """Write a control net as the original's file ("compvis") or as diffusers' folder.
+
+    A difference stays one; diffusers has no word for it, so that it is refused there.
+    """
+    tensors = {k: in_memory(np.asarray(x)) for k, x in adapter.params.items()}
+    fields = _of_unet(adapter.fields)
+    if format == "compvis":
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: the name of a control net's file ends in .safetensors")
+        check_groups(ControlNet(**adapter.fields))
+        theirs = write_tensors(_original(adapter.fields, adapter.linear), tensors)
+        named = {_PREFIX + name: t for name, t in theirs.items()}
+        if adapter.difference:
+            named[_DIFFERENCE] = in_memory(np.zeros(0, np.float32))
+        write_safetensors(path, named)
+        return
+    if format != "diffusers":
+        raise ValueError(f"unknown format {format!r} of a control net; known: compvis, diffusers")
+    if adapter.difference:
+        raise ValueError(f"{adapter.path} is a difference to a U-Net; diffusers has no such files")
+    config = dict(adapter.config) or _config(adapter, input_widths(Part(fields, tensors)))
+    save_json(path / "config.json", {k: list(v) if isinstance(v, tuple) else v
+                                     for k, v in config.items()})  # fmt: skip
+    table = _diffusers(adapter.fields, adapter.linear, adapter.time_width is not None)
+    name = "diffusion_pytorch_model.safetensors"
+    write_safetensors(path / name, write_tensors(table, tensors))
+
+
+def _config(adapter: ControlWeights, widths: unet.Widths) -> dict[str, Any]:
+    fields = _of_unet(adapter.fields)
+    own = unet_diffusers.diffusers_from_fields(
+        fields, widths, adapter.linear, None, adapter.time_width
+    )
+    for name in ("up_block_types", "out_channels", "sample_size", "dropout", "center_input_sample"):
+        own.pop(name, None)
+    return {
+        **own,
+        "_class_name": CLASS,
+        "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": adapter.fields["hint_channels"],
+        "controlnet_conditioning_channel_order": "bgr" if adapter.bgr else "rgb",
+        "global_pool_conditions": adapter.fields["global_pooling"],
+    }

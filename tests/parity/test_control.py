@@ -1,0 +1,108 @@
+"""Control nets against diffusers: residuals, and pictures of its pipelines, to 1e-4."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from test_pipelines import (
+    ABSENT,
+    PROMPTS,
+    SIDE,
+    F,
+    draw,
+    make_unet,
+    randomised,
+    sample,
+    stable,
+    to_torch,
+)  # fmt: skip
+
+import latent_diffusion as ldm
+from latent_diffusion.convert.adapters import write_control
+from latent_diffusion.nets.control import HINT
+from latent_diffusion.types import Conditioning
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+HINTS = [np.random.default_rng(i).uniform(size=(2, SIDE * F, SIDE * F, 3)).astype("f4")
+         for i in range(2)]  # fmt: skip
+
+
+def make_net(unet, folder, seed, **own):
+    net = diffusers.ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(16, 32), **own
+    )
+    net = randomised(net, seed, 0.1)
+    net.save_pretrained(folder)
+    return net, ldm.load_adapter(folder)
+
+
+def close(name, got, want, bound=1e-4):
+    difference = np.abs(np.asarray(got) - want).max()
+    print(f"{name}: largest difference {difference:.1e} of {np.abs(want).max():.2f}")
+    assert difference <= bound
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_residuals(order, tmp_path):
+    unet = make_unet()
+    net, adapter = make_net(unet, tmp_path, 1, controlnet_conditioning_channel_order=order)
+    z_t, text, t = draw(0, 2, SIDE, SIDE, 4), draw(1, 2, 5, 32), np.array([7, 400])
+    with torch.no_grad():
+        beside, middle = net(
+            to_torch(z_t), torch.from_numpy(t), torch.from_numpy(text), to_torch(HINTS[0]),
+            return_dict=False,
+        )  # fmt: skip
+    unet.save_pretrained(tmp_path / "unet")
+    model = ldm.load(tmp_path / "unet")
+    params = model.denoiser.params["unet"]
+    module, tree = adapter.net(model.denoiser.network, params, F), adapter.tree(params)
+    hint = HINTS[0][..., ::-1] if adapter.bgr else HINTS[0]
+    hint = module.hint_net.apply({"params": tree[HINT]}, jnp.asarray(hint))
+    ours = module.apply({"params": tree}, z_t, jnp.asarray(t), Conditioning(context=text), hint)
+    for i, (got, want) in enumerate(zip(ours, [*beside, middle], strict=True)):
+        close(adapter.blocks[i], np.moveaxis(np.asarray(got), 3, 1), want.numpy(), 1e-5)
+    # Both formats, and back to diffusers.
+    write_control(adapter, tmp_path / "again", "diffusers")
+    again = diffusers.ControlNetModel.from_pretrained(tmp_path / "again").state_dict()
+    for name, tensor in net.state_dict().items():
+        np.testing.assert_array_equal(again[name].numpy(), tensor.numpy())
+
+
+CALLS = {
+    "one": ([0.8], {}, {}),
+    "two": ([0.8, 0.5], {}, {}),
+    "guess": ([0.8], {"guess_mode": True}, {"guess": True}),
+    "two in windows": (
+        [1.0, 0.5],
+        {"control_guidance_start": [0.0, 0.3], "control_guidance_end": [0.5, 1.0]},
+        [{"start": 0.0, "end": 0.5}, {"start": 0.3, "end": 1.0}],
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_pictures_of_the_pipeline(call, tmp_path):
+    weights, theirs, ours = CALLS[call]
+    unet = make_unet()
+    made = [make_net(unet, tmp_path / str(i), i + 1) for i in range(len(weights))]
+    nets = [net for net, _ in made]
+    single = len(nets) == 1
+    pipeline, model = stable(
+        diffusers.StableDiffusionControlNetPipeline, tmp_path, unet,
+        controlnet=nets[0] if single else nets, **ABSENT,
+    )  # fmt: skip
+    z_T = draw(0, 2, SIDE, SIDE, 4)
+    hints = [to_torch(hint) for hint in HINTS[: len(nets)]]
+    want = pipeline(
+        PROMPTS, hints[0] if single else hints, latents=to_torch(z_T), num_inference_steps=10,
+        controlnet_conditioning_scale=weights[0] if single else weights, output_type="np", **theirs,
+    ).images  # fmt: skip
+    settings = [ours] * len(nets) if isinstance(ours, dict) else ours
+    controls = [(adapter, HINTS[i], weights[i], settings[i]) for i, (_, adapter) in enumerate(made)]
+    got = (sample(model, z_T=z_T, num_steps=10, controls=controls) + 1) / 2
+    close(call, got, want)
+    plain = (sample(model, z_T=z_T, num_steps=10) + 1) / 2
+    assert np.abs(plain - want).max() > 1e-2

@@ -1,0 +1,227 @@
+"""Control nets: made from a U-Net's fields, read and written, sampled with, trained."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from test_model import RNG, model
+
+import latent_diffusion as ldm
+from latent_diffusion.convert.adapters import ControlWeights, read_adapter, write_control
+from latent_diffusion.convert.adapters import control as files
+from latent_diffusion.convert.unet import shapes as unet_shapes
+from latent_diffusion.nets import control
+from latent_diffusion.nets.control import HINT, control_net, init_control
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.types import Conditioning
+
+HINTS = np.random.default_rng(7).uniform(0, 1, (2, 8, 8, 3)).astype(np.float32)
+XL = dict(
+    channel_mult=(1, 2, 4), attention_resolutions=(2, 4), transformer_depth=(1, 2, 10),
+    num_head_channels=64, vector_projection=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "context", "vector", "count"),
+    [
+        ({}, 768, None, 361_279_120),
+        ({"num_head_channels": 64}, 1024, None, 364_228_240),
+        (XL, 2048, 2816, 1_251_014_160),
+    ],
+    ids=["SD 1.5", "SD 2.1", "SDXL"],
+)
+def test_a_net_made_of_the_fields_of_a_u_net_has_the_size_of_the_released_ones(
+    fields, context, vector, count
+):
+    net = control_net(UNet(**fields))
+    own = {**fields, "hint_channels": net.hint_channels}
+    tree = files.shapes(own, 4, context, vector)
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree)) == count
+    # Every parameter but those of the hint and of the zero convolutions is one of the U-Net.
+    theirs = flatten_dict(unet_shapes(fields, 4, context, vector), sep="/")
+    for path, x in flatten_dict(tree, sep="/").items():
+        if not path.startswith((HINT, "zero_convs", "middle_block_out")):
+            assert x.shape == theirs[path].shape
+
+
+def random_control(seed=0, scale=0.3, **own):
+    """A control net of the model of test_model whose parameters are all random."""
+    unet, params = model().denoiser.network, model().denoiser.params["unet"]
+    context = Conditioning(context=jnp.zeros((1, 3, 6)))
+    net = control_net(unet, 1)
+    make = functools.partial(init_control, net, z_t=jnp.zeros((1, 8, 8, 3)), conditioning=context)
+    tree = jax.eval_shape(make, RNG, params)
+    rng = np.random.default_rng(seed)
+    drawn = {
+        k: (scale * rng.normal(size=x.shape)).astype(np.float32)
+        for k, x in flatten_dict(tree, sep="/").items()
+    }
+    fields = {"hint_channels": net.hint_channels, "global_pooling": False}
+    whole = {**dataclasses.asdict(dataclasses.replace(unet, parent=None)), **fields}
+    whole = {k: v for k, v in whole.items() if k not in ("parent", "name")}
+    return ControlWeights(path="net", params=drawn, fields=files._frozen(whole), **own)
+
+
+def untrained():
+    own = random_control()
+    theirs = flatten_dict(model().denoiser.params["unet"], sep="/")
+    zero = ("zero_convs", "middle_block_out", f"{HINT}/conv_1")
+    params = {k: 0 * v if k.startswith(zero) else theirs.get(k, v) for k, v in own.params.items()}
+    return own.replace(params=params)
+
+
+def sampled(controls=(), **options):
+    options = {"mode": "single", "num_steps": 2, **options}
+    return model().sample(RNG, ["red cat", "blue dog"], controls=controls, **options)
+
+
+@functools.cache
+def plain():
+    return sampled()
+
+
+def test_an_untrained_net_changes_nothing_and_a_difference_of_zeros_is_the_u_net():
+    np.testing.assert_array_equal(sampled([(untrained(), HINTS, 1.0)]), plain())
+    whole, theirs = random_control(), flatten_dict(model().denoiser.params["unet"], sep="/")
+    part = {k: v - np.asarray(theirs[k]) if k in theirs else v for k, v in whole.params.items()}
+    difference = whole.replace(params=part, difference=True)
+    want = sampled([(whole, HINTS, 1.0)])
+    assert np.abs(want - plain()).max() > 0.05
+    np.testing.assert_allclose(sampled([(difference, HINTS, 1.0)]), want, atol=1e-4)
+
+
+def test_weights_windows_and_blocks_are_inputs_of_one_program(caplog):
+    net, other = random_control(), random_control(1)
+    both = [(net, HINTS, 1.0), (other, HINTS[:1], 0.5)]
+    want = sampled(both)
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        caplog.clear()
+
+        def again(*settings):
+            return sampled([(net, HINTS, *settings[0]), (other, HINTS[:1], *settings[1])])
+
+        off = again([0.0], [0])
+        blocks = again([{"": 1.0, "mid_block": 0.0}], [0.0])
+        listed = again([[1.0] * 3 + [0.0]], [0.0]) if len(net.blocks) == 4 else blocks
+        late = again([1.0, {"start": 0.5}], [0.5, {"end": 0.5}])
+        guess = again([1.0, {"guess": True}], [0.5, {"null": False}])
+        turned = sampled([(other, HINTS[:1], 0.5), (net, HINTS, 1.0)])
+    assert len([r for r in caplog.records if "Compiling" in r.getMessage()]) == 0
+    np.testing.assert_allclose(off, plain(), atol=1e-4)
+    np.testing.assert_allclose(turned, want, atol=1e-4)
+    np.testing.assert_array_equal(listed, blocks)
+    found = [plain(), want, blocks, late, guess]
+    for i, one in enumerate(found):
+        for two in found[:i]:
+            assert np.abs(one - two).max() > 1e-3
+
+
+def test_a_window_ends_where_steps_do_and_guess_mode_weighs_as_its_definition():
+    net = random_control()
+    # Of two steps, one begins at a half of them; the first ends there.
+    np.testing.assert_array_equal(
+        sampled([(net, HINTS, 1.0, {"end": 0.4})]), sampled([(net, HINTS, 0.0)])
+    )
+    np.testing.assert_array_equal(
+        sampled([(net, HINTS, 1.0, {"start": 0.4})]), sampled([(net, HINTS, 1.0, {"start": 0.5})])
+    )
+    weights = np.logspace(-1, 0, len(net.blocks))
+    guess = sampled([(net, HINTS, 0.7, {"guess": True})])
+    same = sampled([(net, HINTS, 0.7 * weights, {"null": False})])
+    np.testing.assert_allclose(guess, same, atol=1e-5)
+
+
+def test_hints_are_embedded_once_a_call_and_by_tiles_as_a_whole(monkeypatch):
+    net, seen, hint_net = random_control(), [], control.ControlNet.hint_net
+
+    class Counting:
+        def __init__(self, own):
+            self.own = own
+
+        def apply(self, variables, hint):
+            jax.debug.callback(lambda x: seen.append(x.shape), hint)
+            return self.own.apply(variables, hint)
+
+    counted = property(lambda self: Counting(hint_net.fget(self)))
+    monkeypatch.setattr(control.ControlNet, "hint_net", counted)
+    whole = sampled([(net, HINTS, 1.0)], num_steps=3)
+    jax.effects_barrier()
+    assert seen == [(1, 8, 8, 3)] * 2  # of two batches, each of three steps with guidance
+    monkeypatch.undo()
+    np.testing.assert_allclose(
+        sampled([(net, HINTS, 1.0)], num_steps=3, tile_size=8), whole, atol=2e-4
+    )
+
+
+def test_files_of_the_original_and_of_diffusers_are_read_and_written_bitwise(tmp_path):
+    with pytest.raises(ValueError, match="has 32 groups in every norm, this model 4"):
+        write_control(random_control(), tmp_path / "net.safetensors", "compvis")
+    fields = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 8}
+    fields |= {"attention_resolutions": (1, 2), "out_channels": 4, "hint_channels": (16, 32)}
+    tree = flatten_dict(files.shapes(fields, 4, 768, None), sep="/")
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=x.shape).astype(np.float32) for k, x in tree.items()}
+    fields = {**fields, "global_pooling": True}
+    net = ControlWeights(path="net", params=params, fields=files._frozen(fields), bgr=True)
+    write_control(net, tmp_path / "folder", "diffusers")
+    write_control(net, tmp_path / "net.safetensors", "compvis")
+    folder = read_adapter(tmp_path / "folder")
+    assert folder.bgr and folder.fields["global_pooling"] and folder.blocks == net.blocks
+    single = read_adapter(tmp_path / "net.safetensors")
+    for read in (folder, single):
+        assert read.params.keys() == net.params.keys()
+        for name, array in net.params.items():
+            np.testing.assert_array_equal(read.params[name], array)
+    write_control(folder, tmp_path / "again", "diffusers")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        old, new = ((tmp_path / f / name).read_bytes() for f in ("folder", "again"))
+        assert old == new
+    # Beside a whole model, and as a difference.
+    tensors = load_file(tmp_path / "net.safetensors")
+    assert all(name.startswith("control_model.") for name in tensors)
+    save_file({**tensors, "model.x": HINTS}, tmp_path / "whole.safetensors")
+    assert not read_adapter(tmp_path / "whole.safetensors").difference
+    save_file({**tensors, "difference": np.zeros(0)}, tmp_path / "difference.safetensors")
+    difference = read_adapter(tmp_path / "difference.safetensors")
+    assert difference.difference and difference.params.keys() == net.params.keys()
+    with pytest.raises(ValueError, match="is a difference to a U-Net; diffusers has no such"):
+        write_control(difference, tmp_path / "no", "diffusers")
+    with pytest.raises(ValueError, match=r"ControlNetModel is no model: give it to load_adapter"):
+        ldm.load(tmp_path / "folder")
+
+
+BAD = [
+    (lambda net: [(net, HINTS[:, :4], 1.0)], r"net: hint has shape \(2, 4, 8, 3\), expected"),
+    (lambda net: [(net, 255 * HINTS, 1.0)], r"net: hint: values in .*, expected \[0, 1\]"),
+    (lambda net: [(net, HINTS[[0, 1, 1]], 1.0)], "net: 3 of hint for 2 images"),
+    (lambda net: [(net, HINTS)], "controls are .adapter, hint, weight."),
+    (lambda net: [("net", HINTS, 1.0)], "controls come from load_adapter, not net"),
+    (lambda net: [(net, HINTS, [1.0])], r"net: 1 weights for \d outputs"),
+    (lambda net: [(net, HINTS, {"up_blocks": 1.0})], "net: no module 'up_blocks'"),
+    (lambda net: [(net, HINTS, 1.0, {"begin": 0})], "net: unknown setting 'begin'; known: start"),
+    (lambda net: [(net, HINTS, 1.0, {"start": 0.5, "end": 0.5})], "0 ≤ start < end ≤ 1"),
+    (lambda net: [(narrow(net), HINTS, 1.0)], r"net: middle_block_0/.* is .*, that of the U-Net"),
+]
+
+
+def narrow(net):
+    name = "middle_block_0/in_layers_2/kernel"
+    return net.replace(params={**net.params, name: net.params[name][..., :4]})
+
+
+@pytest.mark.parametrize(("controls", "message"), BAD)
+def test_bad_controls_are_refused_in_a_line(controls, message):
+    with pytest.raises(ValueError, match=message) as error:
+        sampled(controls(random_control()), image_size=(8, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_a_net_is_no_change_of_parameters_and_a_change_is_no_net(tmp_path):
+    with pytest.raises(ValueError, match=r"^net: give this adapter as controls="):
+        model().sample(RNG, ["red cat"], adapters=[(random_control(), 1.0)])
