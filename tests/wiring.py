@@ -131,7 +131,7 @@ PROGRAMS = {
     "diffusion.schedule": (DENOISER, "train_step", "sqrt", {}),
     "diffusion.timestep_sampling": (DENOISER, "train_step", "logit_normal", {}),
     "diffusion.zero_terminal_snr": (DENOISER, "train_step", True, LINEAR),
-    "distillation.distilled_steps": (STUDENT, "train_step", 20, {}),
+    "distillation.distilled_steps": (STUDENT, "train_step", 25, {}),
     "distillation.guidance_scales": (STUDENT, "train_step", (1.0, 3.0), {}),
     "distillation.method": (STUDENT, "train_step", "guidance", {}),
     "distillation.target_decay": (STUDENT, "train_step", 0.5, {}),
