@@ -57,8 +57,14 @@ SIZES = [
     flags.DEFINE_list("original_size", None, "Height,width of the picture before resizing (SDXL)."),
     flags.DEFINE_list("crop_top_left", None, "Top,left of its crop (SDXL)."),
     flags.DEFINE_list("target_size", None, "Height,width of the picture as trained on (SDXL)."),
+    flags.DEFINE_list("negative_original_size", None, "The same of the unconditional (SDXL)."),
+    flags.DEFINE_list("negative_crop_top_left", None, "The same of the unconditional (SDXL)."),
+    flags.DEFINE_list("negative_target_size", None, "The same of the unconditional (SDXL)."),
 ]
-AESTHETIC_SCORE = flags.DEFINE_float("aesthetic_score", None, "How it should be liked (SDXL).")
+SCORES = [
+    flags.DEFINE_float("aesthetic_score", None, "How it should be liked (SDXL's refiner)."),
+    flags.DEFINE_float("negative_aesthetic_score", None, "The same of the unconditional."),
+]
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once, at most.")
 PROGRESS = flags.DEFINE_bool("progress", False, "Show a bar that counts network evaluations.")
 read_options = shared_flags.define(ALL_OPTIONS, fallback="the model's")
@@ -93,7 +99,7 @@ def main(argv: list[str]) -> None:
             "neighbours": sampling.read_array(NEIGHBOURS.value),
             "image_embedding": sampling.read_array(IMAGE_EMBEDDING.value),
             **{flag.name: sampling.read_integers(flag.name, flag.value) for flag in SIZES},
-            "aesthetic_score": AESTHETIC_SCORE.value,
+            **{flag.name: flag.value for flag in SCORES},
             "progress": sampling.ProgressBar() if PROGRESS.value else None,
             "prompt_weights": PROMPT_WEIGHTS.value,
             "height": HEIGHT.value,

@@ -418,8 +418,9 @@ def reading(conditions):
 def test_a_condition_reaches_the_network(argument):
     conditions, values, others = TOLD[argument]
     made = reading(conditions)
+    start = {"z_T": noise(4, 1, SIDE, SIDE, 3)} if argument == "aesthetic_score" else {}
     one, other = (
-        made.sample(RNG, mode="single", **{**others, argument: value}) for value in values
+        made.sample(RNG, mode="single", **{**others, **start, argument: value}) for value in values
     )
     assert np.abs(one - other).max() > 1e-3
     told = [made.condition(rng=RNG, **{**others, argument: value}) for value in values]
@@ -427,6 +428,31 @@ def test_a_condition_reaches_the_network(argument):
     CLOSE(one, made.decode(answer))  # a sample is told the same as `condition` says
     leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(each)]) for each in told]
     assert np.abs(leaves[0] - leaves[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["original_size", "crop_top_left", "target_size", "aesthetic_score"]
+)
+def test_the_unconditional_may_have_other_sizes(name):
+    conditions, (value, other), _ = TOLD[name]
+    made = reading(conditions)
+
+    def pictures(scale, **given):
+        given |= {name: value, "z_T": noise(4, 1, SIDE, SIDE, 3)}
+        return made.sample(RNG, mode="single", guidance_scale=scale, **given)
+
+    plain = pictures(1.0)
+    CLOSE(pictures(3.0, **{f"negative_{name}": value}), plain)  # nothing to steer away from
+    assert np.abs(pictures(3.0, **{f"negative_{name}": other}) - plain).max() > 1e-3
+    if name == "aesthetic_score":  # the unconditional has another one by default
+        assert value == 2.5
+        CLOSE(pictures(3.0), plain)
+        with pytest.raises(ValueError, match="refiner"):
+            made.sample(RNG, mode="single")
+    with pytest.raises(ValueError, match=f"2 of negative_{name} for 1 prompts"):
+        pictures(3.0, **{f"negative_{name}": np.array([other, other])})
+    with pytest.raises(ValueError, match=f"negative_{name} given, but this model has no {name}"):
+        reading({"depth": {}}).sample(RNG, depth=noise(1, 2, 2, 1), **{f"negative_{name}": value})
 
 
 def test_a_condition_has_the_size_of_the_picture():

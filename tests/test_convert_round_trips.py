@@ -37,6 +37,12 @@ IMAGE = dict(
 )
 LOW_RES = {"num_levels": 7, "width": 128, "keep": True}
 MASKED = {"mask_first": True, "known_mask": 0.0, "hole": 0.0, "keep": True}
+FIRST = {**CLIP, "skip_last": 1, "final_norm": False, "zero_null": True}
+SECOND = {
+    **FIRST, "activation": "gelu", "pad_id": 0, "projection_dim": 5, "repad": True,
+}  # fmt: skip
+SIZES = {"aesthetic_score": False, "width": 8}
+_LAYERS = "conditioner.embedders.0.transformer.text_model."
 FAMILIES = {  # input channels, linear projections, conditioners, what nothing needs
     "text": (4, False, {"text": TEXT}, {
         "cond_stage_model.transformer.to_logits.weight": (11, WIDTH),
@@ -52,12 +58,28 @@ FAMILIES = {  # input channels, linear projections, conditioners, what nothing n
         "cond_stage_model.model.text_projection": (WIDTH, WIDTH),
         "cond_stage_model.model.logit_scale": (),
     }),
+    "xl": (9, True, {
+        "clip_text": FIRST, "masked_image": MASKED, "clip_text_2": SECOND, "sizes": SIZES,
+    }, {
+        f"{_LAYERS}embeddings.position_ids": (1, 5),
+        f"{_LAYERS}encoder.layers.1.self_attn.q_proj.weight": (WIDTH, WIDTH),
+        f"{_LAYERS}final_layer_norm.weight": (WIDTH,),
+        "conditioner.embedders.1.model.logit_scale": (),
+        "v_pred": (0,),
+        "ztsnr": (0,),
+    }),
+    "refiner": (4, True, {
+        "clip_text_2": {**SECOND, "zero_null": False}, "sizes": {**SIZES, "aesthetic_score": True},
+    }, {}),
     "unclip": (4, True, {"clip_text": CLIP, "clip_image": IMAGE}, {
         "embedder.model.token_embedding.weight": (11, WIDTH),
     }),
 }  # fmt: skip
 MAKE = {"text": text.shapes, "clip_text": clip_text.shapes, "clip_image": clip_image.shapes}
-VECTORS = {"unclip": 10}
+MAKE["clip_text_2"] = clip_text.shapes
+VECTORS = {"unclip": 10, "xl": 5 + 6 * 8, "refiner": 5 + 5 * 8}
+OF_V = ("open-clip", "xl")
+GUIDANCE = {"open-clip": 9.0, "unclip": 10.0, "refiner": 5.0}  # of their pipelines
 RNG = np.random.default_rng(0)
 
 
@@ -77,6 +99,7 @@ def part(fields, shapes):
 def make_bundle(name):
     channels, linear, conditioners, _ = FAMILIES[name]
     fields = {**UNET, "vector_projection": name in VECTORS}
+    context = 2 * WIDTH if name == "xl" else WIDTH
     parts = {}
     for key, own in conditioners.items():
         params = {NOISE_LEVEL: in_memory(random((7, 128)))} if key == "low_res" else {}
@@ -86,9 +109,13 @@ def make_bundle(name):
     return convert.Bundle(
         autoencoder=part(AUTOENCODER, autoencoder.shapes(AUTOENCODER)),
         scale_factor=0.25,
-        unet=part(fields, unet.shapes(fields, channels, WIDTH, VECTORS.get(name))),
+        unet=part(fields, unet.shapes(fields, channels, context, VECTORS.get(name))),
         conditioners=parts,
-        diffusion={**ASSUMED, "prediction": "v" if name == "open-clip" else "eps"},
+        diffusion={
+            **ASSUMED,
+            "prediction": "v" if name in OF_V else "eps",
+            "zero_terminal_snr": name == "xl",
+        },
         image_size=16,
         notes={"linear_projections": linear},
     )
@@ -118,9 +145,12 @@ def test_whole_models(name, tmp_path):
     theirs = load_file(first) | {key: random(shape) for key, shape in unused.items()}
     save_file(theirs, first)
     read = convert.read(first)
-    assert list(read.conditioners) == list(bundle.conditioners)
+    assert sorted(read.conditioners) == sorted(bundle.conditioners)
+    for key, own in bundle.conditioners.items():
+        assert {k: read.conditioners[key].fields[k] for k in own.fields} == own.fields
     assert {k: read.diffusion[k] for k in bundle.diffusion} == bundle.diffusion
-    assert read.scale_factor == 0.25 and read.image_size == 16
+    of_xl = "clip_text_2" in bundle.conditioners  # whose files don't say the size
+    assert read.scale_factor == 0.25 and read.image_size == (256 if of_xl else 16)
     convert.write(read, tmp_path / "again.safetensors", "compvis")
     equal(load_file(tmp_path / "again.safetensors"), theirs)
     configs = [yaml.safe_load((tmp_path / f"{f}.yaml").read_text()) for f in ("first", "again")]
@@ -139,8 +169,7 @@ def test_whole_models(name, tmp_path):
         again = tmp_path / "folder2" / file.relative_to(tmp_path / "folder")
         assert json.loads(again.read_text()) == json.loads(file.read_text())
     assert pipeline.conditioners.keys() == bundle.conditioners.keys()
-    guidance = {"open-clip": 9.0, "unclip": 10.0}.get(name, 7.5)  # of its pipeline
-    assert pipeline.sampling["guidance_scale"] == guidance
+    assert pipeline.sampling["guidance_scale"] == GUIDANCE.get(name, 7.5)
     if "low_res" in pipeline.conditioners:
         assert pipeline.conditioners["low_res"].fields["max_noise_level"] == 350
 

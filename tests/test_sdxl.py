@@ -1,11 +1,19 @@
 """Stable Diffusion XL: its networks, conditioners, files and sampling."""
 
+import json
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import test_convert_round_trips as models
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
-from latent_diffusion.convert import unet, unet_compvis, unet_diffusers
+from latent_diffusion import convert
+from latent_diffusion.convert import clip_text, unet, unet_compvis, unet_diffusers
+from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 
 BASE = {
@@ -102,3 +110,173 @@ def test_depths_that_no_transformer_has_are_refused(fields, message):
 def test_settings_of_other_unets_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         unet_diffusers.fields_from_diffusers({"_class_name": "UNet2DConditionModel", **settings})
+
+
+BIG_G = {
+    "width": 1280, "depth": 32, "num_heads": 20, "activation": "gelu", "skip_last": 1,
+    "final_norm": False, "projection_dim": 1280, "pad_id": 0, "repad": True,
+}  # fmt: skip
+
+
+def test_the_second_text_encoder_has_the_parameters_of_the_released_one():
+    assert size(clip_text.shapes(BIG_G)) == 694_659_840
+
+
+ENCODER = {
+    "vocab_size": 9, "max_length": 5, "width": 64, "num_heads": 1, "depth": 2, "skip_last": 1,
+    "empty": (7, 8), "pad_id": 8, "final_norm": False, "zero_null": True,
+}  # fmt: skip
+SECOND = {**ENCODER, "projection_dim": 6, "pad_id": 0, "repad": True}
+CONFIG = {"sizes": {"width": 4}, "clip_text_2": SECOND, "clip_text": ENCODER}
+TOKENS = np.array([[7, 3, 8, 8, 8], [7, 8, 8, 8, 8]], np.int32)
+BATCH = {
+    "tokens": jnp.asarray(TOKENS),
+    "original_size": jnp.array([[8, 16]] * 2),
+    "crop_top_left": jnp.array([[0, 4]] * 2),
+    "target_size": jnp.array([[8, 8]] * 2),
+}
+
+
+def condition(config, drop=(False, False), batch=BATCH):
+    conditioner, drop = make_conditioner(config), jnp.array(drop)
+    params = jax.jit(conditioner.init)(jax.random.key(0), batch, drop)
+    return params["params"], conditioner.apply(params, batch, drop)
+
+
+def test_two_encoders_of_one_text_are_joined_along_its_width():
+    params, both = condition(CONFIG)
+    assert both.context.shape == (2, 5, 128) and both.vector.shape == (2, 6 + 6 * 4)
+    for config, context in (
+        ({"clip_text": ENCODER}, both.context[..., :64]),
+        ({"clip_text_2": SECOND}, both.context[..., 64:]),
+    ):
+        alone = make_conditioner(config).apply({"params": params}, BATCH, jnp.zeros(2, bool))
+        np.testing.assert_array_equal(alone.context, context)
+    np.testing.assert_array_equal(alone.vector, both.vector[:, :6])  # before the sizes
+
+
+def test_the_second_encoder_sees_its_own_padding():
+    """The last states see all of the text, and so tell the paddings apart."""
+    params, _ = condition({"clip_text_2": SECOND})
+    own = np.where(np.arange(5) > (TOKENS == 8).argmax(1)[:, None], 0, TOKENS)
+    drop = jnp.zeros(2, bool)
+    rows = [
+        make_conditioner({"clip_text_2": {**SECOND, "repad": repad}}).apply(
+            {"params": params}, {"tokens": jnp.asarray(tokens)}, drop
+        )
+        for repad, tokens in ((True, TOKENS), (False, own), (False, TOKENS))
+    ]
+    np.testing.assert_array_equal(rows[0].context, rows[1].context)
+    assert np.abs(rows[0].context - rows[2].context).max() > 1e-3
+    # The vector is of the end, which sees no padding.
+    np.testing.assert_array_equal(rows[0].vector, rows[2].vector)
+
+
+def test_a_dropped_text_is_zeros_and_sizes_stay():
+    _, out = condition(CONFIG, (True, False))
+    assert not out.context[0].any() and not out.vector[0, :6].any()
+    assert out.context[1].any() and out.vector[1, :6].any()
+    np.testing.assert_array_equal(out.vector[0, 6:], out.vector[1, 6:])
+    refiner = {name: {**CONFIG[name]} for name in ("clip_text_2", "sizes")}
+    refiner["clip_text_2"]["zero_null"] = False
+    _, out = condition(refiner, (True, False))  # the other example is the empty prompt
+    np.testing.assert_array_equal(out.context[0], out.context[1])
+
+
+def test_the_order_of_conditioners_is_that_of_the_alphabet():
+    """A ConfigDict has it, too: a vector doesn't depend on where its config comes from."""
+    names = ["clip_text", "clip_text_2", "sizes"]
+    assert list(make_conditioner(CONFIG).config) == names
+    assert list(make_conditioner(ConfigDict(CONFIG)).config) == names
+
+
+def low_rank(out, into=models.WIDTH):
+    return models.random((2, into)), models.random((out, 2))
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_lora_of_both_text_encoders(kind, tmp_path):
+    """The first encoder's last layer, which files have, changes nothing."""
+    kohya = kind == "kohya"
+    down, up = (
+        ("lora_down.weight", "lora_up.weight") if kohya else ("lora_A.weight", "lora_B.weight")
+    )
+    starts = ("lora_te1_", "lora_te2_") if kohya else ("text_encoder.", "text_encoder_2.")
+    modules = [(starts[0], 0), (starts[0], 1), (starts[1], 1)]
+    tensors, factors = {}, []
+    for start, layer in modules:
+        name = f"text_model.encoder.layers.{layer}.mlp.fc2"
+        module = start + (name.replace(".", "_") if kohya else name)
+        a, b = low_rank(models.WIDTH, 4 * models.WIDTH)
+        tensors |= {f"{module}.{down}": a, f"{module}.{up}": b}
+        factors.append((b @ a).T)
+    own = {"lora_unet_input_blocks_1_1_proj_in": "unet.down_blocks.0.attentions.0.proj_in"}
+    for original, theirs in own.items():
+        a, b = low_rank(32, 32)
+        module = original if kohya else theirs
+        tensors |= {f"{module}.{down}": a, f"{module}.{up}": b}
+        change = (b @ a).T
+    save_file(tensors, tmp_path / "lora.safetensors")
+    bundle = models.make_bundle("xl")
+    merged = convert.with_lora(bundle, tmp_path / "lora.safetensors", 1.0)
+    expected = {
+        ("clip_text", "layers_0/fc2/kernel"): factors[0],
+        ("clip_text_2", "layers_1/fc2/kernel"): factors[2],
+        ("unet", "input_blocks_1_1/proj_in/kernel"): change,
+    }
+    for (name, part), (_, before) in zip(merged.parts(), bundle.parts(), strict=True):
+        for path, tensor in part.params.items():
+            delta = tensor.read() - before.params[path].read()
+            np.testing.assert_allclose(delta, expected.get((name, path), 0), atol=1e-6)
+
+
+def test_a_lora_of_stable_diffusion_1_is_refused(tmp_path):
+    a, b = low_rank(320, 320)
+    name = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"1 modules aren't in this model: {name}"):
+        convert.with_lora(models.make_bundle("xl"), tmp_path / "lora.safetensors", 1.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    path = tmp_path_factory.mktemp("xl")
+    convert.write(models.make_bundle("xl"), path, "diffusers")
+    return path
+
+
+def changed(path, **entries):
+    file = path / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({**index, **entries}))
+    return index
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"text_encoder_2": [None, None]}, "it lacks the second text encoder"),
+        ({"text_encoder": [None, None]}, "a context of width 64, its U-Net takes 128"),
+        ({"requires_aesthetics_score": True}, "vector has 53 numbers; .* 5 sizes are 45"),
+    ],
+)
+def test_folders_that_lack_a_part_are_refused(entries, message, pipeline):
+    index = changed(pipeline, **entries)
+    try:
+        with pytest.raises(ValueError, match=message):
+            convert.read(pipeline)
+    finally:
+        changed(pipeline, **index)
+
+
+def test_minus_infinity_of_diffusers_is_read(pipeline):
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    text = file.read_text()
+    config = {**json.loads(text), "_class_name": "DPMSolverMultistepScheduler"}
+    file.write_text(json.dumps({**config, "lambda_min_clipped": -math.inf}))
+    kind = ["diffusers", "DPMSolverMultistepScheduler"]
+    index = changed(pipeline, scheduler=kind)
+    assert convert.read(pipeline).sampling["sampler"] == "dpm_solver_pp_2m"
+    changed(pipeline, **index)
+    file.write_text(text)

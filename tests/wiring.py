@@ -308,6 +308,7 @@ OPTIONS = {
 
 ANSWERS = "test_answers.py::test_"
 TOLD = f"{ANSWERS}a_condition_reaches_the_network"
+OPPOSITE = f"{ANSWERS}the_unconditional_may_have_other_sizes"
 GUIDE = f"{ANSWERS}a_guide_changes_the_pictures"
 ADAPTERS = "test_adapters.py::test_sampling_with_adapters_is_sampling_with_the_merged_model"
 BATCHES = "test_model.py::test_a_call_runs_one_program_for_each_batch"
@@ -330,6 +331,8 @@ ARGUMENTS = {
         **dict.fromkeys(("layout", "segmentation", "low_res", "noise_level"), TOLD),
         **dict.fromkeys(("depth", "neighbours", "image_embedding"), TOLD),
         **dict.fromkeys(("original_size", "crop_top_left", "target_size", "aesthetic_score"), TOLD),
+        **dict.fromkeys(("negative_original_size", "negative_crop_top_left"), OPPOSITE),
+        **dict.fromkeys(("negative_target_size", "negative_aesthetic_score"), OPPOSITE),
         **dict.fromkeys(("classifier", "classifier_labels", "classifier_scale"), GUIDE),
         **dict.fromkeys(("target", "target_scale"), GUIDE),
         "target_distance": PULLS,
@@ -381,6 +384,8 @@ FLAGS = {
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),
                 *("low_res", "noise_level", "depth", "neighbours", "image_embedding"),
                 *("original_size", "crop_top_left", "target_size", "aesthetic_score"),
+                *("negative_original_size", "negative_crop_top_left", "negative_target_size"),
+                "negative_aesthetic_score",
                 *("progress", "batch_size", "height", "width", "prompt_weights"),
             ),
             CALL.format("sample"),

@@ -98,6 +98,9 @@ class Bundle:
     @property
     def time_width(self) -> int | None:
         """The width of each size's sinusoid in the vector (Stable Diffusion XL); None elsewhere."""
+        sizes = self.conditioners.get("sizes")
+        if sizes is not None:
+            return sizes.fields.get("width", 256)
         return self.notes.get("time_width")
 
     @property
@@ -160,7 +163,7 @@ def conditioner_shapes(name: str, fields: Mapping[str, Any]) -> Params:
         "noise_level": ((1,), "int32"),
         **dict.fromkeys(("original_size", "crop_top_left", "target_size"), ((1, 2), "int32")),
         "aesthetic_score": ((1,), "float32"),
-        "embedding_noise": ((1, getattr(module, "projection_dim", 1)), "float32"),
+        "embedding_noise": ((1, getattr(module, "projection_dim", None) or 1), "float32"),
     }
     batch = {key: jax.ShapeDtypeStruct(*spec) for key, spec in keys.items()}
     drop = jax.ShapeDtypeStruct((1,), bool)

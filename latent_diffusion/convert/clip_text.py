@@ -1,6 +1,7 @@
 """CLIP's text encoder: its names and settings in transformers' words and in OpenCLIP's."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ WHOLE = Settings(  # of a CLIPModel, which holds the configs of both encoders
 )
 LAYER = r"layers_(?P<i>\d+)"
 TRANSFORMERS, OPEN_CLIP = "encoder.layers.", "transformer.resblocks."
+PROJECTION = "text_projection.weight"  # of a text's vector; no file has a prefix before it
 _POSITIONS = "embeddings.position_embedding.weight"
 _STACKED = (
     Leaf("kernel", (".in_proj_weight",), LINEAR),
@@ -70,12 +72,13 @@ def transformers_layers(theirs: str, num_heads: int) -> list[Rule]:
 def transformers_table(fields: Mapping[str, Any]) -> Table:
     """CLIPTextModel's names, which the single files of Stable Diffusion 1 have, too.
 
-    They are without the `text_model.` with which they begin in most files.
+    They are without the `text_model.` with which all but the projection begin in most files.
     """
     return (
         Rule("", "", (Leaf("position_embedding", (_POSITIONS,), SAME),)),
         Rule("token_embedding", "embeddings.token_embedding", "embedding"),
         Rule("final_layer_norm", "final_layer_norm", "norm"),
+        Rule("text_projection", "text_projection", "linear"),
         *transformers_layers(rf"{TRANSFORMERS}\g<i>", ClipText(**fields).num_heads),
     )
 
@@ -98,6 +101,7 @@ def open_clip_table(fields: Mapping[str, Any]) -> Table:
         Rule("", "", (Leaf("position_embedding", ("positional_embedding",), SAME),)),
         Rule("token_embedding", "token_embedding", "embedding"),
         Rule("final_layer_norm", "ln_final", "norm"),
+        Rule("text_projection", "", (Leaf("kernel", ("text_projection",), SAME),)),
         *open_clip_layers(),
     )
 
@@ -105,13 +109,16 @@ def open_clip_table(fields: Mapping[str, Any]) -> Table:
 def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Tensors that may be left over: CLIP's other parts, constant buffers and skipped layers."""
     module = ClipText(**fields)
+    buffers = (r"embeddings\.position_ids", "logit_scale", "attn_mask", r"visual\..*")
+    if module.projection_dim is not None:
+        return buffers
     skipped = range(module.depth - module.skip_last, module.depth)
+    norm = () if module.final_norm else (r"(final_layer_norm|ln_final)\..*",)
     return (
-        r"embeddings\.position_ids",
-        r"text_projection(\.weight)?",
-        "logit_scale",
-        "attn_mask",
-        r"visual\..*",
+        *buffers,
+        *norm,
+        PROJECTION,
+        "text_projection",
         *(rf"(encoder\.layers|transformer\.resblocks)\.{i}\..*" for i in skipped),
     )
 
@@ -135,15 +142,21 @@ def half_of(config: Mapping[str, Any], half: str) -> Mapping[str, Any]:
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for CLIPTextModel; it leaves out the layers that the encoder skips."""
+    """A config.json for CLIPTextModel; it leaves out the layers that the encoder skips.
+
+    Where the final norm doesn't follow, the file has them: its reader takes the hidden states.
+    """
     module = ClipText(**fields)
+    projected = module.projection_dim is not None
+    name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
     return {
         **_write_config(fields),
-        "num_hidden_layers": module.depth - module.skip_last,
+        "architectures": [name],
+        "num_hidden_layers": module.depth - (module.skip_last if module.final_norm else 0),
         "bos_token_id": module.empty[0],
         "eos_token_id": module.empty[1],
         "pad_token_id": module.pad_id,
-        "projection_dim": module.width,
+        "projection_dim": module.projection_dim or module.width,
     }
 
 
@@ -179,9 +192,34 @@ def _special_tokens(vocab_size: int) -> Fields:
 
 
 def transformers_tensors(part: Part) -> dict[str, Tensor]:
-    """The tensors of its file under transformers' names, with the unused ones that it had."""
-    unused = {n: t for n, t in part.unused.items() if n.startswith(("embeddings.", "encoder."))}
-    return tables.write_tensors(transformers_table(part.fields), part.params) | unused
+    """The tensors of its file under transformers' names, with the unused ones that it had.
+
+    Layers and a norm that the file must have, though nothing computes them, are else zeros.
+    """
+    begins = ("embeddings.", "encoder.", "final_layer_norm.")
+    unused = {n: t for n, t in part.unused.items() if n.startswith(begins)}
+    tensors = tables.write_tensors(transformers_table(part.fields), part.params)
+    module = ClipText(**part.fields)
+    if not module.final_norm and module.projection_dim is None:
+        seen = module.depth - module.skip_last
+        norms = {end: f"{TRANSFORMERS}0.layer_norm1.{end}" for end in ("weight", "bias")}
+        required = {f"final_layer_norm.{end}": tensors[name] for end, name in norms.items()}
+        required |= _like_first(tensors, TRANSFORMERS, range(seen, module.depth))
+        tensors = _zeros(required) | tensors
+    return tensors | unused
+
+
+def _like_first(
+    tensors: Mapping[str, Tensor], layers: str, indices: Iterable[int]
+) -> dict[str, Tensor]:
+    """The names of some layers, with the tensors of the first one."""
+    first = f"{layers}0."
+    names = [name for name in tensors if name.startswith(first)]
+    return {n.replace(first, f"{layers}{i}."): tensors[n] for i in indices for n in names}
+
+
+def _zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: in_memory(np.zeros(t.shape, t.dtype)) for name, t in like.items()}
 
 
 def open_clip_tensors(part: Part) -> dict[str, Tensor]:
@@ -191,11 +229,11 @@ def open_clip_tensors(part: Part) -> dict[str, Tensor]:
     that are required, but absent from the file that was read, are zeros.
     """
     tensors = tables.write_tensors(open_clip_table(part.fields), part.params)
-    module, dtype = ClipText(**part.fields), next(iter(part.params.values())).dtype
-    layers = module.depth - module.skip_last
-    last, first = (f"{OPEN_CLIP}{i}." for i in (layers, 0))
-    required = {n.replace(first, last): t.shape for n, t in tensors.items() if n.startswith(first)}
-    required |= {"text_projection": (module.width, module.width), "logit_scale": ()}
-    zeros = {name: in_memory(np.zeros(shape, dtype)) for name, shape in required.items()}
+    module, some = ClipText(**part.fields), next(iter(part.params.values()))
+    required = {"logit_scale": replace(some, shape=())}
+    if module.projection_dim is None:
+        seen = module.depth - module.skip_last
+        required |= _like_first(tensors, OPEN_CLIP, [seen])
+        required["text_projection"] = replace(some, shape=(module.width, module.width))
     unused = {n: t for n, t in part.unused.items() if n in required or n == "attn_mask"}
-    return {**tensors, **zeros, **unused}
+    return {**tensors, **_zeros(required), **unused}

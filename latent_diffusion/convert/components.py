@@ -3,16 +3,16 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latent_diffusion.convert import autoencoder, autoencoder_diffusers, dit, unet, unet_diffusers
 from latent_diffusion.convert.bundle import Bundle, Size, check_depth, input_widths, read_part
+from latent_diffusion.convert.clip_text import PROJECTION
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.inputs import conditioners_for, table_of
-from latent_diffusion.convert.settings import remembered
+from latent_diffusion.convert.settings import Fields, remembered
 from latent_diffusion.convert.tables import write_tensors
 from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
@@ -26,9 +26,9 @@ Progress = Callable[[int], Any]
 
 VERSION = "0.30.0"  # of diffusers, whose names of settings these are
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+CLIP_TEXTS = ("clip_text", "clip_text_2")
 IMAGE_ENCODER = "CLIPVisionModelWithProjection"
 _TABLE = "class_embedding.weight"  # of noise levels or classes, by number
-_PROJECTION = "text_projection.weight"  # of a text's one embedding, which nothing here takes
 _PREFIX = "text_model."  # of the names of CLIP's text encoder, in most files
 
 
@@ -115,13 +115,25 @@ def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bund
     return Bundle(unet=part, conditioners=conditioners, notes=notes)
 
 
-def _read_encoder(name: str, where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bundle:
-    part, notes = read_encoder(name, where, tensors, config), Json({name: config})
-    if name == "clip_text":
+def read_text_encoder(name: str, path: Path, variant: str | None, chosen: Fields) -> Bundle:
+    """Read the folder of an encoder, used as the fields `chosen` say, as the conditioner `name`."""
+    config = read_json(path / "config.json")
+    weights, tensors = open_weights(path, variant)
+    with reading(path):
+        return _read_encoder(name, weights, config, tensors, chosen)
+
+
+def _read_encoder(
+    name: str,
+    where: Path,
+    config: Json,
+    tensors: Mapping[str, Tensor],
+    chosen: Fields | None = None,
+) -> Bundle:
+    part, notes = read_encoder(name, where, tensors, config, chosen), Json({name: config})
+    if name in CLIP_TEXTS:
         has_prefix = any(tensor.startswith(_PREFIX) for tensor in tensors)
-        notes["clip_text_prefix"] = _PREFIX if has_prefix else ""
-        if _PROJECTION in tensors:  # which has no prefix in any file
-            part = replace(part, unused={**part.unused, _PROJECTION: tensors[_PROJECTION]})
+        notes[f"{name}_prefix"] = _PREFIX if has_prefix else ""
     return Bundle(conditioners={name: part}, notes=notes)
 
 
@@ -214,11 +226,12 @@ def _write_encoder(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor]]:
     encoder, part = ENCODERS.get(name), bundle.conditioners[name]
     if encoder is None or encoder.write is None:
         raise ValueError(f"diffusers has no component for the conditioner {name}; save it as orbax")
-    prefix = bundle.notes.get("clip_text_prefix", _PREFIX) if name == "clip_text" else ""
-    tensors = {prefix + tensor: t for tensor, t in encoder.write(part).items()}
+    prefix = bundle.notes.get(f"{name}_prefix", _PREFIX) if name in CLIP_TEXTS else ""
+    own = (PROJECTION,)  # the name that has no prefix
+    tensors = {t if t in own else prefix + t: x for t, x in encoder.write(part).items()}
     config = encoder.module.config_from_fields(part.fields)
-    if name == "clip_text" and _PROJECTION in part.unused:
-        tensors[_PROJECTION] = part.unused[_PROJECTION]
+    if name in CLIP_TEXTS and PROJECTION in part.unused:
+        tensors[PROJECTION] = part.unused[PROJECTION]
         config["architectures"] = ["CLIPTextModelWithProjection"]
-        config["projection_dim"] = tensors[_PROJECTION].shape[0]
+        config["projection_dim"] = tensors[PROJECTION].shape[0]
     return config, tensors

@@ -17,6 +17,7 @@ from latent_diffusion.convert import (
     autoencoder,
     cond_stage,
     dit,
+    sgm,
     taming,
     tokenizers,
     unet,
@@ -56,6 +57,7 @@ IGNORED = (
     r"posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)",
     r"logvar|scale_factor|lvlb_weights",
     r"noise_augmentor\.(?!data_).*",
+    r"denoiser\.sigmas",
 )
 
 
@@ -87,6 +89,8 @@ RELEASED = {
     (320, 1280, 4): Released(0.00085, 0.012, {"num_heads": 8}, 0.18215),  # txt2img-1p4B
     (320, 768, 4): Released(0.00085, 0.012, {"num_heads": 8}, 0.18215),  # SD v1
     (320, 1024, 4): Released(0.00085, 0.012, {"num_head_channels": 64}, 0.18215, "v"),  # SD v2
+    (320, 2048, 4): Released(0.00085, 0.012, {"num_head_channels": 64}, 0.13025),  # SDXL
+    (384, 1280, 4): Released(0.00085, 0.012, {"num_head_channels": 64}, 0.13025),  # its refiner
     (256, 1024, 4): Released(0.0001, 0.02, {"num_heads": 8}, 0.08333, "v"),  # SD x4 upscaler
 }
 MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
@@ -174,8 +178,11 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         )
         return Bundle(autoencoder=_read_first_stage(path, opened.tensors, model))
     if f"{UNET}input_blocks.0.0.weight" in opened.tensors:
-        params = MODEL.complete(model["params"] or {}, "LatentDiffusion") if model else {}
-        return _read_whole(path, opened, params, ema)
+        params = dict(model["params"] or {}) if model else {}
+        if sgm.is_engine(model):
+            params = sgm.as_latent_diffusion(params)
+        params = MODEL.complete(params, "LatentDiffusion") if model else {}
+        return _read_whole(path, opened, params, ema, model)
     if dit.PATCHES in opened.tensors:
         return dit.read_dit(path, opened.tensors)
     if taming.MARK in opened.tensors:
@@ -204,10 +211,15 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_whole(
-    path: Path, opened: TensorFile, params: Mapping[str, Any], ema: bool | None
+    path: Path,
+    opened: TensorFile,
+    params: Mapping[str, Any],
+    ema: bool | None,
+    model: Mapping[str, Any],
 ) -> Bundle:
     tensors = _choose_ema(path, opened.tensors, ema)
-    prefixes = (UNET, FIRST_STAGE, COND_STAGE, EMBEDDER, AUGMENTOR)
+    markers = {name: tensors.pop(name) for name in sgm.MARKERS if name in tensors}
+    prefixes = (UNET, FIRST_STAGE, COND_STAGE, EMBEDDER, AUGMENTOR, sgm.EMBEDDERS)
     parts = {prefix: within(tensors, prefix) for prefix in prefixes}
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     read_tensors((), {}, rest, str(path), IGNORED)  # refuses tensors that no part has
@@ -219,7 +231,7 @@ def _read_whole(
     conditioners |= cond_stage.read_embedder(path, parts[EMBEDDER], parts[AUGMENTOR], params)
     in_channels, context, _ = input_widths(unet_part)
     if "spatial_rescaler" not in conditioners:
-        has_text = bool(conditioners.keys() & {"text", "clip_text"})
+        has_text = bool(conditioners.keys() & {"text", "clip_text"} or parts[sgm.EMBEDDERS])
         out_channels = unet_part.fields["out_channels"]
         conditioners |= conditioners_for(in_channels, out_channels, has_text, table)
     if "low_res" in conditioners and params.get("low_scale_config"):
@@ -227,23 +239,34 @@ def _read_whole(
         part = conditioners["low_res"]
         conditioners["low_res"] = replace(part, fields={**part.fields, **noised})
     diffusion = _diffusion(path, opened, params, released)
+    sampling = {**SAMPLING, "guidance_scale": 7.5 if "clip_text" in conditioners else 1.0}
+    if parts[sgm.EMBEDDERS]:
+        sampling["guidance_scale"] = 5.0
+    if "v_pred" in markers:
+        diffusion["prediction"] = "v"
+    if "ztsnr" in markers:  # so that the first timestep is noise alone, which sampling starts from
+        diffusion["zero_terminal_snr"], sampling["spacing"] = True, "trailing"
+    unet_part = replace(unet_part, unused={**unet_part.unused, **markers})
     bundle = Bundle(
         unet=unet_part,
         conditioners=conditioners,
         diffusion=diffusion,
         scale_factor=_scale_factor(tensors, params, released),
-        sampling={**SAMPLING, "guidance_scale": 7.5 if "clip_text" in conditioners else 1.0},
+        sampling=sampling,
         notes={
             "linear_projections": linear,
             "parameters": _which(opened.tensors, ema),
             "first_stage_twice": "encoder.conv_in.weight" in parts[COND_STAGE],
         },
     )
+    if parts[sgm.EMBEDDERS]:
+        bundle = sgm.with_embedders(bundle, path, parts[sgm.EMBEDDERS], model)
     if not parts[FIRST_STAGE]:
         return bundle
     settings = params.get("first_stage_config") or {}
     bundle = replace(bundle, autoencoder=_read_first_stage(path, parts[FIRST_STAGE], settings))
     side = params.get("image_size") or _side(unet_part.fields, context, diffusion["prediction"])
+    side = sgm.SIDE if parts[sgm.EMBEDDERS] else side
     return replace(bundle, image_size=side * bundle.downsampling)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from latent_diffusion.convert import autoencoder, cond_stage, dit, taming, unet, unet_compvis
+from latent_diffusion.convert import autoencoder, cond_stage, dit, sgm, taming, unet, unet_compvis
 from latent_diffusion.convert.bundle import Bundle, input_widths, with_folded_scale
 from latent_diffusion.convert.compvis import (
     COND_STAGE,
@@ -68,7 +68,8 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not tensors:
             raise ValueError("there is nothing to save: the model is empty")
         return tensors, first_stage
-    if bundle.diffusion["zero_terminal_snr"]:
+    of_xl = "clip_text_2" in bundle.conditioners
+    if bundle.diffusion["zero_terminal_snr"] and not of_xl:
         raise ValueError("the original's code has no zero_terminal_snr; save it as orbax")
     lookup(BETAS, bundle.diffusion["schedule"], "schedule of the original")
     predictions = dict.fromkeys(PARAMETERIZATIONS)
@@ -80,6 +81,20 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = unet_compvis.yaml_from_fields(fields, widths, linear, side)
     tensors |= write_tensors(prefixed(unet.compvis_table(fields, linear), UNET), bundle.unet.params)
     tensors |= {UNET + name: t for name, t in matching(UNUSED, bundle.unet.unused).items()}
+    if of_xl:
+        further, settings = sgm.write(bundle)
+        config["params"].pop("use_spatial_transformer")  # not a setting of this code
+        network = {**config, "target": "sgm.modules.diffusionmodules.openaimodel.UNetModel"}
+        for name in ("image_size", "legacy", "use_spatial_transformer"):
+            network["params"].pop(name, None)
+        engine = {"scale_factor": float(bundle.scale_factor), "network_config": network, **settings}
+        if first_stage:
+            kind = "sgm.models.autoencoder.AutoencoderKL"
+            engine["first_stage_config"] = {**first_stage, "target": kind}
+        return tensors | further, {
+            "target": "sgm.models.diffusion.DiffusionEngine",
+            "params": engine,
+        }
     if (table := table_of(bundle.conditioners)) is not None:
         tensors[f"{UNET}label_emb.weight"] = table
         config["params"]["num_classes"] = table.shape[0]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import clip_image, scheduler, tokenizers
+from latent_diffusion.convert import clip_image, scheduler, sdxl, tokenizers
 from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_folded_scale
 from latent_diffusion.convert.components import (
     COMPONENTS,
@@ -21,6 +21,7 @@ from latent_diffusion.convert.components import (
     open_weights,
     read_component,
     read_size,
+    read_text_encoder,
     save_json,
     write_component,
 )
@@ -35,10 +36,11 @@ LCM = "LatentConsistencyModelPipeline"
 UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline"
 DIT = "DiTPipeline"
 # The default guidance scale of pipelines; it is 7.5 for others of Stable Diffusion, 1 elsewhere.
-_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0, LCM: 8.5}
+_GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0, LCM: 8.5, sdxl.BASE: 5.0, sdxl.REFINER: 5.0}
 # Components without weights, and those that are read with the component that they serve.
 _BESIDE_WEIGHTS = (
-    "scheduler", "tokenizer", "low_res_scheduler", "image_noising_scheduler", "image_normalizer",
+    "scheduler", "tokenizer", "tokenizer_2", "low_res_scheduler", "image_noising_scheduler",
+    "image_normalizer",
 )  # fmt: skip
 _COSINE = "squaredcos_cap_v2"
 _LOW_RES = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
@@ -73,8 +75,10 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
             raise ValueError(f"{path}: none of its folders holds weights of variant {variant!r}")
         variant = f"{variant}?"
     for component, kind in _components(path, index).items():
+        if sdxl.is_sdxl(name) and component in sdxl.FOLDERS:
+            bundle = _merge(bundle, _read_sdxl_encoder(path / component, variant, index))
         # Other pipelines have an image encoder for adapters alone, which are not read.
-        if kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
+        elif kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
             bundle = _merge(bundle, read_component(path / component, variant))
         elif component not in _BESIDE_WEIGHTS:
             log.warning("%s: its %s (%s) is left out", path, component, kind)
@@ -86,6 +90,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         bundle = _with_scheduler(bundle, config, _components(path, index).get("scheduler"))
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
+    if (path / "tokenizer_2").is_dir() and "clip_text_2" in bundle.conditioners:
+        bundle = tokenizers.with_second(bundle, path / "tokenizer_2")
     side, f = read_size(bundle.notes.get("unet", {})), bundle.downsampling
     if bundle.dit is not None:
         side = bundle.dit.fields["base_size"]
@@ -109,20 +115,33 @@ def _components(path: Path, index: Json) -> dict[str, str]:
 
 def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -> Bundle:
     """The bundle with conditioners for the inputs of its U-Net beside the latent."""
-    if bundle.unet is None:
+    unet = bundle.unet
+    if unet is None:
         return bundle
     conditioners = dict(bundle.conditioners)
     if "low_res" in conditioners:
         conditioners["low_res"] = _low_res_noised(conditioners["low_res"], path, index)
     elif "clip_image" in conditioners:
         conditioners["clip_image"] = _image_noised(conditioners["clip_image"], path, variant)
+    elif bundle.time_width is not None and sdxl.is_sdxl(bundle.notes["pipeline"]):
+        channels = input_widths(unet)[0], unet.fields["out_channels"]
+        conditioners |= conditioners_for(*channels, text=True)
+        bundle = replace(bundle, conditioners=conditioners)
+        return sdxl.with_sizes(bundle, path, bool(index.get("requires_aesthetics_score")))
     elif "class_label" not in conditioners:
-        in_channels, _, vector = input_widths(bundle.unet)
+        in_channels, _, vector = input_widths(unet)
         if vector is not None:
             raise ValueError(f"{path}: nothing in it makes the U-Net's vector of {vector} numbers")
-        out_channels = bundle.unet.fields["out_channels"]
+        out_channels = unet.fields["out_channels"]
         conditioners |= conditioners_for(in_channels, out_channels, bool(conditioners))
     return replace(bundle, conditioners=conditioners)
+
+
+def _read_sdxl_encoder(path: Path, variant: str | None, index: Json) -> Bundle:
+    name, config = sdxl.FOLDERS[path.name], read_json(path / "config.json")
+    zeros = index.get("force_zeros_for_empty_prompt", True)
+    chosen = sdxl.text_fields(name, config.get("projection_dim", 512), bool(zeros))
+    return read_text_encoder(name, path, variant, chosen)
 
 
 def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
@@ -181,10 +200,14 @@ PIPELINES = {  # by the conditioners
     ("clip_text", "depth"): "StableDiffusionDepth2ImgPipeline",
     ("clip_text", "low_res"): UPSCALE,
     ("clip_image", "clip_text"): UNCLIP,
+    ("clip_text", "clip_text_2", "sizes"): sdxl.BASE,
+    ("clip_text", "clip_text_2", "masked_image", "sizes"): sdxl.INPAINT,
+    ("clip_text_2", "sizes"): sdxl.REFINER,
 }
 _LIBRARIES = {
     "text": "latent_diffusion",
     "clip_text": "transformers",
+    "clip_text_2": "transformers",
     "clip_image": "transformers",
 }
 _DDPM = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
@@ -197,6 +220,9 @@ _ABSENT = {
     "StableDiffusionImg2ImgPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
     "StableDiffusionDepth2ImgPipeline": ("depth_estimator", "feature_extractor"),
     UPSCALE: ("safety_checker", "feature_extractor", "watermarker"),
+    **dict.fromkeys(
+        (sdxl.BASE, sdxl.REFINER, sdxl.INPAINT), ("image_encoder", "feature_extractor")
+    ),
 }
 
 
@@ -230,11 +256,13 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         settings = scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
-    if bundle.tokenizer is not None:
+    if bundle.tokenizer is not None and bundle.conditioners.keys() & {"text", "clip_text"}:
         kind = tokenizers.write_tokenizer(bundle.tokenizer, path / "tokenizer")
         index["tokenizer"] = ["transformers", kind]
     elif bundle.conditioners.keys() & {"text", "clip_text"}:
         index["tokenizer"] = [None, None]
+    if "clip_text_2" in bundle.conditioners:
+        index |= _write_sdxl(bundle, path, index)
     if pipeline == UPSCALE:
         index |= _write_low_res(bundle.conditioners["low_res"].fields, path)
     if pipeline == UNCLIP:
@@ -271,7 +299,24 @@ def _folders(pipeline: str) -> dict[str, str]:
     if pipeline.startswith("LDM"):
         return {"autoencoder": "vqvae", "unet": "unet", "text": "bert"}
     encoders = {"clip_text": "text_encoder", "text": "text_encoder", "clip_image": "image_encoder"}
+    encoders["clip_text_2"] = "text_encoder_2"
     return {"autoencoder": "vae", "unet": "unet", "dit": "transformer", **encoders}
+
+
+def _write_sdxl(bundle: Bundle, path: Path, index: Json) -> Json:
+    """Write the tokenizer of the second text encoder; returns the entries of the index."""
+    second, sizes = bundle.conditioners["clip_text_2"], bundle.conditioners["sizes"]
+    entries: Json = {"force_zeros_for_empty_prompt": bool(second.fields.get("zero_null"))}
+    if index["_class_name"] != sdxl.BASE:
+        entries["requires_aesthetics_score"] = bool(sizes.fields.get("aesthetic_score"))
+    entries["tokenizer_2"] = [None, None]
+    if bundle.tokenizer is not None:
+        padded = tokenizers.padded(bundle.tokenizer, second.fields["pad_id"])
+        kind = tokenizers.write_tokenizer(padded, path / "tokenizer_2")
+        entries["tokenizer_2"] = ["transformers", kind]
+    if "clip_text" not in bundle.conditioners:
+        entries |= {name: [None, None] for name in ("text_encoder", "tokenizer")}
+    return entries
 
 
 def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:

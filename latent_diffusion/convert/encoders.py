@@ -29,6 +29,14 @@ class Encoder(NamedTuple):
     bare: bool = False
 
 
+_CLIP_TEXT = Encoder(
+    clip_text,
+    {"positional_embedding": clip_text.open_clip_table, "": clip_text.transformers_table},
+    ("cond_stage_model.", "model.", "transformer.text_model.", "text_model."),
+    ("text_encoder",),
+    clip_text.transformers_tensors,
+    bare=True,
+)
 ENCODERS = {
     "bert": Encoder(bert, {"": bert.transformers_table}, ("bert.",)),
     "clip_image": Encoder(
@@ -37,14 +45,8 @@ ENCODERS = {
         folders=("image_encoder",),
         write=clip_image.transformers_tensors,
     ),
-    "clip_text": Encoder(
-        clip_text,
-        {"positional_embedding": clip_text.open_clip_table, "": clip_text.transformers_table},
-        ("cond_stage_model.", "model.", "transformer.text_model.", "text_model."),
-        ("text_encoder",),
-        clip_text.transformers_tensors,
-        bare=True,
-    ),
+    "clip_text": _CLIP_TEXT,
+    "clip_text_2": _CLIP_TEXT._replace(folders=("text_encoder_2",)),
     "text": Encoder(
         text,
         {"token_emb.weight": text.compvis_table, "": text.diffusers_table},
@@ -70,8 +72,9 @@ def read_encoder(
     tensor that is absent.
     """
     encoder = ENCODERS[name]
+    beside = {n: t for n, t in tensors.items() if n == clip_text.PROJECTION}
     for prefix in encoder.prefixes:
-        tensors = below(tensors, prefix)
+        tensors = {**below(tensors, prefix), **beside}
     if config is not None:
         fields = encoder.module.fields_from_config(config)
     elif encoder.bare:

@@ -21,6 +21,7 @@ OURS = "word_tokenizer.json"
 # Names that the tokenizer of a text encoder may have beside a single file.
 _BESIDE = {
     "clip_text": ("tokenizer", "bpe_simple_vocab_16e6.txt.gz", "vocab.json"),
+    "clip_text_2": ("tokenizer_2", "tokenizer", "bpe_simple_vocab_16e6.txt.gz", "vocab.json"),
     "text": ("tokenizer", "vocab.txt"),
 }
 
@@ -40,7 +41,8 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
     path: a tokenizer's folder or vocabulary, or the JSON of a word tokenizer. Raises ValueError for
     a model without a text encoder.
     """
-    name = next((name for name in ("clip_text", "text") if name in bundle.conditioners), None)
+    names = ("clip_text", "clip_text_2", "text")
+    name = next((name for name in names if name in bundle.conditioners), None)
     if name is None:
         raise ValueError(f"tokenizer={path}: this model has no text encoder")
     part = bundle.conditioners[name]
@@ -56,7 +58,36 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
         pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
         tokenizer = ClipTokenizer.read(path, length, pad)
     part = replace(part, fields=text.with_tokenizer(part.fields, tokenizer))
-    return replace(bundle.with_part(name, part), tokenizer=tokenizer)
+    bundle = replace(bundle.with_part(name, part), tokenizer=tokenizer)
+    if name == "clip_text" and "clip_text_2" in bundle.conditioners:
+        part = bundle.conditioners["clip_text_2"]  # whose padding is its own
+        fields = {**part.fields, "empty": tokenizer.empty}
+        bundle = bundle.with_part("clip_text_2", replace(part, fields=fields))
+    return bundle
+
+
+def with_second(bundle: Bundle, path: Path) -> Bundle:
+    """The bundle with the padding of the second text encoder's tokenizer, which lies at `path`.
+
+    Without a first encoder it is the model's tokenizer. Raises ValueError for another vocabulary
+    than the first one's: both encoders read one row of tokens.
+    """
+    if "clip_text" not in bundle.conditioners:
+        return with_tokenizer(bundle, path)
+    first, part = bundle.tokenizer, bundle.conditioners["clip_text_2"]
+    second = ClipTokenizer.read(path, part.fields.get("max_length", _LENGTH))
+    if not isinstance(first, ClipTokenizer) or first.vocabulary != second.vocabulary:
+        raise ValueError(f"{path} has another vocabulary than the first tokenizer")
+    fields = {**part.fields, "pad_id": second.pad_id}
+    return bundle.with_part("clip_text_2", replace(part, fields=fields))
+
+
+def padded(tokenizer: Tokenizer, pad_id: int) -> Tokenizer:
+    """The same tokenizer with another padding."""
+    if not isinstance(tokenizer, ClipTokenizer) or tokenizer.pad_id == pad_id:
+        return tokenizer
+    words, length = tokenizer.vocabulary, tokenizer.max_length
+    return ClipTokenizer(words, tokenizer.merges, length, words[pad_id], tokenizer.any_case)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:

@@ -217,6 +217,34 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
 }
 
 
+def negative_sizes(
+    conditioner: Conditioner, given: Mapping[str, Any], count: int
+) -> dict[str, np.ndarray]:
+    """The sizes of the unconditional, [1 …] or [count …], with "negative_" before their names.
+
+    given: by the names of sizes; None is as in the condition. Raises ValueError as `batch_of`.
+    """
+    part = next((part for part in conditioner.parts() if hasattr(part, "opposites")), None)
+    entries = {} if part is None else dict(part.opposites)
+    entries |= {key: value for key, value in given.items() if value is not None}
+    rows = {}
+    for key, value in entries.items():
+        name = f"negative_{key}"
+        if part is None or key not in part.keys:
+            raise ValueError(f"{name} given, but this model has no {key}")
+        rows[name] = _READERS[key](part, value, None, None)
+        if len(rows[name]) not in (1, count):
+            raise ValueError(f"{len(rows[name])} of {name} for {count} prompts")
+    return rows
+
+
+def check_start(conditioner: Conditioner, image: Any, z_T: Any) -> None:
+    """Raise ValueError where a refiner, which only finishes pictures, has none to start from."""
+    refines = any(getattr(part, "aesthetic_score", False) for part in conditioner.parts())
+    if refines and image is None and z_T is None:
+        raise ValueError("this model is a refiner: give image with strength, or z_T of its base")
+
+
 def in_range(images: Array | np.ndarray) -> jax.Array:
     """The images; ValueError where their range isn't [-1, 1]. Under jit only the dtype counts."""
     if not jnp.issubdtype(images.dtype, jnp.floating):

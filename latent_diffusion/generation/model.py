@@ -162,6 +162,10 @@ class Model(flax.struct.PyTreeNode):
         crop_top_left: tuple[int, int] | Array | np.ndarray | None = None,
         target_size: tuple[int, int] | Array | np.ndarray | None = None,
         aesthetic_score: float | Array | np.ndarray | None = None,
+        negative_original_size: tuple[int, int] | Array | np.ndarray | None = None,
+        negative_crop_top_left: tuple[int, int] | Array | np.ndarray | None = None,
+        negative_target_size: tuple[int, int] | Array | np.ndarray | None = None,
+        negative_aesthetic_score: float | Array | np.ndarray | None = None,
         classifier: NoisyClassifier | None = None,
         classifier_labels: Sequence[int] | None = None,
         target: Array | np.ndarray | None = None,
@@ -184,7 +188,9 @@ class Model(flax.struct.PyTreeNode):
         an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`;
         Stable Diffusion XL `original_size` (H, W), `crop_top_left` (y, x) and `target_size` (H, W),
         in pixels, its refiner `aesthetic_score` instead of the last: by default the sizes are the
-        picture's, nothing is cropped, and the score is 6. One example serves all.
+        picture's, nothing is cropped, and the score is 6. One example serves all. With `negative_`
+        before their names they are those of the unconditional, by default the same, and a score of
+        2.5.
 
         Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
         one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
@@ -231,6 +237,7 @@ class Model(flax.struct.PyTreeNode):
         model = adapting.with_words(self, adapters) if self.denoiser is not None else self
         denoiser = model._need("denoiser")
         changes = {"image": image, "negative_prompts": negative_prompts}
+        conditions.check_start(denoiser.conditioner, image, z_T)
         check_needs({**options, **changes, "classifier": classifier, "target": target})
         timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
         guides.warn_of_scale(self.origin, chosen)
@@ -253,6 +260,12 @@ class Model(flax.struct.PyTreeNode):
             batch |= conditions.known_image(image, hole, strength is not None, shape, total)
         batch |= beside(tokenize, negative_prompts, more_prompts, num_images, total)
         batch |= controlling.entries(controls, size, total)
+        opposite: dict[str, Any] = {"original_size": negative_original_size}
+        opposite |= {"crop_top_left": negative_crop_top_left}
+        opposite |= {"target_size": negative_target_size}
+        opposite |= {"aesthetic_score": negative_aesthetic_score}
+        sizes = conditions.negative_sizes(denoiser.conditioner, opposite, total // num_images)
+        batch |= {name: np.repeat(rows, total // len(rows), 0) for name, rows in sizes.items()}
         guides.check_schedule(classifier, denoiser.schedule)
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         if z_T is not None:

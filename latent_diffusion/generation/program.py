@@ -12,6 +12,7 @@ import numpy as np
 from latent_diffusion.convert.adapters import adapted
 from latent_diffusion.generation import controls, guides
 from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.nets.conditioners.sizes import SIZES
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.plan import own_options
@@ -152,6 +153,8 @@ def _sample(
 
     def condition(tokens: str = "tokens", drop: bool = False) -> Any:
         names = {"tokens": tokens, "tokens_weights": f"{tokens}_weights"}
+        if drop or tokens == "negative":  # sizes may have others there
+            names |= {key: f"negative_{key}" for key in SIZES}
         own = {key: prepared[name] for key, name in names.items() if name in prepared}
         hints = without if drop or tokens == "negative" else with_hints
         conditioning = denoiser.condition({**prepared, **own}, jnp.full(size, drop))

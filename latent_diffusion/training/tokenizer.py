@@ -70,7 +70,7 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
                 f"conditioners.{name}.vocab_size={part.vocab_size}, "
                 f"but the tokenizer has {tokenizer.vocab_size} tokens"
             )
-        for field in ("empty", "pad_id"):
+        for field in ("empty",) if getattr(part, "repad", False) else ("empty", "pad_id"):
             wanted = getattr(tokenizer, field)
             value = getattr(part, field, wanted)
             value = tuple(value) if isinstance(value, list) else value  # a list comes from JSON

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from latent_diffusion.convert.adapters.names import Place, places
+from latent_diffusion.convert.adapters.names import Place, is_idle, places
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.optimisation.deltas import Array, Factors, delta, kind_of
 from latent_diffusion.types import Params
@@ -80,12 +80,15 @@ class LowRank(Adapter):
     def changes(self, bundle: Bundle) -> dict[str, Any]:
         """See `Adapter`."""
         known = places(bundle)
-        if unknown := [name for name in self.modules if name not in known]:
+        idle = {name for name in self.modules if name not in known and is_idle(bundle, name)}
+        if unknown := [name for name in self.modules if name not in known and name not in idle]:
             some = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
             raise ValueError(f"{self.path}: {len(unknown)} modules aren't in this model: {some}")
         found: dict[str, dict[int, Any]] = {}
         whole: dict[str, Place] = {}
         for name, arrays in self.modules.items():
+            if name in idle:
+                continue
             for array, factors in arrays.items():
                 place = known[name].get(array)
                 if place is None:

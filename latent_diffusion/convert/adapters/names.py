@@ -9,6 +9,8 @@ from latent_diffusion.convert import clip_text, unet
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.tables import Layout, Pair, Table, pairs, prefixed
 
+_ENCODERS = {"clip_text": "text_encoder", "clip_text_2": "text_encoder_2"}
+
 
 class Place(NamedTuple):
     """Where an array of theirs lies in the parameters of a `Denoiser`.
@@ -31,9 +33,12 @@ def pairs_of(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
         if name == "unet":
             linear, text_time = bundle.linear_projections, bundle.time_width is not None
             prefix, table = "unet", unet.diffusers_table(part.fields, linear, text_time)
-        elif name == "clip_text":
-            prefix, table = "text_encoder", clip_text.transformers_table(part.fields)
-            table = prefixed(table, "text_model.")
+        elif name in _ENCODERS:
+            prefix, table = _ENCODERS[name], clip_text.transformers_table(part.fields)
+            table = [
+                rule if rule.theirs == "text_projection" else prefixed([rule], "text_model.")[0]
+                for rule in table
+            ]
         else:
             continue
         for pair in pairs(table, part.params, partly=True):
@@ -42,6 +47,7 @@ def pairs_of(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
 
 def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     """The places of "weight" and "bias" of every module, by each name that a file may call it."""
+    two = "clip_text_2" in bundle.conditioners
     found: dict[str, dict[str, Place]] = {}
     paths: dict[str, Place] = {}
     for part_name, part, prefix, pair in pairs_of(bundle):
@@ -51,7 +57,7 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
         stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
         for i, theirs in enumerate(pair.layout.write(stand_in)):
             place = Place(path, names, i, pair.layout, theirs.shape)
-            for spelling in _spellings(prefix, modules[i]):
+            for spelling in _spellings(prefix, modules[i], two):
                 found.setdefault(spelling, {})[arrays[i]] = place
         if part_name == "unet" and len(names) == 1:
             paths[pair.ours] = place
@@ -62,12 +68,32 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     return found
 
 
-def _spellings(prefix: str, module: str) -> tuple[str, ...]:
+def is_idle(bundle: Bundle, name: str) -> bool:
+    """Whether a module of a file is in a layer of a text encoder that nothing computes.
+
+    kohya's files for Stable Diffusion XL have the first encoder's last layer.
+    """
+    part = bundle.conditioners.get("clip_text")
+    if part is None or part.fields.get("final_norm", True):
+        return False
+    layers = range(part.fields["depth"] - part.fields["skip_last"], part.fields["depth"])
+    starts = [f"text_encoder.text_model.encoder.layers.{i}." for i in layers]
+    starts += [f"lora_te_text_model_encoder_layers_{i}_" for i in layers]
+    return name.startswith(tuple(starts))
+
+
+def kohya_prefix(prefix: str) -> str:
+    """kohya's prefix for diffusers'; "lora_te1" is read as "lora_te"."""
+    return {"unet": "lora_unet", "text_encoder": "lora_te"}.get(prefix, "lora_te2")
+
+
+def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
     """diffusers with its prefix and without, kohya's sd-scripts, LyCORIS' own wrapper."""
     flat = module.replace(".", "_")
     if prefix == "unet":
         return f"unet.{module}", module, f"lora_unet_{flat}", f"lycoris_{flat}"
-    return f"text_encoder.{module}", module, f"lora_te_{flat}"
+    bare = () if two else (module,)
+    return f"{prefix}.{module}", *bare, f"{kohya_prefix(prefix)}_{flat}"
 
 
 def _original(part: Part, linear: bool) -> Iterator[tuple[str, str, str]]:

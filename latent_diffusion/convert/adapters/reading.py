@@ -45,7 +45,7 @@ _TODAY = (
     (r"\.lora_linear_layer\.", ".lora."),
     (r"\.lora\.down\.", ".lora_A."),
     (r"\.lora\.up\.", ".lora_B."),
-    (r"^text_encoder\.(?=encoder\.)", "text_encoder.text_model."),
+    (r"^(text_encoder(?:_2)?)\.(?=encoder\.)", r"\1.text_model."),
     (r"^lora_te1_", "lora_te_"),
 )
 # Tensors by which adapters of other kinds are known.

@@ -6,7 +6,8 @@ unconditional, so that conditioning dropout in training and classifier-free guid
 Work that needs the frozen first stage or a random key comes before, in the conditioner's `prepare`.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,6 +48,7 @@ CONDITIONERS: dict[str, Any] = {
     "bert": Bert,
     "clip_image": ClipImage,
     "clip_text": ClipText,
+    "clip_text_2": ClipText,
     "text": TextTransformer,
     "layout": Layout,
     "layout_map": LayoutMap,
@@ -67,7 +69,7 @@ CONDITIONERS: dict[str, Any] = {
 }
 
 
-def combine(parts: list[Conditioning]) -> Conditioning:
+def combine(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings: `concat` along channels, `context` along tokens, `vector` along width.
 
     The tokens of a prior follow each other, and so do their maps.
@@ -85,7 +87,8 @@ def combine(parts: list[Conditioning]) -> Conditioning:
 class Conditioner(nn.Module):
     """Joins any number of conditioners; without any, the model is unconditional.
 
-    config: {name of a conditioner: its fields}.
+    config: {name of a conditioner: its fields}. Two encoders of one text are one context: that of
+    "clip_text_2" joins the other's along the width of each token.
     """
 
     config: Mapping[str, Mapping[str, Any]]
@@ -134,8 +137,16 @@ class Conditioner(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         self._check(batch)
-        parts = [CONDITIONERS[name](**f, name=name) for name, f in self.config.items()]
-        return combine([part(batch, drop) for part in parts])
+        parts = {
+            name: CONDITIONERS[name](**fields, name=name)(batch, drop)
+            for name, fields in self.config.items()
+        }
+        if parts.keys() >= {"clip_text", "clip_text_2"}:  # both saw the same tokens
+            first, second = parts["clip_text"], parts["clip_text_2"]
+            context = jnp.concatenate([first.context, second.context], -1)
+            parts["clip_text"] = dataclasses.replace(first, context=context)
+            parts["clip_text_2"] = dataclasses.replace(second, context=None)
+        return combine([*parts.values()])
 
     @nn.nowrap
     def parts(self) -> list[Any]:
@@ -152,7 +163,11 @@ class Conditioner(nn.Module):
 
 
 def make_conditioner(config: Config) -> Conditioner:
-    """The conditioners that `config` names; ValueError for unknown names or fields."""
+    """The conditioners that `config` names; ValueError for unknown names or fields.
+
+    They come in the order of the alphabet, as a ConfigDict has them: a text's vector, for example,
+    before that of sizes.
+    """
     for name, fields in config.items():
         module = lookup(CONDITIONERS, name, "conditioner")
         allowed = [f for f in module.__dataclass_fields__ if f not in ("parent", "name")]
@@ -167,5 +182,5 @@ def make_conditioner(config: Config) -> Conditioner:
             return FrozenDict({k: hashable(v) for k, v in value.items()})
         return tuple(value) if isinstance(value, list) else value  # a list comes from JSON
 
-    fields_of = {name: {f: hashable(v) for f, v in c.items()} for name, c in config.items()}
+    fields_of = {name: {f: hashable(v) for f, v in config[name].items()} for name in sorted(config)}
     return Conditioner(fields_of)

@@ -1,4 +1,4 @@
-"""CLIP's text encoder, the condition of Stable Diffusion 1 and 2."""
+"""CLIP's text encoder, the condition of Stable Diffusion 1, 2 and (twice) XL."""
 
 import functools
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from latent_diffusion.nets.clip import ClipLayer
-from latent_diffusion.nets.conditioners.null import prompts
-from latent_diffusion.nets.layers import layer_norm
+from latent_diffusion.nets.conditioners.null import prompts, zeros_where
+from latent_diffusion.nets.layers import Dense, layer_norm
 from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int
 
 
@@ -21,13 +21,18 @@ class ClipText(nn.Module):
 
     mlp_width: inner width of the feed-forward maps; None is 4·width.
     activation: "quick_gelu" or "gelu".
-    skip_last: the number of last layers that are left out; Stable Diffusion 2 has 1, so it takes
-    the states of the penultimate layer. The final norm follows in any case.
+    skip_last: the number of last layers that the context doesn't see; Stable Diffusion 2 has 1, so
+    it takes the states of the penultimate layer. final_norm: whether the final norm follows, as it
+    does not in Stable Diffusion XL.
     With `tokens_weights` [B L], L is any multiple of max_length: each chunk of max_length tokens is
     encoded alone, and a token's state x becomes e + weight·(x − e), where e is the state at its
-    place in the empty prompt.
+    place in the empty prompt. The vector is that of the first chunk.
     empty, pad_id: an example that is dropped reads the empty prompt: the tokens `empty` (begin and
-    end), then `pad_id` (Stable Diffusion 2: 0).
+    end), then `pad_id` (Stable Diffusion 2: 0). zero_null: it gets zeros instead.
+    projection_dim: also give a vector [B projection_dim], a linear map of the last layer's state at
+    the end of the text, behind the final norm (Stable Diffusion XL's second encoder).
+    repad: what follows the end of the text becomes `pad_id`, for tokens that another encoder reads,
+    too, with another padding.
     """
 
     vocab_size: int = 49408
@@ -41,27 +46,49 @@ class ClipText(nn.Module):
     empty: Sequence[int] = (49406, 49407)
     pad_id: int = 49407
     dtype: Any = None
+    final_norm: bool = True
+    projection_dim: int | None = None
+    zero_null: bool = False
+    repad: bool = False
 
     keys = ("tokens",)
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         weights = batch.get("tokens_weights")
+        dropped = drop
         if weights is not None:
-            batch, drop = self._chunks(batch["tokens"], drop)
-        tokens = prompts("clip_text", batch, drop, self.max_length, self.empty, self.pad_id)
+            batch, dropped = self._chunks(batch["tokens"], drop)
+        tokens = prompts("clip_text", batch, dropped, self.max_length, self.empty, self.pad_id)
+        end = jnp.argmax(tokens == self.empty[-1], axis=1)
+        if self.repad:
+            after = jnp.arange(self.max_length) > end[:, None]
+            tokens = jnp.where(after, self.pad_id, tokens)
         init = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
         x = embed(tokens) + self.param("position_embedding", init, (self.max_length, self.width))
         x = x if self.dtype is None else x.astype(self.dtype)
         layer = functools.partial(ClipLayer, self.num_heads, self.mlp_width, self.activation)
-        for i in range(self.depth - self.skip_last):
-            x = layer(causal=True, dtype=self.dtype, name=f"layers_{i}")(x)
-        x = layer_norm("final_layer_norm")(x)
+        seen, states = self.depth - self.skip_last, [x]
+        for i in range(seen if self.projection_dim is None else self.depth):
+            states.append(layer(causal=True, dtype=self.dtype, name=f"layers_{i}")(states[-1]))
+        if self.final_norm or self.projection_dim is not None:
+            norm = layer_norm("final_layer_norm")
+        context = norm(states[seen]) if self.final_norm else states[seen]
+        vector = None
+        if self.projection_dim is not None:
+            pooled = norm(states[-1][jnp.arange(len(end)), end])
+            project = Dense(self.projection_dim, use_bias=False, name="text_projection")
+            vector = project(pooled)
         if weights is not None:
-            x = _weighted(x[1:], x[:1], weights.reshape(-1, self.max_length, 1))
-            x = x.reshape(*weights.shape, self.width)
-        return Conditioning(context=x)
+            context = _weighted(context[1:], context[:1], weights.reshape(-1, self.max_length, 1))
+            context = context.reshape(*weights.shape, self.width)
+            chunks = weights.shape[1] // self.max_length
+            vector = None if vector is None else vector[1::chunks]
+        if self.zero_null:
+            context = zeros_where(drop, context)
+            vector = None if vector is None else zeros_where(drop, vector)
+        return Conditioning(context=context, vector=vector)
 
     @nn.nowrap
     def _chunks(

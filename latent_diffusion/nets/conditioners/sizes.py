@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from latent_diffusion.nets.layers import timestep_embedding
 from latent_diffusion.types import Array, Batch, Bool, Conditioning
 
+SIZES = ("original_size", "crop_top_left", "target_size", "aesthetic_score")  # batch keys
 AESTHETIC_SCORE = 6.0  # the default of a sampling call, as in diffusers
+NEGATIVE_SCORE = 2.5  # the same for the unconditional
 
 
 class Sizes(nn.Module):
@@ -38,6 +40,11 @@ class Sizes(nn.Module):
         values: dict[str, Any] = dict.fromkeys(("original_size", "target_size"), size)
         values |= {"crop_top_left": (0, 0), "aesthetic_score": AESTHETIC_SCORE}
         return {key: values[key] for key in self.keys}
+
+    @property
+    def opposites(self) -> dict[str, Any]:
+        """Values of the unconditional that differ from those of the condition."""
+        return {"aesthetic_score": NEGATIVE_SCORE} if self.aesthetic_score else {}
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:

@@ -1,0 +1,219 @@
+"""Files of Stable Diffusion XL's own code (sgm): its text encoders, its yaml, both ways.
+
+The U-Net and the first stage have the names of the earlier code (`compvis`); the yaml has others,
+which become those of the earlier code's LatentDiffusion here.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.convert import clip_text, sdxl
+from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.convert.encoders import read_encoder
+from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.tables import within
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.nets.conditioners.clip_text import ClipText
+from latent_diffusion.types import lookup
+
+_short = reprlib.repr
+
+EMBEDDERS = "conditioner.embedders."
+# Empty tensors of finetuned models: the prediction is v, the last noise has no signal left.
+MARKERS = ("v_pred", "ztsnr")
+SIDE = 128  # of the latents that the released models are trained on
+_PREFIXES = {"clip_text": "transformer.text_model.", "clip_text_2": "model."}
+_MARKS = {
+    "clip_text": "transformer.text_model.embeddings.token_embedding.weight",
+    "clip_text_2": "model.token_embedding.weight",
+}
+_ENGINE = Settings(
+    required={"network_config": {}},
+    defaults={"scale_factor": 1.0},
+    optional={"denoiser_config": {}, "conditioner_config": {}, "first_stage_config": {}},
+    harmless=(
+        "disable_first_stage_autocast", "use_ema", "ema_decay_rate", "monitor", "scheduler_config",
+        "optimizer_config", "loss_fn_config", "sampler_config", "network_wrapper", "ckpt_path",
+        "input_key", "log_keys", "no_cond_log", "compile_model", "en_and_decode_n_samples_a_time",
+    ),
+)  # fmt: skip
+_MODULE = Settings(defaults={"target": ""}, optional={"params": {}})
+_JOINED = Settings(optional={"emb_models": ({},)})
+_EMBEDDER = Settings(
+    required={"target": "", "input_key": ""},
+    optional={"params": {}},
+    harmless=("is_trainable", "ucg_rate", "legacy_ucg_value"),
+)
+_DENOISER = Settings(
+    required={"scaling_config": {}, "discretization_config": {}},
+    defaults={"num_idx": 1000},
+    checked={"quantize_c_noise": (True,), "do_append_zero": (False,), "flip": (True,)},
+    harmless=("weighting_config",),
+)
+_DDPM = Settings(
+    defaults={"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000},
+)
+_SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}
+_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+
+
+def is_engine(model: Mapping[str, Any]) -> bool:
+    """Whether the `model` of a yaml is of this code."""
+    return "network_config" in (model.get("params") or {})
+
+
+def as_latent_diffusion(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of LatentDiffusion that mean the same. Raises ValueError for others."""
+    values = _ENGINE.complete(params, "DiffusionEngine")
+    denoiser = _params(values["denoiser_config"], "denoiser_config", _DENOISER)
+    scaling = _MODULE.complete(denoiser["scaling_config"], "scaling_config")["target"]
+    discretization = _MODULE.complete(denoiser["discretization_config"], "discretization_config")
+    kind = discretization["target"].rpartition(".")[2]
+    if kind != "LegacyDDPMDiscretization":
+        raise ValueError(f"discretization_config: {kind!r}; supported: LegacyDDPMDiscretization")
+    ends = _DDPM.complete(discretization["params"] or {}, kind)
+    return {
+        "unet_config": values["network_config"],
+        "first_stage_config": values["first_stage_config"],
+        "scale_factor": values["scale_factor"],
+        "parameterization": lookup(_SCALINGS, scaling.rpartition(".")[2], "scaling_config"),
+        "timesteps": ends["num_timesteps"],
+        "linear_start": ends["linear_start"],
+        "linear_end": ends["linear_end"],
+    }
+
+
+def _params(config: Any, name: str, settings: Settings) -> dict[str, Any]:
+    return settings.complete(_MODULE.complete(config or {}, name)["params"] or {}, name)
+
+
+def with_embedders(
+    bundle: Bundle, where: Path, tensors: Mapping[str, Tensor], model: Mapping[str, Any]
+) -> Bundle:
+    """The bundle with its text encoders and sizes. tensors: by their names behind EMBEDDERS.
+
+    model: of the yaml; empty without one. The base, which has two encoders, drops conditions to
+    zeros, the refiner to the empty prompt.
+    """
+    conditioners, left = dict(bundle.conditioners), set(tensors)
+    encoders = {name.split(".")[0] for name in tensors}
+    for index in sorted(encoders):
+        own = within(tensors, f"{index}.")
+        left -= {f"{index}.{name}" for name in own}
+        name = next((name for name, mark in _MARKS.items() if mark in own), None)
+        if name is None:
+            some = ", ".join(list(own)[:3])
+            raise ValueError(f"{where}: {EMBEDDERS}{index} is no text encoder: it has {some} …")
+        projection = own.get("model.text_projection")
+        width = None if projection is None else projection.shape[1]
+        chosen = sdxl.text_fields(name, width, len(encoders) == 2)
+        conditioners[name] = read_encoder(name, where, own, chosen=chosen)
+    said = _params((model.get("params") or {}).get("conditioner_config"), "conditioner", _JOINED)
+    modules = [_EMBEDDER.complete(one, "emb_models") for one in said["emb_models"] or ()]
+    widths = [
+        (one["params"] or {}).get("outdim") for one in modules if one["target"].endswith("ND")
+    ]
+    notes = {**bundle.notes, "time_width": next(iter(widths), sdxl.TIME_WIDTH)}
+    bundle = sdxl.with_sizes(replace(bundle, conditioners=conditioners, notes=notes), where)
+    used, wanted = ([_use(one) for one in many] for many in (modules, _models(bundle)))
+    if modules and used != wanted:
+        raise ValueError(f"conditioner_config.emb_models={_short(used)}; supported: {wanted}")
+    return bundle
+
+
+def _use(module: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    """How a module of the conditioner is used: its class, its input, and settings that matter."""
+    names = ("layer", "layer_idx", "outdim", "always_return_pooled")
+    params = module["params"] or {}
+    own = {name: params[name] for name in names if name in params}
+    return module["target"].rpartition(".")[2], module["input_key"], own
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of the text encoders and the markers, and the yaml's further settings.
+
+    Raises ValueError for an encoder that the code doesn't have.
+    """
+    tensors: dict[str, Tensor] = {}
+    for index, name in enumerate(_encoders(bundle)):
+        part = bundle.conditioners[name]
+        _check_encoder(name, ClipText(**part.fields))
+        of = clip_text.transformers_tensors if name == "clip_text" else clip_text.open_clip_tensors
+        prefix = f"{EMBEDDERS}{index}.{_PREFIXES[name]}"
+        tensors |= {prefix + theirs: tensor for theirs, tensor in of(part).items()}
+    diffusion = bundle.diffusion
+    chosen = {"v_pred": diffusion["prediction"] == "v", "ztsnr": diffusion["zero_terminal_snr"]}
+    if diffusion["prediction"] not in _SCALINGS.values():
+        raise ValueError(f"this format has eps and v, not {diffusion['prediction']}")
+    if diffusion["schedule"] != "linear":
+        raise ValueError(f"this format has the linear schedule, not {diffusion['schedule']!r}")
+    kept = {} if bundle.unet is None else bundle.unet.unused
+    empty = in_memory(np.zeros(0, np.float32))
+    tensors |= {name: kept.get(name, empty) for name, yes in chosen.items() if yes}
+    scaling = next(name for name, said in _SCALINGS.items() if said == diffusion["prediction"])
+    modules = "sgm.modules.diffusionmodules"
+    ends = {"linear_start": diffusion["beta_start"], "linear_end": diffusion["beta_end"]}
+    ends["num_timesteps"] = diffusion["num_timesteps"]
+    legacy = f"{modules}.discretizer.LegacyDDPMDiscretization"
+    denoiser = {
+        "num_idx": diffusion["num_timesteps"],
+        "scaling_config": {"target": f"{modules}.denoiser_scaling.{scaling}"},
+        "discretization_config": {"target": legacy, "params": ends},
+    }
+    return tensors, {
+        "denoiser_config": {
+            "target": f"{modules}.denoiser.DiscreteDenoiser",
+            "params": denoiser,
+        },
+        "conditioner_config": {
+            "target": "sgm.modules.GeneralConditioner",
+            "params": {"emb_models": _models(bundle)},
+        },
+    }
+
+
+def _encoders(bundle: Bundle) -> list[str]:
+    return [name for name in _PREFIXES if name in bundle.conditioners]
+
+
+def _check_encoder(name: str, module: ClipText) -> None:
+    """Raise ValueError for an encoder that sgm's classes aren't."""
+    activation = {"clip_text": "quick_gelu", "clip_text_2": "gelu"}[name]
+    shown = (module.num_heads * 64, module.activation, module.skip_last)
+    if shown != (module.width, activation, 1):
+        raise ValueError(
+            f"this format's {name} has heads of 64 channels, {activation} and the states of the "
+            f"penultimate layer, this model {module.num_heads} heads in {module.width} channels, "
+            f"{module.activation} and {module.skip_last} layers less; save it as diffusers"
+        )
+
+
+def _models(bundle: Bundle) -> list[dict[str, Any]]:
+    """The modules of the conditioner, in the yaml's words."""
+    modules, models = "sgm.modules.encoders.modules", []
+    for name in _encoders(bundle):
+        fields = bundle.conditioners[name].fields
+        if name == "clip_text":
+            kind, params = "FrozenCLIPEmbedder", {"layer": "hidden", "layer_idx": _seen(fields)}
+        else:
+            kind = "FrozenOpenCLIPEmbedder2"
+            params = {"layer": "penultimate", "always_return_pooled": True, "legacy": False}
+        models.append({"input_key": "txt", "target": f"{modules}.{kind}", "params": params})
+    sizes: Part = bundle.conditioners["sizes"]
+    keys = [*_KEYS[:2], "aesthetic_score" if sizes.fields["aesthetic_score"] else _KEYS[2]]
+    params, target = {"outdim": sizes.fields["width"]}, f"{modules}.ConcatTimestepEmbedderND"
+    models += [{"input_key": key, "target": target, "params": dict(params)} for key in keys]
+    return [{"is_trainable": False, **model} for model in models]
+
+
+def _seen(fields: Mapping[str, Any]) -> int:
+    module = ClipText(**fields)
+    return module.depth - module.skip_last
