@@ -82,9 +82,22 @@ CHECKPOINTS = {
     "sd-v2-depth": ("sd-v2", "kl-f8", "conditioner-open-clip-h"),
     "sd-v2-unclip-h": ("sd-v2-unclip-h", "kl-f8", "conditioner-open-clip-h"),
     "sd-x4-upscaler": ("sd-x4-upscaler", "kl-f4-z4", "conditioner-open-clip-h"),
+    "sdxl": ("sdxl", "kl-f8", {}),
+    "sdxl-inpainting": ("sdxl", "kl-f8", {}),
+    "sdxl-refiner": ("sdxl-refiner", "kl-f8", {}),
+}
+_FIRST, _SECOND = ("diffusers-clip-l", "transformer."), ("conditioner-open-clip-g", "")
+SGM = {  # text encoders of Stable Diffusion XL, and the prefixes of their names
+    "sdxl": (_FIRST, _SECOND),
+    "sdxl-inpainting": (_FIRST, _SECOND),
+    "sdxl-refiner": (_SECOND,),
 }
 EMBEDDERS = {"sd-v2-unclip-h": "conditioner-open-clip-h-image"}  # further encoders
-IN_CHANNELS = {"sd-v1-inpainting": 9, "sd-v2-depth": 5}  # beside an otherwise equal U-Net
+IN_CHANNELS = {
+    "sd-v1-inpainting": 9,
+    "sd-v2-depth": 5,
+    "sdxl-inpainting": 9,
+}  # beside an otherwise equal U-Net
 INPUTS = {  # conditioners
     "celeba256": [],
     "lsun_churches256": [],
@@ -103,6 +116,9 @@ INPUTS = {  # conditioners
     "sd-v2-depth": ["clip_text", "depth"],
     "sd-v2-unclip-h": ["clip_text", "clip_image"],
     "sd-x4-upscaler": ["clip_text", "low_res"],
+    "sdxl": ["clip_text", "clip_text_2", "sizes"],
+    "sdxl-inpainting": ["masked_image", "clip_text", "clip_text_2", "sizes"],
+    "sdxl-refiner": ["clip_text_2", "sizes"],
 }
 FACTS = {  # M parameters and tensors of the U-Net
     "celeba256": (274.06, 368),
@@ -122,6 +138,9 @@ FACTS = {  # M parameters and tensors of the U-Net
     "sd-v2-depth": (865.91, 686),
     "sd-v2-unclip-h": (870.17, 690),
     "sd-x4-upscaler": (472.37, 686),
+    "sdxl": (2567.46, 1680),
+    "sdxl-inpainting": (2567.48, 1680),
+    "sdxl-refiner": (2259.53, 1220),
 }
 BUFFERS = (
     "alphas_cumprod",
@@ -176,6 +195,8 @@ def check_checkpoint(name, tmp_path):
         **prefixed(COND_STAGE, conditioner),
         **prefixed("embedder.model.", read_key_list(EMBEDDERS[name]) if name in EMBEDDERS else {}),
     }
+    for index, (encoder, prefix) in enumerate(SGM.get(name, ())):
+        keys |= prefixed(f"conditioner.embedders.{index}.{prefix}", read_key_list(encoder))
     if name in IN_CHANNELS:
         width, _, *kernel = keys[f"{UNET}input_blocks.0.0.weight"]
         keys[f"{UNET}input_blocks.0.0.weight"] = (width, IN_CHANNELS[name], *kernel)
@@ -216,6 +237,19 @@ STABLE = {
     "in_channels": 4,
     "out_channels": 4,
     "norm_num_groups": 32,
+}
+XL = {
+    **STABLE,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 COMPONENTS = {
     "diffusers-sd-v1-unet": STABLE,
@@ -283,6 +317,28 @@ COMPONENTS = {
         "num_attention_heads": 16,
         "max_position_embeddings": 77,
         "vocab_size": 49408,
+    },
+    "diffusers-clip-g": {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_size": 1280,
+        "hidden_act": "gelu",
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+    },
+    "diffusers-sdxl-unet": XL,
+    "diffusers-sdxl-refiner-unet": {
+        **XL,
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "attention_head_dim": [6, 12, 24, 24],
+        "transformer_layers_per_block": 4,
+        "cross_attention_dim": 1280,
+        "projection_class_embeddings_input_dim": 2560,
     },
     "diffusers-sd-x4-upscaler-unet": {
         **STABLE,

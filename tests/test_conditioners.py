@@ -24,6 +24,9 @@ SMALL = {
     "class_label": {"num_classes": 5, "width": 6},
     "clip_text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 2, "num_heads": 2}
     | {"empty": (9, 10), "pad_id": 1},
+    "clip_text_2": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 2, "num_heads": 2}
+    | {"empty": (9, 10), "pad_id": 1, "skip_last": 1, "final_norm": False, "projection_dim": 6}
+    | {"repad": True},
     "bert": {"vocab_size": 11, "max_positions": 5, "width": 6, "depth": 1, "num_heads": 2}
     | {"empty": (9, 10)},
     "clip_image": {"image_size": 6, "patch_size": 3, "width": 6, "depth": 1, "num_heads": 2}
@@ -287,7 +290,8 @@ def test_several_conditioners_join_along_their_axes():
     config = {name: SMALL[name] for name in ("class_label", "text")}
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
     # A hybrid: one condition beside the latent, many to attend to, one with the timestep.
-    hybrid = _conditioning({name: SMALL[name] for name in CONDITIONERS}, NEVER)
+    one_text = [name for name in CONDITIONERS if name != "clip_text_2"]  # which widens the other's
+    hybrid = _conditioning({name: SMALL[name] for name in one_text}, NEVER)
     assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2 + 2)
     assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
     assert hybrid.vector.shape == (3, 6 + 6 * 6)

@@ -29,8 +29,9 @@ def unet(
     linear=False, updown=False, scale_shift=False, cross_only=(), classes=None, vector=None,
     blocks=2,
 ):  # fmt: skip
-    """openaimodel.UNetModel."""
+    """openaimodel.UNetModel. depth: of all transformers, or of those on each level."""
     keys = Keys()
+    depths = (depth,) * len(mult) if isinstance(depth, int) else depth
     keys.add("time_embed.0", 4 * mc, mc)
     keys.add("time_embed.2", 4 * mc, 4 * mc)
     if classes:
@@ -48,7 +49,7 @@ def unet(
         if i != o:
             keys.add(f"{name}.skip_connection", o, i, 1, 1)
 
-    def attention(name, c, crossed=False):
+    def attention(name, c, depth, crossed=False):
         keys.add(f"{name}.norm", c)
         if not context:
             keys.add(f"{name}.qkv", 3 * c, c, 1)
@@ -77,7 +78,7 @@ def unet(
             res(f"input_blocks.{index}.0", c, m * mc)
             c = m * mc
             if 2**level in attend:
-                attention(f"input_blocks.{index}.1", c, crossed)
+                attention(f"input_blocks.{index}.1", c, depths[level], crossed)
             skips.append(c)
         if level < len(mult) - 1:
             index += 1
@@ -87,7 +88,7 @@ def unet(
                 keys.add(f"input_blocks.{index}.0.op", c, c, 3, 3)
             skips.append(c)
     res("middle_block.0", c, c)
-    attention("middle_block.1", c)
+    attention("middle_block.1", c, depths[-1])
     res("middle_block.2", c, c)
     index = -1
     for level, m in reversed(list(enumerate(mult))):
@@ -97,7 +98,7 @@ def unet(
             res(f"output_blocks.{index}.0", c + skips.pop(), m * mc)
             c, place = m * mc, 1
             if 2**level in attend:
-                attention(f"output_blocks.{index}.1", c, crossed)
+                attention(f"output_blocks.{index}.1", c, depths[level], crossed)
                 place = 2
             if level and i == blocks:
                 if updown:
@@ -129,6 +130,12 @@ UNETS = {
     "sd-v1": dict(context=768),
     "sd-v2": dict(context=1024, linear=True),
     "sd-v2-unclip-h": dict(context=1024, linear=True, vector=2048),
+    "sdxl": dict(
+        mult=(1, 2, 4), attend=(4, 2), context=2048, depth=(1, 2, 10), linear=True, vector=2816
+    ),
+    "sdxl-refiner": dict(
+        mc=384, attend=(4, 2), context=1280, depth=4, linear=True, vector=2560
+    ),
     "sd-x4-upscaler": dict(
         mc=256, mult=(1, 2, 2, 4), attend=(2, 4, 8), cin=7, context=1024, linear=True,
         cross_only=(True, True, True, False), classes=1000,
@@ -276,6 +283,7 @@ CONDITIONERS = {
     "bert-1280": lambda: bert(1280, 32),
     "bert-layout": lambda: bert(512, 16, 8192, 92),
     "open-clip-h": open_clip,
+    "open-clip-g": lambda: open_clip(1280, 32, 1280),
     "open-clip-h-image": open_clip_image,
 }
 
@@ -316,6 +324,35 @@ CLIP_H = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
     hidden_act="gelu", projection_dim=512,
 )  # fmt: skip
+
+
+CLIP_G = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+    hidden_act="gelu", projection_dim=1280,
+)  # fmt: skip
+SDXL = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+REFINER = dict(
+    SDXL,
+    block_out_channels=(384, 768, 1536, 1536),
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    attention_head_dim=(6, 12, 24, 24),
+    transformer_layers_per_block=4,
+    cross_attention_dim=1280,
+    projection_class_embeddings_input_dim=2560,
+)
 
 
 def ldm_bert(**fields):
@@ -377,6 +414,11 @@ DIFFUSERS = {
     "diffusers-ldm-vqvae": lambda: diffusers.VQModel(**VQ),
     "diffusers-clip-l": lambda: clip_text(CLIP_L),
     "diffusers-clip-h": lambda: clip_text(CLIP_H),
+    "diffusers-clip-g": lambda: transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**CLIP_G)
+    ),
+    "diffusers-sdxl-unet": lambda: diffusers.UNet2DConditionModel(**SDXL),
+    "diffusers-sdxl-refiner-unet": lambda: diffusers.UNet2DConditionModel(**REFINER),
     "diffusers-ldm-bert": lambda: ldm_bert(d_model=1280),
 }
 

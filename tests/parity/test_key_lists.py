@@ -20,7 +20,10 @@ def test_the_lists_are_what_they_say(name):
     assert read_key_list(name) == public_keys.LISTS[name]()
 
 
-@pytest.mark.parametrize("name", ["sd-v1", "sd-v2", "sd-v2-unclip-h", "sd-x4-upscaler"])
+UNETS = ["sd-v1", "sd-v2", "sd-v2-unclip-h", "sd-x4-upscaler", "sdxl", "sdxl-refiner"]
+
+
+@pytest.mark.parametrize("name", UNETS)
 def test_diffusers_turns_the_originals_names_into_its_own(name):
     """So that our spelling of the original's rules is checked by somebody else's converter."""
     keys = read_key_list(f"unet-{name}")

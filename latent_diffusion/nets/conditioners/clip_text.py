@@ -60,10 +60,10 @@ class ClipText(nn.Module):
         if weights is not None:
             batch, dropped = self._chunks(batch["tokens"], drop)
         tokens = prompts("clip_text", batch, dropped, self.max_length, self.empty, self.pad_id)
-        end = jnp.argmax(tokens == self.empty[-1], axis=1)
+        ends = tokens == self.empty[-1]
         if self.repad:
-            after = jnp.arange(self.max_length) > end[:, None]
-            tokens = jnp.where(after, self.pad_id, tokens)
+            before = jnp.cumsum(ends, axis=1) - ends  # ends before each token
+            tokens = jnp.where(before > 0, self.pad_id, tokens)
         init = nn.initializers.normal(0.02)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
         x = embed(tokens) + self.param("position_embedding", init, (self.max_length, self.width))
@@ -77,7 +77,8 @@ class ClipText(nn.Module):
         context = norm(states[seen]) if self.final_norm else states[seen]
         vector = None
         if self.projection_dim is not None:
-            pooled = norm(states[-1][jnp.arange(len(end)), end])
+            first = jnp.argmax(ends, axis=1)
+            pooled = norm(states[-1][jnp.arange(len(first)), first])
             project = Dense(self.projection_dim, use_bias=False, name="text_projection")
             vector = project(pooled)
         if weights is not None:
