@@ -88,15 +88,15 @@ class HalfSize:
         return batch["image"].reshape(-1, 4, 2, 4, 2, 3).mean((2, 4)) + 0.25
 
 
-def _conditioning(config, drop, batch=BATCH):
+def _conditioning(config, drop, batch=BATCH, size=(4, 4)):
     conditioner = make_conditioner(config)
-    batch = conditioner.prepare(batch, HalfSize, (4, 4), KEYS)
+    batch = conditioner.prepare(batch, HalfSize, size, KEYS)
     params = jax.jit(conditioner.init)(jax.random.key(0), batch, NEVER)
     return conditioner.apply(params, batch, drop)
 
 
-def _apply(config, drop, batch=BATCH):
-    return jax.tree.leaves(_conditioning(config, drop, batch))[0]
+def _apply(config, drop, batch=BATCH, size=(4, 4)):
+    return jax.tree.leaves(_conditioning(config, drop, batch, size))[0]
 
 
 @pytest.mark.parametrize("name", TELLING)
@@ -235,7 +235,8 @@ def test_a_layout_fills_its_boxes():
     np.testing.assert_allclose(picture, expected, atol=1e-6)
     # Half a cell is half a vector; and of a picture cut to its left half, boxes are twice as wide.
     wide = {"layout_map": config["layout_map"] | {"width": 2, "height": 2, "max_length": 3}}
-    half = _apply(wide, NEVER, {"layout": jnp.array([[1, 0, 21]] * 3)})[0]  # a quarter of the side
+    quarter = {"layout": jnp.array([[1, 0, 21]] * 3)}  # of the side
+    half = _apply(wide, NEVER, quarter, (2, 2))[0]
     np.testing.assert_allclose(half[:, 0], np.stack([one, one]) / 2, atol=1e-6)
     np.testing.assert_allclose(filled(1, 0, 21, 0, 22), filled(1, 0, 22), atol=1e-6)
     np.testing.assert_array_equal(_apply(config, ALWAYS), np.zeros((3, 4, 4, 3)))
