@@ -252,6 +252,7 @@ def diffusion() -> ConfigDict:
     c.learn_logvar = False  # a learned log-variance for each timestep
     # "uniform" | "logit_normal" | "importance" (evenly over log-SNR) | "loss" (follows the losses)
     c.timestep_sampling = "uniform"
+    c.max_noise = 1.0  # share of the timesteps, from the clean end, that are drawn (SDXL's refiner)
     c.offset_noise = 0.0  # 0.1: brightness diffuses, too
     c.input_perturbation = 0.0  # 0.1: noise on the input alone, not in the target
     c.drop_rate = 0.1  # conditioning dropout, for classifier-free guidance

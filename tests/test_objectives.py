@@ -116,6 +116,13 @@ def test_timesteps_are_drawn_by_their_name(name):
     np.testing.assert_array_equal(losses(timestep_sampling=name)["t"], expected)
 
 
+def test_timesteps_may_be_those_of_little_noise_alone():
+    every, clean = (np.asarray(losses(max_noise=share)["t"]) for share in (1.0, 0.2))
+    np.testing.assert_array_equal(clean, every // 5)
+    with pytest.raises(ValueError, match=r"diffusion\.max_noise=0\.2 needs another"):
+        losses(max_noise=0.2, timestep_sampling="loss", squares=jnp.ones(1000))
+
+
 def test_timesteps_that_follow_the_loss_leave_its_mean_alone():
     squares = jnp.where(jnp.arange(1000) < 500, 9.0, 1.0)  # the losses are 3 and 1
     seen = losses(squares=squares, timestep_sampling="loss")

@@ -129,6 +129,7 @@ PROGRAMS = {
     "diffusion.offset_noise": (DENOISER, "train_step", 0.25, {}),
     "diffusion.prediction": (DENOISER, "train_step", "eps", {}),
     "diffusion.schedule": (DENOISER, "train_step", "sqrt", {}),
+    "diffusion.max_noise": (DENOISER, "train_step", 0.2, {}),
     "diffusion.timestep_sampling": (DENOISER, "train_step", "logit_normal", {}),
     "diffusion.zero_terminal_snr": (DENOISER, "train_step", True, LINEAR),
     "distillation.distilled_steps": (STUDENT, "train_step", 25, {}),

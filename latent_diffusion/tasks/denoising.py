@@ -104,6 +104,7 @@ class Denoising:
     pretrained: frozenset[str] = frozenset()  # names of conditioners that are frozen
     grad_accumulation: int = 1
     huber_c: float = 1e-3
+    max_noise: float | int = 1.0  # the share of the timesteps, from the clean end, that are drawn
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -252,7 +253,12 @@ class Denoising:
         schedule = self.denoiser.schedule
         if self.timestep_sampling != "loss":
             draw = lookup(objectives.TIMESTEP_SAMPLING, self.timestep_sampling, "timestep_sampling")
-            return draw(keys, schedule), 1.0
+            t = draw(keys, schedule)
+            return (t if self.max_noise == 1 else (t * self.max_noise).astype(t.dtype)), 1.0
+        if self.max_noise != 1:
+            raise ValueError(
+                f"diffusion.max_noise={self.max_noise} needs another timestep_sampling than 'loss'"
+            )
         if squares is None:  # evaluation: the plain mean
             return objectives.uniform(keys, schedule), 1.0
         density = objectives.loss_density(squares)

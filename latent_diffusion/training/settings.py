@@ -32,7 +32,7 @@ MAY_CHANGE = {
     ),
     r"autoencoding\.(\w+_weight|\w+_start|adversarial_ramp|disc_learning_rate|disc_loss|"
     r"gumbel_temperature|learn_logvar|perceptual_path|reduction)": "the objective may change",
-    r"diffusion\.(loss|huber_c|loss_weight|elbo_weight|drop_rate|offset_noise|"
+    r"diffusion\.(loss|huber_c|loss_weight|elbo_weight|drop_rate|max_noise|offset_noise|"
     r"input_perturbation)": "the objective may change",
     r"prior\..*": "the objective may change, and sampling is no part of it",
     r"first_stage\.cache": "cached latents are the same",
