@@ -268,6 +268,24 @@ def test_a_distilled_model_knows_its_steps_and_scales(taught, tmp_path, caplog):
     assert "guidance_scale=4, but the model is distilled for 1 to 3" in caplog.text
 
 
+def test_an_adaptation_is_a_file_for_its_teacher(taught, tmp_path):
+    config = student(taught, **{"lora.rank": 1, "distillation.guidance_scales": (2.0, 2.0)})
+    run = started(config, tmp_path / "run")
+    assert run.constants.teacher is None  # the base of the adaptation serves as the teacher
+    equal(run.constants.base["unet"], load(taught).denoiser.params["unet"])
+    moved = jax.tree.map(lambda x: x + 0.1, run.state)
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(1, moved, {"seed": 0})
+    convert.write(convert.read(tmp_path / "run"), tmp_path / "lcm_lora.safetensors", "lora")
+    merged = load(taught, lora={tmp_path / "lcm_lora.safetensors": 1.0})
+    whole, other = (m.denoiser.params["unet"] for m in (load(tmp_path / "run"), merged))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, other)
+    kernel = ["middle_block_1", "transformer_blocks_0", "attn1", "to_q"]
+    changed, base = (functools.reduce(dict.get, kernel, tree)["kernel"]
+                     for tree in (whole, run.constants.base["unet"]))  # fmt: skip
+    assert np.abs(changed - base).max() > 1e-4
+
+
 def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
     def refused(**fields):
         with pytest.raises(ValueError) as error:

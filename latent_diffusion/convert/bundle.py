@@ -108,7 +108,8 @@ class Bundle:
         """The factor f of the autoencoder; 8, the most common one, without an autoencoder."""
         if self.autoencoder is None:
             return 8
-        return 2 ** (len(self.autoencoder.fields.get("channel_mult", (1,))) - 1)
+        fields = self.autoencoder.fields
+        return 2 ** (len(fields.get("channel_mult") or fields.get("encoder_blocks") or (1,)) - 1)
 
     @property
     def latent_size(self) -> Size:
@@ -270,6 +271,8 @@ def with_folded_scale(bundle: Bundle) -> Bundle:
     if bundle.autoencoder is None or (scale.ndim == 0 and not shift.any()):
         return bundle
     fields = bundle.autoencoder.fields
+    if fields["regularization"] == "tiny":
+        raise ValueError("this format has one scale for all channels of a tiny autoencoder")
     if fields["regularization"] == "vq":
         raise ValueError("this format has one scale for all channels, and codes can't be rescaled")
     width = fields["embed_dim"]

@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import autoencoder, autoencoder_diffusers, dit, unet, unet_diffusers
+from latent_diffusion.convert import (
+    autoencoder,
+    autoencoder_diffusers,
+    autoencoder_tiny,
+    dit,
+    unet,
+    unet_diffusers,
+)
 from latent_diffusion.convert.bundle import Bundle, Size, check_depth, input_widths, read_part
 from latent_diffusion.convert.clip_text import PROJECTION
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
@@ -140,6 +147,7 @@ def _read_encoder(
 COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
     "AutoencoderKL": _read_autoencoder,
     "VQModel": _read_autoencoder,
+    autoencoder_tiny.NAME: autoencoder_tiny.read_component,
     "DiTTransformer2DModel": dit.read_component,
     "Transformer2DModel": dit.read_component,  # its name in older folders
     "UNet2DModel": _read_unet,
@@ -155,6 +163,8 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
 
 
 def _meaning_of_autoencoder(config: Mapping[str, Any]) -> Any:
+    if config["_class_name"] == autoencoder_tiny.NAME:
+        return autoencoder_tiny.meaning(config)
     values = autoencoder_diffusers.complete(config)
     convs = values.get("use_quant_conv"), values.get("use_post_quant_conv")
     own = values["scaling_factor"], values.get("shift_factor") or 0.0, convs
@@ -181,7 +191,7 @@ def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], st
     half = write.get(name)
     config, tensors = half(bundle) if half is not None else _write_encoder(bundle, name)
     meaning = MEANINGS.get(name) or ENCODERS[name].module.fields_from_config
-    size = {"sample_size": config.get("sample_size")}
+    size = {key: config[key] for key in ("sample_size",) if key in config}
     config = remembered(config, bundle.notes.get(name), meaning)
     if name == "autoencoder" and bundle.denoiser is None:  # else the denoiser says the size
         config |= size
@@ -203,6 +213,8 @@ def write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -
 def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
     assert bundle.autoencoder is not None
     fields = bundle.autoencoder.fields
+    if fields["regularization"] == "tiny":
+        return autoencoder_tiny.as_component(bundle)
     config = autoencoder_diffusers.diffusers_from_fields(fields, bundle.image_size)
     config["scaling_factor"] = float(bundle.scale_factor)
     tensors = write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)

@@ -23,6 +23,7 @@ from latent_diffusion.convert import (
     unet,
     unet_compvis,
 )
+from latent_diffusion.convert import autoencoder_tiny as tiny
 from latent_diffusion.convert.adapters.control import is_control
 from latent_diffusion.convert.bundle import (
     Bundle,
@@ -185,6 +186,8 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         return _read_whole(path, opened, params, ema, model)
     if dit.PATCHES in opened.tensors:
         return dit.read_dit(path, opened.tensors)
+    if any(opened.tensors.keys() >= half for half in (tiny.ENCODER, tiny.DECODER)):
+        return tiny.read_original(path, opened.tensors)
     if taming.MARK in opened.tensors:
         return taming.read_taming(path, opened.tensors, model.get("params") or {})
     if is_control(opened.tensors):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
+from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
 from latent_diffusion.rng import example_keys, pmean
 from latent_diffusion.types import (
     Array,
@@ -71,7 +72,7 @@ class FirstStage(flax.struct.PyTreeNode):
 
     def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         """Scaled latents replaced by the nearest codes; ValueError without a codebook."""
-        if getattr(self.module, "regularization", "none") in ("kl", "none"):
+        if getattr(self.module, "regularization", "none") not in ("vq", "gumbel"):
             raise ValueError("quantize_x0 needs a first stage with a codebook")
         z = z / self.scale_factor + self.shift
         codes = self._apply(lambda module, z: module.quantize(z).codes, z)
@@ -82,9 +83,16 @@ class FirstStage(flax.struct.PyTreeNode):
 
 
 def make_autoencoder(config: Config) -> nn.Module:
-    """The autoencoder that `config` describes; regularization "identity" keeps the pixels."""
+    """The autoencoder that `config` describes.
+
+    regularization "identity" keeps the pixels, "tiny" is TAESD's architecture.
+    """
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
+    if config["regularization"] == "tiny":
+        fields = module_fields(config)
+        blocks = {half: tuple(fields[half]) for half in ("encoder_blocks", "decoder_blocks")}
+        return TinyAutoencoder(**{**fields, **blocks})  # a file has lists, which have no hash
     return Autoencoder(**module_fields(config))
 
 

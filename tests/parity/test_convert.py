@@ -67,6 +67,12 @@ COMPONENTS = {
         **KL, use_quant_conv=False, use_post_quant_conv=False
     ),
     "vq": lambda: diffusers.VQModel(**VQ),
+    "tiny": lambda: diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 2),
+        num_decoder_blocks=(2, 1),
+    ),
     "unet": lambda: diffusers.UNet2DConditionModel(**UNET),
     "unet-linear": lambda: diffusers.UNet2DConditionModel(
         **{**UNET, "use_linear_projection": True, "attention_head_dim": (2, 4)}
@@ -170,10 +176,10 @@ def test_components(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model = ldm.load(tmp_path / "theirs")
     with torch.no_grad():
-        if name in ("kl", "kl-bare", "vq"):
+        if name in ("kl", "kl-bare", "vq", "tiny"):
             image = jnp.clip(draw(0, 2, 16, 16, 3), -1, 1)
             scale = theirs.config.scaling_factor
-            if name != "vq":
+            if name not in ("vq", "tiny"):
                 z = theirs.encode(to_torch(image)).latent_dist.mode()
             else:
                 z = theirs.encode(to_torch(image)).latents

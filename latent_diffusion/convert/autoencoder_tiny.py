@@ -1,0 +1,152 @@
+"""TAESD's files: diffusers' AutoencoderTiny, and the original's two, an encoder and a decoder.
+
+The original numbers the layers of a half from 0; its decoder begins with a clamp that has a number.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from latent_diffusion.convert.bundle import Bundle, read_part
+from latent_diffusion.convert.settings import Fields, Settings, single
+from latent_diffusion.convert.tables import Rule, Table, write_tensors
+from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensors import open_tensors
+from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
+
+NAME = "AutoencoderTiny"
+_SETTINGS = Settings(
+    names={
+        "num_encoder_blocks": "encoder_blocks",
+        "num_decoder_blocks": "decoder_blocks",
+        "latent_channels": "embed_dim",
+        "in_channels": "image_channels",
+    },
+    defaults={
+        "in_channels": 3,
+        "out_channels": 3,
+        "encoder_block_out_channels": (64, 64, 64, 64),
+        "decoder_block_out_channels": (64, 64, 64, 64),
+        "latent_channels": 4,
+        "num_encoder_blocks": (1, 3, 3, 3),
+        "num_decoder_blocks": (3, 3, 3, 1),
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    },
+    allowed={"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)},
+    # The magnitude and the shift serve to store latents as bytes.
+    harmless=("latent_magnitude", "latent_shift", "force_upcast", "block_out_channels"),
+)
+_TABLE: Table = (
+    Rule(r"(encoder|decoder)/layers_(\d+)", r"\1.layers.\2", "conv"),
+    Rule(r"(encoder|decoder)/layers_(\d+)/conv_(\d+)", r"\1.layers.\2.conv.\3", "conv"),
+)
+# The tensors that tell the original's halves: the first convolutions of the net and of a block.
+ENCODER, DECODER = {"0.weight", "1.conv.0.weight"}, {"1.weight", "3.conv.0.weight"}
+
+
+def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
+    """Our fields from a config.json; ValueError for a setting that our module can't express."""
+    fields, values = _SETTINGS.read(config, NAME), _SETTINGS.complete(config, NAME)
+    widths = [*values["encoder_block_out_channels"], *values["decoder_block_out_channels"]]
+    fields["channels"] = single({"block_out_channels": widths}, "block_out_channels", NAME)
+    if values["out_channels"] != values["in_channels"]:
+        raise ValueError(f"{NAME}.out_channels={values['out_channels']}; supported: in_channels")
+    for half in ("encoder", "decoder"):
+        if len(values[f"{half}_block_out_channels"]) != len(values[f"num_{half}_blocks"]):
+            raise ValueError(f"{NAME}: {half}_block_out_channels and num_{half}_blocks differ")
+    if len(fields["encoder_blocks"]) != len(fields["decoder_blocks"]):
+        raise ValueError(f"{NAME}: encoder and decoder differ in the number of levels")
+    return {"regularization": "tiny", **fields}
+
+
+def meaning(config: Mapping[str, Any]) -> Any:
+    """Everything of a config.json that changes the model."""
+    values = _SETTINGS.complete(config, NAME)
+    return NAME, fields_from_diffusers(config), values["scaling_factor"], values["shift_factor"]
+
+
+def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bundle:
+    """Read diffusers' folder."""
+    fields, values = fields_from_diffusers(config), _SETTINGS.complete(config, NAME)
+    bundle = _read(where, fields, tensors)
+    scale = {"scale_factor": values["scaling_factor"], "shift": values["shift_factor"]}
+    return Bundle(autoencoder=bundle.autoencoder, **scale, notes={"autoencoder": dict(config)})
+
+
+def as_component(bundle: Bundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config.json and the tensors of diffusers' folder."""
+    assert bundle.autoencoder is not None
+    module = TinyAutoencoder(**bundle.autoencoder.fields)
+    widths = [module.channels] * len(module.encoder_blocks)
+    config = {
+        **_SETTINGS.write(module),
+        "_class_name": NAME,
+        "out_channels": module.image_channels,
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "scaling_factor": float(bundle.scale_factor),
+    }
+    return config, write_tensors(_TABLE, bundle.autoencoder.params)
+
+
+def read_original(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
+    """Read one of the original's two files; the other one lies beside it.
+
+    Raises ValueError where it doesn't.
+    """
+    halves = {"encoder": ENCODER, "decoder": DECODER}
+    half = "encoder" if tensors.keys() >= ENCODER else "decoder"
+    other = "decoder" if half == "encoder" else "encoder"
+    beside = path.with_name(path.name.replace(half, other))
+    if half not in path.name or not beside.is_file():
+        raise ValueError(
+            f"{path} is the {half} of a tiny autoencoder: its {other} must lie beside it, as in "
+            f"taesd_{half}{path.suffix} and taesd_{other}{path.suffix}"
+        )
+    both = {half: tensors, other: open_tensors(beside).tensors}
+    if not both[other].keys() >= halves[other]:
+        raise ValueError(f"{beside} isn't the {other} of {path.name}")
+    named = {}
+    for name, parts in both.items():
+        for key, tensor in parts.items():
+            number, _, rest = key.partition(".")
+            if not number.isdecimal():
+                raise ValueError(f"{path}: a tiny autoencoder has no tensor {key}")
+            layer = int(number) - (name == "decoder")
+            named[f"{name}.layers.{layer}.{rest}"] = tensor
+    return _read(path, _fields_from_shapes(path, named), named)
+
+
+def _fields_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
+    """The architecture: runs of blocks between other convolutions."""
+    blocks = {}
+    for half in ("encoder", "decoder"):
+        layers = {int(name.split(".")[2]) for name in tensors if name.startswith(half)}
+        runs, run = [], 0
+        for layer in range(max(layers) + 1):
+            if f"{half}.layers.{layer}.conv.0.weight" in tensors:
+                run += 1
+            elif layer in layers and layer:
+                runs.append(run)
+                run = 0
+        blocks[f"{half}_blocks"] = tuple(runs)
+    if len(blocks["encoder_blocks"]) != len(blocks["decoder_blocks"]):
+        raise ValueError(f"{path}: encoder and decoder differ in the number of levels")
+    channels, image_channels = tensors["encoder.layers.0.weight"].shape[:2]
+    width = tensors["decoder.layers.0.weight"].shape[1]
+    sizes = {"channels": channels, "image_channels": image_channels, "embed_dim": width}
+    return {"regularization": "tiny", **blocks, **sizes}
+
+
+def _read(where: Path, fields: Fields, tensors: Mapping[str, Tensor]) -> Bundle:
+    layers = sum(fields["encoder_blocks"]) + sum(fields["decoder_blocks"])
+    if 6 * layers > len(tensors):  # before shapes are computed
+        raise ValueError(f"{where}: {len(tensors)} tensors can't be {layers} blocks")
+    module = TinyAutoencoder(**fields)
+    side = module.downsampling
+    image = jax.ShapeDtypeStruct((1, side, side, module.image_channels), "float32")
+    tree = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    return Bundle(autoencoder=read_part(where, fields, _TABLE, tree, tensors))
