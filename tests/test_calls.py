@@ -102,6 +102,18 @@ def test_all_bits_of_a_seed_count_and_small_seeds_are_those_of_jax():
             seed_key(seed)
 
 
+def test_images_of_several_calls_can_be_made_in_one():
+    """With the keys of their images, whose numbers in their calls differ."""
+    made = model(TEXT)
+    calls = [jax.random.key(seed) for seed in (3, 4)]
+    apart = [made.sample(rng, "red cat", num_images=2, mode="single") for rng in calls]
+    keys = jnp.concatenate([example_keys(rng, 2) for rng in calls])
+    together = made.sample(keys, "red cat", num_images=4, mode="single")
+    np.testing.assert_allclose(together, np.concatenate(apart), atol=1e-6)
+    with pytest.raises(ValueError, match=r"rng has \(4,\) keys; expected one key, or 3"):
+        made.sample(keys, "red cat", num_images=3, mode="single")
+
+
 def test_a_string_is_one_prompt():
     made = model(TEXT)
     images = made.sample(RNG, "red cat", mode="single")

@@ -200,6 +200,36 @@ def test_what_is_written_behind_convert_reaches_the_call(tmp_path):
     assert "target" not in python(CONVERT, "here", "--dry_run")
 
 
+SERVE = """
+import dataclasses, json
+from absl import app
+import latent_diffusion.serve.__main__ as command
+from latent_diffusion.generation import adapters, loading
+from latent_diffusion.serve import handler
+loading.load = lambda path, tokenizer: [path, tokenizer]
+adapters.load_adapter = lambda file: file
+def told(model, name, address, limits, **more):
+    print(json.dumps([model, name, address, dataclasses.asdict(limits), more]))
+    raise ValueError("seen")
+handler.make_server = told
+try:
+    app.run(command.main)
+except SystemExit:
+    pass
+"""
+
+
+def test_what_is_written_behind_serve_reaches_the_call():
+    limits = {"max_images": 3, "max_pixels": 99, "max_steps": 7, "max_waiting": 2}
+    more = {"batch_size": 5, "token": "secret"}
+    given = {"tokenizer": "words", "host": "0.0.0.0", "port": 81, **limits, **more}
+    flags = [f"--{flag}={value}" for flag, value in given.items()]
+    for kind in ("workdir", "model"):
+        told = python(SERVE, f"--{kind}=here", "--adapter=style=file", *flags)
+        more["adapters"] = {"style": "file"}
+        assert told == [["here", "words"], "here", ["0.0.0.0", 81], limits, more]
+
+
 CHECK = """
 import json, sys
 from absl import app, flags

@@ -409,6 +409,13 @@ FLAGS = {
         ("to", "dtype", "config", "tokenizer", "lora", "variant", "ema", "dry_run"),
         CALL.format("convert"),
     ),
+    "latent_diffusion.serve.__main__": dict.fromkeys(
+        (
+            *("workdir", "model", "tokenizer", "adapter", "host", "port", "token"),
+            *("max_images", "max_waiting", "max_pixels", "max_steps", "batch_size"),
+        ),
+        CALL.format("serve"),
+    ),
     "latent_diffusion.compile_check": dict.fromkeys(
         ("config", "topology", "programs", "compile", "quick", "json"),
         CALL.format("compile_check"),

@@ -4,6 +4,7 @@ A picture is turned as its EXIF data says, its transparent parts are laid on whi
 8, and grey, palettes and CMYK become RGB. The first frame of an animation is the picture.
 """
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ SUFFIXES = frozenset(
     )
     if Image.EXTENSION.get(suffix) in FORMATS
 )
+
+
+Source = str | Path | io.BytesIO  # messages call an open file by its str()
 
 
 def files(folder: Path) -> list[Path]:
@@ -48,12 +52,12 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(path: Source) -> UInt8[np.ndarray, "H W 3"]:
     """The picture in RGB. Raises ValueError, in one line, for a file that can't be read."""
     return _read(path, _turned(_as_rgb))
 
 
-def read_mask(path: str | Path) -> Float32[np.ndarray, "H W 1"]:
+def read_mask(path: Source) -> Float32[np.ndarray, "H W 1"]:
     """A mask, 1 in its holes: where the picture is white, or else where it is transparent.
 
     Of a picture in which all that can be seen is white, the visible part is the hole.
@@ -61,22 +65,22 @@ def read_mask(path: str | Path) -> Float32[np.ndarray, "H W 1"]:
     return _read(path, _turned(_as_mask))
 
 
-def read_levels(path: str | Path) -> Int32[np.ndarray, "H W"]:
+def read_levels(path: Source) -> Int32[np.ndarray, "H W"]:
     """The numbers in a picture, such as classes: levels of grey, or indices of a palette."""
     return _read(path, _turned(_as_levels))
 
 
-def read_depth(path: str | Path) -> Float32[np.ndarray, "H W 1"]:
+def read_depth(path: Source) -> Float32[np.ndarray, "H W 1"]:
     """The levels of grey as they are stored, with 8, 16 or 32 bits."""
     return _read(path, _turned(_as_depth))
 
 
-def size_of(path: str | Path) -> tuple[int, int]:
+def size_of(path: Source) -> tuple[int, int]:
     """Height and width by the file's header, as the picture is read."""
     return _read(path, _size)
 
 
-def _read(path: str | Path, decode: Callable[[Image.Image], Any]) -> Any:
+def _read(path: Source, decode: Callable[[Image.Image], Any]) -> Any:
     try:
         with Image.open(path, formats=FORMATS) as file:
             return decode(file)

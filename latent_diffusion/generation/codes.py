@@ -13,9 +13,9 @@ from latent_diffusion.models.prior import check_null, check_size
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.options import PriorOptions
 from latent_diffusion.process.plan import plan_prior
-from latent_diffusion.rng import keys_of_examples, sampling_keys
+from latent_diffusion.rng import sampling_keys
 from latent_diffusion.runtime import parallel
-from latent_diffusion.types import Array, Batch
+from latent_diffusion.types import Array, Batch, Keys
 
 # Arguments of `Model.sample` that a denoiser alone has a use for.
 _OTHERS = (
@@ -62,7 +62,7 @@ def images_of(
     networks: Mapping[str, Any],
     options: PriorOptions,
     batch: Batch,
-    rng: jax.Array,
+    image_keys: Keys,
     latent: tuple[int, int, int],
 ) -> Array:
     """Prepare the conditions, draw codes, decode them, and paste them into their picture.
@@ -71,7 +71,7 @@ def images_of(
     """
     prior, first_stage = networks["prior"], networks["first_stage"]
     size, count = latent[:2], batch["index"].shape[0]
-    keys = sampling_keys(keys_of_examples(rng, batch["index"]))
+    keys = sampling_keys(image_keys)
     entries = prior.conditioner.prepare(batch, first_stage, size, keys.conditions)
     told, null = (prior.condition(entries, jnp.full(count, drop)) for drop in (False, True))
     known = None

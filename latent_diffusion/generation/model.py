@@ -177,9 +177,10 @@ class Model(flax.struct.PyTreeNode):
     ) -> np.ndarray:
         """Images [N H W C] in [-1, 1]: `num_images` for each condition, condition-major.
 
-        Image i depends on rng and i alone, not on batch_size or devices. z_T: start noise [N h w c]
-        instead of fresh noise. image_size: (H, W), by default that of the conditions, of z_T or of
-        `image`, or of trained images. batch_size: how many images are sampled at once, at most.
+        Image i depends on rng and i alone, not on batch_size or devices; or else rng holds the keys
+        [N] of the images. z_T: start noise [N h w c] instead of fresh noise. image_size: (H, W), by
+        default that of the conditions, of z_T or of `image`, or of trained images. batch_size: how
+        many images are sampled at once, at most.
 
         Conditions: a model takes those that it was trained with, and needs each of them: `prompts`,
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or

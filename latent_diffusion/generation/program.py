@@ -22,7 +22,7 @@ from latent_diffusion.process.tiling import tiled
 from latent_diffusion.rng import keys_of_examples, sampling_keys
 from latent_diffusion.runtime import parallel
 from latent_diffusion.trees import leaves_by_path
-from latent_diffusion.types import Array, Batch
+from latent_diffusion.types import Array, Batch, Keys
 
 
 def placed(owner: Any, networks: Any, mode: str) -> Any:
@@ -55,18 +55,24 @@ def run(
     networks: "first_stage", "denoiser", the changes of "adapters", the parameters of "controls",
     and "classifier" and "distance" (either may be None), on their devices. planned: timesteps,
     options, the weights of further prompts and of adapters, the numbers of controls. batch:
-    [N ...] entries. latent: (h, w, c). images_of: makes the images of a batch; None is a denoiser's
-    sampling. Raises ValueError, in one line, where an image isn't finite.
+    [N ...] entries. latent: (h, w, c). rng: one key, or [N] those of the images. images_of: makes
+    the images of a batch; None is a denoiser's sampling. Raises ValueError, in one line, where an
+    image isn't finite.
     """
     total = len(batch["index"])
+    if rng.shape not in ((), (total,)):
+        raise ValueError(f"rng has {rng.shape} keys; expected one key, or {total} for the images")
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
     leaves, structure = jax.tree.flatten(networks)
     step = _compiled(mode, latent, structure, jax.tree.structure(planned), images_of or _sample)
     images = []
     for start in range(0, total, rows):
         index = np.minimum(np.arange(start, start + rows), total - 1)  # pad with the last
-        part = parallel.process_rows({key: value[index] for key, value in batch.items()}, mode)
-        images.append(step(leaves, planned, part, rng))
+        part = {key: value[index] for key, value in batch.items()}
+        keys = rng[index] if rng.ndim else keys_of_examples(rng, jnp.asarray(part["index"]))
+        part["keys"] = np.asarray(jax.random.key_data(keys))
+        part = parallel.process_rows(part, mode)
+        images.append(step(leaves, planned, part, rng if rng.ndim == 0 else rng[0]))
         _check_finite(images[-1], start, networks)
     jax.effects_barrier()  # the last calls of `progress` and `preview` may be under way
     return np.concatenate(images)[:total]
@@ -125,7 +131,8 @@ def _compiled(
     """
 
     def step(leaves, planned, batch, rng, *, axis_name=None):
-        return images_of(networks.unflatten(leaves), planned, batch, rng, latent)
+        keys = jax.random.wrap_key_data(batch["keys"], impl=jax.random.key_impl(rng))
+        return images_of(networks.unflatten(leaves), planned, batch, keys, latent)
 
     return parallel.compile_eval(step, mode)
 
@@ -134,7 +141,7 @@ def _sample(
     networks: dict[str, Any],
     planned: tuple[Any, ...],
     batch: Batch,
-    rng: jax.Array,
+    image_keys: Keys,
     latent: tuple[int, int, int],
 ) -> Array:
     """Prepare the conditions, sample latents, decode them, and paste them into their picture."""
@@ -145,7 +152,7 @@ def _sample(
         denoiser = denoiser.replace(params=params)
     denoiser = controls.with_params(denoiser, networks["controls"])
     size, f = batch["index"].shape[0], first_stage.module.downsampling
-    keys = sampling_keys(keys_of_examples(rng, batch["index"]))
+    keys = sampling_keys(image_keys)
     prepared = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
 
     inputs = (batch, of_controls, timesteps, options)

@@ -1,0 +1,70 @@
+"""A page to sample on, and an HTTP API.
+
+    python -m latent_diffusion.serve --workdir=DIR|--model=PATH
+
+Then open the address that is printed. See docs/serving.md for the API. Nothing is written to disk.
+"""
+
+from absl import app, flags
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
+MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+ADAPTER = flags.DEFINE_multi_string(
+    "adapter", [], "An adapter that requests can name: NAME=FILE; repeatable."
+)
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is everybody's.")
+PORT = flags.DEFINE_integer("port", 8188, "Port to listen on; 0 takes a free one.")
+TOKEN = flags.DEFINE_string("token", None, "Requests must bring it as a bearer token.")
+MAX_IMAGES = flags.DEFINE_integer("max_images", 16, "Images of one request, at most.")
+MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait; others get 503.")
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", 2**22, "Of a picture, sent or made, at most.")
+MAX_STEPS = flags.DEFINE_integer("max_steps", 1000, "Steps of one request, at most.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images sampled at once, at most.")
+
+
+def main(argv: list[str]) -> None:
+    """Load the model and answer until the process is ended."""
+    from latent_diffusion.generation.adapters import load_adapter
+    from latent_diffusion.generation.loading import load
+    from latent_diffusion.runtime import processes
+    from latent_diffusion.runtime.startup import quiet_and_cached
+    from latent_diffusion.serve.handler import make_server
+    from latent_diffusion.serve.requests import Limits
+
+    quiet_and_cached()
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+    if (WORKDIR.value is None) == (MODEL.value is None):
+        raise app.UsageError("give either --workdir or --model")
+    path = str(WORKDIR.value or MODEL.value)
+    try:
+        pairs = [entry.partition("=") for entry in ADAPTER.value]
+        if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
+            raise ValueError(f"--adapter={wrong[0]}: write NAME=FILE")
+        model = load(path, tokenizer=TOKENIZER.value)
+        limits = Limits(MAX_IMAGES.value, MAX_PIXELS.value, MAX_STEPS.value, MAX_WAITING.value)
+        adapters = {name: load_adapter(file) for name, _, file in pairs}
+        server = make_server(
+            model,
+            path,
+            (HOST.value, PORT.value),
+            limits,
+            adapters=adapters,
+            batch_size=BATCH_SIZE.value,
+            token=TOKEN.value,
+        )
+    except (ValueError, OSError) as error:
+        processes.exit_with(f"error: {error}")
+    host, port = server.server_address[:2]
+    print(f"{path} on http://{host!s}:{port}/", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,60 @@
+"""The controls of a model, as JSON: its conditions, its options and its limits."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from latent_diffusion.generation.conditions import argument
+from latent_diffusion.generation.model import Model
+from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
+from latent_diffusion.process.samplers import SAMPLERS
+from latent_diffusion.process.spacings import SPACINGS
+from latent_diffusion.serve.requests import Limits, takes_image
+
+_CHOICES: dict[str, Iterable[str]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
+# Fields of conditioners that say which values a condition has.
+_DETAILS = ("num_classes", "vocab_size", "max_length", "max_noise_level", "width")
+
+
+def describe(model: Model, name: str, limits: Limits, adapters: list[str]) -> dict[str, Any]:
+    """Facts that the page needs to make its controls, and that other clients may read."""
+    conditioner = model.conditioner
+    conditions: dict[str, dict[str, Any]] = {}
+    for part in conditioner.parts():
+        details = {field: getattr(part, field) for field in _DETAILS if hasattr(part, field)}
+        for key in (*part.keys, *getattr(part, "optional", ())):
+            conditions.setdefault(argument(key), {}).update(details)
+    needed = {argument(key) for key in conditioner.keys}
+    height, width = model.trained_size
+    return {
+        "name": name,
+        "kind": "denoiser" if model.prior is None else "prior",
+        "size": [height, width],
+        "factor": 1 if model.first_stage is None else model.first_stage.module.downsampling,
+        "conditions": {
+            condition: {"needed": condition in needed, **details}
+            for condition, details in conditions.items()
+        },
+        "negative_prompts": model.prior is None and "prompts" in conditions,
+        "changes_pictures": takes_image(model),
+        "adapters": adapters,
+        "options": _options(model),
+        "limits": dataclasses.asdict(limits),
+    }
+
+
+def _options(model: Model) -> list[dict[str, Any]]:
+    options = OPTIONS if model.prior is None else PRIOR_OPTIONS
+    return [
+        {
+            "name": name,
+            "kind": option.kind.__name__,
+            "many": option.count != 1,
+            "help": option.help,
+            "range": option.range,
+            "default": model.defaults.get(name, option.default),
+            "choices": sorted(_CHOICES.get(name, ())),
+        }
+        for name, option in options.items()
+        if option.flag
+    ]

@@ -1,0 +1,266 @@
+"""The queue: equal requests share one program call, whose progress and previews can be watched."""
+
+import collections
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.generation.model import Model
+from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.serve.parameters import to_png
+from latent_diffusion.serve.requests import Limits, Request, call
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 128  # jobs whose pictures can still be fetched after they have ended
+PREVIEW_SECONDS = 0.25  # between two previews
+
+
+class Busy(Exception):
+    """Too many requests wait."""
+
+
+class Cancelled(Exception):
+    """Nobody waits for the pictures of a running call any more."""
+
+
+class Job:
+    """A request on its way. state: waiting, running, done, failed or cancelled.
+
+    evaluations: of the network by each device, so far. preview: the last one, PNG bytes. pictures:
+    PNG bytes of each image. version: grows with every change.
+    """
+
+    def __init__(self, request: Request):
+        self.id = secrets.token_hex(8)
+        self.request = request
+        self.state = "waiting"
+        self.created = time.monotonic()
+        self.seconds = 0.0  # from the request to its end
+        self.evaluations = 0.0
+        self.preview: bytes | None = None
+        self.pictures: list[bytes] = []
+        self.error = ""
+        self.version = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in ("done", "failed", "cancelled")
+
+
+class Jobs:
+    """A model behind a queue, and the thread that samples.
+
+    batch_size: images of one program call, at most. `counts` are numbers since the start.
+    """
+
+    def __init__(self, model: Model, name: str, limits: Limits, batch_size: int = 16):
+        self.model, self.name, self.limits, self.batch_size = model, name, limits, batch_size
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.changed = threading.Condition()
+        self._jobs: dict[str, Job] = {}
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._running: list[Job] = []
+        self._closed = False
+        self._devices = parallel.num_parts(parallel.resolve_mode("auto"))
+        self._latents: np.ndarray | None = None
+        logging.getLogger("jax._src.debugging").addFilter(_is_no_cancellation)
+        self._threads = [threading.Thread(target=self._work, daemon=True)]
+        if model.prior is None:
+            self._threads.append(threading.Thread(target=self._draw_previews, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads; a running call is cancelled."""
+        with self.changed:
+            self._closed = True
+            for job in [*self._waiting, *self._running]:
+                job.state = "cancelled"
+            self.changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> Job:
+        """Queue a request. Raises Busy if as many wait as may."""
+        with self.changed:
+            if len(self._waiting) >= self.limits.max_waiting:
+                self.counts["refused"] += 1
+                raise Busy(f"{len(self._waiting)} requests wait already; try again later")
+            job = Job(request)
+            self._jobs[job.id] = job
+            self._waiting.append(job)
+            self.counts["requests"] += 1
+            self._forget()
+            self.changed.notify_all()
+        return job
+
+    def find(self, job_id: str) -> Job | None:
+        """The job of an identifier, or None if there is none (any more)."""
+        return self._jobs.get(job_id)
+
+    def cancel(self, job: Job) -> None:
+        """End a job. A call that nobody waits for stops at its next evaluation of the network."""
+        with self.changed:
+            if job.ended:
+                return
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._end(job, "cancelled")
+
+    def wait(self, job: Job, seconds: float | int, version: int | None = None) -> bool:
+        """Wait until a job has ended or, with a version, has changed since; whether it has."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: job.ended or (version is not None and job.version != version), seconds
+            )
+
+    # ----------------------------------------------------------- called by the running program
+
+    def progress(self, t: Any) -> None:
+        """An option of `Model.sample`: count an evaluation, and stop where nobody waits."""
+        with self.changed:
+            for job in self._running:
+                job.evaluations += 1 / self._devices
+                job.version += 1
+            self.changed.notify_all()
+            if all(job.ended for job in self._running):
+                raise Cancelled
+
+    def preview(self, t: Any, z_0: Any) -> None:
+        """An option of `Model.sample`: remember the latest estimate of the latents."""
+        with self.changed:
+            self._latents = np.asarray(z_0)
+            self.changed.notify_all()
+
+    # ------------------------------------------------------------------------------ the threads
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                self._running = self._next()
+                for job in self._running:
+                    job.state = "running"
+                    job.version += 1
+                self.changed.notify_all()
+            self._sample(self._running)
+            with self.changed:
+                self._running, self._latents = [], None
+
+    def _next(self) -> list[Job]:
+        """The job that has waited longest, and others that fit into its call."""
+        first = self._waiting.popleft()
+        batch, images = [first], first.request.num_images
+        for job in list(self._waiting):
+            more = job.request.num_images
+            if job.request.group == first.request.group and images + more <= self.batch_size:
+                self._waiting.remove(job)
+                batch.append(job)
+                images += more
+        return batch
+
+    def _sample(self, batch: Sequence[Job]) -> None:
+        try:
+            pictures = self._pictures([job.request for job in batch])
+        except Exception as error:  # whatever it is, the next request must be answered
+            if all(job.ended for job in batch):
+                return
+            if len(batch) > 1:  # a request that can't be answered must not spoil the others
+                for job in batch:
+                    self._running = [job]
+                    self._sample([job])
+                return
+            known = isinstance(error, ValueError | OverflowError | MemoryError)
+            if not known:
+                log.exception("sampling failed")
+            with self.changed:
+                batch[0].error = str(error).partition("\n")[0][:500] or type(error).__name__
+                self._end(batch[0], "failed")
+            return
+        with self.changed:
+            self.counts["calls"] += 1
+            for job, own in zip(batch, pictures, strict=True):
+                self.counts["images"] += len(own)
+                if not job.ended:
+                    job.pictures = own
+                    self._end(job, "done")
+
+    def _pictures(self, requests: Sequence[Request]) -> list[list[bytes]]:
+        """The PNGs of each request, which carry the settings that make them again."""
+        arguments = call(self.model, requests)
+        if self.model.prior is None:
+            arguments |= {"progress": self.progress, "preview": self.preview}
+        images = iter(to_uint8(self.model.sample(**arguments, batch_size=self.batch_size)))
+        return [
+            [
+                to_png(
+                    next(images), {**each.settings, "image_index": i}, self.name, self._defaults()
+                )
+                for i in range(each.num_images)
+            ]
+            for each in requests
+        ]
+
+    def _defaults(self) -> Mapping[str, Any]:
+        return {"image_size": list(self.model.trained_size), **self.model.defaults}
+
+    def _end(self, job: Job, state: str) -> None:
+        job.state, job.preview = state, None
+        job.seconds = time.monotonic() - job.created
+        job.version += 1
+        self.counts[state] += 1
+        self.changed.notify_all()
+
+    def _forget(self) -> None:
+        """Keep few of the jobs that have ended."""
+        ended = [job for job in self._jobs.values() if job.ended]
+        for job in ended[: max(len(ended) - REMEMBERED, 0)]:
+            del self._jobs[job.id]
+
+    def _draw_previews(self) -> None:
+        """Decode the latest latents from time to time, beside the call that makes them."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self._latents is not None or self._closed)
+                if self._closed:
+                    return
+                latents, self._latents = self._latents, None
+                running = list(self._running)
+            self._draw(latents, running)
+            time.sleep(PREVIEW_SECONDS)
+
+    def _draw(self, latents: Any, running: Sequence[Job]) -> None:
+        """The first picture of each job as it is now, where one device has them all."""
+        if len(latents) < sum(job.request.num_images for job in running):
+            return
+        start = 0
+        for job in running:
+            z_0 = jnp.asarray(latents[start : start + 1])
+            image = to_uint8(np.asarray(self.model.decode(z_0)))[0]
+            start += job.request.num_images
+            with self.changed:
+                if not job.ended:
+                    job.preview = to_png(image, {}, self.name, {})
+                    job.version += 1
+                    self.changed.notify_all()
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """A filter of JAX's messages about exceptions in callbacks, for those that are meant."""
+    return not (record.exc_info and record.exc_info[0] is Cancelled)

@@ -1,0 +1,132 @@
+"""A PNG carries the settings that make it again, in two chunks of text.
+
+"latent_diffusion" holds them as JSON. "parameters" is the text of A1111's web UI, which other
+programs read, and which is read here, too.
+"""
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+JSON_KEY, TEXT_KEY = "latent_diffusion", "parameters"
+# A1111's samplers, without the word for a spacing at the end -> ours
+SAMPLERS = {
+    "Euler": "euler",
+    "Euler a": "euler_ancestral",
+    "Heun": "heun",
+    "LMS": "lms",
+    "DPM2": "dpm2",
+    "DPM2 a": "dpm2_ancestral",
+    "DPM++ 2S a": "dpm_solver_pp_2s_ancestral",
+    "DPM++ 2M": "dpm_solver_pp_2m",
+    "DPM++ SDE": "dpm_solver_pp_sde",
+    "DPM++ 2M SDE": "dpm_solver_pp_2m_sde",
+    "DPM++ 3M SDE": "dpm_solver_pp_3m_sde",
+    "DDIM": "ddim",
+    "PLMS": "plms",
+    "UniPC": "unipc",
+    "LCM": "lcm",
+}
+SPACINGS = {"Karras": "karras", "Exponential": "exponential", "Beta": "beta"}
+_PAIR = re.compile(r'\s*([\w /-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+
+
+def to_png(
+    image: np.ndarray, settings: Mapping[str, Any], model: str, defaults: Mapping[str, Any]
+) -> bytes:
+    """The bytes of a PNG of a uint8 picture [H W C].
+
+    settings: a request's JSON; empty writes no text. model: its name. defaults: the model's, for
+    settings that the request leaves out.
+    """
+    info, out = PngInfo(), io.BytesIO()
+    if settings:
+        info.add_itxt(JSON_KEY, json.dumps(dict(settings), ensure_ascii=False))
+        info.add_itxt(TEXT_KEY, to_text({**defaults, **settings}, model))
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def to_text(settings: Mapping[str, Any], model: str) -> str:
+    """Settings in the words of A1111's web UI; the names of other settings are ours."""
+    lines = [settings.get("prompts", "")]
+    if "negative_prompts" in settings:
+        lines.append(f"Negative prompt: {settings['negative_prompts']}")
+    names = {ours: theirs for theirs, ours in SAMPLERS.items()}
+    sampler = names.get(settings.get("sampler", ""), settings.get("sampler"))
+    spacing = {ours: theirs for theirs, ours in SPACINGS.items()}.get(settings.get("spacing", ""))
+    height, width = settings.get("image_size") or (None, None)
+    pairs = {
+        "Steps": settings.get("num_steps"),
+        "Sampler": sampler,
+        "Schedule type": spacing,
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": None if height is None else f"{width}x{height}",
+        "Denoising strength": settings.get("strength"),
+        "Model": re.split(r"[\\/]", model.rstrip("\\/"))[-1].replace(",", " "),
+    }
+    lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
+    return "\n".join(lines)
+
+
+def from_png(file: Any) -> dict[str, Any]:
+    """The settings in a PNG, as a request spells them. Raises ValueError where there are none.
+
+    file: a path, or a file in binary mode.
+    """
+    try:
+        with Image.open(file, formats=("PNG",)) as picture:
+            texts = {key: value for key, value in picture.info.items() if isinstance(value, str)}
+    except Exception as error:  # decoders raise errors of all kinds
+        raise ValueError(f"not a PNG that can be read: {error}") from None
+    if JSON_KEY in texts:
+        try:
+            settings = json.loads(texts[JSON_KEY])
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise ValueError(f"the text {JSON_KEY!r} in this PNG is no JSON object")
+        return settings
+    if TEXT_KEY in texts:
+        return from_text(texts[TEXT_KEY])
+    raise ValueError("this PNG carries no settings")
+
+
+def from_text(text: str) -> dict[str, Any]:
+    """The settings in a text of A1111's web UI; those that have no counterpart are left out."""
+    lines = text.strip().split("\n")
+    last = lines.pop() if "Steps:" in lines[-1] else ""
+    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt:")
+    if prompt.startswith("Negative prompt:"):
+        prompt, negative = "", prompt.removeprefix("Negative prompt:")
+    pairs = {match[1].strip(): match[2].strip().strip('"') for match in _PAIR.finditer(last)}
+    found: dict[str, Any] = {"prompts": prompt.strip()}
+    if negative.strip():
+        found["negative_prompts"] = negative.strip()
+    sampler, _, word = pairs.get("Sampler", "").rpartition(" ")
+    if word not in SPACINGS:
+        sampler, word = pairs.get("Sampler", ""), pairs.get("Schedule type", "")
+    found |= {"sampler": SAMPLERS.get(sampler, sampler)} if sampler else {}
+    found |= {"spacing": SPACINGS[word]} if word in SPACINGS else {}
+    numbers = {
+        "num_steps": ("Steps", int),
+        "guidance_scale": ("CFG scale", float),
+        "seed": ("Seed", int),
+        "strength": ("Denoising strength", float),
+    }
+    for name, (theirs, kind) in numbers.items():
+        try:
+            found |= {name: kind(pairs[theirs])} if theirs in pairs else {}
+        except ValueError:
+            raise ValueError(f"{theirs}: {pairs[theirs]!r} is no number") from None
+    if size := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", "")):
+        found["image_size"] = [int(size[2]), int(size[1])]
+    return found

@@ -1,0 +1,277 @@
+"""A request in JSON becomes arguments of `Model.sample`, or one line that says why not."""
+
+import base64
+import binascii
+import dataclasses
+import io
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.data import pictures
+from latent_diffusion.generation.conditions import argument
+from latent_diffusion.generation.model import Model
+from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
+from latent_diffusion.rng import example_keys, seed_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one client may ask for: images of a request, pixels of a picture, steps, waiting."""
+
+    max_images: int = 16
+    max_pixels: int = 2**22
+    max_steps: int = 1000
+    max_waiting: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One condition, of which `num_images` pictures are made.
+
+    settings: the request's own JSON with its seed, without pictures: they fit into a PNG. values:
+    the condition's arguments of `Model.sample`, each of one example. shared: arguments that all
+    images of a call have in common.
+    """
+
+    settings: Mapping[str, Any]
+    seed: int
+    num_images: int
+    values: Mapping[str, Any]
+    shared: Mapping[str, Any]
+
+    @property
+    def group(self) -> str:
+        """Equal for requests that one call of `Model.sample` can answer."""
+        shapes = {name: np.shape(value) for name, value in self.values.items()}
+        shared = {**self.shared, "adapters": self.settings.get("adapters", [])}
+        return repr((sorted(shapes.items()), sorted(shared.items())))
+
+
+class Upload(io.BytesIO):
+    """A picture in a request; messages call it by the name of its field."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def takes_image(model: Model) -> bool:
+    """Whether a picture can be changed in part; an image that is a condition is none."""
+    return "image" not in model.conditioner.keys or "mask" in model.conditioner.keys
+
+
+def read(
+    data: Any, model: Model, limits: Limits, adapters: Mapping[str, Any] | None = None
+) -> Request:
+    """A request from JSON. Raises ValueError, in one line, which names the field.
+
+    adapters: those that requests may name.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"a request is a JSON object, not {type(data).__name__}")
+    data = {name: value for name, value in data.items() if value is not None}
+    options = OPTIONS if model.prior is None else PRIOR_OPTIONS
+    option_names = {name for name, option in options.items() if option.flag}
+    known = {*_CONDITIONS, *_SHARED, *option_names}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    num_images = _integer("num_images", data.get("num_images", 1), 1, limits.max_images)
+    seed = _integer("seed", data.get("seed", secrets.randbits(32)), 0, 2**64 - 1)
+    steps = data.get("num_steps")
+    if steps is not None:
+        _integer("num_steps", steps, 1, limits.max_steps)
+    shared: dict[str, Any] = {name: data[name] for name in option_names if name in data}
+    size = _size(data.get("image_size"), limits)
+    if size is not None:
+        shared["image_size"] = size
+    if "more_prompts" in data:
+        shared["more_prompts"] = _pairs("more_prompts", data["more_prompts"])
+    if "prompt_weights" in data:
+        if not isinstance(data["prompt_weights"], bool):
+            raise ValueError(
+                f"prompt_weights={str(data['prompt_weights'])[:40]} must be true or false"
+            )
+        shared["prompt_weights"] = data["prompt_weights"]
+    if "adapters" in data:
+        shared["adapters"] = _adapters(data["adapters"], adapters or {})
+    values = {
+        name: reader(name, data[name], limits)
+        for name, reader in _CONDITIONS.items()
+        if name in data
+    }
+    _same_size(model, values, size or model.trained_size)
+    settings = {k: v for k, v in data.items() if _CONDITIONS.get(k) not in _PICTURE_READERS}
+    settings |= {"seed": seed, "num_images": num_images}
+    return Request(settings, seed, num_images, values, shared)
+
+
+def call(model: Model, requests: Sequence[Request]) -> dict[str, Any]:
+    """Arguments of one `Model.sample` call for requests of one group, image after image."""
+    conditioner = model.conditioner
+    conditions = {argument(key) for key in (*conditioner.keys, *conditioner.optional)}
+    keys = [example_keys(seed_key(request.seed), request.num_images) for request in requests]
+    joined: dict[str, Any] = {}
+    for name in requests[0].values:
+        each = [request.values[name] for request in requests for _ in range(request.num_images)]
+        joined[name] = np.concatenate(each) if isinstance(each[0], np.ndarray) else each
+    if not conditions & joined.keys():
+        joined["num_images"] = sum(request.num_images for request in requests)
+    return {"rng": jnp.concatenate(keys), **joined, **requests[0].shared}
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}={str(value)[:40]} must be a whole number in [{low}, {high}]")
+    return value
+
+
+def _size(value: Any, limits: Limits) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"image_size={str(value)[:40]} must be [height, width]")
+    height, width = (_integer("image_size", side, 1, limits.max_pixels) for side in value)
+    if height * width > limits.max_pixels:
+        raise ValueError(f"image_size: {height}×{width} are more than {limits.max_pixels} pixels")
+    return height, width
+
+
+def _pairs(name: str, value: Any) -> list[tuple[str, float]]:
+    try:
+        pairs = [(str(text), float(weight)) for text, weight in value]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: write [[text, weight], …]") from None
+    if len(pairs) > 8:
+        raise ValueError(f"{name}: {len(pairs)} pairs, at most 8")
+    return pairs
+
+
+def _adapters(value: Any, known: Mapping[str, Any]) -> list[tuple[Any, float]]:
+    pairs = _pairs("adapters", value)
+    for name, _ in pairs:
+        if name not in known:
+            names = ", ".join(known) or "none was loaded"
+            raise ValueError(f"adapters: unknown adapter {name!r}; known: {names}")
+    return [(known[name], weight) for name, weight in pairs]
+
+
+def _text(name: str, value: Any, limits: Limits) -> str:
+    if not isinstance(value, str) or len(value) > 10_000:
+        raise ValueError(f"{name} must be one text of at most 10,000 characters")
+    return value
+
+
+def _whole(name: str, value: Any, limits: Limits) -> int:
+    return _integer(name, value, 0, 2**31 - 1)
+
+
+def _score(name: str, value: Any, limits: Limits) -> np.ndarray:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={str(value)[:40]} must be a number")
+    return np.full(1, value, np.float32)
+
+
+def _two(name: str, value: Any, limits: Limits) -> np.ndarray:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{name}={str(value)[:40]} must be two whole numbers")
+    return np.array([[_integer(name, number, 0, 2**24) for number in value]], np.int32)
+
+
+def _layout(name: str, value: Any, limits: Limits) -> list[Any]:
+    fits = isinstance(value, list) and 1 <= len(value) <= 100
+    if not fits or any(not isinstance(entry, list) for entry in value):
+        raise ValueError(f"{name}: write 1 to 100 objects [[class, [left, top, right, bottom]], …]")
+    return value
+
+
+def _array(name: str, value: Any, limits: Limits) -> np.ndarray:
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: write lists of numbers of equal lengths") from None
+    if array.size > limits.max_pixels:
+        raise ValueError(f"{name}: {array.size} numbers, at most {limits.max_pixels}")
+    return array[None]
+
+
+def _upload(name: str, value: Any, limits: Limits) -> Upload:
+    """The bytes of a picture in base64, alone or as a data URL, which has few enough pixels."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a picture in base64")
+    _, comma, content = value.partition(",") if value.startswith("data:") else ("", ",", value)
+    try:
+        file = Upload(base64.b64decode(content, validate=True) if comma else b"", name)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"{name} must be a picture in base64") from None
+    height, width = pictures.size_of(file)
+    if height * width > limits.max_pixels:
+        raise ValueError(f"{name}: {height}×{width} are more than {limits.max_pixels} pixels")
+    file.seek(0)
+    return file
+
+
+def _picture(name: str, value: Any, limits: Limits) -> np.ndarray:
+    return pictures.read_image(_upload(name, value, limits))[None].astype(np.float32) / 127.5 - 1
+
+
+def _mask(name: str, value: Any, limits: Limits) -> np.ndarray:
+    return np.asarray(pictures.read_mask(_upload(name, value, limits)))[None]
+
+
+def _levels(name: str, value: Any, limits: Limits) -> np.ndarray:
+    return np.asarray(pictures.read_levels(_upload(name, value, limits)))[None]
+
+
+def _depth(name: str, value: Any, limits: Limits) -> np.ndarray:
+    return np.asarray(pictures.read_depth(_upload(name, value, limits)))[None]
+
+
+def _same_size(model: Model, values: dict[str, Any], size: tuple[int, int]) -> None:
+    """Bring a picture that is changed, and its mask, to the size of the result."""
+    if "image" in values and takes_image(model):
+        values["image"] = _resized(values["image"], size)
+    if "mask" in values:
+        values["mask"] = (_resized(values["mask"], size) > 0.5).astype(np.float32)
+
+
+def _resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if images.shape[1:3] == size:
+        return images
+    method = "cubic" if images.shape[-1] == 3 else "linear"
+    shape = (1, *size, images.shape[-1])
+    return np.clip(np.asarray(jax.image.resize(images, shape, method)), -1, 1)
+
+
+_PICTURE_READERS = (_picture, _mask, _levels, _depth)
+# argument of `Model.sample` -> its reader
+_CONDITIONS: dict[str, Callable[[str, Any, Limits], Any]] = {
+    "prompts": _text,
+    "negative_prompts": _text,
+    "class_labels": _whole,
+    "layout": _layout,
+    "image": _picture,
+    "mask": _mask,
+    "segmentation": _levels,
+    "low_res": _picture,
+    "noise_level": _whole,
+    "depth": _depth,
+    "neighbours": _array,
+    "image_embedding": _array,
+    "original_size": _two,
+    "crop_top_left": _two,
+    "target_size": _two,
+    "aesthetic_score": _score,
+    "negative_original_size": _two,
+    "negative_crop_top_left": _two,
+    "negative_target_size": _two,
+    "negative_aesthetic_score": _score,
+}
+_SHARED = ("seed", "num_images", "image_size", "more_prompts", "adapters", "prompt_weights")
