@@ -81,6 +81,13 @@ def get_config() -> ConfigDict:
     # convolutions, "unet/"; of CLIP, "self_attn/(qkv|out)"
     c.lora.targets = (r"unet/.*attn\d/to_",)
 
+    c.textual_inversion = ConfigDict()
+    c.textual_inversion.word = ""  # a new word: its vectors alone are trained, for init_from
+    c.textual_inversion.start = ""  # a word of the model, whose vectors are the first
+    c.textual_inversion.num_vectors = 1  # of the new word, one after the other in a prompt
+
+    c.control = ""  # a hint that a control net learns to follow, beside init_from | "edges"
+
     c.parallel = ConfigDict()
     c.parallel.mode = "auto"  # "single" | "pmap" | "mesh" | "auto" (one device: single, else pmap)
     c.parallel.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = the rest

@@ -8,16 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from test_model import RNG, model
+from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
 from latent_diffusion.convert.adapters import ControlWeights, read_adapter, write_control
 from latent_diffusion.convert.adapters import control as files
+from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.convert.unet import shapes as unet_shapes
 from latent_diffusion.nets import control
 from latent_diffusion.nets.control import HINT, control_net, init_control
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.hints import edges
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import init_from
+from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.types import Conditioning
 
 HINTS = np.random.default_rng(7).uniform(0, 1, (2, 8, 8, 3)).astype(np.float32)
@@ -225,3 +234,63 @@ def test_bad_controls_are_refused_in_a_line(controls, message):
 def test_a_net_is_no_change_of_parameters_and_a_change_is_no_net(tmp_path):
     with pytest.raises(ValueError, match=r"^net: give this adapter as controls="):
         model().sample(RNG, ["red cat"], adapters=[(random_control(), 1.0)])
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def test_edges_are_where_the_brightness_changes():
+    image = -np.ones((1, 6, 6, 3), np.float32)
+    image[:, :, 3:] = 1.0
+    lines = np.asarray(edges(image))
+    np.testing.assert_array_equal(lines[0, :, :, 0], np.tile([0, 0, 1, 1, 0, 0], (6, 1)))
+    np.testing.assert_array_equal(lines, np.asarray(edges(-image)))
+    assert not np.asarray(edges(0 * image)).any()
+
+
+def test_training_moves_the_net_alone_and_its_workdir_is_an_adapter(tmp_path):
+    config = make_config("denoising", control="edges")
+    task = TASKS["denoising"](config)
+    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(jax.random.key(0))
+    assert set(state.params) == {"control"} and constants.base.keys() == {"unet", "conditioner"}
+    # The last convolution starts at zero, which would hide all that comes before it.
+    out = constants.base["unet"]["out_2"]
+    out["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), out["kernel"].shape)
+    base = {f"unet/{k}": v for k, v in flatten_dict(constants.base["unet"], sep="/").items()}
+    bundle = Bundle(unet=as_part(config.unet.to_dict(), constants.base["unet"]))
+    state = init_from.start_from(config, state, bundle)
+    before = flatten_dict(state.params["control"], sep="/")
+    shared = [k for k in before if f"unet/{k}" in base]
+    assert len(shared) > 10
+    for path in shared:
+        np.testing.assert_array_equal(before[path], base[f"unet/{path}"])
+    step, batch = jax.jit(task.train_step), make_batch(config)
+    for _ in range(3):
+        state, values = step(state, constants, batch, jax.random.key(1))
+    assert np.isfinite(values["loss"])
+    after = flatten_dict(state.params["control"], sep="/")
+    moved = {path for path in after if not np.array_equal(after[path], before[path])}
+    assert {f"{HINT}/conv_0/kernel", "middle_block_out_0/kernel", "zero_convs_0_0/kernel"} <= moved
+    # As the loop leaves it.
+    workdir.save_config(ConfigDict({**config.to_dict(), "init_from": "base"}), tmp_path)
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(0, {"ema_params": state.ema_params})
+    adapter = read_adapter(tmp_path)
+    for path, x in flatten_dict(state.ema_params["control"], sep="/").items():
+        np.testing.assert_array_equal(adapter.params[path], x)
+    net = adapter.net(task.denoiser.network, constants.base["unet"], 2)
+    assert net == control_net(task.denoiser.network, 2)
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a control net of base, no model"):
+        ldm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"control": "depth"}, "unknown control 'depth'; known: edges"),
+        ({"control": "edges", "lora.rank": 1}, "control='edges' trains a control net of a U-Net"),
+    ],
+)
+def test_fields_that_exclude_each_other(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TASKS["denoising"](make_config("denoising", **fields))

@@ -3,13 +3,25 @@
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from test_convert_files import tensor, torch_zip
 from test_model import RNG, model
+from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
+from latent_diffusion import convert
 from latent_diffusion.convert.adapters import read_adapter, write_words
+from latent_diffusion.convert.bundle import Bundle, as_part
+from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer, with_words
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import init_from
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.tokenizer import make_tokenizer
 
 
 def draw(*shape, seed=0):
@@ -117,3 +129,54 @@ def test_added_words_are_whole_words_and_lie_beside_the_vocabulary(tmp_path):
     np.testing.assert_array_equal(again(["a <it>noun"]), rows[2:3])
     with pytest.raises(ValueError, match="the word '<it>' exists already"):
         with_words(again, {"<it>": [11]})
+
+
+def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
+    own = {"textual_inversion.word": "<it>", "textual_inversion.start": "cat"}
+    config = make_config("denoising", **own, **{"textual_inversion.num_vectors": 2})
+    rows, base_dir, run = config.conditioners.text.vocab_size, tmp_path / "base", tmp_path / "run"
+    tokenizer = WordTokenizer.train(["red cat"], rows, config.tokenizer.max_length)
+    task = TASKS["denoising"](config)
+    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(jax.random.key(0))
+    assert set(state.params) == {"words"} and set(state.params["words"]) == {"text"}
+    fields = {**config.unet.to_dict(), "out_channels": 2}
+    flat = flatten_dict(constants.base, sep="/")  # kernels that start at zero would hide the text
+    draws = {k: 0.1 * draw(*x.shape) for k, x in flat.items() if k.endswith("l") and not x.any()}
+    base = unflatten_dict({**flat, **draws}, sep="/")
+    constants = constants.replace(base=base)
+    bundle = Bundle(
+        unet=as_part(fields, base["unet"]), tokenizer=tokenizer, diffusion=ASSUMED,
+        conditioners={"text": as_part(config.conditioners.text.to_dict(),
+                                      base["conditioner"]["text"])},
+    )  # fmt: skip
+    convert.write(bundle, base_dir, "orbax")
+    state = init_from.start_from(config, state, bundle)
+    table = np.asarray(base["conditioner"]["text"]["token_emb"]["embedding"])
+    first = np.repeat(table[tokenizer(["cat"])[0, :1]], 2, 0)
+    np.testing.assert_array_equal(state.params["words"]["text"], first)
+    batch, before = make_batch(config), jax.tree.map(np.array, constants)
+    batch["tokens"] = np.where(batch["tokens"] == 3, rows, batch["tokens"])  # its first vector
+    step = jax.jit(task.train_step)
+    for _ in range(2):
+        state, _ = step(state, constants, batch, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, constants), before)
+    trained = np.asarray(state.params["words"]["text"])
+    assert np.abs(trained[0] - first[0]).max() > 1e-3
+    # As the loop leaves it: the workdir is a model whose prompts may have the word.
+    config.init_from = str(base_dir)
+    settings, words = make_tokenizer(config, None, None, bundle)
+    assert settings is config or settings == config
+    np.testing.assert_array_equal(words(["red <it>"])[0, 1:3], [rows, rows + 1])
+    saved = {k: v for k, v in config.to_dict().items() if k != "autoencoder"}
+    workdir.save_config(ConfigDict(saved), run)
+    words.save(run / workdir.TOKENIZER)
+    with Checkpointer(run / "checkpoints") as checkpoints:
+        checkpoints.save(0, {"ema_params": state.ema_params})
+    read = convert.read(run)
+    whole = read.conditioners["text"].params["token_emb/embedding"].read()
+    np.testing.assert_array_equal(whole[:rows], table)
+    np.testing.assert_array_equal(whole[rows:], state.ema_params["words"]["text"])
+    convert.write(read, tmp_path / "it.safetensors", "textual_inversion")
+    again = read_adapter(tmp_path / "it.safetensors")
+    assert again.word == "<it>"
+    np.testing.assert_array_equal(again.vectors[""], whole[rows:])

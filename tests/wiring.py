@@ -179,6 +179,14 @@ PROGRAMS = {
     "optimizer.schedule": (CLASSIFIER, "tx", "linear", COSINE),
     "optimizer.warmup_steps": (CLASSIFIER, "tx", 5, {}),
     "optimizer.weight_decay": (CLASSIFIER, "tx", 0.5, {}),
+    "textual_inversion.num_vectors": (
+        DENOISER,
+        "train_step",
+        2,
+        {"textual_inversion.word": "<it>"},
+    ),
+    "textual_inversion.word": (DENOISER, "train_step", "<it>", {}),
+    "control": (DENOISER, "train_step", "edges", {}),
     "lora.alpha": (DENOISER, "train_step", 2.5, LORA),
     "lora.kind": (DENOISER, "train_step", "dora", LORA),
     "lora.rank": (DENOISER, "train_step", 1, {}),
@@ -215,6 +223,7 @@ DISTANCE = f"{HERE}a_distance_is_over_so_many_pictures_and_of_the_features_that_
 TOKENIZER = f"{HERE}the_tokenizer_is_the_one_that_the_config_describes"
 EMBEDDED = "test_clip.py::test_a_data_set_is_embedded_once_and_for_all"
 CONFIG = {
+    "textual_inversion.start": "test_words.py::test_training_moves_the_new_rows_alone_bitwise",
     "distillation.teacher": TEACHER,
     "autoencoding.disc_condition": CONDITIONAL,
     "autoencoding.perceptual_path": PERCEPTUAL,

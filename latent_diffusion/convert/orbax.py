@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from latent_diffusion.convert import kept
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.data.tokenizers import load_tokenizer
-from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.nets.conditioners import tables, with_rows
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
@@ -28,6 +29,10 @@ def read_orbax(directory: Path) -> Bundle:
     Raises ValueError for a damaged config and CheckpointError without a usable checkpoint.
     """
     config = workdir.load_config(directory)
+    if config.get("control"):
+        raise ValueError(
+            f"{directory} is a control net of {config.init_from}, no model: give it to load_adapter"
+        )
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
     notes = config.origin.to_dict() if "origin" in config else {}
     if config.task == "distillation":
@@ -53,6 +58,8 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
     params = workdir.open_entry(directory, "ema_params")
     if config.get("lora", {}).get("rank"):
         return _adapted(bundle, directory, config, params["lora"])
+    if config.get("textual_inversion", {}).get("word"):
+        return _with_words(bundle, directory, config, params["words"])
     tokenizer = None
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
@@ -114,6 +121,31 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
         image_size=bundle.image_size,
         tokenizer=tokenizer,
         lora=adapted,
+    )
+
+
+def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Params) -> Bundle:
+    """Read the model of `init_from`, and add the run's word to its tables and its tokenizer."""
+    from latent_diffusion.convert import read
+
+    base, words = read(config.init_from), {n: np.asarray(x) for n, x in words.items()}
+    more = with_rows(
+        {n: p.fields for n, p in base.conditioners.items()}, len(next(iter(words.values())))
+    )
+    for name, table in tables(base.conditioners).items():
+        part = base.conditioners[name]
+        whole = np.concatenate([np.asarray(part.params[table].read()), words[name]])
+        params = {**part.params, table: in_memory(whole)}
+        base = base.with_part(name, replace(part, fields=more[name], params=params))
+    tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    return replace(
+        base,
+        autoencoder=bundle.autoencoder,
+        scale_factor=bundle.scale_factor,
+        shift=bundle.shift,
+        sampling=config.sampling.to_dict(),
+        image_size=bundle.image_size,
+        tokenizer=tokenizer,
     )
 
 

@@ -1,25 +1,27 @@
-"""Control nets of a sampling call: hints, scales and windows, and the network that has them."""
+"""Control nets and T2I-Adapters of a sampling call: hints, scales, windows, the network."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.convert.adapters import Adapter, ControlWeights
+from latent_diffusion.convert.adapters import Adapter, ControlWeights, T2IWeights
 from latent_diffusion.convert.adapters.adapter import weight_of_names
 from latent_diffusion.generation import conditions
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.control import HINT, Controlled, ControlNet, controlled_params
+from latent_diffusion.nets.t2i_adapter import T2IAdapter
 from latent_diffusion.process import guidance
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import Timesteps
-from latent_diffusion.types import Array, Batch, Control
+from latent_diffusion.types import Array, Batch, Control, Params
 
 SETTINGS = {"start": 0.0, "end": 1.0, "guess": False, "null": True}
 
 
-def checked(controls: Sequence[Any]) -> list[tuple[ControlWeights, Any, Any, dict[str, Any]]]:
+def checked(controls: Sequence[Any]) -> list[tuple[Any, Any, Any, dict[str, Any]]]:
     """The entries (adapter, hint, weight, settings); ValueError for anything else."""
     entries = []
     for entry in controls:
@@ -28,12 +30,17 @@ def checked(controls: Sequence[Any]) -> list[tuple[ControlWeights, Any, Any, dic
         adapter, hint, weight, *more = entry
         if not isinstance(adapter, Adapter):
             raise ValueError(f"controls come from load_adapter, not {str(adapter)[:80]}")
-        if not isinstance(adapter, ControlWeights):
+        if not isinstance(adapter, ControlWeights | T2IWeights):
             raise ValueError(f"{adapter.path}: give this adapter as {adapter.argument}=")
         settings = dict(more[0]) if more else {}
         if unknown := sorted(set(settings) - set(SETTINGS)):
             known = ", ".join(SETTINGS)
             raise ValueError(f"{adapter.path}: unknown setting {unknown[0]!r}; known: {known}")
+        if isinstance(adapter, T2IWeights) and (own := sorted(settings.keys() - {"null"})):
+            raise ValueError(
+                f"{adapter.path}: {own[0]} is a setting of control nets; a T2I-Adapter's features "
+                "are the same at every step"
+            )
         settings = {**SETTINGS, **settings}
         if not 0 <= settings["start"] < settings["end"] <= 1:
             raise ValueError(
@@ -57,7 +64,8 @@ def entries(controls: Sequence[Any], size: tuple[int, int], total: int) -> dict[
         try:
             own = {"hint": conditions.numbers("hint", hint, (*size, 3), 0, 1)}
             rows = conditions.for_all(own, total)["hint"]
-            found[f"hint_{i}"] = rows[..., ::-1] if adapter.bgr else rows
+            turned = isinstance(adapter, ControlWeights) and adapter.bgr
+            found[f"hint_{i}"] = rows[..., ::-1] if turned else rows
         except ValueError as error:
             raise ValueError(f"{adapter.path}: {error}") from error
     return found
@@ -74,7 +82,7 @@ def numbers_of(controls: Sequence[Any]) -> list[dict[str, Any]]:
             scales = np.asarray(weight, np.float32)
         else:
             scales = weight_of_names(adapter.blocks, weight, adapter.path)
-        pooled = adapter.fields["global_pooling"]
+        pooled = adapter.fields.get("global_pooling", False)
         if settings["guess"] and not pooled:
             scales = scales * np.logspace(-1, 0, count, dtype=np.float32)
         null = settings["null"] and not settings["guess"] and not pooled
@@ -83,13 +91,25 @@ def numbers_of(controls: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
-def bound(model: Any, controls: Sequence[Any]) -> list[tuple[ControlWeights, ControlNet, Any]]:
-    """Each adapter, its net for the model, and its parameters."""
-    found = []
+class Extractor(flax.struct.PyTreeNode):
+    """A T2I-Adapter, and the places of the U-Net that its features join."""
+
+    params: Params
+    module: T2IAdapter = flax.struct.field(pytree_node=False)
+    places: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+def bound(model: Any, controls: Sequence[Any]) -> list[tuple[Adapter, ControlNet | None, Any]]:
+    """Each adapter, its net for the model, and its parameters (or an `Extractor`)."""
+    found: list[tuple[Adapter, ControlNet | None, Any]] = []
+    f = model.first_stage.module.downsampling
     for adapter, *_ in checked(controls):
         unet, own = model.denoiser.network, model.denoiser.params[model.denoiser.name]
-        net = adapter.net(unet, own, model.first_stage.module.downsampling)
-        found.append((adapter, net, adapter.tree(own)))
+        if isinstance(adapter, T2IWeights):
+            places = adapter.places(unet, f)
+            found.append((adapter, None, Extractor(adapter.tree(), adapter.module, places)))
+        else:
+            found.append((adapter, adapter.net(unet, own, f), adapter.tree(own)))
     return found
 
 
@@ -101,6 +121,7 @@ def with_nets(denoiser: Denoiser, nets: tuple[ControlNet, ...]) -> Denoiser:
 
 def with_params(denoiser: Denoiser, params: Sequence[Any]) -> Denoiser:
     """The denoiser of `with_nets` with the parameters of the nets."""
+    params = [own for own in params if not isinstance(own, Extractor)]
     if not params:
         return denoiser
     own = controlled_params(denoiser.params[denoiser.name], params)
@@ -114,12 +135,24 @@ def inputs(
     numbers: Sequence[dict[str, Any]],
     timesteps: Timesteps,
     options: SamplingOptions,
-) -> tuple[tuple[Control, ...], tuple[Control, ...]]:
-    """The inputs of the nets beside a condition, and beside the null; hints are embedded once."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a `Conditioning`, and of the null one; hints are embedded once.
+
+    params: of each control. numbers: of `numbers_of`.
+    """
     rounded = guidance.ROUNDINGS[options.network_timesteps or "exact"]
-    given, null = [], []
+    given: list[Control] = []
+    null: list[Control] = []
+    features: list[dict[int, Array]] = [{}, {}]
+    nets = iter(getattr(denoiser.network, "nets", ()))
     for i, (own, number) in enumerate(zip(params, numbers, strict=True)):
-        net: Any = denoiser.network.nets[i]
+        if isinstance(own, Extractor):
+            made: Any = own.module.apply({"params": own.params}, batch[f"hint_{i}"])
+            for place, scale, x in zip(own.places, number["scales"], made, strict=True):
+                for total, factor in zip(features, (1.0, number["null"]), strict=True):
+                    total[place] = total.get(place, 0.0) + factor * scale * x
+            continue
+        net: Any = next(nets)
         hint: Any = net.hint_net.apply({"params": own[HINT]}, batch[f"hint_{i}"])
         window: Any = _window(number["start"], number["end"], timesteps)
         window = denoiser.schedule.time_t(rounded(window))
@@ -128,7 +161,9 @@ def inputs(
         scales = jnp.broadcast_to(number["scales"], (len(hint), len(number["scales"])))
         given.append(Control(hint, scales, window))
         null.append(Control(hint, number["null"] * scales, window))
-    return tuple(given), tuple(null)
+    listed = [tuple(map(own.get, range(1 + max(own, default=-1)))) for own in features]
+    with_hints = {"controls": tuple(given), "features": listed[0]}
+    return with_hints, {"controls": tuple(null), "features": listed[1]}
 
 
 def _window(start: Array, end: Array, timesteps: Timesteps) -> Array:

@@ -289,7 +289,9 @@ class Model(flax.struct.PyTreeNode):
             "adapters": adapted,
             "controls": [program.placed(adapter, tree, mode) for adapter, _, tree in nets],
             "first_stage": own["first_stage"],
-            "denoiser": controlling.with_nets(own["denoiser"], tuple(net for _, net, _ in nets)),
+            "denoiser": controlling.with_nets(
+                own["denoiser"], tuple(net for _, net, _ in nets if net)
+            ),
             "classifier": None
             if classifier is None
             else program.placed(classifier, classifier, mode),

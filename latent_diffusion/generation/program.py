@@ -165,7 +165,7 @@ def _sample(
         own = {key: prepared[name] for key, name in names.items() if name in prepared}
         hints = without if drop or tokens == "negative" else with_hints
         conditioning = denoiser.condition({**prepared, **own}, jnp.full(size, drop))
-        return dataclasses.replace(conditioning, controls=hints)
+        return dataclasses.replace(conditioning, **hints)
 
     hole, picture = batch.get("hole"), batch.get("known")
     tile = tile_of_latent(options.tile_size, options.tile_overlap, f)

@@ -241,6 +241,8 @@ def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Net
 
     def over_tiles(z_t: Array, now: Array, prepared: Prepared) -> Array:
         conditioning = prepared.conditioning
+        if conditioning.features:
+            raise ValueError("tile_size doesn't go with a T2I-Adapter, whose features are a whole")
         concat = () if conditioning.concat is None else (conditioning.concat,)
         maps = [z_t, *concat, *(control.hint for control in conditioning.controls)]
         ends = np.cumsum([x.shape[-1] for x in maps])[:-1]

@@ -6,6 +6,7 @@ The first stage and pretrained conditioners are frozen. They are part of `consta
 neither a gradient nor an optimiser slot nor a moving average.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,26 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.models.denoiser import Denoiser, make_denoiser
 from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
-from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.conditioners import make_conditioner, tables, with_rows
+from latent_diffusion.nets.control import (
+    HINT,
+    Controlled,
+    ControlNet,
+    control_net,
+    controlled_params,
+    init_control,
+)
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
 from latent_diffusion.process import objectives
 from latent_diffusion.process.diffusion import prediction_target, prior_bits_per_dim, q_sample
 from latent_diffusion.process.guidance import paste
+from latent_diffusion.process.hints import HINTS
 from latent_diffusion.process.plan import plan
 from latent_diffusion.rng import (
     bernoulli_per_example,
@@ -33,7 +44,18 @@ from latent_diffusion.rng import (
     sampling_keys,
     split_per_example,
 )
-from latent_diffusion.types import Array, Axis, Batch, Config, Keys, Params, Rng, lookup
+from latent_diffusion.types import (
+    Array,
+    Axis,
+    Batch,
+    Conditioning,
+    Config,
+    Control,
+    Keys,
+    Params,
+    Rng,
+    lookup,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -105,6 +127,8 @@ class Denoising:
     grad_accumulation: int = 1
     huber_c: float = 1e-3
     max_noise: float | int = 1.0  # the share of the timesteps, from the clean end, that are drawn
+    control: str = ""  # a name of HINTS: a control net is trained, and nothing else
+    new_vectors: int = 0  # of a new word, which are trained, and nothing else
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -127,6 +151,14 @@ class Denoising:
         if self.lora is not None:
             base = params
             params = {"lora": low_rank.init(jax.random.fold_in(rng, 1), base, self.lora)}
+        if self.new_vectors:
+            base, every = params, flatten_dict(conditioners, sep="/")
+            widths = {n: every[f"{n}/{t}"].shape[1] for n, t in tables(conditioners).items()}
+            params = {"words": {n: jnp.zeros((self.new_vectors, w)) for n, w in widths.items()}}
+        if self.control:
+            base, key = params, jax.random.fold_in(rng, 1)
+            net = init_control(self._control_net(z.shape[1]), key, params[name], z, conditioning)
+            params = {"control": net}
         num_timesteps = self.denoiser.schedule.num_timesteps
         if self.learn_logvar:
             params["logvar"] = jnp.zeros(num_timesteps)
@@ -143,10 +175,11 @@ class Denoising:
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
         """The parts whose parameters `--dry_run` counts, by name."""
         name = self.denoiser.name
-        if self.lora is None:
+        if constants.base is None:
             parts = {"denoiser": state.params[name], "conditioner": state.params["conditioner"]}
         else:
-            parts = {"lora": state.params["lora"], "denoiser (frozen)": constants.base[name]}
+            own = next(iter(state.params.keys() - {"logvar"}))
+            parts = {own: state.params[own], "denoiser (frozen)": constants.base[name]}
             parts["conditioner (frozen)"] = constants.base["conditioner"]
         parts |= {f"{name} (frozen)": tree for name, tree in constants.conditioner.items()}
         return {**parts, "first stage (frozen)": constants.first_stage.params}
@@ -190,23 +223,83 @@ class Denoising:
         denoiser = self.with_params(state.ema_params, constants)
         keys = sampling_keys(example_keys(rng, size, axis_name))
         timesteps, options = plan(denoiser.schedule, denoiser.prediction, self.sampling, {})
-        first_stage, image = constants.first_stage, jnp.zeros((1, *self.image_shape))
-        latent = jax.eval_shape(first_stage.encode, {"image": image}).shape[1:]
+        first_stage, latent = constants.first_stage, self._latent(constants)
         entries = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
-        conditioning = denoiser.condition(entries, jnp.zeros(size, bool))
-        null = denoiser.condition(entries, jnp.ones(size, bool))
+        drops = (jnp.zeros(size, bool), jnp.ones(size, bool))
+        conditioning, null = (
+            self._hinted(denoiser.condition(entries, drop), state.ema_params, constants, batch)
+            for drop in drops
+        )
         z_0 = denoiser.sample(keys, conditioning, null, timesteps, latent, options)
         images = {"samples": first_stage.decode(z_0)}
         if "mask" in entries:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
+        if self.control:
+            images["hints"] = 2 * HINTS[self.control](batch["image"]) - 1
         return {"inputs": batch["image"], **images} if "image" in batch else images
 
     def with_params(self, params: Params, constants: Constants) -> Denoiser:
         """The denoiser with its trained (or adapted) parameters and the frozen conditioners."""
         if self.lora is not None:
             params = low_rank.merge(constants.base, params["lora"], self.lora["alpha"])
+        if self.control:
+            return self._with_control(params["control"], constants)
+        if self.new_vectors:
+            return self._with_words(params["words"], constants)
         conditioner = {**params.get("conditioner", {}), **constants.conditioner}
         return self.denoiser.replace(params={**params, "conditioner": conditioner})
+
+    def _with_words(self, words: Params, constants: Constants) -> Denoiser:
+        """The denoiser, as it is in `constants`, whose tables of words have further rows."""
+        config = self.denoiser.conditioner.config
+        trees = {**constants.base["conditioner"], **constants.conditioner}
+        flat = flatten_dict(trees, sep="/")
+        for name, table in tables(config).items():
+            path = f"{name}/{table}"
+            flat[path] = jnp.concatenate([flat[path], words[name]])
+        params = {**constants.base, "conditioner": unflatten_dict(flat, sep="/")}
+        grown = make_conditioner(with_rows(config, self.new_vectors))
+        return self.denoiser.replace(conditioner=grown, params=params)
+
+    def _control_net(self, latent_height: int) -> ControlNet:
+        """The net that is trained; latent_height: of the latent of a trained picture."""
+        unet: Any = self.denoiser.network
+        return control_net(unet, self.image_shape[0] // latent_height)
+
+    def _with_control(self, control: Params, constants: Constants) -> Denoiser:
+        """The denoiser, as it is in `constants`, with the control net."""
+        net = self._control_net(self._latent(constants)[0])
+        network: Any = Controlled(self.denoiser.network, (net,))  # type: ignore[arg-type]
+        name, conditioner = self.denoiser.name, constants.base.get("conditioner", {})
+        params = controlled_params(constants.base[name], [control])
+        conditioner = {**conditioner, **constants.conditioner}
+        params = {name: params, "conditioner": conditioner}
+        return self.denoiser.replace(network=network, params=params)
+
+    def _hinted(
+        self, conditioning: Conditioning, params: Params, constants: Constants, batch: Batch
+    ) -> Conditioning:
+        """The conditioning with the hints of the pictures, where a control net is trained."""
+        if not self.control:
+            return conditioning
+        if "image" not in batch:
+            raise ValueError("control.hint is computed from pictures: set first_stage.cache=False")
+        hint = HINTS[self.control](batch["image"])
+        blocks = [name for name in params["control"] if name.startswith("zero_convs")]
+        net, size = self._control_net(self._latent(constants)[0]), hint.shape[0]
+        own = Control(
+            hint=net.hint_net.apply({"params": params["control"][HINT]}, hint),  # type: ignore
+            scales=jnp.ones((size, len(blocks) + 1)),
+            window=jnp.broadcast_to(jnp.array([-jnp.inf, jnp.inf]), (size, 2)),
+        )
+        return dataclasses.replace(conditioning, controls=(own,))
+
+    def _latent(self, constants: Constants) -> tuple[int, int, int]:
+        """(h, w, c) of the latent of a trained picture."""
+        image = jnp.zeros((1, *self.image_shape))
+        _, *shape = jax.eval_shape(constants.first_stage.encode, {"image": image}).shape
+        h, w, c = shape
+        return h, w, c
 
     def _loss(
         self,
@@ -236,7 +329,8 @@ class Denoising:
         z_t = q_sample(schedule, z_0, t, noise)
         entries = denoiser.conditioner.prepare(batch, first_stage, z_t.shape[1:3], k_cond)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
-        pred = denoiser.denoise(z_t, t, denoiser.condition(entries, drop), train, dropout)
+        conditioning = self._hinted(denoiser.condition(entries, drop), params, constants, batch)
+        pred = denoiser.denoise(z_t, t, conditioning, train, dropout)
         target = prediction_target(kind, schedule, z_0, eps, t)
         simple = objectives.make_loss(self.loss, self.huber_c)(pred, target)
         weights = lookup(objectives.LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)
@@ -282,6 +376,34 @@ def batch_size(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 
 
+def _hint_of(config: Config) -> str:
+    """The field `control`; ValueError for an unknown hint, and for what doesn't go with one."""
+    if not config["control"]:
+        return ""
+    lookup(HINTS, config["control"], "control")
+    if config["lora"]["rank"] or config["backbone"] != "unet":
+        raise ValueError(
+            f"control={config['control']!r} trains a control net of a U-Net, so lora.rank is 0 and "
+            "backbone 'unet'"
+        )
+    return str(config["control"])
+
+
+def _new_vectors(config: Config, conditioners: Config) -> int:
+    """The number of vectors of the word `textual_inversion.word`; ValueError where it can't be."""
+    own = config["textual_inversion"]
+    if not own["word"]:
+        return 0
+    said = f"textual_inversion.word={own['word']!r}"
+    if not tables(conditioners):
+        raise ValueError(f"{said} needs a conditioner that reads words")
+    if config["lora"]["rank"] or config["control"]:
+        raise ValueError(f"{said} trains its vectors alone: set lora.rank=0 and control=''")
+    if own["num_vectors"] < 1:
+        raise ValueError(f"textual_inversion.num_vectors={own['num_vectors']} must be at least 1")
+    return int(own["num_vectors"])
+
+
 def make_denoising(config: Config) -> Denoising:
     """Build the task from a resolved experiment config."""
     autoencoder = make_autoencoder(config["autoencoder"])
@@ -298,6 +420,8 @@ def make_denoising(config: Config) -> Denoising:
         sampling=config["sampling"],
         ema_decay=config["ema_decay"],
         lora=config["lora"] if config["lora"]["rank"] else None,
+        control=_hint_of(config),
+        new_vectors=_new_vectors(config, conditioner.config),
         pretrained=frozenset(config["pretrained"]),
         grad_accumulation=config["grad_accumulation"],
         **{name: value for name, value in config["diffusion"].items() if name in names},

@@ -22,7 +22,7 @@ from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.models.denoiser import BACKBONES
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.autoencoder import Autoencoder
-from latent_diffusion.nets.conditioners import CONDITIONERS
+from latent_diffusion.nets.conditioners import CONDITIONERS, tables
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import DENOISERS
@@ -48,6 +48,10 @@ def read(config: ConfigDict) -> convert.Bundle | None:
     if not config.init_from:
         if config.lora.rank:
             raise ValueError("lora.rank adapts a trained model: name it by init_from")
+        if config.textual_inversion.word:
+            raise ValueError("textual_inversion.word joins a trained model: name it by init_from")
+        if config.control:
+            raise ValueError("control steers a trained model: name it by init_from")
         return None
     if config.task not in ("autoencoding", *DENOISERS):
         raise ValueError(f"init_from serves autoencoding and denoising, not {config.task!r}")
@@ -134,9 +138,14 @@ def first_stage_of(config: ConfigDict, bundle: convert.Bundle | None) -> FirstSt
     )
 
 
+def adapts(config: ConfigDict) -> bool:
+    """Whether the run trains something beside the model of `init_from`, which stays as it is."""
+    return bool(config.lora.rank or config.control or config.textual_inversion.word)
+
+
 def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None) -> Any:
     """The constants, in which the model of `config.init_from` is the base of an adaptation."""
-    if bundle is None or config.task not in DENOISERS or not config.lora.rank:
+    if bundle is None or config.task not in DENOISERS or not adapts(config):
         return constants
     theirs = parameters_of(bundle, config.task)
     return constants.replace(base=_filled(constants.base, theirs, "", str(config.init_from)))
@@ -157,6 +166,13 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
         params, average = (_with_norms(t, theirs) for t in (state.params, state.ema_params))
         return state.replace(params=params, ema_params=average)
     theirs = parameters_of(bundle, config.task)
+    if config.task in DENOISERS and config.control:
+        params, average = (_with_copies(t, theirs) for t in (state.params, state.ema_params))
+        return state.replace(params=params, ema_params=average)
+    if config.task in DENOISERS and config.textual_inversion.word:
+        rows = _first_vectors(config, state.params["words"], bundle)
+        average = {**state.ema_params, "words": jax.tree.map(jnp.copy, rows)}
+        return state.replace(params={**state.params, "words": rows}, ema_params=average)
     params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))
     ema_params = state.ema_params
     if ema_params is not None:
@@ -167,6 +183,33 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     if getattr(state, "codebook", None):
         state = state.replace(codebook=_restarted(state.codebook, params["autoencoder"]))
     return state
+
+
+def _first_vectors(config: ConfigDict, fresh: Any, bundle: convert.Bundle) -> Any:
+    """The rows of the word `textual_inversion.start` for the new one, repeated where they end."""
+    own, tokenizer = config.textual_inversion, bundle.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"textual_inversion.word needs a tokenizer, and {config.init_from} has none"
+        )
+    if not own.start or tokenizer.unknown_words(own.start):
+        raise ValueError(f"textual_inversion.start={own.start!r} is no word of {config.init_from}")
+    pieces = [i for i in tokenizer([own.start])[0] if i not in (*tokenizer.empty, tokenizer.pad_id)]
+    ids = [int(pieces[k % len(pieces)]) for k in range(own.num_vectors)]
+    found = {}
+    for name, table in tables(fresh).items():
+        rows = np.asarray(bundle.conditioners[name].params[table].read(), np.float32)[ids]
+        found[name] = _in_place_of(fresh[name], rows)
+    return found
+
+
+def _with_copies(params: Any, theirs: Mapping[str, Tensor]) -> Any:
+    """A fresh control net with copies of the U-Net's parameters."""
+    own = flatten_dict(params["control"], sep="/")
+    for path, fresh in own.items():
+        if (tensor := theirs.get(f"unet/{path}")) is not None:
+            own[path] = _in_place_of(fresh, tensor.read())
+    return {**params, "control": unflatten_dict(own, sep="/")}
 
 
 def _with_norms(params: Any, theirs: Mapping[str, Tensor]) -> Any:

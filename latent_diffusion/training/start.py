@@ -66,7 +66,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     train_source = data.make_source(config.data, "train")
     test_source = data.make_source(config.data, "test")
     run = directory if checkpoints.all_steps() else None  # has copies of the frozen parts
-    bundle = init_from.read(config) if run is None or config.lora.rank else None
+    bundle = init_from.read(config) if run is None or init_from.adapts(config) else None
     config, tokenizer = make_tokenizer(config, train_source, run, bundle)
     task = lookup(TASKS, config.task, "task")(config)
 

@@ -7,7 +7,13 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.convert import Bundle
-from latent_diffusion.data.tokenizers import TOKENIZERS, Tokenizer, WordTokenizer, load_tokenizer
+from latent_diffusion.data.tokenizers import (
+    TOKENIZERS,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    with_words,
+)
 from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
 from latent_diffusion.runtime.workdir import TOKENIZER
 from latent_diffusion.training import init_from, settings
@@ -30,8 +36,22 @@ def make_tokenizer(
         config, tokenizer = _from_parameters(config, source, start.tokenizer)
     else:
         tokenizer = _new(config.tokenizer, source)
+    if run is None and config.textual_inversion.word:
+        tokenizer = _with_new_word(config, tokenizer)
     check_reads(make_conditioner(config.conditioners), tokenizer)
     return config, tokenizer
+
+
+def _with_new_word(config: ConfigDict, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the word `textual_inversion.word`, whose rows follow the tables' own."""
+    own = config.textual_inversion
+    rows = {getattr(p, "vocab_size", 0) for p in make_conditioner(config.conditioners).parts()
+            if hasattr(p, "table")}  # fmt: skip
+    if len(rows) != 1:
+        raise ValueError(f"conditioners: vocab_size is {sorted(rows)}; a word needs one for all")
+    (first,) = rows
+    more: Tokenizer = with_words(tokenizer, {own.word: range(first, first + own.num_vectors)})
+    return more
 
 
 def _new(fields: ConfigDict, source: Any) -> Tokenizer:
@@ -47,7 +67,7 @@ def _from_parameters(
     config: ConfigDict, source: Any, tokenizer: Tokenizer
 ) -> tuple[ConfigDict, Tokenizer]:
     """The words of the loaded model keep their rows; other words of the captions get new rows."""
-    frozen = config.lora.rank or config.task == "distillation"
+    frozen = init_from.adapts(config) or config.task == "distillation"
     if not isinstance(tokenizer, WordTokenizer) or frozen:
         return config, tokenizer  # rows can't be added, or nothing would train them
     more = tokenizer.extended(data.captions(source), config.tokenizer.vocab_size)

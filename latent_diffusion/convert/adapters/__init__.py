@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert.adapters import control
+from latent_diffusion.convert.adapters import control, t2i_adapter
 from latent_diffusion.convert.adapters.adapter import (
     Adapter,
     Change,
@@ -26,6 +26,7 @@ from latent_diffusion.convert.adapters.reading import (
     read_pictured,
     read_weights,
 )
+from latent_diffusion.convert.adapters.t2i_adapter import T2IWeights, write_t2i
 from latent_diffusion.convert.adapters.words import (
     Words,
     is_words,
@@ -43,6 +44,7 @@ __all__ = [
     "Change",
     "ControlWeights",
     "Rows",
+    "T2IWeights",
     "Weight",
     "Words",
     "adapted",
@@ -55,6 +57,7 @@ __all__ = [
     "write_diffusers_lora",
     "write_kohya_lora",
     "write_own",
+    "write_t2i",
     "write_words",
 ]
 
@@ -71,10 +74,19 @@ def read_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
     if config.get("_class_name") == control.CLASS:
         with reading(path):
             return control.read_folder(path, config)
+    if config.get("_class_name") == t2i_adapter.CLASS:
+        with reading(path):
+            return t2i_adapter.read_folder(path, config)
+    if config.get("control") and "task" in config:
+        with reading(path):
+            return control.read_workdir(path)
     file, settings = open_adapter(path)
     if control.is_control(file.tensors):
         with reading(path):
             return control.read_original(path, file.tensors)
+    if t2i_adapter.is_t2i(file.tensors):
+        with reading(path):
+            return t2i_adapter.read_original(path, file.tensors)
     if is_words(file):
         return read_words(path, file, word)
     if word is not None:

@@ -21,7 +21,8 @@ from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.control import HINT, ControlNet, control_net
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Conditioning, Params
+from latent_diffusion.runtime import workdir
+from latent_diffusion.types import Conditioning, Params, module_fields
 
 CLASS = "ControlNetModel"
 _PREFIX = "control_model."
@@ -177,6 +178,17 @@ def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
     time_width = unet_values["addition_time_embed_dim"] if text_time else None
     own = {"linear": linear, "time_width": time_width, "config": _frozen(config)}
     return _weights(path, part, bgr=order == "bgr", **own)
+
+
+def read_workdir(path: Path) -> ControlWeights:
+    """The control net that a workdir was trained for: the average of its parameters."""
+    config = workdir.load_config(path)
+    params = flat(workdir.open_entry(path, "ema_params")["control"])
+    own = {k: np.asarray(x, np.float32) for k, x in params.items()}
+    convs = sum(name.startswith(f"{HINT}/") and name.endswith("/kernel") for name in own)
+    widths = (own[f"{HINT}/conv_{2 * i}/kernel"].shape[3] for i in range(0, convs - 1, 2))
+    fields = {**module_fields(config.unet), "hint_channels": tuple(widths), "global_pooling": False}
+    return ControlWeights(path=str(path), params=own, fields=_frozen(fields))
 
 
 def _mirrored(downs: Any) -> list[str]:

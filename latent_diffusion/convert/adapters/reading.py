@@ -59,7 +59,7 @@ _OTHERS = (
     (r"^lora_controlnet$", "Control-LoRA"),
     (r"controlnet_|^control_model\.", "ControlNet"),
     (r"^ip_adapter\.|^image_proj", "IP-Adapter"),
-    (r"^adapter\.|^body\.\d+\.block", "T2I-Adapter"),
+    (r"^adapter\.", "a T2I-Adapter without its config.json"),
     (r"string_to_param|^bundle_emb\.|^emb_params$", "a textual inversion within a LoRA"),
 )
 

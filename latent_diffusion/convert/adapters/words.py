@@ -15,15 +15,8 @@ from latent_diffusion.convert.adapters.adapter import Adapter, Rows
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.files.tensor import TensorFile, in_memory, is_float
 from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.nets.conditioners import CONDITIONERS, tables
 
-# Conditioners whose words can have new rows -> their table of rows.
-TABLES = {
-    "clip_text": "token_embedding/embedding",
-    "clip_text_2": "token_embedding/embedding",
-    "text": "token_emb/embedding",
-    "bert": "word_embeddings/embedding",
-    "word_map": "embedding/embedding",
-}
 _A1111 = ("string_to_param.*", "emb_params")  # of their .pt and .safetensors files
 _SDXL = ("clip_l", "clip_g")
 
@@ -70,7 +63,7 @@ class Words(Adapter):
 def tables_of(bundle: Bundle) -> list[tuple[str, Part, str]]:
     """The text encoders of a model by name, and the paths of their tables of words."""
     parts = bundle.conditioners
-    return [(name, parts[name], table) for name, table in TABLES.items() if name in parts]
+    return [(name, parts[name], table) for name, table in tables(parts).items()]
 
 
 def is_words(file: TensorFile) -> bool:
@@ -78,7 +71,7 @@ def is_words(file: TensorFile) -> bool:
     names, tensors = [*file.tensors], [*file.tensors.values()]
     if len(names) == 1 and names[0] not in (*_A1111, *_SDXL):  # diffusers': {"<word>": vectors}
         return tensors[0].shape != () and len(tensors[0].shape) <= 2 and "." not in names[0]
-    known = {*_A1111, *_SDXL, *TABLES}
+    known = {*_A1111, *_SDXL, *tables(CONDITIONERS)}
     return bool(names) and all(n in known or n.startswith("string_to_param.") for n in names)
 
 
@@ -95,7 +88,7 @@ def read_words(path: Path, file: TensorFile, word: str | None = None) -> Words:
         array = np.asarray(tensor.astype(np.float32).read())
         vectors[name] = array.reshape(-1, array.shape[-1])
     only = next(iter(vectors))
-    if set(vectors) & {*_SDXL, *TABLES}:
+    if set(vectors) & {*_SDXL, *tables(CONDITIONERS)}:
         if len({len(rows) for rows in vectors.values()}) > 1:
             raise ValueError(f"{path}: its text encoders have different numbers of vectors")
         return Words(path=str(path), word=word or path.stem, vectors=vectors)

@@ -162,6 +162,18 @@ class Conditioner(nn.Module):
             )
 
 
+def tables(config: Mapping[str, Any]) -> dict[str, str]:
+    """The conditioners that read words, by name, and the paths of their tables of words."""
+    return {n: CONDITIONERS[n].table for n in config if hasattr(CONDITIONERS[n], "table")}
+
+
+def with_rows(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The config of conditioners whose tables of words have `count` rows more."""
+    modules = {name: CONDITIONERS[name](**fields) for name, fields in config.items()}
+    rows = {name: {"vocab_size": modules[name].vocab_size + count} for name in tables(config)}
+    return {name: {**fields, **rows.get(name, {})} for name, fields in config.items()}
+
+
 def make_conditioner(config: Config) -> Conditioner:
     """The conditioners that `config` names; ValueError for unknown names or fields.
 

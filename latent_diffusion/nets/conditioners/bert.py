@@ -41,6 +41,7 @@ class Bert(nn.Module):
     dtype: Any = None
 
     keys = ("tokens",)
+    table = "word_embeddings/embedding"  # has a row for each word
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:

@@ -52,6 +52,7 @@ class ClipText(nn.Module):
     repad: bool = False
 
     keys = ("tokens",)
+    table = "token_embedding/embedding"  # has a row for each word
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:

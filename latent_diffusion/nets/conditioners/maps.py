@@ -60,6 +60,7 @@ class WordMap(nn.Module):
     channels: int = 8
 
     keys = ("tokens",)
+    table = "embedding/embedding"  # has a row for each word
 
     @nn.nowrap
     def prepare(

@@ -31,6 +31,7 @@ class TextTransformer(nn.Module):
     dtype: Any = None
 
     keys = ("tokens",)
+    table = "token_emb/embedding"  # has a row for each word
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:

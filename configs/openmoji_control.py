@@ -1,0 +1,24 @@
+"""Edges to OpenMoji: a control net of the demo's text model, which stays as it is.
+
+Command   python train.py --config=configs/openmoji_control.py --workdir=runs/control
+          after configs/openmoji_text.py in runs/demo/denoiser; then
+          python sample.py --workdir=runs/demo/denoiser --control=runs/control:edges.png --out=…
+Cost      not measured yet
+Expected  not measured yet
+Variants  :smoke (synthetic shapes, a few steps; needs the smoke run of configs/openmoji_text.py)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, openmoji_text
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
+    c.init_from = "runs/demo/denoiser"
+    c.control = "edges"
+    c.first_stage.cache = False  # hints are computed from the pictures
+    c.num_steps = 1500
+    c.optimizer.learning_rate = 3e-4
+    c.diffusion.drop_rate = 0.5  # so that the hint says by itself what there is to be seen
+    return default.apply_variant(c, variant, {"smoke": lambda c: None})

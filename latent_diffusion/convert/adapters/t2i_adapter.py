@@ -1,0 +1,183 @@
+"""T2I-Adapters in files: the original's, and diffusers' folders."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import numpy as np
+from flax.core import FrozenDict
+from flax.traverse_util import unflatten_dict
+
+from latent_diffusion.convert.adapters.adapter import Adapter
+from latent_diffusion.convert.bundle import read_part
+from latent_diffusion.convert.components import open_weights, save_json
+from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.tables import Rule, Table, prefixed, write_tensors
+from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.nets.t2i_adapter import T2IAdapter
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.types import Params
+
+CLASS = "T2IAdapter"
+_KINDS = {"full_adapter": "full", "full_adapter_xl": "full_xl", "light_adapter": "light"}
+_SETTINGS = Settings(
+    names={"num_res_blocks": "num_res_blocks", "downscale_factor": "downscale"},
+    defaults={
+        "channels": (320, 640, 1280, 1280),
+        "num_res_blocks": 2,
+        "downscale_factor": 8,
+        "adapter_type": "full_adapter",
+    },
+    checked={"in_channels": (3,)},
+)
+
+
+class T2IWeights(Adapter):
+    """A T2I-Adapter: its parameters by path, as float32 arrays; fields: of `T2IAdapter`."""
+
+    argument: ClassVar[str] = "controls"
+    params: Mapping[str, Any]
+    fields: Mapping[str, Any] = flax.struct.field(pytree_node=False)
+    config: Mapping[str, Any] = flax.struct.field(pytree_node=False, default=FrozenDict())
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of its features, by the U-Net's levels; a last one may be the middle's."""
+        return tuple(f"features.{i}" for i in range(len(self.module.channels)))
+
+    @property
+    def module(self) -> T2IAdapter:
+        """The net."""
+        return T2IAdapter(**self.fields)
+
+    def tree(self) -> Params:
+        """The parameters for the net."""
+        return unflatten_dict(dict(self.params), sep="/")
+
+    def places(self, module: Any, downsampling: int) -> tuple[int, ...]:
+        """The places in a U-Net's `Conditioning.features` of each of its features.
+
+        As in diffusers, a level's features join the last block with attention, or, in a level
+        without, the output of the whole level. Raises ValueError for another U-Net.
+        """
+        if not isinstance(module, UNet):
+            raise ValueError(f"{self.path}: a T2I-Adapter steers a U-Net, which this model isn't")
+        blocks, levels = module.num_res_blocks + 1, len(module.channel_mult)
+        known = []
+        for level, mult in enumerate(module.channel_mult):
+            inside = 2**level in module.attention_resolutions or level == levels - 1
+            shrink = downsampling * 2 ** (level if inside else level + 1)
+            place = blocks * level + (blocks - 1 if inside else blocks)
+            known.append((place, mult * module.model_channels, shrink))
+        known.append((blocks * levels, *known[-1][1:]))  # the middle
+        net = self.module
+        for i, own in enumerate(zip(net.channels, net.shrinks, strict=True)):
+            if i == len(known) or own != known[i][1:]:
+                want = known[i][1:] if i < len(known) else "no more"
+                raise ValueError(
+                    f"{self.path}: features {i} have (width, pixels for each place) {own}, those "
+                    f"of the U-Net {want}; it is another one's"
+                )
+        return tuple(place for place, *_ in known[: len(net.channels)])
+
+
+def is_t2i(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are a T2I-Adapter of the original's."""
+    own = ("body.0.block1.weight", "body.0.body.0.block1.weight")
+    return any(name in tensors for name in own)
+
+
+def read_original(path: Path, tensors: Mapping[str, Tensor]) -> T2IWeights:
+    """A file of the original's."""
+    light = "body.0.out_conv.weight" in tensors
+    if light:
+        count = len({name.split(".")[1] for name in tensors})
+        channels = tuple(tensors[f"body.{i}.out_conv.weight"].shape[0] for i in range(count))
+        blocks = len({name.split(".")[3] for name in tensors if name.startswith("body.0.body.")})
+        first = tensors["body.0.in_conv.weight"]
+    else:
+        count, blocks = len({n.split(".")[1] for n in tensors if n.startswith("body.")}), 2
+        last = (f"body.{i * blocks}.block1.weight" for i in range(count // blocks))
+        channels = tuple(tensors[name].shape[0] for name in last)
+        first = tensors["conv_in.weight"]
+    downscale = round((first.shape[1] / 3) ** 0.5)
+    kind = "light" if light else "full_xl" if downscale == 16 else "full"
+    fields = {"kind": kind, "channels": channels, "num_res_blocks": blocks, "downscale": downscale}
+    return _read(path, path, fields, _original(kind, blocks), tensors)
+
+
+def read_folder(path: Path, config: Mapping[str, Any]) -> T2IWeights:
+    """A folder of diffusers' with a T2IAdapter."""
+    values, fields = _SETTINGS.complete(config, CLASS), _SETTINGS.read(config, CLASS)
+    if values["adapter_type"] not in _KINDS:
+        known = ", ".join(_KINDS)
+        raise ValueError(f"{CLASS}.adapter_type={values['adapter_type']!r}; known: {known}")
+    fields["kind"], channels = _KINDS[values["adapter_type"]], tuple(values["channels"])
+    # The light one has a further level, as wide as the last.
+    fields["channels"] = (*channels, channels[-1]) if fields["kind"] == "light" else channels
+    weights, tensors = open_weights(path, None)
+    adapter = _read(path, weights, fields, _diffusers(), tensors)
+    said = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return adapter.replace(config=FrozenDict(said))
+
+
+def _read(
+    path: Path, where: Path, fields: dict[str, Any], table: Table, tensors: Mapping[str, Tensor]
+) -> T2IWeights:
+    net = T2IAdapter(**fields)
+    side = net.shrinks[-1]
+    hint = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    shapes = jax.eval_shape(net.init, jax.random.key(0), hint)["params"]
+    part = read_part(where, fields, table, shapes, tensors)
+    params = {k: np.asarray(t.astype(np.float32).read()) for k, t in part.params.items()}
+    return T2IWeights(path=str(path), params=params, fields=FrozenDict(fields))
+
+
+def _diffusers() -> Table:
+    return prefixed(
+        [
+            Rule("conv_in", "conv_in", "conv"),
+            Rule(r"body_(\d+)_(in_conv|out_conv)", r"body.\1.\2", "conv"),
+            Rule(r"body_(\d+)_resnets_(\d+)_(block\d)", r"body.\1.resnets.\2.\3", "conv"),
+        ],
+        "adapter.",
+    )
+
+
+def _original(kind: str, blocks: int) -> Table:
+    if kind == "light":
+        return [
+            Rule(r"body_(\d+)_(in_conv|out_conv)", r"body.\1.\2", "conv"),
+            Rule(r"body_(\d+)_resnets_(\d+)_(block\d)", r"body.\1.body.\2.\3", "conv"),
+        ]
+    table = [Rule("conv_in", "conv_in", "conv")]
+    for level in range(8):
+        first = level * blocks
+        table.append(Rule(f"body_{level}_in_conv", f"body.{first}.in_conv", "conv"))
+        table += [
+            Rule(rf"body_{level}_resnets_{j}_(block\d)", rf"body.{first + j}.\1", "conv")
+            for j in range(blocks)
+        ]
+    return table
+
+
+def write_t2i(adapter: T2IWeights, path: Path, format: str) -> None:
+    """Write an adapter as the original's file ("compvis") or as diffusers' folder."""
+    tensors = {k: in_memory(np.asarray(x)) for k, x in adapter.params.items()}
+    net = adapter.module
+    if format == "compvis":
+        write_safetensors(path, write_tensors(_original(net.kind, net.num_res_blocks), tensors))
+        return
+    if format != "diffusers":
+        raise ValueError(f"unknown format {format!r} of an adapter; known: compvis, diffusers")
+    kinds = {ours: theirs for theirs, ours in _KINDS.items()}
+    channels = net.channels[:-1] if net.kind == "light" else net.channels
+    own = {"_class_name": CLASS, "adapter_type": kinds[net.kind], "in_channels": 3}
+    config = dict(adapter.config) or {**_SETTINGS.write(net), **own, "channels": channels}
+    save_json(path / "config.json", {k: list(v) if isinstance(v, tuple) else v
+                                     for k, v in config.items()})  # fmt: skip
+    name = "diffusion_pytorch_model.safetensors"
+    write_safetensors(path / name, write_tensors(_diffusers(), tensors))

@@ -1,0 +1,83 @@
+"""T2I-Adapters: sizes, files of both kinds, features once a call."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict
+from test_control import HINTS, plain, random_control, sampled
+
+from latent_diffusion.convert.adapters import T2IWeights, read_adapter, write_t2i
+from latent_diffusion.nets.t2i_adapter import T2IAdapter
+from latent_diffusion.nets.unet import UNet
+
+XL = {"channel_mult": (1, 2, 4), "attention_resolutions": (2, 4)}
+# (kind, its fields, the U-Net, the places of its features, the number of its parameters)
+RELEASED = [
+    ("full", {}, {}, (2, 5, 8, 11), 77_369_280),
+    ("full_xl", {"downscale": 16}, XL, (3, 5, 8, 9), 79_028_160),
+    ("light", {"num_res_blocks": 4}, {}, (2, 5, 8, 11), 18_689_200),
+]
+
+
+def random_adapter(kind="full", side=8, **fields):
+    net = T2IAdapter(kind, **fields)
+    hint = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    tree = jax.eval_shape(net.init, jax.random.key(0), hint)["params"]
+    rng = np.random.default_rng(3)
+    params = {
+        path: (0.3 * rng.normal(size=x.shape)).astype(np.float32)
+        for path, x in flatten_dict(tree, sep="/").items()
+    }
+    return T2IWeights(path="net", params=params, fields=FrozenDict({"kind": kind, **fields}))
+
+
+@pytest.mark.parametrize(("kind", "fields", "unet", "places", "count"), RELEASED)
+def test_released_sizes_and_places(kind, fields, unet, places, count):
+    net = T2IAdapter(kind, **fields)
+    hint = jax.ShapeDtypeStruct((1, 128, 128, 3), "float32")
+    tree = jax.eval_shape(net.init, jax.random.key(0), hint)["params"]
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree)) == count
+    adapter = T2IWeights(path="net", params={}, fields=FrozenDict({"kind": kind, **fields}))
+    assert adapter.places(UNet(**unet), 8) == places
+    with pytest.raises(ValueError, match=r"^net: features 0 have .* it is another one's"):
+        adapter.places(UNet(**unet), 4)
+
+
+@functools.cache
+def small():
+    return random_adapter(channels=(8,), num_res_blocks=1, downscale=1)
+
+
+def test_features_join_the_network_and_weights_are_traced(caplog):
+    net = small()
+    want = sampled([(net, HINTS, 1.0)])
+    assert np.abs(want - plain()).max() > 0.01
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        caplog.clear()
+        np.testing.assert_allclose(sampled([(net, HINTS, 0.0)]), plain(), atol=1e-4)
+        beside = sampled([(net, HINTS, [0.5], {"null": False})])
+    assert not [r for r in caplog.records if "Compiling" in r.getMessage()]
+    assert np.abs(beside - want).max() > 1e-3
+    both = sampled([(random_control(), HINTS, 0.0), (net, HINTS, 1.0)])
+    np.testing.assert_allclose(both, want, atol=1e-4)
+    with pytest.raises(ValueError, match="net: end is a setting of control nets"):
+        sampled([(net, HINTS, 1.0, {"end": 0.5})])
+    with pytest.raises(ValueError, match="tile_size doesn't go with a T2I-Adapter"):
+        sampled([(net, HINTS, 1.0)], tile_size=8)
+
+
+@pytest.mark.parametrize("kind", ["full", "full_xl", "light"])
+def test_both_formats_are_read_and_written_bitwise(kind, tmp_path):
+    downscale = 16 if kind == "full_xl" else 2
+    own = {"channels": (8, 16, 16), "num_res_blocks": 2, "downscale": downscale}
+    adapter = random_adapter(kind, 64, **own)
+    write_t2i(adapter, tmp_path / "folder", "diffusers")
+    write_t2i(adapter, tmp_path / "net.safetensors", "compvis")
+    for path in (tmp_path / "folder", tmp_path / "net.safetensors"):
+        read = read_adapter(path)
+        assert {**read.fields} == {**adapter.fields}
+        for name, array in adapter.params.items():
+            np.testing.assert_array_equal(read.params[name], array)
