@@ -44,7 +44,7 @@ def errors(name: str, num_steps: tuple[int, ...]) -> list[tuple[int, float]]:
     exact = jax.jit(lambda z: mixture.flow(schedule, z, 999, 0))(z_T)
     points = []
     for count in num_steps:
-        timesteps = spacing("exponential", schedule, count, end=0)
+        timesteps = spacing("exponential", schedule, count, last=0)
         table = SAMPLERS[name].table(schedule, timesteps)
         z = jax.jit(lambda z, table=table: run(table, mixture.denoiser(schedule), z))(z_T)
         points.append((len(table.t), float(jnp.sqrt(jnp.mean((z - exact) ** 2)))))

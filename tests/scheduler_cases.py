@@ -102,7 +102,7 @@ def ours(config, num_steps, **given):
     bounds = (options.clip_x0, options.dynamic_threshold)
     follow = None if bounds == (None, None) else sampler.by_eps
     rounding = list(guidance.ROUNDINGS).index(options.network_timesteps or "exact")
-    spread = schedule.sigma_t(timesteps[0]) if options.start == "sigma" else 1.0
+    spread = schedule.sigma_t(timesteps[0]) if options.spread == "sigma" else 1.0
     numbers = type(options)(
         clip_x0=options.clip_x0,
         dynamic_threshold=options.dynamic_threshold,

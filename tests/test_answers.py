@@ -342,6 +342,30 @@ def test_an_option_of_sampling_changes_the_pictures(option):
     assert before.shape != after.shape or np.abs(before - after).max() > 1e-3
 
 
+def test_a_call_goes_on_where_another_stopped():
+    made = model(TEXT)
+    made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))
+    options = {"made": made, "sampler": "euler", "num_steps": 5, "guidance_scale": 2.0}
+    whole, between = sample(**options), sample(**options, end=0.4)
+    CLOSE(sample(**options, z_T=between, start=0.4), whole)
+    assert np.abs(between - whole).max() > 1e-3
+    scales = [1.5, 2.0, 1.0, 3.0, 2.5]  # of all steps, of which each call takes its own
+    varied = {**options, "guidance_scale": scales}
+    between = sample(**varied, end=0.4)
+    CLOSE(sample(**varied, z_T=between, start=0.4), sample(**varied))
+    # From a picture: its noise is that of the first step, as `strength` takes it.
+    given = {**options, "image": IMAGES[:1]}
+    CLOSE(sample(**given, start=0.4), sample(**given, strength=0.4))
+    for wrong, message in (
+        ({"start": 0.4}, "start needs z_T"),
+        ({"start": 0.4, "end": 0.4, "z_T": between}, "no step lies between start=0.4 and end=0.4"),
+        ({"end": 1.0}, r"end must lie in \[0, 1\)"),
+        ({"end": 0.2, "strength": 0.5, "image": IMAGES[:1]}, "give strength, or start and end"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(**options, **wrong)
+
+
 def test_another_key_gives_other_pictures():
     made = model(TEXT)
     made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))

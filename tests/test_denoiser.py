@@ -159,7 +159,7 @@ DEFAULTS = {"sampler": "ddim", "eta": 0.0, "num_steps": 4, "spacing": "leading",
         # Another sampler has its own eta; another spacing knows no offset.
         ({"sampler": "euler_ancestral"}, [751, 501, 251, 1, -1], {"eta": 1.0}),
         ({"spacing": "trailing"}, [999, 749, 499, 249, -1], {"eta": 0.0}),
-        ({"end": 0}, [751, 501, 251, 1, 0], {"eta": 0.0}),
+        ({"last": 0}, [751, 501, 251, 1, 0], {"eta": 0.0}),
         # What asks for nothing isn't there at all.
         ({"guidance_scale": 1, "clip_x0": 0}, [751, 501, 251, 1, -1], {"guidance_scale": None}),
         ({"guidance_scale": np.float64(2)}, [751, 501, 251, 1, -1], {"guidance_scale": 2.0}),

@@ -90,7 +90,7 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "strength": (0.5, "strength", 0.5),
         "tile_size": (16, "tile_size", 16),
         "tile_overlap": (8, "tile_overlap", 8),
-        "end": (0, "end", 0),
+        "last": (0, "last", 0),
         "offset": (1, "offset", 1),
         "rho": (5.0, "rho", 5.0),
         "distilled_steps": (40, "distilled_steps", 40),

@@ -94,7 +94,7 @@ def looped(consistent=False, bound=None, follow=False):
 
 
 def levels(num_steps, schedule=LINEAR, end=-1):
-    return spacing("exponential", schedule, num_steps, end=end).astype(jnp.float32)
+    return spacing("exponential", schedule, num_steps, last=end).astype(jnp.float32)
 
 
 def sample(name, mixture, timesteps, schedule=LINEAR, z_T=Z_T, keys=KEYS):

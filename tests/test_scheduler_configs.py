@@ -57,7 +57,7 @@ def test_velocity_with_zero_terminal_snr_and_trailing_steps():
         ),
         ({"algorithm_type": "dpmsolver"}, {"sampler": "dpm_solver_2m"}),
         ({"solver_type": "heun"}, {"sampler": "dpm_solver_pp_2m", "solver_type": "heun"}),
-        ({"final_sigmas_type": "sigma_min"}, {"end": 0}),
+        ({"final_sigmas_type": "sigma_min"}, {"last": 0}),
         (
             {"use_karras_sigmas": True},
             {"spacing": "karras", "within": "linspace", "network_timesteps": "round"},

@@ -122,7 +122,7 @@ def test_any_number_of_steps_means_that_number(name):
     own = {"given": {"timesteps": [999, 500, 3]}, "lcm": {"distilled_steps": 1000}}.get(name, {})
     for num_steps in STEPS:
         for end in (CLEAN, 0):
-            timesteps = np.asarray(spacing(name, LINEAR, num_steps, end=end, **own))
+            timesteps = np.asarray(spacing(name, LINEAR, num_steps, last=end, **own))
             assert timesteps.shape == (num_steps + 1,)
             assert timesteps[-1] == end
             assert np.all((timesteps[:-1] >= 0) & (timesteps <= 999)[:-1])
@@ -153,7 +153,7 @@ def test_original_quad_spacing():
         ("uniform", {}, [999, 749, 500, 250, 0, -1]),
         ("linspace", {}, [999, 749.25, 499.5, 249.75, 0, -1]),
         ("open", {}, [999, 799, 599, 400, 200, -1]),
-        ("uniform", {"end": 0}, [999, 799, 599, 400, 200, 0]),
+        ("uniform", {"last": 0}, [999, 799, 599, 400, 200, 0]),
         ("leading", {}, [800, 600, 400, 200, 0, -1]),
         ("leading", {"offset": 1}, [801, 601, 401, 201, 1, -1]),
         ("open_leading", {"offset": 1}, [831, 665, 499, 333, 167, -1]),
@@ -190,7 +190,7 @@ def test_curves_lie_within_another_spacing_or_given_bounds(name):
     leading = spacing("leading", LINEAR, 20, offset=3)
     steps = spacing(name, LINEAR, 20, within="leading", offset=3)
     np.testing.assert_allclose(steps[jnp.array([0, -2, -1])], leading[jnp.array([0, -2, -1])])
-    ended = spacing(name, LINEAR, 5, within="linspace", end=0)
+    ended = spacing(name, LINEAR, 5, within="linspace", last=0)
     np.testing.assert_allclose(ended[jnp.array([0, -2, -1])], [999, 0, 0], atol=1e-3)
     bound = spacing(name, LINEAR, 5, sigma_min=0.1, sigma_max=5.0)
     ends = np.exp(-0.5 * LINEAR.log_snr_t(bound[jnp.array([0, -2])]))
@@ -213,7 +213,7 @@ def test_schedules_of_karras_preconditioning():
 
 def test_exponential_spacing_is_even_in_log_snr():
     for end in (CLEAN, 0):
-        timesteps = spacing("exponential", LINEAR, 9, end=end)
+        timesteps = spacing("exponential", LINEAR, 9, last=end)
         steps = np.diff(LINEAR.log_snr_t(timesteps if end == 0 else timesteps[:-1]))
         np.testing.assert_allclose(steps, steps.mean(), rtol=1e-3)
 
@@ -235,8 +235,8 @@ def test_bad_input_is_one_clear_line():
         spacing("unifrom", LINEAR, 5)
     with pytest.raises(ValueError, match=r"unknown noise schedule 'cos'; known: cosine, edm"):
         make_schedule("cos")
-    with pytest.raises(ValueError, match=r"end must be -1 .* or 0 .*, got 3"):
-        spacing("uniform", LINEAR, 5, end=3)
+    with pytest.raises(ValueError, match=r"last must be -1 .* or 0 .*, got 3"):
+        spacing("uniform", LINEAR, 5, last=3)
     with pytest.raises(ValueError, match=r"given timesteps must lie in 0 … 999"):
         spacing("given", LINEAR, 2, timesteps=[1000, 3])
     with pytest.raises(ValueError, match=r"num_steps must lie in 1 … 50"):

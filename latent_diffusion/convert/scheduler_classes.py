@@ -182,7 +182,7 @@ SCHEDULERS = {
         ("set_alpha_to_one", "steps_offset", "timestep_spacing"),
     ),
     "TCDScheduler": Scheduler(
-        read.distilled("tcd", eta=0.0, end=0),
+        read.distilled("tcd", eta=0.0, last=0),
         {**_TURBO, **_RESCALE},
         _TRAINED,
         (

@@ -28,7 +28,7 @@ def _timesteps(settings: Settings, linspace: str, leading: str = "leading") -> C
 
 def _end(settings: Settings) -> Config:
     """Sampling ends at clean data, or at the noise of timestep 0."""
-    table: dict[str, Config] = {"zero": {}, "sigma_min": {"end": 0}}
+    table: dict[str, Config] = {"zero": {}, "sigma_min": {"last": 0}}
     return lookup(table, settings["final_sigmas_type"], "final_sigmas_type")
 
 
@@ -53,7 +53,7 @@ def _k_timesteps(settings: Settings) -> Config:
     """Of the classes after k-diffusion: fractional timesteps, curves between those of a spacing."""
     plain = _timesteps(settings, "linspace")
     curve = _curve(settings)
-    start = {} if settings["timestep_spacing"] == "leading" else {"start": "sigma"}
+    start = {} if settings["timestep_spacing"] == "leading" else {"spread": "sigma"}
     return {**(plain if curve is None else _along_curve(settings, curve, plain)), **start}
 
 
@@ -105,7 +105,7 @@ def _even(settings: Settings) -> Config:
     """Of the classes whose steps span T // S timesteps, whatever the spacing."""
     if settings["timestep_spacing"] == "linspace":
         raise ValueError("timestep_spacing=linspace has no equal here: its steps overlap")
-    end = {} if settings["set_alpha_to_one"] else {"end": 0}
+    end = {} if settings["set_alpha_to_one"] else {"last": 0}
     return {**_timesteps(settings, "uniform"), **end}
 
 
@@ -192,7 +192,7 @@ def unipc(settings: Settings) -> Config:
 def deis(settings: Settings) -> Config:
     """DEIS, whose sampling ends at the least noise."""
     own = {"order": settings["solver_order"], "lower_order_final": settings["lower_order_final"]}
-    return {"sampler": "deis", "end": 0, **own, **_clipped(settings), **_open_timesteps(settings)}
+    return {"sampler": "deis", "last": 0, **own, **_clipped(settings), **_open_timesteps(settings)}
 
 
 def distilled(sampler: str, **fixed: Any) -> Callable[[Settings], Config]:

@@ -193,6 +193,10 @@ class Model(flax.struct.PyTreeNode):
         before their names they are those of the unconditional, by default the same, and a score of
         2.5.
 
+        `start` and `end` are shares of the noise: with `end` the call returns the latents [N h w c]
+        there instead of images, which are the z_T of another call with this `start`, perhaps of
+        another model.
+
         Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
         one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
         of weight 1; a negative weight steers away. `prompt_weights`: all these texts are read with
@@ -245,8 +249,9 @@ class Model(flax.struct.PyTreeNode):
 
         pictures = {"image": image, "mask": mask}  # conditions of some models
         given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
-        hole, strength = None if "mask" in given else mask, options.get("strength")
-        starts = "image" not in given or hole is not None or strength is not None
+        hole = None if "mask" in given else mask
+        varied = options.get("strength") is not None or (chosen.start is not None and z_T is None)
+        starts = "image" not in given or hole is not None or varied
         known = {"mask": mask, "z_T": z_T, "known": image if starts else None}
         more_texts = [text for text, _ in more_prompts]
         tokenize = make_tokenize(model, prompt_weights, prompts, negative_prompts, more_texts)
@@ -258,7 +263,7 @@ class Model(flax.struct.PyTreeNode):
 
         if starts:
             shape = (*size, channels)
-            batch |= conditions.known_image(image, hole, strength is not None, shape, total)
+            batch |= conditions.known_image(image, hole, varied, shape, total)
         batch |= beside(tokenize, negative_prompts, more_prompts, num_images, total)
         batch |= controlling.entries(controls, size, total)
         opposite: dict[str, Any] = {"original_size": negative_original_size}

@@ -144,7 +144,10 @@ def _sample(
     image_keys: Keys,
     latent: tuple[int, int, int],
 ) -> Array:
-    """Prepare the conditions, sample latents, decode them, and paste them into their picture."""
+    """Prepare the conditions, sample latents, decode them, and paste them into their picture.
+
+    Where the option `end` stops the sampling, the result is the latents with their noise.
+    """
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
     timesteps, options, weights, of_adapters, of_controls = planned
     if networks["adapters"]:
@@ -187,6 +190,8 @@ def _sample(
         guide=guides.guide(batch, denoiser.schedule, first_stage, *steer),
         tile=tile,
     )
+    if options.end is not None:
+        return z_0
     images = jnp.clip(decoded(first_stage, z_0, tile), -1.0, 1.0)
     if "mask" in batch:  # a model of inpainting: the picture around the hole stays as it is
         return paste(images, batch["image"], batch["mask"])

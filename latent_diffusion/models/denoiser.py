@@ -175,13 +175,16 @@ class Denoiser(flax.struct.PyTreeNode):
         picture: Any = z_0
         if picture is None and (options.strength is not None or mask is not None):
             raise ValueError("strength and mask need the picture that they change")
-        if options.strength is not None:
+        late = options.start is not None
+        if late and z_T is None and picture is None:
+            raise ValueError("start needs z_T, the latents there, or image")
+        if options.strength is not None or (late and z_T is None):
             z = q_sample(self.schedule, picture, timesteps[0], z)
             if len(timesteps) == 1:
                 return z
-        else:
+        elif not late:  # else z_T has the noise of the first timestep already
             spread = {"unit": lambda t: 1.0, "sigma": self.schedule.sigma_t}
-            z = lookup(spread, options.start or "unit", "start")(timesteps[0]) * z
+            z = lookup(spread, options.spread or "unit", "spread")(timesteps[0]) * z
         run = SAMPLERS[options.sampler]
         own = own_options(options)
         evaluated = run.table(self.schedule, timesteps, **own).t
@@ -208,7 +211,9 @@ class Denoiser(flax.struct.PyTreeNode):
         if mask is not None:
             denoise = guidance.inpaint(denoise, self.schedule, picture, mask, keys.hole)
         z = run(denoise, z, timesteps, self.schedule, keys.steps, **own)
-        return z if mask is None else guidance.paste(z, picture, mask)
+        if mask is None or options.end is not None:
+            return z
+        return guidance.paste(z, picture, mask)
 
 
 def _guidance_told(

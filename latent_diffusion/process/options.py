@@ -129,7 +129,7 @@ class SamplingOptions:
     sampler: Any = _choice("ddim", str, f"how steps are taken: {SAMPLER_NAMES}")
     num_steps: Any = _choice(50, int, "steps, at most as many as the schedule has timesteps")
     spacing: Any = _choice("trailing", str, f"where steps lie: {SPACING_NAMES}")
-    end: Any = _choice(None, int, "where sampling ends: -1 is clean data, 0 the least noise")
+    last: Any = _choice(None, int, "the last timestep: -1 is clean data, 0 the least noise")
     offset: Any = _choice(None, int, "added to the timesteps of leading and open_leading")
     rho: Any = _choice(None, float, "exponent of the karras spacing", range="(0, inf)")
     within: Any = _choice(
@@ -167,8 +167,24 @@ class SamplingOptions:
     network_timesteps: Any = _choice(
         None, str, "exact, round or floor: timesteps that the network sees, as some of diffusers"
     )
-    start: Any = _choice(
+    spread: Any = _choice(
         None, str, "unit or sigma: the spread of the first noise; k-diffusion has its sigma"
+    )
+    start: Any = _choice(
+        1.0,
+        float,
+        "share of the noise at which sampling starts, from the latents z_T there or from image",
+        range="(0, 1]",
+        off=1.0,
+        flag=False,
+    )
+    end: Any = _choice(
+        0.0,
+        float,
+        "share of the noise at which sampling stops; `sample` then returns the latents there",
+        range="[0, 1)",
+        off=0.0,
+        flag=False,
     )
     clip_x0: Any = _number(0.0, "[0, inf)", "bound of estimates of z_0; 0 is off", off=0.0)
     dynamic_threshold: Any = _number(

@@ -22,7 +22,7 @@ from latent_diffusion.process.spacings import SPACINGS, spacing
 from latent_diffusion.types import Config, lookup
 
 # Habits of some schedulers of diffusers, which a file's default sampler brings with it.
-OF_SCHEDULERS = ("network_timesteps", "start")
+OF_SCHEDULERS = ("network_timesteps", "spread")
 # CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
 CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
 
@@ -40,8 +40,8 @@ def options_of_sampler(name: str) -> dict[str, Any]:
 
 
 def options_of_spacing(name: str) -> dict[str, Any]:
-    """The defaults of a spacing's options, by name; all of them have an end."""
-    return {"end": None, **_keywords(lookup(SPACINGS, name, "spacing"), skip=3)}
+    """The defaults of a spacing's options, by name; all of them have a last timestep."""
+    return {"last": None, **_keywords(lookup(SPACINGS, name, "spacing"), skip=3)}
 
 
 def _keywords(function: Callable[..., Any], skip: int = 2) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def plan(
     with jax.ensure_compile_time_eval():  # a task plans while it is traced
         timesteps = np.asarray(spacing(options.spacing, schedule, options.num_steps, **chosen))
     _check_guidance(options, timesteps, schedule)
-    timesteps, options = _last_share(timesteps, options)
+    timesteps, options = _between(*_last_share(timesteps, options), schedule.num_timesteps)
     _check_start(timesteps, schedule, prediction)
     traced = [name for name, option in OPTIONS.items() if option.traced]
     numbers = {name: _number(name, getattr(options, name)) for name in traced}
@@ -109,6 +109,8 @@ def plan_prior(defaults: Config, given: Mapping[str, Any], causal: bool) -> Prio
 def own_options(options: SamplingOptions) -> dict[str, Any]:
     """The keyword arguments of the sampler's table."""
     values = {name: getattr(options, name) for name in options_of_sampler(options.sampler)}
+    if options.end is not None:  # another call takes the last step, where the order may fall
+        values |= {name: False for name in values.keys() & {"lower_order_final", "euler_at_final"}}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -175,6 +177,32 @@ def _last_share(
     if isinstance(options.guidance_scale, tuple):
         options = dataclasses.replace(options, guidance_scale=options.guidance_scale[skipped:])
     return timesteps[skipped:], options
+
+
+def _between(
+    timesteps: np.ndarray, options: SamplingOptions, total: int
+) -> tuple[np.ndarray, SamplingOptions]:
+    """The timesteps between `start` and `end`, as diffusers divides them, and their scales.
+
+    The network is evaluated at those below `start` and not below `end`, in timesteps of the
+    schedule; the latents that `end` leaves are those at the first timestep below it.
+    """
+    start, end = options.start, options.end
+    if start == OPTIONS["start"].off and end == OPTIONS["end"].off:
+        return timesteps, dataclasses.replace(options, start=None, end=None)
+    if options.strength is not None and options.strength != OPTIONS["strength"].off:
+        raise ValueError("give strength, or start and end: both choose the steps")
+    evaluated = timesteps[:-1]
+    first = 0 if start == OPTIONS["start"].off else int(np.sum(evaluated >= round(start * total)))
+    count = int(np.sum(evaluated >= round(end * total)))
+    if first >= count:
+        raise ValueError(f"no step lies between start={start:g} and end={end:g}: take more steps")
+    if isinstance(options.guidance_scale, tuple):
+        scales = options.guidance_scale[first:count]
+        options = dataclasses.replace(options, guidance_scale=scales)
+    kept = [x if x != OPTIONS[name].off else None for name, x in (("start", start), ("end", end))]
+    options = dataclasses.replace(options, start=kept[0], end=kept[1])
+    return timesteps[first : count + 1], options
 
 
 def _check_start(timesteps: np.ndarray, schedule: NoiseSchedule, prediction: str) -> None:

@@ -159,11 +159,11 @@ SPACINGS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def spacing(
-    name: str, schedule: NoiseSchedule, num_steps: int, *, end: int | None = None, **options: Any
+    name: str, schedule: NoiseSchedule, num_steps: int, *, last: int | None = None, **options: Any
 ) -> Timesteps:
     """Timesteps [S+1], descending: the S at which the network is evaluated, and the final one.
 
-    end: the final timestep: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops);
+    last: the final timestep: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops);
     None is 0 for the "original" spacings and −1 for the others. options: those of one spacing:
     `offset` (leading, open_leading), `rho` (karras), `distilled_steps` (lcm), `timesteps` (given:
     a list, whose log-SNR is interpolated if its length is not num_steps), and for karras,
@@ -174,8 +174,9 @@ def spacing(
     total = schedule.num_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"num_steps must lie in 1 … {total} (the schedule's T), got {num_steps}")
-    if end not in (None, CLEAN, 0):
-        raise ValueError(f"end must be -1 (clean data) or 0 (the noise of alpha_0), got {end}")
+    if last not in (None, CLEAN, 0):
+        raise ValueError(f"last must be -1 (clean data) or 0 (the noise of alpha_0), got {last}")
+    end = last
     if end is None:
         end = 0 if name.startswith("original") else CLEAN
     log_snr = np.asarray(schedule.log_snr, np.float64)

@@ -1,5 +1,6 @@
 """Stable Diffusion XL: tiny random pipelines of diffusers give the same pictures here."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,9 +8,11 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 import test_pipelines as tiny
-from test_pipelines import BETAS, PROMPTS, RNG, F, draw, modes, randomised, to_torch
+from safetensors.numpy import load_file
+from test_pipelines import BETAS, PROMPTS, RNG, F, draw, modes, picture, randomised, to_torch
 
 import latent_diffusion as ldm
+from latent_diffusion import convert
 
 __all__ = ["modes"]  # a fixture of every test
 pytestmark = tiny.pytestmark
@@ -118,3 +121,101 @@ def test_text_to_image(scheduler, steps, ours, theirs, tmp_path):
         image_size=(SIZE[0] * F, SIZE[1] * F), **ours,
     )  # fmt: skip
     tiny.check(got, want)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "karras"])
+def test_the_refiner_goes_on_where_the_base_stops(scheduler, tmp_path):
+    """Base and refiner share the noise 4 : 1; the latents in between are an array."""
+    base, ours = make(diffusers.StableDiffusionXLPipeline, tmp_path / "base", scheduler)
+    refiner, ours_2 = make(
+        diffusers.StableDiffusionXLImg2ImgPipeline, tmp_path / "refiner", scheduler, refiner=True
+    )
+    image_size = (SIZE[0] * F, SIZE[1] * F)
+    common = {"num_inference_steps": 20}
+    between = base(
+        PROMPTS, latents=to_torch(z()), output_type="latent", denoising_end=0.8, **size(), **common
+    ).images
+    want = refiner(PROMPTS, image=between, denoising_start=0.8, output_type="np", **common).images
+    options = {"mode": "single", "num_steps": 20, "image_size": image_size}
+    latents = ours.sample(RNG, PROMPTS, z_T=z(), end=0.2, **options)
+    theirs = between.numpy().transpose(0, 2, 3, 1)
+    if scheduler == "euler":  # whose latents are z_0 + sigma·eps
+        sigma = base.scheduler.sigmas[int((base.scheduler.timesteps >= 200).sum())].item()
+        theirs = theirs / (1 + sigma**2) ** 0.5
+    scale = np.abs(theirs).max()
+    print(f"latents differ by {np.abs(latents - theirs).max() / scale:.2e} of their scale")
+    np.testing.assert_allclose(latents, theirs, atol=1e-4 * scale)
+    np.save(tmp_path / "latents.npy", latents)
+    got = ours_2.sample(RNG, PROMPTS, z_T=np.load(tmp_path / "latents.npy"), start=0.2, **options)
+    tiny.check(got, want)
+
+
+def test_turbo_draws_without_guidance(tmp_path, monkeypatch):
+    """Euler's ancestral steps with trailing timesteps; the first and only step is deterministic."""
+    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path, "turbo")
+    want = pipeline(
+        PROMPTS, latents=to_torch(z()), num_inference_steps=1, guidance_scale=0.0,
+        output_type="np", **size(),
+    ).images  # fmt: skip
+    assert model.defaults["sampler"] == "euler_ancestral"
+    assert model.defaults["spacing"] == "trailing"
+    got = model.sample(
+        RNG, PROMPTS, mode="single", z_T=z(), num_steps=1, guidance_scale=1.0,
+        image_size=(SIZE[0] * F, SIZE[1] * F),
+    )  # fmt: skip
+    tiny.check(got, want)
+
+
+def test_the_refiner_changes_a_picture(tmp_path, monkeypatch):
+    pipeline, model = make(diffusers.StableDiffusionXLImg2ImgPipeline, tmp_path, refiner=True)
+    image = np.tanh(draw(1, 2, SIZE[0] * F, SIZE[1] * F, 3))
+    tiny.in_order(monkeypatch, pipeline, tiny.start_noise(2, *SIZE, 4))
+    want = pipeline(
+        PROMPTS, image=picture(image), strength=0.4, num_inference_steps=20, output_type="np",
+        aesthetic_score=7.0, negative_aesthetic_score=1.5,
+    ).images  # fmt: skip
+    got = model.sample(
+        RNG, PROMPTS, mode="single", image=image, strength=0.4, num_steps=20,
+        image_size=image.shape[1:3], aesthetic_score=7.0, negative_aesthetic_score=1.5,
+    )  # fmt: skip
+    tiny.check(got, want)
+
+
+def test_inpainting_with_nine_channels(tmp_path, monkeypatch):
+    pipeline, model = make(diffusers.StableDiffusionXLInpaintPipeline, tmp_path, in_channels=9)
+    image = np.tanh(draw(1, 2, SIZE[0] * F, SIZE[1] * F, 3))
+    mask = np.zeros((2, SIZE[0] * F, SIZE[1] * F, 1), np.float32)
+    mask[0, 3:12, 5:] = mask[1, :, 9:] = 1.0
+    tiny.in_order(monkeypatch, pipeline, z())
+    want = pipeline(
+        PROMPTS, image=picture(image), mask_image=to_torch(mask), num_inference_steps=20,
+        output_type="np", strength=1.0, guidance_scale=7.5, **size(),
+    ).images  # fmt: skip
+    got = model.sample(
+        RNG, PROMPTS, mode="single", image=image, mask=mask, z_T=z(), num_steps=20,
+        image_size=image.shape[1:3],
+    )  # fmt: skip
+    tiny.check(got, want, np.broadcast_to(mask > 0.5, got.shape))
+
+
+@pytest.mark.parametrize("refiner", [False, True])
+def test_folders_are_written_as_diffusers_wrote_them(refiner, tmp_path):
+    """The same tensors, bitwise, in half precision too; and diffusers loads them."""
+    base, refined = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLImg2ImgPipeline
+    pipeline, _ = make(refined if refiner else base, tmp_path, refiner=refiner)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    for name, variant in (("pipeline", None), ("half", "fp16")):
+        read = convert.read(tmp_path / name, variant=variant)
+        convert.write(read, tmp_path / f"{name} again", "diffusers")
+        files = list((tmp_path / name).rglob("*.safetensors"))
+        assert len(files) == (3 if refiner else 4)
+        for file in files:
+            stem = file.name.replace(".fp16", "")
+            again = load_file(tmp_path / f"{name} again" / file.parent.name / stem)
+            want = load_file(file)
+            assert again.keys() == want.keys()
+            for key, tensor in want.items():
+                np.testing.assert_array_equal(again[key], tensor, strict=True)
+        made = type(pipeline).from_pretrained(tmp_path / f"{name} again")
+        assert made.config.force_zeros_for_empty_prompt == (not refiner)
+        assert made.tokenizer_2.pad_token == "!"
