@@ -218,7 +218,7 @@ def unet() -> ConfigDict:
     # What the backward pass recomputes: "none" | "full" (all within blocks) | "dots_saveable" |
     # "dots_with_no_batch_dims_saveable" (all but matrix products)
     c.remat = "none"
-    # Deep transformers as loops over their blocks: compiled faster, with copies of parameters
+    # Deep transformers as loops: sampling compiles faster, with copies of parameters
     c.scan = False
     c.attention = "auto"  # "auto" | "xla" | "cudnn" | "splash" (TPU)
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)

@@ -250,7 +250,8 @@ def test_make_source_errors(changes, split, message):
 
 
 def test_documented_names():
-    assert set(DATASETS) == {"openmoji", "openmoji_scenes", "image_folder", "synthetic", "tfds"}
+    names = {"openmoji", "openmoji_scenes", "openmoji_wide", "image_folder", "synthetic", "tfds"}
+    assert set(DATASETS) == names
 
 
 # --- transforms ---

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from latent_diffusion.data import image_folder, openmoji_scenes, openmoji_source, synthetic, tfds
+from latent_diffusion.data import (
+    image_folder,
+    openmoji_scenes,
+    openmoji_source,
+    openmoji_wide,
+    synthetic,
+    tfds,
+)
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.pipeline import epoch, iterate
 from latent_diffusion.data.retrieval import with_embeddings
@@ -29,6 +36,7 @@ __all__ = [
 DATASETS: dict[str, Callable[[Any, str], Any]] = {
     "openmoji": openmoji_source.make,
     "openmoji_scenes": openmoji_scenes.make,
+    "openmoji_wide": openmoji_wide.make,
     "image_folder": image_folder.make,
     "synthetic": synthetic.make,
     "tfds": tfds.make,  # "tfds:NAME"

@@ -90,8 +90,8 @@ class UNet(nn.Module):
     What adapters add (`conditioning.residuals`, `.features`) has one entry for each skip, in the
     order of the blocks, and one for the middle.
     remat: a name of `nets.remat.REMAT`: the backward pass recomputes activations.
-    scan: deep transformers run as loops over their blocks, which compile in a fraction of the time
-    and read copies of the blocks' parameters.
+    scan: deep transformers run as loops over their blocks, whose forward pass compiles faster and
+    reads copies of the blocks' parameters.
     """
 
     out_channels: int = 4
