@@ -5,6 +5,8 @@ import logging
 import numpy as np
 import pytest
 
+from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.convert.tokenizers import with_tokenizer
 from latent_diffusion.data.tokenizers import (
     TOKENIZERS,
     BertTokenizer,
@@ -147,6 +149,88 @@ def test_clip_looks_for_special_tokens_in_any_case_where_its_files_say_so(tmp_pa
     assert ClipTokenizer.read(tmp_path / "b", 40).any_case == (SPECIAL[0],)
     words = tokenizer(["<|startoftext|!>x"])[0], plain(["<|STARTOFTEXT|>! x"])[0]
     assert CLIP.index("!</w>") in words[1] and CLIP.index("!</w>") not in words[0]
+
+
+PLACES = {
+    "added_tokens.json": {"<it>": len(CLIP), "sks": len(CLIP) + 1},
+    "tokenizer_config.json": {
+        "added_tokens_decoder": {
+            str(i): {"content": token}
+            for i, token in enumerate([*SPECIAL, "<it>", "sks"], len(CLIP) - 2)
+        }
+    },
+    "tokenizer.json": {
+        "model": {"vocab": {t: i for i, t in enumerate(CLIP)}, "merges": MERGES},
+        "added_tokens": [
+            {"content": token, "id": i}
+            for i, token in enumerate([*SPECIAL, "<it>", "sks"], len(CLIP) - 2)
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_added_tokens_are_words(name, tmp_path):
+    write_clip(tmp_path / "clip")
+    (tmp_path / "clip" / name).write_text(json.dumps(PLACES[name]))
+    if name == "tokenizer.json":
+        (tmp_path / "clip" / "vocab.json").unlink()  # as transformers 5 writes a folder
+    tokenizer = ClipTokenizer.read(tmp_path / "clip", 8)
+    cat, more, end = CLIP.index("cat</w>"), len(CLIP), len(CLIP) - 1
+    row = tokenizer(["cat <it>cat sks"])[0].tolist()
+    assert row == [end - 1, cat, more, cat, more + 1, end, end, end]
+    assert tokenizer.vocab_size == len(CLIP)
+    if name != "tokenizer.json":
+        return
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(BERT) + "\n", encoding="utf-8")
+    added = {"[MASK]": 4, "<it>": len(BERT)}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    assert BertTokenizer.read(folder, 6)(["cook<it>"])[0].tolist() == [2, 10, 11, 3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("added_tokens.json", {"cat": 900}, "the word 'cat' exists already"),
+        ("added_tokens.json", {"<it>": "x"}, "invalid literal"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"900": {"content": "<it>", "lstrip": True}}},
+            "the added token '<it>' has lstrip=true",
+        ),
+        (
+            "special_tokens_map.json",
+            {"additional_special_tokens": ["<it>"]},
+            "the additional special token '<it>' has no id",
+        ),
+        (
+            "tokenizer.json",
+            {"added_tokens": [{"content": t, "id": i} for t, i in (("<it>", 9), ("<it>", 8))]},
+            "the added token '<it>' has two ids: 9 and 8",
+        ),
+    ],
+)
+def test_added_tokens_that_are_not_read_are_refused_by_name(name, content, message, tmp_path):
+    write_clip(tmp_path / "clip")
+    (tmp_path / "clip" / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{tmp_path}.* is no CLIP tokenizer: .*{message}"):
+        ClipTokenizer.read(tmp_path / "clip", 8)
+
+
+def test_an_added_word_needs_a_row_of_the_text_encoder(tmp_path):
+    write_clip(tmp_path / "clip")
+    (tmp_path / "clip" / "added_tokens.json").write_text(json.dumps({"<it>": len(CLIP)}))
+    for rows in (len(CLIP), len(CLIP) + 1):
+        fields = {"vocab_size": rows, "max_length": 8}
+        bundle = Bundle(conditioners={"clip_text": Part(fields, {}, {})})
+        if rows > len(CLIP):
+            read = with_tokenizer(bundle, tmp_path / "clip").tokenizer
+            assert read.added == {"<it>": (len(CLIP),)}
+            continue
+        with pytest.raises(ValueError, match=f"'<it>' has the id {rows}, but .* has {rows} rows"):
+            with_tokenizer(bundle, tmp_path / "clip")
 
 
 def test_bert_takes_the_longest_piece_that_fits():

@@ -57,6 +57,13 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
         # Stable Diffusion 2 pads with "!", which a bare vocabulary doesn't show.
         pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
         tokenizer = ClipTokenizer.read(path, length, pad)
+    rows = part.fields.get("vocab_size", tokenizer.vocab_size)
+    for word, ids in tokenizer.added.items():
+        if max(ids) >= rows:
+            raise ValueError(
+                f"{path}: the added word {word!r} has the id {max(ids)}, but the text encoder's "
+                f"table has {rows} rows"
+            )
     part = replace(part, fields=text.with_tokenizer(part.fields, tokenizer))
     bundle = replace(bundle.with_part(name, part), tokenizer=tokenizer)
     if name == "clip_text" and "clip_text_2" in bundle.conditioners:

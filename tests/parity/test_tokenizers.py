@@ -158,6 +158,21 @@ def test_special_tokens_in_capitals(place, pad, tmp_path):
     compare(ours, transformers.CLIPTokenizer.from_pretrained(tmp_path / "written"))
 
 
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_added_tokens(kind, tmp_path):
+    """As textual inversion leaves them in a pipeline's folder."""
+    make, ours = {"clip": (clip_folder, ClipTokenizer), "bert": (bert_folder, BertTokenizer)}[kind]
+    name = {"clip": "CLIPTokenizer", "bert": "BertTokenizer"}[kind]
+    theirs = getattr(transformers, name).from_pretrained(make(tmp_path), model_max_length=40)
+    assert theirs.add_tokens(["<cat-toy>", "<cat-toy>_1"]) == 2
+    theirs.save_pretrained(tmp_path / "saved")
+    tokenizer = ours.read(tmp_path / "saved", 40)
+    assert tokenizer.added.keys() == {"<cat-toy>", "<cat-toy>_1"}
+    for text in ("a <cat-toy>", "red<cat-toy>house, <cat-toy> <cat-toy>_1", "<cat-toy", "cat-toy>"):
+        want = theirs(text, padding="max_length", truncation=True, max_length=40)["input_ids"]
+        assert tokenizer([text])[0].tolist() == want, text
+
+
 def test_bert(tmp_path):
     folder = bert_folder(tmp_path)
     compare(BertTokenizer.read(folder), transformers.BertTokenizer.from_pretrained(folder))

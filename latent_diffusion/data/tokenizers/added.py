@@ -3,10 +3,12 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from latent_diffusion.data.tokenizers.rows import Piece
+from latent_diffusion.files.reading import read_json
 
 Words = Mapping[str, tuple[int, ...]]  # a word as prompts spell it -> the ids of its vectors
 
@@ -27,6 +29,45 @@ def with_words(tokenizer: Any, words: Mapping[str, Sequence[int]]) -> Any:
     more = copy.copy(tokenizer)
     more.added = known
     return more
+
+
+def read_added(path: Path, special: Collection[str]) -> dict[str, list[int]]:
+    """The words that a tokenizer's files add to its vocabulary, with their ids.
+
+    path: a folder of transformers, or one of its files. special: tokens that aren't words, such as
+    the start. Raises ValueError for a token with rules of its own about spaces or its neighbours,
+    for one with two ids, and for one without an id.
+    """
+    entries: list[tuple[str, Any, Mapping[str, Any]]] = []
+    names: list[Any] = []
+    if path.is_dir():
+        config, roles, ids = (
+            read_json(path / name) if (path / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        )
+        entries += [(word, int(i), {}) for word, i in ids.items()]
+        decoder = config.get("added_tokens_decoder") or {}
+        entries += [(token["content"], int(i), token) for i, token in decoder.items()]
+        for tokens in (config, roles):
+            names += tokens.get("additional_special_tokens") or []
+    single = path / "tokenizer.json" if path.is_dir() else path
+    if single.suffix == ".json" and single.is_file():
+        listed = read_json(single).get("added_tokens") or []
+        entries += [(token["content"], token["id"], token) for token in listed]
+    words: dict[str, list[int]] = {}
+    for word, i, flags in entries:
+        rules = [name for name in ("single_word", "lstrip", "rstrip") if flags.get(name)]
+        if word in special:
+            continue
+        if rules:
+            raise ValueError(f"the added token {word!r} has {rules[0]}=true, which isn't supported")
+        if words.setdefault(word, [i]) != [i]:
+            raise ValueError(f"the added token {word!r} has two ids: {words[word][0]} and {i}")
+    for name in names:
+        word = name if isinstance(name, str) else name["content"]
+        if word not in words and word not in special:
+            raise ValueError(f"the additional special token {word!r} has no id in these files")
+    return words
 
 
 def _is_token(tokenizer: Any, word: str) -> bool:

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from latent_diffusion.data.tokenizers.added import Words, with_added, without_added
+from latent_diffusion.data.tokenizers.added import (
+    Words,
+    read_added,
+    with_added,
+    with_words,
+    without_added,
+)
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
 from latent_diffusion.files.reading import read_json, read_text
 
@@ -89,7 +95,9 @@ class BertTokenizer:
                 content = read_json(settings)
                 if not content.get("do_lower_case", True):
                     raise ValueError("it is cased; only uncased ones are supported")
-            return cls(_read_vocabulary(path), max_length)
+            own = cls(_read_vocabulary(path), max_length)
+            tokenizer: BertTokenizer = with_words(own, read_added(path, _SPECIAL))
+            return tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is no BERT tokenizer: {type(e).__name__}: {e}") from None
 

@@ -9,7 +9,7 @@ were learned. The vocabulary comes from files: those of a `tokenizer` folder of 
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from latent_diffusion.data.tokenizers.added import Words, with_added
+from latent_diffusion.data.tokenizers.added import Words, read_added, with_added, with_words
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
 from latent_diffusion.data.tokenizers.weights import parse
 from latent_diffusion.files.reading import read_gzip, read_json, read_text
@@ -111,9 +111,12 @@ class ClipTokenizer:
         if (path / "tokenizer").is_dir():
             path = path / "tokenizer"
         try:
-            vocabulary, merges = _read_files(path)
             length, padding, any_case = _read_settings(path)
-            return cls(vocabulary, merges, max_length or length, pad or padding, any_case)
+            added = read_added(path, {BOS, EOS, pad or padding})
+            vocabulary, merges = _read_files(path, added)
+            own = cls(vocabulary, merges, max_length or length, pad or padding, any_case)
+            tokenizer: ClipTokenizer = with_words(own, added)
+            return tokenizer
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is no CLIP tokenizer: {type(e).__name__}: {e}") from None
 
@@ -228,15 +231,16 @@ def _as_text(symbols: Sequence[str]) -> str:
     return data.decode(errors="replace").strip()
 
 
-def _read_files(path: Path) -> tuple[list[str], list[str]]:
-    """Vocabulary and merges."""
+def _read_files(path: Path, added: Container[str]) -> tuple[list[str], list[str]]:
+    """Vocabulary, without the added words, and merges."""
     if path.name.endswith(".gz"):
         return _from_merges(read_gzip(path).split("\n"))
     single = path if path.is_file() else path / "tokenizer.json"
     if path.is_file() or not (path / "vocab.json").is_file():
         data = read_json(single)
         ids = dict(data["model"]["vocab"])
-        ids |= {token["content"]: token["id"] for token in data.get("added_tokens", ())}
+        more = {token["content"]: token["id"] for token in data.get("added_tokens", ())}
+        ids |= {token: i for token, i in more.items() if token not in added}
         merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
         return _by_id(ids), merges
     ids = read_json(path / "vocab.json")
