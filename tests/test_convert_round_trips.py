@@ -235,6 +235,25 @@ def test_a_shift_of_the_latents_is_read(tmp_path):
     assert (read.scale_factor, read.shift) == (0.25, 0.5)
 
 
+def test_fields_of_a_workdir_are_used_or_refused_by_name(tmp_path):
+    convert.write(make_bundle("text"), tmp_path, "orbax")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+
+    def with_fields(section, **fields):
+        path.write_text(json.dumps({**config, section: {**config[section], **fields}}))
+        return convert.read(tmp_path)
+
+    older = with_fields("sampling", start="sigma", end=0).sampling
+    assert (older["spread"], older["last"]) == ("sigma", 0)
+    assert not {"start", "end"} & older.keys()
+    shares = with_fields("sampling", start=0.5, end=0.25).sampling
+    assert (shares["start"], shares["end"]) == (0.5, 0.25)
+    for section, name in (("sampling", "strngth"), ("diffusion", "curvature")):
+        with pytest.raises(ValueError, match=rf"config.json: unknown field {section}.{name}; a "):
+            with_fields(section, **{name: 1})
+
+
 def test_the_original_has_no_schedules_of_others(tmp_path):
     bundle = make_bundle("text")
     bundle = replace(bundle, diffusion={**bundle.diffusion, "schedule": "edm"})

@@ -37,6 +37,8 @@ from latent_diffusion.types import (
     module_fields,
 )
 
+# Fields of a config that `schedule_of` reads.
+SCHEDULE_FIELDS = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
 
 
@@ -281,10 +283,5 @@ def make_network(name: str, config: Config, **more: Any) -> Any:
 
 def schedule_of(config: Config) -> NoiseSchedule:
     """The noise schedule that the `diffusion` fields of a config describe."""
-    return make_schedule(
-        config["schedule"],
-        config["num_timesteps"],
-        config["beta_start"],
-        config["beta_end"],
-        zero_terminal_snr=config["zero_terminal_snr"],
-    )
+    name, num_timesteps, beta_start, beta_end, zero_snr = (config[f] for f in SCHEDULE_FIELDS)
+    return make_schedule(name, num_timesteps, beta_start, beta_end, zero_terminal_snr=zero_snr)
