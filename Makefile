@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test mutants fuzz soak lint parity bench clean
+.PHONY: setup demo test mutants fuzz soak browser lint parity bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,13 @@ fuzz: $(VENV)/.test
 soak: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/soak.py
 	PYTHONPATH=. $(BIN)/python tests/soak.py --processes=2 --minutes=25
+
+# The page in Chromium, with the model of a smoke run. CHROMIUM=PATH where it isn't Debian's.
+browser: $(VENV)/.demo
+	npm install --silent --prefix runs/browser playwright-core
+	$(BIN)/python train.py --config=configs/openmoji_autoencoder.py:smoke --workdir=runs/browser/first_stage
+	$(BIN)/python train.py --config=configs/openmoji_text.py:smoke --workdir=runs/browser/denoiser --config.first_stage.path=runs/browser/first_stage
+	PYTHONPATH=. $(BIN)/python tests/browser.py runs/browser/denoiser runs/browser/screenshots
 
 lint: $(VENV)/.lint $(VENV)/.core
 	$(BIN)/ruff check .

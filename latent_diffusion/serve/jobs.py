@@ -246,8 +246,11 @@ class Jobs:
             time.sleep(PREVIEW_SECONDS)
 
     def _draw(self, latents: Any, running: Sequence[Job]) -> None:
-        """The first picture of each job as it is now, where one device has them all."""
-        if len(latents) < sum(job.request.num_images for job in running):
+        """The first picture of each job as it is now, where the latents are those of all jobs.
+
+        `Model.sample` may make the images of a call in parts, and each device has its share.
+        """
+        if len(running) > 1 and len(latents) < sum(job.request.num_images for job in running):
             return
         start = 0
         for job in running:

@@ -6,7 +6,8 @@ const NAMES = {
   prompts: "Prompt", negative_prompts: "Negative prompt", class_labels: "Class", layout: "Layout",
   image: "Picture", mask: "Mask", segmentation: "Map of classes", depth: "Depth", low_res: "Small picture",
   noise_level: "Noise level", sampler: "Sampler", num_steps: "Steps", guidance_scale: "Guidance scale",
-  strength: "Strength", aesthetic_score: "Aesthetic score",
+  strength: "Strength", aesthetic_score: "Aesthetic score", temperature: "Temperature", seed: "Seed",
+  num_images: "Images",
 };
 const HISTORY = 60; // pictures that stay on the page
 
@@ -136,7 +137,7 @@ function addMaskedPicture(parent, needed) {
   canvas.setAttribute("aria-label", "Paint the part that is made anew. Arrow keys move, space paints.");
   const brush = element("input", { type: "number", min: 1, max: Math.max(height, width), value: Math.ceil(width / 6) });
   const clear = element("button", { type: "button" }, "Clear mask");
-  const field = element("fieldset", {}, element("legend", {}, needed ? "Picture and mask" : "Change a picture (optional)"));
+  const field = element("details", { open: needed }, element("summary", {}, needed ? "Picture and mask" : "Change a picture"));
   const paint = element("canvas", { width, height }); // the mask itself, white in holes
   let picture = null;
   let painted = false;
