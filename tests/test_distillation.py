@@ -257,7 +257,7 @@ def test_a_distilled_model_knows_its_steps_and_scales(taught, tmp_path, caplog):
     fields = {"unet.guidance_dim": 4, "distillation.guidance_scales": (1.0, 3.0)}
     begin(student(taught, **fields, **{"sampling.guidance_scale": 2.0}), tmp_path / "run")
     model = load(tmp_path / "run")
-    assert model.defaults["sampler"] == "lcm" and model.defaults["distilled_steps"] == 50
+    assert model.defaults["sampler"] == "lcm" and model.defaults["distilled_steps"] == 20
     assert model.defaults["num_steps"] == 2 and model.defaults["guidance_scale"] == 2.0
     model.save(tmp_path / "saved")  # in others' workdirs, too
     assert list(load(tmp_path / "saved").origin["guidance_range"]) == [1.0, 3.0]

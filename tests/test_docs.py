@@ -23,7 +23,14 @@ STARTS = {"docs/coverage.md": ("latent_diffusion", "tests", ""), "docs/tasks.md"
 
 # Files and folders of workdirs, of users and of other formats; `unet/` begins a parameter's path.
 OUTSIDE = {"config.json", "metrics.json", "results.json", "model_index.json", "vocab.json"}
-OUTSIDE |= {"tokenizer.json", "tokenizer/", "checkpoints/", "images/", "tensorboard/"}
+OUTSIDE |= {
+    "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer/",
+    "checkpoints/",
+    "images/",
+    "tensorboard/",
+}
 OUTSIDE |= {
     "adapter_config.json",
     "best.json",
