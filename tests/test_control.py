@@ -74,7 +74,7 @@ def random_control(seed=0, scale=0.3, **own):
     fields = {"hint_channels": net.hint_channels, "global_pooling": False}
     whole = {**dataclasses.asdict(dataclasses.replace(unet, parent=None)), **fields}
     whole = {k: v for k, v in whole.items() if k not in ("parent", "name")}
-    return ControlWeights(path="net", params=drawn, fields=files._frozen(whole), **own)
+    return ControlWeights(path="net", params=drawn, fields=files.frozen(whole), **own)
 
 
 def untrained():
@@ -177,7 +177,7 @@ def test_files_of_the_original_and_of_diffusers_are_read_and_written_bitwise(tmp
     rng = np.random.default_rng(0)
     params = {k: rng.normal(size=x.shape).astype(np.float32) for k, x in tree.items()}
     fields = {**fields, "global_pooling": True}
-    net = ControlWeights(path="net", params=params, fields=files._frozen(fields), bgr=True)
+    net = ControlWeights(path="net", params=params, fields=files.frozen(fields), bgr=True)
     write_control(net, tmp_path / "folder", "diffusers")
     write_control(net, tmp_path / "net.safetensors", "compvis")
     folder = read_adapter(tmp_path / "folder")

@@ -205,9 +205,20 @@ def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], st
 def write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -> Json:
     """Write the folder of one of a bundle's parts; returns its config."""
     config, tensors, stem = as_component(bundle, name)
+    write_folder(path, config, tensors, stem, progress)
+    return config
+
+
+def write_folder(
+    path: Path,
+    config: Json,
+    tensors: Mapping[str, Tensor],
+    stem: str = STEMS[0],
+    progress: Progress = lambda count: None,
+) -> None:
+    """Write a component's config and weights. stem: the name of the file of weights."""
     save_json(path / "config.json", config)
     write_safetensors(path / f"{stem}.safetensors", tensors, progress=progress)
-    return config
 
 
 def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:

@@ -24,11 +24,12 @@ from latent_diffusion.convert.components import (
     read_text_encoder,
     save_json,
     write_component,
+    write_folder,
 )
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import read_tensors, write_tensors
 from latent_diffusion.files.reading import read_json
-from latent_diffusion.files.tensors import find_weights, write_safetensors
+from latent_diffusion.files.tensors import find_weights
 
 log = logging.getLogger(__name__)
 
@@ -335,10 +336,9 @@ def _write_image_noising(part: Part, path: Path) -> Json:
     fields = part.fields
     statistics = {name: part.params[name] for name in clip_image.STATISTICS}
     tensors = write_tensors(clip_image.statistics_table(), statistics)
-    kind, folder = "StableUnCLIPImageNormalizer", path / "image_normalizer"
+    kind = "StableUnCLIPImageNormalizer"
     config = {**_DDPM, "_class_name": kind, "embedding_dim": fields["projection_dim"]}
-    save_json(folder / "config.json", config)
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    write_folder(path / "image_normalizer", config, tensors)
     schedule = {**_DDPM, "num_train_timesteps": fields["num_levels"], "beta_schedule": _COSINE}
     save_json(path / "image_noising_scheduler" / "scheduler_config.json", schedule)
     side = fields["image_size"]

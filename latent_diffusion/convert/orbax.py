@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.convert import kept
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
-from latent_diffusion.data.tokenizers import load_tokenizer
+from latent_diffusion.data.tokenizers import Tokenizer, load_tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.models.denoiser import SCHEDULE_FIELDS
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
@@ -138,17 +138,8 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
     tokenizer = base.tokenizer
     if (directory / workdir.TOKENIZER).exists():
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
-    return replace(
-        base,
-        autoencoder=bundle.autoencoder,
-        scale_factor=bundle.scale_factor,
-        shift=bundle.shift,
-        diffusion=config.diffusion.to_dict(),
-        sampling=config.sampling.to_dict(),
-        image_size=bundle.image_size,
-        tokenizer=tokenizer,
-        lora=adapted,
-    )
+    base = _of_run(base, bundle, config, tokenizer)
+    return replace(base, diffusion=config.diffusion.to_dict(), lora=adapted)
 
 
 def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Params) -> Bundle:
@@ -164,14 +155,18 @@ def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Para
         whole = np.concatenate([np.asarray(part.params[table].read()), words[name]])
         params = {**part.params, table: in_memory(whole)}
         base = base.with_part(name, replace(part, fields=more[name], params=params))
-    tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
+    return _of_run(base, bundle, config, load_tokenizer(directory / workdir.TOKENIZER))
+
+
+def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer | None) -> Bundle:
+    """The adapted model, with the first stage, the sampling and the picture size of its run."""
     return replace(
         base,
-        autoencoder=bundle.autoencoder,
-        scale_factor=bundle.scale_factor,
-        shift=bundle.shift,
+        autoencoder=run.autoencoder,
+        scale_factor=run.scale_factor,
+        shift=run.shift,
         sampling=config.sampling.to_dict(),
-        image_size=bundle.image_size,
+        image_size=run.image_size,
         tokenizer=tokenizer,
     )
 

@@ -70,23 +70,23 @@ def read_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
+    with reading(path):
+        return _read(path, word)
+
+
+def _read(path: Path, word: str | None) -> Adapter:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("_class_name") == control.CLASS:
-        with reading(path):
-            return control.read_folder(path, config)
+        return control.read_folder(path, config)
     if config.get("_class_name") == t2i_adapter.CLASS:
-        with reading(path):
-            return t2i_adapter.read_folder(path, config)
+        return t2i_adapter.read_folder(path, config)
     if config.get("control") and "task" in config:
-        with reading(path):
-            return control.read_workdir(path)
+        return control.read_workdir(path)
     file, settings = open_adapter(path)
     if control.is_control(file.tensors):
-        with reading(path):
-            return control.read_original(path, file.tensors)
+        return control.read_original(path, file.tensors)
     if t2i_adapter.is_t2i(file.tensors):
-        with reading(path):
-            return t2i_adapter.read_original(path, file.tensors)
+        return t2i_adapter.read_original(path, file.tensors)
     if is_words(file):
         return read_words(path, file, word)
     if word is not None:

@@ -12,10 +12,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.adapters.names import Place, is_idle, places
-from latent_diffusion.convert.bundle import Bundle
+from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.optimisation.deltas import Array, Factors, delta, kind_of
 from latent_diffusion.types import Params
 
@@ -31,6 +32,16 @@ class Adapter(flax.struct.PyTreeNode):
     def changes(self, bundle: Bundle) -> dict[str, Any]:
         """The changes by path in the parameters of a `Denoiser`; ValueError for another model."""
         raise ValueError(f"{self.path}: give this adapter as {self.argument}=")
+
+
+def arrays_of(part: Part) -> dict[str, np.ndarray]:
+    """The parameters of a part by path, read as float32 arrays."""
+    return {path: np.asarray(t.astype(np.float32).read()) for path, t in part.params.items()}
+
+
+def frozen(fields: Mapping[str, Any]) -> FrozenDict:
+    """The fields as static data of a pytree, whose lists are tuples."""
+    return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 class Change(flax.struct.PyTreeNode):

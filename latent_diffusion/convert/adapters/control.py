@@ -12,9 +12,9 @@ from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
 
 from latent_diffusion.convert import unet, unet_compvis, unet_diffusers
-from latent_diffusion.convert.adapters.adapter import Adapter
+from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import Part, check_depth, flat, input_widths, read_part
-from latent_diffusion.convert.components import open_weights, save_json
+from latent_diffusion.convert.components import open_weights, write_folder
 from latent_diffusion.convert.settings import Settings, check_groups
 from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -108,10 +108,6 @@ class ControlWeights(Adapter):
         }
         return unflatten_dict(whole, sep="/")
 
-    def changes(self, bundle: Any) -> dict[str, Any]:
-        """See `Adapter`: it changes no parameter."""
-        raise ValueError(f"{self.path} is a control net: give it as controls=, with its hint")
-
 
 def residual_names(net: UNet) -> Iterator[str]:
     """diffusers' names of the blocks whose outputs are skips, and of the middle."""
@@ -176,7 +172,7 @@ def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
     table = _diffusers(fields, linear, text_time)
     part = _part(weights, fields, table, tensors, unet_diffusers.input_widths(unet_values))
     time_width = unet_values["addition_time_embed_dim"] if text_time else None
-    own = {"linear": linear, "time_width": time_width, "config": _frozen(config)}
+    own = {"linear": linear, "time_width": time_width, "config": frozen(config)}
     return _weights(path, part, bgr=order == "bgr", **own)
 
 
@@ -188,7 +184,7 @@ def read_workdir(path: Path) -> ControlWeights:
     convs = sum(name.startswith(f"{HINT}/") and name.endswith("/kernel") for name in own)
     widths = (own[f"{HINT}/conv_{2 * i}/kernel"].shape[3] for i in range(0, convs - 1, 2))
     fields = {**module_fields(config.unet), "hint_channels": tuple(widths), "global_pooling": False}
-    return ControlWeights(path=str(path), params=own, fields=_frozen(fields))
+    return ControlWeights(path=str(path), params=own, fields=frozen(fields))
 
 
 def _mirrored(downs: Any) -> list[str]:
@@ -203,13 +199,9 @@ def _part(
 
 
 def _weights(path: Path, part: Part, **own: Any) -> ControlWeights:
-    params = {k: np.asarray(t.astype(np.float32).read()) for k, t in part.params.items()}
+    params = arrays_of(part)
     fields = {"hint_channels": (16, 32, 96, 256), "global_pooling": False, **part.fields}
-    return ControlWeights(path=str(path), params=params, fields=_frozen(fields), **own)
-
-
-def _frozen(fields: Mapping[str, Any]) -> FrozenDict:
-    return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return ControlWeights(path=str(path), params=params, fields=frozen(fields), **own)
 
 
 def shapes(
@@ -291,11 +283,8 @@ def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
     if adapter.difference:
         raise ValueError(f"{adapter.path} is a difference to a U-Net; diffusers has no such files")
     config = dict(adapter.config) or _config(adapter, input_widths(Part(fields, tensors)))
-    save_json(path / "config.json", {k: list(v) if isinstance(v, tuple) else v
-                                     for k, v in config.items()})  # fmt: skip
     table = _diffusers(adapter.fields, adapter.linear, adapter.time_width is not None)
-    name = "diffusion_pytorch_model.safetensors"
-    write_safetensors(path / name, write_tensors(table, tensors))
+    write_folder(path, config, write_tensors(table, tensors))
 
 
 def _config(adapter: ControlWeights, widths: unet.Widths) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
 
-from latent_diffusion.convert.adapters.adapter import Adapter
+from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import read_part
-from latent_diffusion.convert.components import open_weights, save_json
+from latent_diffusion.convert.components import open_weights, write_folder
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import Rule, Table, prefixed, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -120,8 +120,7 @@ def read_folder(path: Path, config: Mapping[str, Any]) -> T2IWeights:
     fields["channels"] = (*channels, channels[-1]) if fields["kind"] == "light" else channels
     weights, tensors = open_weights(path, None)
     adapter = _read(path, weights, fields, _diffusers(), tensors)
-    said = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return adapter.replace(config=FrozenDict(said))
+    return adapter.replace(config=frozen(config))
 
 
 def _read(
@@ -132,8 +131,7 @@ def _read(
     hint = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     shapes = jax.eval_shape(net.init, jax.random.key(0), hint)["params"]
     part = read_part(where, fields, table, shapes, tensors)
-    params = {k: np.asarray(t.astype(np.float32).read()) for k, t in part.params.items()}
-    return T2IWeights(path=str(path), params=params, fields=FrozenDict(fields))
+    return T2IWeights(path=str(path), params=arrays_of(part), fields=frozen(fields))
 
 
 def _diffusers() -> Table:
@@ -177,7 +175,4 @@ def write_t2i(adapter: T2IWeights, path: Path, format: str) -> None:
     channels = net.channels[:-1] if net.kind == "light" else net.channels
     own = {"_class_name": CLASS, "adapter_type": kinds[net.kind], "in_channels": 3}
     config = dict(adapter.config) or {**_SETTINGS.write(net), **own, "channels": channels}
-    save_json(path / "config.json", {k: list(v) if isinstance(v, tuple) else v
-                                     for k, v in config.items()})  # fmt: skip
-    name = "diffusion_pytorch_model.safetensors"
-    write_safetensors(path / name, write_tensors(_diffusers(), tensors))
+    write_folder(path, config, write_tensors(_diffusers(), tensors))
