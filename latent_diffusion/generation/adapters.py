@@ -12,7 +12,7 @@ from latent_diffusion.convert.adapters import Adapter, Words, weights_of
 from latent_diffusion.convert.bundle import Bundle, with_denoiser
 from latent_diffusion.data.tokenizers import with_words as with_more_words
 from latent_diffusion.generation import program
-from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.conditioners import make_conditioner, rows_of_words, with_rows
 
 
 def load_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
@@ -64,11 +64,8 @@ def with_words(model: Any, adapters: Sequence[Any]) -> Any:
         raise ValueError(
             f"{added[0].path}: this model has no tokenizer: load it with tokenizer=PATH"
         )
-    config = dict(model.denoiser.conditioner.config)
-    parts = dict(zip(config, model.denoiser.conditioner.parts(), strict=True))
-    readers = {name: part for name, part in parts.items() if "tokens" in part.keys}
-    tokenizer = model.tokenizer
-    rows = max(part.vocab_size for part in readers.values())
+    config, tokenizer = model.denoiser.conditioner.config, model.tokenizer
+    first = rows = rows_of_words(config)
     for adapter in added:
         try:
             tokenizer = with_more_words(
@@ -77,8 +74,8 @@ def with_words(model: Any, adapters: Sequence[Any]) -> Any:
         except ValueError as error:
             raise ValueError(f"{adapter.path}: {error}") from error
         rows += adapter.count
-    config |= {name: {**config[name], "vocab_size": rows} for name in readers}
-    denoiser = model.denoiser.replace(conditioner=make_conditioner(config))
+    conditioner = make_conditioner(with_rows(config, rows - first))
+    denoiser = model.denoiser.replace(conditioner=conditioner)
     return model.replace(tokenizer=tokenizer, denoiser=denoiser)
 
 

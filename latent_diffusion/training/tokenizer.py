@@ -14,7 +14,7 @@ from latent_diffusion.data.tokenizers import (
     load_tokenizer,
     with_words,
 )
-from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
+from latent_diffusion.nets.conditioners import Conditioner, make_conditioner, rows_of_words
 from latent_diffusion.runtime.workdir import TOKENIZER
 from latent_diffusion.training import init_from, settings
 from latent_diffusion.types import lookup
@@ -45,11 +45,7 @@ def make_tokenizer(
 def _with_new_word(config: ConfigDict, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the word `textual_inversion.word`, whose rows follow the tables' own."""
     own = config.textual_inversion
-    rows = {getattr(p, "vocab_size", 0) for p in make_conditioner(config.conditioners).parts()
-            if hasattr(p, "table")}  # fmt: skip
-    if len(rows) != 1:
-        raise ValueError(f"conditioners: vocab_size is {sorted(rows)}; a word needs one for all")
-    (first,) = rows
+    first = rows_of_words(make_conditioner(config.conditioners).config)
     more: Tokenizer = with_words(tokenizer, {own.word: range(first, first + own.num_vectors)})
     return more
 

@@ -167,6 +167,14 @@ def tables(config: Mapping[str, Any]) -> dict[str, str]:
     return {n: CONDITIONERS[n].table for n in config if hasattr(CONDITIONERS[n], "table")}
 
 
+def rows_of_words(config: Mapping[str, Any]) -> int:
+    """The number of rows of every table of words; ValueError where they differ."""
+    rows = {CONDITIONERS[name](**config[name]).vocab_size for name in tables(config)}
+    if len(rows) != 1:
+        raise ValueError(f"conditioners: vocab_size is {sorted(rows)}; a word needs one for all")
+    return int(*rows)
+
+
 def with_rows(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The config of conditioners whose tables of words have `count` rows more."""
     modules = {name: CONDITIONERS[name](**fields) for name, fields in config.items()}
