@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 
-from demo import judge
-from demo.openmoji import HELD_OUT, PER_GROUP, SEEN, draw_with_prompts, training_captions
+from demo.openmoji import HELD_OUT, SEEN, Judged, draw_with_prompts
 from latent_diffusion import data
-from latent_diffusion.data import openmoji
 from latent_diffusion.evaluate import generate
 from latent_diffusion.evaluate.collect import collect_features
 from latent_diffusion.evaluate.features import make_features
@@ -45,35 +42,13 @@ for steps in (4, 2, 1):
     }
 
 
-class Judged:
-    """The judge, the prompts that it asks for, and the right answers."""
-
-    def __init__(self, source: Any):
-        examples = [source[i] for i in range(len(source))]
-        images = np.stack([example["image"] for example in examples])
-        tones = np.array([openmoji.skin_tone(example["caption"]) for example in examples])
-        self._tone = judge.fit(images[tones >= 0], tones[tones >= 0])
-        self._group = judge.fit(images, np.array([e["class_label"] for e in examples]))
-        self._held_out = openmoji.held_out_combinations()
-        captions, self._groups = training_captions(examples, PER_GROUP)
-        self.prompts = [*self._held_out, *captions]
-
-    def accuracies(self, samples: np.ndarray) -> dict[str, float]:
-        """Of pictures of all prompts: of skin tones, and of groups."""
-        count = len(self._held_out)
-        tones = np.array([openmoji.skin_tone(prompt) for prompt in self._held_out])
-        of_tones = judge.balanced_accuracy(self._tone, samples[:count], tones)
-        groups = np.array(self._groups)
-        of_groups = judge.balanced_accuracy(self._group, samples[count:], groups)
-        return {"tone": of_tones, "group": of_groups}
-
-
 def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, float]]:
     """Measure all rows and draw the pictures; returns the numbers by row."""
     models = {"teacher": load(teacher), "student": load(student)}
     config = workdir.load_config(teacher)
     train, test = (data.make_source(config.data, split) for split in ("train", "test"))
-    judged, net, cache = Judged(train), make_features("alexnet"), student / "evaluations"
+    judged = Judged([train[i] for i in range(len(train))])
+    net, cache = make_features("alexnet"), student / "evaluations"
     real = generate.of_data(config, "train")
     reference = gaussian(
         collect_features(real.read, real.count, net, cache / "few_steps_real")["features"]
@@ -95,7 +70,7 @@ def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, fl
         samples = to_uint8(model.sample(jax.random.key(0), judged.prompts, **draw))
         rate = len(samples) / (time.perf_counter() - start)
         numbers[row] = {"fd": distance.value, "error": distance.error, "images_per_second": rate}
-        numbers[row] |= judged.accuracies(samples)
+        numbers[row] |= dict(zip(("tone", "group"), judged.accuracies(samples), strict=True))
         shown = to_uint8(model.sample(jax.random.key(2), SHOWN, **options))
         drawn.append((row, shown))
         print(row, {name: round(value, 4) for name, value in numbers[row].items()}, flush=True)

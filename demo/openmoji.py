@@ -78,6 +78,34 @@ def training_captions(
     return captions, labels
 
 
+class Judged:
+    """Judges of skin tones and groups, the prompts that they ask for, and the right answers."""
+
+    def __init__(self, examples: list[dict[str, Any]]):
+        images = np.stack([example["image"] for example in examples])
+        tones = np.array([openmoji.skin_tone(example["caption"]) for example in examples])
+        self._tone = judge.fit(images[tones >= 0], tones[tones >= 0])
+        self._group = judge.fit(images, np.array([e["class_label"] for e in examples]))
+        self._held_out = openmoji.held_out_combinations()
+        captions, self._groups = training_captions(examples, PER_GROUP)
+        self.prompts = [*self._held_out, *captions]
+
+    def tone_accuracy(self, images: np.ndarray, captions: list[str]) -> float:
+        """Of the pictures whose captions name a tone."""
+        tones = np.array([openmoji.skin_tone(caption) for caption in captions])
+        return judge.balanced_accuracy(self._tone, images[tones >= 0], tones[tones >= 0])
+
+    def group_accuracy(self, images: np.ndarray, groups: list[int]) -> float:
+        """Of pictures of these groups."""
+        return judge.balanced_accuracy(self._group, images, np.array(groups))
+
+    def accuracies(self, samples: np.ndarray) -> tuple[float, float]:
+        """Of samples for all prompts: tones of held-out combinations, groups of the others."""
+        count = len(self._held_out)
+        tone = self.tone_accuracy(samples[:count], self._held_out)
+        return tone, self.group_accuracy(samples[count:], self._groups)
+
+
 def draw_with_prompts(rows: list[tuple[str, np.ndarray]], scale: int = 2) -> Image.Image:
     """A row of pictures for each prompt, with the prompt at its left."""
     font = ImageFont.load_default(size=14)
@@ -138,34 +166,21 @@ def evaluate(root: Path) -> dict[str, float]:
     _enlarged(image_grid(pairs, 16)).save(root / "reconstructions.png")
 
     # The judge, fitted on real training pictures.
-    tone_of = np.array([openmoji.skin_tone(e["caption"]) for e in train_examples])
-    images = np.stack([e["image"] for e in train_examples])
-    tone_judge = judge.fit(images[tone_of >= 0], tone_of[tone_of >= 0])
-    group_judge = judge.fit(images, np.array([e["class_label"] for e in train_examples]))
-    test_tone = np.array([openmoji.skin_tone(e["caption"]) for e in test_examples])
-    test_group = np.array([e["class_label"] for e in test_examples])
-    toned = test_tone >= 0
-    numbers["tone_accuracy_real_held_out"] = judge.balanced_accuracy(
-        tone_judge, held_out[toned], test_tone[toned]
+    judged = Judged(train_examples)
+    numbers["tone_accuracy_real_held_out"] = judged.tone_accuracy(
+        held_out, [e["caption"] for e in test_examples]
     )
-    numbers["group_accuracy_real_held_out"] = judge.balanced_accuracy(
-        group_judge, held_out, test_group
+    numbers["group_accuracy_real_held_out"] = judged.group_accuracy(
+        held_out, [e["class_label"] for e in test_examples]
     )
 
     # Stage 2, on held-out combinations and on training captions.
-    prompts = openmoji.held_out_combinations()
-    captions, groups = training_captions(train_examples, PER_GROUP)
     start = time.perf_counter()
-    samples = to_uint8(model.sample(jax.random.key(0), [*prompts, *captions], batch_size=120))
+    samples = to_uint8(model.sample(jax.random.key(0), judged.prompts, batch_size=120))
     numbers["samples_per_second"] = len(samples) / (time.perf_counter() - start)
-    numbers["tone_accuracy_held_out_combinations"] = judge.balanced_accuracy(
-        tone_judge,
-        samples[: len(prompts)],
-        np.array([openmoji.skin_tone(prompt) for prompt in prompts]),
-    )
-    numbers["group_accuracy_training_captions"] = judge.balanced_accuracy(
-        group_judge, samples[len(prompts) :], np.array(groups)
-    )
+    tone, group = judged.accuracies(samples)
+    numbers["tone_accuracy_held_out_combinations"] = tone
+    numbers["group_accuracy_training_captions"] = group
     fixed = [*SEEN, *HELD_OUT]
     drawn = to_uint8(
         model.sample(jax.random.key(1), fixed, num_images=COLUMNS, batch_size=120)

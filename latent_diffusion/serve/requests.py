@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.data import pictures
+from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
@@ -219,19 +220,14 @@ def _upload(name: str, value: Any, limits: Limits) -> Upload:
 
 
 def _picture(name: str, value: Any, limits: Limits) -> np.ndarray:
-    return pictures.read_image(_upload(name, value, limits))[None].astype(np.float32) / 127.5 - 1
+    return to_float(pictures.read_image(_upload(name, value, limits)))[None]
 
 
-def _mask(name: str, value: Any, limits: Limits) -> np.ndarray:
-    return np.asarray(pictures.read_mask(_upload(name, value, limits)))[None]
+def _map(read: Callable[[Upload], np.ndarray]) -> Callable[[str, Any, Limits], np.ndarray]:
+    return lambda name, value, limits: read(_upload(name, value, limits))[None]
 
 
-def _levels(name: str, value: Any, limits: Limits) -> np.ndarray:
-    return np.asarray(pictures.read_levels(_upload(name, value, limits)))[None]
-
-
-def _depth(name: str, value: Any, limits: Limits) -> np.ndarray:
-    return np.asarray(pictures.read_depth(_upload(name, value, limits)))[None]
+_mask, _levels, _depth = map(_map, (pictures.read_mask, pictures.read_levels, pictures.read_depth))
 
 
 def _same_size(model: Model, values: dict[str, Any], size: tuple[int, int]) -> None:
