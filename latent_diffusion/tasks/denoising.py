@@ -6,7 +6,6 @@ The first stage and pretrained conditioners are frozen. They are part of `consta
 neither a gradient nor an optimiser slot nor a moving average.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.models.denoiser import Denoiser, make_denoiser
 from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
-from latent_diffusion.nets.conditioners import make_conditioner, tables, with_rows
-from latent_diffusion.nets.control import (
-    HINT,
-    Controlled,
-    ControlNet,
-    control_net,
-    controlled_params,
-    init_control,
-)
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.control import ControlNet, control_net, init_control
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
@@ -44,13 +35,13 @@ from latent_diffusion.rng import (
     sampling_keys,
     split_per_example,
 )
+from latent_diffusion.tasks import beside
 from latent_diffusion.types import (
     Array,
     Axis,
     Batch,
     Conditioning,
     Config,
-    Control,
     Keys,
     Params,
     Rng,
@@ -152,9 +143,8 @@ class Denoising:
             base = params
             params = {"lora": low_rank.init(jax.random.fold_in(rng, 1), base, self.lora)}
         if self.new_vectors:
-            base, every = params, flatten_dict(conditioners, sep="/")
-            widths = {n: every[f"{n}/{t}"].shape[1] for n, t in tables(conditioners).items()}
-            params = {"words": {n: jnp.zeros((self.new_vectors, w)) for n, w in widths.items()}}
+            base = params
+            params = {"words": beside.fresh_words(conditioners, self.new_vectors)}
         if self.control:
             base, key = params, jax.random.fold_in(rng, 1)
             net = init_control(self._control_net(z.shape[1]), key, params[name], z, conditioning)
@@ -242,39 +232,20 @@ class Denoising:
         """The denoiser with its trained (or adapted) parameters and the frozen conditioners."""
         if self.lora is not None:
             params = low_rank.merge(constants.base, params["lora"], self.lora["alpha"])
+        model = constants.base if self.control or self.new_vectors else params
+        conditioner = {**model.get("conditioner", {}), **constants.conditioner}
+        model = {**model, "conditioner": conditioner}
         if self.control:
-            return self._with_control(params["control"], constants)
+            net = self._control_net(self._latent(constants)[0])
+            return beside.with_control(self.denoiser, net, params["control"], model)
         if self.new_vectors:
-            return self._with_words(params["words"], constants)
-        conditioner = {**params.get("conditioner", {}), **constants.conditioner}
-        return self.denoiser.replace(params={**params, "conditioner": conditioner})
-
-    def _with_words(self, words: Params, constants: Constants) -> Denoiser:
-        """The denoiser, as it is in `constants`, whose tables of words have further rows."""
-        config = self.denoiser.conditioner.config
-        trees = {**constants.base["conditioner"], **constants.conditioner}
-        flat = flatten_dict(trees, sep="/")
-        for name, table in tables(config).items():
-            path = f"{name}/{table}"
-            flat[path] = jnp.concatenate([flat[path], words[name]])
-        params = {**constants.base, "conditioner": unflatten_dict(flat, sep="/")}
-        grown = make_conditioner(with_rows(config, self.new_vectors))
-        return self.denoiser.replace(conditioner=grown, params=params)
+            return beside.with_words(self.denoiser, params["words"], model)
+        return self.denoiser.replace(params=model)
 
     def _control_net(self, latent_height: int) -> ControlNet:
         """The net that is trained; latent_height: of the latent of a trained picture."""
         unet: Any = self.denoiser.network
         return control_net(unet, self.image_shape[0] // latent_height)
-
-    def _with_control(self, control: Params, constants: Constants) -> Denoiser:
-        """The denoiser, as it is in `constants`, with the control net."""
-        net = self._control_net(self._latent(constants)[0])
-        network: Any = Controlled(self.denoiser.network, (net,))  # type: ignore[arg-type]
-        name, conditioner = self.denoiser.name, constants.base.get("conditioner", {})
-        params = controlled_params(constants.base[name], [control])
-        conditioner = {**conditioner, **constants.conditioner}
-        params = {name: params, "conditioner": conditioner}
-        return self.denoiser.replace(network=network, params=params)
 
     def _hinted(
         self, conditioning: Conditioning, params: Params, constants: Constants, batch: Batch
@@ -284,15 +255,10 @@ class Denoising:
             return conditioning
         if "image" not in batch:
             raise ValueError("control.hint is computed from pictures: set first_stage.cache=False")
-        hint = HINTS[self.control](batch["image"])
-        blocks = [name for name in params["control"] if name.startswith("zero_convs")]
-        net, size = self._control_net(self._latent(constants)[0]), hint.shape[0]
-        own = Control(
-            hint=net.hint_net.apply({"params": params["control"][HINT]}, hint),  # type: ignore
-            scales=jnp.ones((size, len(blocks) + 1)),
-            window=jnp.broadcast_to(jnp.array([-jnp.inf, jnp.inf]), (size, 2)),
+        net = self._control_net(self._latent(constants)[0])
+        return beside.hinted(
+            conditioning, net, params["control"], HINTS[self.control](batch["image"])
         )
-        return dataclasses.replace(conditioning, controls=(own,))
 
     def _latent(self, constants: Constants) -> tuple[int, int, int]:
         """(h, w, c) of the latent of a trained picture."""
@@ -376,34 +342,6 @@ def batch_size(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 
 
-def _hint_of(config: Config) -> str:
-    """The field `control`; ValueError for an unknown hint, and for what doesn't go with one."""
-    if not config["control"]:
-        return ""
-    lookup(HINTS, config["control"], "control")
-    if config["lora"]["rank"] or config["backbone"] != "unet":
-        raise ValueError(
-            f"control={config['control']!r} trains a control net of a U-Net, so lora.rank is 0 and "
-            "backbone 'unet'"
-        )
-    return str(config["control"])
-
-
-def _new_vectors(config: Config, conditioners: Config) -> int:
-    """The number of vectors of the word `textual_inversion.word`; ValueError where it can't be."""
-    own = config["textual_inversion"]
-    if not own["word"]:
-        return 0
-    said = f"textual_inversion.word={own['word']!r}"
-    if not tables(conditioners):
-        raise ValueError(f"{said} needs a conditioner that reads words")
-    if config["lora"]["rank"] or config["control"]:
-        raise ValueError(f"{said} trains its vectors alone: set lora.rank=0 and control=''")
-    if own["num_vectors"] < 1:
-        raise ValueError(f"textual_inversion.num_vectors={own['num_vectors']} must be at least 1")
-    return int(own["num_vectors"])
-
-
 def make_denoising(config: Config) -> Denoising:
     """Build the task from a resolved experiment config."""
     autoencoder = make_autoencoder(config["autoencoder"])
@@ -420,8 +358,8 @@ def make_denoising(config: Config) -> Denoising:
         sampling=config["sampling"],
         ema_decay=config["ema_decay"],
         lora=config["lora"] if config["lora"]["rank"] else None,
-        control=_hint_of(config),
-        new_vectors=_new_vectors(config, conditioner.config),
+        control=beside.hint_of(config),
+        new_vectors=beside.new_vectors(config, conditioner.config),
         pretrained=frozenset(config["pretrained"]),
         grad_accumulation=config["grad_accumulation"],
         **{name: value for name, value in config["diffusion"].items() if name in names},
