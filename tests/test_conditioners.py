@@ -9,7 +9,7 @@ from latent_diffusion.nets.conditioners import CONDITIONERS, combine, make_condi
 from latent_diffusion.nets.resize import cubic
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys
+from latent_diffusion.rng import example_keys, init_key
 from latent_diffusion.types import Conditioning
 
 SMALL = {
@@ -91,7 +91,7 @@ class HalfSize:
 def _conditioning(config, drop, batch=BATCH, size=(4, 4)):
     conditioner = make_conditioner(config)
     batch = conditioner.prepare(batch, HalfSize, size, KEYS)
-    params = jax.jit(conditioner.init)(jax.random.key(0), batch, NEVER)
+    params = jax.jit(conditioner.init)(init_key(0), batch, NEVER)
     return conditioner.apply(params, batch, drop)
 
 

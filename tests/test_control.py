@@ -22,6 +22,7 @@ from latent_diffusion.nets import control
 from latent_diffusion.nets.control import HINT, control_net, init_control
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.hints import edges
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -251,7 +252,7 @@ def test_edges_are_where_the_brightness_changes():
 def test_training_moves_the_net_alone_and_its_workdir_is_an_adapter(tmp_path):
     config = make_config("denoising", control="edges")
     task = TASKS["denoising"](config)
-    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(jax.random.key(0))
+    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_key(0))
     assert set(state.params) == {"control"} and constants.base.keys() == {"unet", "conditioner"}
     # The last convolution starts at zero, which would hide all that comes before it.
     out = constants.base["unet"]["out_2"]

@@ -13,7 +13,7 @@ from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, sampling_keys
+from latent_diffusion.rng import example_keys, init_key, sampling_keys
 from latent_diffusion.types import Conditioning
 
 SHAPE = (4, 4, 2)
@@ -33,7 +33,7 @@ def made(vector=False, **fields):
         context=random(2, 3, 5, 6),
         vector=random(3, 3, 32) if vector else None,
     )
-    init = jax.jit(unet.init)(jax.random.key(0), jnp.zeros((3, *SHAPE)), jnp.zeros(3), null)
+    init = jax.jit(unet.init)(init_key(0), jnp.zeros((3, *SHAPE)), jnp.zeros(3), null)
     leaves, tree = jax.tree.flatten(init["params"])
     params = tree.unflatten([0.3 * random(i, *x.shape) for i, x in enumerate(leaves)])
     denoiser = Denoiser({"unet": params}, SCHEDULE, unet, make_conditioner({}), "v")

@@ -9,6 +9,7 @@ import pytest
 from programs import host_transfers
 from tiny import make_batch, make_config
 
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import hlo
 from latent_diffusion.tasks import TASKS
@@ -56,7 +57,7 @@ def _make(task, **fields):
 def _start(task):
     made, config = _make(task)
     init = jax.jit(lambda rng: made.init(rng, batch_spec(config)))
-    return *init(jax.random.key(0, impl="unsafe_rbg")), make_batch(config)
+    return *init(init_key(0)), make_batch(config)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from latent_diffusion.process import objectives
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.rng import (
     example_keys,
+    init_key,
     normal_per_example,
     split_per_example,
     uniform_per_example,
@@ -74,7 +75,7 @@ def made(kind, method="consistency", scales=(2.0, 5.0), embedded=True, **fields)
         loss=fields.pop("loss", "l2"),
     )
     task = Distillation(student, method, scales, **fields)
-    state, constants = task.init(jax.random.key(0), BATCH_OF)
+    state, constants = task.init(init_key(0), BATCH_OF)
     params = jax.tree.map(lambda x: 1.1 * x, state.params)
     return task, state.replace(params=params, opt_state=student.tx.init(params)), constants
 

@@ -14,6 +14,7 @@ from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.dit import DiT, positions_2d
 from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.rng import init_key
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import init_from, loop
 from latent_diffusion.training.batch_spec import batch_spec
@@ -61,7 +62,7 @@ def test_the_sizes_of_the_paper(fields, millions):
 def test_every_block_is_the_identity_at_first_and_the_prediction_zero():
     dit = DiT(**SMALL)
     z = jax.random.normal(jax.random.key(1), (1, 4, 4, 3))
-    params = dit.init(jax.random.key(0), z, jnp.zeros(1))["params"]
+    params = dit.init(init_key(0), z, jnp.zeros(1))["params"]
     assert not dit.apply({"params": params}, z, jnp.zeros(1)).any()
     params["final_layer_linear"]["kernel"] = jnp.ones_like(params["final_layer_linear"]["kernel"])
     one_block = {k: v for k, v in params.items() if k != "blocks_1"}

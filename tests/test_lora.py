@@ -16,6 +16,7 @@ from latent_diffusion.convert import clip_text, unet
 from latent_diffusion.convert.adapters import read_adapter, read_weights, write_kohya_lora
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.optimisation import low_rank
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -89,7 +90,7 @@ def test_training_moves_the_factors_and_has_no_memory_for_the_rest():
     config = make_config("denoising", **{"lora.rank": 2, "lora.alpha": 2.0})
     config.unet.transformer_depth = 1
     task = TASKS["denoising"](config)
-    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(jax.random.key(0))
+    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_key(0))
     trained = sum(x.size for x in jax.tree.leaves(state.params))
     assert trained < 0.2 * sum(x.size for x in jax.tree.leaves(constants.base))
     assert sum(x.size for x in jax.tree.leaves(state.opt_state)) < 2 * trained + 4

@@ -9,6 +9,7 @@ from tiny import BATCH, SIZE, make_config
 from latent_diffusion import data
 from latent_diffusion.convert import kept
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.rng import init_key
 from latent_diffusion.training import moments
 
 COUNT = 19  # no multiple of the batch
@@ -20,7 +21,7 @@ def made(tmp_path):
     config = make_config("denoising")
     module = make_autoencoder(config.autoencoder.to_dict())
     init = jax.jit(lambda rng: module.init(rng, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
-    params = init(jax.random.key(0, impl="unsafe_rbg"))
+    params = init(init_key(0))
     first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
     kept.save_first_stage(tmp_path, first_stage, "here")
     images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, SIZE, 3), np.uint8)

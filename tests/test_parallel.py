@@ -26,6 +26,7 @@ from slices import SLICES, Chip, chips_of
 
 from latent_diffusion import rng as rng_lib
 from latent_diffusion.nets.conditioners.text import TextTransformer
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import hlo
 from latent_diffusion.runtime.parallel.chips import topology_devices
@@ -208,7 +209,7 @@ def test_fsdp_sends_parameters_of_a_text_encoder_not_its_activations():
         return jax.tree.map(lambda p, g: p - g, params, grads), {"loss": value}
 
     mesh, rules = parallel.make_mesh({"fsdp": 8}), ((".*", "fsdp(min_mb=0)"),)
-    params = net.init(jax.random.key(0), *jax.tree.map(jnp.asarray, (batch, batch["drop"])))
+    params = net.init(init_key(0), *jax.tree.map(jnp.asarray, (batch, batch["drop"])))
     params = parallel.place(params, "mesh", mesh, rules)
     compiled = parallel.compile_step(step, "mesh", mesh=mesh, rules=rules)
     lowered = compiled.lower(params, {}, batch, jax.random.key(0))
@@ -309,7 +310,7 @@ def test_the_state_is_made_in_its_parts():
             "frozen": jnp.ones(2)
         }
 
-    rng = jax.random.key(0, impl="unsafe_rbg")
+    rng = init_key(0)
     program = parallel.compile_init(init, rng, "mesh", mesh=mesh, rules=rules)
     state, constants = program(rng)
     share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))

@@ -13,6 +13,7 @@ import latent_diffusion as ldm
 from configs import openmoji_prior
 from latent_diffusion import data
 from latent_diffusion.optimisation.optimizers import make_optimizer
+from latent_diffusion.rng import init_key
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.prior import make_prior_training
 from latent_diffusion.training import loop, moments
@@ -120,7 +121,7 @@ def test_codes_are_those_of_the_frozen_first_stage_and_the_loss_falls():
     config = make_config("prior", **{"optimizer.learning_rate": 1e-2})
     task = TASKS["prior"](config)
     init = jax.jit(lambda rng: task.init(rng, batch_spec(config)))
-    state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
+    state, constants = init(init_key(0))
     batch, step, losses = make_batch(config), jax.jit(task.train_step), []
     pictures = {"image": jnp.asarray(batch["image"])}
     cached = {**batch, "codes": constants.first_stage.indices(pictures)}

@@ -12,6 +12,7 @@ from latent_diffusion.nets.quantizer import (
     to_used,
     with_moved_codes,
 )
+from latent_diffusion.rng import init_key
 
 NUM_CODES, DIM = 5, 2
 SHAPE = (8, 3, 2, DIM)
@@ -165,7 +166,7 @@ def test_eight_devices_move_the_codebook_as_one_does():
 
 
 def test_initial_codes_and_wrong_width():
-    key = jax.random.key(0, impl="unsafe_rbg")  # compiles fastest
+    key = init_key(0)
     params = VectorQuantizer(64, 16).init(key, jnp.zeros((1, 1, 1, 16)))["params"]
     assert 0.9 / 64 < jnp.abs(params["embedding"]).max() <= 1 / 64
     averaged, variables = codebook(ema_decay=0.99)

@@ -15,6 +15,7 @@ from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, unet, unet_compvis, unet_diffusers
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.rng import init_key
 
 BASE = {
     "model_channels": 320,
@@ -139,7 +140,7 @@ BATCH = {
 
 def condition(config, drop=(False, False), batch=BATCH):
     conditioner, drop = make_conditioner(config), jnp.array(drop)
-    params = jax.jit(conditioner.init)(jax.random.key(0), batch, drop)
+    params = jax.jit(conditioner.init)(init_key(0), batch, drop)
     return params["params"], conditioner.apply(params, batch, drop)
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tiny import BATCH, SIZE, make_batch, make_config
 
 from latent_diffusion.nets.losses.adversarial import hinge_d_loss
+from latent_diffusion.rng import init_key
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
 
@@ -33,7 +34,7 @@ def _setup(task, *fields):
         config.pretrained.bert = "anywhere"  # the loop would read it; random weights do here
     made = TASKS[task](config)
     init = jax.jit(lambda rng: made.init(rng, batch_spec(config)))
-    state, constants = init(jax.random.key(0, impl="unsafe_rbg"))
+    state, constants = init(init_key(0))
     return made, state, constants, make_batch(config), jax.jit(made.train_step)
 
 

@@ -11,6 +11,7 @@ from latent_diffusion.convert import autoencoder_tiny
 from latent_diffusion.convert.bundle import Bundle, as_part, flat
 from latent_diffusion.generation.loading import as_model
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder, TinyDecoder
+from latent_diffusion.rng import init_key
 
 FIELDS = {"channels": 4, "encoder_blocks": (1, 2), "decoder_blocks": (2, 1), "embed_dim": 2}
 FIELDS |= {"image_channels": 3, "regularization": "tiny"}
@@ -64,7 +65,7 @@ def test_the_names_and_the_size_are_those_of_taesd():
 
 def test_a_decoder_without_blocks_is_a_line_behind_a_soft_clamp():
     decoder, z = TinyDecoder(1, 1, (0,)), jnp.array([-9.0, 0.3, 50.0]).reshape(3, 1, 1, 1)
-    params = decoder.init(jax.random.key(0), z)["params"]
+    params = decoder.init(init_key(0), z)["params"]
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
     first, last = (params[name] for name in ("layers_0", "layers_2"))
     first["kernel"], last["kernel"] = (x["kernel"].at[1, 1].set(w) for x, w in

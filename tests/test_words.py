@@ -16,6 +16,7 @@ from latent_diffusion.convert.adapters import read_adapter, write_words
 from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer, with_words
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -137,7 +138,7 @@ def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     rows, base_dir, run = config.conditioners.text.vocab_size, tmp_path / "base", tmp_path / "run"
     tokenizer = WordTokenizer.train(["red cat"], rows, config.tokenizer.max_length)
     task = TASKS["denoising"](config)
-    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(jax.random.key(0))
+    state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_key(0))
     assert set(state.params) == {"words"} and set(state.params["words"]) == {"text"}
     fields = {**config.unet.to_dict(), "out_channels": 2}
     flat = flatten_dict(constants.base, sep="/")  # kernels that start at zero would hide the text

@@ -167,6 +167,7 @@ PROGRAMS = {
     "prior.sampling.temperature": (PRIOR, "show", 0.5, {}),
     "prior.sampling.top_k": (PRIOR, "show", 3, {}),
     "prior.sampling.top_p": (PRIOR, "show", 0.5, {}),
+    "optimizer.averages": (CLASSIFIER, "tx", (0.1,), {}),
     "optimizer.b1": (CLASSIFIER, "tx", 0.8, {}),
     "optimizer.b2": (CLASSIFIER, "tx", 0.8, {}),
     "optimizer.end_factor": (CLASSIFIER, "tx", 0.5, COSINE),
@@ -222,11 +223,13 @@ START = f"{HERE}a_run_starts_on_its_mesh_from_its_seed_and_with_latents_if_it_ca
 DISTANCE = f"{HERE}a_distance_is_over_so_many_pictures_and_of_the_features_that_the_config_names"
 TOKENIZER = f"{HERE}the_tokenizer_is_the_one_that_the_config_describes"
 EMBEDDED = "test_clip.py::test_a_data_set_is_embedded_once_and_for_all"
+AVERAGES = "test_averages.py::test_a_run_saves_snapshots_of_which_a_command_makes_a_workdir"
 CONFIG = {
     "textual_inversion.start": "test_words.py::test_training_moves_the_new_rows_alone_bitwise",
     "distillation.teacher": TEACHER,
     "autoencoding.disc_condition": CONDITIONAL,
     "autoencoding.perceptual_path": PERCEPTUAL,
+    "checkpoint.averages_every_steps": AVERAGES,
     "checkpoint.best": LOOP,
     "checkpoint.best_mode": LOOP,
     "checkpoint.every_steps": LOOP,

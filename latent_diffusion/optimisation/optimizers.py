@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.optimisation.averages import with_power_averages
 from latent_diffusion.trees import path_string
 from latent_diffusion.types import Array, Config, Float, Int, Params, lookup
 
@@ -48,6 +49,8 @@ def path_mask(patterns: Sequence[str]) -> Callable[[Params], Params]:
 def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay, learning rate; frozen paths rest.
 
+    Its state has the averages of the widths in `averages`.
+
     config: the `optimizer` fields of configs/default.py. As in the reference, `adamw` decays every
     parameter, norms and biases too, except paths that match `no_decay`.
     """
@@ -63,9 +66,15 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
         )
     parts.append(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)))
     tx = optax.chain(*parts)
-    if not config["frozen"]:
-        return tx
-    frozen = path_mask(config["frozen"])
+    if config["frozen"]:
+        tx = _at_rest(tx, path_mask(config["frozen"]))
+    return with_power_averages(tx, config["averages"]) if config["averages"] else tx
+
+
+def _at_rest(
+    tx: optax.GradientTransformation, frozen: Callable[[Params], Params]
+) -> optax.GradientTransformation:
+    """The same optimiser for all leaves but those for which the mask `frozen` is true."""
 
     def labels(tree: Params) -> Params:
         return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(tree))

@@ -333,7 +333,8 @@ def make_autoencoding(config: Config) -> Autoencoding:
     disc, net = dict(fields.pop("discriminator")), fields.pop("perceptual")
     fields.pop("perceptual_path")  # read by the loop, which loads the weights
     disc_optimizer = dict(config["optimizer"]) | {
-        "learning_rate": fields.pop("disc_learning_rate") or config["optimizer"]["learning_rate"]
+        "averages": (),
+        "learning_rate": fields.pop("disc_learning_rate") or config["optimizer"]["learning_rate"],
     }
     return Autoencoding(
         autoencoder=make_autoencoder(config["autoencoder"]),

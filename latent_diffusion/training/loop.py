@@ -12,6 +12,7 @@ from latent_diffusion.runtime.checkpoint import (
     WorkdirInUse,
     acquire_lock,
 )
+from latent_diffusion.training.averages import Snapshots
 from latent_diffusion.training.best import Best
 from latent_diffusion.training.start import Start, resolve, start
 from latent_diffusion.training.stop import Interrupted, Stop
@@ -39,6 +40,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         acquire_lock(directory),
         Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         Best(directory, config.checkpoint.best, config.checkpoint.best_mode) as best,
+        Snapshots(directory, config.checkpoint.averages_every_steps) as snapshots,
     ):
         run = start(config, directory, checkpoints)
         with (
@@ -48,7 +50,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         ):
             if run.step:
                 progress.write(f"resuming from step {run.step} of {checkpoints.directory}")
-            return _steps(config, run, checkpoints, best, stop, writer, progress)
+            return _steps(config, run, checkpoints, best, snapshots, stop, writer, progress)
 
 
 def _steps(
@@ -56,6 +58,7 @@ def _steps(
     run: Start,
     checkpoints: Checkpointer,
     best: Best,
+    snapshots: Snapshots,
     stop: Stop,
     writer: metrics.Writer,
     progress: metrics.Progress,
@@ -83,6 +86,7 @@ def _steps(
             progress.report(step, {"loss": float(values["loss"]), "images/s": rate})
         if _due(step, config.checkpoint.every_steps) or ends:
             checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
+        snapshots.offer(step, state, run.mode, last=step == config.num_steps)
         if _look_at(config, run, state, step, best, stop, writer):
             speed.skip()
     if stop.signum:

@@ -26,7 +26,7 @@ MAY_CHANGE = {
     "ema_decay": "the average may follow faster or slower",
     r"(log|checkpoint|sampling)\..*": "training doesn't read them",
     r"parallel\..*": "checkpoints don't depend on devices",
-    r"optimizer\.(?!name|frozen).*": "the optimiser's state serves any rates",
+    r"optimizer\.(?!name|frozen|averages).*": "the optimiser's state serves any rates",
     r"(unet|dit|autoencoder|transformer)\.(attention|dropout|dtype|remat|scan)": (
         "the parameters are the same"
     ),

@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -44,6 +45,10 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     line, where a file isn't usable, the workdir holds another run, or processes differ.
     """
     lookup(TASKS, config.task, "task")
+    if config.checkpoint.averages_every_steps and not config.optimizer.averages:
+        raise ValueError(
+            "checkpoint.averages_every_steps needs widths in optimizer.averages, e.g. (0.05, 0.1)"
+        )
     run = workdir.load_run(directory)
     if run is None:
         config = init_from.resolve(teacher.resolve(config))
@@ -70,8 +75,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     config, tokenizer = make_tokenizer(config, train_source, run, bundle)
     task = lookup(TASKS, config.task, "task")(config)
 
-    # XLA compiles hundreds of threefry draws in minutes, and hundreds of rbg draws in seconds.
-    init_rng = jax.random.key(config.seed, impl="unsafe_rbg")
+    init_rng = init_key(config.seed)
     init = functools.partial(task.init, batch_spec=batch_spec(config))
     if run is None:
         state, constants = parallel.compile_init(init, init_rng, mode, **layout)(init_rng)

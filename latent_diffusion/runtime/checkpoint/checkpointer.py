@@ -57,7 +57,8 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores the checkpoints of one directory; a context manager.
 
-    directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk.
+    directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk,
+    all of them if it is None.
     read_only: for readers beside a running training; changes nothing on disk. lazy: save trees of
     `Tensor` leaf by leaf. Raises CheckpointError where the directory can't be written (or read).
     """
@@ -65,7 +66,7 @@ class Checkpointer:
     def __init__(
         self,
         directory: str | os.PathLike,
-        keep: int = 3,
+        keep: int | None = 3,
         read_only: bool = False,
         lazy: bool = False,
     ):
@@ -142,19 +143,26 @@ class Checkpointer:
         self._saving = None
 
     def restore(
-        self, abstract_state: PyTree | None = None, *, only: Sequence[str] | None = None
+        self,
+        abstract_state: PyTree | None = None,
+        *,
+        only: Sequence[str] | None = None,
+        step: int | None = None,
     ) -> Restored | None:
         """Restore the latest good checkpoint; None where there is none at all.
 
         abstract_state: arrays or ShapeDtypeStructs. Leaves with a sharding are restored with it,
         others as numpy. None: nested dicts and lists of numpy.
         only: names of top-level entries to read ("ema_params"); the rest stays on disk.
+        step: this step, good or not, in place of the latest good one.
 
         Steps that are damaged or not ours are skipped with a logged reason. Raises
         CheckpointError where no step is good, ArchitectureMismatch where a good step holds another
         tree than `abstract_state`.
         """
         self.wait()
+        if step is not None:
+            return self._restore_step(step, abstract_state, only)
         return self._of_latest(lambda step: self._restore_step(step, abstract_state, only))
 
     def open(self, entry: str) -> PyTree | None:

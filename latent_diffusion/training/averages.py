@@ -1,0 +1,102 @@
+"""Snapshots of a run's power-function averages, and averages of other widths made of them.
+
+    python -m latent_diffusion.training.averages --workdir=RUN --width=0.1 --out=FOLDER
+
+writes a workdir with the parameters alone, for sampling and evaluation. The run needs
+`optimizer.averages` and `checkpoint.averages_every_steps`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from latent_diffusion.optimisation.averages import averages_of, weights
+from latent_diffusion.runtime import parallel, workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
+from latent_diffusion.runtime.startup import quiet_and_cached
+from latent_diffusion.types import Params
+
+FOLDER = "averages"
+
+
+class Snapshots:
+    """Saves the averages in the optimiser's state, all of them for good; a context manager."""
+
+    def __init__(self, run: Path, every_steps: int):
+        self._every_steps = every_steps
+        directory = run / FOLDER
+        self._checkpoints = Checkpointer(directory, keep=None) if every_steps else None
+
+    def offer(self, step: int, state: Any, mode: str, last: bool) -> None:
+        """Save if it is due at this step."""
+        if self._checkpoints is None or (step % self._every_steps and not last):
+            return
+        averages = averages_of(state.opt_state)
+        self._checkpoints.save(step, parallel.to_global(averages, mode), {"widths": [*averages]})
+
+    def __enter__(self) -> "Snapshots":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.__exit__(*raised)
+
+
+def rebuild(run: Path, width: float, out: Path, step: int | None = None) -> None:
+    """Write a workdir with the average of a width, at a step or at the last snapshot.
+
+    Raises ValueError and CheckpointError, in one line, where the run has no snapshots up to that
+    step, the width isn't possible, or `out` has something in it.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; --out names a new folder")
+    config = workdir.load_config(run)
+    with Checkpointer(run / FOLDER, read_only=True) as snapshots:
+        steps = [saved for saved in snapshots.all_steps() if step is None or saved <= step]
+        if not steps:
+            raise ValueError(
+                f"{run / FOLDER} has no snapshot" + (f" up to step {step}" * bool(step))
+            )
+        step = step or steps[-1]
+        params = _sum(snapshots, steps, step, width)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in workdir.frozen_files(run):
+        shutil.copy(path, out)
+    live_alone = config.task == "autoencoding" and not config.ema_decay
+    with Checkpointer(out / "checkpoints") as checkpoints:
+        checkpoints.save(step, {"params" if live_alone else "ema_params": params})
+
+
+def _sum(snapshots: Checkpointer, steps: list[int], step: int, width: float) -> Params:
+    """The weighted sum of all snapshots, of which one is in memory at a time."""
+    widths = [float(name) for name in snapshots.metadata()["widths"]]
+    pairs = [(saved, given) for saved in steps for given in widths]
+    weight = dict(zip(pairs, weights(*zip(*pairs, strict=True), step, width), strict=True))
+    total: Params | None = None
+    for saved in steps:
+        averages = snapshots.restore(step=saved).state
+        for given in widths:
+            part = jax.tree.map(lambda x, w=weight[saved, given]: w * x, averages[str(given)])
+            total = part if total is None else jax.tree.map(lambda x, y: x + y, total, part)
+    return jax.tree.map(lambda x: x.astype("float32"), total)
+
+
+def main(argv: list[str]) -> None:
+    """Rebuild an average."""
+    quiet_and_cached()
+    try:
+        rebuild(Path(RUN.value), WIDTH.value, Path(OUT.value), STEP.value)
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    RUN = flags.DEFINE_string("workdir", None, "A run with averages.", required=True)
+    WIDTH = flags.DEFINE_float("width", None, "Relative to the step, e.g. 0.1.", required=True)
+    STEP = flags.DEFINE_integer("step", None, "Its end; default: the last snapshot's.")
+    OUT = flags.DEFINE_string("out", None, "A new folder.", required=True)
+    app.run(main)
