@@ -20,6 +20,9 @@ ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT;
 CONTROL = flags.DEFINE_multi_string(
     "control", [], "A control net, its hint, a weight: FILE:PICTURE:WEIGHT; repeatable."
 )
+REFINER = flags.DEFINE_string(
+    "refiner", None, "A model that goes on at a share of the noise: PATH:0.2."
+)
 OUT = flags.DEFINE_string("out", None, "Where the images go.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
@@ -117,6 +120,7 @@ def main(argv: list[str]) -> None:
             lora=dict(read_weights(LORA.value)),
             adapters=read_weights(ADAPTER.value, "adapter"),
             controls=[read_pictured(entry, "control") for entry in CONTROL.value],
+            refiner=sampling.read_refiner(REFINER.value),
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

@@ -361,9 +361,10 @@ def test_a_call_goes_on_where_another_stopped():
         ({"start": 0.4, "end": 0.4, "z_T": between}, "no step lies between start=0.4 and end=0.4"),
         ({"end": 1.0}, r"end must lie in \[0, 1\)"),
         ({"end": 0.2, "strength": 0.5, "image": IMAGES[:1]}, "give strength, or start and end"),
+        ({"end": 0.2, "sampler": "lcm"}, "'lcm' ends without noise, so it can't stop at end=0.2"),
     ):
         with pytest.raises(ValueError, match=message):
-            sample(**options, **wrong)
+            sample(**{**options, **wrong})
 
 
 def test_another_key_gives_other_pictures():
@@ -477,6 +478,89 @@ def test_the_unconditional_may_have_other_sizes(name):
         pictures(3.0, **{f"negative_{name}": np.array([other, other])})
     with pytest.raises(ValueError, match=f"negative_{name} given, but this model has no {name}"):
         reading({"depth": {}}).sample(RNG, depth=noise(1, 2, 2, 1), **{f"negative_{name}": value})
+
+
+class Both(Reading):
+    """A network whose answer depends on z_t, and on what it is told."""
+
+    @nn.compact
+    def __call__(self, z_t, t, conditioning=None, train=False):
+        return 0.5 * z_t + 20 * Reading.__call__(self, z_t, t, conditioning, train)
+
+
+def mixing(conditions, bias):
+    """A model that is conditioned so, and reads it with this bias."""
+    made = reading(conditions)
+    params = {**made.denoiser.params, "unet": {"gain": jnp.array(0.0), "bias": jnp.array(bias)}}
+    return made.replace(denoiser=made.denoiser.replace(network=Both(), params=params))
+
+
+def test_a_call_with_a_refiner_is_two_calls_bitwise():
+    """Each model gets the conditions that it reads, and the second one the latents."""
+    sizes = {"image_embedding": {"width": 6}, "sizes": {"width": 6}}
+    base, other = mixing(sizes, 0.0), mixing({"sizes": {"width": 6, "aesthetic_score": True}}, 0.3)
+    options = {"sampler": "euler_ancestral", "num_steps": 5, "guidance_scale": 2.0}
+    options |= {"mode": "single", "num_images": 2, "original_size": (3, 9)}
+    first = {
+        "image_embedding": noise(1, 6),
+        "target_size": (7, 2),
+        "z_T": noise(2, 2, SIDE, SIDE, 3),
+    }
+    first |= {"negative_target_size": (2, 7)}
+    second = {"aesthetic_score": 3.0, "negative_aesthetic_score": 9.0}
+    whole = base.sample(RNG, **options, **first, **second, refiner=(other, 0.4))
+    between = base.sample(RNG, **options, **first, end=0.4)
+    want = other.sample(RNG, **options, **second, z_T=between, start=0.4)
+    np.testing.assert_array_equal(whole, want)
+    left = base.sample(RNG, **options, **first, **second, refiner=(other, 0.4), end=0.2)
+    np.testing.assert_array_equal(
+        left, other.sample(RNG, **options, **second, z_T=between, start=0.4, end=0.2)
+    )
+    given = {**options, "image_embedding": noise(1, 6)}
+    slow = other.replace(defaults={"spacing": "leading"})
+    for changes, message in (
+        ({"refiner": (other, 1.0)}, r"refiner is a pair of a model and a share .* not .*1\.0\)"),
+        ({"refiner": (noise(1, 6), 0.4)}, "refiner is a pair of a model and a share of the noise"),
+        ({"refiner": (slow, 0.4)}, "refiner starts at timestep 200, but the model stops at 399"),
+        ({"refiner": (other, 0.01)}, "no step lies between start=0.01 and end=0"),
+        ({"refiner": (other, 0.4), "depth": noise(1, 2, 2, 1)}, "depth given, but this model"),
+        ({"refiner": (other.replace(denoiser=None), 0.4)}, "this model has no denoiser"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            base.sample(RNG, **{**given, **changes})
+
+
+def test_a_refiner_fills_the_hole_of_the_first_model():
+    sizes = {"sizes": {"width": 6}}
+    base, other = mixing(sizes, 0.0), mixing(sizes, 0.3)
+    hole = np.zeros((1, SIDE, SIDE, 1), np.float32)
+    hole[:, :2] = 1
+    given = {"image": IMAGES[:1], "mask": hole, "num_steps": 5, "mode": "single"}
+    images = base.sample(RNG, **given, refiner=(other, 0.4))
+    np.testing.assert_array_equal(images[:, 2:], IMAGES[:1, 2:])
+    alone = base.sample(RNG, **given)
+    assert np.abs(images - alone)[:, :2].max() > 1e-3
+    varied = {
+        **given,
+        "mask": None,
+        "start": 0.7,
+    }  # without mask it is the first one's alone
+    between = base.sample(RNG, **varied, end=0.4)
+    want = other.sample(RNG, num_steps=5, mode="single", z_T=between, start=0.4)
+    np.testing.assert_array_equal(base.sample(RNG, **varied, refiner=(other, 0.4)), want)
+
+
+def test_a_call_that_goes_on_draws_other_noise():
+    """From black latents, of a network that expects black: the result is the noise of one step."""
+    made = model(CLASS)
+    params = jax.tree.map(jnp.zeros_like, made.denoiser.params)
+    made = made.replace(denoiser=made.denoiser.replace(params=params))
+    given = {"class_labels": [1] * 30, "eta": 1.0, "num_steps": 5, "mode": "single"}
+    given["z_T"] = np.zeros((30, SIDE, SIDE, 3), np.float32)
+    first = made.sample(RNG, end=0.9, **given)
+    second = made.sample(RNG, start=0.9, end=0.7, **given)
+    assert min(first.std(), second.std()) > 0.1
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
 
 
 def test_a_condition_has_the_size_of_the_picture():

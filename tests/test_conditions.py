@@ -255,6 +255,22 @@ class Recorder:
         return np.zeros((1, 8, 8, 3), np.float32)
 
 
+@pytest.mark.parametrize("name", ["original_size", "crop_top_left", "target_size"])
+def test_sizes_of_another_length_are_refused(name):
+    conditioner = make_conditioner({"sizes": {}})
+    for value, shape in (([9], "1, 1"), ((1, 2, 3), "1, 3"), (np.ones((2, 2, 2), int), "2, 2, 2")):
+        with pytest.raises(ValueError, match=rf"{name} has shape \({shape}\), expected \[N 2\]"):
+            conditions.batch_of(conditioner, list, {name: value}, (8, 8), (1, 1))
+
+
+def test_a_refiner_is_loaded_from_its_path(tmp_path, monkeypatch):
+    model = Recorder()
+    options = given_to(model, tmp_path, monkeypatch, refiner=sampling.read_refiner("C:/there:0.25"))
+    assert options["refiner"] == (model, 0.25)
+    with pytest.raises(ValueError, match="--refiner=there: write PATH:SHARE"):
+        sampling.read_refiner("there")
+
+
 def given_to(model, tmp_path, monkeypatch, **options):
     monkeypatch.setattr(sampling, "load", lambda *_, **__: model)
     sampling.sample_to_disk("here", tmp_path, num_images=1, **options)

@@ -358,6 +358,7 @@ ARGUMENTS = {
         "tile_overlap": TILES,
         "adapters": ADAPTERS,
         "controls": "test_control.py::test_weights_windows_and_blocks_are_inputs_of_one_program",
+        "refiner": f"{ANSWERS}a_call_with_a_refiner_is_two_calls_bitwise",
         "batch_size": BATCHES,
         "mode": BATCHES,
         "progress": HOLE,
@@ -392,8 +393,8 @@ FLAGS = {
     "sample": {
         **dict.fromkeys(
             (
-                *("workdir", "model", "tokenizer", "lora", "adapter", "control", "out"),
-                "prompts",
+                *("workdir", "model", "tokenizer", "lora", "adapter", "control", "refiner"),
+                *("out", "prompts"),
                 *("prompts_file", "class_labels", "num_images", "seed"),
                 *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),

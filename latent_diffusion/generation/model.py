@@ -14,7 +14,7 @@ import numpy as np
 from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.generation import adapters as adapting
-from latent_diffusion.generation import codes, conditions, guides, program
+from latent_diffusion.generation import codes, conditions, guides, program, refining
 from latent_diffusion.generation import controls as controlling
 from latent_diffusion.generation.prompts import Tokenize, beside, make_tokenize
 from latent_diffusion.models.classifier import NoisyClassifier
@@ -173,6 +173,7 @@ class Model(flax.struct.PyTreeNode):
         controls: Sequence[Any] = (),
         batch_size: int = 64,
         mode: str = "auto",
+        refiner: tuple[Any, float] | None = None,
         **options: Any,
     ) -> np.ndarray:
         """Images [N H W C] in [-1, 1]: `num_images` for each condition, condition-major.
@@ -195,7 +196,8 @@ class Model(flax.struct.PyTreeNode):
 
         `start` and `end` are shares of the noise: with `end` the call returns the latents [N h w c]
         there instead of images, which are the z_T of another call with this `start`, perhaps of
-        another model.
+        another model. `refiner`, a pair of this other model and the share of the noise at which it
+        takes over, makes both calls one (docs/sdxl.md).
 
         Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
         one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
@@ -221,6 +223,11 @@ class Model(flax.struct.PyTreeNode):
 
         Raises ValueError, in one line, for bad input, and where an image isn't finite.
         """
+        if refiner is not None:
+            asked = {**locals(), **options}  # all arguments, by name
+            for name in ("self", "rng", "refiner", "options"):
+                del asked[name]
+            return refining.sample(self, refiner, rng, asked)
         first_stage = self._need("first_stage")
         given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
         given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}

@@ -51,6 +51,20 @@ def read_weighted(prompts: str | None) -> list[tuple[str, float]] | None:
         raise ValueError(f'--more_prompts={prompts}: write "text:weight;text:weight"') from error
 
 
+def read_refiner(entry: str | None) -> tuple[str, float] | None:
+    """The path and the share of the noise in "PATH:0.2"."""
+    if entry is None:
+        return None
+    path, _, share = entry.rpartition(":")
+    try:
+        return path, float(share)
+    except ValueError:
+        raise ValueError(
+            f"--refiner={entry}: write PATH:SHARE, such as refiner:0.2, where SHARE of the noise "
+            "is left"
+        ) from None
+
+
 def read_picture(path: str | None) -> np.ndarray | None:
     """[1 H W 3] in [-1, 1] from the file of a picture."""
     return None if path is None else to_float(pictures.read_image(path))[None]
@@ -153,14 +167,17 @@ def sample_to_disk(
     height: int | None = None,
     width: int | None = None,
     controls: Sequence[tuple[str, str, float]] = (),
+    refiner: tuple[str, float] | None = None,
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`. height, width: of
-    the images, each by default the trained side. An `image` to start from, and its `mask`, are cut
-    in their middle and resized to this size. controls: paths of nets, pictures of hints, which have
-    the size of the images, and weights. Process 0 alone writes and prints.
+    tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`. height,
+    width: of the images, each by default the trained side. An `image` to start from, and its
+    `mask`, are cut in their middle and resized to this size. controls: paths of nets, pictures of
+    hints, which have the size of the images, and weights. refiner: path and share of the noise, see
+    `Model.sample`.
+    Process 0 alone writes and prints.
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     own = {name: value for name, value in options.items() if not callable(value)}
@@ -171,11 +188,13 @@ def sample_to_disk(
         "tokenizer": tokenizer,
         "lora": {str(k): v for k, v in (lora or {}).items()},
     }
-    own |= {"controls": [list(entry) for entry in controls]}
+    own |= {"controls": [list(entry) for entry in controls], "refiner": refiner}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
     model = load(path, tokenizer=tokenizer, lora=lora)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
+    if refiner is not None:
+        options["refiner"] = (load(refiner[0], tokenizer=tokenizer), refiner[1])
     options["controls"] = [
         (load_adapter(file), read_hint(hint), weight) for file, hint, weight in controls
     ]

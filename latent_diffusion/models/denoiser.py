@@ -212,7 +212,10 @@ class Denoiser(flax.struct.PyTreeNode):
         denoise = guidance.observed(denoise, options.progress, options.preview)
         if mask is not None:
             denoise = guidance.inpaint(denoise, self.schedule, picture, mask, keys.hole)
-        z = run(denoise, z, timesteps, self.schedule, keys.steps, **own)
+        of_steps = keys.steps
+        if late:  # other noise than that of the call which stopped here
+            of_steps = jax.vmap(jax.random.fold_in, (0, None))(of_steps, timesteps[0].astype(int))
+        z = run(denoise, z, timesteps, self.schedule, of_steps, **own)
         if mask is None or options.end is not None:
             return z
         return guidance.paste(z, picture, mask)

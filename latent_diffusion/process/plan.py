@@ -192,6 +192,10 @@ def _between(
         return timesteps, dataclasses.replace(options, start=None, end=None)
     if options.strength is not None and options.strength != OPTIONS["strength"].off:
         raise ValueError("give strength, or start and end: both choose the steps")
+    if end != OPTIONS["end"].off and options.sampler in ("lcm", "tcd"):
+        raise ValueError(
+            f"sampler {options.sampler!r} ends without noise, so it can't stop at end={end:g}"
+        )
     evaluated = timesteps[:-1]
     first = 0 if start == OPTIONS["start"].off else int(np.sum(evaluated >= round(start * total)))
     count = int(np.sum(evaluated >= round(end * total)))

@@ -8,7 +8,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 import test_pipelines as tiny
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_pipelines import BETAS, PROMPTS, RNG, F, draw, modes, picture, randomised, to_torch
 
 import latent_diffusion as ldm
@@ -148,6 +148,8 @@ def test_the_refiner_goes_on_where_the_base_stops(scheduler, tmp_path):
     np.save(tmp_path / "latents.npy", latents)
     got = ours_2.sample(RNG, PROMPTS, z_T=np.load(tmp_path / "latents.npy"), start=0.2, **options)
     tiny.check(got, want)
+    both = ours.sample(RNG, PROMPTS, z_T=z(), refiner=(ours_2, 0.2), **options)
+    np.testing.assert_array_equal(both, got)
 
 
 def test_turbo_draws_without_guidance(tmp_path, monkeypatch):
@@ -166,17 +168,63 @@ def test_turbo_draws_without_guidance(tmp_path, monkeypatch):
     tiny.check(got, want)
 
 
-def test_the_refiner_changes_a_picture(tmp_path, monkeypatch):
-    pipeline, model = make(diffusers.StableDiffusionXLImg2ImgPipeline, tmp_path, refiner=True)
+LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "out_proj", "fc1", "proj_in")
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_a_lora_of_the_unet_and_both_encoders(kind, tmp_path):
+    """Merged and unmerged; the first encoder's last layer, which is in the file, has no effect."""
+    pytest.importorskip("peft")
+    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path)
+    tensors, count = {}, 0
+    for prefix, start in KOHYA.items():
+        for name, module in getattr(pipeline, prefix).named_modules():
+            if not name.endswith(LINEAR):
+                continue
+            count += 1
+            if prefix != "unet" and not name.startswith("text_model"):
+                name = f"text_model.{name}"
+            out, into = module.weight.shape
+            down, up = 0.3 * draw(2 * count, 2, into), 0.3 * draw(2 * count + 1, out, 2)
+            key, ends = f"{prefix}.{name}", ("lora_A.weight", "lora_B.weight")
+            if kind == "kohya":
+                key = f"{start}_{name.replace('.', '_')}"
+                ends = ("lora_down.weight", "lora_up.weight")
+                tensors[f"{key}.alpha"] = np.asarray(1.5, np.float32)
+            tensors |= {f"{key}.{ends[0]}": down, f"{key}.{ends[1]}": up}
+    file = tmp_path / "style.safetensors"
+    save_file(tensors, file)
+    options = {"z_T": z(), "num_steps": 10, "mode": "single"}
+    options["image_size"] = (SIZE[0] * F, SIZE[1] * F)
+    plain = model.sample(RNG, PROMPTS, **options)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="style")
+    pipeline.set_adapters("style", 0.7)
+    want = pipeline(
+        PROMPTS, latents=to_torch(z()), num_inference_steps=10, output_type="np", **size()
+    ).images
+    assert np.abs((plain + 1) / 2 - want).max() > 5 / 255
+    tiny.check(
+        model.sample(RNG, PROMPTS, adapters=[(ldm.load_adapter(file), 0.7)], **options), want
+    )
+    tiny.check(
+        ldm.load(tmp_path / "pipeline", lora={file: 0.7}).sample(RNG, PROMPTS, **options), want
+    )
+
+
+@pytest.mark.parametrize("refiner", [True, False])
+def test_a_picture_is_changed(refiner, tmp_path, monkeypatch):
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    pipeline, model = make(kind, tmp_path, refiner=refiner)
     image = np.tanh(draw(1, 2, SIZE[0] * F, SIZE[1] * F, 3))
     tiny.in_order(monkeypatch, pipeline, tiny.start_noise(2, *SIZE, 4))
+    own = {"aesthetic_score": 7.0, "negative_aesthetic_score": 1.5} if refiner else {}
     want = pipeline(
-        PROMPTS, image=picture(image), strength=0.4, num_inference_steps=20, output_type="np",
-        aesthetic_score=7.0, negative_aesthetic_score=1.5,
-    ).images  # fmt: skip
+        PROMPTS, image=picture(image), strength=0.4, num_inference_steps=20, output_type="np", **own
+    ).images
     got = model.sample(
         RNG, PROMPTS, mode="single", image=image, strength=0.4, num_steps=20,
-        image_size=image.shape[1:3], aesthetic_score=7.0, negative_aesthetic_score=1.5,
+        image_size=image.shape[1:3], **own,
     )  # fmt: skip
     tiny.check(got, want)
 
