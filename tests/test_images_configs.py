@@ -1,0 +1,63 @@
+"""The experiments for anybody's folder of pictures: both stages on one that is made here."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import latent_diffusion as ldm
+from configs import images_autoencoder, images_class, images_text, images_unconditional
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import loop
+
+VARIANTS = ("64", "128", "256", "smoke")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """60 pictures that aren't squares, with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for i in range(60):
+        colour, left = ("red", "green", "blue")[i % 3], 4 + i % 10
+        picture = Image.new("RGB", (32, 24), "white")
+        ImageDraw.Draw(picture).ellipse([left, 4, left + 12, 16], fill=colour)
+        picture.save(folder / f"{i}.png")
+        lines.append(f"{i}.png\t{colour} ball")
+    (folder / "captions.txt").write_text("\n".join(lines))
+    return folder
+
+
+def run(config, pictures, workdir):
+    config.data.dir = str(pictures)
+    config.parallel.mode = "single"
+    config.num_steps = 2
+    config.log.images_every_steps = 0
+    loop.train(config, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+
+
+def test_both_stages_train_on_a_folder_and_draw_its_captions(pictures, tmp_path):
+    first_stage = tmp_path / "first_stage"
+    run(images_autoencoder.get_config("smoke"), pictures, first_stage)
+    config = images_text.get_config("smoke")
+    config.first_stage.path = str(first_stage)
+    run(config, pictures, tmp_path / "text")
+    model = ldm.load(tmp_path / "text")
+    assert model.tokenizer.unknown_words("a red ball") == ["a"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_denoiser_is_that_of_its_autoencoder(variant):
+    first_stage = images_autoencoder.get_config(variant)
+    assert first_stage.autoencoding.adversarial_start < first_stage.num_steps
+    for module in (images_text, images_class, images_unconditional):
+        config = module.get_config(variant)
+        assert config.autoencoder.to_dict() == first_stage.autoencoder.to_dict()
+        assert config.data.to_dict() == first_stage.data.to_dict()
+        assert config.data.image_size == (16 if variant == "smoke" else int(variant))
+        TASKS[config.task](config)
+    with pytest.raises(ValueError, match="unknown variant '65'; known: 128, 256, 64, smoke"):
+        images_text.get_config("65")
