@@ -224,7 +224,7 @@ def unet() -> ConfigDict:
     c.remat = "none"
     # Deep transformers as loops: sampling compiles faster, with copies of parameters
     c.scan = False
-    c.attention = "auto"  # "auto" | "xla" | "cudnn" | "splash" (TPU)
+    c.attention = "auto"  # "auto" (docs/devices.md) | "xla" | "blocks" | "cudnn" | "splash" (TPU)
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c
 

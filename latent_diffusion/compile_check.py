@@ -67,6 +67,7 @@ def check(
     """
     import jax
 
+    from latent_diffusion.nets.dot_product_attention import Machine, traced_for
     from latent_diffusion.runtime import parallel
     from latent_diffusion.runtime.parallel.chips import parse_topology, topology_devices
     from latent_diffusion.tasks import DENOISERS, TASKS
@@ -82,14 +83,16 @@ def check(
         options["xla_gpu_enable_triton_gemm"] = False  # XLA would time its tiles on the GPU
     devices = topology_devices(topology)
     config = config.copy_and_resolve_references().unlock()
-    for part in (config[config.backbone], config.autoencoder):
-        if part.get("attention", "auto") == "auto":
-            part.attention = "xla"  # "auto" looks at the machine that traces
+    plain = config.copy_and_resolve_references()
+    for part in (plain[plain.backbone], plain.autoencoder):
+        part.attention = "xla"  # no loops and kernels, which are hard to count
+    if chip.platform == "cuda":
+        config = plain  # JAX lowers cuDNN's attention only where it finds cuDNN
     mode, mesh = parallel.devices(config.parallel, devices)
     parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation, devices)
     if mode == "single":  # a pmap of one
         mode, devices = "pmap", devices[:1]
-    task: Any = lookup(TASKS, config.task, "task")(config)
+    task, counted = (lookup(TASKS, config.task, "task")(one) for one in (config, plain))
     batch, rng = batch_spec(config), jax.eval_shape(lambda: jax.random.key(0))
     state, constants = jax.eval_shape(task.init, rng, batch)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
@@ -100,12 +103,13 @@ def check(
         if not train and config.task not in DENOISERS:
             continue
         step, args = task.train_step if train else task.show, (state, constants, batch, rng)
+        countable = counted.train_step if train else counted.show
         used = [tree if train or tree is None else tree.ema_params for tree in (state, shardings)]
         row = Checked(
             program,
             "pmap" if mesh is None else " × ".join(f"{k} {n}" for k, n in mesh.shape.items()),
             parallel.num_bytes(*used) + parallel.num_bytes(constants),
-            parallel.count_flops(step, *args) / len(devices),
+            parallel.count_flops(countable, *args) / len(devices),
         )
         if row.arguments > memory:
             problem = f"state and constants alone take {row.arguments / GIB:.1f} GiB"
@@ -114,7 +118,8 @@ def check(
             checked.append(row)
             continue
         start = time.perf_counter()
-        lowered = parallel.lower_for(devices, step, mode, args, evaluate=not train, **layout)
+        with traced_for(Machine("tpu" if chip.platform == "tpu" else "gpu")):
+            lowered = parallel.lower_for(devices, step, mode, args, evaluate=not train, **layout)
         row = _compile(lowered, row, memory, options)
         checked.append(row._replace(seconds=round(time.perf_counter() - start, 1)))
     return checked

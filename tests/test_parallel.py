@@ -27,6 +27,7 @@ from slices import SLICES, Chip, chips_of
 from latent_diffusion import rng as rng_lib
 from latent_diffusion.nets.conditioners.text import TextTransformer
 from latent_diffusion.rng import init_key
+from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import hlo
 from latent_diffusion.runtime.parallel.chips import topology_devices
@@ -226,6 +227,29 @@ def test_evaluation_returns_the_global_batch_in_order(runs, name):
     assert all(isinstance(leaf, np.ndarray) for leaf in evaluation.values())
     assert evaluation["index"].tolist() == list(range(BATCH))
     assert len(np.unique(evaluation["noise"])) == BATCH
+
+
+def test_loops_and_kernels_on_rows_send_nothing_over_a_mesh():
+    """Attention by blocks; and where rows don't divide over the devices, XLA cuts its own."""
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 4})
+    q = np.random.default_rng(0).normal(size=(16, 12, 2, 4)).astype(np.float32)
+
+    def step(state, constants, batch, rng):
+        del constants, rng
+        return attend(state * batch["q"], batch["q"], batch["q"], "blocks")
+
+    layout = {"mesh": mesh, "rules": ((".*", "replicate"),)}
+    compiled = parallel.compile_eval(step, "mesh", **layout)
+    args = (np.float32(1), {}, {"q": q}, jax.random.key(0))
+    text = compiled.lower(*args).compile().as_text()
+    assert "while(" in text and not hlo.collectives(text)
+    expected = jax.nn.dot_product_attention(q, q, q)
+    np.testing.assert_allclose(compiled(*args), expected, atol=1e-5)
+
+    for rows, by_blocks in ((jnp.asarray(q), True), (jnp.asarray(q[:4]), False)):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            program = str(jax.make_jaxpr(lambda q: attend(q, q, q, "blocks"))(rows))
+        assert ("scan" in program) == ("shard_map" in program) == by_blocks
 
 
 def test_python_scalars_and_weak_types_become_arrays():

@@ -7,58 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.nets.blockwise_attention import blockwise_attention
+from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm, layer_norm, precomputed
-from latent_diffusion.nets.splash_attention import splash_attention
 from latent_diffusion.types import Array, Bool, Float, lookup
-
-# name -> the implementation in `jax.nn.dot_product_attention`, where it is used
-IMPLEMENTATIONS = {"auto": None, "xla": "xla", "cudnn": "cudnn", "splash": "xla"}
-LONG = 400  # with this many tokens, blocks make a CPU faster
-
-
-def attend(
-    q: Float[Array, "B L N D"],
-    k: Float[Array, "B S N D"],
-    v: Float[Array, "B S N D"],
-    implementation: str = "auto",
-    *,
-    causal: bool = False,
-    mask: Bool[Array, "#B S"] | None = None,
-) -> Float[Array, "B L N D"]:
-    """softmax(q kᵀ / √D) v for N heads; the softmax runs in float32.
-
-    causal: position i attends to positions up to i. mask: false for positions that nobody attends
-    to. "auto" on a CPU puts heads before tokens, the layout of its matrix products, and computes
-    long sequences block by block: up to twice as fast, and 5 times at 1,024 tokens.
-    "splash" is a kernel for TPUs in the modes single and pmap, where a device has whole examples.
-    XLA computes masked and causal attention in any case: such sequences (texts) are short.
-    """
-    by_xla = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
-    masked = causal or mask is not None
-    if implementation == "splash" and not masked:
-        return splash_attention(q, k, v)
-    if implementation == "auto" and not masked and jax.default_backend() == "cpu":
-        if min(q.shape[1], k.shape[1]) >= LONG:
-            return blockwise_attention(q, k, v)
-        if q.dtype == jnp.float32:
-            return heads_first(q, k, v)
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=None if mask is None else mask[:, None, None, :],
-        is_causal=causal,
-        implementation=by_xla,
-    )
-
-
-def heads_first(
-    q: Float[Array, "B L N D"], k: Float[Array, "B S N D"], v: Float[Array, "B S N D"]
-) -> Float[Array, "B L N D"]:
-    """The definition, in matrix products of [B N L D]."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return (nn.softmax(q @ k.swapaxes(2, 3)) @ v).swapaxes(1, 2)
 
 
 def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.nets.attention import CrossAttention, attend
+from latent_diffusion.nets.attention import CrossAttention
+from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, layer_norm, precomputed, timestep_embedding
 from latent_diffusion.nets.remat import rematerialised
 from latent_diffusion.types import Array, Conditioning, Float, Num

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from latent_diffusion.nets.attention import attend
+from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm
 from latent_diffusion.types import Array, Float, lookup
 

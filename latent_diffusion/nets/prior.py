@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.nets.attention import CrossAttention, attend
+from latent_diffusion.nets.attention import CrossAttention
+from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import layer_norm
 from latent_diffusion.types import Array, Conditioning, Float, Int
 

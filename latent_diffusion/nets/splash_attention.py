@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from latent_diffusion.types import Array, Float
 
-BLOCK = 128  # the kernel wants multiples of this many tokens and numbers
+MULTIPLE = 128  # the kernel wants whole multiples of this many tokens and numbers
+BLOCK = 512  # tokens of queries, and of keys, that the kernel holds at a time, at most
 
 
 def splash_attention(
@@ -18,22 +19,23 @@ def splash_attention(
 
     interpret: run the kernel step by step on any device, as a test does.
     """
-    if not interpret and jax.default_backend() != "tpu":
-        raise ValueError(
-            f"attention='splash' is for TPUs, this is a {jax.default_backend()}; use 'auto'"
-        )
     length, width = q.shape[1], q.shape[3]
     real = k.shape[1]
     q, k, v = (_padded(x.transpose(0, 2, 1, 3)) for x in (q * width**-0.5, k, v))
     kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
     # Padding belongs to another segment, to which no query attends.
-    segments = _segment_ids(q.shape[2], k.shape[2], real)
+    segments = None if real == k.shape[2] else _segment_ids(q.shape[2], k.shape[2], real)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
     return out[:, :, :length, :width].transpose(0, 2, 1, 3)
 
 
 def _padded(x: Float[Array, "B N L D"]) -> Float[Array, "B N M E"]:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK), (0, -x.shape[3] % BLOCK)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % MULTIPLE), (0, -x.shape[3] % MULTIPLE)))
+
+
+def _block(tokens: int) -> int:
+    """The largest number of tokens that divides all of them into blocks."""
+    return next(size for size in range(BLOCK, 0, -MULTIPLE) if tokens % size == 0)
 
 
 def _kernel(heads: int, length: int, keys: int, interpret: bool):
@@ -43,10 +45,19 @@ def _kernel(heads: int, length: int, keys: int, interpret: bool):
     )
 
     mask = splash_attention_mask.FullMask((length, keys))
+    of_queries, of_keys = _block(length), _block(keys)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=of_queries,
+            block_kv=of_keys,
+            block_q_dkv=of_queries,
+            block_kv_dkv=of_keys,
+            block_q_dq=of_queries,
+            block_kv_dq=of_keys,
+        ),
         interpret=interpret,
     )
 

@@ -13,6 +13,7 @@ The state has the same shapes in all modes (no device axis), so checkpoints don'
     rules      from paths of the state to the cuts of its arrays
     placement  putting states and batches on their devices
     steps      compiling
+    rows       calls for which each device takes its rows of a batch
     flops, hlo counting a step's operations, and the bytes that its compiled program sends
 """
 
@@ -34,6 +35,7 @@ from latent_diffusion.runtime.parallel.placement import (
     state_shardings,
     to_global,
 )
+from latent_diffusion.runtime.parallel.rows import on_rows
 from latent_diffusion.runtime.parallel.rules import (
     describe,
     infer_shardings,

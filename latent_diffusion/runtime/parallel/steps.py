@@ -168,7 +168,7 @@ def _flat(step: Step, **options: Any) -> Step:
 
 
 def _rows_kept(step: Step, mesh: Mesh) -> Step:
-    """The step, whose embeddings (`nn.Embed`) are cut along the batch.
+    """The step, whose embeddings (`nn.Embed`) and kernels (`on_rows`) are cut along the batch.
 
     Otherwise XLA cuts them and all later activations along features, as the table is cut: under
     FSDP a text transformer would send its activations, many times the bytes of its parameters.
@@ -182,7 +182,7 @@ def _rows_kept(step: Step, mesh: Mesh) -> Step:
 
     @functools.wraps(step)
     def function(*args: Any) -> Any:
-        with nn.intercept_methods(keep):
+        with nn.intercept_methods(keep), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*args)
 
     return function
