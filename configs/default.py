@@ -117,7 +117,8 @@ def get_config() -> ConfigDict:
 
 def data() -> ConfigDict:
     c = ConfigDict()
-    c.name = "synthetic"  # "openmoji" | "image_folder" | "tfds:NAME" | "synthetic"
+    # "openmoji" | "twemoji" | "openmoji+twemoji" | "image_folder" | "tfds:NAME" | "synthetic"
+    c.name = "synthetic"
     # image_folder: the folder; else where prepared data lives (None = the user cache)
     c.dir = placeholder(str)
     c.image_size = 32

@@ -1,7 +1,10 @@
-"""A judge of samples: simple classifiers that are fitted on real training pictures only.
+"""Judges of samples: of tones, groups and styles by classifiers, of colours by nearest pictures.
 
-Its accuracy on real held-out pictures is reported beside its verdict on samples.
+The classifiers are fitted on real training pictures only. Their accuracy on real held-out pictures
+is reported beside their verdict on samples.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -37,3 +40,30 @@ def balanced_accuracy(
 ) -> float:
     """Mean over the classes of the share of pictures that the judge classifies rightly."""
     return float(balanced_accuracy_score(labels, judge.predict(features(images))))
+
+
+def middle_colours(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N 3"]:
+    """The median of each channel over the middle half of both sides, which shapes fill."""
+    height, width = images.shape[1:3]
+    middle = images[:, height // 4 : height - height // 4, width // 4 : width - width // 4]
+    return np.median(middle, axis=(1, 2))
+
+
+def colour_accuracy(
+    samples: UInt8[np.ndarray, "N H W 3"],
+    captions: Sequence[str],
+    real: dict[str, UInt8[np.ndarray, "H W 3"]],
+) -> float:
+    """Share of samples of the right colour.
+
+    captions: "red heart" and so on, of each sample. real: the real picture of every caption. A
+    sample's colour is right if, among the real pictures of its shape (the caption's last word), the
+    one of its caption has the nearest colour.
+    """
+    names = list(real)
+    shapes = np.array([name.split()[-1] for name in names])
+    colours = middle_colours(np.stack([real[name] for name in names]))
+    asked = np.array([names.index(caption) for caption in captions])
+    distances = np.linalg.norm(middle_colours(samples)[:, None] - colours, axis=-1)
+    distances[shapes[asked][:, None] != shapes] = np.inf
+    return float((distances.argmin(1) == asked).mean())

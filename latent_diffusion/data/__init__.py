@@ -35,6 +35,8 @@ __all__ = [
 
 DATASETS: dict[str, Callable[[Any, str], Any]] = {
     "openmoji": openmoji_source.make,
+    "twemoji": openmoji_source.make,
+    "openmoji+twemoji": openmoji_source.make,
     "openmoji_scenes": openmoji_scenes.make,
     "openmoji_wide": openmoji_wide.make,
     "image_folder": image_folder.make,

