@@ -130,6 +130,8 @@ def data() -> ConfigDict:
     c.train_split = "train"
     c.test_split = "test"
     c.test_fraction = 0.1  # image_folder without train/ and test/: share held out by path
+    # Training draws small classes more often: 0 = as they are ... 1 = all classes equally often
+    c.balance = 0.0
     c.caption_column = ""  # image_folder: of captions in metadata files; "" = "text" or "caption"
     c.features = ConfigDict()  # tfds: our batch key -> the data set's feature
     # Conditions made of the examples:

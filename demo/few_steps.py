@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from demo.openmoji import HELD_OUT, SEEN, Judged, draw_with_prompts
+from demo.judged import Judged
+from demo.openmoji import HELD_OUT, SEEN, draw_with_prompts
 from latent_diffusion import data
 from latent_diffusion.evaluate import generate
 from latent_diffusion.evaluate.collect import collect_features

@@ -56,12 +56,12 @@ def colour_accuracy(
 ) -> float:
     """Share of samples of the right colour.
 
-    captions: "red heart" and so on, of each sample. real: the real picture of every caption. A
-    sample's colour is right if, among the real pictures of its shape (the caption's last word), the
-    one of its caption has the nearest colour.
+    captions: "red heart" or "twemoji red heart", of each sample. real: the real picture of every
+    caption. A sample's colour is right if, among the real pictures of its shape and style (the
+    caption without its last but one word), the one of its caption has the nearest colour.
     """
     names = list(real)
-    shapes = np.array([name.split()[-1] for name in names])
+    shapes = np.array([" ".join([*name.split()[:-2], name.split()[-1]]) for name in names])
     colours = middle_colours(np.stack([real[name] for name in names]))
     asked = np.array([names.index(caption) for caption in captions])
     distances = np.linalg.norm(middle_colours(samples)[:, None] - colours, axis=-1)

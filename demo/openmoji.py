@@ -19,9 +19,8 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageDraw, ImageFont
 
-from demo import judge
+from demo.judged import PER_SUBJECT, Coloured, Diverse, Judged, first_caption
 from latent_diffusion import data
-from latent_diffusion.data import openmoji
 from latent_diffusion.generation.loading import load
 from latent_diffusion.generation.model import Model
 from latent_diffusion.nets.losses.similarity import psnr
@@ -31,26 +30,26 @@ from latent_diffusion.runtime.startup import quiet_and_cached
 
 SEEN = (
     "red heart",
-    "grinning face",
-    "dog face",
-    "red apple",
+    "twemoji red heart",
+    "openmoji green circle",
+    "twemoji grinning face",
+    "openmoji dog face",
+    "twemoji dog face",
     "sun",
-    "flag: Japan",
-    "woman police officer light skin tone",
+    "openmoji flag: Japan",
     "man farmer dark skin tone",
 )
 HELD_OUT = (
-    "woman firefighter dark skin tone",
-    "woman firefighter light skin tone",
-    "woman pilot medium skin tone",
-    "man judge medium-dark skin tone",
-    "woman superhero medium-light skin tone",
-    "man police officer dark skin tone",
+    "openmoji woman firefighter dark skin tone",
+    "twemoji woman firefighter dark skin tone",
+    "openmoji woman pilot medium skin tone",
+    "twemoji man judge medium-dark skin tone",
+    "openmoji woman superhero medium-light skin tone",
+    "twemoji man singer light skin tone",
     "woman farmer light skin tone",
     "man technologist medium skin tone",
 )
 COLUMNS = 8
-PER_GROUP = 30
 
 
 def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 32) -> np.ndarray:
@@ -63,47 +62,6 @@ def in_batches(function: Callable[[Any], Any], images: np.ndarray, size: int = 3
 def reconstructions(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Decoded posterior modes of images in [-1, 1]."""
     return in_batches(lambda part: model.decode(model.encode(part)), images, batch_size)
-
-
-def training_captions(
-    examples: list[dict[str, Any]], per_group: int
-) -> tuple[list[str], list[int]]:
-    """`per_group` training captions of each of the nine groups, evenly spaced over the split."""
-    captions, labels = [], []
-    for label in range(len(openmoji.GROUPS)):
-        of_group = [e["caption"] for e in examples if e["class_label"] == label]
-        picked = np.linspace(0, len(of_group) - 1, per_group).round().astype(int)
-        captions += [of_group[i] for i in picked]
-        labels += [label] * per_group
-    return captions, labels
-
-
-class Judged:
-    """Judges of skin tones and groups, the prompts that they ask for, and the right answers."""
-
-    def __init__(self, examples: list[dict[str, Any]]):
-        images = np.stack([example["image"] for example in examples])
-        tones = np.array([openmoji.skin_tone(example["caption"]) for example in examples])
-        self._tone = judge.fit(images[tones >= 0], tones[tones >= 0])
-        self._group = judge.fit(images, np.array([e["class_label"] for e in examples]))
-        self._held_out = openmoji.held_out_combinations()
-        captions, self._groups = training_captions(examples, PER_GROUP)
-        self.prompts = [*self._held_out, *captions]
-
-    def tone_accuracy(self, images: np.ndarray, captions: list[str]) -> float:
-        """Of the pictures whose captions name a tone."""
-        tones = np.array([openmoji.skin_tone(caption) for caption in captions])
-        return judge.balanced_accuracy(self._tone, images[tones >= 0], tones[tones >= 0])
-
-    def group_accuracy(self, images: np.ndarray, groups: list[int]) -> float:
-        """Of pictures of these groups."""
-        return judge.balanced_accuracy(self._group, images, np.array(groups))
-
-    def accuracies(self, samples: np.ndarray) -> tuple[float, float]:
-        """Of samples for all prompts: tones of held-out combinations, groups of the others."""
-        count = len(self._held_out)
-        tone = self.tone_accuracy(samples[:count], self._held_out)
-        return tone, self.group_accuracy(samples[count:], self._groups)
 
 
 def draw_with_prompts(rows: list[tuple[str, np.ndarray]], scale: int = 2) -> Image.Image:
@@ -165,26 +123,34 @@ def evaluate(root: Path) -> dict[str, float]:
     pairs = np.concatenate([np.concatenate([x[i], x_rec[i]], 0)[None] for i in shown])
     _enlarged(image_grid(pairs, 16)).save(root / "reconstructions.png")
 
-    # The judge, fitted on real training pictures.
-    judged = Judged(train_examples)
-    numbers["tone_accuracy_real_held_out"] = judged.tone_accuracy(
-        held_out, [e["caption"] for e in test_examples]
-    )
+    # The judges, fitted on real training pictures.
+    judged, coloured = Judged(train_examples), Coloured([*train_examples, *test_examples])
+    captions = [first_caption(e) for e in test_examples]
+    numbers["tone_accuracy_real_held_out"] = judged.tone_accuracy(held_out, captions)
     numbers["group_accuracy_real_held_out"] = judged.group_accuracy(
         held_out, [e["class_label"] for e in test_examples]
     )
 
     # Stage 2, on held-out combinations and on training captions.
+    def draw(key: int, prompts: list[str], **options: Any) -> np.ndarray:
+        return to_uint8(model.sample(jax.random.key(key), prompts, batch_size=120, **options))
+
     start = time.perf_counter()
-    samples = to_uint8(model.sample(jax.random.key(0), judged.prompts, batch_size=120))
+    samples = draw(0, judged.prompts)
     numbers["samples_per_second"] = len(samples) / (time.perf_counter() - start)
     tone, group = judged.accuracies(samples)
     numbers["tone_accuracy_held_out_combinations"] = tone
     numbers["group_accuracy_training_captions"] = group
+    numbers["colour_accuracy"] = coloured.accuracy(draw(2, coloured.prompts))
+    if judged.styles:
+        numbers["style_accuracy_real_held_out"] = judged.style_accuracy(held_out, captions)
+        numbers["style_accuracy"] = judged.style_accuracy(samples, judged.prompts)
+        diverse = Diverse(train_examples)
+        several = draw(3, diverse.prompts, num_images=PER_SUBJECT)
+        shape = (len(diverse.prompts), PER_SUBJECT, *samples.shape[1:])
+        numbers["diversity"] = diverse.diversity(several.reshape(shape))
     fixed = [*SEEN, *HELD_OUT]
-    drawn = to_uint8(
-        model.sample(jax.random.key(1), fixed, num_images=COLUMNS, batch_size=120)
-    ).reshape(len(fixed), COLUMNS, *samples.shape[1:])
+    drawn = draw(1, fixed, num_images=COLUMNS).reshape(len(fixed), COLUMNS, *samples.shape[1:])
     titles = [*SEEN, *(f"{prompt}  (held out)" for prompt in HELD_OUT)]
     draw_with_prompts(list(zip(titles, drawn, strict=True))).save(root / "samples.png")
     draw_losses(root)

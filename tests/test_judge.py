@@ -1,8 +1,9 @@
 """Judges of samples."""
 
 import numpy as np
+import pytest
 
-from demo import judge
+from demo import judge, judged
 
 RED, ORANGE, BLUE = (200, 30, 30), (240, 130, 20), (30, 60, 200)
 
@@ -20,7 +21,8 @@ def test_a_colour_is_right_if_its_own_picture_is_the_nearest_of_its_shape():
         "red heart": picture(RED),
         "orange heart": picture(ORANGE),
         "blue square": picture(BLUE),
-        "grey circle": picture((150, 150, 150)),  # nearer, but of another shape
+        "grey circle": picture((150, 150, 150)),  # nearer, but of another shape or style
+        "twemoji grey square": picture((150, 150, 150)),
     }
     asked = ["red heart", "red heart", "orange heart", "blue square"]
     samples = np.stack(
@@ -35,3 +37,28 @@ def test_the_colour_of_a_mottled_picture_is_its_median():
     image = picture(RED)
     image[4:6, 4:12] = ORANGE  # a quarter of the middle half
     np.testing.assert_array_equal(judge.middle_colours(image[None]), [RED])
+
+
+def described(caption, colour, label=0):
+    return {"caption": caption, "image": picture(colour, 32), "class_label": label}
+
+
+def test_prompts_of_colours_are_shapes_of_one_colour():
+    names = ("red heart", "twemoji red heart", "light blue heart", "red apple", "hollow red circle")
+    coloured = judged.Coloured([described(name, RED) for name in names])
+    assert coloured.prompts == ["red heart"] * 6 + ["twemoji red heart"] * 6
+    assert coloured.accuracy(np.stack([picture(RED, 32)] * 12)) == 1
+
+
+def test_diversity_is_one_between_the_pictures_of_two_styles():
+    both = [
+        described([f"{style} {name}", name], colour)
+        for style, colour in (("openmoji", RED), ("twemoji", BLUE))
+        for name in ("heart", "square")
+    ]
+    diverse = judged.Diverse([*both, described(["openmoji one", "one"], RED)])
+    assert set(diverse.prompts) == {"heart", "square"}
+    pair = np.stack([picture(RED, 32), picture(BLUE, 32)])
+    drawn = np.stack([pair] * len(diverse.prompts))
+    assert diverse.diversity(drawn) == pytest.approx(1, rel=1e-4)
+    assert diverse.diversity(drawn[:, [0, 0]]) == 0

@@ -234,6 +234,7 @@ CONFIG = {
     "checkpoint.best_mode": LOOP,
     "checkpoint.every_steps": LOOP,
     "checkpoint.keep": LOOP,
+    "data.balance": "test_balance.py::test_training_draws_small_classes_more_often",
     "data.caption_column": "test_image_folder.py::test_the_column_of_captions_has_a_name",
     "data.dir": "test_image_folder.py::test_split_and_class_folders",
     "data.embedding": EMBEDDED,

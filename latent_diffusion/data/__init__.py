@@ -11,6 +11,7 @@ from latent_diffusion.data import (
     synthetic,
     tfds,
 )
+from latent_diffusion.data.balance import Balanced
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.pipeline import epoch, iterate
 from latent_diffusion.data.retrieval import with_embeddings
@@ -22,6 +23,7 @@ __all__ = [
     "DATASETS",
     "KEYS",
     "ArraySource",
+    "Balanced",
     "Example",
     "Source",
     "captions",

@@ -96,6 +96,8 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     evaluator = Evaluator(config, task, constants, test_source, tokenizer, mode, layout)
     if config.task != "autoencoding" and config.first_stage.cache:
         train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
+    if config.data.balance:
+        train_source = data.Balanced(train_source, config.data.balance)
     _write(config, directory, run, constants, tokenizer)
 
     index, count = parallel.process_shard(mode, mesh)

@@ -1,0 +1,41 @@
+"""Rare classes more often: an epoch in which pictures of small classes come several times."""
+
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.data.sources import Example, Source
+
+
+class Balanced:
+    """A source in which a class of N examples has a share of N^(1 − balance).
+
+    balance 0 leaves the classes as they are; 1 makes them equally frequent; 1/2 is square-root
+    sampling (Mahajan et al. 2018, §2.2). The largest class comes once. All examples are read once,
+    for their `class_label`. Raises ValueError for a balance outside [0, 1], and without labels.
+    """
+
+    def __init__(self, source: Source, balance: float):
+        if not 0 <= balance <= 1:
+            raise ValueError(f"data.balance={balance}, expected a number in [0, 1]")
+        labels: Any = [source[i].get("class_label") for i in range(len(source))]
+        if any(label is None for label in labels):
+            raise ValueError(f"data.balance={balance} needs data with a class_label")
+        self.source = source
+        classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        factors = (counts.max() / counts) ** balance
+        times = np.zeros(len(labels), np.int64)
+        for label in range(len(classes)):
+            # Example number i of a class comes as often as ⌊factor · i⌋ grows.
+            ends = np.floor(factors[label] * np.arange(counts[label] + 1) + 1e-9)
+            times[inverse == label] = np.diff(ends).astype(np.int64)
+        self._index = np.repeat(np.arange(len(labels)), times)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self._index[index])]

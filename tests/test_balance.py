@@ -1,0 +1,51 @@
+"""Small classes in training."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from tiny import make_config
+
+from latent_diffusion import data
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.training import start as starting
+
+LABELS = [0] * 36 + [1] * 4 + [2] * 9
+
+
+def source(labels=LABELS):
+    return data.ArraySource({"number": list(range(len(labels))), "class_label": labels})
+
+
+@pytest.mark.parametrize(
+    ("balance", "counts"), [(0.0, (36, 4, 9)), (0.5, (36, 12, 18)), (1.0, (36, 36, 36))]
+)
+def test_shares_of_the_classes(balance, counts):
+    balanced = data.Balanced(source(), balance)
+    seen = [balanced[i] for i in range(len(balanced))]
+    assert tuple(collections.Counter(e["class_label"] for e in seen)[c] for c in range(3)) == counts
+    times = collections.Counter(e["number"] for e in seen)
+    for label in range(3):  # the examples of a class share its places
+        of_class = [times[i] for i in range(len(LABELS)) if LABELS[i] == label]
+        assert max(of_class) - min(of_class) <= 1 and min(of_class) >= 1
+
+
+def test_bad_balances_are_one_line():
+    with pytest.raises(ValueError, match=r"data.balance=1.5, expected a number in \[0, 1\]"):
+        data.Balanced(source(), 1.5)
+    with pytest.raises(ValueError, match=r"data.balance=0.5 needs data with a class_label"):
+        data.Balanced(data.ArraySource({"number": [1, 2]}), 0.5)
+
+
+def test_training_draws_small_classes_more_often(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (len(LABELS), 16, 16, 3), np.uint8))
+    pictures = data.ArraySource({"image": images, "class_label": LABELS})
+    monkeypatch.setattr(data, "make_source", lambda *_: pictures)
+    config = make_config("autoencoding", **{"data.balance": 1.0, "batch_size": 4})
+    config.parallel.mode = "single"
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        run = starting.start(config, tmp_path, checkpoints)
+    labels = [k for b in itertools.islice(run.batches, 27) for k in b["class_label"].tolist()]
+    assert collections.Counter(labels) == {0: 36, 1: 36, 2: 36}  # one epoch
