@@ -6,7 +6,7 @@ noise that example i meets at step s is the same on 1 device and on 256.
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def _hashed_seed(seed: jax.Array) -> jax.Array:
     return _hashed_fold_in(jnp.zeros(2, jnp.uint32), seed)
 
 
-def _hashed_fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+def _hashed_fold_in(key: jax.Array, data: Any) -> jax.Array:
     """Data changes one half of the key, which changes the other half."""
     first = _mixed(key[0] ^ _mixed(jnp.asarray(data).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     return jnp.stack([first, _mixed(key[1] + first)])

@@ -21,7 +21,7 @@ WIDEST = 0.288  # that of γ = 0, the mean of all steps, is 12^(-1/2)
 class PowerAverages(NamedTuple):
     """The optimiser's state with averages of the parameters after each of its updates."""
 
-    count: Int[Array, ""]  # of updates
+    step: Int[Array, ""]  # the number of updates
     inner: optax.OptState
     averages: dict[str, Params]  # by their width as a string
 
@@ -50,7 +50,7 @@ def with_power_averages(
 
     def update(updates: Params, state: PowerAverages, params: Params) -> tuple:
         updates, inner = tx.update(updates, state.inner, params)
-        new, step = optax.apply_updates(params, updates), state.count + 1
+        new, step = optax.apply_updates(params, updates), state.step + 1
         averages = {}
         for name, gamma in exponents.items():
             # 1 - (1 - 1/step)^(gamma + 1), which is 1 at the first step, without cancellation
@@ -72,14 +72,15 @@ def averages_of(opt_state: PyTree) -> dict[str, Params]:
     return states[0].averages if states else {}
 
 
-def weights(steps: Sequence[int], widths: Sequence[float], step: int, width: float) -> np.ndarray:
+def weights(snapshots: Sequence[tuple[int, float]], step: int, width: float) -> np.ndarray:
     """The weight of each snapshot in the sum whose profile is nearest to that of (step, width).
 
-    steps, widths: of the snapshots. The weights minimise the squared distance of the profiles,
-    whose inner products are known: solve (p_i · p_j) x = (p_i · p) (Karras et al. 2024, eq. 17).
+    snapshots: the step and the width of each. The weights minimise the squared distance of the
+    profiles, whose inner products are known: solve (p_i · p_j) x = (p_i · p) (Karras et al. 2024,
+    appendix C).
     """
-    t = np.asarray(steps, np.float64)
-    gamma = np.asarray([exponent(w) for w in widths])
+    t = np.asarray([at for at, _ in snapshots], np.float64)
+    gamma = np.asarray([exponent(given) for _, given in snapshots])
     gram = _inner_product(t[:, None], gamma[:, None], t[None], gamma[None])
     wanted = _inner_product(t, gamma, float(step), exponent(width))
     return np.linalg.lstsq(gram, wanted, rcond=None)[0]

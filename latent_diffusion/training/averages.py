@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from latent_diffusion.optimisation.averages import averages_of, weights
@@ -73,16 +74,18 @@ def rebuild(run: Path, width: float, out: Path, step: int | None = None) -> None
 
 def _sum(snapshots: Checkpointer, steps: list[int], step: int, width: float) -> Params:
     """The weighted sum of all snapshots, of which one is in memory at a time."""
-    widths = [float(name) for name in snapshots.metadata()["widths"]]
+    widths = [float(name) for name in (snapshots.metadata() or {})["widths"]]
     pairs = [(saved, given) for saved in steps for given in widths]
-    weight = dict(zip(pairs, weights(*zip(*pairs, strict=True), step, width), strict=True))
+    weight = dict(zip(pairs, weights(pairs, step, width), strict=True))
     total: Params | None = None
     for saved in steps:
-        averages = snapshots.restore(step=saved).state
+        snapshot = snapshots.restore(step=saved)
+        assert snapshot is not None
         for given in widths:
-            part = jax.tree.map(lambda x, w=weight[saved, given]: w * x, averages[str(given)])
-            total = part if total is None else jax.tree.map(lambda x, y: x + y, total, part)
-    return jax.tree.map(lambda x: x.astype("float32"), total)
+            w, averages = weight[saved, given], snapshot.state[str(given)]
+            part = jax.tree.map(lambda x, w=w: np.float32(w) * x, averages)
+            total = part if total is None else jax.tree.map(np.add, total, part)
+    return total
 
 
 def main(argv: list[str]) -> None:
