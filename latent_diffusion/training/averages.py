@@ -48,21 +48,21 @@ class Snapshots:
 
 
 def rebuild(run: Path, width: float, out: Path, step: int | None = None) -> None:
-    """Write a workdir with the average of a width, at a step or at the last snapshot.
+    """Write a workdir with the average of a width, at the step of a snapshot, perhaps the last.
 
-    Raises ValueError and CheckpointError, in one line, where the run has no snapshots up to that
-    step, the width isn't possible, or `out` has something in it.
+    Raises ValueError and CheckpointError, in one line, where the run has no such snapshot, the
+    width isn't possible, or `out` has something in it.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; --out names a new folder")
     config = workdir.load_config(run)
     with Checkpointer(run / FOLDER, read_only=True) as snapshots:
-        steps = [saved for saved in snapshots.all_steps() if step is None or saved <= step]
-        if not steps:
-            raise ValueError(
-                f"{run / FOLDER} has no snapshot" + (f" up to step {step}" * bool(step))
-            )
-        step = step or steps[-1]
+        saved = snapshots.all_steps()
+        step = saved[-1] if step is None and saved else step
+        if step not in saved:
+            known = ", ".join(map(str, saved)) or "none"
+            raise ValueError(f"{run / FOLDER} has no snapshot of step {step}; known: {known}")
+        steps = [at for at in saved if at <= step]
         params = _sum(snapshots, steps, step, width)
     out.mkdir(parents=True, exist_ok=True)
     for path in workdir.frozen_files(run):
@@ -100,6 +100,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     RUN = flags.DEFINE_string("workdir", None, "A run with averages.", required=True)
     WIDTH = flags.DEFINE_float("width", None, "Relative to the step, e.g. 0.1.", required=True)
-    STEP = flags.DEFINE_integer("step", None, "Its end; default: the last snapshot's.")
+    STEP = flags.DEFINE_integer("step", None, "Of a snapshot, where it ends; default: the last.")
     OUT = flags.DEFINE_string("out", None, "A new folder.", required=True)
     app.run(main)
