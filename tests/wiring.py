@@ -385,7 +385,7 @@ RUNS = "test_commands.py::test_a_workdir_holds_what_the_readme_says"
 CALL = "test_flags.py::test_what_is_written_behind_{}_reaches_the_call"
 # Module of a command -> its flags. What a call makes of its arguments has tests above.
 FLAGS = {
-    "train": {
+    "latent_diffusion.training.__main__": {
         "config": RUNS,
         "workdir": RUNS,
         "dry_run": "test_commands.py::test_dry_run_counts_parameters_without_data_or_workdir",

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from latent_diffusion.runtime import flags as shared_flags
+
 FORMATS = ["diffusers", "compvis", "orbax", "lora", "kohya", "textual_inversion", "a1111"]
 TO = flags.DEFINE_enum(
     "to",
@@ -73,5 +75,10 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
     print(f"written: {target}")
 
 
+def run() -> None:
+    """The command."""
+    shared_flags.run(main, config=False)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    run()

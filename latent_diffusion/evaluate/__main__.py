@@ -79,5 +79,10 @@ def main(argv: list[str]) -> None:
         print(f"{name:24s} {value:12.5g} ± {record['errors'][name]:.2g}")
 
 
+def run() -> None:
+    """The command."""
+    shared_flags.run(main, config=False)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    run()

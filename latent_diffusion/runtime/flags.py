@@ -2,8 +2,12 @@
 quick.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -11,9 +15,43 @@ from absl import app, flags
 flags.disclaim_key_flags()  # --help lists a flag with the command that defines it
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run` of a command with --config: whatever is wrong in its flags is said in one line."""
+def run(main: Callable[[list[str]], None], config: bool = True) -> None:
+    """`app.run` of a command, whichever file starts it: --help shows the module of `main`.
+
+    config: it has the flag --config. Then whatever is wrong in its flags is said in one line, and
+    configs/X.py is the package's own where the working directory has no such file.
+    """
+    module = sys.modules[main.__module__]
+    for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    sys.modules["__main__"].__doc__ = module.__doc__
+    if not config:
+        app.run(main)
+    folder = _configs()
+    sys.argv = [sys.argv[0], *(_installed(argument, folder) for argument in sys.argv[1:])]
     app.run(main, flags_parser=_parse)
+
+
+def _configs() -> Path:
+    """The folder of the experiments, which import each other from `configs`.
+
+    That is a folder of the repository; an installation keeps it inside the package.
+    """
+    try:
+        found = find_spec("configs.default") is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        sys.modules["configs"] = import_module("latent_diffusion.configs")
+    return Path(import_module("configs").__path__[0])
+
+
+def _installed(argument: str, folder: Path) -> str:
+    """The argument, where configs/X.py that isn't here is the experiment in `folder`."""
+    written = re.fullmatch(r"(--?config=)?configs/(\w+\.py)(:.*)?", argument)
+    if not written or Path("configs", written[2]).exists() or not (folder / written[2]).exists():
+        return argument
+    return f"{written[1] or ''}{folder / written[2]}{written[3] or ''}"
 
 
 def _parse(argv: list[str]) -> list[str]:

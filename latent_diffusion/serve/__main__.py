@@ -7,6 +7,8 @@ Then open the address that is printed. See docs/serving.md for the API. Nothing 
 
 from absl import app, flags
 
+from latent_diffusion.runtime import flags as shared_flags
+
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
@@ -66,5 +68,10 @@ def main(argv: list[str]) -> None:
         server.server_close()
 
 
+def run() -> None:
+    """The command."""
+    shared_flags.run(main, config=False)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    run()
