@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test mutants fuzz soak browser lint parity bench clean
+.PHONY: setup demo test mutants fuzz soak browser docs lint parity bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ browser: $(VENV)/.demo
 	$(BIN)/python train.py --config=configs/openmoji_autoencoder.py:smoke --workdir=runs/browser/first_stage
 	$(BIN)/python train.py --config=configs/openmoji_text.py:smoke --workdir=runs/browser/denoiser --config.first_stage.path=runs/browser/first_stage
 	PYTHONPATH=. $(BIN)/python tests/browser.py runs/browser/denoiser runs/browser/screenshots
+
+# The site, into runs/site; a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.lint $(VENV)/.core
 	$(BIN)/ruff check .

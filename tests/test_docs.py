@@ -3,10 +3,16 @@
 import ast
 import importlib.util
 import re
+import shlex
+import sys
 import tomllib
+from functools import cache
 
 import pytest
+import wiring
+import yaml
 from conftest import ROOT
+from flax.traverse_util import flatten_dict
 
 from configs import default
 
@@ -20,6 +26,7 @@ NAMED |= {
 # The pages shorten paths: coverage.md says that its paths start in these folders, and tasks.md
 # names configs alone.
 STARTS = {"docs/coverage.md": ("latent_diffusion", "tests", ""), "docs/tasks.md": ("configs", "")}
+STARTS["docs/paper.md"] = ("latent_diffusion", "")
 
 # Files and folders of workdirs, of users and of other formats; `unet/` begins a parameter's path.
 OUTSIDE = {"config.json", "metrics.json", "results.json", "model_index.json", "vocab.json"}
@@ -88,12 +95,14 @@ def test_every_module_target_and_field_that_is_named_exists(page):
                 config = config[key]
 
 
-def test_coverage_names_what_its_files_hold():
+@pytest.mark.parametrize(("page", "at_least"), [("coverage", 30), ("paper", 15)])
+def test_pages_name_what_their_files_hold(page, at_least):
     """`file.py` `name`: the file has the name."""
-    rows = re.findall(r"`([\w/]+\.py)` ((?:`[A-Za-z_.]+`(?:, )?)+)", NAMED["docs/coverage.md"])
-    assert len(rows) > 30
+    page = f"docs/{page}.md"
+    rows = re.findall(r"`([\w/]+\.py)` ((?:`[A-Za-z_0-9.]+`(?:, )?)+)", NAMED[page])
+    assert len(rows) > at_least
     for file, names in rows:
-        path = next(p for p in (ROOT / s / file for s in STARTS["docs/coverage.md"]) if p.exists())
+        path = next(p for p in (ROOT / s / file for s in STARTS[page]) if p.exists())
         for name in re.findall(r"`([\w.]+)`", names):
             last = name.rpartition(".")[2]
             assert last in ("py", "md") or re.search(rf"\b{last}\b", path.read_text("utf-8")), name
@@ -106,3 +115,85 @@ def test_the_readme_names_every_extra():
     assert not [name for name in extras if f"`{name}`" not in table]
     asked = [n for page in NAMED.values() for n in re.findall(r'"\.\[([\w,-]+)\]"', page)]
     assert {name for names in asked for name in names.split(",")} <= set(extras)
+
+
+MODULES = {"train.py": "latent_diffusion.training.__main__", "sample.py": "sample"}
+COMMAND = re.compile(
+    r"^\s*(?:\w+=\S+ )*python (train\.py|sample\.py|-m latent_diffusion\.\w+) (.*)"
+)
+
+
+def commands_of(text):
+    """(module, words behind it) of each command of the package; ellipses end one."""
+    for line in code_of(text).splitlines():
+        if found := COMMAND.match(line):
+            name = found[1].removeprefix("-m ")
+            module = MODULES.get(name, name if name in wiring.FLAGS else f"{name}.__main__")
+            words = shlex.split(found[2].replace("[", "").replace("]", ""), comments=True)
+            yield module, [word for word in words if "…" not in word and "..." not in word]
+
+
+@cache
+def experiment(value):
+    """The config of --config=FILE:VARIANT; None for names that stand for any."""
+    path, _, variant = value.partition(":")
+    if not (ROOT / path).exists():
+        assert re.search(r"X|TASK", path), f"{path} doesn't exist"
+        return None
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    return module.get_config(*[variant] * (variant.isalnum() and not variant.isupper()))
+
+
+def check_field(config, field, value):
+    """The experiment has the field, and the value is of its type."""
+    *path, name = field.split(".")
+    for key in path:
+        config = config[key]
+    assert name in config, field
+    old = config[name]
+    if isinstance(old, int | float) and not value.isupper():
+        assert type(old)(ast.literal_eval(value)) == ast.literal_eval(value), f"{field}={value}"
+
+
+@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in PAGES])
+def test_every_command_could_run(page):
+    """Its flags exist, its experiment has the variant and the fields; nothing is run."""
+    for module, words in commands_of(NAMED[page]):
+        if module not in wiring.FLAGS:
+            continue
+        config = None
+        for word in (word for word in words if word.startswith("--")):
+            flag, _, value = word.removeprefix("--").partition("=")
+            if flag.startswith("config."):
+                check_field(config or default.get_config(), flag.removeprefix("config."), value)
+            else:
+                known = wiring.FLAGS[module]
+                assert flag in known or flag.removeprefix("no") in known, f"{module} {word}"
+            if flag == "config":
+                config = experiment(value)
+
+
+def test_the_messages_of_the_page_on_errors_exist():
+    """Every part of a message between two … is in the code, whose strings are joined."""
+    code = ""
+    for path in [*(ROOT / "latent_diffusion").rglob("*.py"), ROOT / "configs" / "default.py"]:
+        code += re.sub(r'"\s+f?"', "", path.read_text("utf-8"))
+    code = re.sub(r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}", "…", code)
+    messages = re.findall(r"^\| `(.+?)` \|", NAMED["docs/errors.md"], re.M)
+    assert len(messages) >= 12
+    for message in messages:
+        for part in filter(None, (part.strip() for part in message.split("…"))):
+            assert part in code, f"{message}: {part}"
+
+
+def test_the_site_has_every_page_and_every_field():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import generated
+
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    listed = re.findall(r"[\w/]+\.md", str(site["nav"]))
+    assert {path.name for path in PAGES[1:]} <= set(listed)
+    table = generated.fields((ROOT / "configs" / "default.py").read_text())
+    named = set(re.findall(r"^\| `([\w.]+)` \|", table, re.M))
+    leaves = flatten_dict(default.get_config().to_dict(), sep=".", keep_empty_nodes=True)
+    assert not {leaf for leaf in leaves if not {leaf, leaf.rpartition(".")[0]} & named}
