@@ -27,8 +27,10 @@ def get_config() -> ConfigDict:
 
     c.data = data()
     c.tokenizer = ConfigDict()
-    c.tokenizer.name = "none"  # "word" (built from the training captions) | "clip" | "bert"
-    c.tokenizer.path = ""  # clip, bert: a tokenizer's folder, or its file
+    c.tokenizer.name = (
+        "none"  # "word" (built from the captions) | "clip" | "bert" | "t5" | "clip_t5"
+    )
+    c.tokenizer.path = ""  # clip, bert, t5: a tokenizer's folder, or its file; clip_t5: a pipeline
     # word: rows of the embedding, rarer words become "unknown"; of new words that init_from lacks
     c.tokenizer.vocab_size = 2048
     c.tokenizer.max_length = 16  # tokens a prompt
@@ -43,9 +45,10 @@ def get_config() -> ConfigDict:
     c.first_stage.num_batches = 64  # over which the latent scale is measured
     c.first_stage.cache = False  # encode the training set once, train on its moments
 
-    c.backbone = "unet"  # the denoiser's network: "unet" | "dit" (a transformer)
+    c.backbone = "unet"  # the denoiser's network: "unet" | "dit" | "mmdit" (transformers)
     c.unet = unet()
     c.dit = dit()
+    c.mmdit = mmdit()
     c.conditioners = ConfigDict()  # name -> fields of that conditioner; empty = unconditional
     # Frozen conditioners: name -> the path of their weights (a folder of transformers or diffusers,
     # a weight file, or a workdir), which determine the conditioner's fields
@@ -250,6 +253,24 @@ def dit() -> ConfigDict:
     return c
 
 
+def mmdit() -> ConfigDict:
+    c = ConfigDict()
+    c.patch_size = 2  # as dit.patch_size
+    c.width = 1536  # with 24 blocks and 24 heads: Stable Diffusion 3 medium; 3.5 large: 2432/38/38
+    c.depth = 24
+    c.num_heads = 24
+    c.mlp_ratio = 4.0
+    c.qk_norm = False  # norms of queries and keys (Stable Diffusion 3.5)
+    # Blocks whose pictures also attend to themselves alone (0 to 12 in 3.5 medium)
+    c.dual_attention = ()
+    c.max_positions = 192  # side of the table of positions, in patches; pictures cut out its middle
+    c.base_size = 128  # side of the trained latent, which scales a fresh table of positions
+    c.remat = "none"  # as unet.remat
+    c.attention = "auto"  # as unet.attention
+    c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
+    return c
+
+
 def diffusion() -> ConfigDict:
     c = ConfigDict()
     # "linear" (of square roots) | "sqrt_linear" | "sqrt" | "cosine" | "rectified_flow" | "edm"
@@ -264,8 +285,12 @@ def diffusion() -> ConfigDict:
     c.loss_weight = "simple"  # "simple" | "min_snr" | "elbo" | "elbo_original"
     c.elbo_weight = 0.0  # of the variational bound, which is added to the loss
     c.learn_logvar = False  # a learned log-variance for each timestep
-    # "uniform" | "logit_normal" | "importance" (evenly over log-SNR) | "loss" (follows the losses)
+    # "uniform" | "logit_normal" | "mode" (both: the middle more often) | "importance" (evenly over
+    # log-SNR) | "loss" (follows the losses)
     c.timestep_sampling = "uniform"
+    c.shift = (
+        1.0  # above 1, drawn timesteps lie closer to noise (Stable Diffusion 3, large pictures)
+    )
     c.max_noise = 1.0  # share of the timesteps, from the clean end, that are drawn (SDXL's refiner)
     c.offset_noise = 0.0  # 0.1: brightness diffuses, too
     c.input_perturbation = 0.0  # 0.1: noise on the input alone, not in the target
@@ -327,6 +352,7 @@ def sampling() -> ConfigDict:
     c.eta = placeholder(float)
     c.guidance_scale = 1.0
     c.distilled_steps = placeholder(int)  # of the spacing "lcm": a distillation sets its own
+    c.shift = placeholder(float)  # of the spacing "shifted": above 1, steps lie closer to noise
     return c
 
 

@@ -251,6 +251,14 @@ XL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+    "in_channels": 16,
+}
 COMPONENTS = {
     "diffusers-sd-v1-unet": STABLE,
     "diffusers-sd-v2-unet": {
@@ -298,6 +306,42 @@ COMPONENTS = {
         "num_vq_embeddings": 8192,
         "in_channels": 3,
         "norm_num_groups": 32,
+    },
+    "diffusers-sd3-medium": SD3,
+    "diffusers-sd35-medium": {
+        **SD3,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": [*range(13)],
+        "qk_norm": "rms_norm",
+    },
+    "diffusers-sd35-large": {
+        **SD3,
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "qk_norm": "rms_norm",
+    },
+    "diffusers-sd3-vae": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "diffusers-t5-xxl": {
+        "architectures": ["T5EncoderModel"],
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
     },
     "diffusers-clip-l": {
         "architectures": ["CLIPTextModel"],
@@ -368,7 +412,7 @@ COMPONENTS = {
 
 def check_component(name, tmp_path):
     keys = read_key_list(name)
-    stem = "model" if "bert" in name or "clip" in name else "diffusion_pytorch_model"
+    stem = "model" if re.search("bert|clip|t5", name) else "diffusion_pytorch_model"
     write_sparse(tmp_path / f"{stem}.safetensors", keys)
     (tmp_path / "config.json").write_text(json.dumps(COMPONENTS[name]))
     bundle = convert.read(tmp_path)

@@ -21,6 +21,9 @@ VECTOR = {"conditioners": {"class_label": {"num_classes": 3, "width": 32, "route
 LORA = {"lora.rank": 1}
 DIT = {"backbone": "dit", "dit.width": 8, "dit.depth": 1, "dit.num_heads": 2}
 
+MMDIT = {"backbone": "mmdit", "mmdit.width": 8, "mmdit.depth": 1, "mmdit.num_heads": 2}
+MMDIT |= {"mmdit.max_positions": 4}
+
 # field -> (task, part of it, a value, what else is set): the program that the task traces with this
 # value is another one than with that of tests/tiny.py. Parts: a method, an optimiser ("tx"), or the
 # autoencoder in training.
@@ -97,6 +100,18 @@ PROGRAMS = {
     "dit.remat": (DENOISER, "train_step", "full", DIT),
     "dit.sit": (DENOISER, "eval_step", True, DIT),
     "dit.width": (DENOISER, "eval_step", 16, DIT),
+    "mmdit.attention": (DENOISER, "eval_step", "xla", MMDIT),
+    "mmdit.base_size": (DENOISER, "init", 16, MMDIT),
+    "mmdit.depth": (DENOISER, "eval_step", 2, MMDIT),
+    "mmdit.dtype": (DENOISER, "eval_step", "bfloat16", MMDIT),
+    "mmdit.dual_attention": (DENOISER, "eval_step", (0,), MMDIT),
+    "mmdit.max_positions": (DENOISER, "eval_step", 8, MMDIT),
+    "mmdit.mlp_ratio": (DENOISER, "eval_step", 2.0, MMDIT),
+    "mmdit.num_heads": (DENOISER, "eval_step", 1, MMDIT),
+    "mmdit.patch_size": (DENOISER, "eval_step", 1, MMDIT),
+    "mmdit.qk_norm": (DENOISER, "eval_step", True, MMDIT),
+    "mmdit.remat": (DENOISER, "train_step", "full", MMDIT),
+    "mmdit.width": (DENOISER, "eval_step", 16, MMDIT),
     "unet.attention": (DENOISER, "eval_step", "xla", {"unet.attention": "auto"}),
     "unet.attention_resolutions": (DENOISER, "eval_step", (1,), {}),
     "unet.channel_mult": (DENOISER, "eval_step", (2,), {}),
@@ -131,6 +146,7 @@ PROGRAMS = {
     "diffusion.schedule": (DENOISER, "train_step", "sqrt", {}),
     "diffusion.max_noise": (DENOISER, "train_step", 0.2, {}),
     "diffusion.timestep_sampling": (DENOISER, "train_step", "logit_normal", {}),
+    "diffusion.shift": (DENOISER, "train_step", 3.0, {}),
     "diffusion.zero_terminal_snr": (DENOISER, "train_step", True, LINEAR),
     "distillation.distilled_steps": (STUDENT, "train_step", 25, {}),
     "distillation.guidance_scales": (STUDENT, "train_step", (1.0, 3.0), {}),
@@ -146,6 +162,7 @@ PROGRAMS = {
     "sampling.guidance_scale": (DENOISER, "show", 3.5, {}),
     "sampling.num_steps": (DENOISER, "show", 3, {}),
     "sampling.sampler": (DENOISER, "show", "heun", {}),
+    "sampling.shift": (DENOISER, "show", 3.0, {"sampling.spacing": "shifted"}),
     "sampling.spacing": (DENOISER, "show", "leading", {}),
     "transformer.attention": (PRIOR, "eval_step", "xla", MASKED),
     "transformer.causal": (PRIOR, "eval_step", False, {}),
@@ -291,6 +308,7 @@ OPTIONS = {
     "end": (0.5, {}),
     "spread": ("sigma", {"spacing": "given", "timesteps": (400, 300, 200, 100)}),
     "distilled_steps": (20, {**LCM, "spacing": "lcm"}),
+    "shift": (3.0, {"spacing": "shifted"}),
     "timesteps": ((900, 500, 300, 100), {"spacing": "given", "timesteps": (900, 600, 300, 100)}),
     "guidance_scale": (2.0, {}),
     "guidance_interval": ((0, 500), {}),

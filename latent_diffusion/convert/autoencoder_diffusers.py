@@ -1,6 +1,6 @@
 """The settings of diffusers' autoencoders, and what differs between versions of their files."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -74,13 +74,35 @@ _QUANT_CONVS = {"use_quant_conv": "quant_conv", "use_post_quant_conv": "post_qua
 
 def without_quant_convs(config: Mapping[str, Any], fields: Fields) -> dict[str, Tensor]:
     """Identities in the place of convolutions beside the latent that a file of diffusers lacks."""
+    absent = [name for setting, name in _QUANT_CONVS.items() if not config.get(setting, True)]
+    return identities(fields["z_channels"], absent)
+
+
+def identities(
+    z_channels: int, names: Collection[str] = tuple(_QUANT_CONVS.values())
+) -> dict[str, Tensor]:
+    """Convolutions beside the latent that change nothing."""
     tensors = {}
-    for setting, name in _QUANT_CONVS.items():
-        if not config.get(setting, True):
-            width = (2 if name == "quant_conv" else 1) * fields["z_channels"]
-            tensors[f"{name}.weight"] = in_memory(np.eye(width, dtype=np.float32)[..., None, None])
-            tensors[f"{name}.bias"] = in_memory(np.zeros(width, np.float32))
+    for name in names:
+        width = (2 if name == "quant_conv" else 1) * z_channels
+        tensors[f"{name}.weight"] = in_memory(np.eye(width, dtype=np.float32)[..., None, None])
+        tensors[f"{name}.bias"] = in_memory(np.zeros(width, np.float32))
     return tensors
+
+
+def _changes_nothing(tensors: Mapping[str, Tensor], name: str) -> bool:
+    weight, bias = (np.asarray(tensors[f"{name}.{leaf}"].read()) for leaf in ("weight", "bias"))
+    return not bias.any() and np.array_equal(weight[..., 0, 0], np.eye(len(weight)))
+
+
+def without_identities(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors without the convolutions beside the latent; ValueError if those do anything."""
+    names = [prefix + name for name in _QUANT_CONVS.values()]
+    if wrong := [name for name in names if not _changes_nothing(tensors, name)]:
+        raise ValueError(
+            f"this format has no {wrong[0]}, which is no identity; save it as diffusers"
+        )
+    return {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in names}
 
 
 def drop_quant_convs(
@@ -92,11 +114,7 @@ def drop_quant_convs(
     """
     for setting, name in _QUANT_CONVS.items():
         if setting in source:
-            weight, bias = (
-                np.asarray(tensors[f"{name}.{leaf}"].read()) for leaf in ("weight", "bias")
-            )
-            same = not bias.any() and np.array_equal(weight[..., 0, 0], np.eye(len(weight)))
-            config[setting] = bool(source[setting] or not same)
+            config[setting] = bool(source[setting] or not _changes_nothing(tensors, name))
             if not config[setting]:
                 tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{name}.")}
     return config, tensors

@@ -18,6 +18,7 @@ from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedu
 from latent_diffusion.types import Params
 
 Size = int | tuple[int, int]  # the side of a square, or (height, width)
+_NETWORKS = ("unet", "dit", "mmdit")  # of a denoiser
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Part:
 class Bundle:
     """Everything that makes up a model; a part that is None is absent.
 
-    unet, dit: the denoiser's network, one of them at most. scale_factor, shift: latents are
+    unet, dit, mmdit: the denoiser's network, one of them at most. scale_factor, shift: latents are
     (z - shift)·scale_factor; each is a scalar or one per channel. conditioners: parts by the name
     of the conditioner. diffusion: `schedule`, `num_timesteps`, `beta_start`, `beta_end`,
     `zero_terminal_snr` and `prediction`, as in a config. sampling: the default options of `sample`.
@@ -60,6 +61,7 @@ class Bundle:
     image_size: Size = 256
     notes: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
+    mmdit: Part | None = None
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """The parts that are present, by name."""
@@ -74,13 +76,12 @@ class Bundle:
     @property
     def denoiser(self) -> tuple[str, Part] | None:
         """The name and the part of the denoiser's network."""
-        if self.dit is not None:
-            return "dit", self.dit
-        return None if self.unet is None else ("unet", self.unet)
+        networks = {name: getattr(self, name) for name in _NETWORKS}
+        return next(((name, part) for name, part in networks.items() if part is not None), None)
 
     def with_part(self, name: str, part: Part) -> "Bundle":
         """The same model with another part of this name."""
-        if name in ("autoencoder", "unet", "dit", "prior"):
+        if name in ("autoencoder", *_NETWORKS, "prior"):
             present: dict[str, Any] = {name: part}
             return replace(self, **present)
         return replace(self, conditioners={**self.conditioners, name: part})
@@ -207,20 +208,23 @@ def as_params(part: Part) -> Params:
 def input_widths(network: Part) -> tuple[int, int | None, int | None]:
     """The widths of a network's inputs: channels, context, vector; None for an input it lacks.
 
-    A transformer takes a vector or none with the same parameters; here it takes none.
+    A DiT takes a vector or none with the same parameters; here it takes none.
     """
-    if (patches := network.params.get("x_embedder_proj/kernel")) is not None:
-        context = network.params.get("blocks_0/cross_attn/to_k/kernel")
-        channels = patches.shape[0] // network.fields["patch_size"] ** 2
-        return channels, None if context is None else context.shape[0], None
-    unet = network
-    context = unet.params.get("middle_block_1/transformer_blocks_0/attn2/to_k/kernel")
-    vector = unet.params.get("label_emb_0/kernel")
-    return (
-        unet.params["input_blocks_0_0/kernel"].shape[2],
-        None if context is None else context.shape[0],
-        None if vector is None else vector.shape[0],
+
+    def width(*paths: str) -> int | None:
+        kernels = (network.params.get(f"{path}/kernel") for path in paths)
+        return next((kernel.shape[-2] for kernel in kernels if kernel is not None), None)
+
+    context = width(
+        "middle_block_1/transformer_blocks_0/attn2/to_k",
+        "blocks_0/cross_attn/to_k",
+        "context_embedder",
     )
+    channels = width("input_blocks_0_0")
+    if (patch := width("x_embedder_proj")) is not None:
+        channels = patch // network.fields["patch_size"] ** 2
+    assert channels is not None
+    return channels, context, width("label_emb_0", "y_embedder_mlp_0")
 
 
 def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -259,9 +263,10 @@ def _makes(diffusion: Mapping[str, Any], schedule: NoiseSchedule) -> bool:
     )
 
 
-def with_folded_scale(bundle: Bundle) -> Bundle:
+def with_folded_scale(bundle: Bundle, shifts: bool = False) -> Bundle:
     """The same model with a scalar latent scale and no shift, for formats that have no other.
 
+    shifts: whether the format has a shift for all channels of an autoencoder without codebook.
     The scale s and shift m of each channel move into the 1×1 convolutions beside the latent:
     quant_conv returns (z − m)·s and log-variances + 2 log s, post_quant_conv takes z/s + m. Raises
     ValueError for an autoencoder with a codebook.
@@ -271,6 +276,8 @@ def with_folded_scale(bundle: Bundle) -> Bundle:
     if bundle.autoencoder is None or (scale.ndim == 0 and not shift.any()):
         return bundle
     fields = bundle.autoencoder.fields
+    if shifts and scale.ndim == shift.ndim == 0 and fields["regularization"] == "kl":
+        return bundle
     if fields["regularization"] == "tiny":
         raise ValueError("this format has one scale for all channels of a tiny autoencoder")
     if fields["regularization"] == "vq":

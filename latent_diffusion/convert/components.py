@@ -12,6 +12,8 @@ from latent_diffusion.convert import (
     autoencoder_diffusers,
     autoencoder_tiny,
     dit,
+    mmdit,
+    t5,
     unet,
     unet_diffusers,
 )
@@ -150,8 +152,10 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
     autoencoder_tiny.NAME: autoencoder_tiny.read_component,
     "DiTTransformer2DModel": dit.read_component,
     "Transformer2DModel": dit.read_component,  # its name in older folders
+    mmdit.NAME: mmdit.read_component,
     "UNet2DModel": _read_unet,
     "UNet2DConditionModel": _read_unet,
+    t5.NAME: partial(_read_encoder, "t5_text"),
     "LDMBertModel": partial(_read_encoder, "text"),
     "CLIPTextModel": partial(_read_encoder, "clip_text"),
     "CLIPTextModelWithProjection": partial(_read_encoder, "clip_text"),
@@ -182,13 +186,13 @@ MEANINGS = {
     "autoencoder": _meaning_of_autoencoder,
     "unet": _meaning_of_unet,
     "dit": dit.complete,
+    "mmdit": mmdit.complete,
 }
 
 
 def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], str]:
     """Return config.json, tensors (still unread) and file stem of one of a bundle's parts."""
-    write = {"autoencoder": _write_autoencoder, "unet": _write_unet, "dit": dit.as_component}
-    half = write.get(name)
+    half = _WRITERS.get(name)
     config, tensors = half(bundle) if half is not None else _write_encoder(bundle, name)
     meaning = MEANINGS.get(name) or ENCODERS[name].module.fields_from_config
     size = {key: config[key] for key in ("sample_size",) if key in config}
@@ -228,6 +232,8 @@ def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
         return autoencoder_tiny.as_component(bundle)
     config = autoencoder_diffusers.diffusers_from_fields(fields, bundle.image_size)
     config["scaling_factor"] = float(bundle.scale_factor)
+    if bundle.shift:
+        config["shift_factor"] = float(bundle.shift)
     tensors = write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)
     source = bundle.notes.get("autoencoder", {})
     return autoencoder_diffusers.drop_quant_convs(config, tensors, source)
@@ -258,3 +264,11 @@ def _write_encoder(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor]]:
         config["architectures"] = ["CLIPTextModelWithProjection"]
         config["projection_dim"] = tensors[PROJECTION].shape[0]
     return config, tensors
+
+
+_WRITERS: dict[str, Callable[[Bundle], tuple[Json, dict[str, Tensor]]]] = {
+    "autoencoder": _write_autoencoder,
+    "unet": _write_unet,
+    "dit": dit.as_component,
+    "mmdit": mmdit.as_component,
+}

@@ -17,6 +17,7 @@ from latent_diffusion.convert import (
     autoencoder,
     cond_stage,
     dit,
+    sd3,
     sgm,
     taming,
     tokenizers,
@@ -184,6 +185,8 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
             params = sgm.as_latent_diffusion(params)
         params = MODEL.complete(params, "LatentDiffusion") if model else {}
         return _read_whole(path, opened, params, ema, model)
+    if opened.tensors.keys() & {sd3.MARK, sd3.NETWORK + sd3.MARK}:
+        return sd3.read(path, opened.tensors)
     if dit.PATCHES in opened.tensors:
         return dit.read_dit(path, opened.tensors)
     if any(opened.tensors.keys() >= half for half in (tiny.ENCODER, tiny.DECODER)):

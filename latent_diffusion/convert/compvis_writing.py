@@ -6,7 +6,16 @@ from typing import Any
 
 import yaml
 
-from latent_diffusion.convert import autoencoder, cond_stage, dit, sgm, taming, unet, unet_compvis
+from latent_diffusion.convert import (
+    autoencoder,
+    cond_stage,
+    dit,
+    sd3,
+    sgm,
+    taming,
+    unet,
+    unet_compvis,
+)
 from latent_diffusion.convert.bundle import Bundle, input_widths, with_folded_scale
 from latent_diffusion.convert.compvis import (
     COND_STAGE,
@@ -45,6 +54,9 @@ def write_compvis(
         raise ValueError(f"{path}: the name of a file of the original must end in .safetensors")
     if bundle.dit is not None:  # DiT's files have no yaml
         write_safetensors(path, dit.as_dit(bundle, path), progress=progress)
+        return
+    if bundle.mmdit is not None:  # nor have those of Stable Diffusion 3
+        write_safetensors(path, sd3.as_single(bundle), progress=progress)
         return
     tensors, config = as_compvis(with_folded_scale(bundle))
     write_safetensors(path, tensors, progress=progress)

@@ -4,7 +4,7 @@ import numpy as np
 
 from latent_diffusion.convert.bundle import Bundle, Part, input_widths
 
-_TEXT = {"text", "clip_text", "clip_text_2", "bert"}
+_TEXT = {"text", "clip_text", "clip_text_2", "t5_text", "bert"}
 _IMAGE = {"clip_image", "image_embedding"}
 _CONTEXT = _TEXT | _IMAGE | {"class_label", "layout", "neighbours"}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import clip_image, scheduler, sdxl, tokenizers
+from latent_diffusion.convert import clip_image, scheduler, sd3, sdxl, tokenizers
 from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_folded_scale
 from latent_diffusion.convert.components import (
     COMPONENTS,
@@ -28,6 +28,7 @@ from latent_diffusion.convert.components import (
 )
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import read_tensors, write_tensors
+from latent_diffusion.data.tokenizers import of_encoder
 from latent_diffusion.files.reading import read_json
 from latent_diffusion.files.tensors import find_weights
 
@@ -38,10 +39,11 @@ UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline
 DIT = "DiTPipeline"
 # The default guidance scale of pipelines; it is 7.5 for others of Stable Diffusion, 1 elsewhere.
 _GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0, LCM: 8.5, sdxl.BASE: 5.0, sdxl.REFINER: 5.0}
+_GUIDANCE |= dict.fromkeys((sd3.BASE, sd3.IMG2IMG), sd3.GUIDANCE)
 # Components without weights, and those that are read with the component that they serve.
 _BESIDE_WEIGHTS = (
-    "scheduler", "tokenizer", "tokenizer_2", "low_res_scheduler", "image_noising_scheduler",
-    "image_normalizer",
+    "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "low_res_scheduler",
+    "image_noising_scheduler", "image_normalizer",
 )  # fmt: skip
 _COSINE = "squaredcos_cap_v2"
 _LOW_RES = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
@@ -78,12 +80,16 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     for component, kind in _components(path, index).items():
         if sdxl.is_sdxl(name) and component in sdxl.FOLDERS:
             bundle = _merge(bundle, _read_sdxl_encoder(path / component, variant, index))
+        elif sd3.is_sd3(name) and component in sd3.FOLDERS:
+            bundle = _merge(bundle, _read_sd3_encoder(path / component, variant))
         # Other pipelines have an image encoder for adapters alone, which are not read.
         elif kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
             bundle = _merge(bundle, read_component(path / component, variant))
         elif component not in _BESIDE_WEIGHTS:
             log.warning("%s: its %s (%s) is left out", path, component, kind)
     bundle = _with_inputs(bundle, path, index, variant)
+    if bundle.mmdit is not None:
+        bundle = sd3.with_encoders(bundle, path)
     notes = {**bundle.notes, "conditioners": sorted(bundle.conditioners)}
     bundle = replace(bundle, notes=notes)
     if (path / "scheduler").is_dir():
@@ -94,8 +100,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     if (path / "tokenizer_2").is_dir() and "clip_text_2" in bundle.conditioners:
         bundle = tokenizers.with_second(bundle, path / "tokenizer_2")
     side, f = read_size(bundle.notes.get("unet", {})), bundle.downsampling
-    if bundle.dit is not None:
-        side = bundle.dit.fields["base_size"]
+    for transformer in (bundle.dit, bundle.mmdit):
+        side = side if transformer is None else transformer.fields["base_size"]
     if side is None:
         return bundle
     pixels = side * f if isinstance(side, int) else (side[0] * f, side[1] * f)
@@ -145,6 +151,12 @@ def _read_sdxl_encoder(path: Path, variant: str | None, index: Json) -> Bundle:
     return read_text_encoder(name, path, variant, chosen)
 
 
+def _read_sd3_encoder(path: Path, variant: str | None) -> Bundle:
+    name, config = sd3.FOLDERS[path.name], read_json(path / "config.json")
+    chosen = sd3.text_fields(name, config.get("projection_dim", 512))
+    return read_text_encoder(name, path, variant, chosen)
+
+
 def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
     """The upscaler's small picture, with the noise that its pipeline adds."""
     config = {**_LOW_RES, "num_train_timesteps": 1000}
@@ -177,6 +189,8 @@ def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
     name = bundle.notes["pipeline"]
     default = 7.5 if name.startswith("StableDiffusion") else 1.0
     sampling["guidance_scale"] = _GUIDANCE.get(name, default)
+    if sd3.is_sd3(name):
+        sampling["num_steps"] = sd3.STEPS
     notes = {**bundle.notes, "scheduler": config}
     return replace(bundle, diffusion=diffusion, sampling=sampling, notes=notes)
 
@@ -204,11 +218,13 @@ PIPELINES = {  # by the conditioners
     ("clip_text", "clip_text_2", "sizes"): sdxl.BASE,
     ("clip_text", "clip_text_2", "masked_image", "sizes"): sdxl.INPAINT,
     ("clip_text_2", "sizes"): sdxl.REFINER,
+    ("clip_text", "clip_text_2", "t5_text"): sd3.BASE,
 }
 _LIBRARIES = {
     "text": "latent_diffusion",
     "clip_text": "transformers",
     "clip_text_2": "transformers",
+    "t5_text": "transformers",
     "clip_image": "transformers",
 }
 _DDPM = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
@@ -222,7 +238,8 @@ _ABSENT = {
     "StableDiffusionDepth2ImgPipeline": ("depth_estimator", "feature_extractor"),
     UPSCALE: ("safety_checker", "feature_extractor", "watermarker"),
     **dict.fromkeys(
-        (sdxl.BASE, sdxl.REFINER, sdxl.INPAINT), ("image_encoder", "feature_extractor")
+        (sdxl.BASE, sdxl.REFINER, sdxl.INPAINT, sd3.BASE, sd3.IMG2IMG),
+        ("image_encoder", "feature_extractor"),
     ),
 }
 
@@ -235,7 +252,7 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     """
     if bundle.prior is not None:
         raise ValueError("diffusers has no pipeline with a prior over codes; save it as orbax")
-    bundle = with_folded_scale(bundle)
+    bundle = with_folded_scale(bundle, shifts=True)
     table = table_of(bundle.conditioners)
     parts = [name for name, part in bundle.parts() if part.params]
     if table is not None:  # it belongs to the U-Net in diffusers
@@ -258,11 +275,14 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None and bundle.conditioners.keys() & {"text", "clip_text"}:
-        kind = tokenizers.write_tokenizer(bundle.tokenizer, path / "tokenizer")
+        own = of_encoder(bundle.tokenizer, "clip_text")
+        kind = tokenizers.write_tokenizer(own, path / "tokenizer")
         index["tokenizer"] = ["transformers", kind]
     elif bundle.conditioners.keys() & {"text", "clip_text"}:
         index["tokenizer"] = [None, None]
-    if "clip_text_2" in bundle.conditioners:
+    if bundle.mmdit is not None:
+        index |= _write_sd3(bundle, path)
+    elif "clip_text_2" in bundle.conditioners:
         index |= _write_sdxl(bundle, path, index)
     if pipeline == UPSCALE:
         index |= _write_low_res(bundle.conditioners["low_res"].fields, path)
@@ -285,7 +305,9 @@ def _pipeline(bundle: Bundle) -> str:
         return DIT
     if bundle.unet is not None and bundle.unet.fields.get("guidance_dim") is not None:
         return LCM
-    if bundle.dit is not None or conditioners not in PIPELINES:
+    of_mmdit = PIPELINES.get(conditioners) == sd3.BASE
+    known = conditioners in PIPELINES and of_mmdit == (bundle.mmdit is not None)
+    if bundle.dit is not None or not known:
         names = ", ".join(" + ".join(parts) or "nothing" for parts in PIPELINES)
         raise ValueError(
             f"diffusers has no pipeline for models conditioned by {' + '.join(conditioners)}, only "
@@ -301,7 +323,26 @@ def _folders(pipeline: str) -> dict[str, str]:
         return {"autoencoder": "vqvae", "unet": "unet", "text": "bert"}
     encoders = {"clip_text": "text_encoder", "text": "text_encoder", "clip_image": "image_encoder"}
     encoders["clip_text_2"] = "text_encoder_2"
-    return {"autoencoder": "vae", "unet": "unet", "dit": "transformer", **encoders}
+    encoders["t5_text"] = "text_encoder_3"
+    networks = {"unet": "unet", "dit": "transformer", "mmdit": "transformer"}
+    return {"autoencoder": "vae", **networks, **encoders}
+
+
+def _write_sd3(bundle: Bundle, path: Path) -> Json:
+    """Write the tokenizers of the second and the third encoder; returns their entries."""
+    entries: Json = {f"tokenizer_{i}": [None, None] for i in (2, 3)}
+    clip = of_encoder(bundle.tokenizer, "clip_text_2")
+    if clip is not None:
+        padded = tokenizers.padded(clip, bundle.conditioners["clip_text_2"].fields["pad_id"])
+        kind = tokenizers.write_tokenizer(padded, path / "tokenizer_2")
+        entries["tokenizer_2"] = ["transformers", kind]
+    if not tokenizers.has_t5(bundle):
+        entries["text_encoder_3"] = [None, None]
+    elif clip is not None:
+        t5 = of_encoder(bundle.tokenizer, "t5_text")
+        kind = tokenizers.write_tokenizer(t5, path / "tokenizer_3")
+        entries["tokenizer_3"] = ["transformers", kind]
+    return entries
 
 
 def _write_sdxl(bundle: Bundle, path: Path, index: Json) -> Json:

@@ -93,7 +93,8 @@ def _patches(side: int) -> Layout:
     return Layout(read, write)
 
 
-def _patch_kind(side: int) -> Kind:
+def patch_kind(side: int) -> Kind:
+    """The kind of a linear map of patches of `side`², which others store as a convolution."""
     return Leaf("kernel", (".weight",), _patches(side)), Leaf("bias", (".bias",), SAME)
 
 
@@ -101,7 +102,7 @@ def dit_table(fields: Mapping[str, Any]) -> Table:
     """The names of DiT's files."""
     block, theirs = r"blocks_(?P<i>\d+)", r"blocks.\g<i>"
     return [
-        Rule("x_embedder_proj", "x_embedder.proj", _patch_kind(DiT(**fields).patch_size)),
+        Rule("x_embedder_proj", "x_embedder.proj", patch_kind(DiT(**fields).patch_size)),
         Rule(r"t_embedder_mlp_(\d)", r"t_embedder.mlp.\1", "linear"),
         Rule(rf"{block}/adaLN_modulation/1", rf"{theirs}.adaLN_modulation.1", "linear"),
         Rule(rf"{block}/(?P<part>attn|mlp)_(?P<map>\w+)", rf"{theirs}.\g<part>.\g<map>", "linear"),
@@ -115,7 +116,7 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
     dit = DiT(**fields)
     block, theirs = r"blocks_(?P<i>\d+)", r"transformer_blocks.\g<i>"
     return [
-        Rule("x_embedder_proj", "pos_embed.proj", _patch_kind(dit.patch_size)),
+        Rule("x_embedder_proj", "pos_embed.proj", patch_kind(dit.patch_size)),
         *(
             Rule(
                 f"t_embedder_mlp_{ours}",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_diffusion.convert import bert, clip_image, clip_text, text
+from latent_diffusion.convert import bert, clip_image, clip_text, t5, text
 from latent_diffusion.convert.bundle import Part, check_depth, conditioner_shapes, read_part
 from latent_diffusion.convert.tables import Table, below
 from latent_diffusion.files.tensor import Tensor
@@ -47,6 +47,9 @@ ENCODERS = {
     ),
     "clip_text": _CLIP_TEXT,
     "clip_text_2": _CLIP_TEXT._replace(folders=("text_encoder_2",)),
+    "t5_text": Encoder(
+        t5, {"": t5.transformers_table}, (), ("text_encoder_3",), t5.transformers_tensors, bare=True
+    ),
     "text": Encoder(
         text,
         {"token_emb.weight": text.compvis_table, "": text.diffusers_table},

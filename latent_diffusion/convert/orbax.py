@@ -112,8 +112,8 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
 def _out_channels(name: str, network: Part) -> int:
     """The channels of a network's prediction, by the width of its last layer."""
     fields, last = network.fields, "out_2/kernel"
-    if name == "dit":
-        parts = fields["patch_size"] ** 2 * (2 if fields["learned_variance"] else 1)
+    if name in ("dit", "mmdit"):
+        parts = fields["patch_size"] ** 2 * (2 if fields.get("learned_variance") else 1)
         return network.params["final_layer_linear/kernel"].shape[-1] // parts
     if fields.get("num_codes") is not None:
         last = "id_predictor_1/kernel"

@@ -130,15 +130,22 @@ def _diffusion(settings: Mapping[str, Any]) -> Config:
 def to_diffusers(
     diffusion: Mapping[str, Any], sampling: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The configuration of a DDIM scheduler; ValueError where diffusers lacks the schedule.
+    """The configuration of a DDIM scheduler, or a flow's; ValueError where diffusers lacks it.
 
-    sampling: the model's defaults, of which the sampler "lcm" makes an LCM scheduler.
+    sampling: the model's defaults, of which the sampler "lcm" makes an LCM scheduler, and `shift`
+    is a flow's.
     """
     if sampling is not None and sampling.get("sampler") == "lcm":
         own = {"original_inference_steps": sampling.get("distilled_steps") or 50}
         if (scaling := sampling.get("timestep_scaling")) is not None:
             own["timestep_scaling"] = scaling
         return {**to_diffusers(diffusion), "_class_name": "LCMScheduler", **own}
+    if (diffusion["schedule"], diffusion["prediction"]) == ("rectified_flow", "flow"):
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": diffusion["num_timesteps"],
+            "shift": float((sampling or {}).get("shift") or 1.0),
+        }
     curves = {ours: theirs for theirs, ours in _CURVES.items()}
     predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     return {

@@ -174,6 +174,16 @@ SCHEDULERS = {
         _TRAINED,
         noise=lambda settings: {"schedule": "ipndm", "prediction": "v"},
     ),
+    "FlowMatchEulerDiscreteScheduler": Scheduler(
+        lambda settings: {"sampler": "ddim", "spacing": "shifted", "shift": settings["shift"]},
+        {"num_train_timesteps": 1000, "shift": 1.0},
+        {
+            **dict.fromkeys(("use_dynamic_shifting", "invert_sigmas", *CURVES), (False,)),
+            "shift_terminal": (None,), "stochastic_sampling": (False,),
+        },
+        ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
+        noise=lambda settings: {"schedule": "rectified_flow", "prediction": "flow"},
+    ),
     "LCMScheduler": Scheduler(
         read.lcm,
         {**_TURBO, **_CLIP, "clip_sample": False, **_THRESHOLD, **_RESCALE,

@@ -10,11 +10,14 @@ from latent_diffusion.convert import text
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.data.tokenizers import (
     BertTokenizer,
+    ClipT5Tokenizer,
     ClipTokenizer,
+    T5Tokenizer,
     Tokenizer,
     WordTokenizer,
     load_tokenizer,
 )
+from latent_diffusion.data.tokenizers.t5 import EOS, PAD, SPACE, UNK
 
 _LENGTH = 77  # tokens, where a text encoder's fields are the defaults
 OURS = "word_tokenizer.json"
@@ -70,7 +73,13 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
         part = bundle.conditioners["clip_text_2"]  # whose padding is its own
         fields = {**part.fields, "empty": tokenizer.empty}
         bundle = bundle.with_part("clip_text_2", replace(part, fields=fields))
-    return bundle
+    return _with_t5(bundle, path) if has_t5(bundle) else bundle
+
+
+def has_t5(bundle: Bundle) -> bool:
+    """Whether the model reads T5's tokens behind CLIP's."""
+    part = bundle.conditioners.get("t5_text")
+    return part is not None and not part.fields.get("absent")
 
 
 def with_second(bundle: Bundle, path: Path) -> Bundle:
@@ -87,6 +96,22 @@ def with_second(bundle: Bundle, path: Path) -> Bundle:
         raise ValueError(f"{path} has another vocabulary than the first tokenizer")
     fields = {**part.fields, "pad_id": second.pad_id}
     return bundle.with_part("clip_text_2", replace(part, fields=fields))
+
+
+def _with_t5(bundle: Bundle, path: Path) -> Bundle:
+    """The bundle with T5's tokenizer behind CLIP's. path: of CLIP's, or of a pipeline's folder."""
+    folders = [folder / "tokenizer_3" for folder in (path, path.parent)]
+    third = next((folder for folder in folders if folder.is_dir()), None)
+    if third is None or not isinstance(bundle.tokenizer, ClipTokenizer):
+        raise ValueError(
+            f"{path}: this model needs CLIP's tokenizer and T5's, in a folder tokenizer_3 beside it"
+        )
+    part = bundle.conditioners["t5_text"]
+    t5 = T5Tokenizer.read(third, part.fields.get("max_length"))
+    part = replace(part, fields=text.with_tokenizer(part.fields, t5))
+    return replace(
+        bundle.with_part("t5_text", part), tokenizer=ClipT5Tokenizer(bundle.tokenizer, t5)
+    )
 
 
 def padded(tokenizer: Tokenizer, pad_id: int) -> Tokenizer:
@@ -107,10 +132,65 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, ClipTokenizer):
         return _write_clip(tokenizer, folder)
+    if isinstance(tokenizer, T5Tokenizer):
+        return _write_t5(tokenizer, folder)
     if isinstance(tokenizer, BertTokenizer):
         (folder / "vocab.txt").write_text("\n".join(tokenizer.vocabulary) + "\n", encoding="utf-8")
         return _save_config(folder, "BertTokenizer", tokenizer, do_lower_case=True)
+    assert isinstance(tokenizer, WordTokenizer)  # of the others each encoder has its own folder
     return _write_words(tokenizer, folder)
+
+
+def _write_t5(tokenizer: T5Tokenizer, folder: Path) -> str:
+    split: list[Mapping[str, Any]] = [
+        {"type": "WhitespaceSplit"},
+        {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True},
+    ]
+    ids = {piece: i for i, (piece, _) in enumerate(tokenizer.vocabulary)}
+    special = [
+        {
+            **_special(token),
+            "id": ids[token],
+            "lstrip": token in tokenizer.before,
+            "rstrip": token in tokenizer.behind,
+        }
+        for token in sorted(tokenizer.special, key=lambda token: ids[token])
+    ]
+    end = {"id": EOS, "ids": list(tokenizer.empty), "tokens": [EOS]}
+    single: list[Mapping[str, Any]] = [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": EOS, "type_id": 0}},
+    ]
+    second = [{kind: {**part, "id": "B"}} for kind, part in single[0].items()]
+    content = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding")),
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, *second, single[1]],
+            "special_tokens": {EOS: end},
+        },
+        "decoder": split[1],
+        "model": {
+            "type": "Unigram",
+            "unk_id": ids[UNK],
+            "vocab": [list(entry) for entry in tokenizer.vocabulary],
+            "byte_fallback": False,
+        },
+    }
+    if tokenizer.charsmap:
+        content["normalizer"] = {
+            "type": "Precompiled",
+            "precompiled_charsmap": tokenizer.charsmap,
+        }
+    _save(folder, "tokenizer.json", content)
+    extra = sum(token.startswith("<extra_id_") for token in tokenizer.special)
+    tokens = {"eos_token": EOS, "unk_token": UNK, "pad_token": PAD, "extra_ids": extra}
+    return _save_config(folder, "T5TokenizerFast", tokenizer, **tokens)
 
 
 def _write_clip(tokenizer: ClipTokenizer, folder: Path) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.nets.dit import DiT
+from latent_diffusion.nets.mmdit import MMDiT
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import guidance
 from latent_diffusion.process.constraints import constrained
@@ -39,7 +40,7 @@ from latent_diffusion.types import (
 
 # Fields of a config that `schedule_of` reads.
 SCHEDULE_FIELDS = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
-BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT}
+BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 
 
 class Prepared(flax.struct.PyTreeNode):

@@ -45,6 +45,30 @@ def modulated(
     return (h * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
 
 
+def to_patches(z: Float[Array, "B h w c"], side: int) -> Float[Array, "B L D"]:
+    """The patches of `side`², row by row, each with its values row by row, channels last."""
+    batch, height, width, channels = z.shape
+    rows, columns = height // side, width // side
+    patches = z.reshape(batch, rows, side, columns, side, channels).swapaxes(2, 3)
+    return patches.reshape(batch, rows * columns, side * side * channels)
+
+
+def from_patches(
+    patches: Float[Array, "B L D"], side: int, size: Sequence[int]
+) -> Float[Array, "B h w c"]:
+    """The inverse of `to_patches`. size: (h, w)."""
+    rows, columns = size[0] // side, size[1] // side
+    z = patches.reshape(-1, rows, columns, side, side, patches.shape[-1] // side**2)
+    return z.swapaxes(2, 3).reshape(-1, *size, z.shape[-1])
+
+
+def embedded(name: str, x: Float[Array, "B D"], width: int, dtype: Any) -> Float[Array, "B E"]:
+    """x through two linear maps to `width`, within a compact module. name: of the maps."""
+    normal = nn.initializers.normal(0.02)
+    h = Dense(width, kernel_init=normal, dtype=dtype, name=f"{name}_mlp_0")(x)
+    return Dense(width, kernel_init=normal, dtype=dtype, name=f"{name}_mlp_2")(nn.silu(h))
+
+
 class Modulation(nn.Module):
     """`count` vectors of width `features` for a block, from the embedding of t and condition."""
 
@@ -152,13 +176,12 @@ class DiT(nn.Module):
         self._check(z_t.shape)
         concat, side = conditioning.concat, self.patch_size
         z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
-        size, width = z_t.shape[1:3], z_t.shape[-1]
+        size = z_t.shape[1:3]
         rows, columns = size[0] // side, size[1] // side
 
-        patches = z_t.reshape(-1, rows, side, columns, side, width).swapaxes(2, 3)
-        patches = patches.reshape(z_t.shape[0], rows * columns, side * side * width)
         xavier = nn.initializers.xavier_uniform()
-        h = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")(patches)
+        project = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")
+        h = project(to_patches(z_t, side))
         positions = positions_2d(rows, columns, self.width, self.base_size // side)
         h = h + positions.astype(h.dtype)
         time = 1 - (t + 1) / 1000 if self.sit else t
@@ -181,19 +204,14 @@ class DiT(nn.Module):
         out = Dense(
             side * side * channels, zero_init=True, dtype=self.dtype, name="final_layer_linear"
         )(modulated(h, shift, scale))
-        out = out.reshape(-1, rows, columns, side, side, channels).swapaxes(2, 3)
-        out = out.reshape(-1, *size, channels)[..., : self.out_channels]
+        out = from_patches(out, side, size)[..., : self.out_channels]
         return -out.astype(jnp.float32) if self.sit else out.astype(jnp.float32)
 
     def _embedding(
         self, t: Num[Array, " B"], vector: Float[Array, "B D"] | None
     ) -> Float[Array, "B E"]:
         emb = timestep_embedding(t, FREQUENCIES, shift=self.frequency_shift)
-        normal = nn.initializers.normal(0.02)
-        emb = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="t_embedder_mlp_0")(emb)
-        emb = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="t_embedder_mlp_2")(
-            nn.silu(emb)
-        )
+        emb = embedded("t_embedder", emb, self.width, self.dtype)
         if vector is None:
             return emb
         if vector.shape[-1] != self.width:

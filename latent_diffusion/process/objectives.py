@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.process.diffusion import PREDICTIONS
 from latent_diffusion.process.schedules import NoiseSchedule
+from latent_diffusion.process.spacings import shifted
 from latent_diffusion.rng import normal_per_example, uniform_per_example
 from latent_diffusion.types import Array, Float, Int, Keys, lookup
 
@@ -122,6 +123,16 @@ def logit_normal(
     return _below(share * schedule.num_timesteps, schedule)
 
 
+def mode(keys: Keys, schedule: NoiseSchedule, scale: float = 1.29) -> Int[Array, " B"]:
+    """T · f(u) with u uniform: the middle more often, the ends not never (Esser et al. 2024, §3.1).
+
+    f(u) = 1 − u − scale · (cos²(πu/2) − 1 + u).
+    """
+    u = uniform_per_example(keys)
+    share = 1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
+    return _below(share * schedule.num_timesteps, schedule)
+
+
 def importance(
     keys: Keys, schedule: NoiseSchedule, density: Float[Array, " T"] | None = None
 ) -> Int[Array, " B"]:
@@ -139,8 +150,18 @@ def importance(
 TIMESTEP_SAMPLING: dict[str, Callable[..., Array]] = {
     "uniform": uniform,
     "logit_normal": logit_normal,
+    "mode": mode,
     "importance": importance,
 }
+
+
+def shift_timesteps(
+    t: Int[Array, " B"], schedule: NoiseSchedule, shift: float | int
+) -> Int[Array, " B"]:
+    """Timesteps whose share of noise is the shifted one of t; see `spacings.shifted`."""
+    total = schedule.num_timesteps
+    moved = jnp.round(total * shifted((t + 1) / total, shift)) - 1
+    return _below(jnp.maximum(moved, 0), schedule)
 
 
 def _below(t: Array, schedule: NoiseSchedule) -> Array:

@@ -113,7 +113,7 @@ SAMPLER_NAMES = (
 )
 SPACING_NAMES = (
     "original, original_quad, uniform, linspace, open, leading, open_leading, trailing, quad, "
-    "karras, exponential, beta, given, ays, lcm"
+    "karras, exponential, beta, given, ays, lcm, shifted"
 )
 
 
@@ -140,6 +140,9 @@ class SamplingOptions:
     )
     sigma_max: Any = _choice(None, float, "largest sigma/alpha of them", range="(0, inf)")
     distilled_steps: Any = _choice(None, int, "steps that an lcm was made of", range="[1, inf)")
+    shift: Any = _choice(
+        None, float, "of the shifted spacing: above 1, steps lie closer to noise", range="(0, inf)"
+    )
     timesteps: Any = _choice(
         None, float, "the timesteps of the given spacing", count=None, range="[0, inf)"
     )

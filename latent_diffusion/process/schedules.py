@@ -5,6 +5,7 @@ t = 0 … T−1 (float64 on the host, stored float32); t = −1 is clean data.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -26,7 +27,8 @@ class NoiseSchedule:
     """Tables over t = 0 … T−1 of z_t = alpha_t z_0 + sigma_t eps.
 
     Every method takes integer or float timesteps of any shape. A negative t stands for clean data;
-    a fractional t interpolates log(sigma/alpha) linearly, as in k-diffusion; t beyond T−1 is T−1.
+    a fractional t interpolates log(sigma/alpha) linearly, as in k-diffusion, or alpha and sigma
+    themselves where the path is `straight`, as a flow's is; t beyond T−1 is T−1.
     """
 
     betas: Float[Array, " T"]  # 1 − ᾱ_t / ᾱ_{t−1}
@@ -35,6 +37,7 @@ class NoiseSchedule:
     sigmas: Float[Array, " T"]
     log_snr: Float[Array, " T"]  # log(alpha² / sigma²), finite also where alpha is 0
     times: Float[Array, " T"] | None = None  # what the network is told; None is t itself
+    straight: bool = flax.struct.field(pytree_node=False, default=False)  # alpha + sigma = 1
 
     @property
     def num_timesteps(self) -> int:
@@ -55,7 +58,12 @@ class NoiseSchedule:
         """log(alpha²/sigma²), same shape as t; +inf at −1."""
         low, weight = self._locate(t)
         step = self.log_snr[jnp.minimum(low + 1, self.num_timesteps - 1)] - self.log_snr[low]
-        return jnp.where(jnp.asarray(t) < 0, jnp.inf, self.log_snr[low] + weight * step)
+        between = self.log_snr[low] + weight * step
+        if self.straight:
+            alpha = jnp.maximum(self._between(self.alphas, low, weight), 1e-12)
+            exact = 2 * jnp.log(alpha / self._between(self.sigmas, low, weight))
+            between = jnp.where(weight == 0, between, jnp.maximum(exact, self.log_snr[-1]))
+        return jnp.where(jnp.asarray(t) < 0, jnp.inf, between)
 
     def time_t(self, t: Timestep) -> Timestep:
         """What the network is told of t, same shape as t."""
@@ -66,6 +74,8 @@ class NoiseSchedule:
     def timestep_at(self, log_snr: Float[Array, "..."]) -> Float[Array, "..."]:
         """The fractional timestep in [0, T−1] of a log-SNR (inverse of `log_snr_t`)."""
         steps = jnp.arange(self.num_timesteps, dtype=self.log_snr.dtype)
+        if self.straight:
+            return jnp.interp(jax.nn.sigmoid(-log_snr / 2), self.sigmas, steps)
         return jnp.interp(-log_snr, -self.log_snr, steps)
 
     def _locate(self, t: Timestep) -> tuple[Array, Array]:
@@ -76,12 +86,19 @@ class NoiseSchedule:
     def _at(self, t: Timestep, table: Array, share: Callable[[Array], Array]) -> Array:
         """table[t]; for a fractional t from its energy: share(interpolated log-SNR)."""
         low, weight = self._locate(t)
+        if self.straight:
+            return self._between(table, low, weight)
         scale = jnp.hypot(self.alphas, self.sigmas)  # 1 for variance-preserving schedules
         high = jnp.minimum(low + 1, self.num_timesteps - 1)
         between = (scale[low] + weight * (scale[high] - scale[low])) * jnp.sqrt(
             share(self.log_snr_t(t))
         )
         return jnp.where(weight == 0, table[low], between)
+
+    def _between(self, table: Array, low: Array, weight: Array) -> Array:
+        """The table between its entries `low` and low + 1."""
+        high = jnp.minimum(low + 1, self.num_timesteps - 1)
+        return table[low] + weight * (table[high] - table[low])
 
 
 def _cosine(num: int, start: float, end: float, offset: float) -> np.ndarray:
@@ -123,7 +140,7 @@ def make_schedule(
         raise ValueError(f"num_timesteps={num_timesteps}; expected 1 to {MAX_TIMESTEPS:,}")
     if betas is None and name == "rectified_flow":
         sigmas = np.arange(1, num_timesteps + 1) / num_timesteps
-        return _tabulate(1 - sigmas, sigmas)
+        return dataclasses.replace(_tabulate(1 - sigmas, sigmas), straight=True)
     if betas is None and name in _OF_DIFFUSERS:
         return _OF_DIFFUSERS[name](num_timesteps, beta_start, beta_end)
     if betas is None:
@@ -170,8 +187,10 @@ def _tabulate(
     bounded = np.where(alpha_bar > 0, alpha_bar, min(2.0**-24, alpha_bar[-2] / 2))
     log_snr = np.log(bounded) - np.log1p(-bounded)
     betas = 1 - bounded / np.append(1.0, bounded[:-1])
-    tables = (betas, alpha_bar, alphas, sigmas, log_snr)
-    schedule = NoiseSchedule(*(jnp.asarray(table, jnp.float32) for table in tables))
+    stored = functools.partial(jnp.asarray, dtype=jnp.float32)
+    schedule = NoiseSchedule(
+        stored(betas), stored(alpha_bar), stored(alphas), stored(sigmas), stored(log_snr)
+    )
     if times is None:
         return schedule
     return dataclasses.replace(schedule, times=jnp.asarray(times, jnp.float32))

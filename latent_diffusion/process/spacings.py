@@ -130,6 +130,21 @@ def distilled_timesteps(num_timesteps: int, distilled_steps: int) -> np.ndarray:
     return (np.arange(distilled_steps) + 1) * (num_timesteps // distilled_steps) - 1
 
 
+def shifted(share: Any, shift: Any) -> Any:
+    """Shares of noise, moved towards noise (shift above 1) or data (Esser et al. 2024, eq. 23)."""
+    return shift * share / (1 + (shift - 1) * share)
+
+
+def _shifted(log_snr: np.ndarray, num: int, end: int, shift: float = 1.0) -> np.ndarray:
+    """Shifted shares of a flow's noise, which are even before: those of Stable Diffusion 3.
+
+    As in diffusers, the least share is shifted twice.
+    """
+    total = len(log_snr)
+    even = np.linspace(1, shifted(1 / total, shift), num)
+    return total * shifted(even, shift) - 1
+
+
 def _timesteps_at(log_snr: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.interp(-wanted, -log_snr, np.arange(len(log_snr)))
 
@@ -155,6 +170,7 @@ SPACINGS: dict[str, Callable[..., np.ndarray]] = {
     "given": _listed,
     "ays": lambda x, num, end: _listed(x, num, end, _AYS),  # "Align your steps"
     "lcm": _lcm,
+    "shifted": _shifted,
 }
 
 
@@ -165,9 +181,9 @@ def spacing(
 
     last: the final timestep: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops);
     None is 0 for the "original" spacings and −1 for the others. options: those of one spacing:
-    `offset` (leading, open_leading), `rho` (karras), `distilled_steps` (lcm), `timesteps` (given:
-    a list, whose log-SNR is interpolated if its length is not num_steps), and for karras,
-    exponential and beta `within`, `offset`, `sigma_min` and `sigma_max` (see `_curve`).
+    `offset` (leading, open_leading), `rho` (karras), `distilled_steps` (lcm), `shift` (shifted),
+    `timesteps` (given: a list, whose log-SNR is interpolated if its length is not num_steps), and
+    for karras, exponential and beta `within`, `offset`, `sigma_min` and `sigma_max` (see `_curve`).
     The result is int32 where every timestep is an integer, else float32. It is computed on the
     host, not under jit. Raises ValueError for an unknown name or num_steps outside 1 … T.
     """

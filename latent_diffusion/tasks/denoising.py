@@ -120,6 +120,7 @@ class Denoising:
     max_noise: float | int = 1.0  # the share of the timesteps, from the clean end, that are drawn
     control: str = ""  # a name of HINTS: a control net is trained, and nothing else
     new_vectors: int = 0  # of a new word, which are trained, and nothing else
+    shift: float | int = 1.0  # of the drawn timesteps, towards noise
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -314,11 +315,14 @@ class Denoising:
         if self.timestep_sampling != "loss":
             draw = lookup(objectives.TIMESTEP_SAMPLING, self.timestep_sampling, "timestep_sampling")
             t = draw(keys, schedule)
+            t = t if self.shift == 1 else objectives.shift_timesteps(t, schedule, self.shift)
             return (t if self.max_noise == 1 else (t * self.max_noise).astype(t.dtype)), 1.0
-        if self.max_noise != 1:
-            raise ValueError(
-                f"diffusion.max_noise={self.max_noise} needs another timestep_sampling than 'loss'"
-            )
+        for name in ("max_noise", "shift"):
+            if getattr(self, name) != 1:
+                raise ValueError(
+                    f"diffusion.{name}={getattr(self, name)} needs another timestep_sampling than "
+                    "'loss'"
+                )
         if squares is None:  # evaluation: the plain mean
             return objectives.uniform(keys, schedule), 1.0
         density = objectives.loss_density(squares)

@@ -101,7 +101,7 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
             if name in bundle.conditioners and _comes_whole(config, path, bundle):
                 part, module = bundle.conditioners[name], CONDITIONERS[name]
                 fields |= _fields(f"conditioners.{name}", module, part)
-                if bundle.tokenizer is not None and "tokens" in module.keys:
+                if bundle.tokenizer is not None and "tokens" in module(**part.fields).keys:
                     fields["tokenizer.name"] = bundle.tokenizer.kind
                     fields["tokenizer.max_length"] = bundle.tokenizer.max_length
     changes = () if every else config.init_from_changes

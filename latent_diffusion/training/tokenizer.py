@@ -12,6 +12,7 @@ from latent_diffusion.data.tokenizers import (
     Tokenizer,
     WordTokenizer,
     load_tokenizer,
+    of_encoder,
     with_words,
 )
 from latent_diffusion.nets.conditioners import Conditioner, make_conditioner, rows_of_words
@@ -81,13 +82,14 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
     for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
         if "tokens" not in part.keys:
             continue
-        if part.vocab_size < tokenizer.vocab_size:
+        own = of_encoder(tokenizer, name)
+        if part.vocab_size < own.vocab_size:
             raise ValueError(
                 f"conditioners.{name}.vocab_size={part.vocab_size}, "
-                f"but the tokenizer has {tokenizer.vocab_size} tokens"
+                f"but the tokenizer has {own.vocab_size} tokens"
             )
         for field in ("empty",) if getattr(part, "repad", False) else ("empty", "pad_id"):
-            wanted = getattr(tokenizer, field)
+            wanted = getattr(own, field)
             value = getattr(part, field, wanted)
             value = tuple(value) if isinstance(value, list) else value  # a list comes from JSON
             if value != wanted:

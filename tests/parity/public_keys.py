@@ -355,6 +355,21 @@ REFINER = dict(
 )
 
 
+SD3 = dict(
+    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
+)  # fmt: skip
+SD3S = {
+    "sd3-medium": {},
+    "sd35-medium": dict(
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"
+    ),
+    "sd35-large": dict(
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm"
+    ),
+}
+T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+
+
 def ldm_bert(**fields):
     from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
         LDMBertConfig,
@@ -419,6 +434,14 @@ DIFFUSERS = {
     ),
     "diffusers-sdxl-unet": lambda: diffusers.UNet2DConditionModel(**SDXL),
     "diffusers-sdxl-refiner-unet": lambda: diffusers.UNet2DConditionModel(**REFINER),
+    **{
+        f"diffusers-{name}": (lambda f=fields: diffusers.SD3Transformer2DModel(**{**SD3, **f}))
+        for name, fields in SD3S.items()
+    },
+    "diffusers-sd3-vae": lambda: diffusers.AutoencoderKL(
+        **{**SD_VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+    ),
+    "diffusers-t5-xxl": lambda: transformers.T5EncoderModel(transformers.T5Config(**T5_XXL)),
     "diffusers-ldm-bert": lambda: ldm_bert(d_model=1280),
 }
 

@@ -17,8 +17,15 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
+from t5_vocabulary import CHARSMAP, VOCABULARY
+
 from latent_diffusion.convert.tokenizers import write_tokenizer
-from latent_diffusion.data.tokenizers import BertTokenizer, ClipTokenizer
+from latent_diffusion.data.tokenizers import (
+    BertTokenizer,
+    ClipTokenizer,
+    T5Tokenizer,
+    load_tokenizer,
+)
 from latent_diffusion.data.tokenizers.bert import split_words as bert_words
 from latent_diffusion.data.tokenizers.clip import split_words as clip_words
 
@@ -176,3 +183,30 @@ def test_added_tokens(kind, tmp_path):
 def test_bert(tmp_path):
     folder = bert_folder(tmp_path)
     compare(BertTokenizer.read(folder), transformers.BertTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("charsmap", [CHARSMAP, None], ids=["normalised", "as it is"])
+def test_t5(charsmap, tmp_path):
+    """Also of the folder that we write again, and of our own file."""
+    theirs = transformers.T5Tokenizer(
+        vocab=VOCABULARY, _spm_precompiled_charsmap=charsmap, extra_ids=2
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = T5Tokenizer.read(tmp_path / "theirs", 60)
+    write_tokenizer(ours, tmp_path / "ours")
+    again = transformers.T5Tokenizer.from_pretrained(tmp_path / "ours")
+    ours.save(tmp_path / "saved.json")
+    saved = load_tokenizer(tmp_path / "saved.json")
+    more = [
+        "▁a▁▁b ▁",
+        "a <extra_id_0>b</s> <pad>",
+        "Ａ\u0300 A\u0300 e\u0301\u0301",
+        "a\r\nb",
+        "<unk>x",
+    ]
+    for text in texts() + more:
+        want = theirs(text, padding="max_length", truncation=True, max_length=60)["input_ids"]
+        assert ours([text])[0].tolist() == want, text
+        assert saved([text])[0].tolist() == want, text
+        options = {"padding": "max_length", "truncation": True, "max_length": 60}
+        assert again(text, **options)["input_ids"] == want, text

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latent_diffusion.convert import clip_text, unet
+from latent_diffusion.convert import clip_text, mmdit, unet
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.tables import Layout, Pair, Table, pairs, prefixed
 
@@ -33,6 +33,8 @@ def pairs_of(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
         if name == "unet":
             linear, text_time = bundle.linear_projections, bundle.time_width is not None
             prefix, table = "unet", unet.diffusers_table(part.fields, linear, text_time)
+        elif name == "mmdit":
+            prefix, table = "transformer", mmdit.diffusers_table(part.fields)
         elif name in _ENCODERS:
             prefix, table = _ENCODERS[name], clip_text.transformers_table(part.fields)
             table = [
@@ -53,7 +55,8 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     for part_name, part, prefix, pair in pairs_of(bundle):
         modules, arrays = zip(*(name.rpartition(".")[::2] for name in pair.theirs), strict=True)
         names = tuple(f"{prefix}.{module}" for module in modules)
-        path = f"{part_name if part_name == 'unet' else f'conditioner/{part_name}'}/{pair.ours}"
+        section = part_name if part_name in ("unet", "mmdit") else f"conditioner/{part_name}"
+        path = f"{section}/{pair.ours}"
         stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
         for i, theirs in enumerate(pair.layout.write(stand_in)):
             place = Place(path, names, i, pair.layout, theirs.shape)
@@ -84,14 +87,15 @@ def is_idle(bundle: Bundle, name: str) -> bool:
 
 def kohya_prefix(prefix: str) -> str:
     """kohya's prefix for diffusers'; "lora_te1" is read as "lora_te"."""
-    return {"unet": "lora_unet", "text_encoder": "lora_te"}.get(prefix, "lora_te2")
+    table = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder": "lora_te"}
+    return table.get(prefix, "lora_te2")
 
 
 def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
     """diffusers with its prefix and without, kohya's sd-scripts, LyCORIS' own wrapper."""
     flat = module.replace(".", "_")
-    if prefix == "unet":
-        return f"unet.{module}", module, f"lora_unet_{flat}", f"lycoris_{flat}"
+    if prefix in ("unet", "transformer"):
+        return f"{prefix}.{module}", module, f"lora_{prefix}_{flat}", f"lycoris_{flat}"
     bare = () if two else (module,)
     return f"{prefix}.{module}", *bare, f"{kohya_prefix(prefix)}_{flat}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 METADATA = "lora_adapter_metadata"
-_PARTS = ("unet", "text_encoder")
+_PARTS = ("unet", "transformer", "text_encoder")
 _USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # Which modules were adapted, and how training went: the tensors say the rest.
 _HARMLESS = (

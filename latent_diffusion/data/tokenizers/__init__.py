@@ -11,6 +11,8 @@ from typing import Any
 from latent_diffusion.data.tokenizers.added import with_words
 from latent_diffusion.data.tokenizers.bert import BertTokenizer
 from latent_diffusion.data.tokenizers.clip import ClipTokenizer
+from latent_diffusion.data.tokenizers.clip_t5 import ClipT5Tokenizer, of_encoder
+from latent_diffusion.data.tokenizers.t5 import T5Tokenizer
 from latent_diffusion.data.tokenizers.word import WordTokenizer, words
 from latent_diffusion.files.reading import read_text
 from latent_diffusion.types import lookup
@@ -18,19 +20,24 @@ from latent_diffusion.types import lookup
 __all__ = [
     "TOKENIZERS",
     "BertTokenizer",
+    "ClipT5Tokenizer",
     "ClipTokenizer",
+    "T5Tokenizer",
     "Tokenizer",
     "WordTokenizer",
     "load_tokenizer",
+    "of_encoder",
     "with_words",
     "words",
 ]
 
-Tokenizer = WordTokenizer | ClipTokenizer | BertTokenizer
+Tokenizer = WordTokenizer | ClipTokenizer | BertTokenizer | T5Tokenizer | ClipT5Tokenizer
 TOKENIZERS: dict[str, Any] = {
     "word": WordTokenizer,
     "clip": ClipTokenizer,
     "bert": BertTokenizer,
+    "t5": T5Tokenizer,
+    "clip_t5": ClipT5Tokenizer,
 }
 
 

@@ -25,7 +25,7 @@ from latent_diffusion.files.reading import read_gzip, read_json, read_text
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # marks the last piece of a word
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 _NUM_MERGES = 49152 - 256 - 2  # the number of merges that CLIP uses of its file
 _ROLES = ("bos", "eos", "unk", "pad")
 _LONGEST = 1 << 16  # a greater length in a file of settings means "unlimited"
@@ -46,7 +46,7 @@ def _kind(character: str) -> str:
 
 def split_words(text: str) -> Iterator[str]:
     """Split into contractions, runs of letters, single numerals, and runs of other signs."""
-    for chunk in _SPACES.split(text):
+    for chunk in SPACES.split(text):
         i = 0
         while i < len(chunk):
             short = next((c for c in _CONTRACTIONS if chunk.startswith(c, i)), None)

@@ -29,6 +29,7 @@ from latent_diffusion.nets.conditioners.sequence import (
     Start,
 )
 from latent_diffusion.nets.conditioners.sizes import Sizes
+from latent_diffusion.nets.conditioners.t5_text import T5Text
 from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
 from latent_diffusion.rng import split_per_example
 from latent_diffusion.types import (
@@ -43,12 +44,14 @@ from latent_diffusion.types import (
     lookup,
 )
 
+T5 = "t5_text"
 CONDITIONERS: dict[str, Any] = {
     "class_label": ClassLabel,
     "bert": Bert,
     "clip_image": ClipImage,
     "clip_text": ClipText,
     "clip_text_2": ClipText,
+    "t5_text": T5Text,
     "text": TextTransformer,
     "layout": Layout,
     "layout_map": LayoutMap,
@@ -84,11 +87,23 @@ def combine(parts: Sequence[Conditioning]) -> Conditioning:
     return Conditioning(**joined)
 
 
+def _widened(part: Conditioning, width: int) -> Conditioning:
+    """The conditioning with zeros behind each token of its context, up to `width`."""
+    context = part.context
+    assert context is not None
+    if context.shape[-1] > width:
+        raise ValueError(f"the context of CLIP is {context.shape[-1]} wide, T5's only {width}")
+    rest = ((0, 0), (0, 0), (0, width - context.shape[-1]))
+    return dataclasses.replace(part, context=jnp.pad(context, rest))
+
+
 class Conditioner(nn.Module):
     """Joins any number of conditioners; without any, the model is unconditional.
 
     config: {name of a conditioner: its fields}. Two encoders of one text are one context: that of
-    "clip_text_2" joins the other's along the width of each token.
+    "clip_text_2" joins the other's along the width of each token. Beside "t5_text", as in
+    Stable Diffusion 3, that context is as wide as T5's, with zeros, and `tokens` are CLIP's, then
+    T5's.
     """
 
     config: Mapping[str, Mapping[str, Any]]
@@ -137,8 +152,12 @@ class Conditioner(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         self._check(batch)
+        t5 = self._t5()
+        first = batch
+        if t5 is not None and not t5.absent and "tokens" in batch:
+            first = {**batch, "tokens": batch["tokens"][:, : -t5.max_length]}
         parts = {
-            name: CONDITIONERS[name](**fields, name=name)(batch, drop)
+            name: CONDITIONERS[name](**fields, name=name)(batch if name == T5 else first, drop)
             for name, fields in self.config.items()
         }
         if parts.keys() >= {"clip_text", "clip_text_2"}:  # both saw the same tokens
@@ -146,7 +165,13 @@ class Conditioner(nn.Module):
             context = jnp.concatenate([first.context, second.context], -1)
             parts["clip_text"] = dataclasses.replace(first, context=context)
             parts["clip_text_2"] = dataclasses.replace(second, context=None)
+        if t5 is not None and "clip_text" in parts:
+            parts["clip_text"] = _widened(parts["clip_text"], t5.width)
         return combine([*parts.values()])
+
+    @nn.nowrap
+    def _t5(self) -> T5Text | None:
+        return T5Text(**self.config[T5], parent=None) if T5 in self.config else None
 
     @nn.nowrap
     def parts(self) -> list[Any]:

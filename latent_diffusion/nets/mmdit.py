@@ -1,0 +1,211 @@
+"""The denoiser of Stable Diffusion 3: MMDiT, a transformer over pictures and texts together.
+
+Esser et al. 2024. Submodules carry the names of the released checkpoints.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.nets.attention import attend
+from latent_diffusion.nets.dit import (
+    FREQUENCIES,
+    Modulation,
+    embedded,
+    from_patches,
+    modulated,
+    positions_2d,
+    to_patches,
+)
+from latent_diffusion.nets.layers import Dense, timestep_embedding
+from latent_diffusion.nets.remat import rematerialised
+from latent_diffusion.types import Array, Conditioning, Float, Num
+
+Heads = Float[Array, "B L N K"]  # of N heads, K wide
+
+
+class JointBlock(nn.Module):
+    """Pictures ("x") and texts ("context") have maps of their own, and attend to each other.
+
+    qk_norm: root-mean-square norms of each head's queries and keys. dual: the picture also attends
+    to itself alone. last: the context isn't needed any more, so only its keys and values count.
+    """
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    dual: bool = False
+    last: bool = False
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        context: Float[Array, "B S D"],
+        emb: Float[Array, "B E"],
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B S D"]]:
+        width, length = x.shape[-1], x.shape[1]
+        of_x, of_context = (
+            Modulation(width, count, self.dtype, name=f"{stream}_adaLN_modulation")(emb)
+            for stream, count in (
+                ("x_block", 9 if self.dual else 6),
+                ("context_block", 2 if self.last else 6),
+            )
+        )
+        pairs = zip(
+            self._heads("x_block_attn", modulated(x, of_x[0], of_x[1])),
+            self._heads("context_block_attn", modulated(context, of_context[0], of_context[1])),
+            strict=True,
+        )
+        q, k, v = (jnp.concatenate(pair, 1) for pair in pairs)
+        both = attend(q, k, v, self.attention).reshape(x.shape[0], -1, width)
+
+        change = of_x[2][:, None] * self._dense("x_block_attn_proj", width)(both[:, :length])
+        if self.dual:
+            q, k, v = self._heads("x_block_attn2", modulated(x, of_x[6], of_x[7]))
+            alone = attend(q, k, v, self.attention).reshape(x.shape)
+            change += of_x[8][:, None] * self._dense("x_block_attn2_proj", width)(alone)
+        x = self._feed_forward("x_block", x + change, of_x[3:6])
+        if self.last:
+            return x, context
+        proj = self._dense("context_block_attn_proj", width)
+        context = context + of_context[2][:, None] * proj(both[:, length:])
+        return x, self._feed_forward("context_block", context, of_context[3:])
+
+    def _heads(self, name: str, h: Float[Array, "B L D"]) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values."""
+        qkv = self._dense(f"{name}_qkv", 3 * h.shape[-1])(h)
+        q, k, v = jnp.unstack(qkv.reshape(*h.shape[:2], 3, self.num_heads, -1), axis=2)
+        if self.qk_norm:
+            q, k = (
+                nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=f"{name}_ln_{end}")(part)
+                for end, part in (("q", q), ("k", k))
+            )
+        return q.astype(v.dtype), k.astype(v.dtype), v
+
+    def _feed_forward(
+        self, stream: str, h: Float[Array, "B L D"], modulation: list[Array]
+    ) -> Float[Array, "B L D"]:
+        shift, scale, gate = modulation
+        inner = self._dense(f"{stream}_mlp_fc1", int(self.mlp_ratio * h.shape[-1]))
+        change = nn.gelu(inner(modulated(h, shift, scale)), approximate=True)
+        return h + gate[:, None] * self._dense(f"{stream}_mlp_fc2", h.shape[-1])(change)
+
+    def _dense(self, name: str, features: int) -> Dense:
+        return Dense(
+            features, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
+        )
+
+
+class MMDiT(nn.Module):
+    """Predicts the flow's velocity (or eps, x0, v) from a noisy latent, its t and a `Conditioning`.
+
+    `conditioning.context` [B S C], which is needed, are the tokens beside those of the latent;
+    `vector` [B V] joins the embedding of t, `concat` stands beside the latent. The network sees
+    t + 1: of 1,000 timesteps of a rectified flow, that is 1,000 sigma.
+
+    out_channels: channels of the prediction. qk_norm, dual_attention: see `JointBlock`; the numbers
+    of the blocks whose pictures attend twice. max_positions: side of the table of positions, in
+    patches, from whose middle those of a picture are cut. base_size: side of the trained latent,
+    by which a fresh table is scaled. The table isn't trained. remat: as the U-Net's.
+    """
+
+    out_channels: int = 16
+    patch_size: int = 2
+    width: int = 1536
+    depth: int = 24
+    num_heads: int = 24
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    dual_attention: Sequence[int] = ()
+    max_positions: int = 192
+    base_size: int = 128
+    remat: str = "none"
+    attention: str = "auto"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        z_t: Float[Array, "B h w c"],
+        t: Num[Array, " B"],
+        conditioning: Conditioning | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B h w k"]:
+        conditioning = Conditioning() if conditioning is None else conditioning
+        concat, context, side = conditioning.concat, conditioning.context, self.patch_size
+        self._check(z_t.shape)
+        if context is None:
+            raise ValueError("mmdit: it attends to a context, and no conditioner gives one")
+        z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
+        size, normal = z_t.shape[1:3], nn.initializers.normal(0.02)
+
+        xavier = nn.initializers.xavier_uniform()
+        project = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")
+        h = project(to_patches(z_t, side))
+        h = h + self._positions(size[0] // side, size[1] // side).astype(h.dtype)
+        project = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="context_embedder")
+        context = project(context)
+        emb = embedded("t_embedder", timestep_embedding(t + 1, FREQUENCIES), self.width, self.dtype)
+        if conditioning.vector is not None:
+            emb = emb + embedded("y_embedder", conditioning.vector, self.width, self.dtype)
+
+        block = rematerialised(JointBlock, self.remat, "mmdit.remat")
+        for i in range(self.depth):
+            h, context = block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.qk_norm,
+                i in self.dual_attention,
+                i == self.depth - 1,
+                self.attention,
+                self.dtype,
+                name=f"joint_blocks_{i}",
+            )(h, context, emb)
+
+        modulation = Modulation(self.width, 2, self.dtype, name="final_layer_adaLN_modulation")
+        shift, scale = modulation(emb)
+        out = Dense(
+            side * side * self.out_channels,
+            zero_init=True,
+            dtype=self.dtype,
+            name="final_layer_linear",
+        )(modulated(h, shift, scale))
+        return from_patches(out, side, size).astype(jnp.float32)
+
+    def _positions(self, rows: int, columns: int) -> Float[Array, "L D"]:
+        """The middle of the table of positions."""
+        side, trained = self.max_positions, self.base_size // self.patch_size
+
+        def fresh(key: jax.Array) -> Float[Array, "1 P D"]:
+            of_axis = positions_2d(1, side, self.width, trained)[:, : self.width // 2]
+            shape = (side, side, self.width // 2)
+            axes = [jnp.broadcast_to(x, shape) for x in (of_axis, of_axis[:, None])]
+            return jnp.concatenate(axes, -1).reshape(1, side * side, self.width)
+
+        table = jax.lax.stop_gradient(self.param("pos_embed", fresh))
+        top, left = (side - rows) // 2, (side - columns) // 2
+        grid = table.reshape(side, side, -1)[top : top + rows, left : left + columns]
+        return grid.reshape(rows * columns, -1)
+
+    def _check(self, shape: Sequence[int]) -> None:
+        patch, largest = self.patch_size, self.max_positions * self.patch_size
+        if shape[1] % patch or shape[2] % patch:
+            raise ValueError(
+                f"mmdit: latent of {shape[1]}×{shape[2]} must be divisible by patch_size={patch}"
+            )
+        if max(shape[1:3]) > largest:
+            raise ValueError(
+                f"mmdit: latent of {shape[1]}×{shape[2]}; max_positions={self.max_positions} "
+                f"patches of {patch} allow {largest} at most"
+            )
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(
+                f"mmdit: width={self.width} must be divisible by 4 and by "
+                f"num_heads={self.num_heads}"
+            )
