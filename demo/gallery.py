@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageDraw, ImageFont
 
+from demo.judged import first_caption
 from latent_diffusion import data
 from latent_diffusion.data import retrieval
 from latent_diffusion.data.layout import LayoutTokens, plot
@@ -108,7 +109,7 @@ def draw_image_to_image(directory: Path, rows: int, seed: int) -> Image.Image:
     source = data.make_source(config.data, "test")
     examples, batch = _examples(config, source, _spread(source, rows))
     images = np.stack([example["image"] for example in batch])
-    prompts = [examples[i - 1]["caption"] for i in range(rows)]
+    prompts = [first_caption(examples[i - 1]) for i in range(rows)]
     drawn = [
         to_uint8(model.sample(jax.random.key(seed), prompts, image=images, strength=strength))
         for strength in STRENGTHS
@@ -141,7 +142,7 @@ def _of_class(source: Any, label: int) -> np.ndarray:
 def _argument(key: str, examples: Sequence[Any], batch: Sequence[Any]) -> Any:
     """The argument of `Model.sample` for a batch key."""
     if key == "tokens":
-        return [example["caption"] for example in examples]
+        return [first_caption(example) for example in examples]
     values = [example[key] for example in batch]
     return [int(v) for v in values] if key == "class_label" else np.stack(values)
 
@@ -149,7 +150,7 @@ def _argument(key: str, examples: Sequence[Any], batch: Sequence[Any]) -> Any:
 def _condition(config: Any, source: Any, example: Any, made: Any, keys: Sequence[str]) -> Any:
     """A picture of the conditions of one example."""
     pictures = {
-        "tokens": lambda: text(example["caption"]),
+        "tokens": lambda: text(first_caption(example)),
         "class_label": lambda: text(source.class_names[int(example["class_label"])]),
         "layout": lambda: _layout(config, source, made["layout"]),
         "segmentation": lambda: coloured(made["segmentation"]),

@@ -97,12 +97,12 @@ class Coloured:
 
     def __init__(self, examples: list[dict[str, Any]]):
         pictures = {first_caption(example): example["image"] for example in examples}
-        self._real = {name: x for name, x in pictures.items() if _COLOURED.fullmatch(name)}
-        self.prompts = [name for name in self._real for _ in range(PER_COLOUR)]
+        self.real = {name: x for name, x in pictures.items() if _COLOURED.fullmatch(name)}
+        self.prompts = [name for name in self.real for _ in range(PER_COLOUR)]
 
-    def accuracy(self, samples: UInt8[np.ndarray, "N H W 3"]) -> float:
-        """Share of the right colour among samples of the prompts."""
-        return judge.colour_accuracy(samples, self.prompts, self._real)
+    def accuracy(self, samples: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str]) -> float:
+        """Share of the right colour among samples of the captions."""
+        return judge.colour_accuracy(samples, captions, self.real)
 
 
 class Diverse:

@@ -9,7 +9,7 @@ the trained first_stage/ and denoiser/.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,53 +105,60 @@ def draw_losses(root: Path) -> None:
     plt.close(figure)
 
 
+def measure_first_stage(
+    model: Model, examples: list[dict[str, Any]], coloured: Coloured, root: Path
+) -> dict[str, float]:
+    """Errors of reconstructed held-out examples, and their colours; draws reconstructions.png."""
+    x = np.stack([e["image"] for e in examples]).astype(np.float32) / 127.5 - 1
+    x_rec = reconstructions(model, x)
+    shown = np.linspace(0, len(x) - 1, 32).round().astype(int)
+    pairs = np.concatenate([np.concatenate([x[i], x_rec[i]], 0)[None] for i in shown])
+    _enlarged(image_grid(pairs, 16)).save(root / "reconstructions.png")
+    plain = np.stack([*coloured.real.values()]).astype(np.float32) / 127.5 - 1
+    plain_rec = to_uint8(reconstructions(model, plain))
+    return {
+        "reconstruction_psnr": float(np.mean(psnr(x, np.clip(x_rec, -1, 1)))),
+        "colour_accuracy_reconstructions": coloured.accuracy(plain_rec, [*coloured.real]),
+    }
+
+
 def evaluate(root: Path) -> dict[str, float]:
     """Measure both stages of a demo, draw its pictures, write metrics.json; returns the numbers."""
     config = workdir.load_config(root / "denoiser")
     model = load(root / "denoiser")
-    train, test = (data.make_source(config.data, split) for split in ("train", "test"))
-    train_examples = [train[i] for i in range(len(train))]
-    test_examples = [test[i] for i in range(len(test))]
-    numbers: dict[str, float] = {}
-
-    # Stage 1, on held-out pictures.
-    held_out = np.stack([e["image"] for e in test_examples])
-    x = held_out.astype(np.float32) / 127.5 - 1
-    x_rec = reconstructions(model, x)
-    numbers["reconstruction_psnr"] = float(np.mean(psnr(x, np.clip(x_rec, -1, 1))))
-    shown = np.linspace(0, len(x) - 1, 32).round().astype(int)
-    pairs = np.concatenate([np.concatenate([x[i], x_rec[i]], 0)[None] for i in shown])
-    _enlarged(image_grid(pairs, 16)).save(root / "reconstructions.png")
+    sources = (data.make_source(config.data, split) for split in ("train", "test"))
+    train, test = ([source[i] for i in range(len(source))] for source in sources)
+    coloured = Coloured([*train, *test])
+    numbers = measure_first_stage(model, test, coloured, root)
 
     # The judges, fitted on real training pictures.
-    judged, coloured = Judged(train_examples), Coloured([*train_examples, *test_examples])
-    captions = [first_caption(e) for e in test_examples]
+    judged, captions = Judged(train), [first_caption(e) for e in test]
+    held_out = np.stack([e["image"] for e in test])
+    groups = [e["class_label"] for e in test]
     numbers["tone_accuracy_real_held_out"] = judged.tone_accuracy(held_out, captions)
-    numbers["group_accuracy_real_held_out"] = judged.group_accuracy(
-        held_out, [e["class_label"] for e in test_examples]
-    )
+    numbers["group_accuracy_real_held_out"] = judged.group_accuracy(held_out, groups)
 
-    # Stage 2, on held-out combinations and on training captions.
-    def draw(key: int, prompts: list[str], **options: Any) -> np.ndarray:
-        return to_uint8(model.sample(jax.random.key(key), prompts, batch_size=120, **options))
+    # Stage 2, on held-out combinations, training captions, colours and prompts without a style.
+    def draw(key: int, prompts: Sequence[str], num_images: int = 1) -> np.ndarray:
+        """Samples [prompts num_images H W 3]."""
+        drawn = model.sample(jax.random.key(key), prompts, num_images=num_images, batch_size=120)
+        return to_uint8(drawn).reshape(len(prompts), num_images, *drawn.shape[1:])
 
     start = time.perf_counter()
-    samples = draw(0, judged.prompts)
+    samples = draw(0, judged.prompts)[:, 0]
     numbers["samples_per_second"] = len(samples) / (time.perf_counter() - start)
     tone, group = judged.accuracies(samples)
     numbers["tone_accuracy_held_out_combinations"] = tone
     numbers["group_accuracy_training_captions"] = group
-    numbers["colour_accuracy"] = coloured.accuracy(draw(2, coloured.prompts))
+    plain = draw(2, coloured.prompts)[:, 0]
+    numbers["colour_accuracy"] = coloured.accuracy(plain, coloured.prompts)
     if judged.styles:
+        diverse = Diverse(train)
         numbers["style_accuracy_real_held_out"] = judged.style_accuracy(held_out, captions)
         numbers["style_accuracy"] = judged.style_accuracy(samples, judged.prompts)
-        diverse = Diverse(train_examples)
-        several = draw(3, diverse.prompts, num_images=PER_SUBJECT)
-        shape = (len(diverse.prompts), PER_SUBJECT, *samples.shape[1:])
-        numbers["diversity"] = diverse.diversity(several.reshape(shape))
-    fixed = [*SEEN, *HELD_OUT]
-    drawn = draw(1, fixed, num_images=COLUMNS).reshape(len(fixed), COLUMNS, *samples.shape[1:])
+        numbers["diversity"] = diverse.diversity(draw(3, diverse.prompts, PER_SUBJECT))
     titles = [*SEEN, *(f"{prompt}  (held out)" for prompt in HELD_OUT)]
+    drawn = draw(1, [*SEEN, *HELD_OUT], COLUMNS)
     draw_with_prompts(list(zip(titles, drawn, strict=True))).save(root / "samples.png")
     draw_losses(root)
     (root / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")

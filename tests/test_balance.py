@@ -31,11 +31,14 @@ def test_shares_of_the_classes(balance, counts):
         assert max(of_class) - min(of_class) <= 1 and min(of_class) >= 1
 
 
-def test_bad_balances_are_one_line():
+def test_data_without_classes_stays_as_it_is():
+    plain = data.Balanced(data.ArraySource({"number": [1, 2, 3]}), 0.5)
+    assert [plain[i]["number"] for i in range(len(plain))] == [1, 2, 3]
+
+
+def test_a_bad_balance_is_one_line():
     with pytest.raises(ValueError, match=r"data.balance=1.5, expected a number in \[0, 1\]"):
         data.Balanced(source(), 1.5)
-    with pytest.raises(ValueError, match=r"data.balance=0.5 needs data with a class_label"):
-        data.Balanced(data.ArraySource({"number": [1, 2]}), 0.5)
 
 
 def test_training_draws_small_classes_more_often(tmp_path, monkeypatch):

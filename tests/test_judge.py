@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from demo import judge, judged
+from demo import components, judge, judged
 
 RED, ORANGE, BLUE = (200, 30, 30), (240, 130, 20), (30, 60, 200)
 
@@ -47,7 +47,7 @@ def test_prompts_of_colours_are_shapes_of_one_colour():
     names = ("red heart", "twemoji red heart", "light blue heart", "red apple", "hollow red circle")
     coloured = judged.Coloured([described(name, RED) for name in names])
     assert coloured.prompts == ["red heart"] * 6 + ["twemoji red heart"] * 6
-    assert coloured.accuracy(np.stack([picture(RED, 32)] * 12)) == 1
+    assert coloured.accuracy(np.stack([picture(RED, 32)] * 12), coloured.prompts) == 1
 
 
 def test_diversity_is_one_between_the_pictures_of_two_styles():
@@ -62,3 +62,14 @@ def test_diversity_is_one_between_the_pictures_of_two_styles():
     drawn = np.stack([pair] * len(diverse.prompts))
     assert diverse.diversity(drawn) == pytest.approx(1, rel=1e-4)
     assert diverse.diversity(drawn[:, [0, 0]]) == 0
+
+
+def test_linear_latents_lose_the_least_of_the_pictures():
+    rng = np.random.default_rng(0)
+    grey = np.repeat(rng.integers(0, 256, (6, 8, 12, 1), np.uint8), 3, -1)
+    linear = components.Linear(grey)
+    np.testing.assert_array_equal(linear.reconstruct(grey, 16), grey)  # a number for each pixel
+    coarse = rng.integers(0, 256, (6, 2, 3, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    linear = components.Linear(coarse)
+    np.testing.assert_array_equal(linear.reconstruct(coarse, 3), coarse)  # three for each block
+    assert (linear.reconstruct(coarse, 2) != coarse).any()

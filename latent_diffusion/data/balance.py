@@ -12,15 +12,16 @@ class Balanced:
 
     balance 0 leaves the classes as they are; 1 makes them equally frequent; 1/2 is square-root
     sampling (Mahajan et al. 2018, §2.2). The largest class comes once. All examples are read once,
-    for their `class_label`. Raises ValueError for a balance outside [0, 1], and without labels.
+    for their `class_label`; data without labels is one class. Raises ValueError for a balance
+    outside [0, 1].
     """
 
     def __init__(self, source: Source, balance: float):
         if not 0 <= balance <= 1:
             raise ValueError(f"data.balance={balance}, expected a number in [0, 1]")
-        labels: Any = [source[i].get("class_label") for i in range(len(source))]
-        if any(label is None for label in labels):
-            raise ValueError(f"data.balance={balance} needs data with a class_label")
+        labels = np.zeros(len(source), np.int64)
+        if len(source) and "class_label" in source[0]:
+            labels = np.array([source[i]["class_label"] for i in range(len(source))])
         self.source = source
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
         factors = (counts.max() / counts) ** balance
