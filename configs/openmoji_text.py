@@ -8,7 +8,8 @@ Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/
 Cost      7 minutes on two CPU cores
 Expected  loss 0.18 at the end; python -m demo.openmoji --workdir=runs/demo then measures a skin
           tone of 77 % on held-out combinations and a group of 78 % on training captions
-Variants  :smoke (synthetic shapes, a few steps)
+Variants  :two_styles (OpenMoji and Twemoji; an experiment, which needs longer training)
+          :smoke (synthetic shapes, a few steps)
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,8 @@ from configs import default, openmoji_autoencoder
 
 def get_config(variant: str = "") -> ConfigDict:
     c = default.get_config()
-    first_stage = openmoji_autoencoder.get_config("smoke" if variant == "smoke" else "")
+    of_first_stage = variant if variant in ("smoke", "two_styles") else ""
+    first_stage = openmoji_autoencoder.get_config(of_first_stage)
     c.autoencoder = first_stage.autoencoder
     c.first_stage.path = "runs/demo/first_stage"
     c.first_stage.normalization = "channel"
@@ -66,7 +68,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ema_decay = 0.995
     c.log.images_every_steps = 800
     c.checkpoint.every_steps = 800
-    return default.apply_variant(c, variant, {"smoke": smoke})
+    return default.apply_variant(c, variant, {"smoke": smoke, "two_styles": two_styles})
+
+
+def two_styles(c: ConfigDict) -> None:
+    """Captions may name the style: "twemoji red heart"."""
+    c.first_stage.path = "runs/two_styles/first_stage"
+    c.tokenizer.max_length = c.conditioners.text.max_length = 16
 
 
 def smoke(c: ConfigDict) -> None:

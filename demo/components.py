@@ -1,4 +1,4 @@
-"""How many numbers for 4×4 pixels do colours need? A linear first stage of the demo's pictures.
+"""How many numbers for 4×4 pixels do colours need? A linear first stage of both styles.
 
     python -m demo.components
 
@@ -46,7 +46,7 @@ class Linear:
 
 def main(argv: list[str]) -> None:
     """Print the rows."""
-    config = openmoji_autoencoder.get_config().data
+    config = openmoji_autoencoder.get_config("two_styles").data
     sources = (data.make_source(config, split) for split in ("train", "test"))
     train, test = ([source[i] for i in range(len(source))] for source in sources)
     coloured = Coloured([*train, *test])

@@ -30,22 +30,21 @@ from latent_diffusion.runtime.startup import quiet_and_cached
 
 SEEN = (
     "red heart",
-    "twemoji red heart",
-    "openmoji green circle",
-    "twemoji grinning face",
-    "openmoji dog face",
-    "twemoji dog face",
+    "grinning face",
+    "dog face",
+    "red apple",
     "sun",
-    "openmoji flag: Japan",
+    "flag: Japan",
+    "woman police officer light skin tone",
     "man farmer dark skin tone",
 )
 HELD_OUT = (
-    "openmoji woman firefighter dark skin tone",
-    "twemoji woman firefighter dark skin tone",
-    "openmoji woman pilot medium skin tone",
-    "twemoji man judge medium-dark skin tone",
-    "openmoji woman superhero medium-light skin tone",
-    "twemoji man singer light skin tone",
+    "woman firefighter dark skin tone",
+    "woman firefighter light skin tone",
+    "woman pilot medium skin tone",
+    "man judge medium-dark skin tone",
+    "woman superhero medium-light skin tone",
+    "man police officer dark skin tone",
     "woman farmer light skin tone",
     "man technologist medium skin tone",
 )
