@@ -3,7 +3,7 @@
 Command   python train.py --config=configs/images_unconditional.py:64 --workdir=runs/mine/denoiser
           --config.data.dir=PICTURES
           after configs/images_autoencoder.py of the same variant in runs/mine/first_stage
-Variants  :64 (two CPU cores) :128 :256 (one GPU) :smoke (16×16, a few steps)
+Variants  :64 (two CPU cores) :128 :256 (one GPU) :smoke (32×32, a few steps)
 Cost      less than that of configs/images_text.py
 Expected  samples in images/, and eval_loss in metrics.jsonl
 """

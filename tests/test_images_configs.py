@@ -57,7 +57,7 @@ def test_the_denoiser_is_that_of_its_autoencoder(variant):
         config = module.get_config(variant)
         assert config.autoencoder.to_dict() == first_stage.autoencoder.to_dict()
         assert config.data.to_dict() == first_stage.data.to_dict()
-        assert config.data.image_size == (16 if variant == "smoke" else int(variant))
+        assert config.data.image_size == (32 if variant == "smoke" else int(variant))
         TASKS[config.task](config)
     with pytest.raises(ValueError, match="unknown variant '65'; known: 128, 256, 64, smoke"):
         images_text.get_config("65")
