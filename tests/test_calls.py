@@ -137,10 +137,11 @@ import sys
 sys.path.insert(0, "tests")
 import numpy as np
 from absl import app
-import answers, sample
+import answers
+import latent_diffusion.generation.__main__ as command
 from latent_diffusion.generation import sampling
 sampling.load = lambda *_, **__: answers.model(answers.TEXT, bias=np.nan)
-app.run(sample.main)
+app.run(command.main)
 """
 
 

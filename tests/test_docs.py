@@ -117,7 +117,8 @@ def test_the_readme_names_every_extra():
     assert {name for names in asked for name in names.split(",")} <= set(extras)
 
 
-MODULES = {"train.py": "latent_diffusion.training.__main__", "sample.py": "sample"}
+ROOMS = {"train.py": "training", "sample.py": "generation"}
+MODULES = {name: f"latent_diffusion.{room}.__main__" for name, room in ROOMS.items()}
 COMMAND = re.compile(
     r"^\s*(?:\w+=\S+ )*python (train\.py|sample\.py|-m latent_diffusion\.\w+) (.*)"
 )

@@ -46,7 +46,8 @@ def test_every_flag_of_a_command_has_one_entry_and_its_test_exists():
 
 
 SAMPLE = """
-import json, sample
+import json
+import latent_diffusion.generation.__main__ as command
 from absl import app
 from latent_diffusion.generation import sampling
 def told(path, out, **given):
@@ -54,7 +55,7 @@ def told(path, out, **given):
               for k, v in given.items()}
     print(json.dumps({"path": path, "out": str(out), **values}, default=str))
 sampling.sample_to_disk = told
-app.run(sample.main)
+app.run(command.main)
 """
 
 

@@ -59,7 +59,7 @@ def test_every_command_shows_its_flags(command, name):
     assert known in shown and "python " in shown
 
 
-def test_the_demo_trains_in_an_empty_folder(command):
+def test_the_demo_trains_and_samples_in_an_empty_folder(command):
     few = ("--config.num_steps=1", "--config.log.images_every_steps=0")
     where = "--workdir=runs/demo/first_stage"
     command("ldm-train", "--config=configs/openmoji_autoencoder.py:smoke", where, *few)
@@ -67,3 +67,6 @@ def test_the_demo_trains_in_an_empty_folder(command):
     command("ldm-train", "--config", "configs/openmoji_text.py:smoke", where, *few)
     config = json.loads((command.folder / "runs/demo/denoiser/config.json").read_text())
     assert config["num_steps"] == 1
+    words = ("--prompts=red circle", "--num_images=1", "--num_steps=1", "--out=pictures")
+    command("ldm-sample", where, *words)
+    assert (command.folder / "pictures" / "00000.png").exists()

@@ -358,7 +358,7 @@ DRAWS = "test_prior_model.py::test_an_option_of_a_prior_changes_the_pictures"
 LOGITS = "test_prior_model.py::test_logits_of_codes_under_a_condition"
 # Method of Model -> its arguments and options that are no rows of OPTIONS.
 ARGUMENTS = {
-    "sample": {
+    "latent_diffusion.generation.__main__": {
         "rng": f"{ANSWERS}another_key_gives_other_pictures",
         "prompts": SCALES,
         "class_labels": CLASSES,
@@ -409,7 +409,7 @@ FLAGS = {
         "dry_run": "test_commands.py::test_dry_run_counts_parameters_without_data_or_workdir",
         **dict.fromkeys(CLUSTER, TOGETHER),
     },
-    "sample": {
+    "latent_diffusion.generation.__main__": {
         **dict.fromkeys(
             (
                 *("workdir", "model", "tokenizer", "lora", "adapter", "control", "refiner"),
