@@ -17,7 +17,8 @@ from latent_diffusion.data.tokenizers.t5 import T5Tokenizer
 class ClipT5Tokenizer:
     """[start, pieces, end, padding …] of CLIP, [pieces, end, padding …] of T5.
 
-    max_length: L, of both rows together.
+    Attributes: max_length, L of both rows together; vocab_size, empty and pad_id, those of CLIP
+    (`of_encoder` gives each encoder's own).
     """
 
     kind = "clip_t5"
@@ -28,6 +29,7 @@ class ClipT5Tokenizer:
             raise ValueError(f"CLIP's tokenizer adds {next(iter(clip.added))!r}: not beside T5's")
         self.clip, self.t5 = clip, t5
         self.max_length = clip.max_length + t5.max_length
+        self.vocab_size, self.empty, self.pad_id = clip.vocab_size, clip.empty, clip.pad_id
 
     @classmethod
     def read(cls, path: str | Path, max_length: int | None = None) -> "ClipT5Tokenizer":
