@@ -53,6 +53,8 @@ def get_config() -> ConfigDict:
     # Frozen conditioners: name -> the path of their weights (a folder of transformers or diffusers,
     # a weight file, or a workdir), which determine the conditioner's fields
     c.pretrained = ConfigDict()
+    # Encode all captions once, where the encoders that read them are frozen, and train on that
+    c.cache_texts = False
     c.diffusion = diffusion()
     c.distillation = distillation()
     c.classifier = ConfigDict()

@@ -247,6 +247,7 @@ CONFIG = {
     "autoencoding.disc_condition": CONDITIONAL,
     "autoencoding.perceptual_path": PERCEPTUAL,
     "checkpoint.averages_every_steps": AVERAGES,
+    "cache_texts": "test_texts.py::test_a_run_reads_its_captions_once",
     "checkpoint.best": LOOP,
     "checkpoint.best_mode": LOOP,
     "checkpoint.every_steps": LOOP,

@@ -6,6 +6,7 @@
     conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
     teacher.safetensors    the teacher's network (distillation)
     moments-IDENTITY.npy   the training set's latents, where they are encoded once; or codes-…
+    texts-IDENTITY.npy     the same of its captions
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
 A denoiser's workdir has copies of all frozen parts, so it can be moved, and changes of the

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def with_moments(
     kind = "codes" if config.task == "prior" else "moments"
     path = directory / f"{kind}-{_identity(config, first_stage, source)}.npy"
     if processes.any_process(not path.exists()):
-        _write(path, _encoded(config, first_stage, source), len(source))
+        write_rows(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
     seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
     keys = {*data.KEYS, "caption", "boxes", "labels", "window"} - (set() if seen else {"image"})
@@ -81,8 +82,11 @@ def _encoded(
         yield run({}, first_stage, {"image": batch["image"]}, rng)
 
 
-def _write(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
-    """Write an .npy of `length` rows; process 0 writes, while the others help to encode."""
+def write_rows(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
+    """Write KIND-IDENTITY.npy of `length` rows, and remove other files of this kind.
+
+    Process 0 writes, while the others help to encode.
+    """
     if jax.process_index() != 0:
         for _ in batches:
             pass
@@ -91,9 +95,11 @@ def _write(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
         left = length
         for batch in batches:
             if left == length:  # the first one tells the shape
-                dtype = "<i4" if batch.dtype.kind == "i" else "<f4"
-                header = {"descr": dtype, "fortran_order": False}
-                header["shape"] = (length, *batch.shape[1:])
+                dtype = np.dtype("<i4" if batch.dtype.kind == "i" else "<f4")
+                if batch.dtype.names:  # arrays side by side
+                    dtype = batch.dtype
+                header: dict[str, Any] = {"shape": (length, *batch.shape[1:])}
+                header |= {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(batch[:left], dtype).tobytes())
             left -= min(left, len(batch))

@@ -14,7 +14,15 @@ from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
-from latent_diffusion.training import frozen, init_from, moments, settings, stages, teacher
+from latent_diffusion.training import (
+    frozen,
+    init_from,
+    moments,
+    settings,
+    stages,
+    teacher,
+    texts,
+)
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -94,6 +102,11 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     state = parallel.place(state, mode, **layout)
     constants = parallel.place(constants, mode, mesh)
     evaluator = Evaluator(config, task, constants, test_source, tokenizer, mode, layout)
+    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer)
+    if config.cache_texts:
+        encoders = texts.frozen_encoders(config, state, constants)
+        words = (train_source, tokenizer)
+        transform = texts.with_encoded(config, directory, encoders, *words, transform)
     if config.task != "autoencoding" and config.first_stage.cache:
         train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
     if config.data.balance:
@@ -103,7 +116,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     index, count = parallel.process_shard(mode, mesh)
     batches = data.iterate(
         train_source,
-        data.make_transform(config.data, train=True, tokenizer=tokenizer),
+        transform,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=step,

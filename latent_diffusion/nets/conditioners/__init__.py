@@ -71,6 +71,8 @@ CONDITIONERS: dict[str, Any] = {
     "code_map": CodeMap,
 }
 
+_ENCODED = ("context", "vector")  # outputs that a batch may hold, see `encoded_apart`
+
 
 def combine(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings: `concat` along channels, `context` along tokens, `vector` along width.
@@ -152,14 +154,11 @@ class Conditioner(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         self._check(batch)
-        t5 = self._t5()
-        first = batch
-        if t5 is not None and not t5.absent and "tokens" in batch:
-            first = {**batch, "tokens": batch["tokens"][:, : -t5.max_length]}
-        parts = {
-            name: CONDITIONERS[name](**fields, name=name)(batch if name == T5 else first, drop)
-            for name, fields in self.config.items()
-        }
+        parts: dict[str, Any] = {}
+        for name, fields in self.config.items():
+            part, own = CONDITIONERS[name](**fields, name=name), self.read_by(name, batch)
+            encoded = {f: batch[f"{name}.{f}"] for f in _ENCODED if f"{name}.{f}" in batch}
+            parts[name] = _of_encoded(part, encoded, own, drop) if encoded else part(own, drop)
         if parts.keys() >= {"clip_text", "clip_text_2"}:  # both saw the same tokens
             first, second = parts["clip_text"], parts["clip_text_2"]
             context = jnp.concatenate([first.context, second.context], -1)
@@ -168,6 +167,14 @@ class Conditioner(nn.Module):
         if t5 is not None and "clip_text" in parts:
             parts["clip_text"] = _widened(parts["clip_text"], t5.width)
         return combine([*parts.values()])
+
+    @nn.nowrap
+    def read_by(self, name: str, batch: Batch) -> Batch:
+        """The batch as a conditioner reads it: tokens of CLIP go before those of T5."""
+        t5 = self._t5()
+        if name == T5 or t5 is None or t5.absent or "tokens" not in batch:
+            return batch
+        return {**batch, "tokens": batch["tokens"][:, : -t5.max_length]}
 
     @nn.nowrap
     def _t5(self) -> T5Text | None:
@@ -185,6 +192,37 @@ class Conditioner(nn.Module):
             raise ValueError(
                 f"conditioning needs {', '.join(missing)}; the batch has {', '.join(sorted(batch))}"
             )
+
+
+def encoded_apart(
+    conditioner: Conditioner, params: Mapping[str, Params], batch: Batch
+) -> dict[str, Array]:
+    """Outputs of some conditioners with nothing dropped, as batch entries that stand for them.
+
+    params: by the names of the conditioners. An entry is named "clip_text.context", for example;
+    `Conditioner` reads it in place of what the conditioner reads.
+    """
+    entries: dict[str, Array] = {}
+    drop = jnp.zeros(next(iter(batch.values())).shape[0], bool)
+    for name, own in params.items():
+        part = CONDITIONERS[name](**conditioner.config[name], parent=None)
+        out = part.apply({"params": own}, conditioner.read_by(name, batch), drop)
+        found = {f"{name}.{field}": getattr(out, field) for field in _ENCODED}
+        entries |= {key: value for key, value in found.items() if value is not None}
+    return entries
+
+
+def _of_encoded(
+    part: nn.Module, encoded: Mapping[str, Array], batch: Batch, drop: Bool[Array, " B"]
+) -> Conditioning:
+    """The conditioning from cached outputs, with the null condition where `drop` is true."""
+    one = {key: jnp.zeros_like(batch[key][:1]) for key in part.keys}
+    null = part(one, jnp.ones(1, bool))
+    joined: dict[str, Any] = {
+        field: jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), getattr(null, field), x)
+        for field, x in encoded.items()
+    }
+    return Conditioning(**joined)
 
 
 def tables(config: Mapping[str, Any]) -> dict[str, str]:
