@@ -79,16 +79,15 @@ def test_a_signal_loses_no_step_and_draws_nothing(
             events.append("batch")
             yield batch
 
-    def checked(step, *rest):
+    def settled(self):
         if moment == "before":
             os.kill(os.getpid(), signal.SIGTERM)
-        return []
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "measure", stopping)
         patch.setattr(Evaluator, "_batches", stopping_batches)
         patch.setattr(Evaluator, "draw", lambda *_: events.append("draw"))
-        patch.setattr(loop.metrics, "check_finite", checked)
+        patch.setattr(loop.Best, "settle", settled)
         with pytest.raises(loop.Interrupted, match="SIGTERM after step 1, saved"):
             run(tmp_path, every)
     batch = {"before": [], "during": ["measure", "batch", "batch"]}

@@ -3,6 +3,7 @@
 Only process 0 writes; on the others every method does nothing.
 """
 
+import functools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import tqdm
@@ -193,8 +195,25 @@ def non_finite_paths(tree: PyTree) -> list[str]:
     ]
 
 
+def flagged(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A training step whose metrics have one more, `finite`: whether all the others are finite."""
+
+    @functools.wraps(step)
+    def function(*args: Any, **options: Any) -> Any:
+        state, values = step(*args, **options)
+        each = [jnp.all(jnp.isfinite(value)) for value in values.values()]
+        return state, {**values, "finite": jnp.all(jnp.stack(each))}
+
+    return function
+
+
 def check_finite(step: int, metrics: Mapping[str, Any], params: PyTree = None) -> None:
-    """Raise NonFiniteError, which names metrics that aren't finite and the first such parameter."""
+    """Raise NonFiniteError, which names metrics that aren't finite and the first such parameter.
+
+    Of metrics with `finite` (see `flagged`), it reads this one number unless it is false.
+    """
+    if "finite" in metrics and bool(metrics["finite"]):
+        return
     values = {name: np.asarray(value) for name, value in metrics.items()}
     bad = {name: value for name, value in values.items() if not np.all(np.isfinite(value))}
     if not bad:
@@ -219,17 +238,14 @@ class Throughput:
         self._images = 0
 
     def add(self, num_images: int) -> None:
-        """Count a step after its dispatch. The first step starts the clock and doesn't count."""
+        """Count a step, of which metrics have arrived. The first starts the clock and doesn't."""
         if self._since is None:
             self._since = self._clock()
         else:
             self._images += num_images
 
     def read(self) -> float | None:
-        """Images per second since the last reading; None before the second step.
-
-        Call it after the step's metrics have arrived, since dispatch is asynchronous.
-        """
+        """Images per second since the last reading; None before the second step."""
         now = self._clock()
         elapsed = now - self._since if self._since is not None else 0.0
         rate = self._images / elapsed if self._images and elapsed > 0 else None

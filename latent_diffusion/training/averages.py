@@ -27,14 +27,12 @@ FOLDER = "averages"
 class Snapshots:
     """Saves the averages in the optimiser's state, all of them for good; a context manager."""
 
-    def __init__(self, run: Path, every_steps: int):
-        self._every_steps = every_steps
-        directory = run / FOLDER
-        self._checkpoints = Checkpointer(directory, keep=None) if every_steps else None
+    def __init__(self, run: Path, wanted: bool):
+        self._checkpoints = Checkpointer(run / FOLDER, keep=None) if wanted else None
 
-    def offer(self, step: int, state: Any, mode: str, last: bool) -> None:
-        """Save if it is due at this step."""
-        if self._checkpoints is None or (step % self._every_steps and not last):
+    def save(self, step: int, state: Any, mode: str) -> None:
+        """Save those of this step, if the run wants them."""
+        if self._checkpoints is None:
             return
         averages = averages_of(state.opt_state)
         self._checkpoints.save(step, parallel.to_global(averages, mode), {"widths": [*averages]})

@@ -1,8 +1,10 @@
 """The training loop, which joins tasks, data, devices, checkpoints and logs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from latent_diffusion.runtime import metrics, parallel, startup
@@ -40,7 +42,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         acquire_lock(directory),
         Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         Best(directory, config.checkpoint.best, config.checkpoint.best_mode) as best,
-        Snapshots(directory, config.checkpoint.averages_every_steps) as snapshots,
+        Snapshots(directory, bool(config.checkpoint.averages_every_steps)) as snapshots,
     ):
         run = start(config, directory, checkpoints)
         with (
@@ -63,38 +65,74 @@ def _steps(
     writer: metrics.Writer,
     progress: metrics.Progress,
 ) -> Any:
-    """The steps that are left: each is logged, then saved, then evaluated, then drawn."""
-    state, step, speed = run.state, run.step, metrics.Throughput()
+    """The steps that are left: each is logged, then saved, then evaluated, then drawn.
+
+    The device never waits for the host: while it takes a step, a thread fetches the next batch, and
+    the host looks at the metrics of the step before; at those of the same step only before a save,
+    an evaluation or pictures.
+    """
+    state, step, log = run.state, run.step, _Log(config, run.step, writer, progress)
     if step:  # an earlier run may have been stopped between this step and its evaluation
         _look_at(config, run, state, step, best, stop, writer)
-    while step < config.num_steps and not stop.signum:
-        state, values = run.train_step(state, run.constants, next(run.batches), run.rng)
-        step += 1
-        # Waiting for the values here costs little: the next batch is prefetched.
-        metrics.check_finite(step, values, state.params)
-        best.settle()
-        speed.add(config.batch_size)
-        progress.update(step)
-        if step == run.step + 1:
-            progress.write(f"first step after {startup.seconds_since_start():.1f} s")
-        ends = stop.poll() or step == config.num_steps
-        if _due(step, config.log.every_steps) or ends:
-            rate = speed.read()
-            measured = {"peak_memory_gib": metrics.peak_memory()}
-            measured |= {} if rate is None else {"images_per_second": rate}
-            writer.scalars(step, {**values, **measured})
-            progress.report(step, {"loss": float(values["loss"]), "images/s": rate})
-        if _due(step, config.checkpoint.every_steps) or ends:
-            checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
-        snapshots.offer(step, state, run.mode, last=step == config.num_steps)
-        if _look_at(config, run, state, step, best, stop, writer):
-            speed.skip()
+    unseen: tuple[int, Any] | None = None
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(next, run.batches)
+        while step < config.num_steps and not stop.signum:
+            state, values = run.train_step(state, run.constants, coming.result(), run.rng)
+            step += 1
+            coming = ahead.submit(next, run.batches)
+            values["finite"].copy_to_host_async()
+            if unseen:
+                log.look(*unseen, state.params)
+            unseen = step, values
+            best.settle()
+            progress.update(step)
+            ends = bool(stop.poll()) or step == config.num_steps
+            saves = _due(step, config.checkpoint.every_steps) or ends
+            averages = _due(step, config.checkpoint.averages_every_steps) or step == config.num_steps
+            if saves or averages or any(_looks(config, step)):
+                log.look(step, values, state.params, ends)
+                unseen = None
+            if saves:
+                checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
+            if averages:
+                snapshots.save(step, state, run.mode)
+            if _look_at(config, run, state, step, best, stop, writer):
+                log.speed.skip()
     if stop.signum:
         checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
         checkpoints.wait()
         progress.write(str(Interrupted(stop.signum, step)))
         raise Interrupted(stop.signum, step)
     return state
+
+
+class _Log:
+    """What a run says of its steps. start: the number of steps before the first."""
+
+    def __init__(
+        self, config: ConfigDict, start: int, writer: metrics.Writer, progress: metrics.Progress
+    ):
+        self.config, self.start, self.writer, self.progress = config, start, writer, progress
+        self.speed = metrics.Throughput()
+
+    def look(self, step: int, values: Any, params: Any, ends: bool = False) -> None:
+        """Wait for the metrics of a step, stop the run if one isn't finite, log what is due.
+
+        params: of this step, or of a later one. Raises NonFiniteError.
+        """
+        metrics.check_finite(step, values, params)
+        self.speed.add(self.config.batch_size)
+        if step == self.start + 1:
+            self.progress.write(f"first step after {startup.seconds_since_start():.1f} s")
+        if not (_due(step, self.config.log.every_steps) or ends):
+            return
+        rate = self.speed.read()
+        measured = {"peak_memory_gib": metrics.peak_memory()}
+        measured |= {} if rate is None else {"images_per_second": rate}
+        numbers = jax.device_get({k: v for k, v in values.items() if k != "finite"})
+        self.writer.scalars(step, {**numbers, **measured})
+        self.progress.report(step, {"loss": float(numbers["loss"]), "images/s": rate})
 
 
 def _look_at(
@@ -110,9 +148,7 @@ def _look_at(
 
     Returns whether anything was due.
     """
-    last = step == config.num_steps
-    evaluates = _due(step, config.log.eval_every_steps) or last
-    draws = metrics.image_log_steps(step, config.log.images_every_steps) or last
+    evaluates, draws = _looks(config, step)
     if not (evaluates or draws):
         return False
     done = writer.logged(step)
@@ -130,6 +166,14 @@ def _look_at(
             writer.image(step, name, grid)
         stop.poll()
     return True
+
+
+def _looks(config: ConfigDict, step: int) -> tuple[bool, bool]:
+    """Whether an evaluation and pictures are due at a step."""
+    last = step == config.num_steps
+    evaluates = _due(step, config.log.eval_every_steps) or last
+    draws = metrics.image_log_steps(step, config.log.images_every_steps) or last
+    return evaluates, draws
 
 
 def _due(step: int, every: int) -> bool:

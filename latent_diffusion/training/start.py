@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.rng import init_key
-from latent_diffusion.runtime import parallel, processes, workdir
+from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import (
@@ -33,7 +33,8 @@ from latent_diffusion.types import lookup
 class Start:
     """A run before its next step, `train_step(state, constants, next(batches), rng)`.
 
-    step: the number of finished steps.
+    step: the number of finished steps. batches: on their devices. The metrics have `finite`
+    (see `metrics.flagged`).
     """
 
     step: int
@@ -128,8 +129,8 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         state=state,
         constants=constants,
         rng=jax.random.key(config.seed),
-        batches=batches,
-        train_step=parallel.compile_step(task.train_step, mode, **layout),
+        batches=(parallel.place_batch(batch, mode, mesh) for batch in batches),
+        train_step=parallel.compile_step(metrics.flagged(task.train_step), mode, **layout),
         evaluator=evaluator,
         mode=mode,
     )

@@ -1,0 +1,118 @@
+"""The loop and the device: who waits for whom, and what that may not cost."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import several
+
+from latent_diffusion.runtime import metrics
+from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.training import loop
+from latent_diffusion.training.best import Best
+from latent_diffusion.training.evaluator import Evaluator
+from latent_diffusion.training.start import Start
+from latent_diffusion.training.stop import Stop
+
+
+class Number:
+    """A metric on a device: it notes when the host reads it."""
+
+    def __init__(self, value, name, events):
+        self.value, self.name, self.events = value, name, events
+
+    def copy_to_host_async(self):
+        self.events.append(("send", self.name))
+
+    def __bool__(self):
+        self.events.append(("read", self.name))
+        return bool(self.value)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value)
+
+
+def take_steps(tmp_path, batches, losses, **fields):
+    """The events of a run whose step s has losses[s - 1]."""
+    events, taken = [], []
+
+    def train_step(state, constants, batch, rng):
+        taken.append(batch)
+        step = len(taken)
+        events.append(("take", step))
+        loss = losses[step - 1]
+        return state, {"loss": loss, "finite": Number(np.isfinite(loss), step, events)}
+
+    config = several.make_config(
+        **{"num_steps": len(losses), "log.images_every_steps": 0, "log.eval_every_steps": 0}
+    )
+    config.update_from_flattened_dict(fields)
+    run = Start(
+        state=SimpleNamespace(params={"w": jnp.ones(2)}),
+        constants=None,
+        rng=jax.random.key(0),
+        step=0,
+        mode="single",
+        train_step=train_step,
+        batches=iter(batches),
+        evaluator=Mock(spec=Evaluator, measure=lambda *_: {}, draw=lambda *_: {}),
+    )
+    checkpoints = Mock(spec=Checkpointer, save=lambda step, *_: events.append(("save", step)))
+    with (
+        Stop() as stop,
+        metrics.Writer(tmp_path) as writer,
+        metrics.Progress(config.num_steps) as progress,
+    ):
+        try:
+            loop._steps(config, run, checkpoints, Mock(spec=Best), stop, writer, progress)
+        except (metrics.NonFiniteError, OSError) as error:
+            events.append(str(error))
+    return events
+
+
+def test_the_host_looks_at_a_step_when_the_next_one_has_been_dispatched(tmp_path):
+    fields = {"log.every_steps": 2, "checkpoint.every_steps": 3}
+    events = take_steps(tmp_path, range(9), [1.0] * 5, **fields)
+    kinds = [f"{kind} {step}" for kind, step in events if kind != "send"]
+    before = ["take 1", "take 2", "read 1", "take 3", "read 2"]
+    at_the_save = ["read 3", "save 3"]
+    assert kinds == [*before, *at_the_save, "take 4", "take 5", "read 4", "read 5", "save 5"]
+    assert events.index(("send", 1)) < events.index(("take", 2))
+
+
+def test_nan_is_named_by_its_step_and_nothing_is_saved_after_it(tmp_path):
+    losses = [1.0, np.nan, np.nan, np.nan]
+    events = take_steps(tmp_path / "late", range(9), losses, **{"checkpoint.every_steps": 1})
+    assert events[-1].startswith("step 2: loss = nan") and ("save", 1) in events
+    assert ("save", 2) not in events
+    events = take_steps(tmp_path / "last", range(9), losses[:2], **{"checkpoint.every_steps": 0})
+    assert events[-1].startswith("step 2: loss = nan") and ("save", 2) not in events
+    events = take_steps(tmp_path, range(9), losses, **{"checkpoint.every_steps": 0})
+    assert events[-1].startswith("step 2: loss = nan") and ("take", 3) in events
+
+
+def test_a_batch_that_can_not_be_read_costs_no_finished_step(tmp_path):
+    def batches():
+        yield from (1, 2)
+        raise OSError("no such picture")
+
+    events = take_steps(tmp_path, batches(), [1.0] * 4, **{"checkpoint.every_steps": 2})
+    assert events[-2:] == [("save", 2), "no such picture"]
+
+
+def test_the_flag_is_false_where_a_metric_is_not_finite():
+    def step(state, axis_name=None):
+        return state, {"loss": state, "norms": jnp.asarray([1.0, 2.0]), "count": jnp.int32(3)}
+
+    flagged = metrics.flagged(step)
+    assert [bool(flagged(jnp.asarray(x))[1]["finite"]) for x in (1.0, jnp.nan, jnp.inf)] == [
+        True,
+        False,
+        False,
+    ]
+    _, values = flagged(jnp.asarray(jnp.nan))
+    with pytest.raises(metrics.NonFiniteError, match=r"^step 3: loss = nan$"):
+        metrics.check_finite(3, values)
