@@ -194,7 +194,10 @@ def events(directory, monkeypatch, **fields):
         constants=None,
         rng=RNG,
         batches=itertools.repeat(None),
-        train_step=lambda state, *_: (Counted(state.params + 1), {"loss": state.params}),
+        train_step=lambda state, *_: (
+            Counted(state.params + 1),
+            {"loss": state.params, "finite": jnp.ones((), bool)},
+        ),
         evaluator=Given(),
         mode="single",
     )
