@@ -362,7 +362,8 @@ def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> C
     """The paper's recipe for perceptual compression; its experiments add architecture and start.
 
     It takes random 256² crops of images with a shorter side of 384 (in the paper, OpenImages), and
-    Adam with betas (0.5, 0.9) and a learning rate of 4.5e-6 times the batch size.
+    Adam with betas (0.5, 0.9) and a learning rate of 4.5e-6 times the batch size. The autoencoder
+    computes in bfloat16; norms, losses, the discriminator and the search for codes in float32.
     """
     c = get_config()
     c.task = "autoencoding"
@@ -371,7 +372,7 @@ def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> C
     c.data.update(
         {"name": "image_folder", "image_size": 256, "crop": "random", "shorter_side": 384}
     )
-    c.autoencoder.regularization = regularization
+    c.autoencoder.update({"regularization": regularization, "dtype": "bfloat16"})
     if regularization == "vq":
         c.autoencoding.update({"reduction": "mean", "reg_weight": 1.0, "learn_logvar": False})
     c.optimizer.update({"name": "adam", "b1": 0.5, "b2": 0.9, "learning_rate": 4.5e-6 * batch_size})
@@ -383,12 +384,14 @@ def paper_denoiser(first_stage: ConfigDict, batch_size: int, num_steps: int) -> 
     """The paper's recipe for latent denoising; its experiments add the U-Net and the condition.
 
     It takes the middle square of pictures at 256², a constant learning rate, and 200 steps of DDIM
-    with eta 1. first_stage: the config of the first stage, whose workdir is `first_stage.path`.
+    with eta 1. The networks compute in bfloat16, schedules and losses in float32. first_stage: the
+    config of the first stage, whose workdir is `first_stage.path`.
     """
     c = get_config()
     c.batch_size, c.num_steps = batch_size, num_steps
     c.data.update({"name": "image_folder", "image_size": 256, "crop": "center"})
     c.autoencoder = first_stage.autoencoder
+    c.unet.dtype = c.dit.dtype = "bfloat16"
     if c.autoencoder.regularization == "vq":
         c.first_stage.normalization = "none"  # codes have about unit variance
     c.sampling.update({"num_steps": 200, "eta": 1.0})

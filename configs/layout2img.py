@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     c.data.flip = True
     c.data.layout.vocab_size = 8192
     layout = {"vocab_size": 8192, "max_length": 92, "width": 512, "depth": 16}
+    layout["dtype"] = "bfloat16"
     c.conditioners = ConfigDict({"layout": layout})
     c.unet.update({"model_channels": 128, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32})
     c.unet.update({"attention_resolutions": (8, 4, 2), "transformer_depth": 3})

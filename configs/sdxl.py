@@ -57,7 +57,8 @@ def recipe() -> ConfigDict:
     c.data.update({"image_size": 1024, "crop": "random", "sizes": True})
     c.tokenizer.update({"name": "clip", "max_length": 77})
     c.unet.update({"attention_resolutions": (4, 2), "num_head_channels": 64})
-    c.unet.update({"vector_projection": True, "remat": "full", "dtype": "bfloat16"})
+    c.unet.update({"vector_projection": True, "remat": "full"})
+    c.autoencoder.dtype = None  # activations of its first stage leave 16 bits
     c.diffusion.update({"beta_start": 0.00085, "beta_end": 0.012, "offset_noise": 0.05})
     c.sampling.update({"sampler": "euler", "num_steps": 50, "eta": None, "guidance_scale": 5.0})
     c.optimizer.warmup_steps = 10_000
