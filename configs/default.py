@@ -122,19 +122,23 @@ def get_config() -> ConfigDict:
 
 def data() -> ConfigDict:
     c = ConfigDict()
-    # "openmoji" | "twemoji" | "openmoji+twemoji" | "image_folder" | "tfds:NAME" | "synthetic"
+    # "openmoji" | "twemoji" | "openmoji+twemoji" | "image_folder" | "tars" (of webdataset) |
+    # "parquet" | "latents" (shards, see encode) | "tfds:NAME" | "synthetic"
     c.name = "synthetic"
-    # image_folder: the folder; else where prepared data lives (None = the user cache)
+    # The folder of image_folder, tars, parquet, latents; else where prepared data lives (None = the
+    # user cache)
     c.dir = placeholder(str)
     c.image_size = 32
     # The square that is seen: "center" | "random" | "none" (refuses other pictures than squares) |
     # "squash" (the whole picture, out of shape)
     c.crop = "center"
     c.shorter_side = 0  # resize to this before cropping image_size; 0 = crop the largest square
+    # > 0: training batches of many shapes, whose sides are multiples of it (see data.buckets)
+    c.bucket_step = 0
     c.flip = False  # random left-right flip in training
     c.train_split = "train"
     c.test_split = "test"
-    c.test_fraction = 0.1  # image_folder without train/ and test/: share held out by path
+    c.test_fraction = 0.1  # folders without train/ and test/: share held out by path
     # Training draws small classes more often: 0 = as they are ... 1 = all classes equally often
     c.balance = 0.0
     c.caption_column = ""  # image_folder: of captions in metadata files; "" = "text" or "caption"

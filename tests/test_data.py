@@ -1,6 +1,7 @@
 """Batches: the contract, the pipeline, the transforms, and the sources that need no files."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -123,6 +124,23 @@ def test_epoch_pads_the_last_batch_with_weight_zero(processes):
 def test_iterate_refuses_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         iterate(numbered(10), noisy, seed=0, **arguments)
+
+
+@pytest.mark.parametrize(("most", "ahead"), [(0, 1), (5000, 5), (10**9, 16)])
+def test_batches_that_wait_are_bounded_in_bytes(monkeypatch, most, ahead):
+    read = []
+
+    class Pictures(ArraySource):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("latent_diffusion.data.pipeline.MOST_AHEAD", most)
+    source = Pictures({"noise": np.zeros((400, 125), np.float32)})  # a batch of 2 has 1000 bytes
+    iterator = iterate(source, lambda example, rng: example, batch_size=2, seed=0)
+    take(iterator, 3)
+    time.sleep(0.3)
+    assert 2 * 3 <= len(read) <= 2 * (3 + ahead + 1)
 
 
 def test_empty_epoch_is_an_error():
@@ -251,6 +269,7 @@ def test_make_source_errors(changes, split, message):
 
 def test_documented_names():
     names = {"openmoji", "openmoji_scenes", "openmoji_wide", "image_folder", "synthetic", "tfds"}
+    names |= {"twemoji", "openmoji+twemoji", "latents", "parquet", "tars"}
     assert set(DATASETS) == names
 
 

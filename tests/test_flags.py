@@ -252,3 +252,18 @@ def test_what_is_written_behind_compile_check_reaches_the_call(written):
     flags = ["--programs=train", "--nocompile", "--quick"]
     told = python(CHECK, *config, *flags, *(["--json=file"] if written else []))
     assert told == (["file", "kl_f4"] if written else [7, "v5e:2x2", ["train"], False, True])
+
+
+ENCODE = """
+import json
+from absl import app
+import latent_diffusion.encode as command
+command.encode = lambda config, *given: print(json.dumps([config.num_steps, *given]))
+app.run(command.main)
+"""
+
+
+def test_what_is_written_behind_encode_reaches_the_call():
+    flags = ["--out=there", "--dtype=bfloat16", "--crops=3", "--shard_size=5", "--splits=train"]
+    told = python(ENCODE, "--config=configs/kl_f4.py", "--config.num_steps=7", *flags)
+    assert told == [7, "there", "bfloat16", 3, 5, ["train"]]

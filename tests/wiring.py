@@ -253,6 +253,7 @@ CONFIG = {
     "checkpoint.every_steps": LOOP,
     "checkpoint.keep": LOOP,
     "data.balance": "test_balance.py::test_training_draws_small_classes_more_often",
+    "data.bucket_step": "test_buckets.py::test_every_batch_has_pictures_of_one_bucket",
     "data.caption_column": "test_image_folder.py::test_the_column_of_captions_has_a_name",
     "data.dir": "test_image_folder.py::test_split_and_class_folders",
     "data.embedding": EMBEDDED,
@@ -451,6 +452,12 @@ FLAGS = {
         ),
         CALL.format("serve"),
     ),
+    "latent_diffusion.encode": {
+        **dict.fromkeys(
+            ("config", "out", "dtype", "crops", "shard_size", "splits"), CALL.format("encode")
+        ),
+        **dict.fromkeys(CLUSTER, TOGETHER),
+    },
     "latent_diffusion.compile_check": dict.fromkeys(
         ("config", "topology", "programs", "compile", "quick", "json"),
         CALL.format("compile_check"),

@@ -8,10 +8,14 @@ from latent_diffusion.data import (
     openmoji_scenes,
     openmoji_source,
     openmoji_wide,
+    parquet,
+    shards,
     synthetic,
+    tars,
     tfds,
 )
 from latent_diffusion.data.balance import Balanced
+from latent_diffusion.data.buckets import Bucketed
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.pipeline import epoch, iterate
 from latent_diffusion.data.retrieval import with_embeddings
@@ -24,6 +28,7 @@ __all__ = [
     "KEYS",
     "ArraySource",
     "Balanced",
+    "Bucketed",
     "Example",
     "Source",
     "captions",
@@ -42,7 +47,10 @@ DATASETS: dict[str, Callable[[Any, str], Any]] = {
     "openmoji_scenes": openmoji_scenes.make,
     "openmoji_wide": openmoji_wide.make,
     "image_folder": image_folder.make,
+    "latents": shards.make,
     "synthetic": synthetic.make,
+    "parquet": parquet.make,
+    "tars": tars.make,
     "tfds": tfds.make,  # "tfds:NAME"
 }
 

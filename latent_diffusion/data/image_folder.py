@@ -9,27 +9,34 @@ share `test_fraction` of the files, by a hash of their paths, "train" the others
 """
 
 import hashlib
+import itertools
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from flax.serialization import msgpack_restore, msgpack_serialize
 from PIL import Image
 
-from latent_diffusion.data.captions import describe
+from latent_diffusion.data.captions import MAPS, describe
+from latent_diffusion.data.index_files import remembered
 from latent_diffusion.data.pictures import (
     SUFFIXES,
-    files,
+    file_names,
     is_picture,
     read_depth,
     read_image,
     read_levels,
     read_mask,
+    size_of,
 )
-from latent_diffusion.data.sources import Example, Remember, flat
+from latent_diffusion.data.sources import Example, Readable, Remember, flat
 
 logger = logging.getLogger(__name__)
 
+LARGE = 10_000  # files; what a larger folder holds is remembered until a file changes
 SPLIT_FOLDERS = ("train", "test", "val")
 # Pictures that would be missed silently, because Pillow or this reader doesn't read them.
 _UNREAD = sorted({*Image.EXTENSION, ".avif", ".heic", ".heif", ".jxl", ".webp"} - SUFFIXES)
@@ -47,40 +54,32 @@ def _is_test(path: Path, root: Path, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-class ImageFolderSource:
-    """Pictures `paths`, each with its annotation (caption, class, files of its maps).
-
-    A file that can't be read is named once in the log, added to `unreadable`, and replaced by the
-    next readable one, so that a bad file among a million doesn't end a run.
-    """
+class ImageFolderSource(Readable):
+    """Pictures `paths`, each with its annotation (caption, class, files of its maps)."""
 
     def __init__(
         self, paths: list[Path], annotations: list[Example], class_names: tuple[str, ...] = ()
     ):
+        super().__init__(len(paths))
         self.paths, self.annotations, self.class_names = paths, annotations, class_names
-        self.unreadable: set[Path] = set()
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def captions(self) -> list[str]:
         """All captions, in order, without opening an image."""
         return flat([entry.get("caption", "") for entry in self.annotations])
 
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for offset in range(len(self)):
-            at = (index + offset) % len(self)
-            path, entry = self.paths[at], self.annotations[at]
-            try:
-                maps = {key: read(entry[key]) for key, read in _MAPS.items() if key in entry}
-                return {"name": path.name, **entry, "image": read_image(path), **maps}
-            except ValueError as error:
-                if path not in self.unreadable:
-                    self.unreadable.add(path)
-                    logger.warning("skipping %s: %s", path, error)
-        raise ValueError(f"none of the {len(self)} images can be read, e.g. {self.paths[0]}")
+    def shapes(self) -> np.ndarray:
+        """Height and width [N 2] of the pictures, by their headers."""
+        return self.sizes(lambda index: size_of(self.paths[index]))
+
+    def name_of(self, index: int) -> Path:
+        """The file of a picture."""
+        return self.paths[index]
+
+    def read(self, index: int) -> Example:
+        """Example number `index`. Raises ValueError where a file can't be read."""
+        path, entry = self.paths[index], self.annotations[index]
+        maps = {key: read(entry[key]) for key, read in _MAPS.items() if key in entry}
+        return {"name": path.name, **entry, "image": read_image(path), **maps}
 
 
 def make(data_config: Any, split: str) -> Remember:
@@ -94,7 +93,42 @@ def make(data_config: Any, split: str) -> Remember:
     if not root.is_dir():
         raise ValueError(f"data.dir: no folder {str(root)!r}")
     root = root.resolve()
-    every = files(root)
+    names = file_names(root)
+    if len(names) <= LARGE:
+        return Remember(_read(root, data_config, split, sorted(map(Path, names))))
+    fields = [f"{data_config.get('caption_column', '')} {data_config.test_fraction} {root}"]
+    state = itertools.chain(fields, map(_stamp, sorted(names)))
+    index = remembered(
+        *("image_folder", f"{root} {split}", state),
+        lambda: _packed(_read(root, data_config, split, sorted(map(Path, names)))),
+    )
+    return Remember(_unpacked(index))
+
+
+def _stamp(name: str) -> str:
+    status = os.stat(name)
+    return f"{name} {status.st_size} {status.st_mtime_ns}"
+
+
+def _packed(source: ImageFolderSource) -> dict[str, np.ndarray]:
+    """A source as arrays of a file."""
+    entries = [{k: str(v) if k in MAPS else v for k, v in e.items()} for e in source.annotations]
+    tree = {"paths": [str(path) for path in source.paths], "entries": entries}
+    tree |= {"class_names": list(source.class_names)}
+    return {"packed": np.frombuffer(msgpack_serialize(tree, in_place=True), np.uint8)}
+
+
+def _unpacked(index: dict[str, np.ndarray]) -> ImageFolderSource:
+    tree = msgpack_restore(index["packed"].tobytes())
+    for entry in tree["entries"]:
+        entry.update({key: Path(entry[key]) for key in MAPS if key in entry})
+    return ImageFolderSource(
+        [Path(path) for path in tree["paths"]], tree["entries"], tuple(tree["class_names"])
+    )
+
+
+def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageFolderSource:
+    """The split of a folder that has the files `every`."""
     folders = [name for name in SPLIT_FOLDERS if (root / name).is_dir()]
     known = folders or ["all", "test", "train"]
     if split not in known:
@@ -130,4 +164,4 @@ def make(data_config: Any, split: str) -> Remember:
             f"data.test_fraction={share} gives a share by chance: add images, change the share, "
             "make folders train/ and test/, or set data.train_split and data.test_split to 'all'"
         )
-    return Remember(ImageFolderSource([*examples], [*examples.values()], class_names))
+    return ImageFolderSource([*examples], [*examples.values()], class_names)

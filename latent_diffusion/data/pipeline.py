@@ -17,6 +17,7 @@ from latent_diffusion.data.sources import Example, Source
 from latent_diffusion.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]
+MOST_AHEAD = 2**30  # bytes of batches that wait for their steps; one always may
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -29,12 +30,15 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
 
 def _prefetched(batches: grain.MapDataset) -> Iterator[Batch]:
     """Batches in order, a few threads ahead; the first one is held against the contract."""
-    options = grain.ReadOptions(num_threads=min(os.cpu_count() or 1, 16), prefetch_buffer_size=16)
-    iterator = iter(batches.to_iter_dataset(options))
-    for i, batch in enumerate(iterator):
-        if i == 0:
-            check_batch(batch)
-        yield batch
+    if not len(batches):
+        return
+    first = batches[0]
+    check_batch(first)
+    yield first
+    size = sum(array.nbytes for array in first.values())
+    ahead = int(min(max(MOST_AHEAD // size, 1), 16))
+    options = grain.ReadOptions(min(os.cpu_count() or 1, ahead), prefetch_buffer_size=ahead)
+    yield from batches[1:].to_iter_dataset(options)
 
 
 def iterate(

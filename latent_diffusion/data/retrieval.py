@@ -146,7 +146,7 @@ def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
 
 def database_of(source: Any, data_config: Any, embedder: Embedder) -> Database:
     """Embed every picture of a source, cut as in evaluation, one batch after the other."""
-    size, crop = data_config.image_size, data_config.crop
+    size, crop = (data_config.image_size,) * 2, data_config.crop
     crop = "center" if crop == "random" else crop
     names: list[str] = []
 
@@ -155,9 +155,8 @@ def database_of(source: Any, data_config: Any, embedder: Embedder) -> Database:
             example, rng = source[i], np.random.default_rng(0)
             names.append(str(example.get("name", i)))
             image = example["image"]
-            yield cut(
-                image, window(image.shape[:2], size, crop, data_config.shorter_side, rng), size
-            )
+            where = window(image.shape[:2], size, crop, data_config.shorter_side, rng)
+            yield cut(image, where, size)
 
     embeddings = embed(embedder, pictures())
     return Database(embeddings, tuple(names), data_config.search)

@@ -5,11 +5,15 @@ A source has a length, and its example `i` is a dict of NumPy arrays and strings
 that batches have under the same key (`moments`, `tokens`, ...).
 """
 
+import concurrent.futures
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 Example = dict[str, Any]
 
@@ -46,6 +50,54 @@ class ArraySource:
     def __getitem__(self, index: int) -> Example:
         example = {key: array[index] for key, array in self.arrays.items()}
         return {key: str(v) if isinstance(v, np.str_) else v for key, v in example.items()}
+
+
+class Readable:
+    """A base of sources of files, which may be damaged: such an example is replaced by the next.
+
+    It is named once in the log and added to `unreadable`, so that a bad file among a million
+    doesn't end a run. Subclasses have `read(index)`, which raises ValueError, and `name_of(index)`.
+    """
+
+    def __init__(self, length: int):
+        self._length = length
+        self.unreadable: set[Any] = set()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> Example:
+        """Example number `index` itself."""
+        raise NotImplementedError
+
+    def name_of(self, index: int) -> Any:
+        """The name of a file for messages."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for offset in range(len(self)):
+            at = (index + offset) % len(self)
+            try:
+                return self.read(at)
+            except ValueError as error:
+                if (name := self.name_of(at)) not in self.unreadable:
+                    self.unreadable.add(name)
+                    logger.warning("skipping %s: %s", name, error)
+        raise ValueError(f"none of the {len(self)} images can be read, e.g. {self.name_of(0)}")
+
+    def sizes(self, size_of: Callable[[int], tuple[int, int]]) -> np.ndarray:
+        """Height and width [N 2] of all pictures, by several threads; (1, 1) of the unreadable."""
+
+        def size(index: int) -> tuple[int, int]:
+            try:
+                return size_of(index)
+            except ValueError:
+                return (1, 1)  # `read` names it
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return np.array(list(pool.map(size, range(len(self)))))
 
 
 class Remember:

@@ -43,17 +43,22 @@ def make_cut(data_config: Any, train: bool) -> Transform:
 
     `window` [4] is then the part of the whole picture that they show: left, top, right, bottom in
     [0, 1]. With `data_config.sizes`, `original_size` [2] is the height and width of the picture
-    before, unless the source knows better. What has a window was cut before (its picture may be
-    gone since) and stays as it is.
+    before, unless the source knows better. An example is brought to its `size` (height, width), or
+    else to the square of `data_config.image_size`. What has a window was cut before (its picture
+    may be gone since) and stays as it is; of several `crops` one is drawn, in evaluation the first.
     """
     crop = "center" if data_config.crop == "random" and not train else data_config.crop
     lookup(CROPS, crop, "data.crop")
-    size = data_config.image_size
+    square = (data_config.image_size, data_config.image_size)
 
     def cut_out(example: Example, rng: np.random.Generator) -> Example:
+        if "crops" in example:
+            example = dict(example)
+            crops = example.pop("crops")
+            return {**example, **crops[rng.integers(len(crops)) if train and crops[1:] else 0]}
         if "window" in example:
             return example
-        where, example = None, dict(example)
+        where, example, size = None, dict(example), example.get("size", square)
         if "image" in example:
             shape = example["image"].shape[:2]
             where = window(shape, size, crop, data_config.shorter_side, rng)
@@ -100,17 +105,20 @@ def make_transform(
 
     def transform(example: Example, rng: np.random.Generator | None = None) -> Example:
         rng = rng if rng is not None else np.random.default_rng(0)
-        example = cut_out(example, rng)
-        flip = "image" in example and data_config.flip and train and rng.random() < 0.5
+        example = dict(cut_out(example, rng))
+        mirrors = example.pop("mirrors", [{}])
+        turns = ("image" in example or len(mirrors) == 2) and data_config.flip and train
+        flip = turns and rng.random() < 0.5
+        example |= mirrors[flip and len(mirrors) == 2]
         turned = {k: _flipped(example[k], flip) for k in _PICTURES if k in example}
         image = turned.pop("image", None)
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}
         out |= turned
         if data_config.get("sizes", False):
-            crop, size = example["window"], data_config.image_size
+            crop, size = example["window"], example.get("size", (data_config.image_size,) * 2)
             seen = corner(mirrored(crop) if flip else crop, size)
             out["crop_top_left"] = np.array(seen, np.int32)
-            out["target_size"] = np.array((size, size), np.int32)
+            out["target_size"] = np.array(size, np.int32)
         if image is not None:
             out["image"] = to_float(image)
         made = conditions(example, image, example["window"], flip, rng)

@@ -10,6 +10,8 @@ from PIL import Image
 from latent_diffusion.data.layout import Box
 from latent_diffusion.types import lookup
 
+Size = tuple[int, int]  # height and width
+
 
 def resize(
     image: UInt8[np.ndarray, "H W C"], height: int, width: int
@@ -37,16 +39,17 @@ def fit(
     return np.asarray(whole.resize((width, height), how, box)).reshape(height, width, -1)
 
 
-def _center(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
-    return (height - side) // 2, (width - side) // 2
+def _center(height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
+    return height // 2, width // 2
 
 
-def _random(height: int, width: int, side: int, rng: np.random.Generator) -> tuple[int, int]:
-    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+def _random(height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
+    return int(rng.integers(height + 1)), int(rng.integers(width + 1))
 
 
-# Where a square window lies: "squash" has no window, "none" neither, and takes squares alone.
-CROPS: dict[str, Callable[[int, int, int, np.random.Generator], tuple[int, int]] | None] = {
+# Where a window lies, given how far it may lie from the top and from the left: "squash" has no
+# window, "none" neither, and takes squares alone.
+CROPS: dict[str, Callable[[int, int, np.random.Generator], tuple[int, int]] | None] = {
     "none": None,
     "squash": None,
     "center": _center,
@@ -55,29 +58,31 @@ CROPS: dict[str, Callable[[int, int, int, np.random.Generator], tuple[int, int]]
 
 
 class Window(NamedTuple):
-    """The part of a picture that is seen: a square in the picture resized to height × width."""
+    """The part of a picture that is seen: rows × columns of it, resized to height × width."""
 
     height: int
     width: int
     top: int
     left: int
-    side: int
+    rows: int
+    columns: int
 
     @property
     def crop(self) -> tuple[float, float, float, float]:
         """Left, top, right and bottom, in [0, 1] of the whole picture."""
-        left, right = self.left / self.width, (self.left + self.side) / self.width
-        return left, self.top / self.height, right, (self.top + self.side) / self.height
+        left, right = self.left / self.width, (self.left + self.columns) / self.width
+        return left, self.top / self.height, right, (self.top + self.rows) / self.height
 
 
 def window(
-    shape: tuple[int, ...], size: int, crop: str, shorter_side: int, rng: np.random.Generator
+    shape: tuple[int, ...], size: Size, crop: str, shorter_side: int, rng: np.random.Generator
 ) -> Window | None:
-    """Where a square of `size` pixels comes from; None: from the whole picture.
+    """Where a picture of a size comes from; None: from the whole picture.
 
-    shape: (height, width). crop: a name in CROPS. shorter_side: pixels; the picture is first
-    resized to it and the window has `size` pixels (the paper's OpenImages: 384 and 256). 0: the
-    window is the largest square (the paper's other sets), which is then resized.
+    shape, size: (height, width). crop: a name in CROPS. shorter_side: pixels; the picture is first
+    resized to it and the window has the pixels of `size`, a square (the paper's OpenImages: 384 and
+    256). 0: the window is the largest of the shape of `size` (the paper's other sets), which is
+    then resized.
     """
     place = lookup(CROPS, crop, "data.crop")
     height, width = shape
@@ -88,51 +93,54 @@ def window(
         )
     if place is None:
         return None
+    rows, columns = size
     if shorter_side:
-        if shorter_side < size:
-            raise ValueError(f"data.shorter_side={shorter_side} is below data.image_size={size}")
+        if shorter_side < max(size):
+            raise ValueError(f"data.shorter_side={shorter_side} is below data.image_size={rows}")
         scale = shorter_side / min(height, width)
         height, width = round(height * scale), round(width * scale)
-    side = size if shorter_side else min(height, width)
-    top, left = place(height, width, side, rng)
-    return Window(height, width, top, left, side)
+    else:
+        scale = min(height / rows, width / columns)
+        rows, columns = max(1, round(rows * scale)), max(1, round(columns * scale))
+    top, left = place(height - rows, width - columns, rng)
+    return Window(height, width, top, left, rows, columns)
 
 
-def corner(crop: Box, size: int) -> tuple[int, int]:
-    """Top and left of a crop, in pixels of the picture in which its sides are `size` pixels."""
+def corner(crop: Box, size: Size) -> tuple[int, int]:
+    """Top and left of a crop, in pixels of the picture in which the crop has `size`."""
     left, top, right, bottom = crop
-    return round(top / (bottom - top) * size), round(left / (right - left) * size)
+    return round(top / (bottom - top) * size[0]), round(left / (right - left) * size[1])
 
 
 def cut(
-    image: UInt8[np.ndarray, "H W C"], where: Window | None, size: int
-) -> UInt8[np.ndarray, "S S C"]:
-    """The window's picture, of `size` pixels a side."""
+    image: UInt8[np.ndarray, "H W C"], where: Window | None, size: Size
+) -> UInt8[np.ndarray, "h w C"]:
+    """The window's picture, brought to `size`."""
     if where is None:
-        return resize(image, size, size)
+        return resize(image, *size)
     image = resize(image, where.height, where.width)
-    seen = image[where.top : where.top + where.side, where.left : where.left + where.side]
-    return resize(seen, size, size)
+    rows = slice(where.top, where.top + where.rows)
+    return resize(image[rows, where.left : where.left + where.columns], *size)
 
 
 def cut_labels(
-    labels: Num[np.ndarray, "H W *C"], where: Window | None, size: int
-) -> Num[np.ndarray, "S S *C"]:
+    labels: Num[np.ndarray, "H W *C"], where: Window | None, size: Size
+) -> Num[np.ndarray, "h w *C"]:
     """The window's labels, or its mask: as `cut`, but each pixel takes the nearest value."""
     height, width = labels.shape[:2]
     left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
-    at = (np.arange(size) + 0.5) / size
-    rows = ((top + at * (bottom - top)) * height).astype(int)
-    columns = ((left + at * (right - left)) * width).astype(int)
+    at = [(np.arange(side) + 0.5) / side for side in size]
+    rows = ((top + at[0] * (bottom - top)) * height).astype(int)
+    columns = ((left + at[1] * (right - left)) * width).astype(int)
     return labels[rows][:, columns]
 
 
 def cut_depth(
-    depth: Float[np.ndarray, "H W 1"], where: Window | None, size: int
-) -> Float[np.ndarray, "S S 1"]:
+    depth: Float[np.ndarray, "H W 1"], where: Window | None, size: Size
+) -> Float[np.ndarray, "h w 1"]:
     """The window's depths: as `cut`, but in any unit; the map may have another size."""
     height, width = depth.shape[:2]
     left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
     box = (left * width, top * height, right * width, bottom * height)
     seen = Image.fromarray(depth[..., 0].astype(np.float32))
-    return np.asarray(seen.resize((size, size), Image.Resampling.BICUBIC, box))[..., None]
+    return np.asarray(seen.resize(size[::-1], Image.Resampling.BICUBIC, box))[..., None]

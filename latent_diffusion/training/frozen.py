@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_diffusion import data
 from latent_diffusion.convert import Bundle, Part, as_params, kept, read
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.models.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import parallel
 from latent_diffusion.training import init_from, settings
+from latent_diffusion.training.batches import train_batches
 from latent_diffusion.trees import check_same_tree
-from latent_diffusion.types import Params
+from latent_diffusion.types import Batch, Params
 
 log = logging.getLogger(__name__)
 
@@ -93,34 +93,45 @@ def _read(config: ConfigDict, name: str, path: str) -> Part:
 def _first_stage(
     config: ConfigDict, fresh: FirstStage, source: Any, start: Bundle | None
 ) -> FirstStage:
+    first_stage, scaled = read_first_stage(config, fresh, start)
+    if scaled or config.task == "prior":
+        return first_stage
+    return measure_scale(config, first_stage, source)
+
+
+def read_first_stage(
+    config: ConfigDict, fresh: FirstStage, start: Bundle | None
+) -> tuple[FirstStage, bool]:
+    """The first stage on which a run begins, and whether it comes with its latent scale.
+
+    fresh: has its shapes. start: the model of `init_from`.
+    """
     path = config.first_stage.path
     theirs = init_from.first_stage_of(config, start)
     if theirs is not None:
         check_same_tree(fresh.params, theirs.params, str(path))
-        return theirs
+        return theirs, True
     if config.autoencoder.regularization != "identity":
         params = kept.load_autoencoder_params(Path(path))
         check_same_tree(fresh.params, params, path)
         fresh = fresh.replace(params=params)
-    return fresh if config.task == "prior" else measure_scale(config, fresh, source)
+    return fresh, False
+
+
+def encodable(batch: Batch) -> Batch:
+    """The entry of a batch that a first stage encodes: cached moments, or else the pictures."""
+    key = "moments" if "moments" in batch else "image"
+    return {key: batch[key]}
 
 
 def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> FirstStage:
     """Set the latent scale from `first_stage.num_batches` training batches, on all devices."""
     mode, mesh = parallel.devices(config.parallel)
-    index, count = parallel.process_shard(mode, mesh)
     step = parallel.compile_step(latent_sums, mode, mesh=mesh, donate_state=False)
-    batches = data.iterate(
-        source,
-        data.make_transform(config.data, train=True),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=index,
-        process_count=count,
-    )
+    batches = train_batches(config, source)
     rng = jax.random.key(config.seed)
     sums = [
-        step({}, first_stage, {"image": batch["image"]}, jax.random.fold_in(rng, i))[1]
+        step({}, first_stage, encodable(batch), jax.random.fold_in(rng, i))[1]
         for i, batch in enumerate(itertools.islice(batches, config.first_stage.num_batches))
     ]
     measured = with_measured_scale(first_stage, sums, config.first_stage.normalization)

@@ -89,7 +89,9 @@ def _steps(
             progress.update(step)
             ends = bool(stop.poll()) or step == config.num_steps
             saves = _due(step, config.checkpoint.every_steps) or ends
-            averages = _due(step, config.checkpoint.averages_every_steps) or step == config.num_steps
+            averages = (
+                _due(step, config.checkpoint.averages_every_steps) or step == config.num_steps
+            )
             if saves or averages or any(_looks(config, step)):
                 log.look(step, values, state.params, ends)
                 unseen = None

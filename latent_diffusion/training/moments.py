@@ -19,12 +19,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import tree_hash
 
 SAMPLE = 16  # examples whose pixels enter the identity
+EXAMPLE_KEYS = {*data.KEYS, "caption", "boxes", "labels", "window"}  # which the transform reads
+# Of `data`, which decide what is encoded
+SHARD_FIELDS = ("image_size", "crop", "shorter_side", "bucket_step")
 
 
 def with_moments(
@@ -36,15 +40,17 @@ def with_moments(
     see. For a prior, `codes` are in the place of moments. Raises ValueError where images are
     augmented at random, since all epochs would then have the same augmentation.
     """
-    if config.data.flip or config.data.crop == "random":
-        raise ValueError("first_stage.cache=True needs data.flip=False and data.crop not 'random'")
-    kind = "codes" if config.task == "prior" else "moments"
+    if config.data.flip or config.data.crop == "random" or config.data.bucket_step:
+        raise ValueError(
+            "first_stage.cache=True needs data.flip=False, data.crop not 'random' and "
+            "data.bucket_step=0; python -m latent_diffusion.encode serves them all"
+        )
+    kind = kind_of(config)
     path = directory / f"{kind}-{_identity(config, first_stage, source)}.npy"
     if processes.any_process(not path.exists()):
         write_rows(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
-    seen = bool(config.data.low_res) or "image" in make_conditioner(config.conditioners).keys
-    keys = {*data.KEYS, "caption", "boxes", "labels", "window"} - (set() if seen else {"image"})
+    keys = EXAMPLE_KEYS - (set() if pictures_are_seen(config) else {"image"})
     cut_out, rng = data.make_cut(config.data, train=True), np.random.default_rng(0)
     examples = [
         {key: value for key, value in cut_out(source[i], rng).items() if key in keys}
@@ -54,13 +60,63 @@ def with_moments(
     return data.ArraySource({kind: np.load(path, mmap_mode="r"), **arrays})
 
 
+def pictures_are_seen(config: ConfigDict) -> bool:
+    """Whether a condition is made of the pictures themselves, beside their latents."""
+    seen = "image" in make_conditioner(config.conditioners).keys
+    return seen or bool(config.data.low_res) or bool(config.control)
+
+
+def check_shards(config: ConfigDict, source: ShardSource) -> None:
+    """Raise ValueError, in one line, where a run asks for other examples than shards have."""
+    made, folder, kind = source.made, source.folder, kind_of(config)
+    if config.task == "autoencoding":
+        raise ValueError("data.name='latents' has no pictures, which autoencoding is trained on")
+    if config.first_stage.cache:
+        raise ValueError("data.name='latents' is cached: set first_stage.cache=False")
+    if made["kind"] != kind:
+        raise ValueError(f"{folder} has {made['kind']}, but task={config.task!r} needs {kind}")
+    for field in SHARD_FIELDS:
+        have, had = config.data[field], made["data"][field]
+        if have != had:
+            raise ValueError(f"data.{field}={have!r}, but {folder} was made with {had!r}")
+    for field, needed, given in (
+        ("data.flip=True", config.data.flip, made["mirrors"]),
+        ("data.sizes=True", config.data.sizes, made["data"]["sizes"]),
+        ("a condition made of pictures", pictures_are_seen(config), made["pictures"]),
+    ):
+        if needed and not given:
+            raise ValueError(f"{field} was not asked for when {folder} was made: encode anew")
+
+
+def check_first_stage(config: ConfigDict, source: ShardSource, first_stage: FirstStage) -> None:
+    """Raise ValueError, in one line, for latents of another first stage."""
+    if source.made["first_stage"] != tree_hash(first_stage.params):
+        path = f" ({config.first_stage.path})" if config.first_stage.path else ""
+        raise ValueError(
+            f"{source.folder} has latents of another first stage than that of this run{path}: "
+            "encode the pictures with this one, or name theirs by first_stage.path"
+        )
+
+
+def kind_of(config: ConfigDict) -> str:
+    """What is stored of a picture, by its key in batches."""
+    return "codes" if config.task == "prior" else "moments"
+
+
 def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) -> str:
     digest = hashlib.sha256(tree_hash(first_stage.params).encode())
     digest.update(json.dumps(config.data.to_dict(), sort_keys=True).encode())
     digest.update(str(len(source)).encode())
+    digest.update(sample_hash(source).encode())
+    return digest.hexdigest()[:12]
+
+
+def sample_hash(source: data.Source) -> str:
+    """A hash of the pixels of a few examples, evenly over the source."""
+    digest = hashlib.sha256()
     for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():
         digest.update(np.ascontiguousarray(source[i]["image"]).tobytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()
 
 
 def _encoded(

@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
@@ -24,6 +25,7 @@ from latent_diffusion.training import (
     texts,
 )
 from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.batches import train_batches
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
 from latent_diffusion.types import lookup
@@ -59,15 +61,17 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
             "checkpoint.averages_every_steps needs widths in optimizer.averages, e.g. (0.05, 0.1)"
         )
     run = workdir.load_run(directory)
-    if run is None:
-        config = init_from.resolve(teacher.resolve(config))
-        config = frozen.resolve(stages.resolve(config))
-    else:
-        config = settings.continued(config, run, directory)
+    config = with_files(config) if run is None else settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
     mode, mesh = parallel.devices(config.parallel)
     parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
     return config
+
+
+def with_files(config: ConfigDict) -> ConfigDict:
+    """The config of a run that begins, with all fields that files decide."""
+    config = init_from.resolve(teacher.resolve(config))
+    return frozen.resolve(stages.resolve(config))
 
 
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
@@ -79,10 +83,14 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     layout = {"mesh": mesh, "rules": config.parallel.rules}
     train_source = data.make_source(config.data, "train")
     test_source = data.make_source(config.data, "test")
+    if isinstance(train_source, ShardSource):
+        moments.check_shards(config, train_source)
     run = directory if checkpoints.all_steps() else None  # has copies of the frozen parts
     bundle = init_from.read(config) if run is None or init_from.adapts(config) else None
     config, tokenizer = make_tokenizer(config, train_source, run, bundle)
     task = lookup(TASKS, config.task, "task")(config)
+    if config.data.bucket_step:
+        train_source = data.Bucketed(train_source, config.data, config.batch_size, config.seed)
 
     init_rng = init_key(config.seed)
     init = functools.partial(task.init, batch_spec=batch_spec(config))
@@ -103,27 +111,12 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     state = parallel.place(state, mode, **layout)
     constants = parallel.place(constants, mode, mesh)
     evaluator = Evaluator(config, task, constants, test_source, tokenizer, mode, layout)
-    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer)
-    if config.cache_texts:
-        encoders = texts.frozen_encoders(config, state, constants)
-        words = (train_source, tokenizer)
-        transform = texts.with_encoded(config, directory, encoders, *words, transform)
-    if config.task != "autoencoding" and config.first_stage.cache:
-        train_source = moments.with_moments(config, directory, constants.first_stage, train_source)
-    if config.data.balance:
-        train_source = data.Balanced(train_source, config.data.balance)
+    train_source, transform = _encoded_once(
+        config, directory, train_source, tokenizer, state, constants
+    )
     _write(config, directory, run, constants, tokenizer)
 
-    index, count = parallel.process_shard(mode, mesh)
-    batches = data.iterate(
-        train_source,
-        transform,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=step,
-        process_index=index,
-        process_count=count,
-    )
+    batches = train_batches(config, train_source, transform, step)
     return Start(
         step=step,
         state=state,
@@ -134,6 +127,29 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         evaluator=evaluator,
         mode=mode,
     )
+
+
+def _encoded_once(
+    config: ConfigDict,
+    directory: Path,
+    source: Any,
+    tokenizer: Any,
+    state: Any,
+    constants: Any,
+) -> tuple[Any, Any]:
+    """The examples of training and their transform, with what the run encodes beforehand."""
+    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer)
+    if config.cache_texts:
+        encoders = texts.frozen_encoders(config, state, constants)
+        transform = texts.with_encoded(config, directory, encoders, source, tokenizer, transform)
+    shards = getattr(source, "source", source)  # within buckets
+    if isinstance(shards, ShardSource):
+        moments.check_first_stage(config, shards, constants.first_stage)
+    elif config.task != "autoencoding" and config.first_stage.cache:
+        source = moments.with_moments(config, directory, constants.first_stage, source)
+    if config.data.balance:
+        source = data.Balanced(source, config.data.balance)
+    return source, transform
 
 
 def _write(

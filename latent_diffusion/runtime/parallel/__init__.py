@@ -44,6 +44,7 @@ from latent_diffusion.runtime.parallel.rules import (
 from latent_diffusion.runtime.parallel.steps import (
     compile_eval,
     compile_init,
+    compile_local,
     compile_step,
     lower_for,
 )

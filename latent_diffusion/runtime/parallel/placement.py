@@ -26,6 +26,11 @@ def _local_mesh() -> Mesh:
     return Mesh(np.asarray(jax.local_devices()), (AXIS_NAME,))
 
 
+def local_rows() -> Sharding:
+    """Rows cut over the devices of this process."""
+    return NamedSharding(_local_mesh(), P(AXIS_NAME))
+
+
 def replicated(mode: str, mesh: Mesh | None) -> Sharding:
     """A whole copy on every device that a compiled step sees."""
     if mode == "single":
@@ -91,9 +96,8 @@ def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTr
         if len(leaf) % parts:
             raise ValueError(f"a batch of {len(leaf)} examples doesn't divide over {parts} devices")
     if mesh is None:
-        sharding = NamedSharding(_local_mesh(), P(AXIS_NAME))
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), host_batch)
-        return jax.device_put(split, sharding)
+        return jax.device_put(split, local_rows())
     sharding = NamedSharding(mesh, BATCH_SPEC)
 
     def spread(x: np.ndarray) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve
 from latent_diffusion.runtime.parallel.placement import (
+    local_rows,
     place,
     place_batch,
     put,
@@ -188,11 +189,31 @@ def _rows_kept(step: Step, mesh: Mesh) -> Step:
     return function
 
 
+def compile_local(function: Callable[[PyTree, PyTree], PyTree], constants: PyTree) -> Any:
+    """Compile `function(constants, batch)` for the devices of this process; returns `f(batch)`.
+
+    Every device has its part of the rows, and no other process takes part. batch: numpy with a
+    leading axis that the local devices divide.
+    """
+    whole, rows = replicated("pmap", None), local_rows()
+    compiled = jax.jit(
+        function,
+        in_shardings=(whole, rows),
+        out_shardings=rows,
+        compiler_options=_compiler_options(),
+    )
+    constants = jax.tree.map(lambda leaf: put(leaf, whole), constants)
+    return lambda batch: jax.tree.map(np.asarray, compiled(constants, batch))
+
+
+def _compiler_options() -> dict[str, Any] | None:
+    concerned = jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10)
+    return _NO_YNN_CONVOLUTIONS if concerned else None
+
+
 def _jit(step: Step, mesh: Mesh | None, **options: Any) -> Any:
     step = _rows_kept(step, mesh) if mesh else step
-    concerned = jax.default_backend() == "cpu" and jax.__version_info__[:2] == (0, 10)
-    flags = _NO_YNN_CONVOLUTIONS if concerned else None
-    return jax.jit(_flat(step), compiler_options=flags, **options)
+    return jax.jit(_flat(step), compiler_options=_compiler_options(), **options)
 
 
 def _pmap(step: Step, **options: Any) -> Any:
@@ -211,7 +232,7 @@ def _bind(
 ) -> CompiledStep:
     """A step that places its arguments. build: compiles for the layout of the first state."""
     function: Any = None
-    met = jax.process_count() == 1
+    met: set[Any] = set()  # shapes of batches, each of which has a program
     constants_seen: list[PyTree] = []  # [the caller's, the same in place]
 
     def arguments(state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> tuple:
@@ -225,12 +246,13 @@ def _bind(
         return state, (constants_seen[1], batch, put(rng, replicated(mode, mesh)))
 
     def run(*args: Any) -> Any:
-        nonlocal met
         args = arguments(*args)
-        if not met:  # hosts aren't equally fast to compile, and collectives don't wait for long
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args[1][1]))
+        # Hosts aren't equally fast to compile, and collectives don't wait for long.
+        if jax.process_count() > 1 and shapes not in met:
             function.lower(*args).compile()  # the call below finds it
             processes.barrier("compiled")
-            met = True
+            met.add(shapes)
         return finish(function(*args))
 
     def lower(*args: Any) -> Any:

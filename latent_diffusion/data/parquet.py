@@ -1,0 +1,131 @@
+"""Parquet files with the bytes of pictures, as Hugging Face's data sets have them.
+
+A row is an example: its picture in a column of bytes or of {bytes, path}, its caption and its
+class in columns that `data.features` names, or that have their usual names. Reading one row reads
+its whole row group; so pictures in random order want small groups, or shards of latents, which are
+encoded in the order of the rows.
+
+Splits are the files train-*.parquet and test-*.parquet, or those in folders train/ and test/, if
+there are any. Otherwise "test" is a share `test_fraction` of the rows by chance, which a file's
+name decides, "train" the others, and "all" both.
+"""
+
+import functools
+import io
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.data.pictures import read_image, size_of
+from latent_diffusion.data.sources import Example, Readable, flat
+from latent_diffusion.data.tfds import feature_map
+from latent_diffusion.files.reading import reading
+
+GROUPS_IN_MEMORY = 16
+
+
+class ParquetSource(Readable):
+    """The rows of some files. groups: (file, number of the group, rows). rows: those that count."""
+
+    def __init__(
+        self, system: Any, groups: list[tuple[str, int, int]], rows: np.ndarray, columns: dict
+    ):
+        super().__init__(len(rows))
+        self.system, self.columns = system, columns
+        self._groups, self._rows = groups, rows
+        self._ends = np.cumsum([count for *_, count in groups])
+        self._group = functools.lru_cache(GROUPS_IN_MEMORY)(self._read_group)
+
+    def name_of(self, index: int) -> str:
+        """The file, the row group, and the row in it."""
+        number, row = self._place(index)
+        return f"{self._groups[number][0]}, row group {self._groups[number][1]}, row {row}"
+
+    def read(self, index: int) -> Example:
+        """Example number `index`. Raises ValueError where it can't be read."""
+        example = {"name": self.name_of(index), **self._values(index, [*self.columns])}
+        return {**example, "image": read_image(_bytes(example["image"]))}
+
+    def captions(self) -> list[str]:
+        """All captions, in order; the pictures are read with them, but not decoded."""
+        if "caption" not in self.columns:
+            return [""] * len(self)
+        return flat([self._values(i, ["caption"])["caption"] for i in range(len(self))])
+
+    def shapes(self) -> np.ndarray:
+        """Height and width [N 2] of the pictures, by their headers."""
+        return self.sizes(lambda i: size_of(_bytes(self._values(i, ["image"])["image"])))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        row = int(self._rows[index])
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return number, row - int(self._ends[number] - self._groups[number][2])
+
+    def _values(self, index: int, keys: list[str]) -> Example:
+        number, row = self._place(index)
+        table = self._group(number)
+        values = {key: table[self.columns[key]][row].as_py() for key in keys}
+        return {key: "" if value is None else value for key, value in values.items()}
+
+    def _read_group(self, number: int) -> Any:
+        from pyarrow import parquet
+
+        path, group, _ = self._groups[number]
+        with reading(path), self.system.open(path, "rb") as file:
+            return parquet.ParquetFile(file).read_row_group(group, [*self.columns.values()])
+
+
+def _bytes(value: Any) -> io.BytesIO:
+    value = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(value, bytes):
+        raise ValueError("no bytes of a picture")
+    return io.BytesIO(value)
+
+
+def _metadata(system: Any, path: str) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """The columns of a file, and its row groups."""
+    from pyarrow import parquet
+
+    with reading(path), system.open(path, "rb") as opened:
+        file = parquet.ParquetFile(opened)
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        return file.schema_arrow.names, [(path, i, count) for i, count in enumerate(counts)]
+
+
+def make(data_config: Any, split: str) -> ParquetSource:
+    """A split of the files in `data_config.dir`. Raises ValueError where there are none."""
+    import fsspec
+
+    if not data_config.dir:
+        raise ValueError("data.name='parquet' needs data.dir, the folder of Parquet files")
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ValueError("data.name='parquet' needs pip install pyarrow") from None
+    system, root = fsspec.core.url_to_fs(data_config.dir)
+    every = sorted(path for path in system.find(root) if path.endswith(".parquet"))
+    if not every:
+        raise ValueError(f"data.dir={data_config.dir}: no .parquet files in this folder")
+    named = {name: [p for p in every if _is_of(p, name)] for name in ("train", "test")}
+    known = [name for name, paths in named.items() if paths] or ["all", "test", "train"]
+    if split not in known:
+        raise ValueError(f"unknown split {split!r} of {root}; known: {', '.join(known)}")
+    by_name = "all" not in known
+    groups, chosen = [], []
+    for path in named[split] if by_name else every:
+        columns, more = _metadata(system, path)
+        groups += more
+        name, count = path.rpartition("/")[2], sum(count for *_, count in more)
+        held_out = np.random.default_rng([*name.encode()]).random(count) < data_config.test_fraction
+        whole = by_name or split == "all"
+        chosen.append(np.ones(count, bool) if whole else held_out == (split == "test"))
+    rows = np.flatnonzero(np.concatenate(chosen))
+    if not len(rows):
+        raise ValueError(f"none of the rows of {root} belongs to split {split!r}")
+    features = feature_map(dict(data_config.features), columns, root)
+    return ParquetSource(system, groups, rows, features)
+
+
+def _is_of(path: str, split: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    return name.startswith((f"{split}-", f"{split}.")) or folder.rpartition("/")[2] == split

@@ -1,0 +1,206 @@
+"""Tars and Parquet files as others write them, and the indices of large folders."""
+
+import io
+import json
+import os
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import config
+
+from latent_diffusion import data
+from latent_diffusion.data import image_folder, index_files
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches" / "latent_diffusion" / "indices"
+
+
+def png(number):
+    """A picture of one colour, number + 1 pixels wide."""
+    file = io.BytesIO()
+    Image.new("RGB", (number + 1, 4), (number, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def members(number):
+    facts = {"caption": "not this", "original_width": 100 + number, "original_height": 50}
+    key = f"{number:05d}"
+    return {
+        f"{key}.png": png(number),
+        f"{key}.txt": f" number {number}\n".encode(),
+        f"{key}.json": json.dumps(facts).encode(),
+        f"{key}.cls": str(number % 3).encode(),
+    }
+
+
+def tar_of(members):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def write_tars(folder, system=None, count=10):
+    """Two tars, as img2dataset numbers them, and a file beside them."""
+    system = system or fsspec.filesystem("file")
+    system.makedirs(folder, exist_ok=True)
+    for number in range(2):
+        inside = {}
+        for i in range(number * count, (number + 1) * count):
+            inside |= members(i)
+        system.pipe_file(f"{folder}/{number:05d}.tar", tar_of(inside))
+    system.pipe_file(f"{folder}/00000_stats.json", b"{}")
+
+
+def everything(folder, name="tars", **fields):
+    fields = {"name": name, "dir": str(folder), "train_split": "all", "test_split": "all", **fields}
+    return data.make_source(config(**fields), "train")
+
+
+def assert_whole(source, count=20):
+    assert len(source) == count
+    for i in (0, 7, count - 1, 3):
+        example = source[i]
+        assert example["image"].shape == (4, i + 1, 3) and (example["image"][..., 0] == i).all()
+        assert example["caption"] == f"number {i}" and example["class_label"] == i % 3
+    assert data.captions(source) == [f"number {i}" for i in range(count)]
+    np.testing.assert_array_equal(source.shapes(), [(4, i + 1) for i in range(count)])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_tars_are_read_at_random_where_they_lie(tmp_path, remote):
+    folder = f"memory://{tmp_path.name}" if remote else tmp_path
+    write_tars(folder if remote else str(folder), fsspec.filesystem("memory") if remote else None)
+    source = everything(folder)
+    assert_whole(source)
+    np.testing.assert_array_equal(source[3]["original_size"], (50, 103))
+
+
+def test_tars_are_indexed_again_when_they_change_and_only_then(tmp_path, caches, monkeypatch):
+    write_tars(str(tmp_path / "tars"))
+    everything(tmp_path / "tars")
+    assert len(list(caches.iterdir())) == 1
+    made = []
+    tars = data.tars
+    index = tars._index
+    monkeypatch.setattr(tars, "_index", lambda *args: made.append(1) or index(*args))
+    assert_whole(everything(tmp_path / "tars"))
+    assert not made
+    (tmp_path / "tars" / "00001.tar").write_bytes(tar_of(members(10)))
+    assert_whole(everything(tmp_path / "tars"), 11)
+    assert made
+    (file,) = caches.iterdir()
+    file.write_bytes(file.read_bytes()[:50])  # a damaged index is made anew
+    assert_whole(everything(tmp_path / "tars"), 11)
+
+
+def splits_of(folder):
+    sources = (data.make_source(config(name="tars", dir=str(folder)), s) for s in ("train", "test"))
+    return [data.captions(source) for source in sources]
+
+
+def test_splits_of_tars_are_a_partition_by_key_or_folders(tmp_path):
+    write_tars(str(tmp_path / "whole"), count=100)
+    train, test = splits_of(tmp_path / "whole")
+    assert len({*train, *test}) == len(train) + len(test) == 200 and 30 <= len(test) <= 70
+    for split, count in (("train", 3), ("test", 1)):
+        write_tars(str(tmp_path / "parts" / split), count=count)
+    assert list(map(len, splits_of(tmp_path / "parts"))) == [6, 2]
+
+
+def test_what_is_damaged_in_tars_is_named(tmp_path, caplog):
+    inside = members(0) | members(1) | members(2) | {"00001.png": b"no picture"}
+    (tmp_path / "a.tar").write_bytes(tar_of(inside))
+    (tmp_path / "b.tar").write_bytes(tar_of(members(3) | members(4))[:5000])
+    source = everything(tmp_path)
+    (record,) = caplog.records
+    assert "1 of 2 tars are cut short: " in record.message and "after 1 examples" in record.message
+    assert len(source) == 4 and source[1]["caption"] == "number 2"
+    assert "skipping" in caplog.records[1].message and "a.tar@" in caplog.records[1].message
+
+
+@pytest.mark.parametrize("name", ["tars", "parquet"])
+def test_a_folder_without_files_is_an_error_of_one_line(tmp_path, name):
+    with pytest.raises(ValueError, match=r"needs data\.dir, the folder of"):
+        everything("", name)
+    with pytest.raises(ValueError, match=r"no \S+ files in this folder"):
+        everything(tmp_path, name)
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_parquet_with_pictures(tmp_path, as_struct):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name, numbers, **columns):
+        pictures = [{"bytes": png(i), "path": "x"} if as_struct else png(i) for i in numbers]
+        columns = {"picture" if columns else "image": pictures, **columns}
+        columns |= {"text": [f"number {i}" for i in numbers], "label": [i % 3 for i in numbers]}
+        parquet.write_table(pyarrow.table(columns), tmp_path / name, row_group_size=4)
+
+    write("a.parquet", range(11))
+    write("b.parquet", range(11, 20))
+    assert_whole(everything(tmp_path, "parquet"))
+    sizes = [
+        len(data.make_source(config(name="parquet", dir=str(tmp_path)), s))
+        for s in ("train", "test")
+    ]
+    assert sum(sizes) == 20 and 0 < sizes[1] < 20
+    write("test-00000-of-00001.parquet", range(3))
+    write("train-00000-of-00001.parquet", range(5), unused=range(5))
+    fields = {"name": "parquet", "dir": str(tmp_path)}
+    assert len(data.make_source(config(**fields), "test")) == 3
+    with pytest.raises(ValueError, match=r"data\.features: name the image feature of .*picture"):
+        data.make_source(config(**fields), "train")
+    named = config(**fields)
+    named.features = {"image": "picture", "caption": "text"}
+    source = data.make_source(named, "train")
+    assert (
+        len(source) == 5 and source[4]["caption"] == "number 4" and "class_label" not in source[4]
+    )
+    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(ValueError, match=r"^\S+test-00000-of-00001.parquet: "):
+        data.make_source(config(**fields), "test")
+
+
+def test_a_large_folder_is_described_again_when_a_file_changes_and_only_then(
+    tmp_path, caches, monkeypatch
+):
+    monkeypatch.setattr(image_folder, "LARGE", 5)
+    folder = tmp_path / "pictures"
+    for i in range(4):
+        path = folder / ("cats" if i % 2 else "dogs") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i))
+        path.with_suffix(".txt").write_text(f"number {i}")
+    read, calls = image_folder._read, []
+    monkeypatch.setattr(image_folder, "_read", lambda *args: calls.append(1) or read(*args))
+    first, second = (everything(folder, "image_folder") for _ in range(2))
+    assert len(calls) == 1 and len(list(caches.iterdir())) == 1
+    assert first.class_names == second.class_names == ("cats", "dogs")
+    for i in range(4):
+        assert first[i].keys() == second[i].keys() and first[i]["name"] == second[i]["name"]
+        assert first[i]["caption"] == second[i]["caption"]
+        assert first[i]["class_label"] == second[i]["class_label"]
+    (folder / "dogs" / "2.txt").write_text("another")
+    assert "another" in data.captions(everything(folder, "image_folder")) and len(calls) == 2
+    os.remove(folder / "cats" / "1.png")
+    os.remove(folder / "cats" / "1.txt")
+    assert len(everything(folder, "image_folder")) == 3 and len(calls) == 3
+
+
+def test_indices_that_cannot_be_written_are_no_error(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    index = index_files.remembered("kind", "root", ["a"], lambda: {"a": np.arange(3)})
+    np.testing.assert_array_equal(index["a"], range(3))
+    assert "the next start indexes again" in caplog.records[0].message

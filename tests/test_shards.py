@@ -1,0 +1,314 @@
+"""Latents in shards: the right ones, whole, and no other training than on the pictures."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from several import make_config
+from tiny import SIZE
+from tiny import make_config as make_tiny
+
+from latent_diffusion import data, encode
+from latent_diffusion.data import shards
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.runtime import processes
+from latent_diffusion.training import frozen, loop, start
+
+COUNT = 37  # pictures, no multiple of a shard or a batch
+
+
+def pixels(**fields):
+    """A run of `several` on the pixels themselves, whose first stage has no parameters."""
+    always = {"data.flip": True, "num_steps": 4, "log.every_steps": 1, "first_stage.cache": False}
+    return make_config(**always, **fields)
+
+
+def on_shards(config, out):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"data.name": "latents", "data.dir": str(out)})
+    return config
+
+
+def logged(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    own = ("images_per_second", "peak_memory_gib")
+    return [{k: v for k, v in row.items() if k not in own} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The pixels of 480 + 120 pictures of 8×8, and their mirror images."""
+    out = tmp_path_factory.mktemp("latents")
+    encode.encode(pixels(), out, shard_size=100)
+    return out
+
+
+def test_training_on_shards_is_training_on_the_pictures(folder, tmp_path):
+    """The same draws: of pictures, mirror images, noise; and evaluation sees the same pictures."""
+    loop.train(pixels(), tmp_path / "pictures")
+    loop.train(on_shards(pixels(), folder), tmp_path / "shards")
+    for got, want in zip(logged(tmp_path / "shards"), logged(tmp_path / "pictures"), strict=True):
+        assert got.keys() == want.keys()
+        for name in got:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
+
+
+def batches_of(config, begin, count, index=0, processes=1):
+    iterator = data.iterate(
+        data.make_source(config.data, "train"),
+        data.make_transform(config.data, train=True),
+        **{"batch_size": 16, "seed": 0, "start_step": begin},
+        **{"process_index": index, "process_count": processes},
+    )
+    return [next(iterator) for _ in range(count)]
+
+
+def test_an_epoch_is_complete_and_goes_on_anywhere_bitwise_on_any_number_of_processes(folder):
+    config = on_shards(pixels(), folder)
+    whole = batches_of(config, 0, 30)
+    source = data.make_source(config.data, "train")
+    either = lambda m: min(m.tobytes(), m[:, ::-1].tobytes())  # noqa: E731  # also mirrored
+    first = [either(source[i]["crops"][0]["mirrors"][0]["moments"]) for i in range(480)]
+    assert sorted(first) == sorted(either(row) for batch in whole for row in batch["moments"])
+    for count in (1, 2, 4):
+        parts = [batches_of(config, 17, 9, p, count) for p in range(count)]
+        for step, want in enumerate(whole[17:26]):
+            for key in want:
+                joined = np.concatenate([part[step][key] for part in parts])
+                np.testing.assert_array_equal(joined, want[key])
+
+
+def tiny(**fields):
+    """A run with a real first stage of 4×4 latents."""
+    config = make_tiny("denoising", **{"data.crop": "center", **fields})
+    config.data.sizes = True
+    return config
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The first stage that every config has, and a source of wide pictures."""
+    module = make_autoencoder(tiny().autoencoder.to_dict())
+    init = jax.jit(lambda rng: module.init(rng, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
+    first_stage = FirstStage(
+        init(jax.random.key(0, impl="unsafe_rbg")), jnp.ones(()), jnp.zeros(()), module
+    )
+    images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, 3 * SIZE, 3), np.uint8)
+    captions = [["one", f"number {i}"] for i in range(COUNT)]
+    source = data.ArraySource({"image": images, "caption": captions, "other": np.arange(COUNT)})
+    monkeypatch.setattr(data, "make_source", lambda config, split: source)
+    monkeypatch.setattr(start, "with_files", lambda config: config)
+    monkeypatch.setattr(frozen, "read_first_stage", lambda *_: (first_stage, True))
+    return first_stage, source
+
+
+def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
+    first_stage, source = made
+    config = tiny(**{"data.crop": "random", "data.flip": True})
+    encode.encode(config, tmp_path, crops=3, shard_size=16, splits=["train"])
+    read = shards.ShardSource(tmp_path / "train")
+    assert len(read) == COUNT and [shard.examples for shard in read.shards] == [16, 16, 5]
+    of_picture = jax.jit(first_stage.moments)
+    windows = set()
+    for i in (0, 16, COUNT - 1):
+        example = read[i]
+        assert example.keys() == {"caption", "original_size", "crops"}
+        assert example["caption"] == ["one", f"number {i}"]
+        np.testing.assert_array_equal(example["original_size"], (SIZE, 3 * SIZE))
+        for crop in example["crops"]:
+            left, top, right, bottom = crop["window"]
+            windows.add(left)
+            columns = slice(round(left * 3 * SIZE), round(right * 3 * SIZE))
+            cut = source[i]["image"][:, columns] / np.float32(127.5) - 1
+            assert (top, bottom, cut.shape) == (0, 1, (SIZE, SIZE, 3))
+            want = of_picture(np.stack([cut, cut[:, ::-1]]))
+            got = [mirror["moments"] for mirror in crop["mirrors"]]
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    assert len(windows) > 3
+
+    transform = data.make_transform(config.data, train=True)
+    example = read[5]
+    kinds = [m["moments"].tobytes() for crop in example["crops"] for m in crop["mirrors"]]
+    corners = set()
+    for seed in range(40):
+        out = transform(example, np.random.default_rng(seed))
+        place = kinds.index(out["moments"].tobytes())
+        left, _, right, _ = example["crops"][place // 2]["window"]
+        corner = round((1 - right if place % 2 else left) * 3 * SIZE)
+        np.testing.assert_array_equal(out["crop_top_left"], (0, corner))
+        corners.add((place, corner))
+    assert len(corners) == 6  # every window, and its mirror image
+
+
+def test_bfloat16_halves_the_shards_and_rounds_the_moments(made, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        encode.encode(tiny(), tmp_path / dtype, dtype, splits=["train"])
+    full, half = (shards.ShardSource(tmp_path / d / "train") for d in ("float32", "bfloat16"))
+    moments = [source[3]["crops"][0]["mirrors"][0]["moments"] for source in (full, half)]
+    assert moments[1].nbytes * 2 == moments[0].nbytes
+    np.testing.assert_allclose(moments[1].astype(np.float32), moments[0], rtol=2**-8)
+    batch = data.make_transform(tiny().data, train=True)(half[3])
+    assert batch["moments"].dtype == np.float32
+
+
+def test_codes_take_the_place_of_moments_for_a_prior(made, tmp_path, monkeypatch):
+    config = make_tiny("prior", **{"data.crop": "center", "data.flip": True})
+    module = make_autoencoder(config.autoencoder.to_dict())
+    init = jax.jit(lambda rng: module.init(rng, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
+    params = init(jax.random.key(1, impl="unsafe_rbg"))
+    first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
+    monkeypatch.setattr(frozen, "read_first_stage", lambda *_: (first_stage, True))
+    encode.encode(config, tmp_path, splits=["train"])
+    read, image = shards.ShardSource(tmp_path / "train"), made[1][4]["image"][:, SIZE : 2 * SIZE]
+    assert read.made["kind"] == "codes"
+    pixels = np.stack([image, image[:, ::-1]]) / np.float32(127.5) - 1
+    want = jax.jit(first_stage.indices)({"image": pixels})
+    got = [mirror["codes"] for mirror in read[4]["crops"][0]["mirrors"]]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_what_is_written_stays_and_is_not_made_again(made, tmp_path, monkeypatch):
+    config, folder = tiny(), tmp_path / "train"
+    write, written = shards.write_shard, []
+
+    def until_full(path, examples):
+        if len(written) == 2:
+            raise OSError(f"{path}: No space left on device")
+        written.append(path)
+        write(path, examples)
+
+    monkeypatch.setattr(shards, "write_shard", until_full)
+    with pytest.raises(
+        OSError, match=r"No space left on device; 2 of 4 shards of .* are whole: make"
+    ):
+        encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    with pytest.raises(ValueError, match="isn't complete: 2 of 4 shards are there; the command"):
+        shards.ShardSource(folder)
+    before = [path.stat().st_mtime_ns for path in written]
+    monkeypatch.setattr(shards, "write_shard", write)
+    encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    assert [path.stat().st_mtime_ns for path in written] == before
+    whole = shards.ShardSource(folder)
+    assert [whole[i]["caption"][1] for i in range(COUNT)] == [f"number {i}" for i in range(COUNT)]
+
+    with pytest.raises(ValueError, match=r"was begun with crops=1, not 2: choose another --out"):
+        encode.encode(tiny(**{"data.crop": "random"}), tmp_path, crops=2, splits=["train"])
+    cut_short = folder / shards.shard_name(1)
+    cut_short.write_bytes(cut_short.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"1 of 4 shards are missing or cut short: 00001\S+ has"):
+        shards.ShardSource(folder)
+    encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    assert shards.ShardSource(folder)[12]["caption"] == whole[12]["caption"]
+
+
+def test_a_full_device_is_an_os_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "whole", lambda path: contextlib.nullcontext(path))
+    with pytest.raises(OSError, match="No space left on device"):
+        shards.write_shard(Path("/dev/full"), [{"crops": [], "a": np.zeros(10**7)}])
+
+
+def test_a_shard_of_a_bucket_has_pictures_of_its_size(made, tmp_path):
+    first_stage, source = made
+    images = [
+        image[:, : (2 * SIZE if i % 3 else SIZE)] for i, image in enumerate(source.arrays["image"])
+    ]
+    source.arrays["image"] = images
+    config = tiny(**{"data.bucket_step": 8})
+    encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    read = shards.ShardSource(tmp_path / "train")
+    assert [shard[1::2] for shard in read.shards] == [
+        *((10, (8, 16)), (10, (8, 16)), (4, (8, 16))),
+        *((10, (16, 16)), (3, (16, 16))),
+    ]
+    numbers = [int(read[i]["caption"][1].split()[1]) for i in range(COUNT)]
+    assert numbers == [*(i for i in range(COUNT) if i % 3), *range(0, COUNT, 3)]
+    transform = data.make_transform(config.data, train=True)
+    plain = data.Bucketed(source, config.data, 4, seed=0)
+    latent = data.Bucketed(read, config.data, 4, seed=0)
+    assert plain.batches_per_epoch == latent.batches_per_epoch == 9
+    for bucketed in (plain, latent):
+        out = transform(bucketed[0])
+        assert tuple(out["target_size"]) == bucketed[0]["size"]
+    assert {tuple(shape) for shape in read.shapes()} == {(8, 16), (16, 16)}
+    wide = transform(read[0])
+    image = transform({**source[1], "size": (8, 16)})
+    want = jax.jit(first_stage.moments)(image["image"][None])[0]
+    np.testing.assert_allclose(wide["moments"], want, atol=1e-5)
+    for key in ("crop_top_left", "target_size", "original_size"):
+        np.testing.assert_array_equal(wide[key], image[key])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_shards(made, tmp_path, monkeypatch, count):
+    """Each does its own; the last one that comes is process 0, which writes the index."""
+    for process in reversed(range(count)):
+        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(
+            processes, "barrier", lambda name: (tmp_path / "train").mkdir(exist_ok=True)
+        )
+        encode.encode(tiny(), tmp_path, shard_size=8, splits=["train"])
+        there = {int(path.name[:5]) for path in (tmp_path / "train").glob("*.array_record")}
+        assert there == {n for n in range(5) if n % count >= process}
+    read = shards.ShardSource(tmp_path / "train")
+    assert [read[i]["caption"][1] for i in range(COUNT)] == [f"number {i}" for i in range(COUNT)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.image_size": 16}, "data.image_size=16, but .* was made with 8"),
+        ({"data.crop": "random"}, "data.crop='random', but"),
+        ({"data.sizes": True}, "data.sizes=True was not asked for when"),
+        ({"data.low_res": "bicubic"}, "a condition made of pictures was not asked for"),
+        ({"task": "autoencoding"}, "data.name='latents' has no pictures, which autoencoding"),
+        ({"first_stage.cache": True}, "is cached: set first_stage.cache=False"),
+        ({"data.dir": ""}, "needs data.dir, which python -m latent_diffusion.encode wrote"),
+        ({"data.train_split": "all"}, r"no split 'all' in .*; known: test, train \(data.train"),
+    ],
+)
+def test_a_run_that_asks_for_other_latents_is_refused(folder, tmp_path, fields, message):
+    config = on_shards(pixels(), folder)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, tmp_path)
+
+
+def test_an_index_that_does_not_match_is_refused(folder, tmp_path):
+    index = json.loads((folder / "train" / "index.json").read_text())
+    for change, message in (
+        ({"first_stage": "x"}, "has latents of another first stage than that of this run"),
+        ({"kind": "codes"}, "has codes, but task='denoising' needs moments"),
+        ({"mirrors": False}, "data.flip=True was not asked for"),
+        ({"examples": 481}, "its shards have 480 examples together, but it counts 481"),
+    ):
+        out = tmp_path / next(iter(change))
+        shutil.copytree(folder, out)
+        (out / "train" / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=message):
+            loop.train(on_shards(pixels(), out), tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "train" / shards.shard_name(2)
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ValueError, match=r"00002.array_record: "):
+        shards.ShardSource(tmp_path / "damaged" / "train")[200]
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"crops": 2}, "crops=2 needs data.crop='random', not 'center'"),
+        ({}, {"shard_size": 0}, "shard_size=0 must be at least 1"),
+        ({}, {"dtype": "float16"}, "unknown dtype 'float16'; known: bfloat16, float32"),
+        ({"task": "autoencoding"}, {}, "encode takes the config of a run that will train on lat"),
+        ({"data.name": "latents"}, {}, "encode takes the config of a run that will train on lat"),
+    ],
+)
+def test_bad_input_of_encode_is_refused(tmp_path, fields, options, message):
+    with pytest.raises(ValueError, match=message):
+        encode.encode(pixels(**fields), tmp_path, **options)
