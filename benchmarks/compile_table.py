@@ -28,18 +28,29 @@ FSDP = "data 1 × fsdp {} × tensor 1"
 
 
 class Experiment(NamedTuple):
-    """A config and its global batches, small enough that a chip gets a few images at once."""
+    """A config and its global batches, small enough that a chip gets a few images at once.
+
+    a_chip: batches of samples on each chip, in place of `sample`.
+    """
 
     config: str
     train: int
-    sample: int
+    sample: int = 0
+    a_chip: tuple[int, ...] = ()
+
+    def batches(self, topology: str) -> list[tuple[str, int]]:
+        """The programs with their global batches."""
+        samples = [n * num_chips(topology) for n in self.a_chip] or [self.sample]
+        return [("train", self.train), *(("sample", batch) for batch in samples)]
 
 
 EXPERIMENTS = {
     "cin256-v2": Experiment("cin256_v2", 256, 64),
     "txt2img-1p4B": Experiment("txt2img_1p4b", 256, 64),
     "SD v1": Experiment("sd_v1", 64, 64),
+    "SDXL": Experiment("sdxl", 16, a_chip=(1, 4)),
 }
+FULL_FIRST_STAGES = ("sdxl",)  # which decode in float32, whatever the U-Net's dtype
 
 
 class Cell(NamedTuple):
@@ -56,7 +67,9 @@ class Cell(NamedTuple):
         words = ["python -m latent_diffusion.compile_check", f"--config=configs/{self.config}.py"]
         words += [f"--topology={self.topology}", f"--programs={self.program}", f"--json={RESULTS}"]
         words += [f"--config.batch_size={self.batch_size}", "--config.unet.dtype=bfloat16"]
-        words += ["--config.autoencoder.dtype=bfloat16", "--quick"]
+        words += ["--quick"]
+        if self.config not in FULL_FIRST_STAGES:
+            words += ["--config.autoencoder.dtype=bfloat16"]
         if self.fsdp:
             words += ["--config.parallel.mode=mesh", "--config.parallel.mesh.data=1"]
             words += ["--config.parallel.mesh.fsdp=-1"]
@@ -81,9 +94,9 @@ def cells() -> Iterator[Cell]:
     """All cells. A sampler's state is small and needs no FSDP."""
     for topology in TOPOLOGIES.values():
         for one in EXPERIMENTS.values():
-            yield Cell(one.config, "train", topology, one.train, True)
-            yield Cell(one.config, "train", topology, one.train, False)
-            yield Cell(one.config, "sample", topology, one.sample, False)
+            for program, batch in one.batches(topology):
+                for fsdp in (True, False) if program == "train" else (False,):
+                    yield Cell(one.config, program, topology, batch, fsdp)
 
 
 def find(records: list[dict[str, Any]], cell: Cell) -> Checked | None:
@@ -106,19 +119,23 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, one in EXPERIMENTS.items():
-        for program, batch in (("train", one.train), ("sample", one.sample)):
-            for machine, topology in TOPOLOGIES.items():
-                both = [
-                    find(records, Cell(one.config, program, topology, batch, fsdp))
-                    for fsdp in (False, True)
-                ]
-                if both == [None, None]:
-                    continue
-                cells = [f"{name}, {program}", machine, f"{batch / num_chips(topology):g}"]
-                cells += [memory(both[0], topology)]
-                cells += [memory(both[1], topology) if program == "train" else "–"]
-                cells += [saved(*both), rate(both, topology, batch)]
-                lines.append("| " + " | ".join(cells) + " |")
+        rows = [
+            (program, machine, topology, batch)
+            for machine, topology in TOPOLOGIES.items()
+            for program, batch in one.batches(topology)
+        ]
+        for program, machine, topology, batch in sorted(rows, key=lambda row: row[0] != "train"):
+            both = [
+                find(records, Cell(one.config, program, topology, batch, fsdp))
+                for fsdp in (False, True)
+            ]
+            if both == [None, None]:
+                continue
+            cells = [f"{name}, {program}", machine, f"{batch / num_chips(topology):g}"]
+            cells += [memory(both[0], topology)]
+            cells += [memory(both[1], topology) if program == "train" else "–"]
+            cells += [saved(*both), rate(both, topology, batch)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

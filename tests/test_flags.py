@@ -76,6 +76,7 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "lora": ("style:0.5", "lora", {"style": 0.5}),
         "adapter": ("style:0.5", "adapters", [["style", 0.5]]),
         "control": ("net:a.png:0.5", "controls", [["net", "a.png", 0.5]]),
+        "dtype": ("bfloat16", "dtype", "bfloat16"),
         "refiner": ("other:0.25", "refiner", ["other", 0.25]),
         "batch_size": (7, "batch_size", 7),
         "sampler": ("euler", "sampler", "euler"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import test_convert_round_trips as models
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, unet, unet_compvis, unet_diffusers
 from latent_diffusion.nets.conditioners import make_conditioner
@@ -281,3 +283,37 @@ def test_minus_infinity_of_diffusers_is_read(pipeline):
     assert convert.read(pipeline).sampling["sampler"] == "dpm_solver_pp_2m"
     changed(pipeline, **index)
     file.write_text(text)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_in_half_precision_decodes_in_float32(dtype, pipeline, tmp_path):
+    whole, half = ldm.load(pipeline), ldm.load(pipeline, dtype=dtype)
+    z = jnp.asarray(models.random((2, 8, 8, 4)))
+    np.testing.assert_array_equal(half.decode(z), whole.decode(z))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.denoiser.params)} == {jnp.dtype(dtype)}
+    masked = {"image": jnp.zeros((2, 8, 8, 3)), "mask": jnp.ones((2, 8, 8, 1))}
+    masked["masked_latents"] = z
+
+    def answer(denoiser):
+        conditioning = denoiser.condition({**BATCH, **masked}, jnp.zeros(2, bool))
+        return denoiser.denoise(z, jnp.array([3.0, 400.0]), conditioning)
+
+    want, got = answer(whole.denoiser), jax.jit(answer)(half.denoiser)
+    difference = np.abs(want - np.asarray(got, np.float32)).max() / np.abs(want).max()
+    assert 1e-4 < difference < 0.1
+    leaves, structure = jax.tree.flatten(half.denoiser)
+    text = jax.jit(lambda leaves: answer(structure.unflatten(leaves))).lower(leaves).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*)\) ->", text)
+    short = {"bfloat16": "xbf16>", "float16": "xf16>"}[dtype]
+    full = [product for product in products if product.count(short) != 2]
+    assert len(products) > 20
+    if dtype == "bfloat16":
+        assert full == []
+    else:  # attention computes in float32 where there is no GPU
+        assert len(full) < len(products) / 2
+    half.save(pipeline / "again", "diffusers")
+    assert (
+        ldm.load(pipeline / "again").denoiser.params["unet"]["out_2"]["bias"].dtype == jnp.float32
+    )
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; known: bfloat16, float16, float32"):
+        ldm.load(pipeline, dtype="int8")

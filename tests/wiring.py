@@ -415,7 +415,7 @@ FLAGS = {
         **dict.fromkeys(
             (
                 *("workdir", "model", "tokenizer", "lora", "adapter", "control", "refiner"),
-                *("out", "prompts"),
+                *("out", "prompts", "dtype"),
                 *("prompts_file", "class_labels", "num_images", "seed"),
                 *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),

@@ -199,9 +199,9 @@ def read_part(
     return Part(fields, params, matching(unused, tensors))
 
 
-def as_params(part: Part) -> Params:
-    """Read the parameters: float32 arrays on the device, in nested dictionaries."""
-    arrays = {k: jnp.array(t.astype(np.float32).read()) for k, t in part.params.items()}
+def as_params(part: Part, dtype: Any = np.float32) -> Params:
+    """Read the parameters: arrays on the device, in nested dictionaries."""
+    arrays = {k: jnp.array(t.astype(dtype).read()) for k, t in part.params.items()}
     return unflatten_dict(arrays, sep="/")
 
 

@@ -15,6 +15,7 @@ from latent_diffusion.runtime import flags as shared_flags
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+DTYPE = flags.DEFINE_string("dtype", None, "bfloat16 or float16, but for the first stage.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
 ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
 CONTROL = flags.DEFINE_multi_string(
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> None:
             adapters=read_weights(ADAPTER.value, "adapter"),
             controls=[read_pictured(entry, "control") for entry in CONTROL.value],
             refiner=sampling.read_refiner(REFINER.value),
+            dtype=DTYPE.value,
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

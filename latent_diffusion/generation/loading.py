@@ -1,7 +1,9 @@
 """`load(path)`: a trained model from wherever it lies."""
 
+import functools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser, make_network, schedule_of
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.models.prior import make_prior
-from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
 from latent_diffusion.runtime import workdir
 from latent_diffusion.tasks.classifying import make_classifying
+from latent_diffusion.types import lookup
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
@@ -29,6 +34,7 @@ def load(
     variant: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     lora: Mapping[Any, float] | None = None,
+    dtype: Any = None,
 ) -> Model:
     """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 
@@ -36,16 +42,29 @@ def load(
     ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
     the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: of a file that has a
     text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
-    looks for them beside the file. lora: files to merge, with their weights. Parameters become
-    float32.
+    looks for them beside the file. lora: files to merge, with their weights. dtype: "bfloat16" or
+    "float16", in which the networks compute and have their parameters, except for the first stage,
+    which stays in float32; None is float32 for all parameters.
     Raises a ValueError of one line that begins with the path where there is no model.
     """
+    if dtype is not None:
+        dtype = dtype if isinstance(dtype, str) else str(jnp.dtype(dtype))
+        lookup(dict.fromkeys(DTYPES), dtype, "dtype")
     bundle = convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
     for file, weight in (lora or {}).items():
         with reading(file):
             bundle = convert.with_lora(bundle, Path(file), weight)
     with reading(path):
-        return as_model(bundle)
+        return as_model(bundle if dtype is None else _computing_in(dtype, bundle), dtype)
+
+
+def _computing_in(dtype: str, bundle: convert.Bundle) -> convert.Bundle:
+    """The bundle whose networks, all but the first stage, compute in a dtype."""
+    for name, part in bundle.parts():
+        module: Any = CONDITIONERS.get(name)
+        if name != "autoencoder" and (module is None or hasattr(module, "dtype")):
+            bundle = bundle.with_part(name, replace(part, fields={**part.fields, "dtype": dtype}))
+    return bundle
 
 
 def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
@@ -59,10 +78,14 @@ def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
     return classifier
 
 
-def as_model(bundle: convert.Bundle) -> Model:
-    """Read a bundle's parameters into memory and build its modules."""
+def as_model(bundle: convert.Bundle, dtype: Any = None) -> Model:
+    """Read a bundle's parameters into memory and build its modules.
+
+    dtype: of all parameters but the first stage's, default float32.
+    """
     first_stage = denoiser = prior = None
-    conditioner = {n: convert.as_params(part) for n, part in bundle.conditioners.items()}
+    read = functools.partial(convert.as_params, dtype=dtype or np.float32)
+    conditioner = {n: read(part) for n, part in bundle.conditioners.items()}
     fields = {name: part.fields for name, part in bundle.conditioners.items()}
     if bundle.autoencoder is not None:
         first_stage = FirstStage(
@@ -73,7 +96,7 @@ def as_model(bundle: convert.Bundle) -> Model:
         )
     if bundle.denoiser is not None:
         name, network = bundle.denoiser
-        params = {name: convert.as_params(network)}
+        params = {name: read(network)}
         if conditioner:
             params["conditioner"] = conditioner
         denoiser = Denoiser(
@@ -88,7 +111,7 @@ def as_model(bundle: convert.Bundle) -> Model:
         if first_stage is None:
             raise ValueError("a prior draws codes of a first stage, which this file lacks")
         prior = make_prior(bundle.prior.fields, fields, first_stage.module).replace(
-            params={"transformer": convert.as_params(bundle.prior), "conditioner": conditioner}
+            params={"transformer": read(bundle.prior), "conditioner": conditioner}
         )
     return Model(
         first_stage=first_stage,

@@ -316,8 +316,8 @@ class Model(flax.struct.PyTreeNode):
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:
         """Write the model to a folder (`diffusers`, `orbax`) or a file (`compvis`).
 
-        dtype: of the parameters there, default float32. Raises ValueError where the format has no
-        words for this model. `latent_diffusion.load` reads all three back.
+        dtype: of the parameters there, by default as they are. Raises ValueError where the format
+        has no words for this model. `latent_diffusion.load` reads all three back.
         """
         convert.write(convert.bundle_of(self), path, format, dtype)
 

@@ -168,11 +168,12 @@ def sample_to_disk(
     width: int | None = None,
     controls: Sequence[tuple[str, str, float]] = (),
     refiner: tuple[str, float] | None = None,
+    dtype: str | None = None,
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora: see `load`. adapters: paths and weights, see `Model.sample`. height,
+    tokenizer, lora, dtype: see `load`. adapters: paths and weights, see `Model.sample`. height,
     width: of the images, each by default the trained side. An `image` to start from, and its
     `mask`, are cut in their middle and resized to this size. controls: paths of nets, pictures of
     hints, which have the size of the images, and weights. refiner: path and share of the noise, see
@@ -186,15 +187,16 @@ def sample_to_disk(
         "height": height,
         "width": width,
         "tokenizer": tokenizer,
+        "dtype": dtype,
         "lora": {str(k): v for k, v in (lora or {}).items()},
     }
     own |= {"controls": [list(entry) for entry in controls], "refiner": refiner}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
-    model = load(path, tokenizer=tokenizer, lora=lora)
+    model = load(path, tokenizer=tokenizer, lora=lora, dtype=dtype)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
     if refiner is not None:
-        options["refiner"] = (load(refiner[0], tokenizer=tokenizer), refiner[1])
+        options["refiner"] = (load(refiner[0], tokenizer=tokenizer, dtype=dtype), refiner[1])
     options["controls"] = [
         (load_adapter(file), read_hint(hint), weight) for file, hint, weight in controls
     ]

@@ -101,6 +101,9 @@ def attend(
     attention in any case, and causal attention where cuDNN doesn't.
     """
     machine = _traced_for[-1] if _traced_for else this_machine()
+    if q.dtype == jnp.float16 and machine.platform != "gpu":  # JAX has products of it on GPUs
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return attend(q, k, v, implementation, causal=causal, mask=mask).astype(jnp.float16)
     masked = mask is not None
     if implementation == "auto":
         sizes = q.shape[1], k.shape[1], q.shape[3]

@@ -80,8 +80,8 @@ class ClipText(nn.Module):
         if self.projection_dim is not None:
             first = jnp.argmax(ends, axis=1)
             pooled = norm(states[-1][jnp.arange(len(first)), first])
-            project = Dense(self.projection_dim, use_bias=False, name="text_projection")
-            vector = project(pooled)
+            fields: dict[str, Any] = {"use_bias": False, "dtype": self.dtype}
+            vector = Dense(self.projection_dim, **fields, name="text_projection")(pooled)
         if weights is not None:
             context = _weighted(context[1:], context[:1], weights.reshape(-1, self.max_length, 1))
             context = context.reshape(*weights.shape, self.width)

@@ -1,7 +1,6 @@
 """Checkpoints of a run, by Orbax."""
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -39,7 +38,7 @@ from latent_diffusion.types import PyTree
 log = logging.getLogger(__name__)
 
 FORMAT = "latent_diffusion"  # marks a checkpoint as ours
-GROUP = 1 << 28  # bytes that `open` reads at once
+GROUP = 1 << 27  # bytes that `open` reads at once
 TEMPORARY = ".orbax-checkpoint-tmp"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -207,14 +206,18 @@ class Checkpointer:
         flat = flatten_dict(saved)
         paths, groups = list(flat), grouped(list(flat.values()), GROUP)
 
-        @functools.lru_cache(maxsize=1)
+        latest: dict[range, Mapping[Any, np.ndarray]] = {}
+
         def read(group: range) -> Mapping[Any, np.ndarray]:
-            wanted = unflatten_dict({path: flat[path] for path in paths[group.start : group.stop]})
-            with self._reading(step):
-                state = self._read_state(step, wanted, None)
-                if fingerprints:
-                    integrity.check_values(state, fingerprints)
-            return flatten_dict(state)
+            if group not in latest:
+                latest.clear()  # before the next group needs its memory
+                part = {path: flat[path] for path in paths[group.start : group.stop]}
+                with self._reading(step):
+                    state = self._read_state(step, unflatten_dict(part), None)
+                    if fingerprints:
+                        integrity.check_values(state, fingerprints)
+                latest[group] = flatten_dict(state)
+            return latest[group]
 
         def leaf(path: Any, group: range) -> Tensor:
             shape, dtype = tuple(flat[path].shape), np.dtype(flat[path].dtype)
