@@ -109,7 +109,7 @@ def make_transform(
         mirrors = example.pop("mirrors", [{}])
         turns = ("image" in example or len(mirrors) == 2) and data_config.flip and train
         flip = turns and rng.random() < 0.5
-        example |= mirrors[flip and len(mirrors) == 2]
+        example |= mirrors[-1] if flip else mirrors[0]
         turned = {k: _flipped(example[k], flip) for k in _PICTURES if k in example}
         image = turned.pop("image", None)
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}

@@ -164,7 +164,7 @@ class Conditioner(nn.Module):
             context = jnp.concatenate([first.context, second.context], -1)
             parts["clip_text"] = dataclasses.replace(first, context=context)
             parts["clip_text_2"] = dataclasses.replace(second, context=None)
-        if t5 is not None and "clip_text" in parts:
+        if (t5 := self._t5()) is not None and "clip_text" in parts:
             parts["clip_text"] = _widened(parts["clip_text"], t5.width)
         return combine([*parts.values()])
 
