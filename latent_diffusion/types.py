@@ -8,7 +8,7 @@ Dimensions in shape annotations:
     T      timesteps of a noise schedule  S      sampling steps
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -21,6 +21,7 @@ Keys = Key[Array, " B"]  # one typed PRNG key per example
 Axis = str | None  # the name of the mapped axis under pmap; None where arrays are global
 Params = PyTree[Any]
 Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
+KeysAndValues = Sequence[tuple[Any, Any]]  # of tokens [B S C], from several sources
 Number = Any  # a Python number, or an array [] as the input of a program
 Config = Any  # an ml_collections ConfigDict, or a mapping with the same fields
 
@@ -38,6 +39,8 @@ class Conditioning:
     residuals: of control nets, [B h w c] for each skip of the U-Net and for its middle: they join
         the way up. features: of T2I-Adapters, the same places or None: they join the way down.
     controls: inputs of the control nets of a `nets.control.Controlled`, which makes the residuals.
+    image_context: of IP-Adapters, by the names of an attention of the U-Net and of its block:
+        further keys and values of the cross-attention, [B S C], a pair for each adapter.
     """
 
     concat: jax.Array | None = None
@@ -49,6 +52,7 @@ class Conditioning:
     residuals: tuple[jax.Array | None, ...] = ()
     features: tuple[jax.Array | None, ...] = ()
     controls: tuple["Control", ...] = ()
+    image_context: Mapping[str, Mapping[str, "KeysAndValues"]] | None = None
 
 
 @flax.struct.dataclass

@@ -78,6 +78,8 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "control": ("net:a.png:0.5", "controls", [["net", "a.png", 0.5]]),
         "dtype": ("bfloat16", "dtype", "bfloat16"),
         "refiner": ("other:0.25", "refiner", ["other", 0.25]),
+        "image_prompt": ("ip:a.png:0.5", "image_prompts", [["ip", "a.png", 0.5]]),
+        "image_encoder": ("vit", "image_encoder", "vit"),
         "batch_size": (7, "batch_size", 7),
         "sampler": ("euler", "sampler", "euler"),
         "num_steps": (5, "num_steps", 5),

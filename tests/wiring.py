@@ -380,6 +380,7 @@ ARGUMENTS = {
         "adapters": ADAPTERS,
         "controls": "test_control.py::test_weights_windows_and_blocks_are_inputs_of_one_program",
         "refiner": f"{ANSWERS}a_call_with_a_refiner_is_two_calls_bitwise",
+        "image_prompts": "test_image_prompts.py::test_all_kinds_are_inputs_of_one_program",
         "batch_size": BATCHES,
         "mode": BATCHES,
         "progress": HOLE,
@@ -415,7 +416,7 @@ FLAGS = {
         **dict.fromkeys(
             (
                 *("workdir", "model", "tokenizer", "lora", "adapter", "control", "refiner"),
-                *("out", "prompts", "dtype"),
+                *("image_prompt", "image_encoder", "out", "prompts", "dtype"),
                 *("prompts_file", "class_labels", "num_images", "seed"),
                 *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),

@@ -216,8 +216,13 @@ def _as_file(path: Path, tree: Any) -> TensorFile:
     inner = tree.get("state_dict", tree)
     if not isinstance(inner, dict):
         raise ValueError(f"{path}: its state_dict is a {type(inner).__name__}")
-    if isinstance(words := inner.get("string_to_param"), dict):  # textual inversion
-        inner = {f"string_to_param.{key}": value for key, value in words.items()}
+    inside = {
+        f"{name}.{key}": value
+        for name in ("string_to_param", "image_proj", "ip_adapter")  # textual inversion, IP-Adapter
+        if isinstance(inner.get(name), dict)
+        for key, value in inner[name].items()
+    }
+    inner = inside or inner
     tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path}: holds no tensors; keys: {short(list(tree))}")

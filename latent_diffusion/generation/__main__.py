@@ -24,6 +24,12 @@ CONTROL = flags.DEFINE_multi_string(
 REFINER = flags.DEFINE_string(
     "refiner", None, "A model that goes on at a share of the noise: PATH:0.2."
 )
+IMAGE_PROMPT = flags.DEFINE_multi_string(
+    "image_prompt", [], "An IP-Adapter, its picture, a weight: FILE:PICTURE:WEIGHT; repeatable."
+)
+IMAGE_ENCODER = flags.DEFINE_string(
+    "image_encoder", None, "Of the IP-Adapters; by default the folder image_encoder beside them."
+)
 OUT = flags.DEFINE_string("out", None, "Where the images go.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file, one prompt a line.")
@@ -122,6 +128,8 @@ def main(argv: list[str]) -> None:
             adapters=read_weights(ADAPTER.value, "adapter"),
             controls=[read_pictured(entry, "control") for entry in CONTROL.value],
             refiner=sampling.read_refiner(REFINER.value),
+            image_prompts=[read_pictured(entry, "image_prompt") for entry in IMAGE_PROMPT.value],
+            image_encoder=IMAGE_ENCODER.value,
             dtype=DTYPE.value,
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},

@@ -15,14 +15,19 @@ from latent_diffusion.generation import program
 from latent_diffusion.nets.conditioners import make_conditioner, rows_of_words, with_rows
 
 
-def load_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
-    """The adapter in a file, or in PEFT's folder: LoRA and its kinds, or textual inversion.
+def load_adapter(
+    path: str | os.PathLike,
+    word: str | None = None,
+    image_encoder: str | os.PathLike | None = None,
+) -> Adapter:
+    """The adapter in a file or a folder: any kind that docs/adapters.md lists.
 
-    It is a pytree, for `Model.sample(adapters=[(adapter, weight)])`; see docs/adapters.md. word:
-    the name in prompts of a textual inversion, in place of that of its file. Raises ValueError, in
+    It is a pytree, for the arguments `adapters`, `controls` or `image_prompts` of `Model.sample`.
+    word: the name in prompts of a textual inversion, in place of that of its file. image_encoder:
+    folder of an IP-Adapter's image encoder, in place of that beside its file. Raises ValueError, in
     one line that begins with the path and names the kind and the tensor, for what can't be read.
     """
-    adapter: Adapter = jax.tree.map(jnp.asarray, read_adapter(path, word))
+    adapter: Adapter = jax.tree.map(jnp.asarray, read_adapter(path, word, image_encoder))
     return adapter
 
 

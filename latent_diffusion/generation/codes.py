@@ -20,7 +20,7 @@ from latent_diffusion.types import Array, Batch, Keys
 # Arguments of `Model.sample` that a denoiser alone has a use for.
 _OTHERS = (
     *("negative_prompts", "more_prompts", "z_T", "classifier", "classifier_labels", "target"),
-    *("adapters", "controls"),
+    *("adapters", "controls", "image_prompts"),
 )
 
 

@@ -16,6 +16,7 @@ from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.generation import adapters as adapting
 from latent_diffusion.generation import codes, conditions, guides, program, refining
 from latent_diffusion.generation import controls as controlling
+from latent_diffusion.generation import image_prompts as picturing
 from latent_diffusion.generation.prompts import Tokenize, beside, make_tokenize
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
@@ -171,6 +172,7 @@ class Model(flax.struct.PyTreeNode):
         target: Array | np.ndarray | None = None,
         adapters: Sequence[Any] = (),
         controls: Sequence[Any] = (),
+        image_prompts: Sequence[Any] = (),
         batch_size: int = 64,
         mode: str = "auto",
         refiner: tuple[Any, float] | None = None,
@@ -212,7 +214,9 @@ class Model(flax.struct.PyTreeNode):
         "unet.up_blocks"; the sum of their changes is added for this call, whatever the weights
         with one compilation. `controls`: (control net, hint, weight), or with settings as a fourth;
         hints are [N H W 3] in [0, 1], one for all or one for each image, and determine the size by
-        default (see docs/adapters.md).
+        default. `image_prompts`: (IP-Adapter, pictures, weight); pictures are [N H W 3] in [-1, 1]
+        of any size, or embeddings [N D], one for all or one for each image, or a list of such
+        arrays, which are seen together (see docs/adapters.md).
 
         Of these, a prior takes `prompt_weights`, and `image` with `mask`, whose hole it draws anew;
         it draws pictures larger than the trained ones through windows.
@@ -241,6 +245,7 @@ class Model(flax.struct.PyTreeNode):
             batch = conditions.repeated(examples, num_images)
             call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
             call |= {"adapters": tuple(adapters), "controls": tuple(controls)}
+            call |= {"image_prompts": tuple(image_prompts)}
             call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
             call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
             window = min(self.trained_size) // self._downsampling()
@@ -272,7 +277,9 @@ class Model(flax.struct.PyTreeNode):
             shape = (*size, channels)
             batch |= conditions.known_image(image, hole, varied, shape, total)
         batch |= beside(tokenize, negative_prompts, more_prompts, num_images, total)
+        prompting = picturing.bound(model, image_prompts)
         batch |= controlling.entries(controls, size, total)
+        batch |= picturing.entries(image_prompts, total)
         opposite: dict[str, Any] = {"original_size": negative_original_size}
         opposite |= {"crop_top_left": negative_crop_top_left}
         opposite |= {"target_size": negative_target_size}
@@ -300,6 +307,7 @@ class Model(flax.struct.PyTreeNode):
         networks = {
             "adapters": adapted,
             "controls": [program.placed(adapter, tree, mode) for adapter, _, tree in nets],
+            "image_prompts": [program.placed(adapter, tree, mode) for adapter, tree in prompting],
             "first_stage": own["first_stage"],
             "denoiser": controlling.with_nets(
                 own["denoiser"], tuple(net for _, net, _ in nets if net)
@@ -310,7 +318,12 @@ class Model(flax.struct.PyTreeNode):
             "distance": None if target is None else guides.load_distance(chosen.target_distance),
         }
         more = [np.float32(weight) for _, weight in more_prompts]
-        planned = (timesteps, chosen, more, weights, controlling.numbers_of(controls))
+        numbers = (
+            weights,
+            controlling.numbers_of(controls),
+            picturing.numbers_of(prompting, image_prompts),
+        )
+        planned = (timesteps, chosen, more, numbers)
         return program.run(networks, planned, batch, latent, rng, batch_size, mode)
 
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:

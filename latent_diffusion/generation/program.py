@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.convert.adapters import adapted
-from latent_diffusion.generation import controls, guides
+from latent_diffusion.generation import controls, guides, image_prompts
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.conditioners.sizes import SIZES
 from latent_diffusion.process.guidance import paste
@@ -52,9 +52,9 @@ def run(
 ) -> np.ndarray:
     """Images [N H W C], batch by batch.
 
-    networks: "first_stage", "denoiser", the changes of "adapters", the parameters of "controls",
-    and "classifier" and "distance" (either may be None), on their devices. planned: timesteps,
-    options, the weights of further prompts and of adapters, the numbers of controls. batch:
+    networks: "first_stage", "denoiser", the changes of "adapters", the parameters of "controls" and
+    of "image_prompts", and "classifier" and "distance" (either may be None), on their devices.
+    planned: timesteps, options, the weights of further prompts, the numbers of all adapters. batch:
     [N ...] entries. latent: (h, w, c). rng: one key, or [N] those of the images. images_of: makes
     the images of a batch; None is a denoiser's sampling. Raises ValueError, in one line, where an
     image isn't finite.
@@ -149,7 +149,7 @@ def _sample(
     Where the option `end` stops the sampling, the result is the latents with their noise.
     """
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
-    timesteps, options, weights, of_adapters, of_controls = planned
+    timesteps, options, weights, (of_adapters, of_controls, of_pictures) = planned
     if networks["adapters"]:
         params = adapted(denoiser.params, networks["adapters"], of_adapters)
         denoiser = denoiser.replace(params=params)
@@ -160,6 +160,8 @@ def _sample(
 
     inputs = (batch, of_controls, timesteps, options)
     with_hints, without = controls.inputs(denoiser, networks["controls"], *inputs)
+    pictured = image_prompts.inputs(networks["image_prompts"], batch, of_pictures)
+    with_hints, without = with_hints | pictured[0], without | pictured[1]
 
     def condition(tokens: str = "tokens", drop: bool = False) -> Any:
         names = {"tokens": tokens, "tokens_weights": f"{tokens}_weights"}

@@ -169,6 +169,8 @@ def sample_to_disk(
     controls: Sequence[tuple[str, str, float]] = (),
     refiner: tuple[str, float] | None = None,
     dtype: str | None = None,
+    image_prompts: Sequence[tuple[str, str, float]] = (),
+    image_encoder: str | None = None,
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
@@ -177,7 +179,8 @@ def sample_to_disk(
     width: of the images, each by default the trained side. An `image` to start from, and its
     `mask`, are cut in their middle and resized to this size. controls: paths of nets, pictures of
     hints, which have the size of the images, and weights. refiner: path and share of the noise, see
-    `Model.sample`.
+    `Model.sample`. image_prompts: paths of IP-Adapters, pictures and weights; image_encoder: see
+    `load_adapter`.
     Process 0 alone writes and prints.
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
@@ -191,6 +194,7 @@ def sample_to_disk(
         "lora": {str(k): v for k, v in (lora or {}).items()},
     }
     own |= {"controls": [list(entry) for entry in controls], "refiner": refiner}
+    own |= {"image_prompts": [list(entry) for entry in image_prompts]}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
     model = load(path, tokenizer=tokenizer, lora=lora, dtype=dtype)
@@ -199,6 +203,10 @@ def sample_to_disk(
         options["refiner"] = (load(refiner[0], tokenizer=tokenizer, dtype=dtype), refiner[1])
     options["controls"] = [
         (load_adapter(file), read_hint(hint), weight) for file, hint, weight in controls
+    ]
+    options["image_prompts"] = [
+        (load_adapter(file, image_encoder=image_encoder), read_picture(picture), weight)
+        for file, picture, weight in image_prompts
     ]
     trained = size_of(options["controls"]) or model.trained_size
     size = (height or trained[0], width or trained[1])

@@ -1,6 +1,7 @@
 """Attention blocks of the autoencoder and the U-Net."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm, layer_norm, precomputed
-from latent_diffusion.types import Array, Bool, Float, lookup
+from latent_diffusion.types import Array, Bool, Float, KeysAndValues, lookup
 
 
 def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
@@ -106,6 +107,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens x to `context`, or to themselves without a context.
 
+    images: keys and values [B S C], all heads side by side, that are attended to beside the
+    context, each pair by a softmax of its own (Ye et al. 2023).
     zero_init: the last map starts as zero, so that the attention adds nothing at first.
     """
 
@@ -117,13 +120,18 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L C"], context: Float[Array, "B S D"] | None = None
+        self,
+        x: Float[Array, "B L C"],
+        context: Float[Array, "B S D"] | None = None,
+        images: KeysAndValues = (),
     ) -> Float[Array, "B L C"]:
         inner = self.num_heads * self.head_dim
 
-        def project(name: str, tokens: Array) -> Array:
-            y = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(tokens)
+        def in_heads(y: Array) -> Array:
             return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
+
+        def project(name: str, tokens: Array) -> Array:
+            return in_heads(Dense(inner, use_bias=False, dtype=self.dtype, name=name)(tokens))
 
         def keys_and_values(tokens: Array) -> tuple[Array, Array]:
             return project("to_k", tokens), project("to_v", tokens)
@@ -133,7 +141,11 @@ class CrossAttention(nn.Module):
             k, v = keys_and_values(x)
         else:
             k, v = precomputed(self, "of_context", lambda: keys_and_values(context))
-        h = attend(q, k, v, self.attention).reshape(*x.shape[:2], inner)
+        h = attend(q, k, v, self.attention)
+        for k, v in images:
+            k, v = in_heads(k).astype(q.dtype), in_heads(v).astype(q.dtype)
+            h = h + attend(q, k, v, self.attention)
+        h = h.reshape(*x.shape[:2], inner)
         return Dense(x.shape[-1], zero_init=self.zero_init, dtype=self.dtype, name="to_out")(h)
 
 
@@ -156,7 +168,7 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; each pre-normalised and residual.
 
     self_attention: False makes the first attention a cross-attention, too, as in some released
-    models at high resolutions.
+    models at high resolutions. images: see `CrossAttention`; of the second attention.
     """
 
     num_heads: int
@@ -167,7 +179,10 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L C"], context: Float[Array, "B S D"] | None
+        self,
+        x: Float[Array, "B L C"],
+        context: Float[Array, "B S D"] | None,
+        images: KeysAndValues = (),
     ) -> Float[Array, "B L C"]:
         def norm(name: str, h: Array) -> Array:
             return layer_norm(name)(h).astype(h.dtype)
@@ -178,7 +193,7 @@ class TransformerBlock(nn.Module):
             )
 
         x = x + attention("attn1")(norm("norm1", x), None if self.self_attention else context)
-        x = x + attention("attn2")(norm("norm2", x), context)
+        x = x + attention("attn2")(norm("norm2", x), context, images)
         return x + GEGLU(self.dtype, name="ff")(norm("norm3", x))
 
 
@@ -186,7 +201,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, conditioned on `context` tokens.
 
     Section 3.3 of Rombach et al. 2022. The projections are 1×1 convolutions, which on tokens are
-    linear maps; released models store them as either.
+    linear maps; released models store them as either. images: by name of the block.
 
     scan: the blocks run as a loop, which is compiled once for all of them. Parameters keep their
     names; the loop reads them from stacked copies.
@@ -203,8 +218,12 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], context: Float[Array, "B S D"] | None
+        self,
+        x: Float[Array, "B H W C"],
+        context: Float[Array, "B S D"] | None,
+        images: Mapping[str, KeysAndValues] | None = None,
     ) -> Float[Array, "B H W C"]:
+        images = images or {}
         h = _tokens(GroupNorm(self.num_groups, epsilon=1e-6, name="norm")(x))
         h = Dense(self.num_heads * self.head_dim, dtype=self.dtype, name="proj_in")(h)
         block = functools.partial(
@@ -219,10 +238,10 @@ class SpatialTransformer(nn.Module):
         # Parameters, and keys and values of the context, are made under the blocks' own names.
         making = self.is_initializing() or self.is_mutable_collection("of_context")
         if self.scan and self.depth > 1 and not making:
-            h = self._scanned(block(parent=None), names, h, context)
+            h = self._scanned(block(parent=None), names, h, context, images)
         else:
             for name in names:
-                h = block(name=name)(h, context)
+                h = block(name=name)(h, context, images.get(name, ()))
         h = Dense(x.shape[-1], zero_init=True, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
 
@@ -233,14 +252,19 @@ class SpatialTransformer(nn.Module):
         names: list[str],
         h: Float[Array, "B L C"],
         context: Float[Array, "B S D"] | None,
+        images: Mapping[str, KeysAndValues],
     ) -> Float[Array, "B L C"]:
         """`block` of h with the variables of one name after the other."""
         kinds = {kind: tree for kind, tree in self.variables.items() if names[0] in tree}
-        of_blocks = [{kind: tree[name] for kind, tree in kinds.items()} for name in names]
+        of_blocks = [
+            ({kind: tree[name] for kind, tree in kinds.items()}, images.get(name, ()))
+            for name in names
+        ]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_blocks)
 
-        def step(h: Array, variables: Any) -> tuple[Any, None]:
-            return block.apply(variables, h, context), None
+        def step(h: Array, own: tuple[Any, KeysAndValues]) -> tuple[Any, None]:
+            variables, beside = own
+            return block.apply(variables, h, context, beside), None
 
         return jax.lax.scan(step, h, stacked)[0]
 

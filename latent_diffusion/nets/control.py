@@ -74,6 +74,7 @@ class ControlNet(UNet):
                 f"is {z_t.shape[1]}×{z_t.shape[2]}"
             )
         alone = dataclasses.replace(conditioning, residuals=(), features=(), controls=())
+        alone = dataclasses.replace(alone, image_context=None)
         if not self.takes_concat:
             alone = dataclasses.replace(alone, concat=None)
         skips, h, _ = self._way_down(z_t, t, alone, train, hint)

@@ -149,7 +149,7 @@ class UNet(nn.Module):
         )
 
     def _attention(self, name: str, channels: int, level: int):
-        """Attention of width `channels` as a function of (h, context).
+        """Attention of width `channels` as a function of (h, conditioning).
 
         level: that of the resolution; the number of levels stands for the middle.
         """
@@ -171,12 +171,12 @@ class UNet(nn.Module):
                 self.dtype,
                 name=name,
             )
-            return lambda h, context: block(h)
+            return lambda h, conditioning: block(h)
         transformer = self._remat(SpatialTransformer)
         last = len(self.channel_mult) - 1
         crossed = self.disable_self_attentions
         disabled = bool(crossed) and crossed[min(level, last)]
-        return transformer(
+        attend = transformer(
             num_heads,
             head_dim,
             self.depths[level],
@@ -187,6 +187,7 @@ class UNet(nn.Module):
             self.scan,
             name=name,
         )
+        return lambda h, c: attend(h, c.context, (c.image_context or {}).get(name))
 
     @nn.compact
     def __call__(
@@ -212,7 +213,7 @@ class UNet(nn.Module):
             h = _added(h, last)
 
         # Up: a block more per level, each with a skip.
-        index, context = -1, conditioning.context
+        index = -1
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             channels = mult * self.model_channels
             for block in range(self.num_res_blocks + 1):
@@ -221,8 +222,8 @@ class UNet(nn.Module):
                 h = self._res_block(f"output_blocks_{index}_0", channels)(h, emb, train)
                 part = 1
                 if 2**level in self.attention_resolutions:
-                    h = self._attention(f"output_blocks_{index}_1", channels, level)(h, context)
-                    part = 2
+                    attention = self._attention(f"output_blocks_{index}_1", channels, level)
+                    h, part = attention(h, conditioning), 2
                 if level and block == self.num_res_blocks:
                     h = self._upsample(f"output_blocks_{index}_{part}", h, emb, train)
 
@@ -252,7 +253,7 @@ class UNet(nn.Module):
                 f"unet: latent of {z_t.shape[1]}×{z_t.shape[2]} must be divisible by {factor}"
             )
         emb = self._embedding(t, conditioning.vector, conditioning.guidance)
-        context, concat = conditioning.context, conditioning.concat
+        concat = conditioning.concat
         if concat is not None and concat.shape[1:3] != z_t.shape[1:3]:
             raise ValueError(
                 f"unet: conditioning.concat is {concat.shape[1]}×{concat.shape[2]}, "
@@ -269,7 +270,8 @@ class UNet(nn.Module):
                 index += 1
                 h = self._res_block(f"input_blocks_{index}_0", channels)(h, emb, train)
                 if 2**level in self.attention_resolutions:
-                    h = self._attention(f"input_blocks_{index}_1", channels, level)(h, context)
+                    attention = self._attention(f"input_blocks_{index}_1", channels, level)
+                    h = attention(h, conditioning)
                 h = _added(h, features.get(index))
                 skips.append(h)
             if level != levels - 1:
@@ -279,7 +281,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = self._res_block("middle_block_0", channels)(h, emb, train)
-        h = self._attention("middle_block_1", channels, levels)(h, context)
+        h = self._attention("middle_block_1", channels, levels)(h, conditioning)
         h = self._res_block("middle_block_2", channels)(h, emb, train)
         return skips, _added(h, features.get(index + 1)), emb
 

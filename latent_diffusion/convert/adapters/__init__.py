@@ -20,6 +20,12 @@ from latent_diffusion.convert.adapters.adapter import (
     weights_of,
 )
 from latent_diffusion.convert.adapters.control import ControlWeights, write_control
+from latent_diffusion.convert.adapters.image_prompt import (
+    ImagePrompt,
+    is_image_prompt,
+    read_image_prompt,
+    write_image_prompt,
+)
 from latent_diffusion.convert.adapters.reading import (
     open_adapter,
     read_low_rank,
@@ -43,6 +49,7 @@ __all__ = [
     "Adapter",
     "Change",
     "ControlWeights",
+    "ImagePrompt",
     "Rows",
     "T2IWeights",
     "Weight",
@@ -55,6 +62,7 @@ __all__ = [
     "with_lora",
     "write_control",
     "write_diffusers_lora",
+    "write_image_prompt",
     "write_kohya_lora",
     "write_own",
     "write_t2i",
@@ -62,19 +70,29 @@ __all__ = [
 ]
 
 
-def read_adapter(path: str | os.PathLike, word: str | None = None) -> Adapter:
+def read_adapter(
+    path: str | os.PathLike,
+    word: str | None = None,
+    image_encoder: str | os.PathLike | None = None,
+) -> Adapter:
     """Read the adapter at `path`, of NumPy arrays. ValueError for kinds that aren't read.
 
-    word: the name in prompts of a textual inversion, in place of its own.
+    word: the name in prompts of a textual inversion, in place of its own. image_encoder: of an
+    IP-Adapter, in place of the folder beside it.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     with reading(path):
-        return _read(path, word)
+        adapter = _read(path, word, image_encoder)
+        if word is not None and not isinstance(adapter, Words):
+            raise ValueError(f"it is no textual inversion, and word={word!r} names one")
+        if image_encoder is not None and not isinstance(adapter, ImagePrompt):
+            raise ValueError(f"it is no IP-Adapter, which image_encoder={image_encoder} is for")
+        return adapter
 
 
-def _read(path: Path, word: str | None) -> Adapter:
+def _read(path: Path, word: str | None, image_encoder: str | os.PathLike | None) -> Adapter:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("_class_name") == control.CLASS:
         return control.read_folder(path, config)
@@ -87,10 +105,10 @@ def _read(path: Path, word: str | None) -> Adapter:
         return control.read_original(path, file.tensors)
     if t2i_adapter.is_t2i(file.tensors):
         return t2i_adapter.read_original(path, file.tensors)
+    if is_image_prompt(file.tensors):
+        return read_image_prompt(path, file.tensors, image_encoder)
     if is_words(file):
         return read_words(path, file, word)
-    if word is not None:
-        raise ValueError(f"{path} is no textual inversion, and word={word!r} names one")
     return read_low_rank(path, file, settings)
 
 

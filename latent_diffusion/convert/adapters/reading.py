@@ -58,7 +58,7 @@ _OTHERS = (
     (r"\.bm\.weight$", "GLoRA with Tucker decomposition"),
     (r"^lora_controlnet$", "Control-LoRA"),
     (r"controlnet_|^control_model\.", "ControlNet"),
-    (r"^ip_adapter\.|^image_proj", "IP-Adapter"),
+    (r"^image_proj", "a part of an IP-Adapter"),
     (r"^adapter\.", "a T2I-Adapter without its config.json"),
     (r"string_to_param|^bundle_emb\.|^emb_params$", "a textual inversion within a LoRA"),
 )

@@ -21,6 +21,11 @@ _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
+def mean_picture(side: int) -> Float[np.ndarray, "1 S S 3"]:
+    """The picture that the network sees as zeros."""
+    return np.broadcast_to(2 * _MEAN - 1, (1, side, side, 3))
+
+
 class ClipImage(nn.Module):
     """Vision transformer over `image` [B H W 3]; its projected class token is the context [B 1 D].
 
@@ -85,6 +90,8 @@ class ClipImage(nn.Module):
         x = layer_norm("pre_layernorm")(x)
         layer = functools.partial(ClipLayer, self.num_heads, self.mlp_width, self.activation)
         for i in range(self.depth):
+            if i == self.depth - 1:
+                self.sow("intermediates", "penultimate", x)  # [B L width], for IP-Adapters
             x = layer(dtype=self.dtype, name=f"layers_{i}")(x)
         x = layer_norm("post_layernorm")(x[:, :1])
         x = Dense(self.projection_dim, use_bias=False, name="visual_projection")(x)
