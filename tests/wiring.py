@@ -244,6 +244,9 @@ AVERAGES = "test_averages.py::test_a_run_saves_snapshots_of_which_a_command_make
 CONFIG = {
     "textual_inversion.start": "test_words.py::test_training_moves_the_new_rows_alone_bitwise",
     "distillation.teacher": TEACHER,
+    "dreambooth.class_prompt": "test_dreambooth.py::test_pictures_of_the_class_are_drawn_once",
+    "dreambooth.num_images": "test_dreambooth.py::test_pictures_of_the_class_are_drawn_once",
+    "dreambooth.prior_weight": "test_dreambooth.py::test_a_loss_is_of_both_halves",
     "autoencoding.disc_condition": CONDITIONAL,
     "autoencoding.perceptual_path": PERCEPTUAL,
     "checkpoint.averages_every_steps": AVERAGES,

@@ -35,6 +35,7 @@ KEYS: dict[str, Key] = {
     "target_size": Key(np.int32, "B 2", 1),  # of the picture that is trained on
     "aesthetic_score": Key(np.float32, "B"),  # how people like it, usually 1 to 10
     "weight": Key(np.float32, "B", 0),  # 0 = padding
+    "example_weight": Key(np.float32, "B", 0),  # a factor of the loss in training
 }
 
 

@@ -279,7 +279,8 @@ class Denoising:
     ) -> dict[str, Array]:
         """Eq. 3 of the paper, per example. dropout: the keys of training; None in evaluation.
 
-        Training minimises "loss"; "simple" is the error without weights.
+        Training minimises "loss", into which the `example_weight` of a batch enters; "simple" is
+        the error without weights.
         """
         first_stage, train = constants.first_stage, dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
@@ -306,7 +307,8 @@ class Denoising:
             loss = objectives.weigh_by_logvar(loss, params["logvar"][t])
         if self.elbo_weight:
             loss = loss + self.elbo_weight * objectives.elbo(schedule, kind)[t] * simple
-        seen = {"loss": unbias * loss, "objective": loss, "simple": simple, "t": t}
+        weighted = unbias * loss * batch.get("example_weight", 1.0)
+        seen = {"loss": weighted, "objective": loss, "simple": simple, "t": t}
         return {**seen, "prior_bits": prior_bits_per_dim(schedule, z_0)}
 
     def timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:

@@ -10,12 +10,12 @@ from latent_diffusion.runtime import parallel
 
 
 def train_batches(
-    config: ConfigDict, source: Any, transform: Any = None, start_step: int = 0
+    config: ConfigDict, source: Any, transform: Any = None, start_step: int = 0, parts: int = 1
 ) -> Iterator[dict[str, Any]]:
     """This process's part of every batch from `start_step` on.
 
     source: the training examples; `data.Bucketed` has an order of its own. transform: by default
-    that of the config, without texts.
+    that of the config, without texts. parts: sources that share a batch equally.
     """
     mode, mesh = parallel.devices(config.parallel)
     index, count = parallel.process_shard(mode, mesh)
@@ -23,7 +23,7 @@ def train_batches(
     return data.iterate(
         source,
         transform or data.make_transform(config.data, train=True),
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // parts,
         seed=config.seed,
         start_step=start_step,
         shuffle=not ordered,

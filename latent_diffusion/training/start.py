@@ -16,6 +16,7 @@ from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import (
+    class_pictures,
     frozen,
     init_from,
     moments,
@@ -63,6 +64,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     run = workdir.load_run(directory)
     config = with_files(config) if run is None else settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
+    class_pictures.check(config)
     mode, mesh = parallel.devices(config.parallel)
     parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
     return config
@@ -114,9 +116,16 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     train_source, transform = _encoded_once(
         config, directory, train_source, tokenizer, state, constants
     )
+    sources = [train_source]
+    if config.dreambooth.class_prompt:
+        begun = (task.show, state, constants, tokenizer, mode, layout)
+        sources.append(class_pictures.make_source(config, directory, run is not None, *begun))
     _write(config, directory, run, constants, tokenizer)
 
-    batches = train_batches(config, train_source, transform, step)
+    parts = len(sources)
+    batches, *of_class = (train_batches(config, s, transform, step, parts) for s in sources)
+    if of_class:
+        batches = class_pictures.with_class(config, batches, *of_class)
     return Start(
         step=step,
         state=state,

@@ -1,0 +1,50 @@
+"""A subject that the demo's text model learns from five pictures, and what else it drew stays.
+
+The pictures are in the folder `data.dir`; the captions beside them (see `data.captions`) have a
+word of the subject, which may be new, and that of its class: "it face". Before training, the model
+draws pictures of the class itself, which half of each batch consists of (Ruiz et al. 2023).
+
+Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs/subject
+          --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
+          python sample.py --workdir=runs/subject --prompts="it face" --out=…
+Cost      not measured yet
+Expected  not measured yet
+Variants  :lora (a low-rank adaptation of U-Net and text encoder, which adds no words)
+          :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default, openmoji_text
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
+    c.init_from = "runs/demo/denoiser"
+    c.dreambooth.class_prompt = "face"
+    c.dreambooth.num_images = 100
+    c.data.name = "image_folder"
+    c.data.test_split = "train"
+    c.first_stage.cache = False  # pictures of two sources
+    c.batch_size = 8
+    c.num_steps = 600
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.schedule = "constant"
+    c.optimizer.warmup_steps = 0
+    c.ema_decay = 0.99
+    return default.apply_variant(c, variant, {"lora": lora, "smoke": smoke})
+
+
+def lora(c: ConfigDict) -> None:
+    """Factors alone are trained, of the text encoder as well."""
+    c.lora.rank = 8
+    c.lora.alpha = 8.0
+    c.lora.targets = (r"unet/.*attn\d/to_", r"conditioner/text/.*to_")
+    c.optimizer.learning_rate = 2e-3
+
+
+def smoke(c: ConfigDict) -> None:
+    """A few steps."""
+    c.batch_size = 4
+    c.num_steps = 2
+    c.dreambooth.num_images = 4

@@ -1,0 +1,123 @@
+"""Prior preservation (Ruiz et al. 2023, DreamBooth): while a model learns a subject from few
+pictures, it also trains on pictures of the subject's class that it drew itself before.
+
+    class-IDENTITY.npy  uint8 [N H W C] in the workdir: the pictures of a run, drawn once
+
+The identity is a hash of the fields that the pictures depend on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_diffusion import data
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.runtime import parallel, processes, workdir
+from latent_diffusion.runtime.metrics import to_uint8
+
+Batches = Iterator[dict[str, np.ndarray]]
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError where a run can't draw pictures of the class `dreambooth.class_prompt`."""
+    own, half = config.dreambooth, config.batch_size // 2
+    if not own.class_prompt:
+        return
+    faults = {
+        "a model to draw with: name it by init_from": not config.init_from,
+        "task='denoising' and no control": config.task != "denoising" or bool(config.control),
+        "a model that is conditioned on text alone": {*make_conditioner(config.conditioners).keys}
+        != {"tokens"},
+        "first_stage.cache=False": config.first_stage.cache,
+        "cache_texts=False": config.cache_texts,
+        "data.bucket_step=0": config.data.bucket_step > 0,
+        "an even batch_size: half of a batch is of the class": config.batch_size % 2 == 1,
+        f"dreambooth.num_images of at least {half}, half a batch": own.num_images < half,
+    }
+    for need, absent in faults.items():
+        if absent:
+            raise ValueError(f"dreambooth.class_prompt={own.class_prompt!r} needs {need}")
+
+
+def with_class(
+    config: ConfigDict, batches: Batches, of_class: Batches
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of which a half is of the subject and a half of the class.
+
+    `example_weight` makes the mean loss of a batch that of the subject plus that of the class times
+    `dreambooth.prior_weight`.
+    """
+    for own, other in zip(batches, of_class, strict=False):
+        joint = {key: np.concatenate([own[key], other[key]]) for key in own.keys() & other.keys()}
+        weights = np.array([2.0, 2.0 * config.dreambooth.prior_weight], np.float32)
+        yield {**joint, "example_weight": np.repeat(weights, len(other["tokens"]))}
+
+
+def make_source(
+    config: ConfigDict,
+    directory: Path,
+    goes_on: bool,
+    show: Any,
+    state: Any,
+    constants: Any,
+    tokenizer: Any,
+    mode: str,
+    layout: Mapping[str, Any],
+) -> data.ArraySource:
+    """The pictures of the class with their caption, which are drawn where the workdir has none.
+
+    show: the task's, whose state is that of the beginning; a run that goes on has its pictures.
+    mode, layout: of `parallel.compile_eval`. Raises ValueError where they are gone.
+    """
+    own, there = config.dreambooth, sorted(directory.glob("class-*.npy"))
+    path = directory / f"class-{_identity(config)}.npy"
+    if goes_on:  # fields may have changed since
+        if len(there) != 1:
+            raise ValueError(f"{directory} has lost its class-*.npy: start in another workdir")
+        path = there[0]
+    elif processes.any_process(not path.exists()):
+        captions = data.ArraySource({"caption": [own.class_prompt] * own.num_images})
+        drawn = _drawn(config, captions, show, state, constants, tokenizer, mode, layout)
+        if jax.process_index() == 0:
+            for other in there:
+                other.unlink()
+            with workdir.whole(path) as partial, partial.open("wb") as file:
+                np.save(file, drawn)
+        processes.barrier("pictures of the class are drawn")
+    pictures = np.load(path, mmap_mode="r")
+    return data.ArraySource({"image": pictures, "caption": [own.class_prompt] * len(pictures)})
+
+
+def _identity(config: ConfigDict) -> str:
+    fields = {name: config.to_dict()[name] for name in ("init_from", "seed", "sampling")}
+    fields |= {name: config.dreambooth[name] for name in ("class_prompt", "num_images")}
+    text = json.dumps({**fields, "size": config.data.image_size}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _drawn(
+    config: ConfigDict,
+    captions: data.ArraySource,
+    show: Any,
+    state: Any,
+    constants: Any,
+    tokenizer: Any,
+    mode: str,
+    layout: Mapping[str, Any],
+) -> np.ndarray:
+    """A picture for each caption, uint8; all processes help."""
+    run = parallel.compile_eval(show, mode, **layout)
+    transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
+    shard = parallel.process_shard(mode, layout["mesh"])
+    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
+    found = []
+    for i, batch in enumerate(data.epoch(captions, transform, config.batch_size, *shard)):
+        batch.pop("weight")
+        found.append(to_uint8(run(state, constants, batch, jax.random.fold_in(rng, i))["samples"]))
+    return np.concatenate(found)[: len(captions)]
