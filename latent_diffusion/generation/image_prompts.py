@@ -103,8 +103,8 @@ def _embedded(adapter: ImagePrompt, given: Any) -> np.ndarray:
 
 def _cut(image: UInt8[np.ndarray, "H W 3"], side: int) -> Float[np.ndarray, "S S 3"]:
     """The middle of a picture whose shorter side becomes `side` pixels, in [-1, 1]."""
-    where = windows.window(image.shape[:2], side, "center", side, np.random.default_rng())
-    return to_float(windows.cut(image, where, side))
+    where = windows.window(image.shape[:2], (side, side), "center", side, np.random.default_rng())
+    return to_float(windows.cut(image, where, (side, side)))
 
 
 def _null(adapter: ImagePrompt) -> np.ndarray:
