@@ -15,7 +15,7 @@ def sample(model: Any, refiner: Any, rng: Any, call: Mapping[str, Any]) -> np.nd
 
     call: the other arguments and options of `Model.sample`. Both models get the conditions that
     they read, the picture around a `mask`, and whatever is no condition. `z_T`, an `image` without
-    mask, `adapters` and `controls` are the first one's alone.
+    mask, `adapters`, `controls` and `image_prompts` are the first one's alone.
     Raises ValueError where the second one doesn't start where the first one stops.
     """
     other, share = _checked(refiner)
@@ -26,7 +26,7 @@ def sample(model: Any, refiner: Any, rng: Any, call: Mapping[str, Any]) -> np.nd
     )
     first = {**_without(call, theirs - mine), "end": share}
     second = {**_without(call, mine - theirs), "start": share, "z_T": None}
-    second |= {"adapters": (), "controls": ()}
+    second |= {"adapters": (), "controls": (), "image_prompts": ()}
     if call["mask"] is None:
         second["image"] = None
     _check_meeting(denoisers, (model.defaults, other.defaults), share, call)
