@@ -12,6 +12,7 @@ import several
 from latent_diffusion.runtime import metrics
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.training import loop
+from latent_diffusion.training.averages import Snapshots
 from latent_diffusion.training.best import Best
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.start import Start
@@ -67,7 +68,8 @@ def take_steps(tmp_path, batches, losses, **fields):
         metrics.Progress(config.num_steps) as progress,
     ):
         try:
-            loop._steps(config, run, checkpoints, Mock(spec=Best), stop, writer, progress)
+            best, snapshots = Mock(spec=Best), Mock(spec=Snapshots)
+            loop._steps(config, run, checkpoints, best, snapshots, stop, writer, progress)
         except (metrics.NonFiniteError, OSError) as error:
             events.append(str(error))
     return events
