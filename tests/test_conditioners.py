@@ -33,6 +33,8 @@ SMALL = {
     | {"projection_dim": 6},
     "text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1}
     | {"num_heads": 2, "head_dim": 3},
+    "t5_text": {"vocab_size": 11, "max_length": 4, "width": 6, "depth": 1, "num_heads": 2}
+    | {"head_dim": 3, "mlp_width": 8, "empty": (9, 10)},
     "word_map": {"vocab_size": 11, "height": 4, "width": 4, "channels": 2},
     "layout_map": {"vocab_size": 25, "max_length": 8, "height": 4, "width": 4, "channels": 2},
     "sizes": {"width": 6},
@@ -291,7 +293,8 @@ def test_several_conditioners_join_along_their_axes():
     config = {name: SMALL[name] for name in ("class_label", "text")}
     assert _apply(config, NEVER).shape == (3, 1 + 4, 6)
     # A hybrid: one condition beside the latent, many to attend to, one with the timestep.
-    one_text = [name for name in CONDITIONERS if name != "clip_text_2"]  # which widens the other's
+    # Those that change another one: the second of CLIP's, and T5, whose tokens lie behind CLIP's.
+    one_text = [name for name in CONDITIONERS if name not in ("clip_text_2", "t5_text")]
     hybrid = _conditioning({name: SMALL[name] for name in one_text}, NEVER)
     assert hybrid.concat.shape == (3, 4, 4, 2 + 3 + (3 + 1) + 1 + 2 + 2)
     assert hybrid.context.shape == (3, 1 + 3 * 4 + 1 + 8 + 2 + 1, 6)
