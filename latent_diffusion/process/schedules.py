@@ -28,7 +28,7 @@ class NoiseSchedule:
 
     Every method takes integer or float timesteps of any shape. A negative t stands for clean data;
     a fractional t interpolates log(sigma/alpha) linearly, as in k-diffusion, or alpha and sigma
-    themselves where the path is `straight`, as a flow's is; t beyond T−1 is T−1.
+    themselves where the path is `straight`, as a flow's is, up to T−2; t beyond T−1 is T−1.
     """
 
     betas: Float[Array, " T"]  # 1 − ᾱ_t / ᾱ_{t−1}
@@ -60,9 +60,9 @@ class NoiseSchedule:
         step = self.log_snr[jnp.minimum(low + 1, self.num_timesteps - 1)] - self.log_snr[low]
         between = self.log_snr[low] + weight * step
         if self.straight:
-            alpha = jnp.maximum(self._between(self.alphas, low, weight), 1e-12)
-            exact = 2 * jnp.log(alpha / self._between(self.sigmas, low, weight))
-            between = jnp.where(weight == 0, between, jnp.maximum(exact, self.log_snr[-1]))
+            alpha, sigma = (self._between(x, low, weight) for x in (self.alphas, self.sigmas))
+            exact = 2 * jnp.log(jnp.where(self._ends(low), 1.0, alpha) / sigma)
+            between = jnp.where((weight == 0) | self._ends(low), between, exact)
         return jnp.where(jnp.asarray(t) < 0, jnp.inf, between)
 
     def time_t(self, t: Timestep) -> Timestep:
@@ -74,9 +74,11 @@ class NoiseSchedule:
     def timestep_at(self, log_snr: Float[Array, "..."]) -> Float[Array, "..."]:
         """The fractional timestep in [0, T−1] of a log-SNR (inverse of `log_snr_t`)."""
         steps = jnp.arange(self.num_timesteps, dtype=self.log_snr.dtype)
+        found = jnp.interp(-log_snr, -self.log_snr, steps)
         if self.straight:
-            return jnp.interp(jax.nn.sigmoid(-log_snr / 2), self.sigmas, steps)
-        return jnp.interp(-log_snr, -self.log_snr, steps)
+            exact = jnp.interp(jax.nn.sigmoid(-log_snr / 2), self.sigmas, steps)
+            found = jnp.where(self._ends(jnp.floor(found)), found, exact)
+        return found
 
     def _locate(self, t: Timestep) -> tuple[Array, Array]:
         t = jnp.clip(jnp.asarray(t), 0, self.num_timesteps - 1)
@@ -86,14 +88,18 @@ class NoiseSchedule:
     def _at(self, t: Timestep, table: Array, share: Callable[[Array], Array]) -> Array:
         """table[t]; for a fractional t from its energy: share(interpolated log-SNR)."""
         low, weight = self._locate(t)
-        if self.straight:
-            return self._between(table, low, weight)
         scale = jnp.hypot(self.alphas, self.sigmas)  # 1 for variance-preserving schedules
         high = jnp.minimum(low + 1, self.num_timesteps - 1)
         between = (scale[low] + weight * (scale[high] - scale[low])) * jnp.sqrt(
             share(self.log_snr_t(t))
         )
+        if self.straight:
+            between = jnp.where(self._ends(low), between, self._between(table, low, weight))
         return jnp.where(weight == 0, table[low], between)
+
+    def _ends(self, low: Array) -> Array:
+        """Whether a flow's alpha falls to 0 behind `low`, where float32 can't say how straight."""
+        return low >= self.num_timesteps - 2
 
     def _between(self, table: Array, low: Array, weight: Array) -> Array:
         """The table between its entries `low` and low + 1."""
