@@ -1,9 +1,11 @@
+import base64
 import gzip
 import json
 import logging
 
 import numpy as np
 import pytest
+import t5_vocabulary
 
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.tokenizers import with_tokenizer
@@ -15,6 +17,8 @@ from latent_diffusion.data.tokenizers import (
     load_tokenizer,
     words,
 )
+from latent_diffusion.data.tokenizers.clip_t5 import ClipT5Tokenizer
+from latent_diffusion.data.tokenizers.t5 import T5Tokenizer
 
 CAPTIONS = ["woman pilot", "man pilot", "woman cook", "São Tomé & Príncipe"]
 
@@ -32,7 +36,12 @@ def make(kind):
         return BertTokenizer(BERT, max_length=6)
     if kind == "word":
         return WordTokenizer.train([*CAPTIONS, "得 2"], vocab_size=20, max_length=4)
-    return ClipTokenizer(CLIP, MERGES, max_length=6)
+    if kind == "t5":
+        return T5Tokenizer(
+            t5_vocabulary.VOCABULARY, 5, base64.b64encode(t5_vocabulary.CHARSMAP).decode()
+        )
+    clip = ClipTokenizer(CLIP, MERGES, max_length=6)
+    return ClipT5Tokenizer(clip, make("t5")) if kind == "clip_t5" else clip
 
 
 def write_clip(folder, **settings):
@@ -266,7 +275,7 @@ def test_bert_reads_the_files_there_are(tmp_path):
         BertTokenizer.read(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if kind != "clip_t5"])
 def test_the_empty_prompt_is_what_conditioners_are_told(kind):
     tokenizer = make(kind)
     padding = [tokenizer.pad_id] * (tokenizer.max_length - len(tokenizer.empty))
@@ -289,7 +298,10 @@ def test_save_and_load(kind, tmp_path):
         ("{", "not a tokenizer file"),
         ("[]", "not a tokenizer file"),
         ('{"kind": "word"}', "not a tokenizer file: KeyError"),
-        ('{"kind": "bpe"}', "unknown tokenizer kind in .* 'bpe'; known: bert, clip, word"),
+        (
+            '{"kind": "bpe"}',
+            "unknown tokenizer kind in .* 'bpe'; known: bert, clip, clip_t5, t5, word",
+        ),
     ],
 )
 def test_broken_files_are_named(text, message, tmp_path):

@@ -158,7 +158,8 @@ class T5Tokenizer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "T5Tokenizer":
         """The inverse of `to_dict`."""
-        return cls(**{name: value for name, value in data.items() if name not in ("kind", "added")})
+        fields = {name: value for name, value in data.items() if name not in ("kind", "added")}
+        return cls(**{**fields, "vocabulary": [(piece, p) for piece, p in fields["vocabulary"]]})
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
