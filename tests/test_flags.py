@@ -261,7 +261,8 @@ ENCODE = """
 import json
 from absl import app
 import latent_diffusion.encode as command
-command.encode = lambda config, *given: print(json.dumps([config.num_steps, *given]))
+from latent_diffusion.training import encoding
+encoding.encode = lambda config, *given: print(json.dumps([config.num_steps, *given]))
 app.run(command.main)
 """
 

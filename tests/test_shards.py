@@ -13,11 +13,11 @@ from several import make_config
 from tiny import SIZE
 from tiny import make_config as make_tiny
 
-from latent_diffusion import data, encode
+from latent_diffusion import data
 from latent_diffusion.data import shards
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.runtime import processes
-from latent_diffusion.training import frozen, loop, start
+from latent_diffusion.training import encoding, frozen, loop, start
 
 COUNT = 37  # pictures, no multiple of a shard or a batch
 
@@ -44,7 +44,7 @@ def logged(workdir):
 def folder(tmp_path_factory):
     """The pixels of 480 + 120 pictures of 8×8, and their mirror images."""
     out = tmp_path_factory.mktemp("latents")
-    encode.encode(pixels(), out, shard_size=100)
+    encoding.encode(pixels(), out, shard_size=100)
     return out
 
 
@@ -110,7 +110,7 @@ def made(monkeypatch):
 def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
     first_stage, source = made
     config = tiny(**{"data.crop": "random", "data.flip": True})
-    encode.encode(config, tmp_path, crops=3, shard_size=16, splits=["train"])
+    encoding.encode(config, tmp_path, crops=3, shard_size=16, splits=["train"])
     read = shards.ShardSource(tmp_path / "train")
     assert len(read) == COUNT and [shard.examples for shard in read.shards] == [16, 16, 5]
     of_picture = jax.jit(first_stage.moments)
@@ -147,7 +147,7 @@ def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
 
 def test_bfloat16_halves_the_shards_and_rounds_the_moments(made, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        encode.encode(tiny(), tmp_path / dtype, dtype, splits=["train"])
+        encoding.encode(tiny(), tmp_path / dtype, dtype, splits=["train"])
     full, half = (shards.ShardSource(tmp_path / d / "train") for d in ("float32", "bfloat16"))
     moments = [source[3]["crops"][0]["mirrors"][0]["moments"] for source in (full, half)]
     assert moments[1].nbytes * 2 == moments[0].nbytes
@@ -163,7 +163,7 @@ def test_codes_take_the_place_of_moments_for_a_prior(made, tmp_path, monkeypatch
     params = init(jax.random.key(1, impl="unsafe_rbg"))
     first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
     monkeypatch.setattr(frozen, "read_first_stage", lambda *_: (first_stage, True))
-    encode.encode(config, tmp_path, splits=["train"])
+    encoding.encode(config, tmp_path, splits=["train"])
     read, image = shards.ShardSource(tmp_path / "train"), made[1][4]["image"][:, SIZE : 2 * SIZE]
     assert read.made["kind"] == "codes"
     pixels = np.stack([image, image[:, ::-1]]) / np.float32(127.5) - 1
@@ -186,23 +186,23 @@ def test_what_is_written_stays_and_is_not_made_again(made, tmp_path, monkeypatch
     with pytest.raises(
         OSError, match=r"No space left on device; 2 of 4 shards of .* are whole: make"
     ):
-        encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+        encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
     with pytest.raises(ValueError, match="isn't complete: 2 of 4 shards are there; the command"):
         shards.ShardSource(folder)
     before = [path.stat().st_mtime_ns for path in written]
     monkeypatch.setattr(shards, "write_shard", write)
-    encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
     assert [path.stat().st_mtime_ns for path in written] == before
     whole = shards.ShardSource(folder)
     assert [whole[i]["caption"][1] for i in range(COUNT)] == [f"number {i}" for i in range(COUNT)]
 
     with pytest.raises(ValueError, match=r"was begun with crops=1, not 2: choose another --out"):
-        encode.encode(tiny(**{"data.crop": "random"}), tmp_path, crops=2, splits=["train"])
+        encoding.encode(tiny(**{"data.crop": "random"}), tmp_path, crops=2, splits=["train"])
     cut_short = folder / shards.shard_name(1)
     cut_short.write_bytes(cut_short.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"1 of 4 shards are missing or cut short: 00001\S+ has"):
         shards.ShardSource(folder)
-    encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
     assert shards.ShardSource(folder)[12]["caption"] == whole[12]["caption"]
 
 
@@ -219,7 +219,7 @@ def test_a_shard_of_a_bucket_has_pictures_of_its_size(made, tmp_path):
     ]
     source.arrays["image"] = images
     config = tiny(**{"data.bucket_step": 8})
-    encode.encode(config, tmp_path, shard_size=10, splits=["train"])
+    encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
     read = shards.ShardSource(tmp_path / "train")
     assert [shard[1::2] for shard in read.shards] == [
         *((10, (8, 16)), (10, (8, 16)), (4, (8, 16))),
@@ -252,7 +252,7 @@ def test_processes_share_the_shards(made, tmp_path, monkeypatch, count):
         monkeypatch.setattr(
             processes, "barrier", lambda name: (tmp_path / "train").mkdir(exist_ok=True)
         )
-        encode.encode(tiny(), tmp_path, shard_size=8, splits=["train"])
+        encoding.encode(tiny(), tmp_path, shard_size=8, splits=["train"])
         there = {int(path.name[:5]) for path in (tmp_path / "train").glob("*.array_record")}
         assert there == {n for n in range(5) if n % count >= process}
     read = shards.ShardSource(tmp_path / "train")
@@ -311,4 +311,4 @@ def test_an_index_that_does_not_match_is_refused(folder, tmp_path):
 )
 def test_bad_input_of_encode_is_refused(tmp_path, fields, options, message):
     with pytest.raises(ValueError, match=message):
-        encode.encode(pixels(**fields), tmp_path, **options)
+        encoding.encode(pixels(**fields), tmp_path, **options)

@@ -363,7 +363,7 @@ DRAWS = "test_prior_model.py::test_an_option_of_a_prior_changes_the_pictures"
 LOGITS = "test_prior_model.py::test_logits_of_codes_under_a_condition"
 # Method of Model -> its arguments and options that are no rows of OPTIONS.
 ARGUMENTS = {
-    "latent_diffusion.generation.__main__": {
+    "sample": {
         "rng": f"{ANSWERS}another_key_gives_other_pictures",
         "prompts": SCALES,
         "class_labels": CLASSES,
