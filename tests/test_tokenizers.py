@@ -8,7 +8,12 @@ import pytest
 import t5_vocabulary
 
 from latent_diffusion.convert.bundle import Bundle, Part
-from latent_diffusion.convert.tokenizers import with_tokenizer
+from latent_diffusion.convert.tokenizers import (
+    padded,
+    with_second,
+    with_tokenizer,
+    write_tokenizer,
+)
 from latent_diffusion.data.tokenizers import (
     TOKENIZERS,
     BertTokenizer,
@@ -240,6 +245,21 @@ def test_an_added_word_needs_a_row_of_the_text_encoder(tmp_path):
             continue
         with pytest.raises(ValueError, match=f"'<it>' has the id {rows}, but .* has {rows} rows"):
             with_tokenizer(bundle, tmp_path / "clip")
+
+
+def test_three_text_encoders_have_the_tokenizers_of_their_folders(tmp_path):
+    pair = make("clip_t5")
+    for name, own in (("tokenizer", pair.clip), ("tokenizer_3", pair.t5)):
+        write_tokenizer(own, tmp_path / name)
+    write_tokenizer(padded(pair.clip, 33), tmp_path / "tokenizer_2")
+    lengths = {"clip_text": 6, "clip_text_2": 6, "t5_text": 5}
+    parts = {name: Part({"max_length": length}, {}, {}) for name, length in lengths.items()}
+    read = with_tokenizer(Bundle(conditioners=parts), tmp_path / "tokenizer")
+    read = with_second(read, tmp_path / "tokenizer_2")
+    np.testing.assert_array_equal(read.tokenizer(CAPTIONS), pair(CAPTIONS))
+    fields = {name: part.fields for name, part in read.conditioners.items()}
+    assert [fields[name]["pad_id"] for name in lengths] == [pair.clip.pad_id, 33, pair.t5.pad_id]
+    assert [fields[n]["empty"] for n in lengths] == [pair.clip.empty] * 2 + [pair.t5.empty]
 
 
 def test_bert_takes_the_longest_piece_that_fits():

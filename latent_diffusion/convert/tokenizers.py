@@ -16,6 +16,7 @@ from latent_diffusion.data.tokenizers import (
     Tokenizer,
     WordTokenizer,
     load_tokenizer,
+    of_encoder,
 )
 from latent_diffusion.data.tokenizers.t5 import EOS, PAD, SPACE, UNK
 
@@ -90,7 +91,8 @@ def with_second(bundle: Bundle, path: Path) -> Bundle:
     """
     if "clip_text" not in bundle.conditioners:
         return with_tokenizer(bundle, path)
-    first, part = bundle.tokenizer, bundle.conditioners["clip_text_2"]
+    first = of_encoder(bundle.tokenizer, "clip_text")
+    part = bundle.conditioners["clip_text_2"]
     second = ClipTokenizer.read(path, part.fields.get("max_length", _LENGTH))
     if not isinstance(first, ClipTokenizer) or first.vocabulary != second.vocabulary:
         raise ValueError(f"{path} has another vocabulary than the first tokenizer")
