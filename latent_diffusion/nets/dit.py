@@ -62,6 +62,37 @@ def from_patches(
     return z.swapaxes(2, 3).reshape(-1, *size, z.shape[-1])
 
 
+def xavier(name: str, features: int, dtype: Any) -> Dense:
+    """A linear map with the initial weights of DiT's blocks."""
+    return Dense(features, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name=name)
+
+
+def embedded_patches(
+    z_t: Float[Array, "B h w c"],
+    concat: Float[Array, "B h w d"] | None,
+    side: int,
+    width: int,
+    dtype: Any,
+) -> Float[Array, "B L D"]:
+    """The patches of the latent and of what stands beside it, within a compact module."""
+    z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
+    return xavier("x_embedder_proj", width, dtype)(to_patches(z_t, side))
+
+
+def final_layer(
+    h: Float[Array, "B L D"],
+    emb: Float[Array, "B E"],
+    channels: int,
+    side: int,
+    size: Sequence[int],
+    dtype: Any,
+) -> Float[Array, "B h w k"]:
+    """The prediction, zero at the start, within a compact module. size: (h, w)."""
+    shift, scale = Modulation(h.shape[-1], 2, dtype, name="final_layer_adaLN_modulation")(emb)
+    out = Dense(side * side * channels, zero_init=True, dtype=dtype, name="final_layer_linear")
+    return from_patches(out(modulated(h, shift, scale)), side, size)
+
+
 def embedded(name: str, x: Float[Array, "B D"], width: int, dtype: Any) -> Float[Array, "B E"]:
     """x through two linear maps to `width`, within a compact module. name: of the maps."""
     normal = nn.initializers.normal(0.02)
@@ -107,10 +138,10 @@ class DiTBlock(nn.Module):
         modulation = Modulation(features, 6, self.dtype, name="adaLN_modulation")(emb)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
 
-        h = self._dense("attn_qkv", 3 * features)(modulated(x, shift, scale))
+        h = xavier("attn_qkv", 3 * features, self.dtype)(modulated(x, shift, scale))
         q, k, v = jnp.unstack(h.reshape(*x.shape[:2], 3, self.num_heads, -1), axis=2)
         h = attend(q, k, v, self.attention).reshape(x.shape)
-        x = x + gate[:, None] * self._dense("attn_proj", features)(h)
+        x = x + gate[:, None] * xavier("attn_proj", features, self.dtype)(h)
 
         if context is not None:
             cross = CrossAttention(
@@ -124,13 +155,9 @@ class DiTBlock(nn.Module):
             x = x + cross(layer_norm("norm_cross", 1e-6)(x).astype(x.dtype), context)
 
         h = modulated(x, mlp_shift, mlp_scale, self.mlp_norm_eps)
-        h = nn.gelu(self._dense("mlp_fc1", int(self.mlp_ratio * features))(h), approximate=True)
-        return x + mlp_gate[:, None] * self._dense("mlp_fc2", features)(h)
-
-    def _dense(self, name: str, features: int) -> Dense:
-        return Dense(
-            features, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
-        )
+        inner = xavier("mlp_fc1", int(self.mlp_ratio * features), self.dtype)
+        h = nn.gelu(inner(h), approximate=True)
+        return x + mlp_gate[:, None] * xavier("mlp_fc2", features, self.dtype)(h)
 
 
 class DiT(nn.Module):
@@ -174,14 +201,10 @@ class DiT(nn.Module):
     ) -> Float[Array, "B h w k"]:
         conditioning = Conditioning() if conditioning is None else conditioning
         self._check(z_t.shape)
-        concat, side = conditioning.concat, self.patch_size
-        z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
-        size = z_t.shape[1:3]
+        side, size = self.patch_size, z_t.shape[1:3]
         rows, columns = size[0] // side, size[1] // side
 
-        xavier = nn.initializers.xavier_uniform()
-        project = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")
-        h = project(to_patches(z_t, side))
+        h = embedded_patches(z_t, conditioning.concat, side, self.width, self.dtype)
         positions = positions_2d(rows, columns, self.width, self.base_size // side)
         h = h + positions.astype(h.dtype)
         time = 1 - (t + 1) / 1000 if self.sit else t
@@ -198,13 +221,8 @@ class DiT(nn.Module):
                 name=f"blocks_{i}",
             )(h, emb, conditioning.context)
 
-        modulation = Modulation(self.width, 2, self.dtype, name="final_layer_adaLN_modulation")
-        shift, scale = modulation(emb)
         channels = self.out_channels * (2 if self.learned_variance else 1)
-        out = Dense(
-            side * side * channels, zero_init=True, dtype=self.dtype, name="final_layer_linear"
-        )(modulated(h, shift, scale))
-        out = from_patches(out, side, size)[..., : self.out_channels]
+        out = final_layer(h, emb, channels, side, size, self.dtype)[..., : self.out_channels]
         return -out.astype(jnp.float32) if self.sit else out.astype(jnp.float32)
 
     def _embedding(

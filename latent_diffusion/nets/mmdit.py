@@ -10,16 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.nets.attention import attend
 from latent_diffusion.nets.dit import (
     FREQUENCIES,
     Modulation,
     embedded,
-    from_patches,
+    embedded_patches,
+    final_layer,
     modulated,
     positions_2d,
-    to_patches,
+    xavier,
 )
+from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, timestep_embedding
 from latent_diffusion.nets.remat import rematerialised
 from latent_diffusion.types import Array, Conditioning, Float, Num
@@ -97,9 +98,7 @@ class JointBlock(nn.Module):
         return h + gate[:, None] * self._dense(f"{stream}_mlp_fc2", h.shape[-1])(change)
 
     def _dense(self, name: str, features: int) -> Dense:
-        return Dense(
-            features, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
-        )
+        return xavier(name, features, self.dtype)
 
 
 class MMDiT(nn.Module):
@@ -138,16 +137,13 @@ class MMDiT(nn.Module):
         train: bool = False,
     ) -> Float[Array, "B h w k"]:
         conditioning = Conditioning() if conditioning is None else conditioning
-        concat, context, side = conditioning.concat, conditioning.context, self.patch_size
+        context, side = conditioning.context, self.patch_size
         self._check(z_t.shape)
         if context is None:
             raise ValueError("mmdit: it attends to a context, and no conditioner gives one")
-        z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
         size, normal = z_t.shape[1:3], nn.initializers.normal(0.02)
 
-        xavier = nn.initializers.xavier_uniform()
-        project = Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="x_embedder_proj")
-        h = project(to_patches(z_t, side))
+        h = embedded_patches(z_t, conditioning.concat, side, self.width, self.dtype)
         h = h + self._positions(size[0] // side, size[1] // side).astype(h.dtype)
         project = Dense(self.width, kernel_init=normal, dtype=self.dtype, name="context_embedder")
         context = project(context)
@@ -168,15 +164,8 @@ class MMDiT(nn.Module):
                 name=f"joint_blocks_{i}",
             )(h, context, emb)
 
-        modulation = Modulation(self.width, 2, self.dtype, name="final_layer_adaLN_modulation")
-        shift, scale = modulation(emb)
-        out = Dense(
-            side * side * self.out_channels,
-            zero_init=True,
-            dtype=self.dtype,
-            name="final_layer_linear",
-        )(modulated(h, shift, scale))
-        return from_patches(out, side, size).astype(jnp.float32)
+        out = final_layer(h, emb, self.out_channels, side, size, self.dtype)
+        return out.astype(jnp.float32)
 
     def _positions(self, rows: int, columns: int) -> Float[Array, "L D"]:
         """The middle of the table of positions."""
