@@ -9,6 +9,7 @@ import numpy as np
 from latent_diffusion.convert.bundle import Part, conditioner_shapes
 from latent_diffusion.convert.settings import GENERAL, Fields, Settings
 from latent_diffusion.convert.tables import SAME, Leaf, Rule, Table, count, write_tensors
+from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.text import TextTransformer
 
@@ -105,7 +106,7 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     }
 
 
-def with_tokenizer(fields: Mapping[str, Any], tokenizer: Any) -> Fields:
+def with_tokenizer(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Fields:
     """The fields of any text encoder, with the tokenizer's empty prompt as null condition."""
     return {**fields, "empty": tokenizer.empty, "pad_id": tokenizer.pad_id}
 

@@ -12,6 +12,7 @@ from latent_diffusion.data.tokenizers.added import with_words
 from latent_diffusion.data.tokenizers.bert import BertTokenizer
 from latent_diffusion.data.tokenizers.clip import ClipTokenizer
 from latent_diffusion.data.tokenizers.clip_t5 import ClipT5Tokenizer, of_encoder
+from latent_diffusion.data.tokenizers.rows import reading_as
 from latent_diffusion.data.tokenizers.t5 import T5Tokenizer
 from latent_diffusion.data.tokenizers.word import WordTokenizer, words
 from latent_diffusion.files.reading import read_text
@@ -43,13 +44,9 @@ TOKENIZERS: dict[str, Any] = {
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a saved tokenizer of any kind; ValueError names a file that holds none."""
-    try:
+    with reading_as(path, "not a tokenizer file"):
         data = json.loads(read_text(Path(path)))
         kind = data["kind"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None
     tokenizer = lookup(TOKENIZERS, kind, f"tokenizer kind in {path}")
-    try:
+    with reading_as(path, "not a tokenizer file"):
         return with_words(tokenizer.from_dict(data), data.get("added", {}))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ValueError(f"{path} is not a tokenizer file: {type(e).__name__}: {e}") from None

@@ -21,7 +21,13 @@ from latent_diffusion.data.tokenizers.added import (
     with_words,
     without_added,
 )
-from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+from latent_diffusion.data.tokenizers.rows import (
+    Piece,
+    check_length,
+    fill_rows,
+    reading_as,
+    write_json,
+)
 from latent_diffusion.files.reading import read_json, read_text
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
@@ -89,7 +95,7 @@ class BertTokenizer:
         path = Path(path)
         if (path / "tokenizer").is_dir():
             path = path / "tokenizer"
-        try:
+        with reading_as(path, "no BERT tokenizer"):
             settings = path / "tokenizer_config.json"
             if settings.is_file():
                 content = read_json(settings)
@@ -98,8 +104,6 @@ class BertTokenizer:
             own = cls(_read_vocabulary(path), max_length)
             tokenizer: BertTokenizer = with_words(own, read_added(path, _SPECIAL))
             return tokenizer
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is no BERT tokenizer: {type(e).__name__}: {e}") from None
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""

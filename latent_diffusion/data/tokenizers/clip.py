@@ -18,7 +18,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latent_diffusion.data.tokenizers.added import Words, read_added, with_added, with_words
-from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+from latent_diffusion.data.tokenizers.rows import (
+    Piece,
+    check_length,
+    fill_rows,
+    reading_as,
+    write_json,
+)
 from latent_diffusion.data.tokenizers.weights import parse
 from latent_diffusion.files.reading import read_gzip, read_json, read_text
 
@@ -110,15 +116,13 @@ class ClipTokenizer:
         path = Path(path)
         if (path / "tokenizer").is_dir():
             path = path / "tokenizer"
-        try:
+        with reading_as(path, "no CLIP tokenizer"):
             length, padding, any_case = _read_settings(path)
             added = read_added(path, {BOS, EOS, pad or padding})
             vocabulary, merges = _read_files(path, added)
             own = cls(vocabulary, merges, max_length or length, pad or padding, any_case)
             tokenizer: ClipTokenizer = with_words(own, added)
             return tokenizer
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is no CLIP tokenizer: {type(e).__name__}: {e}") from None
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""

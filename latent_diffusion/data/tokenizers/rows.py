@@ -12,6 +12,24 @@ from jaxtyping import Int
 logger = logging.getLogger(__name__)
 
 
+class reading_as:
+    """Turn whatever a wrong file makes fail into a ValueError of one line: PATH is KIND: …
+
+    kind: "no CLIP tokenizer", for example.
+    """
+
+    def __init__(self, path: str | Path, kind: str):
+        self._path, self._kind = path, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError):
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self._path} is {self._kind}: {reason}") from None
+
+
 class Piece(NamedTuple):
     """A token of a caption: its id, and its text."""
 

@@ -13,7 +13,13 @@ from jaxtyping import Int
 from latent_diffusion.data.tokenizers.added import Words, with_added
 from latent_diffusion.data.tokenizers.charsmap import Charsmap
 from latent_diffusion.data.tokenizers.clip import SPACES
-from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+from latent_diffusion.data.tokenizers.rows import (
+    Piece,
+    check_length,
+    fill_rows,
+    reading_as,
+    write_json,
+)
 from latent_diffusion.files.reading import read_json
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -75,7 +81,7 @@ class T5Tokenizer:
         path = Path(path)
         for name in ("tokenizer_3", "tokenizer"):
             path = path / name if (path / name).is_dir() else path
-        try:
+        with reading_as(path, "no T5 tokenizer"):
             single = path / "tokenizer.json" if path.is_dir() else path
             if path.is_dir() and not single.is_file() and (path / "spiece.model").is_file():
                 raise ValueError(
@@ -83,8 +89,6 @@ class T5Tokenizer:
                     "tokenizer.json"
                 )
             return cls(max_length=max_length or _LENGTH, **_read(read_json(single)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is no T5 tokenizer: {type(e).__name__}: {e}") from None
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
