@@ -1,7 +1,7 @@
 """The U-Net's names and shapes in the original's files and in diffusers'."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -113,8 +113,21 @@ def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
     ]
 
 
-def _walk(module: UNet) -> Iterator[tuple[str, str, str, int]]:
-    """Our blocks, diffusers' blocks, their kind ("res", "attention" or "conv") and their width."""
+class Block(NamedTuple):
+    """A block by our name and diffusers', its kind ("res", "attention" or "conv") and width.
+
+    level: that of its resolution; the number of levels stands for the middle, as in `UNet.depths`.
+    """
+
+    ours: str
+    theirs: str
+    kind: str
+    width: int
+    level: int
+
+
+def walk(module: UNet) -> Iterator[Block]:
+    """The blocks of a U-Net, down, in the middle, and up."""
     levels, n = len(module.channel_mult), module.num_res_blocks
     resample, op, conv, dot = "conv", "_op", "_conv", ".conv"
     if module.resblock_updown:
@@ -124,26 +137,29 @@ def _walk(module: UNet) -> Iterator[tuple[str, str, str, int]]:
         width, theirs = mult * module.model_channels, f"down_blocks.{level}"
         for i in range(n):
             index += 1
-            yield f"input_blocks_{index}_0", f"{theirs}.resnets.{i}", "res", width
+            ours = f"input_blocks_{index}"
+            yield Block(f"{ours}_0", f"{theirs}.resnets.{i}", "res", width, level)
             if attends(module, level):
-                yield f"input_blocks_{index}_1", f"{theirs}.attentions.{i}", "attention", width
+                yield Block(f"{ours}_1", f"{theirs}.attentions.{i}", "attention", width, level)
         if level != levels - 1:
             index += 1
-            yield f"input_blocks_{index}_0{op}", f"{theirs}.downsamplers.0{dot}", resample, width
-    yield "middle_block_0", "mid_block.resnets.0", "res", width
-    yield "middle_block_1", "mid_block.attentions.0", "attention", width
-    yield "middle_block_2", "mid_block.resnets.1", "res", width
+            ours, theirs = f"input_blocks_{index}_0{op}", f"{theirs}.downsamplers.0{dot}"
+            yield Block(ours, theirs, resample, width, level)
+    yield Block("middle_block_0", "mid_block.resnets.0", "res", width, levels)
+    yield Block("middle_block_1", "mid_block.attentions.0", "attention", width, levels)
+    yield Block("middle_block_2", "mid_block.resnets.1", "res", width, levels)
     for level in reversed(range(levels)):
         width = module.channel_mult[level] * module.model_channels
         theirs = f"up_blocks.{levels - 1 - level}"
         for i in range(n + 1):
             ours = f"output_blocks_{(levels - 1 - level) * (n + 1) + i}"
-            yield f"{ours}_0", f"{theirs}.resnets.{i}", "res", width
+            yield Block(f"{ours}_0", f"{theirs}.resnets.{i}", "res", width, level)
             if attends(module, level):
-                yield f"{ours}_1", f"{theirs}.attentions.{i}", "attention", width
+                yield Block(f"{ours}_1", f"{theirs}.attentions.{i}", "attention", width, level)
         if level:
             part = 2 if attends(module, level) else 1
-            yield f"{ours}_{part}{conv}", f"{theirs}.upsamplers.0{dot}", resample, width
+            ours, theirs = f"{ours}_{part}{conv}", f"{theirs}.upsamplers.0{dot}"
+            yield Block(ours, theirs, resample, width, level)
 
 
 def diffusers_table(
@@ -164,7 +180,7 @@ def diffusers_table(
         Rule("out_0", "conv_norm_out", "norm"),
         Rule("out_2", "conv_out", "conv"),
     ]
-    for ours, theirs, kind, width in _walk(module):
+    for ours, theirs, kind, width, _ in walk(module):
         if kind == "conv":
             table.append(Rule(ours, theirs, "conv"))
         elif kind == "res":

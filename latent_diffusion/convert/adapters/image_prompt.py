@@ -11,6 +11,7 @@ import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
 
+from latent_diffusion.convert import unet
 from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import Part, as_params, flat, read_part
 from latent_diffusion.convert.pretrained import read_pretrained
@@ -107,28 +108,14 @@ def _number(i: int) -> int:
     return 2 * i + 1
 
 
-def cross_attentions(unet: UNet) -> Iterator[Attention]:
+def cross_attentions(module: UNet) -> Iterator[Attention]:
     """The cross-attentions of a U-Net in the order of files: down, up, middle."""
-    *depths, middle = unet.depths
-    levels, blocks = len(depths), unet.num_res_blocks
-
-    def transformers(block: str, name: str, depth: int) -> Iterator[Attention]:
-        for j in range(depth):
-            own = f"transformer_blocks.{j}"
-            yield Attention(block, own.replace(".", "_"), f"{name}.{own}.attn2")
-
-    def with_attention(order: Any) -> list[tuple[int, int]]:
-        return [(n, lv) for n, lv in enumerate(order) if 2**lv in unet.attention_resolutions]
-
-    for _, level in with_attention(range(levels)):
-        for i in range(blocks):
-            block = f"input_blocks_{level * (blocks + 1) + 1 + i}_1"
-            yield from transformers(block, f"down_blocks.{level}.attentions.{i}", depths[level])
-    for n, level in with_attention(reversed(range(levels))):
-        for i in range(blocks + 1):
-            block = f"output_blocks_{n * (blocks + 1) + i}_1"
-            yield from transformers(block, f"up_blocks.{n}.attentions.{i}", depths[level])
-    yield from transformers("middle_block_1", "mid_block.attentions.0", middle)
+    blocks = [block for block in unet.walk(module) if block.kind == "attention"]
+    blocks.sort(key=lambda block: block.level == len(module.channel_mult))  # the middle is the last
+    for block in blocks:
+        for j in range(module.depths[block.level]):
+            inner = f"transformer_blocks.{j}"
+            yield Attention(block.ours, inner.replace(".", "_"), f"{block.theirs}.{inner}.attn2")
 
 
 # --------------------------------------------------------------------------------------- reading
