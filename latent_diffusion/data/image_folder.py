@@ -32,7 +32,7 @@ from latent_diffusion.data.pictures import (
     read_mask,
     size_of,
 )
-from latent_diffusion.data.sources import Example, Readable, Remember, flat
+from latent_diffusion.data.sources import Example, Readable, Remember, check_split, flat
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,7 @@ def _unpacked(index: dict[str, np.ndarray]) -> ImageFolderSource:
 def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageFolderSource:
     """The split of a folder that has the files `every`."""
     folders = [name for name in SPLIT_FOLDERS if (root / name).is_dir()]
-    known = folders or ["all", "test", "train"]
-    if split not in known:
-        raise ValueError(
-            f"unknown split {split!r} of {root}; known: {', '.join(known)} "
-            "(data.train_split, data.test_split)"
-        )
+    check_split(split, folders, root)
     base = root / split if folders else root
     inside = [path for path in every if path.is_relative_to(base)]
     paths = [path for path in inside if is_picture(path)]

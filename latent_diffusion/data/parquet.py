@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.data.pictures import read_image, size_of
-from latent_diffusion.data.sources import Example, Readable, flat
+from latent_diffusion.data.sources import Example, Readable, check_split, flat
 from latent_diffusion.data.tfds import feature_map
 from latent_diffusion.files.reading import reading
 
@@ -107,17 +107,15 @@ def make(data_config: Any, split: str) -> ParquetSource:
     if not every:
         raise ValueError(f"data.dir={data_config.dir}: no .parquet files in this folder")
     named = {name: [p for p in every if _is_of(p, name)] for name in ("train", "test")}
-    known = [name for name, paths in named.items() if paths] or ["all", "test", "train"]
-    if split not in known:
-        raise ValueError(f"unknown split {split!r} of {root}; known: {', '.join(known)}")
-    by_name = "all" not in known
+    by_name = [name for name, paths in named.items() if paths]
+    check_split(split, by_name, root)
     groups, chosen = [], []
     for path in named[split] if by_name else every:
         columns, more = _metadata(system, path)
         groups += more
         name, count = path.rpartition("/")[2], sum(count for *_, count in more)
         held_out = np.random.default_rng([*name.encode()]).random(count) < data_config.test_fraction
-        whole = by_name or split == "all"
+        whole = bool(by_name) or split == "all"
         chosen.append(np.ones(count, bool) if whole else held_out == (split == "test"))
     rows = np.flatnonzero(np.concatenate(chosen))
     if not len(rows):

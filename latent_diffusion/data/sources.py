@@ -52,6 +52,19 @@ class ArraySource:
         return {key: str(v) if isinstance(v, np.str_) else v for key, v in example.items()}
 
 
+def check_split(split: str, folders: Sequence[str], root: object) -> None:
+    """Raise ValueError for a split that data at `root` don't have: other than those of folders.
+
+    Without folders, examples are shared out, and "all" are both.
+    """
+    known = list(folders) or ["all", "test", "train"]
+    if split not in known:
+        raise ValueError(
+            f"unknown split {split!r} of {root}; known: {', '.join(known)} "
+            "(data.train_split, data.test_split)"
+        )
+
+
 class Readable:
     """A base of sources of files, which may be damaged: such an example is replaced by the next.
 

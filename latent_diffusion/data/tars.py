@@ -20,7 +20,7 @@ import numpy as np
 
 from latent_diffusion.data.index_files import Arrays, remembered
 from latent_diffusion.data.pictures import SUFFIXES, read_image, size_of
-from latent_diffusion.data.sources import Example, Readable, flat
+from latent_diffusion.data.sources import Example, Readable, check_split, flat
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +138,9 @@ def make(data_config: Any, split: str) -> TarSource:
         name: [p for p in tars if p.startswith(f"{root}/{name}/")] for name in ("train", "test")
     }
     folders = [name for name, paths in inside.items() if paths]
-    known = folders or ["all", "test", "train"]
     if not tars:
         raise ValueError(f"data.dir={data_config.dir}: no .tar files in this folder")
-    if split not in known:
-        raise ValueError(f"unknown split {split!r} of {root}; known: {', '.join(known)}")
+    check_split(split, folders, root)
     paths = inside[split] if folders else list(tars)
     kept = ("size", "mtime", "etag", "ETag", "LastModified", "updated")
     state = [f"{p} {[str(tars[p].get(key)) for key in kept]}" for p in paths]
