@@ -28,8 +28,6 @@ def main(argv: list[str]) -> None:
 
     quiet_and_cached()
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     if not (WORKDIR.value or DRY_RUN.value):
         raise app.UsageError("--workdir is needed (or --dry_run)")
     try:

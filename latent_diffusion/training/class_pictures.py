@@ -8,7 +8,7 @@ The identity is a hash of the fields that the pictures depend on.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.metrics import to_uint8
 
 Batches = Iterator[dict[str, np.ndarray]]
+Show = Callable[[Any, jax.Array], Any]  # of a batch and a key
 
 
 def check(config: ConfigDict) -> None:
@@ -63,17 +64,13 @@ def make_source(
     config: ConfigDict,
     directory: Path,
     goes_on: bool,
-    show: Any,
-    state: Any,
-    constants: Any,
     tokenizer: Any,
-    mode: str,
-    layout: Mapping[str, Any],
+    show: Show,
 ) -> data.ArraySource:
     """The pictures of the class with their caption, which are drawn where the workdir has none.
 
-    show: the task's, whose state is that of the beginning; a run that goes on has its pictures.
-    mode, layout: of `parallel.compile_eval`. Raises ValueError where they are gone.
+    show: the task's, compiled, with the state of the beginning; a run that goes on has its
+    pictures. Raises ValueError where they are gone.
     """
     own, there = config.dreambooth, sorted(directory.glob("class-*.npy"))
     path = directory / f"class-{_identity(config)}.npy"
@@ -83,7 +80,7 @@ def make_source(
         path = there[0]
     elif processes.any_process(not path.exists()):
         captions = data.ArraySource({"caption": [own.class_prompt] * own.num_images})
-        drawn = _drawn(config, captions, show, state, constants, tokenizer, mode, layout)
+        drawn = _drawn(config, captions, tokenizer, show)
         if jax.process_index() == 0:
             for other in there:
                 other.unlink()
@@ -102,22 +99,14 @@ def _identity(config: ConfigDict) -> str:
 
 
 def _drawn(
-    config: ConfigDict,
-    captions: data.ArraySource,
-    show: Any,
-    state: Any,
-    constants: Any,
-    tokenizer: Any,
-    mode: str,
-    layout: Mapping[str, Any],
+    config: ConfigDict, captions: data.ArraySource, tokenizer: Any, show: Show
 ) -> np.ndarray:
     """A picture for each caption, uint8; all processes help."""
-    run = parallel.compile_eval(show, mode, **layout)
     transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
-    shard = parallel.process_shard(mode, layout["mesh"])
+    shard = parallel.process_shard(*parallel.devices(config.parallel))
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
     found = []
     for i, batch in enumerate(data.epoch(captions, transform, config.batch_size, *shard)):
         batch.pop("weight")
-        found.append(to_uint8(run(state, constants, batch, jax.random.fold_in(rng, i))["samples"]))
+        found.append(to_uint8(show(batch, jax.random.fold_in(rng, i))["samples"]))
     return np.concatenate(found)[: len(captions)]

@@ -118,8 +118,9 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     )
     sources = [train_source]
     if config.dreambooth.class_prompt:
-        begun = (task.show, state, constants, tokenizer, mode, layout)
-        sources.append(class_pictures.make_source(config, directory, run is not None, *begun))
+        show = parallel.compile_eval(task.show, mode, **layout)
+        own = (tokenizer, functools.partial(show, state, constants))
+        sources.append(class_pictures.make_source(config, directory, run is not None, *own))
     _write(config, directory, run, constants, tokenizer)
 
     parts = len(sources)
