@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from latent_diffusion.runtime import flags as shared_flags
@@ -230,8 +230,6 @@ def main(argv: list[str]) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # compilation needs no accelerator here
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     config, topology = CONFIG.value, str(TOPOLOGY.value)
     try:
         checked = check(config, topology, PROGRAMS.value, COMPILE.value, QUICK.value)

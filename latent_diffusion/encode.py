@@ -8,7 +8,7 @@ number belongs to it, on its own devices (--distributed: docs/devices.md). A sha
 is whole, and the same command goes on where it was stopped.
 """
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from latent_diffusion.runtime import flags as shared_flags
@@ -30,8 +30,6 @@ def main(argv: list[str]) -> None:
     from latent_diffusion.training.loop import USER_ERRORS
 
     quiet_and_cached()
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     try:
         connect()
         options = (DTYPE.value, CROPS.value, SHARD_SIZE.value, SPLITS.value)

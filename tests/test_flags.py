@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pytest
 import wiring
+from absl import app
 from conftest import ROOT
 from PIL import Image
 from test_mutants import names_of_tests
+
+from latent_diffusion.runtime import flags as shared_flags
 
 
 def python(code, *arguments):
@@ -271,3 +274,18 @@ def test_what_is_written_behind_encode_reaches_the_call():
     flags = ["--out=there", "--dtype=bfloat16", "--crops=3", "--shard_size=5", "--splits=train"]
     told = python(ENCODE, "--config=configs/kl_f4.py", "--config.num_steps=7", *flags)
     assert told == [7, "there", "bfloat16", 3, 5, ["train"]]
+
+
+def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monkeypatch):
+    seen = []
+
+    def main(argv):
+        seen.append(argv)
+
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
+    monkeypatch.setattr(app, "run", lambda main, **_: main(["command", "word"]))
+    with pytest.raises(app.UsageError, match="unexpected argument 'word'; options start with --"):
+        shared_flags.run(main, config=False)
+    assert not seen
+    shared_flags.run(main, config=False, positional=True)
+    assert seen == [["command", "word"]]

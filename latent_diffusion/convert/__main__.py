@@ -77,7 +77,7 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
 
 def run() -> None:
     """The command."""
-    shared_flags.run(main, config=False)
+    shared_flags.run(main, config=False, positional=True)
 
 
 if __name__ == "__main__":

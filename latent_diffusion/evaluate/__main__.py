@@ -12,7 +12,7 @@ keeps the samples, too. Results are printed and appended to evaluations.jsonl. O
 
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from latent_diffusion.evaluate import SAMPLING
 from latent_diffusion.process.options import OPTIONS
@@ -65,8 +65,6 @@ def main(argv: list[str]) -> None:
     from latent_diffusion.runtime.startup import quiet_and_cached
 
     quiet_and_cached()
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     try:
         connect()
         record = evaluate(**{flag.name: flag.value for flag in _FLAGS}, **read_options())

@@ -90,8 +90,6 @@ def main(argv: list[str]) -> None:
 
     quiet_and_cached()
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise app.UsageError("give either --workdir or --model")
     try:

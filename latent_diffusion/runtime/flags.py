@@ -15,21 +15,29 @@ from absl import app, flags
 flags.disclaim_key_flags()  # --help lists a flag with the command that defines it
 
 
-def run(main: Callable[[list[str]], None], config: bool = True) -> None:
+def run(main: Callable[[list[str]], None], config: bool = True, positional: bool = False) -> None:
     """`app.run` of a command, whichever file starts it: --help shows the module of `main`.
 
     config: it has the flag --config. Then whatever is wrong in its flags is said in one line, and
-    configs/X.py is the package's own where the working directory has no such file.
+    configs/X.py is the package's own where the working directory has no such file. positional: it
+    takes arguments without dashes, which are refused otherwise.
     """
     module = sys.modules[main.__module__]
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     sys.modules["__main__"].__doc__ = module.__doc__
-    if not config:
-        app.run(main)
-    folder = _configs()
-    sys.argv = [sys.argv[0], *(_installed(argument, folder) for argument in sys.argv[1:])]
-    app.run(main, flags_parser=_parse)
+
+    def checked(argv: list[str]) -> None:
+        if len(argv) > 1 and not positional:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
+        main(argv)
+
+    options: dict[str, Any] = {}
+    if config:
+        folder = _configs()
+        sys.argv = [sys.argv[0], *(_installed(argument, folder) for argument in sys.argv[1:])]
+        options["flags_parser"] = _parse
+    app.run(checked, **options)
 
 
 def _configs() -> Path:

@@ -35,8 +35,6 @@ def main(argv: list[str]) -> None:
     from latent_diffusion.serve.requests import Limits
 
     quiet_and_cached()
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise app.UsageError("give either --workdir or --model")
     path = str(WORKDIR.value or MODEL.value)
