@@ -7,12 +7,15 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+import jax
 import test_pipelines as tiny
 from safetensors.numpy import load_file, save_file
 from test_pipelines import BETAS, PROMPTS, RNG, F, draw, modes, picture, randomised, to_torch
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
+from latent_diffusion.process.diffusion import q_sample
+from latent_diffusion.rng import normal_per_example, sampling_keys
 
 __all__ = ["modes"]  # a fixture of every test
 pytestmark = tiny.pytestmark
@@ -23,6 +26,10 @@ SCHEDULERS = {
     "euler": lambda: diffusers.EulerDiscreteScheduler(**EULER),
     "karras": lambda: diffusers.DPMSolverMultistepScheduler(
         **BETAS, use_karras_sigmas=True, steps_offset=1
+    ),
+    "lightning": lambda: diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+    "one step": lambda: diffusers.EulerDiscreteScheduler(
+        **BETAS, timestep_spacing="trailing", prediction_type="sample"
     ),
     "turbo": lambda: diffusers.EulerAncestralDiscreteScheduler(
         **BETAS, timestep_spacing="trailing"
@@ -168,18 +175,52 @@ def test_turbo_draws_without_guidance(tmp_path, monkeypatch):
     tiny.check(got, want)
 
 
+def test_lightning_as_a_lora(tmp_path):
+    """A LoRA of the U-Net on the base; sampler and spacing are named, since no file names them."""
+    pytest.importorskip("peft")
+    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path)
+    _save_lora(tmp_path, {"unet": pipeline.unet}, "kohya")
+    pipeline.load_lora_weights(tmp_path, weight_name=STYLE)
+    pipeline.scheduler = SCHEDULERS["lightning"]()
+    want = pipeline(
+        PROMPTS, latents=to_torch(z()), num_inference_steps=4, guidance_scale=0.0,
+        output_type="np", **size(),
+    ).images  # fmt: skip
+    got = model.sample(
+        RNG, PROMPTS, mode="single", z_T=z(), num_steps=4, guidance_scale=1.0, sampler="euler",
+        spacing="trailing", image_size=(SIZE[0] * F, SIZE[1] * F),
+        adapters=[(ldm.load_adapter(tmp_path / STYLE), 1.0)],
+    )  # fmt: skip
+    tiny.check(got, want)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_lightning_as_a_checkpoint(steps, tmp_path):
+    """Trailing steps of Euler without guidance; the model of one step predicts x0."""
+    kind = "lightning" if steps > 1 else "one step"
+    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path, kind)
+    want = pipeline(
+        PROMPTS, latents=to_torch(z()), num_inference_steps=steps, guidance_scale=0.0,
+        output_type="np", **size(),
+    ).images  # fmt: skip
+    got = model.sample(
+        RNG, PROMPTS, mode="single", z_T=z(), num_steps=steps, guidance_scale=1.0,
+        image_size=(SIZE[0] * F, SIZE[1] * F),
+    )  # fmt: skip
+    tiny.check(got, want)
+
+
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "out_proj", "fc1", "proj_in")
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
+STYLE = "style.safetensors"
 
-@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
-def test_a_lora_of_the_unet_and_both_encoders(kind, tmp_path):
-    """Merged and unmerged; the first encoder's last layer, which is in the file, has no effect."""
-    pytest.importorskip("peft")
-    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path)
+
+def _save_lora(folder, networks, kind):
+    """A file with random pairs for the maps of `networks`, in the names of `kind`."""
     tensors, count = {}, 0
-    for prefix, start in KOHYA.items():
-        for name, module in getattr(pipeline, prefix).named_modules():
+    for prefix, network in networks.items():
+        for name, module in network.named_modules():
             if not name.endswith(LINEAR):
                 continue
             count += 1
@@ -189,16 +230,24 @@ def test_a_lora_of_the_unet_and_both_encoders(kind, tmp_path):
             down, up = 0.3 * draw(2 * count, 2, into), 0.3 * draw(2 * count + 1, out, 2)
             key, ends = f"{prefix}.{name}", ("lora_A.weight", "lora_B.weight")
             if kind == "kohya":
-                key = f"{start}_{name.replace('.', '_')}"
+                key = f"{KOHYA[prefix]}_{name.replace('.', '_')}"
                 ends = ("lora_down.weight", "lora_up.weight")
                 tensors[f"{key}.alpha"] = np.asarray(1.5, np.float32)
             tensors |= {f"{key}.{ends[0]}": down, f"{key}.{ends[1]}": up}
-    file = tmp_path / "style.safetensors"
-    save_file(tensors, file)
+    save_file(tensors, folder / STYLE)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_a_lora_of_the_unet_and_both_encoders(kind, tmp_path):
+    """Merged and unmerged; the first encoder's last layer, which is in the file, has no effect."""
+    pytest.importorskip("peft")
+    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path)
+    file = tmp_path / STYLE
+    _save_lora(tmp_path, {name: getattr(pipeline, name) for name in KOHYA}, kind)
     options = {"z_T": z(), "num_steps": 10, "mode": "single"}
     options["image_size"] = (SIZE[0] * F, SIZE[1] * F)
     plain = model.sample(RNG, PROMPTS, **options)
-    pipeline.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="style")
+    pipeline.load_lora_weights(tmp_path, weight_name=STYLE, adapter_name="style")
     pipeline.set_adapters("style", 0.7)
     want = pipeline(
         PROMPTS, latents=to_torch(z()), num_inference_steps=10, output_type="np", **size()
@@ -242,6 +291,45 @@ def test_inpainting_with_nine_channels(tmp_path, monkeypatch):
     got = model.sample(
         RNG, PROMPTS, mode="single", image=image, mask=mask, z_T=z(), num_steps=20,
         image_size=image.shape[1:3],
+    )  # fmt: skip
+    tiny.check(got, want, np.broadcast_to(mask > 0.5, got.shape))
+
+
+def test_inpainting_by_a_mask(tmp_path, monkeypatch):
+    """The base keeps the part outside of the hole, noised to each timestep.
+
+    diffusers notes one noise for all timesteps and pastes after a step, this library draws noise for
+    each timestep and pastes before its evaluation; diffusers gets our noise, and starts from a
+    z_T that is pasted already.
+    """
+    pipeline, model = make(diffusers.StableDiffusionXLInpaintPipeline, tmp_path)
+    image = np.tanh(draw(1, 2, SIZE[0] * F, SIZE[1] * F, 3))
+    holes = np.zeros((2, *SIZE, 1), np.float32)
+    holes[0, 2:6, 3:] = holes[1, :, 5:] = 1.0
+    mask = holes.repeat(F, 1).repeat(F, 2)
+    hole = sampling_keys(tiny.image_keys(2)).hole
+    known = np.asarray(model.encode(image))
+
+    def noise(t):
+        bits = np.float32(t).view(np.uint32)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(hole, bits)
+        return np.asarray(normal_per_example(keys, known.shape[1:]))
+
+    add_noise = pipeline.scheduler.add_noise
+    monkeypatch.setattr(
+        pipeline.scheduler, "add_noise", lambda x, _, t: add_noise(x, to_torch(noise(t.item())), t)
+    )
+    pipeline.scheduler.set_timesteps(20)
+    first = pipeline.scheduler.timesteps[0].item()
+    noised = np.asarray(q_sample(model.denoiser.schedule, known, first, noise(first)))
+    want = pipeline(
+        PROMPTS, image=picture(image), mask_image=to_torch(mask), num_inference_steps=20,
+        latents=to_torch(holes * z() + (1 - holes) * noised), output_type="np", strength=1.0,
+        guidance_scale=5.0, **size(),
+    ).images  # fmt: skip
+    got = model.sample(
+        RNG, PROMPTS, mode="single", image=image, mask=mask, z_T=z(), num_steps=20,
+        guidance_scale=5.0, image_size=image.shape[1:3],
     )  # fmt: skip
     tiny.check(got, want, np.broadcast_to(mask > 0.5, got.shape))
 
