@@ -298,8 +298,8 @@ def test_inpainting_with_nine_channels(tmp_path, monkeypatch):
 def test_inpainting_by_a_mask(tmp_path, monkeypatch):
     """The base keeps the part outside of the hole, noised to each timestep.
 
-    diffusers notes one noise for all timesteps and pastes after a step, this library draws noise for
-    each timestep and pastes before its evaluation; diffusers gets our noise, and starts from a
+    diffusers has one noise for all timesteps and pastes after a step; this library draws noise for
+    each timestep and pastes before its evaluation. So diffusers gets our noise, and starts from a
     z_T that is pasted already.
     """
     pipeline, model = make(diffusers.StableDiffusionXLInpaintPipeline, tmp_path)
