@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test mutants fuzz soak browser docs lint parity bench clean
+.PHONY: setup demo test mutants fuzz soak browser docs lint parity bench accelerator clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +75,11 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet torch==2.13.0 diffusers
 	$(BIN)/python -m pip install --quiet --no-deps lpips  # which would bring a torchvision that nobody needs
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# On a machine with a GPU or TPU: everything it can tell in 25 minutes, into runs/accelerator. JAX for it, and
+# torch and diffusers for the other side, are installed before: see docs/benchmarks.md.
+accelerator: $(VENV)/.core
+	PYTHONPATH=. $(BIN)/python -m benchmarks.accelerator $(ACCELERATOR)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

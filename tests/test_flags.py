@@ -289,3 +289,29 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
     assert not seen
     shared_flags.run(main, config=False, positional=True)
     assert seen == [["command", "word"]]
+
+
+PLAN = """
+import json, sys
+from absl import app, flags
+import latent_diffusion.plan as command
+def plan(facts, topology, **given):
+    seen.append([facts, topology, given])
+def known_facts(config, name, path):
+    return command.Facts(1, 2, 3, 4, 5, [config.num_steps, name, path])
+seen = []
+command.plan, command.known_facts = plan, known_facts
+command.report = lambda *given: json.dumps(seen[0])
+app.run(command.main)
+"""
+
+
+@pytest.mark.parametrize("rate", [None, 7.5])
+def test_what_is_written_behind_plan_reaches_the_call(rate):
+    flags = ["--config=configs/kl_f4.py", "--topology=v5e:2x2", "--images=9", "--facts=file"]
+    flags += ["--picture_kb=3", "--storage_rate=0.5", "--config.num_steps=7"]
+    flags += ["--config.parallel.mode=mesh", "--config.parallel.mesh.fsdp=4"]
+    facts, topology, given = python(PLAN, *flags, *([f"--images_per_core={rate}"] if rate else []))
+    assert facts == [1, 2, 3, 4, 5, rate or [7, "kl_f4", "file"]] and topology == "v5e:2x2"
+    asked = {"batch_size": 10, "num_steps": 7, "images": 9, "shares": 4}
+    assert given == {**asked, "checkpoint_steps": 5000, "picture": 3e3, "storage_rate": 5e8}

@@ -466,4 +466,8 @@ FLAGS = {
         ("config", "topology", "programs", "compile", "quick", "json"),
         CALL.format("compile_check"),
     ),
+    "latent_diffusion.plan": dict.fromkeys(
+        ("config", "topology", "images", "images_per_core", "picture_kb", "storage_rate", "facts"),
+        CALL.format("plan"),
+    ),
 }

@@ -1,0 +1,221 @@
+"""The parts of `benchmarks.accelerator`, each of which has a process for itself."""
+
+import functools
+import importlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import reference
+from latent_diffusion import plan
+from latent_diffusion.nets import dot_product_attention
+from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.parallel.chips import CHIPS
+from latent_diffusion.runtime.startup import quiet_and_cached
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.types import Conditioning
+
+BATCHES = {"sd_v1": 8, "sdxl": 2, "dit_xl_2": 32, "kl_f8": 8}  # of a training step
+SAMPLED = {"sd_v1": (1, 8), "sdxl": (1, 4)}
+ROUNDS = 5
+# (tokens, keys, heads, width): Stable Diffusion 1 at 512², XL at 1,024², a first stage
+SIZES = ((4096, 4096, 8, 40), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40))
+SIZES += ((4096, 4096, 10, 64), (1024, 1024, 20, 64), (4096, 4096, 1, 512))
+NAMES = {"h100": "h100", "h200": "h200", "a100": "a100", "v5 lite": "v5e", "v5e": "v5e"}
+NAMES |= {"v6 lite": "v6e", "v6e": "v6e", "v5": "v5p", "v4": "v4"}
+
+
+def measure(name: str, tiny: bool) -> dict[str, Any]:
+    """The rows of a part, on the first of JAX's default devices."""
+    quiet_and_cached()
+    kind, _, what = name.partition("_")
+    rows = {
+        "parity": lambda: parity(),
+        "attention": lambda: attention(tiny),
+        "train": lambda: train(what, tiny),
+        "sample": lambda: sample(what, tiny),
+        "pytorch": lambda: pytorch(tiny),
+        "first": lambda: first_image(tiny),
+    }[kind]()
+    return {"device": jax.devices()[0].device_kind, "rows": rows}
+
+
+def peak_flops() -> float | None:
+    """The published bfloat16 peak of this machine's device, if it is a known one."""
+    kind = jax.devices()[0].device_kind.lower()
+    known = (CHIPS[chip] for part, chip in NAMES.items() if part in kind)
+    return next((1e12 * chip.tflops for chip in known), None)
+
+
+def seconds(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """The median of several calls, after one that compiles."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def parity() -> list[dict[str, Any]]:
+    """A small text U-Net and decoder here against this machine's CPU in float32."""
+    cpu = jax.devices("cpu")[0]
+    rows = []
+    inputs = reference.inputs(True)
+    for dtype in (None, "bfloat16"):
+        for what, config in (
+            ("unet", reference.denoising(True)),
+            ("first stage", reference.autoencoding(True)),
+        ):
+            call, params = _network(what, config, dtype, inputs)
+            exact, _ = _network(what, config, None, inputs)
+            got = np.asarray(jax.jit(call)(params), np.float32)
+            with jax.default_device(cpu), jax.default_matmul_precision("highest"):
+                expected = np.asarray(jax.jit(exact)(jax.device_put(params, cpu)))
+            worst = float(np.abs(got - expected).max() / expected.std())
+            rows.append({"network": what, "dtype": dtype or "float32", "worst_of_std": worst})
+    return rows
+
+
+def _network(what: str, config: ConfigDict, dtype: str | None, inputs: Any) -> tuple[Any, Any]:
+    """A network's call on the inputs, and random parameters."""
+    part = config.unet if what == "unet" else config.autoencoder
+    part.dtype = dtype
+    task: Any = TASKS[config.task](config)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))[0].params
+    image, z_t, t, context = (jnp.asarray(inputs[k]) for k in ("image", "z_t", "t", "context"))
+    if what == "unet":
+        network, text = task.denoiser.network, Conditioning(context=context)
+        return (
+            lambda p: network.apply({"params": p}, z_t, t, text),
+            reference.drawn(1, shapes["unet"]),
+        )
+    module = task.autoencoder
+    return (
+        lambda p: module.apply({"params": p}, image, method="encode"),
+        reference.drawn(2, shapes["autoencoder"]),
+    )
+
+
+def attention(tiny: bool) -> list[dict[str, Any]]:
+    """Every implementation at the sizes of released models: forward, and with gradients."""
+    rows = []
+    for length, keys, heads, width in ((64, 64, 2, 8),) if tiny else SIZES:
+        for name in ("auto", *dot_product_attention.IMPLEMENTATIONS):
+            row = {"L": length, "S": keys, "heads": heads, "width": width, "implementation": name}
+            try:
+                rows.append(row | _attention(name, length, keys, heads, width, 1 if tiny else 4))
+            except Exception as error:
+                rows.append(row | {"failed": str(error).splitlines()[0][:80]})
+    return rows
+
+
+def _attention(name: str, length: int, keys: int, heads: int, width: int, batch: int) -> Any:
+    q = jnp.ones((batch, length, heads, width), jnp.bfloat16)
+    k = jnp.ones((batch, keys, heads, width), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return jnp.sum(dot_product_attention.attend(q, k, v, name).astype(jnp.float32))
+
+    forward, both = jax.jit(loss), jax.jit(jax.grad(loss, (0, 1, 2)))
+    planned = both.lower(q, k, k).compile().memory_analysis()
+    return {
+        "forward_ms": 1e3 * seconds(lambda: forward(q, k, k)),
+        "with_gradient_ms": 1e3 * seconds(lambda: both(q, k, k)),
+        "temporary_mib": planned.temp_size_in_bytes / 2**20,
+    }
+
+
+def experiment(name: str, tiny: bool) -> ConfigDict:
+    """The config of a run on one device; tiny: the benchmark's quick networks in its place."""
+    if tiny:
+        config = reference.autoencoding(True) if name == "kl_f8" else reference.denoising(True)
+        config.sampling.num_steps = 2
+    else:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        config.batch_size = BATCHES[name]
+    config.parallel.mode = "single"
+    return config
+
+
+def started(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
+    """The task of a config, its state and constants on the device, and a batch."""
+    task: Any = TASKS[config.task](config)
+    init = functools.partial(task.init, batch_spec=batch_spec(config))
+    rng = jax.random.key(0, impl="unsafe_rbg")
+    state, constants = parallel.compile_init(init, rng, "single")(rng)
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_spec(config))
+    return task, parallel.place(state, "single"), constants, batch
+
+
+def peak_gib() -> float | None:
+    """The device's peak of memory so far."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peak and peak / 2**30
+
+
+def train(name: str, tiny: bool) -> list[dict[str, Any]]:
+    """Images a second of the train step, its share of the peak, and the cores that feed it."""
+    config = experiment(name, tiny)
+    facts = plan.count(config)
+    task, state, constants, batch = started(config)
+    step, now = parallel.compile_step(task.train_step, "single"), [state]
+
+    def call() -> Any:
+        now[0], metrics = step(now[0], constants, batch, jax.random.key(0))
+        return metrics
+
+    rate = config.batch_size / seconds(call)
+    peak = peak_flops()
+    return [
+        {
+            "batch": config.batch_size,
+            "images_per_second": rate,
+            "share_of_peak": peak and rate * facts.flops / peak,
+            "peak_gib": peak_gib(),
+            "cores_for_input": rate / facts.images_per_core,
+        }
+    ]
+
+
+def sample(name: str, tiny: bool) -> list[dict[str, Any]]:
+    """Seconds of the config's guided sampler with the first stage, for one picture and several."""
+    rows = []
+    for size in (1,) if tiny else SAMPLED[name]:
+        config = experiment(name, tiny)
+        config.batch_size = size
+        task, state, constants, batch = started(config)
+        show = parallel.compile_eval(task.show, "single")
+        used = seconds(lambda: show(state, constants, batch, jax.random.key(0)), rounds=2)  # noqa: B023
+        rows.append({"pictures": size, "steps": config.sampling.num_steps, "seconds": used})
+        rows[-1]["peak_gib"] = peak_gib()
+    return rows
+
+
+def pytorch(tiny: bool) -> list[dict[str, Any]]:
+    """PyTorch's side, in bfloat16, by SDPA and torch.compile, with Stable Diffusion 1's U-Net."""
+    from benchmarks import accelerator_pytorch
+
+    return accelerator_pytorch.rows(tiny, BATCHES["sd_v1"], SAMPLED["sd_v1"], ROUNDS)
+
+
+def first_image(tiny: bool) -> list[dict[str, Any]]:
+    """From the command to the first guided picture, of `benchmarks.reference`'s networks."""
+    from benchmarks import first_image as timing
+    from benchmarks.measure import Setting
+
+    platform = jax.default_backend()
+    with tempfile.TemporaryDirectory() as folder:
+        reference.write(Path(folder), tiny)
+        row = timing.compare(("ours",), Setting(Path(folder), platform, tiny))
+    return [{"warm_seconds": row["ours_seconds"], "cold_seconds": row["ours_cold_seconds"]}]

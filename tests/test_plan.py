@@ -1,0 +1,98 @@
+"""The plan of a large run is arithmetic, and no published run beats its bounds."""
+
+import json
+
+import pytest
+import several
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from latent_diffusion import plan as planning
+from latent_diffusion.plan import Facts, plan, report
+from latent_diffusion.runtime.parallel import chips
+
+FACTS = Facts(
+    flops=197e9, state=16 * 2**30, gradients=2**30, constants=0, latent=8192, images_per_core=100.0
+)
+RUN = {"batch_size": 1600, "num_steps": 86_400, "images": 1_000_000, "checkpoint_steps": 100}
+
+
+def test_every_part_of_a_step_is_its_work_at_its_rate():
+    one = plan(FACTS, "v5e:4x4", **RUN, picture=1e5, storage_rate=1e9)
+    assert one.chips == 16 and one.hosts == 4
+    assert one.seconds["compute"] == pytest.approx(0.1)  # 100 images of 197 GFLOP at 197 TFLOP/s
+    assert one.seconds["memory"] == pytest.approx(32 * 2**30 / 819e9)
+    assert one.seconds["network"] == pytest.approx(2 * 2**30 * 15 / 16 / 200e9)
+    assert one.seconds["input"] == pytest.approx(1600 / (4 * 56 * 100))
+    assert one.seconds["storage"] == pytest.approx(1600 * 1e5 / 4e9)
+    assert one.binds == "compute" and one.days == pytest.approx(0.1)
+    assert one.cores == pytest.approx(160)  # 16,000 images a second
+    assert one.epochs == pytest.approx(138.24)
+    assert one.memory == 17 * 2**30 and one.checkpoint == 16 * 2**30
+    assert one.written == pytest.approx(16 * 2**30 / 10)
+    assert one.pictures == 1e11 and one.latents == 8.192e9
+    cut = plan(FACTS, "v5e:4x4", **RUN, shares=16)
+    assert cut.memory == 17 * 2**26 and cut.seconds["memory"] == one.seconds["memory"] / 16
+
+
+def test_what_binds_is_what_takes_longest():
+    fields = {"slow decoding": {"images_per_core": 10.0}, "many parameters": {"state": 2**40}}
+    binds = {
+        name: plan(FACTS._replace(**field), "v5e:4x4", **RUN).binds
+        for name, field in fields.items()
+    }
+    assert binds == {"slow decoding": "input", "many parameters": "memory"}
+    assert plan(FACTS, "v5e:4x4", **RUN, storage_rate=1e8).binds == "storage"
+    assert plan(FACTS._replace(gradients=2**40), "v5e:4x4", **RUN).binds == "network"
+
+
+def test_a_report_says_what_binds_and_whether_it_fits():
+    text = report(plan(FACTS, "v5e:4x4", **RUN), "v5e:4x4", 1600)
+    assert "17.0 of 16 GiB a chip, and activations DOES NOT FIT" in text
+    assert "160 of 224 cores" in text and "0.1 days at least" in text
+    fits = report(plan(FACTS, "v6e:2x4", **RUN), "v6e:2x4", 1600)
+    assert "DOES NOT FIT" not in fits
+    with pytest.raises(ValueError, match="unknown chip 'v9'; known: a100"):
+        plan(FACTS, "v9:4x4", **RUN)
+    with pytest.raises(ValueError, match="batch_size 8 isn't a multiple of the 16 chips"):
+        plan(FACTS, "v5e:4x4", **{**RUN, "batch_size": 8})
+    assert set(planning.HOSTS) == set(chips.CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "mesh", "shares"),
+    [
+        ("pmap", {"data": -1, "fsdp": 1, "tensor": 1}, 1),
+        ("mesh", {"data": -1, "fsdp": 1, "tensor": 1}, 1),
+        ("mesh", {"data": 1, "fsdp": -1, "tensor": 1}, 16),
+        ("mesh", {"data": 2, "fsdp": -1, "tensor": 2}, 8),
+    ],
+)
+def test_the_state_is_cut_over_fsdp_and_tensor(mode, mesh, shares):
+    settings = ConfigDict({"mode": mode, "mesh": mesh})
+    assert planning.num_shares(settings, "v5e:4x4") == shares
+
+
+def test_facts_are_counted_once_and_remembered(tmp_path):
+    config = several.make_config(**{"batch_size": 8})
+    facts = planning.known_facts(config, "tiny", str(tmp_path / "facts.json"))
+    assert facts.flops > 0 and facts.images_per_core > 10
+    assert facts.state > 3 * facts.gradients > 0  # parameters, average, two moments
+    (tmp_path / "facts.json").write_text(json.dumps({"tiny": FACTS._asdict()}))
+    assert planning.known_facts(config, "tiny", str(tmp_path / "facts.json")) == FACTS
+    assert planning.known_facts(config, "other", None).flops == facts.flops
+
+
+def test_published_runs_do_not_beat_the_bounds():
+    """Of 20.3 TFLOP that SDXL's U-Net takes for a picture in training, an evaluation is a third."""
+    training, evaluation = 20.3e12, 20.3e12 / 3  # test_sdxl_configs.py counts them
+    lora = FACTS._replace(flops=20 * 2 * evaluation, state=0, gradients=0)
+    run = {"num_steps": 1, "images": 4, "batch_size": 4}
+    least = plan(lora, "v5e:2x2", **run, picture=0.0).seconds["compute"]
+    assert least == pytest.approx(1.37, abs=0.01)
+    assert least < 2.3  # seconds for four pictures in 20 guided steps (docs/scale.md)
+    eight = {"num_steps": 1, "images": 32, "batch_size": 32}
+    step = plan(FACTS._replace(flops=training), "v5p:2x2x1", **eight).seconds["compute"]
+    assert step == pytest.approx(0.354, abs=1e-3)  # of 162.27 TFLOP a chip
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert f"at least {least:.2f} s" in page and f"{least / 2.3:.0%} to {least / 3.23:.0%}" in page
