@@ -51,6 +51,7 @@ EXPERIMENTS = {
     "SDXL": Experiment("sdxl", 16, a_chip=(1, 4)),
 }
 FULL_FIRST_STAGES = ("sdxl",)  # which decode in float32, whatever the U-Net's dtype
+HALF_PARAMS = ("sdxl",)  # which are sampled with parameters in bfloat16
 
 
 class Cell(NamedTuple):
@@ -70,6 +71,8 @@ class Cell(NamedTuple):
         words += ["--quick"]
         if self.config not in FULL_FIRST_STAGES:
             words += ["--config.autoencoder.dtype=bfloat16"]
+        if self.params() != "float32":
+            words += [f"--params={self.params()}"]
         if self.fsdp:
             words += ["--config.parallel.mode=mesh", "--config.parallel.mesh.data=1"]
             words += ["--config.parallel.mesh.fsdp=-1"]
@@ -79,7 +82,13 @@ class Cell(NamedTuple):
         """The fields that identify the record of the cell."""
         mode = FSDP.format(num_chips(self.topology)) if self.fsdp else "pmap"
         fields = {k: v for k, v in self._asdict().items() if k != "fsdp"}
-        return {**fields, "mode": mode, "dtype": "bfloat16", "micro_batches": 1}
+        same = {"mode": mode, "dtype": "bfloat16", "params": self.params(), "micro_batches": 1}
+        return {**fields, **same}
+
+    def params(self) -> str:
+        """The dtype of the parameters."""
+        half = self.program == "sample" and self.config in HALF_PARAMS
+        return "bfloat16" if half else "float32"
 
 
 def num_chips(topology: str) -> int:

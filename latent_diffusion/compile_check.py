@@ -8,7 +8,8 @@ on any machine: `pip install latent_diffusion[aot]` for TPUs, `[aot-cuda]` for G
 The compiler plans the memory; FLOPs and bytes on the network are counted; the time is a lower bound
 from published peaks. The config decides the parallel mode and the mesh. With --quick the compiler
 doesn't search the fastest program, which takes most of its time: the counts stay the same, and the
-memory changes by a few percent. --json=FILE adds the numbers to a list in that file.
+memory changes by a few percent. --params=bfloat16 samples with the parameters of
+`load(dtype="bfloat16")`. --json=FILE adds the numbers to a list in that file.
 """
 
 import json
@@ -30,6 +31,9 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, v6e:2x4, h
 PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which to compile.")
 COMPILE = flags.DEFINE_bool("compile", True, "False: count bytes and FLOPs only.")
 QUICK = flags.DEFINE_bool("quick", False, "Compile in an eighth of the time.")
+PARAMS = flags.DEFINE_enum(
+    "params", "float32", ["float32", "bfloat16"], "Of the sampler's networks, but the first stage."
+)
 JSON = flags.DEFINE_string("json", None, "Add the numbers to this file.")
 
 GIB = 2**30
@@ -59,10 +63,12 @@ def check(
     programs: Sequence[str],
     compile: bool = True,
     quick: bool = False,
+    params: str = "float32",
 ) -> list[Checked]:
     """Compile the programs of an experiment for a topology; or only count, without `compile`.
 
-    quick: the compiler doesn't look for the fastest program.
+    quick: the compiler doesn't look for the fastest program. params: the dtype of the parameters
+    that the sampler reads, but those of the first stage.
     Raises ValueError, in one line, for bad input and where the compiler is missing.
     """
     import jax
@@ -102,6 +108,8 @@ def check(
         train = program == "train"
         if not train and config.task not in DENOISERS:
             continue
+        if not train:
+            state, constants = _in_dtype(params, state, constants)
         step, args = task.train_step if train else task.show, (state, constants, batch, rng)
         countable = counted.train_step if train else counted.show
         used = [tree if train or tree is None else tree.ema_params for tree in (state, shardings)]
@@ -123,6 +131,19 @@ def check(
         row = _compile(lowered, row, memory, options)
         checked.append(row._replace(seconds=round(time.perf_counter() - start, 1)))
     return checked
+
+
+def _in_dtype(dtype: str, state: Any, constants: Any) -> tuple[Any, Any]:
+    """The shapes of a sampler's parameters in a dtype; the first stage stays in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    def cast(leaf: Any) -> Any:
+        kept = dtype == "float32" or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    state = state.replace(ema_params=jax.tree.map(cast, state.ema_params))
+    return state, jax.tree.map(cast, constants).replace(first_stage=constants.first_stage)
 
 
 def _compile(lowered: Any, row: Checked, memory: int, options: dict[str, Any]) -> Checked:
@@ -205,7 +226,9 @@ def report(checked: Sequence[Checked], topology: str, batch_size: int) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | Path, config: Any, name: str, topology: str, checked: Any) -> None:
+def write_json(
+    path: str | Path, config: Any, name: str, topology: str, checked: Any, params: str = "float32"
+) -> None:
     """Add rows to the list in a file; they replace the rows of the same programs."""
     path = Path(path)
     rows = json.loads(path.read_text()) if path.exists() else []
@@ -216,6 +239,7 @@ def write_json(path: str | Path, config: Any, name: str, topology: str, checked:
             "dtype": config[config.backbone].dtype or "float32",
         }
         same |= {"program": one.program, "mode": one.mode}
+        same |= {"params": params if one.program == "sample" else "float32"}
         others = [row for row in rows if {key: row[key] for key in same} != same]
         if one.peak or one.problem or len(others) == len(rows):  # compiled is better than counted
             rows = [*others, {**same, **one._asdict()}]
@@ -232,13 +256,13 @@ def main(argv: list[str]) -> None:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     config, topology = CONFIG.value, str(TOPOLOGY.value)
     try:
-        checked = check(config, topology, PROGRAMS.value, COMPILE.value, QUICK.value)
+        checked = check(config, topology, PROGRAMS.value, COMPILE.value, QUICK.value, PARAMS.value)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(report(checked, topology, config.batch_size))
     if JSON.value:
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        write_json(JSON.value, config, name, topology, checked)
+        write_json(JSON.value, config, name, topology, checked, PARAMS.value)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ from slices import Chip
 from benchmarks import compile_table
 from latent_diffusion import compile_check
 from latent_diffusion.compile_check import GIB, Checked
+from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import chips
+from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import loop
+from latent_diffusion.training.batch_spec import batch_spec
 
 
 @pytest.fixture
@@ -101,6 +104,13 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     (counted,) = compile_check.check(config, "v5e:2x4", ["train"], compile=False)
     assert counted.flops == train.flops and counted.peak == 0
     assert train.arguments - counted.arguments < 2**20  # the batch
+
+    (half,) = compile_check.check(config, "v5e:2x4", ["sample"], compile=False, params="bfloat16")
+    (full,) = compile_check.check(config, "v5e:2x4", ["sample"], compile=False)
+    task = TASKS[config.task](config)
+    _, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
+    stage = parallel.num_bytes(constants)
+    assert half.arguments - stage == pytest.approx((full.arguments - stage) / 2, rel=0.01)
 
     small = chips.CHIPS["v5e"]._replace(memory=train.arguments / 3 / GIB)
     monkeypatch.setitem(chips.CHIPS, "v5e", small)

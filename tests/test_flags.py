@@ -242,12 +242,12 @@ CHECK = """
 import json, sys
 from absl import app, flags
 import latent_diffusion.compile_check as command
-def check(config, topology, programs, compile, quick):
-    seen.append([config.num_steps, topology, programs, compile, quick])
+def check(config, topology, programs, compile, quick, params):
+    seen.append([config.num_steps, topology, programs, compile, quick, params])
     return []
 seen = []
 command.check, command.report = check, lambda *given: json.dumps(seen[0])
-command.write_json = lambda path, config, name, topology, checked: print(json.dumps([path, name]))
+command.write_json = lambda path, _, name, *rest: print(json.dumps([path, name, rest[-1]]))
 app.run(command.main)
 """
 
@@ -255,9 +255,10 @@ app.run(command.main)
 @pytest.mark.parametrize("written", [True, False])
 def test_what_is_written_behind_compile_check_reaches_the_call(written):
     config = ["--config=configs/kl_f4.py", "--config.num_steps=7", "--topology=v5e:2x2"]
-    flags = ["--programs=train", "--nocompile", "--quick"]
+    flags = ["--programs=train", "--nocompile", "--quick", "--params=bfloat16"]
     told = python(CHECK, *config, *flags, *(["--json=file"] if written else []))
-    assert told == (["file", "kl_f4"] if written else [7, "v5e:2x2", ["train"], False, True])
+    given = [7, "v5e:2x2", ["train"], False, True, "bfloat16"]
+    assert told == (["file", "kl_f4", "bfloat16"] if written else given)
 
 
 ENCODE = """

@@ -463,7 +463,7 @@ FLAGS = {
         **dict.fromkeys(CLUSTER, TOGETHER),
     },
     "latent_diffusion.compile_check": dict.fromkeys(
-        ("config", "topology", "programs", "compile", "quick", "json"),
+        ("config", "topology", "programs", "compile", "quick", "params", "json"),
         CALL.format("compile_check"),
     ),
     "latent_diffusion.plan": dict.fromkeys(
