@@ -258,7 +258,9 @@ def dit() -> ConfigDict:
     c.mlp_norm_eps = 1e-6
     c.frequency_shift = 0  # of the timestep's sinusoids: 0 in DiT's own code, 1 in diffusers'
     c.base_size = 32  # side of the trained latent; positions of other sizes lie between its own
-    c.learned_variance = False  # predict the variance, too (released models; not trained here)
+    # Predict the variance, too, as the released models; diffusion.variance_weight trains it, and
+    # sampling.learned_variance uses it
+    c.learned_variance = False
     c.sit = False  # SiT's time and sign of the velocity, for its released models
     c.remat = "none"  # as unet.remat
     c.attention = "auto"  # as unet.attention
@@ -308,6 +310,8 @@ def diffusion() -> ConfigDict:
     c.offset_noise = 0.0  # 0.1: brightness diffuses, too
     c.input_perturbation = 0.0  # 0.1: noise on the input alone, not in the target
     c.drop_rate = 0.1  # conditioning dropout, for classifier-free guidance
+    # Of the bound that trains dit.learned_variance: 0.001 in DiT (Nichol & Dhariwal 2021)
+    c.variance_weight = 0.0
     return c
 
 
@@ -366,6 +370,9 @@ def sampling() -> ConfigDict:
     c.guidance_scale = 1.0
     c.distilled_steps = placeholder(int)  # of the spacing "lcm": a distillation sets its own
     c.shift = placeholder(float)  # of the spacing "shifted": above 1, steps lie closer to noise
+    # Channels that are guided, from the first (3 of 4 in DiT's own code); None = all
+    c.guidance_channels = placeholder(int)
+    c.learned_variance = placeholder(bool)  # of the sampler "ddpm": that of dit.learned_variance
     return c
 
 

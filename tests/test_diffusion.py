@@ -43,7 +43,7 @@ def test_predictions_are_inverted(kind, name):
     schedule = SCHEDULES[name]
     z_t = q_sample(schedule, Z_0, T, EPS)
     target = prediction_target(kind, schedule, Z_0, EPS, T)
-    z_0, eps = to_z_0_and_eps(kind, target, schedule.alpha_t(T), schedule.sigma_t(T), z_t)
+    z_0, eps, _ = to_z_0_and_eps(kind, target, schedule.alpha_t(T), schedule.sigma_t(T), z_t)
     # What z_t hardly shows (eps at t = 0, z_0 at t = 998) comes back with its rounding magnified.
     magnified = 1 / jnp.minimum(schedule.alpha_t(T), schedule.sigma_t(T))[:, None, None, None]
     assert jnp.max(jnp.abs(z_0 - Z_0) / magnified) < 2e-6
@@ -54,7 +54,7 @@ def test_predictions_are_inverted(kind, name):
 def test_pure_noise_is_converted_without_division_by_zero(kind):
     schedule = SCHEDULES["zero_terminal_snr"]
     target = prediction_target(kind, schedule, Z_0, EPS, 999)
-    z_0, eps = to_z_0_and_eps(kind, target, schedule.alpha_t(999), schedule.sigma_t(999), EPS)
+    z_0, eps, _ = to_z_0_and_eps(kind, target, schedule.alpha_t(999), schedule.sigma_t(999), EPS)
     np.testing.assert_allclose(z_0, Z_0, atol=1e-6)
     np.testing.assert_allclose(eps, EPS, atol=1e-6)
 

@@ -109,6 +109,8 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "top_p": (0.9, "top_p", 0.9),
         "choice_temperature": (2.0, "choice_temperature", 2.0),
         "noise_dropout": (0.5, "noise_dropout", 0.5),
+        "guidance_channels": (3, "guidance_channels", 3),
+        "learned_variance": ("true", "learned_variance", True),
         "large_variance": (0.5, "large_variance", 0.5),
         "timestep_scaling": (9.0, "timestep_scaling", 9.0),
         "sigma_data": (0.6, "sigma_data", 0.6),

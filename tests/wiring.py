@@ -20,7 +20,7 @@ EIGHT = {"autoencoder.resolution": 8}
 VECTOR = {"conditioners": {"class_label": {"num_classes": 3, "width": 32, "route": "vector"}}}
 LORA = {"lora.rank": 1}
 DIT = {"backbone": "dit", "dit.width": 8, "dit.depth": 1, "dit.num_heads": 2}
-
+VARIANCE = {**DIT, "dit.learned_variance": True}
 MMDIT = {"backbone": "mmdit", "mmdit.width": 8, "mmdit.depth": 1, "mmdit.num_heads": 2}
 MMDIT |= {"mmdit.max_positions": 4}
 
@@ -133,6 +133,7 @@ PROGRAMS = {
     "unet.vector_projection": (DENOISER, "eval_step", True, VECTOR),
     "diffusion.beta_end": (DENOISER, "eval_step", 0.02, LINEAR),
     "diffusion.beta_start": (DENOISER, "eval_step", 0.001, LINEAR),
+    "diffusion.variance_weight": (DENOISER, "train_step", 0.001, VARIANCE),
     "diffusion.drop_rate": (DENOISER, "train_step", 0.25, {}),
     "diffusion.elbo_weight": (DENOISER, "train_step", 0.25, {}),
     "diffusion.input_perturbation": (DENOISER, "train_step", 0.25, {}),
@@ -160,6 +161,8 @@ PROGRAMS = {
     ),
     "sampling.eta": (DENOISER, "show", 0.5, {}),
     "sampling.guidance_scale": (DENOISER, "show", 3.5, {}),
+    "sampling.guidance_channels": (DENOISER, "show", 1, {"sampling.guidance_scale": 3.5}),
+    "sampling.learned_variance": (DENOISER, "show", True, {**VARIANCE, "sampling.sampler": "ddpm"}),
     "sampling.num_steps": (DENOISER, "show", 3, {}),
     "sampling.sampler": (DENOISER, "show", "heun", {}),
     "sampling.shift": (DENOISER, "show", 3.0, {"sampling.spacing": "shifted"}),
@@ -318,6 +321,7 @@ OPTIONS = {
     "guidance_scale": (2.0, {}),
     "guidance_interval": ((0, 500), {}),
     "guidance_rescale": (0.5, {}),
+    "guidance_channels": (1, {"guidance_scale": 3.0}),
     "cfg_pp": (True, {"guidance_scale": 0.5}),
     "perpendicular": (1.5, {"negative_prompts": ["cat"]}),
     "clip_x0": (0.3, {}),
@@ -348,6 +352,7 @@ OPTIONS = {
 ANSWERS = "test_answers.py::test_"
 TOLD = f"{ANSWERS}a_condition_reaches_the_network"
 OPPOSITE = f"{ANSWERS}the_unconditional_may_have_other_sizes"
+VARIANCES = "test_learned_variance.py::test_"
 GUIDE = f"{ANSWERS}a_guide_changes_the_pictures"
 ADAPTERS = "test_adapters.py::test_sampling_with_adapters_is_sampling_with_the_merged_model"
 BATCHES = "test_model.py::test_a_call_runs_one_program_for_each_batch"
@@ -372,6 +377,8 @@ ARGUMENTS = {
         **dict.fromkeys(("original_size", "crop_top_left", "target_size", "aesthetic_score"), TOLD),
         **dict.fromkeys(("negative_original_size", "negative_crop_top_left"), OPPOSITE),
         **dict.fromkeys(("negative_target_size", "negative_aesthetic_score"), OPPOSITE),
+        "learned_variance": f"{VARIANCES}guidance_leaves_the_variance_and_the_other_channels_to_"
+        "the_condition",
         **dict.fromkeys(("classifier", "classifier_labels", "classifier_scale"), GUIDE),
         **dict.fromkeys(("target", "target_scale"), GUIDE),
         "target_distance": PULLS,

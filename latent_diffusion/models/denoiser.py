@@ -94,6 +94,16 @@ class Denoiser(flax.struct.PyTreeNode):
         )
         return out
 
+    def with_variance(self, field: str) -> "Denoiser":
+        """The denoiser whose network also returns its learned variance, as the last half.
+
+        field: the one that asks for it, for the error where the network has learned none.
+        """
+        if not getattr(self.network, "learned_variance", False):
+            raise ValueError(f"{field} needs a network with dit.learned_variance")
+        network: Any = self.network
+        return self.replace(network=network.with_variance())
+
     def prepare(
         self,
         t: Float[Array, " N"],
@@ -168,6 +178,10 @@ class Denoiser(flax.struct.PyTreeNode):
         guide: wraps the denoiser, see `steering`. tile: (side, overlap) of the parts of the latent
         that the network sees, None for the whole.
         """
+        if options.learned_variance:
+            self = self.with_variance("learned_variance")
+        if (count := options.guidance_channels or 0) > shape[-1]:
+            raise ValueError(f"guidance_channels={count}: the latent has {shape[-1]} channels")
         if getattr(self.network, "guidance_dim", None) is not None:
             conditioning, options = _guidance_told(conditioning, options, negative, more)
         if options.guidance_scale is not None and not jax.tree.leaves(null):

@@ -172,7 +172,7 @@ class DiT(nn.Module):
     sit: the convention of SiT (Ma et al. 2024): the network sees the share of data 1 − (t + 1)/1000
     instead of t, and its velocity points to the data, so that its negative is the "flow" here.
     learned_variance: the network also predicts as many channels of an interpolation between the
-    bounds of the variance (Nichol & Dhariwal 2021), which sampling does without.
+    bounds of the variance (Nichol & Dhariwal 2021), which `with_variance` alone returns.
     remat: as the U-Net's.
     """
 
@@ -190,6 +190,10 @@ class DiT(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: Any = None
+
+    def with_variance(self) -> "DiT":
+        """The same network with twice the channels, of which the second half is the variance."""
+        return self.clone(out_channels=2 * self.out_channels, learned_variance=False)
 
     @nn.compact
     def __call__(

@@ -29,5 +29,5 @@ def consistent(
 
 def step(schedule: NoiseSchedule, estimate: Prediction, t: Timestep) -> Float[Array, "B ..."]:
     """Deterministic DDIM (Song et al. 2021, eq. 12) from an estimate to timesteps t [B]."""
-    z_0, eps = estimate
+    z_0, eps, _ = estimate
     return expand(schedule.alpha_t(t), z_0) * z_0 + expand(schedule.sigma_t(t), eps) * eps

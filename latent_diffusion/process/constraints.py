@@ -100,7 +100,8 @@ def _change_z_0(
         pred = denoise(z_t, t)
         z_0 = change(pred.z_0)
         if not recompute_eps:
-            return Prediction(z_0, pred.eps)
-        return Prediction(z_0, (z_t - schedule.alpha_t(t) * z_0) / schedule.sigma_t(t))
+            return pred._replace(z_0=z_0)
+        eps = (z_t - schedule.alpha_t(t) * z_0) / schedule.sigma_t(t)
+        return pred._replace(z_0=z_0, eps=eps)
 
     return changed

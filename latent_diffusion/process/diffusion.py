@@ -14,10 +14,15 @@ from latent_diffusion.types import Array, Float, lookup
 
 
 class Prediction(NamedTuple):
-    """A denoiser's estimates of the clean latent and of the noise in z_t."""
+    """A denoiser's estimates of the clean latent and of the noise in z_t.
+
+    variance: of a step, as a network learned it: its logarithm lies between that of the smallest,
+    that of q(z_s | z_t, z_0), at −1, and that of the largest, of q(z_t | z_s), at 1.
+    """
 
     z_0: Float[Array, "B ..."]
     eps: Float[Array, "B ..."]
+    variance: Float[Array, "B ..."] | None = None
 
 
 Denoiser = Callable[[Array, Array], Prediction]  # (z_t [B ...], t scalar) -> Prediction
@@ -69,13 +74,23 @@ def to_z_0_and_eps(
     sigma_t: Float[Array, "..."],
     z_t: Float[Array, "B ..."],
 ) -> Prediction:
-    """Convert a network's prediction `pred` at z_t; alpha_t and sigma_t are scalars or [B]."""
+    """Convert a network's prediction `pred` at z_t; alpha_t and sigma_t are scalars or [B].
+
+    Where pred has twice the channels of z_t, its second half is the learned variance.
+    """
+    channels = z_t.shape[-1]
+    pred, variance = pred[..., :channels], pred[..., channels:]
     alpha_t, sigma_t = expand(alpha_t, z_t), expand(sigma_t, z_t)
     a, b = lookup(PREDICTIONS, kind, "prediction type")(alpha_t, sigma_t)
     determinant = alpha_t * b - sigma_t * a
     z_0 = (b * z_t - sigma_t * pred) / determinant
     eps = (alpha_t * pred - a * z_t) / determinant
-    return Prediction(z_0, eps)
+    return Prediction(z_0, eps, variance if variance.shape[-1] else None)
+
+
+def variance_factor(variance: Array, log_range: Array) -> Array:
+    """A learned variance over the smallest; log_range: the logarithm of the largest over it."""
+    return jnp.exp((variance + 1) / 2 * log_range)
 
 
 def prior_bits_per_dim(schedule: NoiseSchedule, z_0: Float[Array, "B ..."]) -> Float[Array, " B"]:

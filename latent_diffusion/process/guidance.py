@@ -56,13 +56,15 @@ def guided(
     if chosen and (interval is not None or rescale is not None):
         raise ValueError(f"{chosen[0]} knows no guidance_interval or guidance_rescale")
     given = (network, schedule, kind)
+    own: dict[str, Any] = {"channels": options.guidance_channels}
     if others:
-        return composed(*given, [first, *others], [1.0, *weights], null, one)
+        return composed(*given, [first, *others], [1.0, *weights], null, one, **own)
     if options.perpendicular is not None:
-        return perpendicular(*given, first, negative, null, one, options.perpendicular)
+        return perpendicular(*given, first, negative, null, one, options.perpendicular, **own)
     if options.cfg_pp:
-        return classifier_free_pp(*given, first, null, one)
-    return classifier_free(*given, first, null, scale, interval=interval, rescale=rescale)
+        return classifier_free_pp(*given, first, null, one, **own)
+    own |= {"interval": interval, "rescale": rescale}
+    return classifier_free(*given, first, null, scale, **own)
 
 
 # The timesteps that the network sees, of those of the sampler.
@@ -101,6 +103,7 @@ def classifier_free(
     *,
     interval: Sequence[Any] | Array | None = None,
     rescale: Number | None = None,
+    channels: int | None = None,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale · (conditional − null).
 
@@ -111,6 +114,8 @@ def classifier_free(
     interval: (low, high) timesteps; outside, only the conditional prediction is computed
     (Kynkäänniemi et al. 2024). rescale: in [0, 1], how far to pull each example's standard
     deviation back to the conditional prediction's (Lin et al. 2023, §3.4).
+    channels: as many are guided, from the first; the others are those of the condition. None is
+    all of the latent's; a learned variance is never guided.
     """
     plain = from_prediction(network, schedule, kind)
 
@@ -121,14 +126,16 @@ def classifier_free(
         return conditional
     if null_conditioning is None:
         raise ValueError(f"guidance scale {scale} needs a null conditioning; without one it is 1")
-    evaluate = _several(network, [null_conditioning, conditioning])
+    evaluate = _several(network, [null_conditioning, conditioning], channels)
 
     def guided(z_t: Array, t: Array) -> Prediction:
         null, cond = evaluate(z_t, t)
         pred = null + _scale_at(scale, t, null) * (cond - null)
         if rescale is not None:
-            spread = _std(cond) / _std(pred)
-            pred = pred * (1 + rescale * (spread - 1))
+            of_z, size = (lambda x: x[..., : z_t.shape[-1]]), z_t.shape[-1]
+            spread = _std(of_z(cond)) / _std(of_z(pred))
+            factor = 1 + rescale * (spread - 1)
+            pred = jnp.concatenate([of_z(pred) * factor, pred[..., size:]], -1)
         return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
 
     if interval is None:
@@ -144,19 +151,20 @@ def classifier_free_pp(
     conditioning: Any,
     null_conditioning: Any,
     scale: Scale,
+    channels: int | None = None,
 ) -> Denoiser:
     """CFG++ (Chung et al. 2024): guided z_0, but the null's eps; scale in [0, 1].
 
     For samplers that step once with both (ddim, euler, euler_ancestral).
     """
-    evaluate = _several(network, [null_conditioning, conditioning])
+    evaluate = _several(network, [null_conditioning, conditioning], channels)
 
     def denoise(z_t: Array, t: Array) -> Prediction:
         alpha_t, sigma_t = schedule.alpha_t(t), schedule.sigma_t(t)
         null, cond = evaluate(z_t, t)
         pred = null + _scale_at(scale, t, null) * (cond - null)
-        z_0 = to_z_0_and_eps(kind, pred, alpha_t, sigma_t, z_t).z_0
-        return Prediction(z_0, to_z_0_and_eps(kind, null, alpha_t, sigma_t, z_t).eps)
+        guided = to_z_0_and_eps(kind, pred, alpha_t, sigma_t, z_t)
+        return guided._replace(eps=to_z_0_and_eps(kind, null, alpha_t, sigma_t, z_t).eps)
 
     return denoise
 
@@ -169,6 +177,7 @@ def composed(
     weights: Sequence[Number],
     null_conditioning: Any,
     scale: Scale,
+    channels: int | None = None,
 ) -> Denoiser:
     """Several weighted prompts: null + scale · Σ w_i (pred_i − null) (Liu et al. 2022, eq. 11).
 
@@ -176,7 +185,7 @@ def composed(
     """
     if len(conditionings) != len(weights):
         raise ValueError(f"{len(conditionings)} conditionings but {len(weights)} weights")
-    evaluate = _several(network, [null_conditioning, *conditionings])
+    evaluate = _several(network, [null_conditioning, *conditionings], channels)
 
     def denoise(z_t: Array, t: Array) -> Prediction:
         null, *preds = evaluate(z_t, t)
@@ -196,12 +205,13 @@ def perpendicular(
     null_conditioning: Any,
     scale: Scale,
     negative_scale: Number = 1.0,
+    channels: int | None = None,
 ) -> Denoiser:
     """Perp-Neg (Armandpour et al. 2023): steer away only from what the prompt doesn't share.
 
     negative: the conditioning to avoid; its component along the prompt's direction is ignored.
     """
-    evaluate = _several(network, [null_conditioning, conditioning, negative])
+    evaluate = _several(network, [null_conditioning, conditioning, negative], channels)
 
     def denoise(z_t: Array, t: Array) -> Prediction:
         null, cond, avoid = evaluate(z_t, t)
@@ -221,8 +231,14 @@ def per_step(values: Float[Array, " S"], timesteps: Timesteps) -> Callable[[Arra
     return lambda t: values[jnp.minimum(jnp.sum(timesteps[1:] >= t), len(values) - 1)]
 
 
-def _several(network: Network, conditionings: Sequence[Any]) -> Callable[..., list[Array]]:
-    """Evaluate the network under several conditionings in one batch."""
+def _several(
+    network: Network, conditionings: Sequence[Any], channels: int | None
+) -> Callable[..., list[Array]]:
+    """Evaluate the network under several conditionings in one batch: the null and the first, ...
+
+    All but `channels`, of which None is the latent's, are the first's in all predictions, so that
+    no combination of them is guided there.
+    """
     shapes = {jax.tree.structure(c) for c in conditionings}
     if len(shapes) > 1:
         raise ValueError("conditioning and null conditioning must have the same fields")
@@ -240,8 +256,13 @@ def _several(network: Network, conditionings: Sequence[Any]) -> Callable[..., li
     count = len(conditionings)
 
     def evaluate(z_t: Array, t: Array) -> list[Array]:
+        guided = z_t.shape[-1] if channels is None else channels
         z_t = jnp.concatenate([z_t] * count)
-        return jnp.split(network(z_t, _batched(t, z_t), stacked), count)
+        preds = jnp.split(network(z_t, _batched(t, z_t), stacked), count)
+        if guided >= preds[0].shape[-1]:
+            return preds
+        rest = preds[1][..., guided:]
+        return [jnp.concatenate([pred[..., :guided], rest], -1) for pred in preds]
 
     return evaluate
 

@@ -159,6 +159,12 @@ class SamplingOptions:
     guidance_rescale: Any = _number(
         0.0, "[0, 1]", "how far guided predictions get back their spread", off=0.0
     )
+    guidance_channels: Any = _choice(
+        None,
+        int,
+        "channels of the latent that are guided, from the first; DiT's own code guides 3 of 4",
+        range="[1, inf)",
+    )
     cfg_pp: Any = _choice(False, bool, "CFG++: guidance_scale lies in [0, 1]")
     perpendicular: Any = _number(
         0.0,
@@ -207,6 +213,9 @@ class SamplingOptions:
     noise_dropout: Any = _number(None, "[0, 1)", "share of ddim's noise that is dropped", off=0.0)
     large_variance: Any = _number(
         None, "[0, 1]", "ddpm's variance between the posterior's (0) and beta (1)"
+    )
+    learned_variance: Any = _choice(
+        None, bool, "ddpm's variance is the one that the network learned (dit.learned_variance)"
     )
     timestep_scaling: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
     sigma_data: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")

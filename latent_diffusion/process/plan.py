@@ -73,6 +73,8 @@ def plan(
     with jax.ensure_compile_time_eval():  # a task plans while it is traced
         timesteps = np.asarray(spacing(options.spacing, schedule, options.num_steps, **chosen))
     _check_guidance(options, timesteps, schedule)
+    if options.learned_variance and options.large_variance:
+        raise ValueError("give large_variance or learned_variance, not both")
     timesteps, options = _between(*_last_share(timesteps, options), schedule.num_timesteps)
     _check_start(timesteps, schedule, prediction)
     traced = [name for name, option in OPTIONS.items() if option.traced]

@@ -102,7 +102,7 @@ def _moved(
     size = jnp.sqrt(jnp.mean(jnp.square(gradient), axis=(1, 2, 3), keepdims=True))
     furthest = LIMIT * alpha_t / sigma_t**2
     gradient = gradient * jnp.minimum(1.0, furthest / jnp.maximum(size, 1e-20))
-    return Prediction(
-        pred.z_0 + sigma_t**2 / alpha_t * gradient,
-        jnp.where(seen_at == t, pred.eps - sigma_t * gradient, z_t / schedule.sigma_t(t)),
+    return pred._replace(
+        z_0=pred.z_0 + sigma_t**2 / alpha_t * gradient,
+        eps=jnp.where(seen_at == t, pred.eps - sigma_t * gradient, z_t / schedule.sigma_t(t)),
     )

@@ -26,6 +26,7 @@ from latent_diffusion.process import objectives
 from latent_diffusion.process.diffusion import prediction_target, prior_bits_per_dim, q_sample
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.hints import HINTS
+from latent_diffusion.process.learned_variance import bound
 from latent_diffusion.process.plan import plan
 from latent_diffusion.rng import (
     bernoulli_per_example,
@@ -121,6 +122,7 @@ class Denoising:
     control: str = ""  # a name of HINTS: a control net is trained, and nothing else
     new_vectors: int = 0  # of a new word, which are trained, and nothing else
     shift: float | int = 1.0  # of the drawn timesteps, towards noise
+    variance_weight: float = 0.0  # of the bound that trains the network's variance
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -285,6 +287,8 @@ class Denoising:
         first_stage, train = constants.first_stage, dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
         denoiser = self.with_params(params, constants)
+        if self.variance_weight:
+            denoiser = denoiser.with_variance("diffusion.variance_weight")
         k_z, k_t, k_eps, k_drop, k_offset, k_input, k_cond = split_per_example(keys, 7)
         z_0 = first_stage.encode(batch, k_z)
         t, unbias = self.timesteps(k_t, squares if train else None)
@@ -299,6 +303,7 @@ class Denoising:
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
         conditioning = self._hinted(denoiser.condition(entries, drop), params, constants, batch)
         pred = denoiser.denoise(z_t, t, conditioning, train, dropout)
+        pred, variance = pred[..., : z_t.shape[-1]], pred[..., z_t.shape[-1] :]
         target = prediction_target(kind, schedule, z_0, eps, t)
         simple = objectives.make_loss(self.loss, self.huber_c)(pred, target)
         weights = lookup(objectives.LOSS_WEIGHTS, self.loss_weight, "loss_weight")(schedule, kind)
@@ -307,6 +312,9 @@ class Denoising:
             loss = objectives.weigh_by_logvar(loss, params["logvar"][t])
         if self.elbo_weight:
             loss = loss + self.elbo_weight * objectives.elbo(schedule, kind)[t] * simple
+        if self.variance_weight:
+            weight = self.variance_weight * schedule.num_timesteps
+            loss = loss + weight * bound(schedule, kind, pred, variance, z_0, z_t, t)
         weighted = unbias * loss * batch.get("example_weight", 1.0)
         seen = {"loss": weighted, "objective": loss, "simple": simple, "t": t}
         return {**seen, "prior_bits": prior_bits_per_dim(schedule, z_0)}
@@ -355,7 +363,14 @@ def make_denoising(config: Config) -> Denoising:
     size = config["data"]["image_size"]
     names = Denoising.__dataclass_fields__.keys()
     denoiser = make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels)
-    plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})  # refuses bad options now
+    # Bad options are refused now.
+    _, options = plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})
+    for field, asked in (
+        ("diffusion.variance_weight", config["diffusion"]["variance_weight"]),
+        ("sampling.learned_variance", options.learned_variance),
+    ):
+        if asked:
+            denoiser.with_variance(field)
     return Denoising(
         denoiser=denoiser,
         autoencoder=autoencoder,

@@ -27,13 +27,13 @@ MAY_CHANGE = {
     r"(log|checkpoint|sampling)\..*": "training doesn't read them",
     r"parallel\..*": "checkpoints don't depend on devices",
     r"optimizer\.(?!name|frozen|averages).*": "the optimiser's state serves any rates",
-    r"(unet|dit|autoencoder|transformer)\.(attention|dropout|dtype|remat|scan)": (
+    r"(unet|dit|mmdit|autoencoder|transformer)\.(attention|dropout|dtype|remat|scan)": (
         "the parameters are the same"
     ),
     r"autoencoding\.(\w+_weight|\w+_start|adversarial_ramp|disc_learning_rate|disc_loss|"
     r"gumbel_temperature|learn_logvar|perceptual_path|reduction)": "the objective may change",
     r"diffusion\.(loss|huber_c|loss_weight|elbo_weight|drop_rate|max_noise|offset_noise|"
-    r"input_perturbation)": "the objective may change",
+    r"input_perturbation|variance_weight)": "the objective may change",
     r"prior\..*": "the objective may change, and sampling is no part of it",
     r"first_stage\.cache": "cached latents are the same",
     r"data\.(flip|search)": "the pictures are the same",

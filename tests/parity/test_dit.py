@@ -14,6 +14,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import latent_diffusion as ldm
+from latent_diffusion.process.plan import plan
+from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.rng import example_keys, normal_per_example, sampling_keys
 
 diffusers.utils.logging.set_verbosity_error()
 TINY = dict(
@@ -46,8 +49,12 @@ def ours(model, z, t):
     return np.asarray(model.denoise(z, t, condition))
 
 
+def theirs_of(z):
+    return torch.from_numpy(np.array(z)).permute(0, 3, 1, 2)
+
+
 def theirs(model, z, t):
-    x = torch.from_numpy(np.array(z)).permute(0, 3, 1, 2)
+    x = theirs_of(z)
     with torch.no_grad():
         out = model(x, torch.from_numpy(np.array(t)), class_labels=torch.tensor(LABELS)).sample
     return out[:, :4].permute(0, 2, 3, 1).numpy()
@@ -112,6 +119,45 @@ def test_copies_of_the_embedding_must_be_alike(tmp_path):
         ValueError, match=r"copies of norm1\.emb.timestep_embedder\.linear_1 differ"
     ):
         ldm.load(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [3, None])
+def test_ancestral_sampling_with_the_learned_variance(channels, tmp_path, monkeypatch):
+    """Their network and scheduler in the loop of DiT's code, whose guidance is on 3 channels."""
+    model = make()
+    for p in model.proj_out_2.parameters():
+        p.data *= 0.1  # a variance between its bounds
+    model.save_pretrained(tmp_path)
+    loaded, scale, steps = ldm.load(tmp_path), 4.0, 5
+    keys, guided = sampling_keys(example_keys(jax.random.key(0), 2)), channels or 4
+    scheduler = diffusers.DDPMScheduler(
+        variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
+    )
+    scheduler.set_timesteps(steps)
+    z = theirs_of(normal_per_example(keys.start, (8, 8, 4)))
+    for i, t in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            labels = torch.tensor([*LABELS, 5, 5])  # the last is the null class
+            out = model(torch.cat([z, z]), t.expand(4), class_labels=labels).sample
+        out, without = out.chunk(2)
+        out[:, :guided] = without[:, :guided] + scale * (out - without)[:, :guided]
+        of_step = jax.vmap(jax.random.fold_in, (0, None))(keys.steps, i)
+        noise = theirs_of(normal_per_example(of_step, (8, 8, 4)))
+        module = diffusers.schedulers.scheduling_ddpm
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, noise=noise, **kwargs: noise)
+        z = scheduler.step(out, t, z).prev_sample
+    options = {"sampler": "ddpm", "num_steps": steps, "spacing": "uniform"}
+    options |= {"guidance_scale": scale, "guidance_channels": channels, "learned_variance": True}
+    denoiser = loaded.denoiser.replace(
+        schedule=make_schedule("sqrt_linear", beta_start=1e-4, beta_end=0.02)
+    )
+    timesteps, planned = plan(denoiser.schedule, "eps", {}, options)
+    null, condition = (
+        denoiser.condition({"class_label": jnp.array(LABELS)}, jnp.full(2, drop))
+        for drop in (True, False)
+    )
+    got = denoiser.sample(keys, condition, null, timesteps, (8, 8, 4), planned)
+    close(np.asarray(got), z.permute(0, 2, 3, 1).numpy(), 1e-3)
 
 
 def test_the_pipeline_draws_the_same_pictures(tmp_path):

@@ -15,11 +15,13 @@ def ddpm(
     *,
     large_variance: Number = 0.0,
     temperature: Number = 1.0,
+    learned_variance: bool = False,
 ) -> Table:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the timesteps.
 
     large_variance: 0 takes the posterior variance, 1 takes beta_t, and values between mix them
-    (LDM's v_posterior). temperature: a factor of the noise.
+    (LDM's v_posterior). temperature: a factor of the noise. learned_variance: between the two, each
+    element has the one of `Prediction.variance` (Nichol & Dhariwal 2021, eq. 15).
     """
     here, there = steps(schedule, timesteps)
     lost = -jnp.expm1(2 * (here.lam - there.lam))  # 1 − SNR_t / SNR_s
@@ -31,6 +33,9 @@ def ddpm(
         scale=here.alpha / there.alpha * there.sigma**2 / here.sigma**2,
         z_0=(there.alpha * lost)[:, None],
         noise=temperature * jnp.sqrt(variance),
+        log_range=jnp.where(there.t < 0, 0.0, 2 * jnp.log(here.sigma / there.sigma))
+        if learned_variance
+        else None,
     )
 
 

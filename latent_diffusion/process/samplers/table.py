@@ -7,9 +7,10 @@ started, into the next latent:
     base ← restart · z + keep · base + Σ_k correction_k · z_0[k]
     z    ← scale · base + Σ_k z_0_k · z_0[k] + Σ_k eps_k · eps[k] + noise · n,   n ~ N(0, 1)
 
-where [k] is the estimate of k evaluations ago, and `dropout` zeroes a share of n. So the loop is a
-single `lax.scan` that contains the network once, and a sampler is the formula of its coefficients,
-vectorised over the steps.
+where [k] is the estimate of k evaluations ago, and `dropout` zeroes a share of n. With `log_range`,
+`noise` is the smallest amplitude, and each element has a larger one, as the network learned it. So
+the loop is a single `lax.scan` that contains the network once, and a sampler is the formula of its
+coefficients, vectorised over the steps.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.process.diffusion import Denoiser
+from latent_diffusion.process.diffusion import Denoiser, variance_factor
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.rng import normal_per_example, split_per_example, uniform_per_example
 from latent_diffusion.types import Array, Float, Keys, Number
@@ -69,6 +70,7 @@ class Table(NamedTuple):
     keep: Float[Array, " N"] | None = None
     correction: Float[Array, "N K"] | None = None
     dropout: Float[Array, " N"] | None = None
+    log_range: Float[Array, " N"] | None = None
 
 
 def run(
@@ -89,7 +91,10 @@ def run(
         if row.noise is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(rng, i)
             noise = normal_per_example(keys, z.shape[1:])
-            z = z + row.noise * (noise if row.dropout is None else _drop(keys, noise, row.dropout))
+            noise = noise if row.dropout is None else _drop(keys, noise, row.dropout)
+            if row.log_range is not None:
+                noise = jnp.sqrt(variance_factor(pred.variance, row.log_range)) * noise
+            z = z + row.noise * noise
         return (z, base, z_0, eps), None
 
     start = (z, z, _memory(table.z_0, z), _memory(table.eps, z))

@@ -1,0 +1,45 @@
+"""The bound that trains a network's variance of a step (Nichol & Dhariwal 2021, §3.1)."""
+
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion.process import objectives
+from latent_diffusion.process.diffusion import expand, to_z_0_and_eps, variance_factor
+from latent_diffusion.process.schedules import NoiseSchedule
+from latent_diffusion.types import Array, Float, Int
+
+_BIN = 1 / 255  # half of a bin: values of [−1, 1] are rounded to 256 levels
+
+
+def bound(
+    schedule: NoiseSchedule,
+    kind: str,
+    pred: Float[Array, "B h w c"],
+    variance: Float[Array, "B h w c"],
+    z_0: Float[Array, "B h w c"],
+    z_t: Float[Array, "B h w c"],
+    t: Int[Array, " B"],
+) -> Float[Array, " B"]:
+    """The term of timestep t of the variational bound, in bits per dimension.
+
+    It is the KL divergence of a step from the truth, and at t = 0 the surprise at z_0 among 256
+    levels, as DiT's code has it for latents, too. It trains the variance alone: pred, which gives
+    the step's mean, has no gradient.
+    """
+    levels = schedule.alpha_t(t), schedule.sigma_t(t)
+    mean = to_z_0_and_eps(kind, jax.lax.stop_gradient(pred), *levels, z_t).z_0
+    log_sigma = 2 * jnp.log(schedule.sigmas)
+    larger = variance_factor(variance, expand(jnp.diff(log_sigma, prepend=log_sigma[:1])[t], z_0))
+    lost = objectives.elbo(schedule, "x0")[t]
+    kl = (jnp.log(larger) - 1 + 1 / larger) / 2 + expand(lost, z_0) * (mean - z_0) ** 2 / larger
+    smallest, largest = objectives.posterior_variance(schedule)[1], schedule.betas[0]
+    spread = jnp.sqrt(smallest * variance_factor(variance, jnp.log(largest / smallest)))
+    nats = jnp.where(expand(t == 0, z_0), _surprise(z_0, mean, spread), kl)
+    return jnp.mean(nats.reshape(len(t), -1), axis=1) / jnp.log(2.0)
+
+
+def _surprise(x: Array, mean: Array, spread: Array) -> Array:
+    """−log of the share of a normal distribution in the level of x; the outer levels have tails."""
+    below, above = (jax.scipy.stats.norm.cdf((x - mean + side * _BIN) / spread) for side in (-1, 1))
+    share = jnp.where(x > 0.999, 1 - below, jnp.where(x < -0.999, above, above - below))
+    return -jnp.log(jnp.maximum(share, 1e-12))
