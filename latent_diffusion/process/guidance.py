@@ -132,10 +132,9 @@ def classifier_free(
         null, cond = evaluate(z_t, t)
         pred = null + _scale_at(scale, t, null) * (cond - null)
         if rescale is not None:
-            of_z, size = (lambda x: x[..., : z_t.shape[-1]]), z_t.shape[-1]
-            spread = _std(of_z(cond)) / _std(of_z(pred))
-            factor = 1 + rescale * (spread - 1)
-            pred = jnp.concatenate([of_z(pred) * factor, pred[..., size:]], -1)
+            size = z_t.shape[-1]  # behind it lies a learned variance
+            spread = _std(cond[..., :size]) / _std(pred[..., :size])
+            pred = pred.at[..., :size].multiply(1 + rescale * (spread - 1))
         return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
 
     if interval is None:
