@@ -1,9 +1,10 @@
-"""How long the U-Net of Stable Diffusion XL compiles, with and without loops over its blocks.
+"""How long networks compile with and without loops over their blocks.
 
-    python -m benchmarks.compile_time
+    python -m benchmarks.compile_time [NAME …]
 
-Traces, lowers and compiles for this machine's CPU; nothing runs. Prints seconds of all threads'
-processor time, which other programs hardly change.
+They are the U-Net of Stable Diffusion XL, DiT-XL/2 and the MMDiT of Stable Diffusion 3 medium. The
+command traces, lowers and compiles for this machine's CPU; nothing runs. It prints seconds of all
+threads' processor time, which other programs hardly change.
 """
 
 import sys
@@ -11,20 +12,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from latent_diffusion.nets.attention import SpatialTransformer
+from latent_diffusion.nets.dit import DiT
+from latent_diffusion.nets.mmdit import MMDiT
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.types import Conditioning
 
-FIELDS: dict[str, Any] = {
+SDXL: dict[str, Any] = {
     "channel_mult": (1, 2, 4),
     "attention_resolutions": (4, 2),
     "num_head_channels": 64,
     "transformer_depth": (1, 2, 10),
     "vector_projection": True,
 }
+Case = tuple[nn.Module, tuple[Any, ...]]
 
 
 def shape(*sides: int) -> jax.ShapeDtypeStruct:
@@ -32,43 +37,64 @@ def shape(*sides: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sides, jnp.float32)
 
 
-def unet(scan: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A forward pass for one picture of 1024², and its inputs."""
-    module = UNet(**FIELDS, scan=scan)
-    told = Conditioning(context=shape(1, 77, 2048), vector=shape(1, 2816))
-    inputs = (shape(1, 128, 128, 4), shape(1), told)
-    return module.apply, (jax.eval_shape(module.init, jax.random.key(0), *inputs), *inputs)
-
-
-def transformer(scan: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """One of its transformers with ten blocks."""
+def transformer(scan: bool) -> Case:
+    """One of SDXL's transformers with ten blocks, and its inputs."""
     module = SpatialTransformer(20, 64, 10, scan=scan)
-    inputs = (shape(1, 32, 32, 1280), shape(1, 77, 2048))
-    return module.apply, (jax.eval_shape(module.init, jax.random.key(0), *inputs), *inputs)
+    return module, (shape(1, 32, 32, 1280), shape(1, 77, 2048))
 
 
-def gradient(scan: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The gradient of that transformer's parameters."""
-    apply, inputs = transformer(scan)
-    return jax.grad(lambda *given: jnp.sum(apply(*given))), inputs
+def unet(scan: bool) -> Case:
+    """SDXL's network, and its inputs for one picture of 1024²."""
+    told = Conditioning(context=shape(1, 77, 2048), vector=shape(1, 2816))
+    return UNet(**SDXL, scan=scan), (shape(1, 128, 128, 4), shape(1), told)
 
 
-def seconds(function: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[float, float]:
+def dit(scan: bool) -> Case:
+    """DiT-XL/2, and its inputs for one picture of 256²."""
+    module = DiT(learned_variance=True, scan=scan)
+    return module, (shape(1, 32, 32, 4), shape(1), Conditioning(vector=shape(1, 1152)))
+
+
+def mmdit(scan: bool) -> Case:
+    """Stable Diffusion 3 medium, and its inputs for one picture of 1024²."""
+    told = Conditioning(context=shape(1, 333, 4096), vector=shape(1, 2048))
+    return MMDiT(scan=scan), (shape(1, 128, 128, 16), shape(1), told)
+
+
+# name -> (network, whether its gradient is compiled instead of its forward pass)
+CASES: dict[str, tuple[Callable[[bool], Case], bool]] = {
+    "transformer": (transformer, False),
+    "transformer_gradient": (transformer, True),
+    "unet": (unet, False),
+    "dit": (dit, False),
+    "dit_gradient": (dit, True),
+    "mmdit": (mmdit, False),
+    "mmdit_gradient": (mmdit, True),
+}
+
+
+def seconds(module: Any, inputs: tuple[Any, ...], gradient: bool) -> tuple[float, float]:
     """Processor time of tracing with lowering, and of compiling."""
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+
+    def loss(*given: Any) -> jax.Array:
+        return jnp.sum(module.apply(*given))
+
     start = time.process_time()
-    lowered = jax.jit(function).lower(*inputs)
+    lowered = jax.jit(jax.grad(loss) if gradient else module.apply).lower(params, *inputs)
     middle = time.process_time()
     lowered.compile()
     return middle - start, time.process_time() - middle
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     """Print a row of a Markdown table for each."""
-    for make in (transformer, gradient, unet):
+    for name in names or CASES:
+        make, gradient = CASES[name]
         for scan in (True, False):
-            traced, compiled = seconds(*make(scan))
-            print(f"| {make.__name__} | {scan} | {traced:.1f} | {compiled:.1f} |", flush=True)
+            traced, compiled = seconds(*make(scan), gradient)
+            print(f"| {name} | {scan} | {traced:.1f} | {compiled:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

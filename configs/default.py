@@ -263,6 +263,7 @@ def dit() -> ConfigDict:
     c.learned_variance = False
     c.sit = False  # SiT's time and sign of the velocity, for its released models
     c.remat = "none"  # as unet.remat
+    c.scan = False  # blocks that are alike as a loop, which compiles once for all
     c.attention = "auto"  # as unet.attention
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c
@@ -281,6 +282,7 @@ def mmdit() -> ConfigDict:
     c.max_positions = 192  # side of the table of positions, in patches; pictures cut out its middle
     c.base_size = 128  # side of the trained latent, which scales a fresh table of positions
     c.remat = "none"  # as unet.remat
+    c.scan = False  # blocks that are alike as a loop, which compiles once for all
     c.attention = "auto"  # as unet.attention
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)
     return c

@@ -119,6 +119,37 @@ def test_the_learned_variance_is_left_out_of_the_prediction():
     )
 
 
+@pytest.mark.parametrize("fields", [{}, {"remat": "full"}, {"remat": "dots_saveable"}])
+def test_a_loop_over_blocks_is_the_blocks_by_the_same_parameters(fields):
+    """With gradients, and with the projections of context and timestep made before."""
+    dit, params, z, t, conditioning = network(context=5, depth=3)
+    looped = dit.clone(scan=True, **fields)
+    of_loop = jax.eval_shape(looped.init, jax.random.key(0), z, t, conditioning)["params"]
+    assert jax.tree.map(jnp.shape, of_loop) == jax.tree.map(jnp.shape, params)
+
+    def answer(net):
+        def loss(params):
+            out = net.apply({"params": params}, z, t, conditioning)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    grads, out = answer(dit)
+    got, seen = answer(looped)
+    np.testing.assert_allclose(seen, out, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, grads)
+    made = ["of_context", "of_timestep"]
+    _, known = looped.apply({"params": params}, z, t, conditioning, mutable=made)
+    nothing = Conditioning(context=jnp.zeros_like(conditioning.context))
+    again = jax.jit(looped.apply)({"params": params, **known}, z, 0 * t, nothing)
+    np.testing.assert_allclose(again, out, atol=1e-5)
+    programs = [
+        str(jax.make_jaxpr(net.apply)({"params": params}, z, t, conditioning))
+        for net in (dit, looped)
+    ]
+    assert [program.count("tanh") for program in programs] == [3, 1]  # a GELU for each block
+
+
 def test_sit_sees_the_share_of_data_and_points_to_it():
     """At t the share of data is alpha, and x − e of SiT is minus our flow e − x."""
     schedule = make_schedule("rectified_flow", 1000)

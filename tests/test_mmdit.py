@@ -91,6 +91,25 @@ def test_the_table_of_positions_is_not_trained():
     assert all(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
+def test_loops_over_blocks_are_the_blocks_by_the_same_parameters():
+    """Two that attend twice, two that don't, and the last, which is another kind."""
+    mmdit, params, z, conditioning = network(qk_norm=True, dual_attention=(0, 1), depth=5)
+    looped = mmdit.clone(scan=True, remat="full")
+
+    def answer(net):
+        def loss(params):
+            out = net.apply({"params": params}, z, T, conditioning)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (grads, out), (got, seen) = answer(mmdit), answer(looped)
+    np.testing.assert_allclose(seen, out, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), got, grads)
+    forward = jax.make_jaxpr(mmdit.clone(scan=True).apply)({"params": params}, z, T, conditioning)
+    assert str(forward).count("scan[") == 2
+
+
 @pytest.mark.parametrize("given", ["context", "vector", "z", "t"])
 def test_each_input_changes_the_prediction_of_its_example_alone(given):
     mmdit, params, z, conditioning = network(qk_norm=True, dual_attention=(1,))

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from latent_diffusion.nets.blocks import through
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm, layer_norm, precomputed
 from latent_diffusion.types import Array, Bool, Float, KeysAndValues, lookup
@@ -235,38 +235,10 @@ class SpatialTransformer(nn.Module):
             self.dtype,
         )
         names = [f"transformer_blocks_{i}" for i in range(self.depth)]
-        # Parameters, and keys and values of the context, are made under the blocks' own names.
-        making = self.is_initializing() or self.is_mutable_collection("of_context")
-        if self.scan and self.depth > 1 and not making:
-            h = self._scanned(block(parent=None), names, h, context, images)
-        else:
-            for name in names:
-                h = block(name=name)(h, context, images.get(name, ()))
+        beside = [(images.get(name, ()),) for name in names]
+        h = through(self, block, names, h, context, scan=self.scan, own=beside)
         h = Dense(x.shape[-1], zero_init=True, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
-
-    @nn.nowrap
-    def _scanned(
-        self,
-        block: TransformerBlock,
-        names: list[str],
-        h: Float[Array, "B L C"],
-        context: Float[Array, "B S D"] | None,
-        images: Mapping[str, KeysAndValues],
-    ) -> Float[Array, "B L C"]:
-        """`block` of h with the variables of one name after the other."""
-        kinds = {kind: tree for kind, tree in self.variables.items() if names[0] in tree}
-        of_blocks = [
-            ({kind: tree[name] for kind, tree in kinds.items()}, images.get(name, ()))
-            for name in names
-        ]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_blocks)
-
-        def step(h: Array, own: tuple[Any, KeysAndValues]) -> tuple[Any, None]:
-            variables, beside = own
-            return block.apply(variables, h, context, beside), None
-
-        return jax.lax.scan(step, h, stacked)[0]
 
 
 def attention_2d(attn_type: str, num_groups: int, attention: str, dtype: Any, name: str):

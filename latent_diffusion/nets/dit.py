@@ -3,6 +3,7 @@
 Submodules carry the names of the released checkpoints, so that conversion is a short table.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.nets.attention import CrossAttention
+from latent_diffusion.nets.blocks import through
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, layer_norm, precomputed, timestep_embedding
 from latent_diffusion.nets.remat import rematerialised
@@ -173,7 +175,7 @@ class DiT(nn.Module):
     instead of t, and its velocity points to the data, so that its negative is the "flow" here.
     learned_variance: the network also predicts as many channels of an interpolation between the
     bounds of the variance (Nichol & Dhariwal 2021), which `with_variance` alone returns.
-    remat: as the U-Net's.
+    remat: as the U-Net's. scan: the blocks run as a loop, see `blocks.through`.
     """
 
     out_channels: int = 4
@@ -190,6 +192,7 @@ class DiT(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: Any = None
+    scan: bool = False
 
     def with_variance(self) -> "DiT":
         """The same network with twice the channels, of which the second half is the variance."""
@@ -214,16 +217,16 @@ class DiT(nn.Module):
         time = 1 - (t + 1) / 1000 if self.sit else t
         emb = self._embedding(time, conditioning.vector)
 
-        block = rematerialised(DiTBlock, self.remat, "dit.remat")
-        for i in range(self.depth):
-            h = block(
-                self.num_heads,
-                self.mlp_ratio,
-                self.mlp_norm_eps,
-                self.attention,
-                self.dtype,
-                name=f"blocks_{i}",
-            )(h, emb, conditioning.context)
+        block = functools.partial(
+            rematerialised(DiTBlock, self.remat, "dit.remat"),
+            self.num_heads,
+            self.mlp_ratio,
+            self.mlp_norm_eps,
+            self.attention,
+            self.dtype,
+        )
+        names = [f"blocks_{i}" for i in range(self.depth)]
+        h = through(self, block, names, h, emb, conditioning.context, scan=self.scan)
 
         channels = self.out_channels * (2 if self.learned_variance else 1)
         out = final_layer(h, emb, channels, side, size, self.dtype)[..., : self.out_channels]

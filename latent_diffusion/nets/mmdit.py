@@ -3,6 +3,8 @@
 Esser et al. 2024. Submodules carry the names of the released checkpoints.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.nets.blocks import through
 from latent_diffusion.nets.dit import (
     FREQUENCIES,
     Modulation,
@@ -46,10 +49,10 @@ class JointBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L D"],
-        context: Float[Array, "B S D"],
+        streams: tuple[Float[Array, "B L D"], Float[Array, "B S D"]],
         emb: Float[Array, "B E"],
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B S D"]]:
+        x, context = streams
         width, length = x.shape[-1], x.shape[1]
         of_x, of_context = (
             Modulation(width, count, self.dtype, name=f"{stream}_adaLN_modulation")(emb)
@@ -111,7 +114,8 @@ class MMDiT(nn.Module):
     out_channels: channels of the prediction. qk_norm, dual_attention: see `JointBlock`; the numbers
     of the blocks whose pictures attend twice. max_positions: side of the table of positions, in
     patches, from whose middle those of a picture are cut. base_size: side of the trained latent,
-    by which a fresh table is scaled. The table isn't trained. remat: as the U-Net's.
+    by which a fresh table is scaled. The table isn't trained. remat: as the U-Net's. scan: blocks
+    that are alike run as a loop, see `blocks.through`.
     """
 
     out_channels: int = 16
@@ -127,6 +131,7 @@ class MMDiT(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: Any = None
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -151,18 +156,13 @@ class MMDiT(nn.Module):
         if conditioning.vector is not None:
             emb = emb + embedded("y_embedder", conditioning.vector, self.width, self.dtype)
 
-        block = rematerialised(JointBlock, self.remat, "mmdit.remat")
-        for i in range(self.depth):
-            h, context = block(
-                self.num_heads,
-                self.mlp_ratio,
-                self.qk_norm,
-                i in self.dual_attention,
-                i == self.depth - 1,
-                self.attention,
-                self.dtype,
-                name=f"joint_blocks_{i}",
-            )(h, context, emb)
+        joint = rematerialised(JointBlock, self.remat, "mmdit.remat")
+        kinds = [(i in self.dual_attention, i == self.depth - 1) for i in range(self.depth)]
+        for kind, group in itertools.groupby(range(self.depth), kinds.__getitem__):
+            sizes = (self.num_heads, self.mlp_ratio, self.qk_norm)
+            block = functools.partial(joint, *sizes, *kind, self.attention, self.dtype)
+            names = [f"joint_blocks_{i}" for i in group]
+            h, context = through(self, block, names, (h, context), emb, scan=self.scan)
 
         out = final_layer(h, emb, self.out_channels, side, size, self.dtype)
         return out.astype(jnp.float32)

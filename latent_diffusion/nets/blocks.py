@@ -1,0 +1,44 @@
+"""Blocks that are alike, one after the other or as a loop, which is compiled once for all."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def through(
+    module: nn.Module,
+    make: Callable[..., nn.Module],
+    names: Sequence[str],
+    h: Any,
+    *shared: Any,
+    scan: bool,
+    own: Sequence[tuple[Any, ...]] = (),
+) -> Any:
+    """h through the blocks `names`, within a compact module; h and its result are trees alike.
+
+    make: `make(name=name)` is a block, which is called with h, `shared` and its entry of `own`.
+    scan: as a loop. Parameters keep the names of their blocks; the loop reads stacked copies.
+    """
+    own = own or [()] * len(names)
+    # Parameters, and values for `layers.precomputed`, are made under the blocks' own names.
+    made_here = map(module.is_mutable_collection, ("of_context", "of_timestep"))
+    if not scan or len(names) < 2 or module.is_initializing() or any(made_here):
+        for name, beside in zip(names, own, strict=True):
+            h = make(name=name)(h, *shared, *beside)
+        return h
+    block = make(parent=None)
+    kinds = {kind: tree for kind, tree in module.variables.items() if names[0] in tree}
+    of_blocks = [
+        ({kind: tree[name] for kind, tree in kinds.items()}, beside)
+        for name, beside in zip(names, own, strict=True)
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_blocks)
+
+    def step(h: Any, of_block: tuple[Any, tuple[Any, ...]]) -> tuple[Any, None]:
+        variables, beside = of_block
+        return block.apply(variables, h, *shared, *beside), None
+
+    return jax.lax.scan(step, h, stacked)[0]
