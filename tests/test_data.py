@@ -312,6 +312,20 @@ def test_crops(crop):
         assert to_uint8(evaluated({"image": ramp(4, 12)})["image"])[0, 0, 0] == 4
 
 
+def test_pictures_may_stay_bytes():
+    """Those that are made of a picture, too; a compiled step scales them."""
+    settings, example = config(image_size=8, low_res="bicubic"), {"image": ramp(8, 8)}
+    settings.low_res_factor = 2
+    levels = make_transform(settings, train=True, as_bytes=True)(example)
+    plain = make_transform(settings, train=True)(example)
+    for key in ("image", "low_res"):
+        assert levels[key].dtype == np.uint8 and plain[key].dtype == np.float32
+        np.testing.assert_array_equal(to_float(levels[key]), plain[key])
+    check_batch({key: levels[key][None] for key in ("image", "low_res")})
+    with pytest.raises(ValueError, match="got dtype uint8, expected float32"):
+        check_batch({"mask": np.ones((1, 4, 4, 1), np.uint8)})
+
+
 def test_pictures_keep_their_shape_unless_squashing_is_asked_for():
     transform = make_transform(config(crop="none", image_size=4), train=True)
     assert transform({"image": ramp(8, 8)})["image"].shape == (4, 4, 3)

@@ -25,6 +25,7 @@ from programs import host_transfers
 from slices import SLICES, Chip, chips_of
 
 from latent_diffusion import rng as rng_lib
+from latent_diffusion.data.transforms import to_float
 from latent_diffusion.nets.conditioners.text import TextTransformer
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.rng import init_key
@@ -292,6 +293,27 @@ def test_undonated_state_survives_and_hlo_can_be_read():
     compiled(*args)
     assert not state.is_deleted()
     assert "all-reduce" in compiled.lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize("mode", ["single", "pmap", "mesh"])
+def test_pictures_in_bytes_are_scaled_on_the_devices(mode):
+    """As on the host but for a rounding: XLA multiplies by 1/127.5. In training and evaluation."""
+    levels = np.arange(192, dtype=np.uint8).reshape(8, 2, 4, 3)
+
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return {"image": batch["image"], "label": batch["label"]}
+
+    def train(state, constants, batch, rng, *, axis_name=None):
+        return state, {"low": rng_lib.pmean(batch["image"].mean(), axis_name)}
+
+    batch = {"image": levels, "label": np.arange(8, dtype=np.int32)}
+    seen = parallel.compile_eval(step, mode)({}, {}, batch, jax.random.key(0))
+    expected = np.stack([to_float(image) for image in levels])
+    np.testing.assert_allclose(seen["image"], expected, rtol=0, atol=1.3e-7)
+    assert seen["label"].tolist() == list(range(8))
+    compiled = parallel.compile_step(train, mode)
+    _, metrics = compiled(np.float32(0), {}, batch, jax.random.key(0))
+    assert float(metrics["low"]) == pytest.approx(95.5 / 127.5 - 1, rel=1e-5)
 
 
 def test_auto_takes_pmap_on_several_devices():

@@ -42,7 +42,8 @@ KEYS: dict[str, Key] = {
 def check_batch(batch: Mapping[str, Any]) -> None:
     """Raise ValueError that names the key, its fault and the expected dtype, shape or range.
 
-    Keys that are not in the contract pass if they are numbers, since a task may add keys.
+    Keys that are not in the contract pass if they are numbers, since a task may add keys; and so do
+    bytes where numbers of [-1, 1] are expected, since a compiled step scales them.
     """
     for name, value in batch.items():
         array = np.asarray(value)
@@ -51,6 +52,8 @@ def check_batch(batch: Mapping[str, Any]) -> None:
                 raise ValueError(f"batch[{name!r}]: got dtype {array.dtype}, expected numbers")
             continue
         key = KEYS[name]
+        if array.dtype == np.uint8 and (key.low, key.high) == (-1, 1):
+            key = key._replace(dtype=np.uint8, low=0, high=255)
         if array.dtype != key.dtype:
             expected = np.dtype(key.dtype).name
             raise ValueError(f"batch[{name!r}]: got dtype {array.dtype}, expected {expected}")

@@ -78,19 +78,21 @@ def make_cut(data_config: Any, train: bool) -> Transform:
 
 
 def make_transform(
-    data_config: Any, train: bool, tokenizer: Tokenizer | None = None
+    data_config: Any, train: bool, tokenizer: Tokenizer | None = None, as_bytes: bool = False
 ) -> Callable[..., Example]:
     """Return `transform(example, rng=None)`: crop, resize, flip and scale; keep batch keys only.
 
     Maps and boxes that the data brings follow the picture. From it are made, where `data_config`
     names them, `low_res`, `mask`, `layout` and `crop_top_left` with `target_size`; with a
-    tokenizer, `tokens` [L] from `caption`.
+    tokenizer, `tokens` [L] from `caption`. as_bytes: pictures stay levels of 0 ... 255, a quarter
+    of the memory, which a compiled step brings to [-1, 1] (`runtime.parallel.compile_step`).
 
     In evaluation (`train` false) nothing is cropped or flipped at random, and of several captions
     the first is taken; masks and degradations come from the generator there, too.
     """
     cut_out = make_cut(data_config, train)
     conditions = make_conditions(data_config, train)
+    scaled = (lambda x: x) if as_bytes else to_float
 
     def tokens_of(example: Example, rng: np.random.Generator) -> np.ndarray:
         if "caption" not in example:
@@ -120,9 +122,9 @@ def make_transform(
             out["crop_top_left"] = np.array(seen, np.int32)
             out["target_size"] = np.array(size, np.int32)
         if image is not None:
-            out["image"] = to_float(image)
+            out["image"] = scaled(image)
         made = conditions(example, image, example["window"], flip, rng)
-        out |= {k: to_float(v) if v.dtype == np.uint8 else v for k, v in made.items()}
+        out |= {k: scaled(v) if v.dtype == np.uint8 else v for k, v in made.items()}
         if tokenizer is not None:
             out["tokens"] = tokens_of(example, rng)
         return out

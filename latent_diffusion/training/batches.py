@@ -12,7 +12,7 @@ from latent_diffusion.runtime import parallel
 def train_batches(
     config: ConfigDict, source: Any, transform: Any = None, start_step: int = 0, parts: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """This process's part of every batch from `start_step` on.
+    """This process's part of every batch from `start_step` on; pictures are bytes.
 
     source: the training examples; `data.Bucketed` has an order of its own. transform: by default
     that of the config, without texts. parts: sources that share a batch equally.
@@ -22,7 +22,7 @@ def train_batches(
     ordered = isinstance(source, data.Bucketed)
     return data.iterate(
         source,
-        transform or data.make_transform(config.data, train=True),
+        transform or data.make_transform(config.data, train=True, as_bytes=True),
         batch_size=config.batch_size // parts,
         seed=config.seed,
         start_step=start_step,

@@ -148,7 +148,7 @@ def _encoded_once(
     constants: Any,
 ) -> tuple[Any, Any]:
     """The examples of training and their transform, with what the run encodes beforehand."""
-    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer)
+    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
     if config.cache_texts:
         encoders = texts.frozen_encoders(config, state, constants)
         transform = texts.with_encoded(config, directory, encoders, source, tokenizer, transform)

@@ -74,9 +74,10 @@ def compile_step(
 ) -> CompiledStep:
     """Compile a training step; returns `f(state, constants, host_batch, rng) -> (state, metrics)`.
 
-    host_batch: this process's part of the global batch, numpy with leading axis B.
-    rng: a typed key, the same on all processes. The state is donated: the caller's arrays are
-    deleted. Metrics must be the same on all devices (the step averages them over `axis_name`).
+    host_batch: this process's part of the global batch, numpy with leading axis B; pictures may be
+    bytes, 0 ... 255, which become [-1, 1] on the devices. rng: a typed key, the same on all
+    processes. The state is donated: the caller's arrays are deleted. Metrics must be the same on
+    all devices (the step averages them over `axis_name`).
     """
     mode, mesh = resolve(mode, mesh)
     donate = (0,) if donate_state else ()
@@ -159,11 +160,15 @@ def lower_for(
 
 
 def _flat(step: Step, **options: Any) -> Step:
-    """A step of (state, (constants, batch, rng))."""
+    """A step of (state, (constants, batch, rng)), whose pictures may be bytes."""
+
+    def scaled(x: Any) -> Any:
+        return x.astype(np.float32) / np.float32(127.5) - 1 if x.dtype == np.uint8 else x
 
     @functools.wraps(step)
     def function(state: PyTree, rest: tuple) -> Any:
-        return step(state, *rest, **options)
+        constants, batch, rng = rest
+        return step(state, constants, jax.tree.map(scaled, batch), rng, **options)
 
     return function
 
