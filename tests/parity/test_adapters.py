@@ -218,3 +218,48 @@ def test_a_word_of_two_vectors_as_diffusers_samples_it(layout, tmp_path):
     difference = np.abs(ours - theirs).max()
     print(f"largest difference {difference:.1e}")
     assert difference <= 1e-4 and np.abs(plain - theirs).max() > 1e-2
+
+
+TRANSFORMERS = {
+    "mmdit": (
+        "SD3Transformer2DModel",
+        dict(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+            attention_head_dim=4, num_attention_heads=2, joint_attention_dim=8,
+            caption_projection_dim=8, pooled_projection_dim=6, pos_embed_max_size=4,
+            qk_norm="rms_norm", dual_attention_layers=(0,),
+        ),
+        ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "net.2", "norm_out.linear",
+         "pos_embed.proj"],
+    ),
+    "dit": (
+        "DiTTransformer2DModel",
+        dict(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+            num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=5,
+        ),
+        ["to_q", "to_v", "to_out.0", "net.0.proj", "norm1.linear", "proj_out_1", "pos_embed.proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformers_lora_as_peft_merges_it(name, tmp_path):
+    """The folder of PEFT beside diffusers' transformers."""
+    kind, fields, targets = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    model = getattr(diffusers, kind)(**fields)
+    if name == "dit":  # whose blocks have copies of one embedding
+        first = model.transformer_blocks[0].norm1.emb.state_dict()
+        model.transformer_blocks[1].norm1.emb.load_state_dict(first)
+    model.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    bundle, merged = (convert.read(tmp_path / which) for which in ("base", "merged"))
+    before, want = (
+        {f"{name}/{path}": np.array(t.read()) for path, t in getattr(b, name).params.items()}
+        for b in (bundle, merged)
+    )
+    compare(before, want, bundle, tmp_path / "adapter", 9)

@@ -104,7 +104,8 @@ class LowRank(Adapter):
                 place = known[name].get(array)
                 if place is None:
                     raise ValueError(f"{self.path}: {name} has no {array} in this model")
-                if place.part in found.setdefault(place.path, {}):
+                layout = whole.get(place.path, place).layout  # of q, k and v alone or together
+                if place.part in found.setdefault(place.path, {}) or layout is not place.layout:
                     raise ValueError(f"{self.path}: {place.names[place.part]} has two changes")
                 _check(f"{self.path}: the {array} of {name}", place.shape, factors)
                 found[place.path][place.part] = factors

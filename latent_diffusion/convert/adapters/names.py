@@ -1,14 +1,15 @@
 """The names that others give the modules of a model in files of adapters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from latent_diffusion.convert import clip_text, mmdit, unet
+from latent_diffusion.convert import clip_text, dit, mmdit, unet
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.tables import Layout, Pair, Table, pairs, prefixed
 
+BACKBONES = ("unet", "dit", "mmdit")
 _ENCODERS = {"clip_text": "text_encoder", "clip_text_2": "text_encoder_2"}
 
 
@@ -26,15 +27,26 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def pairs_of(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
-    """Every parameter that diffusers names: its part, the prefix of the names, the pair."""
+def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, str, Pair]]:
+    """Every parameter that diffusers names: its part, the prefix of the names, the pair.
+
+    kohya: the names are those that kohya's sd-scripts make theirs of. They are the original's for
+    Stable Diffusion 3, and a DiT has none.
+    """
     for name, part in bundle.parts():
         table: Table
         if name == "unet":
             linear, text_time = bundle.linear_projections, bundle.time_width is not None
             prefix, table = "unet", unet.diffusers_table(part.fields, linear, text_time)
+        elif name == "mmdit" and kohya:
+            prefix, table = "unet", mmdit.original_table(part.fields)
         elif name == "mmdit":
             prefix, table = "transformer", mmdit.diffusers_table(part.fields)
+        elif name == "dit" and not kohya:
+            # Of the timestep's embedding every block has a copy, which could get another change.
+            rules = dit.diffusers_table(part.fields)
+            table = [rule for rule in rules if not rule.ours.startswith("t_embedder")]
+            prefix = "transformer"
         elif name in _ENCODERS:
             prefix, table = _ENCODERS[name], clip_text.transformers_table(part.fields)
             table = [
@@ -51,23 +63,22 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     """The places of "weight" and "bias" of every module, by each name that a file may call it."""
     two = "clip_text_2" in bundle.conditioners
     found: dict[str, dict[str, Place]] = {}
-    paths: dict[str, Place] = {}
+    paths: dict[str, tuple[str, ...]] = {}
     for part_name, part, prefix, pair in pairs_of(bundle):
         modules, arrays = zip(*(name.rpartition(".")[::2] for name in pair.theirs), strict=True)
         names = tuple(f"{prefix}.{module}" for module in modules)
-        section = part_name if part_name in ("unet", "mmdit") else f"conditioner/{part_name}"
+        section = part_name if part_name in BACKBONES else f"conditioner/{part_name}"
         path = f"{section}/{pair.ours}"
         stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
         for i, theirs in enumerate(pair.layout.write(stand_in)):
             place = Place(path, names, i, pair.layout, theirs.shape)
             for spelling in _spellings(prefix, modules[i], two):
                 found.setdefault(spelling, {})[arrays[i]] = place
-        if part_name == "unet" and len(names) == 1:
-            paths[pair.ours] = place
-    if bundle.unet is not None:
-        for spelling, array, ours in _original(bundle.unet, bundle.linear_projections):
-            if ours in paths:
-                found.setdefault(spelling, {})[array] = paths[ours]
+        paths[path] = names
+    for name, part in bundle.parts():
+        if name in BACKBONES:
+            for spelling, array, place in _original(bundle, name, part, paths):
+                found.setdefault(spelling, {})[array] = place
     return found
 
 
@@ -100,10 +111,27 @@ def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
     return f"{prefix}.{module}", *bare, f"{kohya_prefix(prefix)}_{flat}"
 
 
-def _original(part: Part, linear: bool) -> Iterator[tuple[str, str, str]]:
-    """The original's names of the U-Net's arrays: with kohya's prefix, and with its own."""
-    for pair in pairs(unet.compvis_table(part.fields, linear), part.params, partly=True):
-        if len(pair.theirs) == 1:
-            module, _, array = pair.theirs[0].rpartition(".")
-            yield f"lora_unet_{module.replace('.', '_')}", array, pair.ours
-            yield f"diffusion_model.{module}", array, pair.ours
+def _original(
+    bundle: Bundle, name: str, part: Part, paths: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[str, str, Place]]:
+    """The original's names of a backbone's arrays, with kohya's prefix and with its own.
+
+    paths: the names of diffusers' modules, by path of our parameter. Maps that diffusers separates,
+    such as q, k and v, are one here.
+    """
+    tables: dict[str, Callable[[], Table]] = {
+        "unet": lambda: unet.compvis_table(part.fields, bundle.linear_projections),
+        "mmdit": lambda: mmdit.original_table(part.fields),
+        "dit": lambda: dit.dit_table(part.fields),
+    }
+    for pair in pairs(tables[name](), part.params, partly=True):
+        names = paths.get(f"{name}/{pair.ours}", ())
+        if len(pair.theirs) > 1 or not names:
+            continue
+        module, _, array = pair.theirs[0].rpartition(".")
+        stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
+        own = names if len(names) == 1 else (names[0].rpartition(".")[0],)
+        shape = pair.layout.write(stand_in)[0].shape
+        place = Place(f"{name}/{pair.ours}", own, 0, pair.layout, shape)
+        for spelling in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}"):
+            yield spelling, array, place

@@ -38,10 +38,12 @@ def _write(
         raise ValueError("this model has no LoRA: it is a workdir with lora.rank that has one")
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for part, _, prefix, pair in pairs_of(bundle):
+    nameless = {f"{part}/{ours}" for part, paths in bundle.lora.items() for ours in paths}
+    for part, _, prefix, pair in pairs_of(bundle, kind == "kohya"):
         factors = bundle.lora.get(part, {}).get(pair.ours)
         if factors is None:
             continue
+        nameless.remove(f"{part}/{pair.ours}")
         for theirs, arrays in _theirs(pair, factors).items():
             module = theirs.removesuffix(".weight")
             if kind == "kohya":
@@ -57,8 +59,9 @@ def _write(
             for end, array in zip(_ENDS[kind], arrays, strict=False):
                 laid_out = _magnitude(kind, array, arrays[0].ndim) if array.ndim == 1 else array
                 tensors[f"{name}.{end}"] = in_memory(np.ascontiguousarray(laid_out))
-    if not tensors:
-        raise ValueError("there is no LoRA to save: none of its kernels has a name in this format")
+    if nameless:
+        some = ", ".join(sorted(nameless)[:4]) + (" …" if len(nameless) > 4 else "")
+        raise ValueError(f"this format has no name for {len(nameless)} adapted kernels: {some}")
     metadata = {METADATA: json.dumps(settings, sort_keys=True)} if settings else None
     write_safetensors(path, tensors, metadata, progress)
 
@@ -68,7 +71,14 @@ def _theirs(pair: Pair, factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarra
     down, up = (np.asarray(factors[name]) for name in ("down", "up"))
     magnitude = (np.asarray(factors["magnitude"]),) if "magnitude" in factors else ()
     if len(pair.theirs) == 1:
-        (a,), (b,) = pair.layout.write(down), pair.layout.write(up)
+        (a,) = pair.layout.write(down)
+        if a.ndim == 2:
+            # The layout may change the order of outputs, which A doesn't have.
+            a, magnitude = down.T, tuple(pair.layout.write(m[None])[0].ravel() for m in magnitude)
+        if a.ndim > down.ndim:  # a linear map that is a convolution there
+            b = up.T.reshape(*up.T.shape, *[1] * (a.ndim - 2))
+        else:
+            (b,) = pair.layout.write(up)
         return {pair.theirs[0]: (a, b, *magnitude)}
     ups = pair.layout.write(up)
     norms = [pair.layout.write(m) for m in magnitude]
