@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test mutants fuzz soak browser docs lint parity bench accelerator clean
+.PHONY: setup demo test mutants fuzz soak crowd browser docs lint parity bench accelerator clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ fuzz: $(VENV)/.test
 soak: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/soak.py
 	PYTHONPATH=. $(BIN)/python tests/soak.py --processes=2 --minutes=25
+
+# The server, asked by 16 clients that also cancel, leave and send nonsense; a minute.
+crowd: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python tests/crowd.py
 
 # The page in Chromium, with the model of a smoke run. CHROMIUM=PATH where it isn't Debian's.
 browser: $(VENV)/.demo

@@ -232,7 +232,7 @@ def test_openai_clients_can_fill_the_holes_of_a_picture(server):
 
 
 BAD = [  # path, body, status, words of the message
-    ("/api/jobs", {"prompts": "red", "sampler": "none"}, 0, "unknown sampler 'none'"),
+    ("/api/jobs", {"prompts": "red", "sampler": "none"}, 400, "unknown sampler 'none'"),
     ("/api/jobs", {"prompts": "red", "steps": 3}, 400, "unknown field 'steps'"),
     ("/api/jobs", {"prompts": ["red"]}, 400, "prompts must be one text"),
     ("/api/jobs", {"prompts": "red", "num_images": 9}, 400, r"num_images=9 must .* in \[1, 8\]"),

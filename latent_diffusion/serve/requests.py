@@ -17,6 +17,7 @@ from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
+from latent_diffusion.process.plan import plan, plan_prior
 from latent_diffusion.rng import example_keys, seed_key
 
 
@@ -90,6 +91,7 @@ def read(
     if steps is not None:
         _integer("num_steps", steps, 1, limits.max_steps)
     shared: dict[str, Any] = {name: data[name] for name in option_names if name in data}
+    _check_options(model, shared)
     size = _size(data.get("image_size"), limits)
     if size is not None:
         shared["image_size"] = size
@@ -112,6 +114,14 @@ def read(
     settings = {k: v for k, v in data.items() if _CONDITIONS.get(k) not in _PICTURE_READERS}
     settings |= {"seed": seed, "num_images": num_images}
     return Request(settings, seed, num_images, values, shared)
+
+
+def _check_options(model: Model, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that sampling would refuse."""
+    if model.prior is not None:
+        plan_prior(model.defaults, options, model.prior.transformer.causal)
+    elif (denoiser := model.denoiser) is not None:
+        plan(denoiser.schedule, denoiser.prediction, model.defaults, options)
 
 
 def call(model: Model, requests: Sequence[Request]) -> dict[str, Any]:
