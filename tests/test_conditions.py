@@ -295,7 +295,7 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
     same = to_float(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))[None]
     np.testing.assert_array_equal(options_of(Recorder(), image=same, strength=0.5)["image"], same)
     assert options_of(Recorder("image"), image=image)["image"] is image  # a condition of any size
-    with pytest.raises(ValueError, match="--mask has 12×16 pixels, but --image has 24×16"):
+    with pytest.raises(ValueError, match="mask has 12×16 pixels, but image has 24×16"):
         options_of(Recorder(), image=image, mask=mask[:, :, :12])
 
 

@@ -249,9 +249,13 @@ def test_fields_of_a_workdir_are_used_or_refused_by_name(tmp_path):
     assert not {"start", "end"} & older.keys()
     shares = with_fields("sampling", start=0.5, end=0.25).sampling
     assert (shares["start"], shares["end"]) == (0.5, 0.25)
-    for section, name in (("sampling", "strngth"), ("diffusion", "curvature")):
-        with pytest.raises(ValueError, match=rf"config.json: unknown field {section}.{name}; a "):
-            with_fields(section, **{name: 1})
+    for section in ("sampling", "diffusion", "data", "tokenizer"):
+        with pytest.raises(ValueError, match=rf"config.json: unknown field {section}.word; anoth"):
+            with_fields(section, word=1)
+    for task, reason in (("denoisin", "unknown task 'denoisin'"), ("classifying", "is a classif")):
+        path.write_text(json.dumps({**config, "task": task}))
+        with pytest.raises(ValueError, match=reason):
+            convert.read(tmp_path)
 
 
 def test_the_original_has_no_schedules_of_others(tmp_path):

@@ -1,6 +1,7 @@
 """Low-rank adaptation: its formula, its training, and the files in which others keep it."""
 
 import functools
+import json
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import make_batch, make_config
 
@@ -230,6 +232,11 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(kin
         convert.write(adapted, file, names)
         again = convert.with_lora(bundle, file)
         changed = 0
+        if names == "lora":  # CLIP's modules are text_model.… in older transformers
+            with safe_open(file, "np") as opened:
+                header = json.loads(opened.metadata()["lora_adapter_metadata"])
+            targets = header["text_encoder.target_modules"]
+            assert sorted(targets) == [f"encoder.layers.0.self_attn.{n}_proj" for n in "kqv"]
         for (_, part), (_, other), (_, old) in zip(
             adapted.parts(), again.parts(), bundle.parts(), strict=True
         ):

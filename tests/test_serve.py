@@ -231,6 +231,19 @@ def test_openai_clients_can_fill_the_holes_of_a_picture(server):
     assert fields["seed"] == 5 and request_of(fields)["prompts"] == "red"
 
 
+def test_a_picture_and_its_mask_are_cut_as_by_sample(server):
+    """Of a wide picture the middle counts, which isn't squashed."""
+    wide = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
+    wide[:, SIDE : SIDE + 2] = 255
+    sent = {"prompts": "red", "image": in_base64(wide), "mask": in_base64(wide[..., 0])}
+    values = read(sent, server.jobs.model, LIMITS).values
+    middle = wide[:, SIDE : 2 * SIDE]
+    np.testing.assert_array_equal(to_uint8(values["image"][0]), middle)
+    np.testing.assert_array_equal(255 * values["mask"][0], middle[..., :1])
+    with pytest.raises(ValueError, match="mask has 4×4 pixels, but image has 12×4"):
+        read({**sent, "mask": in_base64(middle)}, server.jobs.model, LIMITS)
+
+
 BAD = [  # path, body, status, words of the message
     ("/api/jobs", {"prompts": "red", "sampler": "none"}, 400, "unknown sampler 'none'"),
     ("/api/jobs", {"prompts": "red", "steps": 3}, 400, "unknown field 'steps'"),

@@ -185,6 +185,20 @@ def test_a_path_is_the_place_not_its_spelling_and_data_may_move(tmp_path, monkey
             settings.continued(config, run, tmp_path)
 
 
+def test_a_run_with_a_field_of_another_version_is_refused_by_its_name(tmp_path):
+    config, run = few("denoising"), few("denoising")
+    run.data.mirror = True
+    with pytest.raises(ValueError, match=r"has data\.mirror=True, an unknown field; another vers"):
+        settings.continued(config, run, tmp_path)
+    config.data.features, run.data.features = ConfigDict({"a": "x"}), ConfigDict({"b": "x"})
+    with pytest.raises(ValueError, match=r"data\.features\.a='x', but the run in .* has None"):
+        settings.continued(config, run, tmp_path)
+    run = few("denoising")
+    del run.data["flip"]  # of an older version
+    run.sampling.eta_of_old = 1.0  # training doesn't read it
+    assert settings.continued(few("denoising"), run, tmp_path).data.flip is False
+
+
 def test_every_field_that_may_change_exists():
     names = settings.flat(few("denoising"))
     for pattern in settings.MAY_CHANGE:

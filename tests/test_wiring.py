@@ -25,6 +25,7 @@ from tiny import make_config
 
 from configs import default
 from latent_diffusion import data
+from latent_diffusion.convert import experiment
 from latent_diffusion.data import retrieval
 from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.evaluate.frechet import frechet_distance, gaussian
@@ -52,6 +53,12 @@ SMALL = {
 
 
 # --------------------------------------------------------------------------------- the tables
+
+
+def test_the_fields_of_a_workdir_that_are_known_are_those_of_the_configs():
+    config = default.get_config()
+    for section in ("data", "tokenizer"):
+        assert experiment.KNOWN[section] == set(config[section])
 
 
 def config_fields():

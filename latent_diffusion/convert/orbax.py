@@ -12,16 +12,14 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.convert import kept
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
+from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.data.tokenizers import Tokenizer, load_tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
-from latent_diffusion.models.denoiser import SCHEDULE_FIELDS
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.conditioners import tables, with_rows
 from latent_diffusion.optimisation import low_rank
-from latent_diffusion.process.options import OPTIONS
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
-from latent_diffusion.tasks.denoising import Denoising
 from latent_diffusion.tasks.distillation import guidance_range
 from latent_diffusion.types import Params
 
@@ -31,11 +29,13 @@ def read_orbax(directory: Path) -> Bundle:
 
     Raises ValueError for a damaged config and CheckpointError without a usable checkpoint.
     """
-    config = _config(directory)
+    config = read_config(directory)
     if config.get("control"):
         raise ValueError(
             f"{directory} is a control net of {config.init_from}, no model: give it to load_adapter"
         )
+    if config.task == "classifying":
+        raise ValueError(f"{directory} is a classifier, no model: give it to load_classifier")
     fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
     notes = config.origin.to_dict() if "origin" in config else {}
     if config.task == "distillation":
@@ -54,30 +54,6 @@ def read_orbax(directory: Path) -> Bundle:
     if config.task == "autoencoding":
         return bundle
     return _with_network(bundle, directory, config)
-
-
-def _config(directory: Path) -> ConfigDict:
-    """The experiment of a workdir, whose sampling options have today's names.
-
-    Raises ValueError for fields that no version of this code has: they would be ignored.
-    """
-    config = workdir.load_config(directory)
-    options = config.get("sampling", ConfigDict())
-    for old, new, kind in (("start", "spread", str), ("end", "last", int)):
-        if isinstance(options.get(old), kind):  # shares of the noise, which are floats, came later
-            options[new] = options[old]
-            del options[old]
-    known = {
-        "sampling": OPTIONS.keys(),
-        "diffusion": {*Denoising.__dataclass_fields__, *SCHEDULE_FIELDS, "prediction"},
-    }
-    for section, names in known.items():
-        if unknown := sorted(set(config.get(section, {})) - set(names)):
-            raise ValueError(
-                f"{directory}/{workdir.CONFIG}: unknown field {section}.{unknown[0]}; "
-                "a newer version may have written it"
-            )
-    return config
 
 
 def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.convert.clip import Clip, load_clip
+from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.evaluate import SAMPLING, generate, reconstruction, scores
 from latent_diffusion.evaluate.collect import cache_folder, collect_features
@@ -23,7 +24,7 @@ from latent_diffusion.evaluate.images import ImageSet, open_images
 from latent_diffusion.evaluate.measured import Measured
 from latent_diffusion.generation.loading import load
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
-from latent_diffusion.runtime import processes, workdir
+from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.runtime.metrics import Progress
 
@@ -58,7 +59,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
-    config = workdir.load_config(directory)
+    config = read_config(directory)
     with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
         step = max(checkpoints.all_steps(), default=0)
     usual = ["psnr", "ssim", "lpips"] if config.task == "autoencoding" else None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion import convert
+from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.files.reading import reading
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
@@ -70,12 +71,13 @@ def _computing_in(dtype: str, bundle: convert.Bundle) -> convert.Bundle:
 def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
     """The classifier in a workdir of `classifying`, with its averaged parameters."""
     directory = Path(path)
-    config = workdir.load_config(directory)
-    if config.task != "classifying":
-        raise ValueError(f"{path} holds a run of {config.task!r}, not of a classifier")
-    params = jax.tree.map(jnp.asarray, workdir.load_entry(directory, "ema_params")["unet"])
-    classifier: NoisyClassifier = make_classifying(config).classifier.replace(params=params)
-    return classifier
+    with reading(path):
+        config = read_config(directory)
+        if config.task != "classifying":
+            raise ValueError(f"{path} holds a run of {config.task!r}, not of a classifier")
+        params = jax.tree.map(jnp.asarray, workdir.load_entry(directory, "ema_params")["unet"])
+        classifier: NoisyClassifier = make_classifying(config).classifier.replace(params=params)
+        return classifier
 
 
 def as_model(bundle: convert.Bundle, dtype: Any = None) -> Model:

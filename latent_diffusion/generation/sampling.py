@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from latent_diffusion.data import pictures, windows
+from latent_diffusion.data import pictures
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.loading import load
+from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.metrics import image_grid, to_uint8
@@ -129,28 +130,16 @@ def read_array(path: str | None) -> np.ndarray | None:
 def _fitted(
     keys: Sequence[str], size: tuple[int, int], options: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The picture to start from and its mask, cut in the middle and resized to `size` (H, W).
-
-    keys: batch entries that the model reads as conditions.
-    """
-    image, mask = options.get("image"), options.get("mask")
-    varied = "image" in keys and "mask" not in keys  # a condition of any size, unless it is changed
-    if image is None or (varied and mask is None and options.get("strength") is None):
-        return {}
-    given = image.shape[1:3]
-    if mask is not None and mask.shape[1:3] != given:
-        pixels = [f"{shape[1]}×{shape[0]}" for shape in (mask.shape[1:3], given)]
-        raise ValueError(f"--mask has {pixels[0]} pixels, but --image has {pixels[1]}")
-    if given != size and jax.process_index() == 0:
+    """See `fitted`; process 0 says what becomes of the picture."""
+    image = options.get("image")
+    entries = fitted(keys, size, image, options.get("mask"), options.get("strength"))
+    if image is not None and entries and image.shape[1:3] != size and jax.process_index() == 0:
+        height, width = image.shape[1:3]
         print(
-            f"--image has {given[1]}×{given[0]} pixels: its middle is resized to "
+            f"--image has {width}×{height} pixels: its middle is resized to "
             f"{size[1]}×{size[0]} (--width, --height)"
         )
-    fitted = {"image": to_float(windows.fit(to_uint8(image)[0], size))[None]}
-    if mask is not None:
-        whole = windows.fit((255 * mask[0]).astype(np.uint8), size, mask=True)
-        fitted["mask"] = (whole[None] > 127).astype(np.float32)
-    return fitted
+    return entries
 
 
 def sample_to_disk(

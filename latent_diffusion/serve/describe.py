@@ -9,7 +9,7 @@ from latent_diffusion.generation.model import Model
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.spacings import SPACINGS
-from latent_diffusion.serve.requests import Limits, takes_image
+from latent_diffusion.serve.requests import Limits
 
 _CHOICES: dict[str, Iterable[str]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
 # Fields of conditioners that say which values a condition has.
@@ -36,11 +36,16 @@ def describe(model: Model, name: str, limits: Limits, adapters: list[str]) -> di
             for condition, details in conditions.items()
         },
         "negative_prompts": model.prior is None and "prompts" in conditions,
-        "changes_pictures": takes_image(model),
+        "changes_pictures": _changes_pictures(model),
         "adapters": adapters,
         "options": _options(model),
         "limits": dataclasses.asdict(limits),
     }
+
+
+def _changes_pictures(model: Model) -> bool:
+    """Whether a picture can be changed in part; an image that is a condition is none."""
+    return "image" not in model.conditioner.keys or "mask" in model.conditioner.keys
 
 
 def _options(model: Model) -> list[dict[str, Any]]:

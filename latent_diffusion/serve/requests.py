@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +15,7 @@ from latent_diffusion.data import pictures
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
+from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.plan import plan, plan_prior
 from latent_diffusion.rng import example_keys, seed_key
@@ -65,11 +65,6 @@ class Upload(io.BytesIO):
         return self.name
 
 
-def takes_image(model: Model) -> bool:
-    """Whether a picture can be changed in part; an image that is a condition is none."""
-    return "image" not in model.conditioner.keys or "mask" in model.conditioner.keys
-
-
 def read(
     data: Any, model: Model, limits: Limits, adapters: Mapping[str, Any] | None = None
 ) -> Request:
@@ -110,7 +105,8 @@ def read(
         for name, reader in _CONDITIONS.items()
         if name in data
     }
-    _same_size(model, values, size or model.trained_size)
+    start = (values.get("image"), values.get("mask"), data.get("strength"))
+    values |= fitted(model.conditioner.keys, size or model.trained_size, *start)
     settings = {k: v for k, v in data.items() if _CONDITIONS.get(k) not in _PICTURE_READERS}
     settings |= {"seed": seed, "num_images": num_images}
     return Request(settings, seed, num_images, values, shared)
@@ -238,22 +234,6 @@ def _map(read: Callable[[Upload], np.ndarray]) -> Callable[[str, Any, Limits], n
 
 
 _mask, _levels, _depth = map(_map, (pictures.read_mask, pictures.read_levels, pictures.read_depth))
-
-
-def _same_size(model: Model, values: dict[str, Any], size: tuple[int, int]) -> None:
-    """Bring a picture that is changed, and its mask, to the size of the result."""
-    if "image" in values and takes_image(model):
-        values["image"] = _resized(values["image"], size)
-    if "mask" in values:
-        values["mask"] = (_resized(values["mask"], size) > 0.5).astype(np.float32)
-
-
-def _resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if images.shape[1:3] == size:
-        return images
-    method = "cubic" if images.shape[-1] == 3 else "linear"
-    shape = (1, *size, images.shape[-1])
-    return np.clip(np.asarray(jax.image.resize(images, shape, method)), -1, 1)
 
 
 _PICTURE_READERS = (_picture, _mask, _levels, _depth)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.optimisation.averages import averages_of, weights
 from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
@@ -53,7 +54,7 @@ def rebuild(run: Path, width: float, out: Path, step: int | None = None) -> None
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; --out names a new folder")
-    config = workdir.load_config(run)
+    config = read_config(run)
     with Checkpointer(run / FOLDER, read_only=True) as snapshots:
         saved = snapshots.all_steps()
         step = saved[-1] if step is None and saved else step

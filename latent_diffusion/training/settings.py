@@ -40,7 +40,7 @@ MAY_CHANGE = {
 }
 _PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
 _MAY_MOVE = r"data\.(dir|embedding_path)"  # the data is the same in another place
-_FREE = r"(conditioners|pretrained)\..*"  # sections without default entries
+_FREE = r"(conditioners|pretrained|data\.features)\..*"  # sections without default entries
 
 
 def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def decided(config: ConfigDict, fields: Mapping[str, Any], source: str) -> Confi
 def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDict:
     """The config with which the run in `directory` goes on. run: its config so far.
 
-    Raises ValueError for the first field that differs from the run's and isn't in `MAY_CHANGE`.
+    Raises ValueError for the first field that differs from the run's and isn't in `MAY_CHANGE`, or
+    that the run has and this version lacks.
     """
     asked = flatten_dict(run.get("asked", ConfigDict()).to_dict(), sep=".")
     asked = {name: _as_json(value) for name, value in asked.items()}
@@ -83,9 +84,14 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
             continue
         if name in asked and have == asked[name]:
             _set(tree, name, had)
-        elif (name in now) != (name in before) and not re.fullmatch(_FREE, name):
-            continue  # an older program had other fields
+        elif name not in before and not re.fullmatch(_FREE, name):
+            continue  # an older program lacked it
         elif not _is_free(name, have, had):
+            if name not in now and not re.fullmatch(_FREE, name):
+                raise ValueError(
+                    f"the run in {directory} has {name}={had!r}, an unknown field; another version "
+                    "may have written it"
+                )
             raise ValueError(
                 f"{name}={have!r}, but the run in {directory} has {had!r}: leave the field as it "
                 "was, or start in another workdir"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from latent_diffusion.runtime.workdir import load_config
+from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.tasks import DENOISERS
 from latent_diffusion.training import settings
 
@@ -40,7 +40,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"first_stage.path is empty, but {config.task} needs one; {hint}")
     path = Path(config.first_stage.path)
     try:
-        theirs = load_config(path)
+        theirs = read_config(path)
     except ValueError as error:
         raise ValueError(f"first_stage.path={path} is not usable: {error}; {hint}") from error
     if theirs.task != wanted:

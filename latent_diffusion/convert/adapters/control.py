@@ -15,6 +15,7 @@ from latent_diffusion.convert import unet, unet_compvis, unet_diffusers
 from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import Part, check_depth, flat, input_widths, read_part
 from latent_diffusion.convert.components import open_weights, write_folder
+from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.convert.settings import Settings, check_groups
 from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -178,7 +179,7 @@ def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
 
 def read_workdir(path: Path) -> ControlWeights:
     """The control net that a workdir was trained for: the average of its parameters."""
-    config = workdir.load_config(path)
+    config = read_config(path)
     params = flat(workdir.open_entry(path, "ema_params")["control"])
     own = {k: np.asarray(x, np.float32) for k, x in params.items()}
     convs = sum(name.startswith(f"{HINT}/") and name.endswith("/kernel") for name in own)

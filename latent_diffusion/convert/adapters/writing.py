@@ -100,7 +100,9 @@ def _add_settings(
     alpha = float(factors["alpha"])
     settings |= {f"{prefix}.r": factors["down"].shape[-1], f"{prefix}.lora_alpha": alpha}
     settings[f"{prefix}.use_dora"] = "magnitude" in factors
-    settings.setdefault(f"{prefix}.target_modules", []).append(module)
+    # PEFT compares the ends of names: CLIP's begin with text_model in older transformers alone.
+    target = module.removeprefix("text_model.")
+    settings.setdefault(f"{prefix}.target_modules", []).append(target)
 
 
 write_diffusers_lora = partial(_write, "diffusers")

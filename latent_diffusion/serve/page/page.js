@@ -144,9 +144,15 @@ function addMaskedPicture(parent, needed) {
   let cursor = [width / 2, height / 2];
   const context = canvas.getContext("2d");
   const mask = paint.getContext("2d");
+  // Left, top, width and height of the picture's middle, which is what the server takes.
+  const middle = () => {
+    const scale = Math.max(width / picture.naturalWidth, height / picture.naturalHeight);
+    const sides = [width / scale, height / scale];
+    return [(picture.naturalWidth - sides[0]) / 2, (picture.naturalHeight - sides[1]) / 2, ...sides];
+  };
   const show = () => {
     context.clearRect(0, 0, width, height);
-    if (picture) context.drawImage(picture, 0, 0, width, height);
+    if (picture) context.drawImage(picture, ...middle(), 0, 0, width, height);
     context.globalAlpha = 0.6;
     context.drawImage(paint, 0, 0);
     context.globalAlpha = 1;
@@ -189,11 +195,11 @@ function addMaskedPicture(parent, needed) {
   field.append(canvas, element("div", { className: "tools" }, element("label", {}, "Brush", brush), clear));
   parent.append(field);
   readers.mask = () => {
-    if (!painted || !readers.image()) return undefined;
-    const flat = element("canvas", { width, height });
+    if (!painted || !picture) return undefined;
+    const flat = element("canvas", { width: picture.naturalWidth, height: picture.naturalHeight });
     const drawn = flat.getContext("2d");
-    drawn.fillRect(0, 0, width, height);
-    drawn.drawImage(paint, 0, 0);
+    drawn.fillRect(0, 0, flat.width, flat.height);
+    drawn.drawImage(paint, ...middle());
     return flat.toDataURL("image/png");
   };
 }

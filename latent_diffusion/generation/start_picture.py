@@ -1,0 +1,35 @@
+"""The picture that is changed, brought to the size of the result."""
+
+from collections.abc import Collection
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from latent_diffusion.data import windows
+from latent_diffusion.data.transforms import to_float, to_uint8
+
+
+def fitted(
+    keys: Collection[str],
+    size: tuple[int, int],
+    image: Float[np.ndarray, "1 H W 3"] | None,
+    mask: Float[np.ndarray, "1 h w 1"] | None,
+    strength: float | None,
+) -> dict[str, Float32[np.ndarray, "..."]]:
+    """The entries `image` and `mask`, cut in their middle and resized to `size` (H, W).
+
+    keys: batch entries that the model reads as conditions. An image that is only a condition is
+    left out, since it has any size. Values of a mask become 0 or 1. Raises ValueError for a mask
+    of another size than its image.
+    """
+    varied = "image" in keys and "mask" not in keys
+    if image is None or (varied and mask is None and strength is None):
+        return {}
+    entries = {"image": to_float(windows.fit(to_uint8(image[0]), size))[None]}
+    if mask is not None:
+        if mask.shape[1:3] != image.shape[1:3]:
+            pixels = [f"{shape[2]}×{shape[1]}" for shape in (mask.shape, image.shape)]
+            raise ValueError(f"mask has {pixels[0]} pixels, but image has {pixels[1]}")
+        holes = windows.fit((255 * mask[0]).astype(np.uint8), size, mask=True)
+        entries["mask"] = (holes[None] > 127).astype(np.float32)
+    return entries
