@@ -209,6 +209,28 @@ def test_the_index_decides_the_class_of_the_scheduler(tmp_path, caplog):
     assert unknown.diffusion == other.diffusion and "NewScheduler" in caplog.text
 
 
+def test_a_pipeline_names_no_parts_or_settings_that_are_ignored(tmp_path, caplog):
+    convert.write(make_bundle("text"), tmp_path, "diffusers")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for entries, reason in (
+        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unknown class of unet .*UNet3DCond"),
+        ({"transformer": ["x", "FluxTransformer2DModel"]}, "unknown class of transformer .*Flux"),
+        ({"motion_adapter": ["diffusers", "MotionAdapter"]}, "unknown class of motion_adapter"),
+        (
+            {"unet": ["UNet2DConditionModel"]},
+            r"its index says unet=\['UNet2D.*'\], which is un",
+        ),
+        ({"is_cosxl_edit": True}, "its index says is_cosxl_edit=True, which is unknown"),
+        ({key: [None, None] for key in ("bert", "text_encoder")}, "nothing .* the U-Net's context"),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, **entries}))
+        with pytest.raises(ValueError, match=reason):
+            convert.read(tmp_path)
+    fine = {"is_cosxl_edit": False, "safety_checker": ["x", "StableDiffusionSafetyChecker"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **fine}))
+    assert convert.read(tmp_path).unet is not None and "safety_checker" in caplog.text
+
+
 @pytest.mark.parametrize("format", ["diffusers", "compvis"])
 def test_classes_that_are_added_to_the_timestep_are_kept_with_the_unet(format, tmp_path):
     fields = {"num_classes": 6, "width": 128, "route": "vector"}

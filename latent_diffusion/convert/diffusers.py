@@ -31,6 +31,7 @@ from latent_diffusion.convert.tables import read_tensors, write_tensors
 from latent_diffusion.data.tokenizers import of_encoder
 from latent_diffusion.files.reading import read_json
 from latent_diffusion.files.tensors import find_weights
+from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,15 @@ _GUIDANCE |= dict.fromkeys((sd3.BASE, sd3.IMG2IMG), sd3.GUIDANCE)
 _BESIDE_WEIGHTS = (
     "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "low_res_scheduler",
     "image_noising_scheduler", "image_normalizer",
+)  # fmt: skip
+# Components that judge or prepare pictures, or that are given to `load_adapter`.
+_LEFT_OUT = (
+    "safety_checker", "feature_extractor", "image_encoder", "image_processor", "depth_estimator",
+    "controlnet", "adapter", "watermarker",
+)  # fmt: skip
+_INDEX_SETTINGS = (  # the last is of the safety checker
+    "id2label", "max_noise_level", "force_zeros_for_empty_prompt", "requires_aesthetics_score",
+    "requires_safety_checker",
 )  # fmt: skip
 _COSINE = "squaredcos_cap_v2"
 _LOW_RES = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
@@ -63,7 +73,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     """Read a pipeline's or a component's folder. Raises ValueError with the reason for refusing.
 
     variant: "fp16" or "non_ema" files. Components that only judge or prepare pictures (a safety
-    checker, a depth estimator …) are left out, with a warning.
+    checker, a depth estimator …) are left out, with a warning; others of unknown classes are
+    refused.
     """
     if not (path / "model_index.json").is_file():
         return replace(read_component(path, variant), diffusion=scheduler.ASSUMED)
@@ -85,6 +96,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         # Other pipelines have an image encoder for adapters alone, which are not read.
         elif kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
             bundle = _merge(bundle, read_component(path / component, variant))
+        elif component not in (*_BESIDE_WEIGHTS, *_LEFT_OUT):
+            lookup(COMPONENTS, kind, f"class of {component} in {path}")
         elif component not in _BESIDE_WEIGHTS:
             log.warning("%s: its %s (%s) is left out", path, component, kind)
     bundle = _with_inputs(bundle, path, index, variant)
@@ -109,10 +122,14 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
 
 
 def _components(path: Path, index: Json) -> dict[str, str]:
-    """The classes of the components that are present, by folder."""
+    """The classes of the components that are present, by folder; ValueError for other settings."""
     classes = {}
     for name, entry in index.items():
-        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+        if name.startswith("_") or name in _INDEX_SETTINGS or entry in (None, False):
+            continue
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError(f"{path}: its index says {name}={str(entry)[:80]}, which is unknown")
+        if entry[1] is None:
             continue
         if Path(name).name != name or not isinstance(entry[1], str):
             raise ValueError(f"{path}: its index names a component {name!r} of class {entry[1]!r}")
@@ -136,7 +153,9 @@ def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -
         bundle = replace(bundle, conditioners=conditioners)
         return sdxl.with_sizes(bundle, path, bool(index.get("requires_aesthetics_score")))
     elif "class_label" not in conditioners:
-        in_channels, _, vector = input_widths(unet)
+        in_channels, context, vector = input_widths(unet)
+        if context is not None and not conditioners:
+            raise ValueError(f"{path}: nothing in it makes the U-Net's context of width {context}")
         if vector is not None:
             raise ValueError(f"{path}: nothing in it makes the U-Net's vector of {vector} numbers")
         out_channels = unet.fields["out_channels"]
