@@ -40,11 +40,13 @@ CLASSES = {
     "AutoencoderKL": [{**TWO, **ENDS}],
     "VQModel": [{**TWO, **ENDS}],
     "SD3Transformer2DModel": [{}],
+    "DiTTransformer2DModel": [{}],
 }  # fmt: skip
 MEANINGS = {
     **dict.fromkeys(("UNet2DConditionModel", "UNet2DModel"), components.MEANINGS["unet"]),
     **dict.fromkeys(("AutoencoderKL", "VQModel"), components.MEANINGS["autoencoder"]),
     "SD3Transformer2DModel": components.MEANINGS["mmdit"],
+    "DiTTransformer2DModel": components.MEANINGS["dit"],
 }
 # Those that change no output; `test_harmless_settings_of_diffusers` asks diffusers.
 HARMLESS = {
@@ -53,6 +55,7 @@ HARMLESS = {
     "AutoencoderKL": {"force_upcast", "sample_size"},
     "VQModel": {"force_upcast", "sample_size"},
     "SD3Transformer2DModel": set(),
+    "DiTTransformer2DModel": set(),
 }
 ENCODERS = {
     "CLIPTextConfig": (transformers.CLIPTextConfig, clip_text),
@@ -112,6 +115,8 @@ def test_settings_that_diffusers_leaves_out_have_its_defaults(name):
     if name == "VQModel":  # the released models leave it out, and mean 1
         said["scaling_factor"] = 1.0
     del said["sample_size"]
+    if name == "DiTTransformer2DModel":  # harmless ones, which have no defaults
+        del said["dropout"], said["norm_num_groups"]
     config = {"_class_name": name}
     assert MEANINGS[name](config) == MEANINGS[name]({**config, **said})
 
