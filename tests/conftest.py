@@ -26,7 +26,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
 # The files that take longest come first, so that no worker waits at the end for another's.
-SLOWEST = ("processes", "devices", "commands", "stop", "tasks", "compile_check", "codebooks")
+SLOWEST = (
+    "processes", "commands", "wiring", "hostile", "samplers", "devices", "answers", "model",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
