@@ -152,6 +152,7 @@ CASES = [
     ("deis", dict(order=3), "open", dict(last=0), "DEISMultistepScheduler", dict(solver_order=3),
      {}),
     ("lcm", {}, "lcm", {}, "LCMScheduler", {}, {}),
+    ("tcd", dict(eta=0.3), "lcm", dict(last=0), "TCDScheduler", {}, dict(eta=0.3)),
 ]  # fmt: skip
 
 
