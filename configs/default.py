@@ -39,8 +39,11 @@ def get_config() -> ConfigDict:
     c.autoencoding = autoencoding()
 
     c.first_stage = ConfigDict()
-    # The workdir of an autoencoder; for classifying, of a denoiser. "" = the one of init_from
+    # The workdir of an autoencoder; for classifying, of a denoiser; for a tiny autoencoder, any
+    # model that `load` reads. "" = the one of init_from
     c.first_stage.path = ""
+    # For autoencoding of kind "tiny": the fields of the first stage whose latents it decodes
+    c.first_stage.autoencoder = ConfigDict()
     c.first_stage.normalization = "scalar"  # "scalar" (the paper's 1/std) | "channel" | "none"
     c.first_stage.num_batches = 64  # over which the latent scale is measured
     c.first_stage.cache = False  # encode the training set once, train on its moments

@@ -3,8 +3,10 @@
     python -m demo.few_steps --teacher=runs/demo/denoiser --student=runs/demo/few_steps
 
 Writes few_steps.json and few_steps.png into the student's workdir. Fréchet distances are of the
-features of AlexNet, between samples for captions of the test split and the training pictures; their
-standard errors are a jackknife's. The judge of `demo.judge` measures accuracies.
+features of AlexNet, between samples for captions of the test split and the training pictures (fd)
+or the first stage's reconstructions of them (fd_reconstructed): a first stage's errors are the
+larger part of the first. Standard errors are a jackknife's. The judge of `demo.judge` measures
+accuracies.
 """
 
 import json
@@ -23,6 +25,7 @@ from latent_diffusion.evaluate import generate
 from latent_diffusion.evaluate.collect import collect_features
 from latent_diffusion.evaluate.features import make_features
 from latent_diffusion.evaluate.frechet import gaussian, measure_frechet
+from latent_diffusion.evaluate.reconstruction import collect_reconstructions
 from latent_diffusion.generation.loading import load
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import to_uint8
@@ -51,9 +54,14 @@ def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, fl
     judged = Judged([train[i] for i in range(len(train))])
     net, cache = make_features("alexnet"), student / "evaluations"
     real = generate.of_data(config, "train")
-    reference = gaussian(
-        collect_features(real.read, real.count, net, cache / "few_steps_real")["features"]
+    first_stage = models["teacher"].first_stage
+    assert first_stage is not None  # every workdir has one
+    seen = collect_reconstructions(
+        first_stage, real.read, real.count, ["rfd"], cache / "few_steps_train", net=net
     )
+    references = {
+        "fd": gaussian(seen["features"]), "fd_reconstructed": gaussian(seen["features_rec"])
+    }  # fmt: skip
     numbers, drawn = {}, []
     for row, (who, options) in ROWS.items():
         model, options = models[who], dict(options)
@@ -64,13 +72,18 @@ def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, fl
         made = generate.samples(model, conditions, count, 0, BATCH, **options)
         folder = cache / f"few_steps_{''.join(filter(str.isalnum, row))}_{count}"
         features = collect_features(made.read, count, net, folder)["features"]
-        distance = measure_frechet(features, reference, "fd_alexnet")
+        distances = {
+            name: measure_frechet(features, reference, name)
+            for name, reference in references.items()
+        }
         draw = {"batch_size": BATCH, **options}
         model.sample(jax.random.key(1), judged.prompts, **draw)  # compiles
         start = time.perf_counter()
         samples = to_uint8(model.sample(jax.random.key(0), judged.prompts, **draw))
         rate = len(samples) / (time.perf_counter() - start)
-        numbers[row] = {"fd": distance.value, "error": distance.error, "images_per_second": rate}
+        numbers[row] = {"images_per_second": rate}
+        for name, distance in distances.items():
+            numbers[row] |= {name: distance.value, f"{name}_error": distance.error}
         numbers[row] |= dict(zip(("tone", "group"), judged.accuracies(samples), strict=True))
         shown = to_uint8(model.sample(jax.random.key(2), SHOWN, **options))
         drawn.append((row, shown))

@@ -236,6 +236,7 @@ EXAMPLES = {
 
 HERE = "test_wiring.py::test_"
 TEACHER = "test_distillation.py::test_a_student_starts_as_its_teacher_and_goes_on_without_it"
+PREVIEW = "test_preview.py::test_both_halves_learn_the_latents_of_the_frozen_first_stage"
 PERCEPTUAL = f"{HERE}a_run_reads_the_perceptual_weights_that_the_config_names"
 CONDITIONAL = "test_codebooks.py::test_conditional_discriminator_sees_the_condition"
 TRAINED = "test_commands.py::test_load_gives_a_model_that_encodes_decodes_and_samples"
@@ -276,6 +277,7 @@ CONFIG = {
     "first_stage.cache": START,
     "first_stage.normalization": SCALE,
     "first_stage.num_batches": SCALE,
+    "first_stage.autoencoder": PREVIEW,
     "first_stage.path": TRAINED,
     "init_from": "test_init_from.py::test_the_whole_model_and_its_average_start_from_the_file",
     "init_from_changes": "test_init_from.py::test_the_first_stage_comes_along_with_its_scale",

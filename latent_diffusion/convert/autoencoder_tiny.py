@@ -43,6 +43,7 @@ _TABLE: Table = (
     Rule(r"(encoder|decoder)/layers_(\d+)", r"\1.layers.\2", "conv"),
     Rule(r"(encoder|decoder)/layers_(\d+)/conv_(\d+)", r"\1.layers.\2.conv.\3", "conv"),
 )
+HALVES = ("encoder", "decoder")
 # The tensors that tell the original's halves: the first convolutions of the net and of a block.
 ENCODER, DECODER = {"0.weight", "1.conv.0.weight"}, {"1.weight", "3.conv.0.weight"}
 
@@ -99,8 +100,7 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
     """
     halves = {"encoder": ENCODER, "decoder": DECODER}
     half = "encoder" if tensors.keys() >= ENCODER else "decoder"
-    other = "decoder" if half == "encoder" else "encoder"
-    beside = path.with_name(path.name.replace(half, other))
+    other, beside = _other(path, half)
     if half not in path.name or not beside.is_file():
         raise ValueError(
             f"{path} is the {half} of a tiny autoencoder: its {other} must lie beside it, as in "
@@ -118,6 +118,32 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
             layer = int(number) - (name == "decoder")
             named[f"{name}.layers.{layer}.{rest}"] = tensor
     return _read(path, _fields_from_shapes(path, named), named)
+
+
+def as_original(bundle: Bundle, path: Path) -> dict[Path, dict[str, Tensor]]:
+    """The tensors of the original's two files: `path`, and the other half beside it.
+
+    Raises ValueError for a name that has neither "encoder" nor "decoder" in it.
+    """
+    half = next((half for half in HALVES if half in path.name), None)
+    if half is None:
+        raise ValueError(
+            f"{path} must have encoder or decoder in its name, as taesd_decoder.safetensors has: "
+            "a tiny autoencoder is a file of each"
+        )
+    other, beside = _other(path, half)
+    files = {half: path, other: beside}
+    halves: dict[Path, dict[str, Tensor]] = {path: {}, beside: {}}
+    for name, tensor in as_component(bundle)[1].items():
+        side, _, layer, rest = name.split(".", 3)
+        halves[files[side]][f"{int(layer) + (side == 'decoder')}.{rest}"] = tensor
+    return halves
+
+
+def _other(path: Path, half: str) -> tuple[str, Path]:
+    """The name and the file of the other half."""
+    other = HALVES[half == "encoder"]
+    return other, path.with_name(path.name.replace(half, other))
 
 
 def _fields_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> Fields:

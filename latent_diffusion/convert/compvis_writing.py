@@ -8,6 +8,7 @@ import yaml
 
 from latent_diffusion.convert import (
     autoencoder,
+    autoencoder_tiny,
     cond_stage,
     dit,
     sd3,
@@ -57,6 +58,11 @@ def write_compvis(
         return
     if bundle.mmdit is not None:  # nor have those of Stable Diffusion 3
         write_safetensors(path, sd3.as_single(bundle), progress=progress)
+        return
+    alone = bundle.autoencoder if bundle.unet is None and bundle.prior is None else None
+    if alone is not None and alone.fields["regularization"] == "tiny":
+        for file, tensors in autoencoder_tiny.as_original(bundle, path).items():
+            write_safetensors(file, tensors, progress=progress)
         return
     tensors, config = as_compvis(with_folded_scale(bundle))
     write_safetensors(path, tensors, progress=progress)

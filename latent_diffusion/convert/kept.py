@@ -20,19 +20,21 @@ def load_autoencoder_params(workdir: Path, config: ConfigDict | None = None) -> 
     return load_entry(workdir, "ema_params" if config.ema_decay else "params")["autoencoder"]
 
 
-def save_first_stage(workdir: Path, first_stage: FirstStage, source: str) -> None:
+def save_first_stage(
+    workdir: Path, first_stage: FirstStage, source: str, file: str = FIRST_STAGE
+) -> None:
     """Keep a copy of the frozen first stage and its scale. source: where it came from."""
     tree = {
         "params": first_stage.params,
         "scale_factor": first_stage.scale_factor,
         "shift": first_stage.shift,
     }
-    save_tree(workdir / FIRST_STAGE, tree, {"source": source})
+    save_tree(workdir / file, tree, {"source": source})
 
 
-def load_first_stage(workdir: Path, module: nn.Module) -> FirstStage:
+def load_first_stage(workdir: Path, module: nn.Module, file: str = FIRST_STAGE) -> FirstStage:
     """The first stage that `save_first_stage` kept."""
-    tree, _ = load_tree(workdir / FIRST_STAGE)
+    tree, _ = load_tree(workdir / file)
     return FirstStage(
         params=tree.get("params", {}),
         scale_factor=jnp.asarray(tree["scale_factor"]),

@@ -168,6 +168,7 @@ class Autoencoder(Architecture):
     embed_dim: int = 4
     tanh_out: bool = False
     regularization: str = "kl"
+    last_layer = "conv_out"  # the decoder's, for the adversarial loss's adaptive weight
     num_codes: int = 8192
     codebook_beta: float = 0.25
     codebook_legacy: bool = True
@@ -297,13 +298,13 @@ class Autoencoder(Architecture):
         if self._has_codes:
             quantized = self._quantize(moments, keys, train, temperature)
             metrics = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
-            return quantized.codes, quantized.loss, {**_moments_of(moments), **metrics}
+            return quantized.codes, quantized.loss, {**latent_statistics(moments), **metrics}
         z = self.latents(moments, keys)
         if self.regularization == "none":
-            return z, jnp.zeros(()), _moments_of(z)
+            return z, jnp.zeros(()), latent_statistics(z)
         posterior = DiagonalGaussian.from_moments(moments)
         metrics = {
-            **_moments_of(z),
+            **latent_statistics(z),
             "posterior_mean": jnp.mean(posterior.mean),
             "posterior_mean_abs": jnp.mean(jnp.abs(posterior.mean)),
             "posterior_std": jnp.mean(posterior.std),
@@ -335,7 +336,8 @@ class Autoencoder(Architecture):
         return self.quantize(moments, train, self.make_rng("codebook") if restarts else None)
 
 
-def _moments_of(z: Float[Array, "B h w c"]) -> dict[str, Any]:
+def latent_statistics(z: Float[Array, "B h w c"]) -> dict[str, Any]:
+    """Mean and mean square [c] of the latents' channels, by the names of `Reconstruction`."""
     return {
         "latent_mean": jnp.mean(z, (0, 1, 2)),
         "latent_mean_square": jnp.mean(jnp.square(z), (0, 1, 2)),

@@ -107,13 +107,19 @@ class TinyAutoencoder(nn.Module):
         """c: channels of the latent."""
         return self.embed_dim
 
+    @property
+    def last_layer(self) -> str:
+        """The decoder's last convolution."""
+        blocks = self.decoder_blocks
+        return f"layers_{2 * len(blocks) + sum(blocks)}"
+
     def setup(self) -> None:
         self.encoder = TinyEncoder(self.embed_dim, self.channels, self.encoder_blocks, self.dtype)
         self.decoder = TinyDecoder(
             self.image_channels, self.channels, self.decoder_blocks, self.dtype
         )
 
-    def encode(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+    def encode(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B h w c"]:
         """Latents. Raises ValueError where height or width is not a multiple of f."""
         f = self.downsampling
         if x.shape[1] % f or x.shape[2] % f:
@@ -130,6 +136,12 @@ class TinyAutoencoder(nn.Module):
 
     def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         """Pixels from latents."""
+        return self.decode_codes(z)
+
+    def decode_codes(
+        self, z: Float[Array, "B h w c"], train: bool = False
+    ) -> Float[Array, "B H W C"]:
+        """Pixels from latents, under the name of the perceptual-compression task."""
         return self.decoder(z)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -11,6 +11,9 @@ The adaptive weight averages the last-layer gradients over all devices before it
 doesn't depend on the number of devices. The discriminator sees this step's reconstructions; the
 original recomputes them after the generator has moved.
 
+A preview has a frozen first stage: its decoder learns to decode the scaled latents z of that first
+stage, and its encoder E learns them; reg is then mean over images of ‖E(x) − z‖².
+
 With `grad_accumulation` encoder, decoder and LPIPS run on a part of the batch at a time. The
 discriminator, whose batch norm wants all of it, and the regulariser stay whole: they are small.
 """
@@ -24,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.models.first_stage import make_autoencoder
+from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
+from latent_diffusion.nets.autoencoder import latent_statistics
 from latent_diffusion.nets.discriminator import PatchGAN
 from latent_diffusion.nets.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
 from latent_diffusion.nets.losses.perceptual import LPIPS
@@ -55,9 +59,13 @@ class State(flax.struct.PyTreeNode):
 
 
 class Constants(flax.struct.PyTreeNode):
-    """Everything that training reads and never changes. lpips: None without a perceptual loss."""
+    """Everything that training reads and never changes.
+
+    lpips: None without a perceptual loss. first_stage: of a preview alone.
+    """
 
     lpips: Params | None
+    first_stage: FirstStage | None = None
 
 
 def _sum_per_image(values: Float[Array, "B H W C"]) -> Float[Array, ""]:
@@ -91,6 +99,7 @@ class Autoencoding:
     ema_decay: float = 0.0
     grad_accumulation: int = 1
     num_steps: int = 1
+    first_stage: nn.Module | None = None  # whose latents a preview decodes
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -106,6 +115,9 @@ class Autoencoding:
         lpips = None
         if self.perceptual is not None:
             lpips = self.perceptual.init(key_p, image, image)["params"]
+        first_stage = None
+        if self.first_stage is not None:
+            first_stage = init_first_stage(self.first_stage, key_p, image)
         state = State(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -116,15 +128,18 @@ class Autoencoding:
             disc_stats=disc.get("batch_stats", {}),
             disc_opt_state=self.disc_tx.init(disc["params"]),
         )
-        return state, Constants(lpips)
+        return state, Constants(lpips, first_stage)
 
     def components(self, state: State, constants: Constants) -> dict[str, Params]:
         """The parts whose parameters `--dry_run` counts, by name."""
-        return {
+        parts = {
             "autoencoder": state.params["autoencoder"],
             "discriminator": state.disc_params,
             "lpips (frozen)": constants.lpips,
         }
+        if constants.first_stage is not None:
+            parts["first stage (frozen)"] = constants.first_stage.params
+        return parts
 
     def train_step(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
@@ -144,7 +159,7 @@ class Autoencoding:
             return logits, moved.get("batch_stats", {})
 
         (x_rec, reg), generator_vjp, (reg_metrics, codebook) = jax.vjp(
-            lambda params: self._generate(params, state, x, keys, rng, axis_name),
+            lambda params: self._generate(params, state, constants, x, keys, rng, axis_name),
             state.params["autoencoder"],
             has_aux=True,
         )
@@ -161,7 +176,7 @@ class Autoencoding:
         def last_layer(d_image: jax.Array) -> jax.Array:
             # Only this kernel's gradient is used, so the compiler drops the rest of the backward.
             (grads,) = generator_vjp((d_image, jnp.zeros_like(reg)))
-            return grads["decoder"]["conv_out"]["kernel"]
+            return grads["decoder"][self.autoencoder.last_layer]["kernel"]
 
         d_weight = self.adversarial_weight * adaptive_weight(
             *pmean((last_layer(d_rec), last_layer(d_adv)), axis_name)
@@ -207,6 +222,7 @@ class Autoencoding:
         self,
         params: Params,
         state: State,
+        constants: Constants,
         x: Float[Array, "B H W C"],
         keys: Keys,
         rng: jax.Array,
@@ -216,16 +232,21 @@ class Autoencoding:
 
         Encoder and decoder run in micro-batches; the regulariser between them has the whole batch.
         """
-        autoencoder = self.autoencoder.clone(axis_name=axis_name)
 
         def network(method: str):
             def run(params: Params, x: jax.Array, keys: Keys):
-                dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
-                return autoencoder.apply({"params": params}, x, True, method=method, rngs=dropout)
+                rngs = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
+                return self.autoencoder.apply({"params": params}, x, True, method=method, rngs=rngs)
 
             return in_parts(run, self.grad_accumulation)
 
         moments = network("encode")(params, x, keys)
+        if constants.first_stage is not None:
+            z = constants.first_stage.encode({"image": x}, keys)
+            x_rec = network("decode_codes")(params, z, keys)
+            error = _sum_per_image(jnp.square(moments - z))
+            return (x_rec, error), (latent_statistics(z), {})
+        autoencoder = self.autoencoder.clone(axis_name=axis_name)
         (z, reg, metrics), moved = autoencoder.apply(
             {"params": params, "codebook": state.codebook},
             moments,
@@ -244,7 +265,7 @@ class Autoencoding:
     ) -> Metrics:
         """Per-example [B] errors of the posterior mode's reconstruction, by averaged parameters."""
         x = batch["image"]
-        x_rec = self.reconstruct(state, x)
+        x_rec = self.reconstruct(state, constants, x)
         values = {"l1": jnp.mean(jnp.abs(x - x_rec), (1, 2, 3)), "psnr": psnr(x, x_rec)}
         if self.perceptual is not None:
             values["lpips"] = self._distance(constants, x, x_rec)
@@ -255,12 +276,19 @@ class Autoencoding:
     ) -> dict[str, jax.Array]:
         """Images to look at: inputs above their reconstructions."""
         x = batch["image"]
-        return {"inputs": x, "reconstructions": self.reconstruct(state, x)}
+        return {"inputs": x, "reconstructions": self.reconstruct(state, constants, x)}
 
-    def reconstruct(self, state: State, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def reconstruct(
+        self, state: State, constants: Constants, x: Float[Array, "B H W C"]
+    ) -> Float[Array, "B H W C"]:
         """Decode the posterior's mode with the averaged parameters, if there are any."""
         params = state.params if state.ema_params is None else state.ema_params
-        out: Any = self.autoencoder.apply({"params": params["autoencoder"]}, x)
+        variables = {"params": params["autoencoder"]}
+        if constants.first_stage is not None:
+            z = constants.first_stage.encode({"image": x})
+            preview: Any = self.autoencoder.apply(variables, z, method="decode")
+            return preview
+        out: Any = self.autoencoder.apply(variables, x)
         return out.x
 
     def _beside_condition(self, image: jax.Array, batch: Batch) -> jax.Array:
@@ -336,7 +364,9 @@ def make_autoencoding(config: Config) -> Autoencoding:
         "averages": (),
         "learning_rate": fields.pop("disc_learning_rate") or config["optimizer"]["learning_rate"],
     }
+    frozen = config["first_stage"]["autoencoder"]
     return Autoencoding(
+        first_stage=make_autoencoder(frozen) if frozen else None,
         autoencoder=make_autoencoder(config["autoencoder"]),
         discriminator=PatchGAN(**disc),
         perceptual=None if net == "none" else LPIPS(net),

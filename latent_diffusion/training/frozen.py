@@ -15,6 +15,7 @@ from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.models.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.workdir import TEACHER
 from latent_diffusion.training import init_from, settings
 from latent_diffusion.training.batches import train_batches
 from latent_diffusion.trees import check_same_tree
@@ -55,6 +56,8 @@ def load_constants(
 def save(config: ConfigDict, constants: Any, folder: Path) -> None:
     """Write the run's copies of the constants; `load_constants` reads them when it goes on."""
     if config.task == "autoencoding":
+        if constants.first_stage is not None:  # of a preview; training alone reads it
+            kept.save_first_stage(folder, constants.first_stage, config.first_stage.path, TEACHER)
         return
     kept.save_first_stage(folder, constants.first_stage, str(config.first_stage.path))
     for name, params in constants.conditioner.items():

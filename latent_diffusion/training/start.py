@@ -20,6 +20,7 @@ from latent_diffusion.training import (
     frozen,
     init_from,
     moments,
+    preview,
     settings,
     stages,
     teacher,
@@ -72,7 +73,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
 
 def with_files(config: ConfigDict) -> ConfigDict:
     """The config of a run that begins, with all fields that files decide."""
-    config = init_from.resolve(teacher.resolve(config))
+    config = init_from.resolve(teacher.resolve(preview.resolve(config)))
     return frozen.resolve(stages.resolve(config))
 
 
@@ -101,6 +102,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     else:
         state, constants = jax.eval_shape(init, init_rng)
     constants = frozen.load_constants(config, constants, train_source, run, bundle)
+    constants = preview.load(config, constants, run)
     constants = teacher.load(config, constants, run, bundle)
     constants = init_from.base_from(config, constants, bundle)
     step = 0
