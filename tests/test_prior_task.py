@@ -155,7 +155,7 @@ def test_dropping_needs_a_null_condition():
         make_prior_training(config)
 
 
-@pytest.mark.parametrize("variant", ["", "masked", "class", "layout", "segmentation"])
+@pytest.mark.parametrize("variant", ["", "masked", "mirrored", "class", "layout", "segmentation"])
 def test_every_variant_fits_its_first_stage(variant):
     config = openmoji_prior.get_config(variant)
     task = make_prior_training(config)
