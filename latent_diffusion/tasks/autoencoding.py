@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.nets.autoencoder import latent_statistics
 from latent_diffusion.nets.discriminator import PatchGAN
 from latent_diffusion.nets.losses.adversarial import D_LOSSES, adaptive_weight, gate, generator_loss
@@ -65,7 +65,7 @@ class Constants(flax.struct.PyTreeNode):
     """
 
     lpips: Params | None
-    first_stage: FirstStage | None = None
+    first_stage: Params | None = None
 
 
 def _sum_per_image(values: Float[Array, "B H W C"]) -> Float[Array, ""]:
