@@ -15,12 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import reference
-from latent_diffusion import plan
 from latent_diffusion.nets import dot_product_attention
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel.chips import CHIPS
 from latent_diffusion.runtime.startup import quiet_and_cached
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.training import planning
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.types import Conditioning
 
@@ -167,7 +167,7 @@ def peak_gib() -> float | None:
 def train(name: str, tiny: bool) -> list[dict[str, Any]]:
     """Images a second of the train step, its share of the peak, and the cores that feed it."""
     config = experiment(name, tiny)
-    facts = plan.count(config)
+    facts = planning.count(config)
     task, state, constants, batch = started(config)
     step, now = parallel.compile_step(task.train_step, "single"), [state]
 

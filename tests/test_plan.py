@@ -7,9 +7,9 @@ import several
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from latent_diffusion import plan as planning
-from latent_diffusion.plan import Facts, plan, report
 from latent_diffusion.runtime.parallel import chips
+from latent_diffusion.training import planning
+from latent_diffusion.training.planning import Facts, plan, report
 
 FACTS = Facts(
     flops=197e9, state=16 * 2**30, gradients=2**30, constants=0, latent=8192, images_per_core=100.0

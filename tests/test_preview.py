@@ -124,8 +124,6 @@ def test_a_first_stage_that_does_not_fit_is_one_line(frozen, tmp_path, monkeypat
     assert "learns the latents of a trained model: name it by first_stage.path" in refused(
         preview()
     )
-    plain = few("autoencoding", **{"first_stage.path": str(path)})
-    assert "not with autoencoder.regularization='kl'" in refused(plain)
     deeper = {"autoencoder.encoder_blocks": (1, 0, 0), "autoencoder.decoder_blocks": (0, 0, 0)}
     assert "has downsampling 2, the preview has 4" in refused(preview(path, **deeper))
     wider = preview(path, **{"autoencoder.embed_dim": 3})

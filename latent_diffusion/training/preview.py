@@ -27,15 +27,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     if config.task != "autoencoding":
         return config
-    path, tiny = config.first_stage.path, config.autoencoder.regularization == "tiny"
-    if not tiny and path:
-        raise ValueError(
-            f"first_stage.path={path}: the latents of a trained first stage are learnt by a tiny "
-            f"autoencoder alone, not with autoencoder.regularization="
-            f"{config.autoencoder.regularization!r}"
-        )
-    if not tiny:
-        return config
+    path = config.first_stage.path
+    if config.autoencoder.regularization != "tiny":
+        return config  # a first stage of its own, which reads no other
     if not path:
         raise ValueError(
             "a tiny autoencoder learns the latents of a trained model: name it by first_stage.path"

@@ -1,0 +1,222 @@
+"""What binds a large run, from counts and published rates: the work of `latent_diffusion.plan`."""
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Of the hosts of several in Google's cloud: chips, and cores (two of their vCPUs each).
+HOSTS = {
+    "v4": (4, 120),
+    "v5e": (4, 56),
+    "v5p": (4, 104),
+    "v6e": (4, 90),
+    "a100": (8, 48),
+    "h100": (8, 104),
+    "h200": (8, 112),
+}
+MEASURED = 6  # pictures
+
+
+class Facts(NamedTuple):
+    """What a train step is made of. flops: of an image, without recomputation; else bytes.
+
+    state: parameters, averages, moments; gradients: of one device; latent: moments of a picture in
+    bfloat16, both mirrors; images_per_core: a second, on the machine that counted.
+    """
+
+    flops: float
+    state: int
+    gradients: int
+    constants: int
+    latent: int
+    images_per_core: float
+
+
+class Plan(NamedTuple):
+    """A run. seconds: of a step at least, by part; bytes of what is stored and of a checkpoint."""
+
+    seconds: dict[str, float]
+    chips: int
+    hosts: int
+    cores: float  # of all hosts, that the step at its fastest needs
+    memory: float  # bytes a chip, at least
+    days: float
+    epochs: float
+    pictures: float
+    latents: float
+    checkpoint: float
+    written: float  # bytes a second, of checkpoints
+
+    @property
+    def binds(self) -> str:
+        """The part that takes longest."""
+        return max(self.seconds, key=lambda part: self.seconds[part])
+
+
+def count(config: Any) -> Facts:
+    """The facts of an experiment, from shapes alone, and one measurement on this machine."""
+    import jax
+
+    from latent_diffusion.runtime import parallel
+    from latent_diffusion.tasks import TASKS
+    from latent_diffusion.training.batch_spec import batch_spec
+    from latent_diffusion.types import lookup
+
+    config = config.copy_and_resolve_references().unlock()
+    config.batch_size = config.grad_accumulation = 1
+    for part in (config[config.backbone], config.autoencoder):
+        part.attention = "xla"
+        if "remat" in part:
+            part.remat = "none" if isinstance(part.remat, str) else False
+    task: Any = lookup(TASKS, config.task, "task")(config)
+    batch, rng = batch_spec(config), jax.eval_shape(lambda: jax.random.key(0))
+    state, constants = jax.eval_shape(task.init, rng, batch)
+    trained = (state.params, getattr(state, "disc_params", ()))
+    return Facts(
+        flops=parallel.count_flops(task.train_step, state, constants, batch, rng),
+        state=parallel.num_bytes(state),
+        gradients=parallel.num_bytes(trained),
+        constants=parallel.num_bytes(constants),
+        latent=_latent_bytes(config),
+        images_per_core=round(measure(config), 1),
+    )
+
+
+def _latent_bytes(config: Any) -> int:
+    stage = config.autoencoder
+    if stage.regularization == "identity":
+        return 0
+    side = config.data.image_size // 2 ** (len(stage.channel_mult) - 1)
+    numbers = 2 if stage.regularization == "kl" else 1
+    return 2 * 2 * numbers * side**2 * stage.embed_dim
+
+
+def measure(config: Any) -> float:
+    """Pictures a second that a core decodes, crops and resizes for an experiment."""
+    from PIL import Image
+
+    from latent_diffusion import data
+    from latent_diffusion.data.pictures import read_image
+
+    side = max(config.data.image_size, config.data.shorter_side or 0) * 5 // 4
+    levels = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG")
+    transform = data.make_transform(config.data, train=True)
+    start = time.process_time()
+    for seed in range(MEASURED):
+        file.seek(0)
+        transform({"image": read_image(file)}, np.random.default_rng(seed))
+    return MEASURED / (time.process_time() - start)
+
+
+def plan(
+    facts: Facts,
+    topology: str,
+    *,
+    batch_size: int,
+    num_steps: int,
+    images: int,
+    shares: int = 1,
+    checkpoint_steps: int = 0,
+    picture: float = 107e3,
+    storage_rate: float = 1e9,
+) -> Plan:
+    """The lower bounds of a run. shares: into which the state is cut; picture: bytes of one.
+
+    Raises ValueError for an unknown chip and for a batch that the chips can't share. An all-reduce
+    sends gradients twice over each chip's links, but for one share of n; with FSDP the reduced
+    shares and the gathered parameters are as many bytes.
+    """
+    from latent_diffusion.runtime.parallel.chips import parse_topology
+
+    name, chip, shape = parse_topology(topology)
+    chips = math.prod(map(int, shape.split("x")))
+    in_host, cores = HOSTS[name]
+    hosts = -(-chips // in_host)
+    if batch_size % chips:
+        raise ValueError(f"batch_size {batch_size} isn't a multiple of the {chips} chips")
+    traffic = 2 * facts.state / shares + facts.constants
+    seconds = {
+        "compute": batch_size * facts.flops / (chips * chip.tflops * 1e12),
+        "memory": traffic / (chip.memory_rate * 1e9),
+        "network": 2 * facts.gradients * (chips - 1) / chips / (chip.network_rate * 1e9),
+        "input": batch_size / (hosts * cores * facts.images_per_core),
+        "storage": batch_size * picture / (hosts * storage_rate),
+    }
+    on_chips = max(seconds[part] for part in ("compute", "memory", "network"))
+    step = max(seconds.values())
+    written = facts.state / (checkpoint_steps * step) if checkpoint_steps else 0.0
+    return Plan(
+        seconds=seconds,
+        chips=chips,
+        hosts=hosts,
+        cores=batch_size / on_chips / facts.images_per_core,
+        memory=(facts.state + facts.gradients) / shares + facts.constants,
+        days=num_steps * step / 86400,
+        epochs=num_steps * batch_size / images,
+        pictures=images * picture,
+        latents=images * facts.latent,
+        checkpoint=facts.state,
+        written=written,
+    )
+
+
+def num_shares(settings: Any, topology: str) -> int:
+    """Into how many parts `config.parallel` cuts the state over the chips of a topology."""
+    from latent_diffusion.runtime.parallel.chips import parse_topology
+
+    if settings.mode != "mesh":
+        return 1
+    chips = math.prod(map(int, parse_topology(topology)[2].split("x")))
+    sizes = dict(settings.mesh)
+    rest = chips // math.prod(size for size in sizes.values() if size > 0)
+    return math.prod(rest if sizes[axis] < 0 else sizes[axis] for axis in ("fsdp", "tensor"))
+
+
+def report(one: Plan, topology: str, batch_size: int) -> str:
+    """A paragraph on a plan."""
+    from latent_diffusion.runtime.parallel.chips import parse_topology
+
+    name, chip, _ = parse_topology(topology)
+    step = max(one.seconds.values())
+    parts = ", ".join(f"{part} {1e3 * s:,.2f}" for part, s in one.seconds.items())
+    room = chip.memory * 2**30
+    fits = "" if one.memory < room else " DOES NOT FIT: cut the state (docs/devices.md)"
+    row = "  {:<12s}{}".format
+    lines = [
+        f"{topology}: {one.chips} chips, {one.hosts} hosts; global batch {batch_size}",
+        row("a step", f"at least {1e3 * step:,.2f} ms (ms by part: {parts})"),
+        row("bound by", one.binds),
+        row("at most", f"{1 / step:,.2f} steps/s, {batch_size / step:,.0f} images/s"),
+        row("memory", f"{one.memory / 2**30:.1f} of {chip.memory:g} GiB a chip, and activations"),
+        row(
+            "input", f"{one.cores:,.0f} of {one.hosts * HOSTS[name][1]:,} cores keep the chips busy"
+        ),
+        row("the run", f"{one.days:,.1f} days at least, {one.epochs:,.1f} epochs"),
+        row("storage", f"pictures {_size(one.pictures)}, or latents {_size(one.latents)}"),
+        row("checkpoint", f"{_size(one.checkpoint)} each, {_size(3600 * one.written)} an hour"),
+    ]
+    lines[4] += fits
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int | float) -> str:
+    return f"{num_bytes / 1e12:,.1f} TB" if num_bytes >= 1e12 else f"{num_bytes / 1e9:,.1f} GB"
+
+
+def known_facts(config: Any, name: str, path: str | None) -> Facts:
+    """The facts under a name in a JSON file; counted, and added to the file, if it lacks them."""
+    file = Path(path) if path else None
+    known = json.loads(file.read_text()) if file and file.exists() else {}
+    if name not in known:
+        known[name] = count(config)._asdict()
+        if file:
+            lines = (f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known))
+            file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return Facts(**known[name])
