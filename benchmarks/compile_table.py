@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_diffusion.compile_check import GIB, Checked, least_seconds
-from latent_diffusion.runtime.parallel.chips import parse_topology
+from latent_diffusion.runtime.parallel.chips import num_chips, parse_topology
 
 RESULTS = "docs/compile_table.json"
 TOPOLOGIES = {
@@ -89,14 +89,6 @@ class Cell(NamedTuple):
         """The dtype of the parameters."""
         half = self.program == "sample" and self.config in HALF_PARAMS
         return "bfloat16" if half else "float32"
-
-
-def num_chips(topology: str) -> int:
-    """The number of chips in "v5e:4x4"."""
-    count = 1
-    for side in parse_topology(topology)[2].split("x"):
-        count *= int(side)
-    return count
 
 
 def cells() -> Iterator[Cell]:

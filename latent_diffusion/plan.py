@@ -17,7 +17,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from latent_diffusion.runtime import flags as shared_flags
-from latent_diffusion.training.planning import known_facts, num_shares, plan, report
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 ...")
@@ -34,27 +33,29 @@ def main(_: list[str]) -> None:
     """Read the flags, count, print."""
     import jax
 
+    from latent_diffusion.training import planning
+
     jax.config.update("jax_platforms", "cpu")
     config = CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
-        facts = known_facts(config, name, FACTS.value)
+        facts = planning.known_facts(config, name, FACTS.value)
         if PER_CORE.value:
             facts = facts._replace(images_per_core=PER_CORE.value)
-        one = plan(
+        one = planning.plan(
             facts,
             str(TOPOLOGY.value),
             batch_size=config.batch_size,
             num_steps=config.num_steps,
             images=int(IMAGES.value or 1),
-            shares=num_shares(config.parallel, str(TOPOLOGY.value)),
+            shares=planning.num_shares(config.parallel, str(TOPOLOGY.value)),
             checkpoint_steps=config.checkpoint.every_steps,
             picture=1e3 * PICTURE.value,
             storage_rate=1e9 * STORAGE.value,
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(report(one, str(TOPOLOGY.value), config.batch_size))
+    print(planning.report(one, str(TOPOLOGY.value), config.batch_size))
 
 
 if __name__ == "__main__":

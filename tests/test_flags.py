@@ -298,14 +298,14 @@ PLAN = """
 import json, sys
 from absl import app, flags
 import latent_diffusion.plan as command
-from latent_diffusion.training.planning import Facts
+from latent_diffusion.training import planning
 def plan(facts, topology, **given):
     seen.append([facts, topology, given])
 def known_facts(config, name, path):
-    return Facts(1, 2, 3, 4, 5, [config.num_steps, name, path])
+    return planning.Facts(1, 2, 3, 4, 5, [config.num_steps, name, path])
 seen = []
-command.plan, command.known_facts = plan, known_facts
-command.report = lambda *given: json.dumps(seen[0])
+planning.plan, planning.known_facts = plan, known_facts
+planning.report = lambda *given: json.dumps(seen[0])
 app.run(command.main)
 """
 

@@ -7,7 +7,17 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from PIL import Image
+
+from latent_diffusion import data
+from latent_diffusion.data.pictures import read_image
+from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.parallel.chips import num_chips, parse_topology
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.types import lookup
 
 # Of the hosts of several in Google's cloud: chips, and cores (two of their vCPUs each).
 HOSTS = {
@@ -60,13 +70,6 @@ class Plan(NamedTuple):
 
 def count(config: Any) -> Facts:
     """The facts of an experiment, from shapes alone, and one measurement on this machine."""
-    import jax
-
-    from latent_diffusion.runtime import parallel
-    from latent_diffusion.tasks import TASKS
-    from latent_diffusion.training.batch_spec import batch_spec
-    from latent_diffusion.types import lookup
-
     config = config.copy_and_resolve_references().unlock()
     config.batch_size = config.grad_accumulation = 1
     for part in (config[config.backbone], config.autoencoder):
@@ -98,11 +101,6 @@ def _latent_bytes(config: Any) -> int:
 
 def measure(config: Any) -> float:
     """Pictures a second that a core decodes, crops and resizes for an experiment."""
-    from PIL import Image
-
-    from latent_diffusion import data
-    from latent_diffusion.data.pictures import read_image
-
     side = max(config.data.image_size, config.data.shorter_side or 0) * 5 // 4
     levels = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
     file = io.BytesIO()
@@ -133,10 +131,8 @@ def plan(
     sends gradients twice over each chip's links, but for one share of n; with FSDP the reduced
     shares and the gathered parameters are as many bytes.
     """
-    from latent_diffusion.runtime.parallel.chips import parse_topology
-
-    name, chip, shape = parse_topology(topology)
-    chips = math.prod(map(int, shape.split("x")))
+    name, chip, _ = parse_topology(topology)
+    chips = num_chips(topology)
     in_host, cores = HOSTS[name]
     hosts = -(-chips // in_host)
     if batch_size % chips:
@@ -169,32 +165,28 @@ def plan(
 
 def num_shares(settings: Any, topology: str) -> int:
     """Into how many parts `config.parallel` cuts the state over the chips of a topology."""
-    from latent_diffusion.runtime.parallel.chips import parse_topology
-
     if settings.mode != "mesh":
         return 1
-    chips = math.prod(map(int, parse_topology(topology)[2].split("x")))
     sizes = dict(settings.mesh)
-    rest = chips // math.prod(size for size in sizes.values() if size > 0)
+    rest = num_chips(topology) // math.prod(size for size in sizes.values() if size > 0)
     return math.prod(rest if sizes[axis] < 0 else sizes[axis] for axis in ("fsdp", "tensor"))
 
 
 def report(one: Plan, topology: str, batch_size: int) -> str:
     """A paragraph on a plan."""
-    from latent_diffusion.runtime.parallel.chips import parse_topology
-
     name, chip, _ = parse_topology(topology)
     step = max(one.seconds.values())
     parts = ", ".join(f"{part} {1e3 * s:,.2f}" for part, s in one.seconds.items())
     room = chip.memory * 2**30
     fits = "" if one.memory < room else " DOES NOT FIT: cut the state (docs/devices.md)"
+    memory = f"{one.memory / 2**30:.1f} of {chip.memory:g} GiB a chip, and activations{fits}"
     row = "  {:<12s}{}".format
     lines = [
         f"{topology}: {one.chips} chips, {one.hosts} hosts; global batch {batch_size}",
         row("a step", f"at least {1e3 * step:,.2f} ms (ms by part: {parts})"),
         row("bound by", one.binds),
         row("at most", f"{1 / step:,.2f} steps/s, {batch_size / step:,.0f} images/s"),
-        row("memory", f"{one.memory / 2**30:.1f} of {chip.memory:g} GiB a chip, and activations"),
+        row("memory", memory),
         row(
             "input", f"{one.cores:,.0f} of {one.hosts * HOSTS[name][1]:,} cores keep the chips busy"
         ),
@@ -202,7 +194,6 @@ def report(one: Plan, topology: str, batch_size: int) -> str:
         row("storage", f"pictures {_size(one.pictures)}, or latents {_size(one.latents)}"),
         row("checkpoint", f"{_size(one.checkpoint)} each, {_size(3600 * one.written)} an hour"),
     ]
-    lines[4] += fits
     return "\n".join(lines)
 
 

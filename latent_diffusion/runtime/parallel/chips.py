@@ -1,6 +1,7 @@
 """Accelerators that may be absent: their peak rates, and how to compile for them."""
 
 import importlib.util
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -47,6 +48,11 @@ def parse_topology(text: str) -> tuple[str, Chip, str]:
         example = f"{name}:8" if chip.platform == "cuda" else f"{name}:2x2"
         raise ValueError(f"--topology={text} must look like {example}")
     return name, chip, shape
+
+
+def num_chips(text: str) -> int:
+    """The number of chips in "v5e:4x4"."""
+    return math.prod(map(int, parse_topology(text)[2].split("x")))
 
 
 def topology_devices(text: str) -> list[Any]:
