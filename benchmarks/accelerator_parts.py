@@ -2,9 +2,7 @@
 
 import functools
 import importlib
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import reference
+from benchmarks.compression_timing import median_seconds
 from latent_diffusion.nets import dot_product_attention
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel.chips import CHIPS
@@ -58,13 +57,7 @@ def peak_flops() -> float | None:
 
 def seconds(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
     """The median of several calls, after one that compiles."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return median_seconds(lambda: jax.block_until_ready(call()), rounds)
 
 
 def parity() -> list[dict[str, Any]]:

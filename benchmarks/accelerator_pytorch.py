@@ -1,12 +1,11 @@
 """Stable Diffusion 1's U-Net in PyTorch: diffusers' module, SDPA, torch.compile, bfloat16."""
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
+
+from benchmarks.compression_timing import median_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 50
@@ -29,7 +28,7 @@ def rows(tiny: bool, batch: int, sampled: tuple[int, ...], rounds: int) -> list[
     unet.zero_grad(set_to_none=True)
     unet = unet.to(torch.bfloat16)
     for size in sampled:
-        used = _seconds(lambda: _sample(compiled, size, side, width, tiny), rounds)  # noqa: B023
+        used = median_seconds(lambda: _sample(compiled, size, side, width, tiny), rounds)  # noqa: B023
         found.append({"what": "sample", "batch": size, "seconds": used, "peak_gib": _peak()})
     return found
 
@@ -47,7 +46,7 @@ def _train(unet: Any, compiled: Any, batch: int, side: int, width: int, rounds: 
         tx.step()
         return loss.item()
 
-    used = _seconds(step, rounds)
+    used = median_seconds(step, rounds)
     return {"what": "train the U-Net", "batch": batch, "seconds": used, "peak_gib": _peak()}
 
 
@@ -66,18 +65,6 @@ def _sample(unet: Any, batch: int, side: int, width: int, tiny: bool) -> float:
 def _inputs(batch: int, side: int, width: int, dtype: Any) -> tuple[Any, Any]:
     options = {"device": DEVICE, "dtype": dtype}
     return torch.randn(batch, 4, side, side, **options), torch.randn(batch, 77, width, **options)
-
-
-def _seconds(call: Callable[[], Any], rounds: int) -> float:
-    call()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def _peak() -> float | None:

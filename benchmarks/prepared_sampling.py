@@ -28,10 +28,10 @@ SHAPE, STEPS, RUNS, SCALE = (8, 8, 4), 20, 9, 5.0
 INTERVALS = {"at every step": None, "in an interval": (200, 800)}
 
 
-def median_seconds(calls: dict[str, Callable[[], jax.Array]]) -> dict[str, float]:
+def median_seconds(calls: dict[str, Callable[[], jax.Array]], runs: int = RUNS) -> dict[str, float]:
     """Processor seconds of each call, taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(RUNS + 1):
+    for run in range(runs + 1):
         for name, call in calls.items():
             start = time.process_time()
             call().block_until_ready()

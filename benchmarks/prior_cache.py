@@ -7,14 +7,11 @@ alternately; prints the median seconds of each, their ratio, and whether the cod
 Seconds are the processor's, which other work on the machine hardly changes.
 """
 
-import statistics
-import time
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.prepared_sampling import median_seconds
 from latent_diffusion.models.prior import Prior
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.prior import CodeTransformer
@@ -43,18 +40,12 @@ def main() -> None:
     uncached = jax.jit(
         lambda p: p._in_windows(keys, start_token, options, (codes, free), (SIDE, SIDE), SIDE)
     )
-    calls: dict[str, Callable] = {"with a cache": cached, "without": uncached}
-    drawn, seconds = {}, {name: [] for name in calls}
-    for run in range(RUNS + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            drawn[name] = np.asarray(call(prior))
-            if run:  # the first compiles
-                seconds[name].append(time.process_time() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    calls = {"with a cache": lambda: cached(prior), "without": lambda: uncached(prior)}
+    drawn = [np.asarray(call()) for call in calls.values()]
+    medians = median_seconds(calls, RUNS)
     for name, value in medians.items():
         print(f"{name:14s} {value:8.3f} s")
-    same = (drawn["with a cache"] == drawn["without"]).mean()
+    same = (drawn[0] == drawn[1]).mean()
     print(f"{medians['without'] / medians['with a cache']:.1f} times; {same:.1%} of codes equal")
 
 
