@@ -108,15 +108,14 @@ def check(
         train = program == "train"
         if not train and config.task not in DENOISERS:
             continue
-        if not train:
-            state, constants = _in_dtype(params, state, constants)
-        step, args = task.train_step if train else task.show, (state, constants, batch, rng)
+        read = (state, constants) if train else _in_dtype(params, state, constants)
+        step, args = task.train_step if train else task.show, (*read, batch, rng)
         countable = counted.train_step if train else counted.show
-        used = [tree if train or tree is None else tree.ema_params for tree in (state, shardings)]
+        used = [tree if train or tree is None else tree.ema_params for tree in (read[0], shardings)]
         row = Checked(
             program,
             "pmap" if mesh is None else " × ".join(f"{k} {n}" for k, n in mesh.shape.items()),
-            parallel.num_bytes(*used) + parallel.num_bytes(constants),
+            parallel.num_bytes(*used) + parallel.num_bytes(read[1]),
             parallel.count_flops(countable, *args) / len(devices),
         )
         if row.arguments > memory:

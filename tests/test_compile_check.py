@@ -105,8 +105,13 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     assert counted.flops == train.flops and counted.peak == 0
     assert train.arguments - counted.arguments < 2**20  # the batch
 
-    (half,) = compile_check.check(config, "v5e:2x4", ["sample"], compile=False, params="bfloat16")
+    given = {"compile": False, "params": "bfloat16"}
+    (half,) = compile_check.check(config, "v5e:2x4", ["sample"], **given)
     (full,) = compile_check.check(config, "v5e:2x4", ["sample"], compile=False)
+    both = compile_check.check(
+        config, "v5e:2x4", ["sample", "train"], compile=False, params="bfloat16"
+    )
+    assert both == [half, counted]  # training reads its own
     task = TASKS[config.task](config)
     _, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
     stage = parallel.num_bytes(constants)

@@ -9,6 +9,14 @@ from latent_diffusion.data import windows
 from latent_diffusion.data.transforms import to_float, to_uint8
 
 
+def changes_pictures(keys: Collection[str]) -> bool:
+    """Whether a picture can be changed in part; an image that is a condition is none.
+
+    keys: batch entries that the model reads as conditions.
+    """
+    return "image" not in keys or "mask" in keys
+
+
 def fitted(
     keys: Collection[str],
     size: tuple[int, int],
@@ -22,8 +30,7 @@ def fitted(
     left out, since it has any size. Values of a mask become 0 or 1. Raises ValueError for a mask
     of another size than its image.
     """
-    varied = "image" in keys and "mask" not in keys
-    if image is None or (varied and mask is None and strength is None):
+    if image is None or (not changes_pictures(keys) and mask is None and strength is None):
         return {}
     entries = {"image": to_float(windows.fit(to_uint8(image[0]), size))[None]}
     if mask is not None:

@@ -69,21 +69,21 @@ class JointBlock(nn.Module):
         q, k, v = (jnp.concatenate(pair, 1) for pair in pairs)
         both = attend(q, k, v, self.attention).reshape(x.shape[0], -1, width)
 
-        change = of_x[2][:, None] * self._dense("x_block_attn_proj", width)(both[:, :length])
+        change = of_x[2][:, None] * xavier("x_block_attn_proj", width, self.dtype)(both[:, :length])
         if self.dual:
             q, k, v = self._heads("x_block_attn2", modulated(x, of_x[6], of_x[7]))
             alone = attend(q, k, v, self.attention).reshape(x.shape)
-            change += of_x[8][:, None] * self._dense("x_block_attn2_proj", width)(alone)
+            change += of_x[8][:, None] * xavier("x_block_attn2_proj", width, self.dtype)(alone)
         x = self._feed_forward("x_block", x + change, of_x[3:6])
         if self.last:
             return x, context
-        proj = self._dense("context_block_attn_proj", width)
+        proj = xavier("context_block_attn_proj", width, self.dtype)
         context = context + of_context[2][:, None] * proj(both[:, length:])
         return x, self._feed_forward("context_block", context, of_context[3:])
 
     def _heads(self, name: str, h: Float[Array, "B L D"]) -> tuple[Heads, Heads, Heads]:
         """Queries, keys and values."""
-        qkv = self._dense(f"{name}_qkv", 3 * h.shape[-1])(h)
+        qkv = xavier(f"{name}_qkv", 3 * h.shape[-1], self.dtype)(h)
         q, k, v = jnp.unstack(qkv.reshape(*h.shape[:2], 3, self.num_heads, -1), axis=2)
         if self.qk_norm:
             q, k = (
@@ -96,12 +96,9 @@ class JointBlock(nn.Module):
         self, stream: str, h: Float[Array, "B L D"], modulation: list[Array]
     ) -> Float[Array, "B L D"]:
         shift, scale, gate = modulation
-        inner = self._dense(f"{stream}_mlp_fc1", int(self.mlp_ratio * h.shape[-1]))
+        inner = xavier(f"{stream}_mlp_fc1", int(self.mlp_ratio * h.shape[-1]), self.dtype)
         change = nn.gelu(inner(modulated(h, shift, scale)), approximate=True)
-        return h + gate[:, None] * self._dense(f"{stream}_mlp_fc2", h.shape[-1])(change)
-
-    def _dense(self, name: str, features: int) -> Dense:
-        return xavier(name, features, self.dtype)
+        return h + gate[:, None] * xavier(f"{stream}_mlp_fc2", h.shape[-1], self.dtype)(change)
 
 
 class MMDiT(nn.Module):

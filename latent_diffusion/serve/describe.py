@@ -6,6 +6,7 @@ from typing import Any
 
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
+from latent_diffusion.generation.start_picture import changes_pictures
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.spacings import SPACINGS
@@ -36,16 +37,11 @@ def describe(model: Model, name: str, limits: Limits, adapters: list[str]) -> di
             for condition, details in conditions.items()
         },
         "negative_prompts": model.prior is None and "prompts" in conditions,
-        "changes_pictures": _changes_pictures(model),
+        "changes_pictures": changes_pictures(model.conditioner.keys),
         "adapters": adapters,
         "options": _options(model),
         "limits": dataclasses.asdict(limits),
     }
-
-
-def _changes_pictures(model: Model) -> bool:
-    """Whether a picture can be changed in part; an image that is a condition is none."""
-    return "image" not in model.conditioner.keys or "mask" in model.conditioner.keys
 
 
 def _options(model: Model) -> list[dict[str, Any]]:

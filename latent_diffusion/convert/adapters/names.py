@@ -69,9 +69,8 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
         names = tuple(f"{prefix}.{module}" for module in modules)
         section = part_name if part_name in BACKBONES else f"conditioner/{part_name}"
         path = f"{section}/{pair.ours}"
-        stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
-        for i, theirs in enumerate(pair.layout.write(stand_in)):
-            place = Place(path, names, i, pair.layout, theirs.shape)
+        for i, shape in enumerate(_shapes(pair, part)):
+            place = Place(path, names, i, pair.layout, shape)
             for spelling in _spellings(prefix, modules[i], two):
                 found.setdefault(spelling, {})[arrays[i]] = place
         paths[path] = names
@@ -111,6 +110,12 @@ def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
     return f"{prefix}.{module}", *bare, f"{kohya_prefix(prefix)}_{flat}"
 
 
+def _shapes(pair: Pair, part: Part) -> list[tuple[int, ...]]:
+    """The shapes of the arrays that files have for a parameter."""
+    stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
+    return [theirs.shape for theirs in pair.layout.write(stand_in)]
+
+
 def _original(
     bundle: Bundle, name: str, part: Part, paths: Mapping[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, Place]]:
@@ -129,9 +134,7 @@ def _original(
         if len(pair.theirs) > 1 or not names:
             continue
         module, _, array = pair.theirs[0].rpartition(".")
-        stand_in = np.broadcast_to(np.int8(0), part.params[pair.ours].shape)
         own = names if len(names) == 1 else (names[0].rpartition(".")[0],)
-        shape = pair.layout.write(stand_in)[0].shape
-        place = Place(f"{name}/{pair.ours}", own, 0, pair.layout, shape)
+        place = Place(f"{name}/{pair.ours}", own, 0, pair.layout, _shapes(pair, part)[0])
         for spelling in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}"):
             yield spelling, array, place
