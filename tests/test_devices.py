@@ -149,3 +149,11 @@ def test_flops_are_counted_with_their_loops():
     assert parallel.count_flops(loop, w, x) == 5 * (2 * 4 * 8 * 8)
     # Once more forward, and two products backward.
     assert parallel.count_flops(jax.grad(loop), w, x) == 4 * 5 * (2 * 4 * 8 * 8)
+
+
+def test_products_that_nobody_uses_are_not_counted():
+    """Compilers remove them, as they do the outputs of a network that only fills its cache."""
+    w, x = jax.numpy.zeros((8, 8)), jax.numpy.zeros((4, 8))
+    both = jax.jit(lambda x: (x @ w, (x + 1) @ w))
+    assert parallel.count_flops(both, x) == 2 * (2 * 4 * 8 * 8)
+    assert parallel.count_flops(lambda x: both(x)[0], x) == 2 * 4 * 8 * 8

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -13,8 +14,10 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
 
     args: arrays or ShapeDtypeStructs. The body of a `scan` counts as often as it runs, that of
     another loop once; of several branches the most expensive counts; recomputation counts again.
+    Results that nobody uses don't count, since compilers remove them.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _count(jaxpr: Any) -> int:
