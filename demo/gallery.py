@@ -2,8 +2,8 @@
 
     python -m demo.gallery --workdir=runs/gallery
 
-Every folder in the workdir that holds a trained denoiser becomes NAME.png beside it, with a row for
-each of some test examples: condition | samples | ground truth. A folder with a classifier (see
+Every folder in the workdir that holds a trained denoiser or prior becomes NAME.png beside it, with a
+row for each of some test examples: condition | samples | ground truth. A folder with a classifier (see
 configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
 model of text also draws image_to_image.png, and the unconditional one image_guiding.png. A model
 whose conditions may have any size also draws NAME_larger.png, at twice the trained size.
@@ -37,7 +37,7 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; ui
 
 
 def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 1) -> Image.Image:
-    """The sheet of one trained denoiser, on evenly spaced examples of its test split.
+    """The sheet of one trained denoiser or prior, on evenly spaced examples of its test split.
 
     A model of classes draws a row for each class, whatever `rows` says. scale: the side of the
     pictures over the trained one, for models whose condition determines the size.
@@ -45,7 +45,7 @@ def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 
     config, model = workdir.load_config(directory), load(directory)
     config.data.image_size *= scale
     source = data.make_source(config.data, "test")
-    keys = model.denoiser.conditioner.keys if model.denoiser is not None else ()
+    keys = make_conditioner(config.conditioners).keys
     places = _spread(source, rows)
     if keys == ("class_label",):
         labels = [int(source[i]["class_label"]) for i in range(len(source))]
@@ -235,7 +235,9 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
     unconditional = root / "unconditional"
     for folder in folders:
         config = workdir.load_config(folder)
-        if config.task == "denoising":
+        if config.task == "prior":
+            save(folder.name, draw_task(folder, rows, samples, seed))
+        elif config.task == "denoising":
             save(folder.name, draw_task(folder, rows, samples, seed))
             if {"low_res", "segmentation"} & set(make_conditioner(config.conditioners).keys):
                 save(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))

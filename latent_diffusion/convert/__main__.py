@@ -8,6 +8,8 @@ compvis. Tensors pass one at a time, so that the largest one determines the memo
 `kohya` write the adaptation of a workdir that has one, and nothing else.
 """
 
+import contextlib
+import ctypes
 import sys
 from pathlib import Path
 
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> None:
     from latent_diffusion.runtime.startup import quiet_and_cached
 
     quiet_and_cached()
+    _give_back_freed_arrays()
     paths = [Path(path) for path in argv[1:]]
     if len(paths) != (1 if DRY_RUN.value else 2):
         raise app.UsageError("give SRC and DST and --to=FORMAT, or SRC and --dry_run")
@@ -50,6 +53,17 @@ def main(argv: list[str]) -> None:
         convert(paths[0], None if DRY_RUN.value else paths[1], TO.value or "")
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+
+
+def _give_back_freed_arrays() -> None:
+    """Have the memory of each freed array of 1 MiB or more returned to the system at once.
+
+    The C library of Linux otherwise keeps it for the thread that had it, and Orbax reads a workdir
+    by many threads. Where there is no such setting, nothing happens.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD, mallopt(3)
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 
 
 def convert(source: Path, target: Path | None = None, to: str = "") -> None:
