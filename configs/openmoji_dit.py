@@ -20,8 +20,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.backbone = "dit"
     c.dit.update({"width": 192, "depth": 6, "num_heads": 6, "patch_size": 1, "base_size": 8})
     c.optimizer.learning_rate = 1e-3
-    variants = {"text": lambda c: None, "class": of_classes, "flow": flow, "smoke": smoke}
-    return default.apply_variant(c, variant, variants)
+    variants = {"class": of_classes, "flow": openmoji_text.flow, "smoke": smoke}
+    return default.apply_variant(c, variant, {"text": lambda c: None, **variants})
 
 
 def of_classes(c: ConfigDict) -> None:
@@ -29,12 +29,6 @@ def of_classes(c: ConfigDict) -> None:
     c.tokenizer.name = "none"
     classes = {"num_classes": 9, "width": c.dit.width, "route": "vector"}
     c.conditioners = ConfigDict({"class_label": classes})
-
-
-def flow(c: ConfigDict) -> None:
-    """The velocity from data to noise along straight lines, at timesteps around the middle."""
-    c.diffusion.update({"schedule": "rectified_flow", "prediction": "flow"})
-    c.diffusion.timestep_sampling = "logit_normal"
 
 
 def smoke(c: ConfigDict) -> None:

@@ -2,11 +2,11 @@
 
     python -m demo.gallery --workdir=runs/gallery
 
-Every folder in the workdir that holds a trained denoiser or prior becomes NAME.png beside it, with a
-row for each of some test examples: condition | samples | ground truth. A folder with a classifier (see
-configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
-model of text also draws image_to_image.png, and the unconditional one image_guiding.png. A model
-whose conditions may have any size also draws NAME_larger.png, at twice the trained size.
+Every folder in the workdir that holds a trained denoiser or prior becomes NAME.png beside it, with
+a row for each of some test examples: condition | samples | ground truth. A folder with a classifier
+(see configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each
+class. A model of text also draws image_to_image.png, and the unconditional one image_guiding.png. A
+denoiser whose conditions may have any size also draws NAME_larger.png, at twice the trained size.
 """
 
 import sys
