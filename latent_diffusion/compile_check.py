@@ -32,7 +32,10 @@ PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which to compile.
 COMPILE = flags.DEFINE_bool("compile", True, "False: count bytes and FLOPs only.")
 QUICK = flags.DEFINE_bool("quick", False, "Compile in an eighth of the time.")
 PARAMS = flags.DEFINE_enum(
-    "params", "float32", ["float32", "bfloat16"], "Of the sampler's networks, but the first stage."
+    "params",
+    "float32",
+    ["float32", "bfloat16", "int8"],
+    "Of the sampler's networks, but the first stage, as in `load`.",
 )
 JSON = flags.DEFINE_string("json", None, "Add the numbers to this file.")
 
@@ -102,13 +105,13 @@ def check(
     batch, rng = batch_spec(config), jax.eval_shape(lambda: jax.random.key(0))
     state, constants = jax.eval_shape(task.init, rng, batch)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
-    shardings = parallel.infer_shardings(state, **layout) if mesh else None
     checked = []
     for program in programs:
         train = program == "train"
         if not train and config.task not in DENOISERS:
             continue
         read = (state, constants) if train else _in_dtype(params, state, constants)
+        shardings = parallel.infer_shardings(read[0], **layout) if mesh else None
         step, args = task.train_step if train else task.show, (*read, batch, rng)
         countable = counted.train_step if train else counted.show
         used = [tree if train or tree is None else tree.ema_params for tree in (read[0], shardings)]
@@ -137,12 +140,18 @@ def _in_dtype(dtype: str, state: Any, constants: Any) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    def cast(leaf: Any) -> Any:
+    from latent_diffusion.nets.eight_bits import in_eight_bits
+    from latent_diffusion.trees import path_string
+
+    def cast(path: Any, leaf: Any) -> Any:
+        if dtype == "int8":
+            return jax.eval_shape(lambda x: in_eight_bits(path_string(path), x, "bfloat16"), leaf)
         kept = dtype == "float32" or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-    state = state.replace(ema_params=jax.tree.map(cast, state.ema_params))
-    return state, jax.tree.map(cast, constants).replace(first_stage=constants.first_stage)
+    state = state.replace(ema_params=jax.tree_util.tree_map_with_path(cast, state.ema_params))
+    others = jax.tree_util.tree_map_with_path(cast, constants)
+    return state, others.replace(first_stage=constants.first_stage)
 
 
 def _compile(lowered: Any, row: Checked, memory: int, options: dict[str, Any]) -> Checked:

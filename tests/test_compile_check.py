@@ -115,7 +115,11 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     task = TASKS[config.task](config)
     _, constants = jax.eval_shape(task.init, jax.random.key(0), batch_spec(config))
     stage = parallel.num_bytes(constants)
-    assert half.arguments - stage == pytest.approx((full.arguments - stage) / 2, rel=0.01)
+    # Rules leave more of the smaller arrays whole.
+    assert half.arguments - stage == pytest.approx((full.arguments - stage) / 2, rel=0.1)
+    given["params"] = "int8"
+    (eighth,) = compile_check.check(config, "v5e:2x4", ["sample"], **given)
+    assert (half.arguments - stage) / 4 < eighth.arguments - stage < half.arguments - stage
 
     small = chips.CHIPS["v5e"]._replace(memory=train.arguments / 3 / GIB)
     monkeypatch.setitem(chips.CHIPS, "v5e", small)

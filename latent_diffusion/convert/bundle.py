@@ -1,6 +1,6 @@
 """A model between two formats: its architecture in our words, its parameters still unread."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -199,9 +199,16 @@ def read_part(
     return Part(fields, params, matching(unused, tensors))
 
 
-def as_params(part: Part, dtype: Any = np.float32) -> Params:
-    """Read the parameters: arrays on the device, in nested dictionaries."""
-    arrays = {k: jnp.array(t.astype(dtype).read()) for k, t in part.params.items()}
+def as_params(
+    part: Part,
+    dtype: Any = np.float32,
+    leaf: Callable[[str, np.ndarray], Any] = lambda path, array: jnp.array(array),
+) -> Params:
+    """Read the parameters: arrays on the device, in nested dictionaries.
+
+    leaf: what becomes of a parameter with this path, which was read in `dtype`.
+    """
+    arrays = {path: leaf(path, t.astype(dtype).read()) for path, t in part.params.items()}
     return unflatten_dict(arrays, sep="/")
 
 

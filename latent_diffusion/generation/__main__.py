@@ -15,7 +15,7 @@ from latent_diffusion.runtime import flags as shared_flags
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
-DTYPE = flags.DEFINE_string("dtype", None, "bfloat16 or float16, but for the first stage.")
+DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
 ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
 CONTROL = flags.DEFINE_multi_string(

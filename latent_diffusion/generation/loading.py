@@ -20,11 +20,13 @@ from latent_diffusion.models.denoiser import Denoiser, make_network, schedule_of
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.models.prior import make_prior
 from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
+from latent_diffusion.nets.eight_bits import in_eight_bits
 from latent_diffusion.runtime import workdir
 from latent_diffusion.tasks.classifying import make_classifying
 from latent_diffusion.types import lookup
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+_COMPUTE = {"int8": "bfloat16"}  # dtypes of the activations, where they are others
 
 
 def load(
@@ -45,7 +47,8 @@ def load(
     text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
     looks for them beside the file. lora: files to merge, with their weights. dtype: "bfloat16" or
     "float16", in which the networks compute and have their parameters, except for the first stage,
-    which stays in float32; None is float32 for all parameters.
+    which stays in float32; None is float32 for all parameters. "int8": kernels in eight bits, see
+    `nets/eight_bits.py`, and all else as with "bfloat16".
     Raises a ValueError of one line that begins with the path where there is no model.
     """
     if dtype is not None:
@@ -60,11 +63,12 @@ def load(
 
 
 def _computing_in(dtype: str, bundle: convert.Bundle) -> convert.Bundle:
-    """The bundle whose networks, all but the first stage, compute in a dtype."""
+    """The bundle whose networks, all but the first stage, compute in a dtype (or beside it)."""
+    compute = _COMPUTE.get(dtype, dtype)
     for name, part in bundle.parts():
         module: Any = CONDITIONERS.get(name)
         if name != "autoencoder" and (module is None or hasattr(module, "dtype")):
-            bundle = bundle.with_part(name, replace(part, fields={**part.fields, "dtype": dtype}))
+            bundle = bundle.with_part(name, replace(part, fields={**part.fields, "dtype": compute}))
     return bundle
 
 
@@ -87,6 +91,11 @@ def as_model(bundle: convert.Bundle, dtype: Any = None) -> Model:
     """
     first_stage = denoiser = prior = None
     read = functools.partial(convert.as_params, dtype=dtype or np.float32)
+    if dtype in _COMPUTE:
+        if bundle.prior is not None:
+            raise ValueError(f"dtype={dtype!r} is for denoisers, not for a prior")
+        leaf = functools.partial(in_eight_bits, dtype=_COMPUTE[dtype])
+        read = functools.partial(convert.as_params, leaf=leaf)
     conditioner = {n: read(part) for n, part in bundle.conditioners.items()}
     fields = {name: part.fields for name, part in bundle.conditioners.items()}
     if bundle.autoencoder is not None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.nets.dit import DiT
+from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.nets.mmdit import MMDiT
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import guidance
@@ -71,7 +72,7 @@ class Denoiser(flax.struct.PyTreeNode):
 
     def condition(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         """The conditioning of a batch; unconditional where `drop` is true."""
-        params = self.params.get("conditioner", {})
+        params = layer_params(self.params.get("conditioner", {}))
         out: Any = self.conditioner.apply({"params": params}, batch, drop)
         return out
 
@@ -85,7 +86,7 @@ class Denoiser(flax.struct.PyTreeNode):
     ) -> Float[Array, "B h w k"]:
         """The raw network output."""
         out: Any = self.network.apply(
-            {"params": self.params[self.name]},
+            {"params": layer_params(self.params[self.name])},
             z_t,
             self.schedule.time_t(t),
             conditioning,
@@ -116,13 +117,14 @@ class Denoiser(flax.struct.PyTreeNode):
         every conditioning. All of the network is traced to compute them; the compiler removes the
         parts whose results nobody uses.
         """
-        variables = {"params": self.params[self.name]}
+        params = self.params[self.name]
 
         @functools.partial(jax.jit, static_argnums=0)
         def compute(collection: str, t: Array, conditioning: Conditioning) -> Any:
             leaves = jax.tree.leaves(conditioning)
             z_t = jnp.zeros((leaves[0].shape[0] if leaves else 1, *shape))
             t = jnp.broadcast_to(self.schedule.time_t(t), z_t.shape[:1])
+            variables = {"params": layer_params(params)}
             _, seen = self.network.apply(variables, z_t, t, conditioning, mutable=[collection])
             return seen.get(collection, {})
 
@@ -141,7 +143,8 @@ class Denoiser(flax.struct.PyTreeNode):
                 "of_timestep": jax.tree.map(lambda x: x[:, row], of_timestep),
             }
             told = self.schedule.time_t(now)
-            out: Any = self.network.apply({**variables, **known}, z_t, told, prepared.conditioning)
+            variables = {"params": layer_params(params, z_t), **known}
+            out: Any = self.network.apply(variables, z_t, told, prepared.conditioning)
             return out
 
         return network, tuple(

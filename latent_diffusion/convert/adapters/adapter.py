@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.adapters.names import Place, is_idle, places
 from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.optimisation.deltas import Array, Factors, delta, kind_of
 from latent_diffusion.types import Params
 
@@ -178,6 +179,8 @@ def adapted(
     New rows of a table come after changes of it.
     """
     base = flatten_dict(params, sep="/")
+    for path in {path for each in changes for path in each}:
+        base[path] = layer_params(base[path])
     result = dict(base)
     with jax.default_matmul_precision("highest"):
         for each, own in zip(changes, weights, strict=True):

@@ -1,0 +1,70 @@
+"""Weights in eight bits: whole numbers, and a scale for each output.
+
+A kernel [... out] takes a quarter of the memory that it has in float32. Layers read it in the
+floating-point type in which they compute; nothing is trained in eight bits.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.types import Array, Params
+
+_LARGEST = 127  # of the whole numbers; -128 isn't used, so that a weight and its negative fit alike
+
+
+class EightBits(flax.struct.PyTreeNode):
+    """A kernel [... out] as values int8 [... out] times scale float32 [out].
+
+    dtype: of the weights that a layer reads. NumPy functions accept the kernel in place of them.
+    """
+
+    values: Any
+    scale: Any
+    dtype: Any = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return tuple(self.values.shape)
+
+    def weights(self) -> Array:
+        """The rounded weights."""
+        return (self.values * self.scale).astype(self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.weights(), dtype)
+
+
+def in_eight_bits(path: str, array: Any, dtype: Any) -> Any:
+    """A parameter for inference: a kernel in eight bits, all other floats in `dtype`.
+
+    The scale of an output makes its largest weight 127, so a weight is off by 1/254 of it at most.
+    """
+    if not np.issubdtype(array.dtype, np.floating):
+        return jnp.asarray(array)
+    if not path.endswith("kernel") or array.ndim < 2:
+        return jnp.asarray(array, dtype)
+    scale = abs(array).max(axis=tuple(range(array.ndim - 1))) / _LARGEST
+    values = jnp.rint(array / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
+    return EightBits(values, jnp.asarray(scale, jnp.float32), np.dtype(dtype))
+
+
+def layer_params(params: Params, now: Array | None = None) -> Params:
+    """The parameters as layers read them.
+
+    now: an array that a loop computes anew in each turn. With it the weights are made in each turn,
+    layer by layer, and aren't all in memory for the whole loop.
+    """
+    if not any(map(_is_kernel, jax.tree.leaves(params, is_leaf=_is_kernel))):
+        return params
+    if now is not None:
+        params, _ = jax.lax.optimization_barrier((params, now))
+    return jax.tree.map(lambda x: x.weights() if _is_kernel(x) else x, params, is_leaf=_is_kernel)
+
+
+def _is_kernel(leaf: Any) -> bool:
+    return isinstance(leaf, EightBits)
