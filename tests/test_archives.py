@@ -129,6 +129,39 @@ def test_what_is_damaged_in_tars_is_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["tars", "parquet"])
+def test_texts_that_are_none_are_counted_or_named(tmp_path, name, caplog):
+    texts = ["\ufeffred", "", 7, "blue"]
+    if name == "tars":
+        rows = {}
+        for i, text in enumerate(texts):
+            rows |= {f"{i}.png": png(i), f"{i}.json": json.dumps({"caption": text}).encode()}
+        rows["0.txt"] = texts[0].encode()
+        (tmp_path / "a.tar").write_bytes(tar_of(dict(sorted(rows.items()))))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        for number, some in enumerate((["red", None], [7], ["blue"])):
+            columns = {"image": [png(number)] * len(some), "text": some}
+            parquet.write_table(pyarrow.table(columns), tmp_path / f"{number}.parquet")
+    source = everything(tmp_path, name)
+    assert source.captions() == ["red", "", "", "blue"]
+    assert "2 of 4 pictures have no caption" in caplog.text
+    assert [source[i].get("caption") for i in (0, 2, 3)] == ["red", "blue", "blue"]
+    assert "caption is 7, expected a text" in caplog.text
+
+
+def test_a_class_is_an_integer(tmp_path, caplog):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"image": [png(0), png(1)], "label": [1.5, None]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="none of the 2 images can be read"):
+        everything(tmp_path, "parquet")[0]
+    assert "class_label is 1.5, expected an integer" in caplog.text
+    assert "class_label is None, expected" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tars", "parquet"])
 def test_a_folder_without_files_is_an_error_of_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=r"needs data\.dir, the folder of"):
         everything("", name)

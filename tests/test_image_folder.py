@@ -1,6 +1,8 @@
 import csv
 import json
 import logging
+import math
+import os
 import struct
 import sys
 import zlib
@@ -43,6 +45,25 @@ def save(path, colour=RED, size=(6, 4), mode="RGB", **kwargs):
     return path
 
 
+def png(*chunks):
+    """A PNG file of these chunks (name, content)."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (*chunks, (b"IEND", b""))
+    )
+
+
+def grey_png(levels, transparent):
+    """16 bits of grey, of which one level is transparent; Pillow doesn't write such files."""
+    height, width = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    return png(
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", transparent)),
+        (b"IDAT", zlib.compress(rows)),
+    )
+
+
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
 def test_formats(suffix, tmp_path):
     image = read_image(save(tmp_path / f"a{suffix}"))
@@ -71,6 +92,10 @@ def test_modes(tmp_path):
     )
     Image.fromarray(np.full((4, 6), 0x8080, np.uint16)).save(path)
     assert read_image(path)[0, 0].tolist() == [0x80] * 3
+    levels = np.arange(24).reshape(4, 6).astype(np.uint16) * 257
+    path.write_bytes(grey_png(levels, transparent=10 * 257))
+    assert read_image(path)[..., 1].ravel().tolist() == [*range(10), 255, *range(11, 24)]
+    assert np.flatnonzero(read_mask(path)).tolist() == [10]
     palette = Image.new("P", (6, 4), 0)
     palette.putpalette([9, 8, 7, 0, 0, 255])
     palette.save(path)
@@ -145,14 +170,8 @@ def test_classes_have_no_colours(tmp_path):
 def test_what_is_no_picture_is_named_in_one_line(tmp_path):
     huge = tmp_path / "huge.png"
     ihdr = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", ihdr), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    huge.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + b"".join(
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-            for kind, data in chunks
-        )
-    )
+    huge.write_bytes(png((b"IHDR", ihdr), (b"IDAT", zlib.compress(b""))))
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     cut = save(tmp_path / "cut.jpg", size=(64, 64))
     cut.write_bytes(cut.read_bytes()[:400])
@@ -161,6 +180,7 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path):
         ("program.png", r"program\.png can't be read as a picture: cannot identify"),
         ("cut.jpg", r"cut\.jpg can't be read as a picture: .*[Tt]runcated"),
         ("none.png", r"none\.png: no such file"),
+        ("pipe.png", r"pipe\.png: no such file"),
     ):
         for read in (read_image, read_mask, read_levels, read_depth):
             with pytest.raises(ValueError, match=reason) as caught:
@@ -327,6 +347,17 @@ def test_a_column_is_no_setting_of_plain_texts(tmp_path):
         ("jsonl", {"file_name": 7}, r"metadata.jsonl:2: expected a row with file_name, got"),
         ("csv", {"class_label": "cat"}, r"metadata.csv:4: class_label is 'cat', expected an int"),
         ("jsonl", {"class_label": 1.5}, r"metadata.jsonl:2: class_label is 1.5, expected an int"),
+        (
+            "jsonl",
+            {"class_label": -1},
+            r"metadata.jsonl:2: class_label is -1, which is out of range",
+        ),
+        ("jsonl", {"class_label": 2**31}, r"metadata.jsonl:2: class_label is \d+, which is out of"),
+        (
+            "jsonl",
+            {"aesthetic_score": math.nan},
+            r"metadata.jsonl:2: aesthetic_score is nan, which",
+        ),
         ("jsonl", {"mask": 7}, r"metadata.jsonl:2: mask is 7, expected the name of a picture"),
     ],
 )
@@ -335,6 +366,33 @@ def test_wrong_rows_are_named(kind, changed, message, tmp_path):
     written(tmp_path, kind, [first, {**ROWS[1], **changed}])
     with pytest.raises(ValueError, match=message):
         everything(tmp_path)
+
+
+def test_half_a_letter_is_no_text(tmp_path):
+    save(tmp_path / "a.png")
+    row = {"file_name": "a.png", "text": "a \ud800"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"metadata.jsonl:1: text is 'a .ud800', expected a text"):
+        everything(tmp_path)
+
+
+def test_names_as_file_systems_write_them(tmp_path, caplog):
+    """macOS takes letters and their accents apart; a name may be too long for this system."""
+    save(tmp_path / "u\u0308ber.png")
+    rows = {"\u00fcber.png": "over", "x" * 5000: "none"}
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert everything(tmp_path).captions() == ["over"]
+    assert "1 described files are missing" in caplog.text and "xxx" in caplog.text
+
+
+def test_files_beside_those_that_are_read_are_named(tmp_path, caplog):
+    written(tmp_path, "jsonl")
+    (tmp_path / "metadata.csv").write_text("file_name, text\na.png, red\n")
+    assert everything(tmp_path).captions() == [row["text"] for row in ROWS]
+    assert "metadata.csv isn't read, since there is a metadata.jsonl" in caplog.text
+    (tmp_path / "metadata.jsonl").unlink()
+    assert everything(tmp_path).captions() == ["red", ""]
 
 
 def test_broken_metadata_is_named(tmp_path, monkeypatch):
@@ -371,6 +429,12 @@ def test_missing_captions_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert everything(tmp_path).captions() == ["", "red", ""]
     assert "2 of 3 pictures have no caption" in caplog.text and "a.png" in caplog.text
+    caplog.clear()
+    texts = {"a": " ", "b": "red", "c": []}
+    rows = [{"file_name": f"{name}.png", "text": text} for name, text in texts.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert everything(tmp_path).captions() == ["", "red", ""]
+    assert "2 of 3 pictures have no caption" in caplog.text
 
 
 def test_maps_come_with_their_picture(tmp_path):

@@ -8,8 +8,10 @@ from PIL import Image, ImageDraw
 
 import latent_diffusion as ldm
 from configs import images_autoencoder, images_class, images_text, images_unconditional
+from latent_diffusion.data import make_source
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import loop
+from latent_diffusion.training.batch_spec import check_classes
 
 VARIANTS = ("64", "128", "256", "smoke")
 
@@ -47,6 +49,27 @@ def test_both_stages_train_on_a_folder_and_draw_its_captions(pictures, tmp_path)
     run(config, pictures, tmp_path / "text")
     model = ldm.load(tmp_path / "text")
     assert model.tokenizer.unknown_words("a red ball") == ["a"]
+
+
+def test_more_classes_than_the_model_has_are_refused(tmp_path):
+    for i in range(4):
+        (tmp_path / f"class {i}").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / f"class {i}" / "a.png")
+    config = images_class.get_config("smoke")
+    config.data.update({"dir": str(tmp_path), "train_split": "all", "test_split": "all"})
+    section = config.conditioners.class_label
+    section.num_classes = 3
+    source = make_source(config.data, "train")
+    with pytest.raises(
+        ValueError, match=r"4 classes, and conditioners\.class_label\.num_classes=3"
+    ):
+        check_classes(config, source)
+    section.num_classes = 4
+    check_classes(config, source)
+    lines = [{"file_name": f"class {i}/a.png", "class_label": 2 * i} for i in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="the data have 7 classes"):
+        check_classes(config, make_source(config.data, "train"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,6 +16,7 @@ import csv
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.data.contract import KEYS
-from latent_diffusion.data.sources import Example
+from latent_diffusion.data.sources import Example, check_caption, flat
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
         for file in [file for file in files if file.name == name]:
             described |= read(file, column)
         if described:
+            if others := [file for file in files if file.name in _READERS and file.name != name]:
+                logger.warning("%s isn't read, since there is a %s", others[0], name)
             break
     if column and (name == "captions.txt" or not described):
         raise ValueError(f"data.caption_column={column!r} needs metadata files, which aren't there")
@@ -68,18 +71,27 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
         beside = ((path, path.with_suffix(".txt")) for path in paths)
         texts = {path: "\n".join(read_lines(text)) for path, text in beside if text in there}
         described = {path: {"caption": text.strip()} for path, text in texts.items()}
-    if missing := sorted(path for path in described if not path.is_file()):
+    by_name = {_composed(path): path for path in paths}
+    described = {by_name.get(_composed(path), path): entry for path, entry in described.items()}
+    if missing := sorted(path for path in described if not os.path.isfile(path)):
         logger.warning("%d described files are missing: %s", len(missing), missing[0])
     maps = {entry[key] for entry in described.values() for key in MAPS if key in entry}
     return _alike({path: dict(described.get(path, {})) for path in paths if path not in maps})
 
 
+def _composed(path: Path) -> str:
+    """The name with accents in one letter, which macOS writes as two."""
+    return unicodedata.normalize("NFC", str(path))
+
+
 def _alike(entries: dict[Path, Example]) -> dict[Path, Example]:
     """The entries with the same keys; pictures without a caption are counted, and one is named."""
-    without = [path for path, entry in entries.items() if not entry.get("caption")]
+    captions = {path: entry.pop("caption", "") for path, entry in entries.items()}
+    without = [path for path, text in captions.items() if not any(map(str.strip, flat([text])))]
     if len(without) < len(entries):
-        for path in without:
-            entries[path]["caption"] = ""
+        captions |= dict.fromkeys(without, "")
+        for path, entry in entries.items():
+            entry["caption"] = captions[path]
         if without:
             logger.warning(
                 "%d of %d pictures have no caption, so theirs is empty: %s",
@@ -123,10 +135,7 @@ def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
     entry: Example = {}
     for name in (column,) if column else COLUMNS:
         if (caption := row.pop(name, None)) is not None and "caption" not in entry:
-            texts = caption if isinstance(caption, list) and caption else [caption]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{where}: {name} is {caption!r}, expected a text")
-            entry["caption"] = caption
+            entry["caption"] = check_caption(caption, f"{where}: {name}")
     for key in MAPS:
         if (value := row.pop(key, None)) is not None:
             if not isinstance(value, str):
@@ -145,6 +154,12 @@ def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
             raise ValueError(
                 f"{where}: {key} is {value!r}, expected {wanted if whole else 'numbers'}"
             )
+        low, high = (KEYS[key].low, KEYS[key].high) if key in KEYS else (-np.inf, np.inf)
+        largest = np.iinfo(np.int32).max if whole else np.finfo(np.float32).max
+        if array.size and not max(low, -largest) <= array.min() <= array.max() <= min(
+            high, largest
+        ):
+            raise ValueError(f"{where}: {key} is {value!r}, which is out of range")  # or NaN
         entry[key] = value if array.ndim == 0 else array
     return entry
 
@@ -165,7 +180,8 @@ def _jsonl(file: Path) -> Rows:
 def _csv(file: Path) -> Rows:
     lines = [f"{line}\n" for line in read_lines(file)]
     header = lines[0] if lines else ""
-    reader = csv.DictReader(lines, delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         for row in reader:
             where = f"{file}:{reader.line_num}"

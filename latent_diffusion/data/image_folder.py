@@ -67,6 +67,13 @@ class ImageFolderSource(Readable):
         """All captions, in order, without opening an image."""
         return flat([entry.get("caption", "") for entry in self.annotations])
 
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest class."""
+        return 1 + max(
+            (int(entry.get("class_label", -1)) for entry in self.annotations), default=-1
+        )
+
     def shapes(self) -> np.ndarray:
         """Height and width [N 2] of the pictures, by their headers."""
         return self.sizes(lambda index: size_of(self.paths[index]))

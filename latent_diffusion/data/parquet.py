@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.data.pictures import read_image, size_of
-from latent_diffusion.data.sources import Example, Readable, check_split, flat
+from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
 from latent_diffusion.data.tfds import feature_map
 from latent_diffusion.files.reading import reading
 
@@ -50,7 +50,7 @@ class ParquetSource(Readable):
         """All captions, in order; the pictures are read with them, but not decoded."""
         if "caption" not in self.columns:
             return [""] * len(self)
-        return flat([self._values(i, ["caption"])["caption"] for i in range(len(self))])
+        return self.texts(lambda i: self._values(i, ["caption"])["caption"])
 
     def shapes(self) -> np.ndarray:
         """Height and width [N 2] of the pictures, by their headers."""
@@ -65,7 +65,12 @@ class ParquetSource(Readable):
         number, row = self._place(index)
         table = self._group(number)
         values = {key: table[self.columns[key]][row].as_py() for key in keys}
-        return {key: "" if value is None else value for key, value in values.items()}
+        if "caption" in values:
+            values["caption"] = check_caption(values["caption"] or "")
+        label = values.get("class_label", 0)
+        if not isinstance(label, int):
+            raise ValueError(f"class_label is {label!r}, expected an integer")
+        return values
 
     def _read_group(self, number: int) -> Any:
         from pyarrow import parquet

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
 from PIL import ExifTags, Image, ImageOps
 
 Image.init()  # registers all formats of this Pillow, some of which need libraries
@@ -86,11 +86,11 @@ def size_of(path: Source) -> tuple[int, int]:
 
 
 def _read(path: Source, decode: Callable[[Image.Image], Any]) -> Any:
+    if not isinstance(path, io.BytesIO) and not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")  # a pipe, which could be read for ever, is none
     try:
         with Image.open(path, formats=FORMATS) as file:
             return decode(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # decoders raise errors of all kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} can't be read as a picture: {reason}") from error
@@ -123,17 +123,25 @@ def _grey(image: Image.Image) -> Float[np.ndarray, "H W"]:
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
     if _is_deep(image):
-        return np.repeat(np.round(_grey(image)).astype(np.uint8)[..., None], 3, -1)
+        grey = np.where(_hidden(image), 255, np.round(_grey(image))).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, -1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))
 
 
+def _hidden(image: Image.Image) -> Bool[np.ndarray, "H W"]:
+    """The transparent pixels: of 16 bits, those of one level that the file names."""
+    if _is_deep(image):
+        return np.asarray(image) == image.info.get("transparency", -1)
+    return np.asarray(image.convert("RGBA"))[..., 3] <= 127
+
+
 def _as_mask(image: Image.Image) -> np.ndarray:
     hole = _grey(image) > 127
-    if image.has_transparency_data and not _is_deep(image):
-        visible = np.asarray(image.convert("RGBA"))[..., 3] > 127
+    if image.has_transparency_data:
+        visible = ~_hidden(image)
         if not visible.all():
             white_alone = visible.any() and hole[visible].all()
             hole = visible if white_alone else ~visible

@@ -100,6 +100,20 @@ class Readable:
                     logger.warning("skipping %s: %s", name, error)
         raise ValueError(f"none of the {len(self)} images can be read, e.g. {self.name_of(0)}")
 
+    def texts(self, caption_of: Callable[[int], Any]) -> list[str]:
+        """All captions, in order, "" where an example has none or can't be read."""
+
+        def text(index: int) -> str | list[str]:
+            try:
+                return check_caption(caption_of(index)) or ""
+            except ValueError:
+                return ""  # `read` names it
+
+        found = [text(index) for index in range(len(self))]
+        if 0 < (empty := found.count("")) < len(found):
+            logger.warning("%d of %d pictures have no caption", empty, len(found))
+        return flat(found)
+
     def sizes(self, size_of: Callable[[int], tuple[int, int]]) -> np.ndarray:
         """Height and width [N 2] of all pictures, by several threads; (1, 1) of the unreadable."""
 
@@ -148,6 +162,15 @@ class Remember:
                     self._examples[index] = example
                     self.bytes += size
         return dict(self._examples[index])
+
+
+def check_caption(caption: Any, name: str = "caption") -> str | list[str]:
+    """The caption, a text or several; ValueError for anything else. name: in its message."""
+    try:
+        "".join(caption if isinstance(caption, list) else [caption]).encode()
+    except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which JSON can write
+        raise ValueError(f"{name} is {caption!r}, expected a text") from None
+    return caption
 
 
 def captions(source: Any) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from latent_diffusion.data.index_files import Arrays, remembered
 from latent_diffusion.data.pictures import SUFFIXES, read_image, size_of
-from latent_diffusion.data.sources import Example, Readable, check_split, flat
+from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class TarSource(Readable):
 
     def captions(self) -> list[str]:
         """All captions, in order, without the pictures."""
-        return flat([self._facts(i).get("caption", "") for i in range(len(self))])
+        return self.texts(lambda i: self._facts(i).get("caption", ""))
 
     def shapes(self) -> np.ndarray:
         """Height and width [N 2] of the pictures, by their headers."""
@@ -62,7 +62,8 @@ class TarSource(Readable):
         facts = json.loads(self._bytes(index, "json") or b"{}")
         if not isinstance(facts, dict):
             raise ValueError("its .json is no object")
-        caption = self._bytes(index, "txt").decode().strip() or facts.get("caption") or ""
+        text = self._bytes(index, "txt").decode("utf-8-sig").strip()
+        caption = check_caption(text or facts.get("caption") or "")
         example: Example = {"caption": caption} if caption or self._keys["caption"] else {}
         if self._keys["class_label"]:
             example["class_label"] = int(self._bytes(index, "cls"))

@@ -35,6 +35,24 @@ _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype
 }
 
 
+def check_classes(config: ConfigDict, source: Any) -> None:
+    """Raise ValueError where the data have classes that the model lacks, which would be null."""
+    found = getattr(source, "num_classes", len(getattr(source, "class_names", ())))
+    counts = {}
+    if config.task == "classifying":
+        counts["classifier"] = config.classifier.num_classes
+    elif config.task in (*DENOISERS, "prior"):
+        conditioner = make_conditioner(config.conditioners)
+        for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
+            if "class_label" in part.keys:
+                counts[f"conditioners.{name}"] = part.num_classes
+    for section, count in counts.items():
+        if found > count:
+            raise ValueError(
+                f"the data have {found} classes, and {section}.num_classes={count}: give it more"
+            )
+
+
 def _square(config: ConfigDict, f: int = 1) -> tuple[int, int]:
     return (config.data.image_size // f, config.data.image_size // f)
 

@@ -26,7 +26,7 @@ from latent_diffusion.training import (
     teacher,
     texts,
 )
-from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.batch_spec import batch_spec, check_classes
 from latent_diffusion.training.batches import train_batches
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -86,6 +86,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     layout = {"mesh": mesh, "rules": config.parallel.rules}
     train_source = data.make_source(config.data, "train")
     test_source = data.make_source(config.data, "test")
+    check_classes(config, train_source)
     if isinstance(train_source, ShardSource):
         moments.check_shards(config, train_source)
     run = directory if checkpoints.all_steps() else None  # has copies of the frozen parts
