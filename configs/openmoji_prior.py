@@ -69,9 +69,11 @@ def first_stage() -> ConfigDict:
 
 
 def first_stage_scenes() -> ConfigDict:
-    """The same of scenes."""
+    """The first stage goes on with scenes."""
     c = first_stage()
     openmoji_autoencoder.scenes(c)
+    c.init_from = "runs/prior/first_stage"
+    c.num_steps = 1200
     return c
 
 
@@ -112,6 +114,7 @@ def of_scenes(c: ConfigDict) -> None:
     """Change the data to scenes, with the first stage of scenes."""
     c.data.name = "openmoji_scenes"
     c.first_stage.path = "runs/prior/first_stage_scenes"
+    c.num_steps = 1400
     c.prior.drop_rate = 0.1
 
 
