@@ -315,7 +315,5 @@ def test_a_model_in_half_precision_decodes_in_float32(dtype, pipeline, tmp_path)
     assert (
         ldm.load(pipeline / "again").denoiser.params["unet"]["out_2"]["bias"].dtype == jnp.float32
     )
-    with pytest.raises(
-        ValueError, match="unknown dtype 'int4'; known: bfloat16, float16, .*, int8"
-    ):
+    with pytest.raises(ValueError, match=r"unknown dtype 'int4'; known: .*float16, .*, int8"):
         ldm.load(pipeline, dtype="int4")
