@@ -239,6 +239,20 @@ def test_alpha_may_be_in_the_header_or_in_a_config_beside(settings, scale, tmp_p
         np.testing.assert_allclose(change, want, **CLOSE)
 
 
+def test_alpha_may_be_an_integer(tmp_path):
+    name = SPELLINGS["kohya"][0].removesuffix(".lora_down.weight")
+    pair = dict(zip(SPELLINGS["kohya"], (DOWN, UP), strict=True))
+    (change,) = changed(file_of(tmp_path, {**pair, f"{name}.alpha": np.int64(6)})).values()
+    np.testing.assert_allclose(change, 3 * (UP @ DOWN).T, **CLOSE)
+    for alpha, reason in (
+        (np.float32(np.nan), "alpha is nan"),
+        (np.zeros(2), "alpha has the shape"),
+    ):
+        path = file_of(tmp_path, {**pair, f"{name}.alpha": alpha})
+        with pytest.raises(ValueError, match=rf"^{path}.*{reason}"):
+            read_adapter(path)
+
+
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/null"])
 def test_a_config_beside_that_is_no_file_is_not_read(target, tmp_path):
     file_of(tmp_path, PEFT, name="adapter_model")

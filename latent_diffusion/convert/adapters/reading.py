@@ -75,7 +75,7 @@ def read_low_rank(path: Path, file: TensorFile, settings: PeftSettings) -> LowRa
         module, factor = _split(path, name)
         if factor in modules.setdefault(module, {}):
             raise ValueError(f"{path}: {name} has its module and factor twice")
-        if not is_float(tensor.dtype):
+        if not (is_float(tensor.dtype) or (factor == "alpha" and tensor.dtype.kind in "iu")):
             raise ValueError(f"{path}: {name} is {tensor.dtype}, not floating-point")
         modules[module][factor] = tensor
     if not modules:
@@ -153,6 +153,8 @@ def _module(
         rank = deltas.rank_of(arrays)
         if alpha is not None and alpha.size != 1:
             raise ValueError(f"alpha has the shape {alpha.shape}")
+        if alpha is not None and not np.isfinite(alpha).all():
+            raise ValueError(f"alpha is {float(alpha.reshape(()))}")
         if settings.values and alpha is not None:
             raise ValueError(f"it has an alpha, and so have the settings of {settings.where}")
         if settings.of(name).get("use_dora") and not norm:
