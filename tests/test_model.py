@@ -221,6 +221,7 @@ def test_a_tile_below_the_trained_size_is_warned_of(caplog):
         ),
         ({"image": IMAGE, "mask": MASK * 255}, r"mask: values in \[0, 255\], expected \[0, 1\]"),
         ({"mask": MASK}, "mask says where an image is made anew: give image, too"),
+        ({"image_size": (10**9, 8)}, "image_size 1000000000×8: sides lie in 1 … 65536 pixels"),
         (
             {"z_T": np.zeros((2, 4, 4, 3)), "image_size": (8, 8)},
             r"z_T has shape \(2, 4, 4, 3\), expected \(2, 8, 8, 3\)",

@@ -32,6 +32,8 @@ from latent_diffusion.types import Array, Conditioning, Float, Int, Num
 
 log = logging.getLogger(__name__)
 
+LARGEST = 1 << 16  # pixels of a side
+
 
 class Model(flax.struct.PyTreeNode):
     """First stage and denoiser (or prior) with their parameters: a pytree.
@@ -360,6 +362,8 @@ class Model(flax.struct.PyTreeNode):
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of a picture's latent; ValueError for sides that f doesn't divide."""
         f = self._downsampling()
+        if not 0 < min(size) <= max(size) <= LARGEST:
+            raise ValueError(f"image_size {size[0]}×{size[1]}: sides lie in 1 … {LARGEST} pixels")
         if size[0] % f or size[1] % f:
             raise ValueError(f"image_size {size[0]}×{size[1]} must be divisible by f={f}")
         return size[0] // f, size[1] // f
