@@ -1,5 +1,6 @@
 """Whole models through every format and back: the same tensors under the same names, bitwise."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -188,6 +189,46 @@ def test_whole_models(name, tmp_path):
         ours.unet.fields["out_channels"] == 4
         and ours.notes["linear_projections"] == read.notes["linear_projections"]
     )
+
+
+def classes_in(config, owner="model"):
+    """Every module of a yaml that has a class: its name, and itself."""
+    if isinstance(config, dict):
+        if "target" in config:
+            yield owner, config
+        for name, value in config.items():
+            if name not in ("lossconfig", "scheduler_config", "loss_fn_config", "sampler_config"):
+                yield from classes_in(value, owner if name == "params" else name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_class_of_another_name_is_refused(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+    convert.write(make_bundle(name), path, "compvis")
+    written = yaml.safe_load(path.with_suffix(".yaml").read_text())
+    owners = [owner for owner, _ in classes_in(written["model"])]
+    assert {"model", "first_stage_config"} < set(owners)
+    for number in range(len(owners)):
+        changed = copy.deepcopy(written)
+        (_, module) = list(classes_in(changed["model"]))[number]
+        module["target"] = "somebody.else.OtherClass"
+        path.with_suffix(".yaml").write_text(yaml.safe_dump(changed))
+        with pytest.raises(ValueError, match=f"^{path}.*OtherClass"):
+            convert.read(path)
+
+
+def test_settings_of_embedders_are_known(tmp_path):
+    path = tmp_path / "model.safetensors"
+    convert.write(make_bundle("refiner"), path, "compvis")
+    written = yaml.safe_load(path.with_suffix(".yaml").read_text())
+    first = written["model"]["params"]["conditioner_config"]["params"]["emb_models"][0]
+    for name, value in {"max_length": 40, "legacy": True, "never_heard_of": 3}.items():
+        changed = copy.deepcopy(first)
+        first["params"] = {**first["params"], name: value}
+        path.with_suffix(".yaml").write_text(yaml.safe_dump(written))
+        with pytest.raises(ValueError, match=f"^{path}.*emb_models.{name}={value}"):
+            convert.read(path)
+        first["params"] = changed["params"]
 
 
 def test_the_index_decides_the_class_of_the_scheduler(tmp_path, caplog):

@@ -133,6 +133,14 @@ def test_settings_that_the_original_leaves_out_have_its_defaults():
         unet_compvis.fields_from_yaml({k: v for k, v in UNET.items() if k != "num_heads"}, False)
 
 
+def test_numbers_with_exponents_are_numbers(tmp_path):
+    """As OmegaConf reads them; in YAML 1.1 they are texts without a point."""
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {a: 1e-4, b: -2E+3, c: 1.5e3, d: 1e4x, e: '1e-4', f: 0.5}")
+    read = compvis._load_yaml(file)
+    assert read == {"a": 1e-4, "b": -2e3, "c": 1500.0, "d": "1e4x", "e": "1e-4", "f": 0.5}
+
+
 WRONG = [None, True, -5, 0.5, float("nan"), "x", [], {}, [[[]]], 10**12, [None]]
 FITTING = {False: [True], 3: [], 0.5: [-5, 0.5, 10**12], "x": ["x"], (3,): [[]]}
 

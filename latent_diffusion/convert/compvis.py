@@ -5,6 +5,7 @@ schedule and the prediction, which shapes don't show, are those of the released 
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from latent_diffusion.convert.bundle import (
 from latent_diffusion.convert.cond_stage import AUGMENTOR, EMBEDDER
 from latent_diffusion.convert.inputs import conditioners_for
 from latent_diffusion.convert.scheduler import ASSUMED
-from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import read_tensors, within
 from latent_diffusion.files.reading import read_bytes, reading
 from latent_diffusion.files.tensor import Tensor, TensorFile
@@ -144,6 +145,12 @@ MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
 _TARGET = Settings(  # of every module in a yaml
     optional={"params": {}}, defaults={"target": ""}, harmless=("base_learning_rate",)
 )
+CLASSES = (  # of models, which differ in how they prepare their conditions
+    "LatentDiffusion", "LatentInpaintDiffusion", "LatentDepth2ImageDiffusion",
+    "LatentUpscaleDiffusion", "LatentUpscaleFinetuneDiffusion", "LatentFinetuneDiffusion",
+    "ImageEmbeddingConditionedLatentDiffusion", "Layout2ImgDiffusion", "ControlLDM",
+    "MinimalRETRODiffusion", "DiffusionEngine",
+)  # fmt: skip
 PARAMETERIZATIONS = ("eps", "x0", "v")
 _SD2_BASE_STEPS = 875_000  # of training: the checkpoint of SD v2 (and 2.1) that predicts eps
 
@@ -181,6 +188,7 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         return Bundle(autoencoder=_read_first_stage(path, opened.tensors, model))
     if f"{UNET}input_blocks.0.0.weight" in opened.tensors:
         params = dict(model["params"] or {}) if model else {}
+        check_class(model, CLASSES, "model")
         if sgm.is_engine(model):
             params = sgm.as_latent_diffusion(params)
         params = MODEL.complete(params, "LatentDiffusion") if model else {}
@@ -192,6 +200,7 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
     if any(opened.tensors.keys() >= half for half in (tiny.ENCODER, tiny.DECODER)):
         return tiny.read_original(path, opened.tensors)
     if taming.MARK in opened.tensors:
+        check_class(model, ("Net2NetTransformer",), "model")
         return taming.read_taming(path, opened.tensors, model.get("params") or {})
     if is_control(opened.tensors):
         raise ValueError(f"{path} is a control net, no model: give it to load_adapter")
@@ -200,13 +209,21 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain data without references, with which a short text can describe a huge one."""
+    """Builds plain data without references, with which a short text can describe a huge one.
+
+    Numbers such as 1e-4, which are texts in YAML 1.1, are numbers, as OmegaConf reads them.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse a reference; the rest as usual."""
         if self.check_event(yaml.AliasEvent):
             raise ValueError("references (*name) are not supported")
         return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -285,7 +302,9 @@ def _read_unet(
     released = RELEASED.get(size)
     settings: Mapping[str, Any] = {}
     if params:
-        settings = _TARGET.complete(params["unet_config"], "unet_config")["params"] or {}
+        network = _TARGET.complete(params["unet_config"], "unet_config")
+        check_class(network, ("UNetModel", "ControlledUnetModel"), "unet_config")
+        settings = network["params"] or {}
         fields = unet_compvis.fields_from_yaml(settings, linear)
     elif released is None:
         raise ValueError(

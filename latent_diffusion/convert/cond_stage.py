@@ -11,7 +11,7 @@ from latent_diffusion.convert import autoencoder, clip_image, clip_text, text
 from latent_diffusion.convert.bundle import Bundle, Part, conditioner_shapes, read_part
 from latent_diffusion.convert.encoders import read_encoder
 from latent_diffusion.convert.inputs import CLASS, table_of
-from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import Rule, matching, prefixed, within, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
@@ -44,9 +44,12 @@ _CLASS_SETTINGS = Settings(
     defaults={"n_classes": 1000}, required={"embed_dim": 512}, harmless=("key",)
 )
 # The original loads the texts' encoder by a name, which the tensors show.
-_NAMES = ("version", "device", "freeze", "arch", "ucg_rate", "model", "jit", "max_length")
-_CLIP_SETTINGS = Settings(checked={"layer": ("last",), "layer_idx": (None,)}, harmless=_NAMES)
-_OPEN_CLIP_SETTINGS = Settings(defaults={"layer": "last"}, harmless=_NAMES)
+_NAMES = ("version", "device", "freeze", "arch", "ucg_rate", "model", "jit")
+_LENGTH = {"max_length": (77,)}
+_CLIP_SETTINGS = Settings(
+    checked={**_LENGTH, "layer": ("last",), "layer_idx": (None,)}, harmless=_NAMES
+)
+_OPEN_CLIP_SETTINGS = Settings(defaults={"layer": "last"}, checked=_LENGTH, harmless=_NAMES)
 _LAYERS = {0: "last", 1: "penultimate"}  # by the number of last layers that are skipped
 _IMAGE_SETTINGS = Settings(checked={"antialias": (True,), "layer": ("pooled",)}, harmless=_NAMES)
 _NOISE_SCHEDULE = Settings(
@@ -81,11 +84,11 @@ def read(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     raise ValueError(f"{where}: unknown conditioner: its tensors are {some} …")
 
 
-def _said(params: Parameters, settings: Settings) -> dict[str, Any]:
-    """The settings of `cond_stage_config`, checked; empty without a yaml."""
+def _said(params: Parameters, settings: Settings, *classes: str) -> dict[str, Any]:
+    """The settings of `cond_stage_config`, of one of these classes; empty without a yaml."""
     if not params:
         return {}
-    return _settings_of(params.get("cond_stage_config"), "cond_stage_config", settings)
+    return _settings_of(params.get("cond_stage_config"), "cond_stage_config", settings, *classes)
 
 
 def _agree(said: Parameters, shown: Mapping[str, Any]) -> None:
@@ -100,7 +103,7 @@ def _read_text(where: Path, tensors: Tensors, params: Parameters) -> dict[str, P
     part = read_encoder("text", where, tensors)
     fields = part.fields
     names = {theirs: fields[ours] for theirs, ours in text.YAML.names.items()}
-    _agree(_said(params, text.YAML), names)
+    _agree(_said(params, text.YAML, "BERTEmbedder", "TransformerEmbedder"), names)
     if (part.fields["vocab_size"], part.fields["max_length"]) != LAYOUT:
         return {"text": part}
     fields = {name: value for name, value in part.fields.items() if name != "empty"}
@@ -110,7 +113,7 @@ def _read_text(where: Path, tensors: Tensors, params: Parameters) -> dict[str, P
 
 def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     rows, width = tensors["embedding.weight"].shape
-    _agree(_said(params, _CLASS_SETTINGS), {"n_classes": rows, "embed_dim": width})
+    _agree(_said(params, _CLASS_SETTINGS, "ClassEmbedder"), {"n_classes": rows, "embed_dim": width})
     fields = {"num_classes": rows - 1, "width": width}
     shapes = conditioner_shapes("class_label", fields)
     return {"class_label": read_part(where, fields, _CLASSES, shapes, tensors)}
@@ -118,7 +121,10 @@ def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict
 
 def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     out_channels, num_classes = tensors["channel_mapper.weight"].shape[:2]
-    said, bias = _said(params, _RESCALER_SETTINGS), "channel_mapper.bias" in tensors
+    said, bias = (
+        _said(params, _RESCALER_SETTINGS, "SpatialRescaler"),
+        "channel_mapper.bias" in tensors,
+    )
     _agree(said, {"in_channels": num_classes, "out_channels": out_channels, "bias": bias})
     fields = {
         "num_classes": num_classes,
@@ -133,9 +139,10 @@ def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[st
 def _read_clip(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     """The text encoder of Stable Diffusion 1 or 2."""
     if f"{OPEN_CLIP_PREFIX}token_embedding.weight" not in tensors:
-        _said(params, _CLIP_SETTINGS)
+        _said(params, _CLIP_SETTINGS, "FrozenCLIPEmbedder")
         return {"clip_text": read_encoder("clip_text", where, tensors)}
-    layer = _said(params, _OPEN_CLIP_SETTINGS).get("layer", "penultimate")
+    said = _said(params, _OPEN_CLIP_SETTINGS, "FrozenOpenCLIPEmbedder")
+    layer = said.get("layer", "penultimate")
     layers = {name: skipped for skipped, name in _LAYERS.items()}
     skipped = lookup(layers, layer, "FrozenOpenCLIPEmbedder.layer")
     return {"clip_text": read_encoder("clip_text", where, tensors, chosen={"skip_last": skipped})}
@@ -163,8 +170,14 @@ def read_embedder(
         return {}
     levels = 1000
     if params:
-        _settings_of(params["embedder_config"], "embedder_config", _IMAGE_SETTINGS)
-        schedule = _noise_schedule(params["noise_aug_config"], "noise_aug_config")
+        _settings_of(
+            params["embedder_config"],
+            "embedder_config",
+            _IMAGE_SETTINGS,
+            *("ClipImageEmbedder", "FrozenOpenCLIPImageEmbedder"),
+        )
+        kind = "CLIPEmbeddingNoiseAugmentation"
+        schedule = _noise_schedule(params["noise_aug_config"], "noise_aug_config", kind)
         levels = schedule["timesteps"]
         if schedule["beta_schedule"] != "squaredcos_cap_v2":
             raise ValueError(f"noise_aug_config: a beta_schedule of {schedule['beta_schedule']!r}")
@@ -182,7 +195,7 @@ def read_embedder(
 
 def low_res_from_yaml(config: Any) -> dict[str, Any]:
     """The fields of the noise that the upscaler's pipeline adds, by `low_scale_config`."""
-    schedule = _noise_schedule(config, "low_scale_config")
+    schedule = _noise_schedule(config, "low_scale_config", "ImageConcatWithNoiseAugmentation")
     if schedule["beta_schedule"] != "linear":
         raise ValueError(f"low_scale_config: a beta_schedule of {schedule['beta_schedule']!r}")
     return {
@@ -203,14 +216,16 @@ def low_res_to_yaml(part: Part | None) -> dict[str, Any]:
     return {"low_scale_config": {"target": name, "params": params}}
 
 
-def _settings_of(config: Any, name: str, settings: Settings) -> dict[str, Any]:
-    """The settings of a module in the yaml, checked."""
-    return settings.complete(_MODULE.complete(config or {}, name)["params"] or {}, name)
+def _settings_of(config: Any, name: str, settings: Settings, *classes: str) -> dict[str, Any]:
+    """The settings of a module in the yaml, of one of some classes, checked."""
+    module = _MODULE.complete(config or {}, name)
+    check_class(module, classes, name)
+    return settings.complete(module["params"] or {}, name)
 
 
-def _noise_schedule(config: Any, name: str) -> dict[str, Any]:
-    """The noise that a module adds to its condition."""
-    noising = _settings_of(config, name, _NOISING)
+def _noise_schedule(config: Any, name: str, kind: str) -> dict[str, Any]:
+    """The noise that a module of a class adds to its condition."""
+    noising = _settings_of(config, name, _NOISING, kind)
     schedule = _NOISE_SCHEDULE.complete(noising["noise_schedule_config"] or {}, name)
     return {**schedule, "max_noise_level": noising["max_noise_level"]}
 

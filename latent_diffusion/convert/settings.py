@@ -95,6 +95,16 @@ def _is_like(value: Any, example: Any) -> bool:
             return isinstance(value, Mapping)
 
 
+def check_class(config: Mapping[str, Any], known: Collection[str], owner: str) -> None:
+    """Raise ValueError for a module of a yaml whose class, its `target`, isn't a known one.
+
+    An absent class is taken for one of them.
+    """
+    target = config.get("target") or ""
+    if target and str(target).rpartition(".")[2] not in known:
+        raise ValueError(f"{owner}.target={_short(target)}; supported: {', '.join(known)}")
+
+
 def single(values: Mapping[str, Any], name: str, owner: str) -> Any:
     """The value of a setting that may be a list with one value per level."""
     value = values[name]

@@ -15,7 +15,7 @@ import numpy as np
 from latent_diffusion.convert import clip_text, sdxl
 from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.encoders import read_encoder
-from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import within
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_text import ClipText
@@ -49,6 +49,11 @@ _EMBEDDER = Settings(
     optional={"params": {}},
     harmless=("is_trainable", "ucg_rate", "legacy_ucg_value"),
 )
+_EMBEDDED = Settings(  # of one of them
+    optional={"layer": "", "layer_idx": 11, "outdim": 256, "always_return_pooled": True},
+    checked={"max_length": (77,), "legacy": (False,)},
+    harmless=("version", "device", "arch", "freeze"),
+)
 _DENOISER = Settings(
     required={"scaling_config": {}, "discretization_config": {}},
     defaults={"num_idx": 1000},
@@ -70,6 +75,7 @@ def is_engine(model: Mapping[str, Any]) -> bool:
 def as_latent_diffusion(params: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of LatentDiffusion that mean the same. Raises ValueError for others."""
     values = _ENGINE.complete(params, "DiffusionEngine")
+    check_class(values["denoiser_config"] or {}, ("DiscreteDenoiser",), "denoiser_config")
     denoiser = _params(values["denoiser_config"], "denoiser_config", _DENOISER)
     scaling = _MODULE.complete(denoiser["scaling_config"], "scaling_config")["target"]
     discretization = _MODULE.complete(denoiser["discretization_config"], "discretization_config")
@@ -113,7 +119,9 @@ def with_embedders(
         width = None if projection is None else projection.shape[1]
         chosen = sdxl.text_fields(name, width, len(encoders) == 2)
         conditioners[name] = read_encoder(name, where, own, chosen=chosen)
-    said = _params((model.get("params") or {}).get("conditioner_config"), "conditioner", _JOINED)
+    joined = (model.get("params") or {}).get("conditioner_config") or {}
+    check_class(joined, ("GeneralConditioner",), "conditioner_config")
+    said = _params(joined, "conditioner", _JOINED)
     modules = [_EMBEDDER.complete(one, "emb_models") for one in said["emb_models"] or ()]
     widths = [
         (one["params"] or {}).get("outdim") for one in modules if one["target"].endswith("ND")
@@ -130,6 +138,7 @@ def _use(module: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
     """How a module of the conditioner is used: its class, its input, and settings that matter."""
     names = ("layer", "layer_idx", "outdim", "always_return_pooled")
     params = module["params"] or {}
+    _EMBEDDED.complete(params, "emb_models")
     own = {name: params[name] for name in names if name in params}
     return module["target"].rpartition(".")[2], module["input_key"], own
 
