@@ -152,6 +152,8 @@ def _fields_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
     for half in ("encoder", "decoder"):
         layers = {int(name.split(".")[2]) for name in tensors if name.startswith(half)}
         runs, run = [], 0
+        if max(layers) > 4 * len(tensors):  # few layers have no tensors
+            raise ValueError(f"{path}: {len(tensors)} tensors can't be {max(layers)} layers")
         for layer in range(max(layers) + 1):
             if f"{half}.layers.{layer}.conv.0.weight" in tensors:
                 run += 1

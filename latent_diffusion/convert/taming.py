@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.convert.bundle import Bundle, Part, read_part
+from latent_diffusion.convert.bundle import Bundle, Part, check_depth, read_part
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import (
     Layout,
@@ -109,6 +109,7 @@ def _read_transformer(path: Path, tensors: Mapping[str, Tensor], config: Params)
         raise ValueError(f"{path}: GPT has one dropout here, not three different {_DROPOUTS}")
     fields = _GPT.read(params, "GPT")
     fields["num_codes"] = fields["vocab_size"]
+    check_depth(path, fields, tensors)
     return read_part(path, fields, TABLE, shapes(fields), tensors, ignored=(_MASK,))
 
 

@@ -196,6 +196,8 @@ def _part(
     where: Path, fields: Mapping[str, Any], table: Table, tensors: Mapping[str, Tensor], widths: Any
 ) -> Part:
     check_depth(where, fields, tensors)
+    if 2 * len(fields.get("hint_channels", ())) > len(tensors):
+        raise ValueError(f"{where}: {len(tensors)} tensors can't be the layers of its hints")
     return read_part(where, fields, table, shapes(fields, *widths), tensors)
 
 

@@ -127,6 +127,8 @@ def _read(
     path: Path, where: Path, fields: dict[str, Any], table: Table, tensors: Mapping[str, Tensor]
 ) -> T2IWeights:
     net = T2IAdapter(**fields)
+    if (blocks := len(net.channels) * net.num_res_blocks) > len(tensors):  # before shapes
+        raise ValueError(f"{where}: {len(tensors)} tensors can't be {blocks} blocks")
     side = net.shrinks[-1]
     hint = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     shapes = jax.eval_shape(net.init, jax.random.key(0), hint)["params"]
