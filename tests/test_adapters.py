@@ -298,6 +298,7 @@ BAD = [
     ({f"{K}.dora_scale": UP}, "magnitude without factors"),
     ({f"{K}.lora_A.weight": UP, f"{K}.lora_B.weight": UP}, r"fit it: lora_down \(8, 2\)"),
     ({f"{K}.lora_A.weight": DOWN.T, f"{K}.lora_B.weight": UP.T}, "LoRA doesn't fit it"),
+    ({f"{K}.lora_A.weight": DOWN[:0], f"{K}.lora_B.weight": UP[:0]}, "LoRA doesn't fit it"),
     ({f"{K}.lora_A.weight": draw(RANK, 9), f"{K}.lora_B.weight": UP}, "LoRA doesn't fit it"),
     ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.diff": UP}, "1 modules aren't .*: lora_te2_"),
     ({f"{K}.oft_blocks": UP}, "OFT isn't read"),

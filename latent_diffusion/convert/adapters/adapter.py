@@ -128,7 +128,7 @@ def _check(what: str, shape: tuple[int, ...], factors: Factors) -> None:
     try:
         jax.eval_shape(delta, weight, dict(factors))
         fits = len(down) != len(shape) or "lora_mid" in factors or down[1:] == shape[1:]
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # the last without entries
         fits = False
     if not fits:
         shapes = ", ".join(f"{name} {np.shape(x)}" for name, x in factors.items() if np.ndim(x))
