@@ -53,6 +53,16 @@ def test_safetensors_of_the_library_are_read_and_ours_are_read_by_it(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_tensor_without_entries_is_no_longer_than_others(tmp_path):
+    """Markers are empty; a size of 10⁹ that no bytes prove would be computed with."""
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"marker": np.zeros(0), "x": np.zeros((10**9, 0))}, path)
+    with pytest.raises(ValueError, match=r"x\.safetensors: 'x' has shape \(1000000000, 0\), with"):
+        open_tensors(path)
+    safetensors.numpy.save_file({"marker": np.zeros(0)}, path)
+    assert open_tensors(path).tensors["marker"].size == 0
+
+
 def test_bfloat16_survives(tmp_path):
     array = np.arange(6).astype(ml_dtypes.bfloat16)
     write_safetensors(tmp_path / "x.safetensors", {"x": in_memory(array)})

@@ -17,6 +17,8 @@ from latent_diffusion.files.reading import MAX_TEXT, read_json, reading
 from latent_diffusion.files.tensor import DTYPES, MAX_RANK, Tensor, TensorFile, mapped
 from latent_diffusion.files.torch_zip import open_torch_zip
 
+LONGEST_EMPTY = 1 << 20  # the longest side of a tensor without entries, whose bytes don't bound it
+
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
     """Open a weight file of any kind. Raises ValueError with the reason for refusing it."""
@@ -24,7 +26,11 @@ def open_tensors(path: str | os.PathLike) -> TensorFile:
     with reading(path):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        return _open_sharded(path) if path.name.endswith(".index.json") else _open_one(path)
+        file = _open_sharded(path) if path.name.endswith(".index.json") else _open_one(path)
+        for name, tensor in file.tensors.items():
+            if not tensor.size and max(tensor.shape) > LONGEST_EMPTY:
+                raise ValueError(f"{path}: {name!r} has shape {tensor.shape}, without entries")
+        return file
 
 
 def _open_one(path: Path) -> TensorFile:
