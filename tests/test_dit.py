@@ -191,7 +191,7 @@ def test_a_transformer_trains_samples_and_moves_between_workdirs_like_a_unet(tmp
     config = several.make_config(backbone="dit", num_steps=2)
     config.dit.update({"width": 16, "depth": 1, "num_heads": 2, "base_size": 4, "patch_size": 4})
     config.conditioners = ConfigDict(
-        {"class_label": {"num_classes": 3, "width": 16, "route": "vector"}}
+        {"class_label": {"num_classes": 4, "width": 16, "route": "vector"}}
     )
     state = loop.train(config, tmp_path / "run")
     model = ldm.load(tmp_path / "run")
