@@ -20,8 +20,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.backbone = "dit"
     c.dit.update({"width": 192, "depth": 6, "num_heads": 6, "patch_size": 1, "base_size": 8})
     c.optimizer.learning_rate = 1e-3
-    variants = {"class": of_classes, "flow": openmoji_text.flow, "smoke": smoke}
-    return default.apply_variant(c, variant, {"text": lambda c: None, **variants})
+    variants = {
+        "text": lambda c: None,
+        "class": of_classes,
+        "flow": openmoji_text.flow,
+        "smoke": smoke,
+    }
+    return default.apply_variant(c, variant, variants)
 
 
 def of_classes(c: ConfigDict) -> None:

@@ -235,10 +235,9 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
     unconditional = root / "unconditional"
     for folder in folders:
         config = workdir.load_config(folder)
-        if config.task == "prior":
+        if config.task in ("denoising", "prior"):
             save(folder.name, draw_task(folder, rows, samples, seed))
-        elif config.task == "denoising":
-            save(folder.name, draw_task(folder, rows, samples, seed))
+        if config.task == "denoising":
             if {"low_res", "segmentation"} & set(make_conditioner(config.conditioners).keys):
                 save(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))
             if config.tokenizer.name != "none":

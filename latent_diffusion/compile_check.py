@@ -145,7 +145,7 @@ def _in_dtype(dtype: str, state: Any, constants: Any) -> tuple[Any, Any]:
 
     def cast(path: Any, leaf: Any) -> Any:
         if dtype == "int8":
-            return jax.eval_shape(lambda x: in_eight_bits(path_string(path), x, "bfloat16"), leaf)
+            return jax.eval_shape(lambda x: in_eight_bits(path_string(path), x), leaf)
         kept = dtype == "float32" or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
 

@@ -1,4 +1,4 @@
-"""Kernels in eight bits: how far they are off, the memory that they need, and who reads them."""
+"""Kernels in eight bits: how far they are off, and who reads them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from test_model import model
 from test_prior_files import made
 
 import latent_diffusion as ldm
+from latent_diffusion.convert.adapters import ControlWeights
 from latent_diffusion.nets.eight_bits import EightBits, in_eight_bits, layer_params
 
 
@@ -50,6 +51,14 @@ def test_pictures_are_nearly_those_of_bfloat16_with_and_without_adapters(saved, 
         difference = np.abs(pictures[0] - pictures[1]) * 127.5
         assert 0 < difference.max() < 4  # of 255
     assert np.abs(sampled(eighth) - pictures[1]).max() > 0.01  # adapters change something
+
+
+def test_a_control_net_may_be_a_difference_to_a_model_in_eight_bits():
+    theirs = in_eight_bits("kernel", np.random.default_rng(0).normal(size=(4, 5)), "float32")
+    change = np.ones((4, 5), np.float32)
+    net = ControlWeights(path="net", params={"a/kernel": change}, fields={}, difference=True)
+    whole = net.tree({"a": {"kernel": theirs}})["a"]["kernel"]
+    np.testing.assert_allclose(whole, np.asarray(theirs) + change, rtol=1e-6)
 
 
 def test_a_model_in_eight_bits_is_written_as_its_rounded_weights(saved, tmp_path):

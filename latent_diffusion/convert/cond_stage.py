@@ -121,10 +121,8 @@ def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict
 
 def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     out_channels, num_classes = tensors["channel_mapper.weight"].shape[:2]
-    said, bias = (
-        _said(params, _RESCALER_SETTINGS, "SpatialRescaler"),
-        "channel_mapper.bias" in tensors,
-    )
+    said = _said(params, _RESCALER_SETTINGS, "SpatialRescaler")
+    bias = "channel_mapper.bias" in tensors
     _agree(said, {"in_channels": num_classes, "out_channels": out_channels, "bias": bias})
     fields = {
         "num_classes": num_classes,

@@ -136,10 +136,9 @@ def with_embedders(
 
 def _use(module: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
     """How a module of the conditioner is used: its class, its input, and settings that matter."""
-    names = ("layer", "layer_idx", "outdim", "always_return_pooled")
     params = module["params"] or {}
     _EMBEDDED.complete(params, "emb_models")
-    own = {name: params[name] for name in names if name in params}
+    own = {name: params[name] for name in _EMBEDDED.optional if name in params}
     return module["target"].rpartition(".")[2], module["input_key"], own
 
 

@@ -12,7 +12,6 @@ from latent_diffusion.convert.adapters.adapter import weight_of_names
 from latent_diffusion.generation import conditions
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.control import HINT, Controlled, ControlNet, controlled_params
-from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.nets.t2i_adapter import T2IAdapter
 from latent_diffusion.process import guidance
 from latent_diffusion.process.options import SamplingOptions
@@ -105,7 +104,7 @@ def bound(model: Any, controls: Sequence[Any]) -> list[tuple[Adapter, ControlNet
     found: list[tuple[Adapter, ControlNet | None, Any]] = []
     f = model.first_stage.module.downsampling
     for adapter, *_ in checked(controls):
-        unet, own = model.denoiser.network, layer_params(model.denoiser.params[model.denoiser.name])
+        unet, own = model.denoiser.network, model.denoiser.params[model.denoiser.name]
         if isinstance(adapter, T2IWeights):
             places = adapter.places(unet, f)
             found.append((adapter, None, Extractor(adapter.tree(), adapter.module, places)))

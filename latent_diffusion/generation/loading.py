@@ -20,13 +20,12 @@ from latent_diffusion.models.denoiser import Denoiser, make_network, schedule_of
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.models.prior import make_prior
 from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
-from latent_diffusion.nets.eight_bits import in_eight_bits
+from latent_diffusion.nets.eight_bits import COMPUTE, in_eight_bits
 from latent_diffusion.runtime import workdir
 from latent_diffusion.tasks.classifying import make_classifying
 from latent_diffusion.types import lookup
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-_COMPUTE = {"int8": "bfloat16"}  # dtypes of the activations, where they are others
 
 
 def load(
@@ -63,8 +62,8 @@ def load(
 
 
 def _computing_in(dtype: str, bundle: convert.Bundle) -> convert.Bundle:
-    """The bundle whose networks, all but the first stage, compute in a dtype (or beside it)."""
-    compute = _COMPUTE.get(dtype, dtype)
+    """The bundle whose networks, all but the first stage, compute in a dtype (or beside "int8")."""
+    compute = COMPUTE if dtype == "int8" else dtype
     for name, part in bundle.parts():
         module: Any = CONDITIONERS.get(name)
         if name != "autoencoder" and (module is None or hasattr(module, "dtype")):
@@ -91,11 +90,10 @@ def as_model(bundle: convert.Bundle, dtype: Any = None) -> Model:
     """
     first_stage = denoiser = prior = None
     read = functools.partial(convert.as_params, dtype=dtype or np.float32)
-    if dtype in _COMPUTE:
+    if dtype == "int8":
         if bundle.prior is not None:
             raise ValueError(f"dtype={dtype!r} is for denoisers, not for a prior")
-        leaf = functools.partial(in_eight_bits, dtype=_COMPUTE[dtype])
-        read = functools.partial(convert.as_params, leaf=leaf)
+        read = functools.partial(convert.as_params, leaf=in_eight_bits)
     conditioner = {n: read(part) for n, part in bundle.conditioners.items()}
     fields = {name: part.fields for name, part in bundle.conditioners.items()}
     if bundle.autoencoder is not None:

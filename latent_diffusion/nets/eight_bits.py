@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_diffusion.types import Array, Params
 
+COMPUTE = "bfloat16"  # the dtype of activations, and of parameters that are no kernels
 _LARGEST = 127  # of the whole numbers; -128 isn't used, so that a weight and its negative fit alike
 
 
@@ -39,7 +40,7 @@ class EightBits(flax.struct.PyTreeNode):
         return np.asarray(self.weights(), dtype)
 
 
-def in_eight_bits(path: str, array: Any, dtype: Any) -> Any:
+def in_eight_bits(path: str, array: Any, dtype: Any = COMPUTE) -> Any:
     """A parameter for inference: a kernel in eight bits, all other floats in `dtype`.
 
     The scale of an output makes its largest weight 127, so a weight is off by 1/254 of it at most.

@@ -21,6 +21,7 @@ from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.control import HINT, ControlNet, control_net
+from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.runtime import workdir
 from latent_diffusion.types import Conditioning, Params, module_fields
@@ -104,7 +105,7 @@ class ControlWeights(Adapter):
         """The parameters for a `ControlNet` and its `HintNet`; params: those of the U-Net."""
         theirs = flat(params) if self.difference else {}
         whole = {
-            path: jnp.asarray(x) + theirs[path] if path in theirs else jnp.asarray(x)
+            path: jnp.asarray(x) + layer_params(theirs[path]) if path in theirs else jnp.asarray(x)
             for path, x in self.params.items()
         }
         return unflatten_dict(whole, sep="/")
