@@ -240,6 +240,21 @@ def test_other_formats_hold_every_array_bitwise(format, path, fields, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read.denoiser.params, model.denoiser.params)
 
 
+def test_a_loaded_model_loops_over_its_blocks_where_it_is_asked_to(tmp_path):
+    model_with(depth=3).save(tmp_path / "folder", "diffusers")
+    z, t, vector = (
+        jax.random.normal(jax.random.key(6), size) for size in ((2, 4, 4, 4), 2, (2, 16))
+    )
+    answers = {}
+    for scan in (None, False, True):
+        denoiser = ldm.load(tmp_path / "folder", scan=scan).denoiser
+        answer = jax.jit(lambda z, t, of=denoiser: of.denoise(z, t, Conditioning(vector=vector)))
+        program = answer.lower(z, t)
+        assert ("stablehlo.while" in program.as_text()) is bool(scan)
+        answers[scan] = program.compile()(z, t)
+    np.testing.assert_allclose(answers[True], answers[False], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("format", "path", "fields", "message"),
     [

@@ -80,6 +80,7 @@ def test_what_is_written_behind_sample_reaches_the_call(tmp_path):
         "adapter": ("style:0.5", "adapters", [["style", 0.5]]),
         "control": ("net:a.png:0.5", "controls", [["net", "a.png", 0.5]]),
         "dtype": ("bfloat16", "dtype", "bfloat16"),
+        "scan": ("true", "scan", True),
         "refiner": ("other:0.25", "refiner", ["other", 0.25]),
         "image_prompt": ("ip:a.png:0.5", "image_prompts", [["ip", "a.png", 0.5]]),
         "image_encoder": ("vit", "image_encoder", "vit"),
@@ -216,7 +217,7 @@ from absl import app
 import latent_diffusion.serve.__main__ as command
 from latent_diffusion.generation import adapters, loading
 from latent_diffusion.serve import handler
-loading.load = lambda path, tokenizer: [path, tokenizer]
+loading.load = lambda path, **given: [path, given]
 adapters.load_adapter = lambda file: file
 def told(model, name, address, limits, **more):
     print(json.dumps([model, name, address, dataclasses.asdict(limits), more]))
@@ -232,12 +233,13 @@ except SystemExit:
 def test_what_is_written_behind_serve_reaches_the_call():
     limits = {"max_images": 3, "max_pixels": 99, "max_steps": 7, "max_waiting": 2}
     more = {"batch_size": 5, "token": "secret"}
-    given = {"tokenizer": "words", "host": "0.0.0.0", "port": 81, **limits, **more}
+    loaded = {"tokenizer": "words", "dtype": "bfloat16", "scan": True}
+    given = {**loaded, "host": "0.0.0.0", "port": 81, **limits, **more}
     flags = [f"--{flag}={value}" for flag, value in given.items()]
     for kind in ("workdir", "model"):
         told = python(SERVE, f"--{kind}=here", "--adapter=style=file", *flags)
         more["adapters"] = {"style": "file"}
-        assert told == [["here", "words"], "here", ["0.0.0.0", 81], limits, more]
+        assert told == [["here", loaded], "here", ["0.0.0.0", 81], limits, more]
 
 
 CHECK = """

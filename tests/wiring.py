@@ -430,7 +430,7 @@ FLAGS = {
         **dict.fromkeys(
             (
                 *("workdir", "model", "tokenizer", "lora", "adapter", "control", "refiner"),
-                *("image_prompt", "image_encoder", "out", "prompts", "dtype"),
+                *("image_prompt", "image_encoder", "out", "prompts", "dtype", "scan"),
                 *("prompts_file", "class_labels", "num_images", "seed"),
                 *(name for name, option in SAMPLING.items() if option.flag),
                 *("negative_prompts", "more_prompts", "image", "mask", "layout", "segmentation"),
@@ -462,7 +462,7 @@ FLAGS = {
     ),
     "latent_diffusion.serve.__main__": dict.fromkeys(
         (
-            *("workdir", "model", "tokenizer", "adapter", "host", "port", "token"),
+            *("workdir", "model", "tokenizer", "adapter", "host", "port", "token", "dtype", "scan"),
             *("max_images", "max_waiting", "max_pixels", "max_steps", "batch_size"),
         ),
         CALL.format("serve"),

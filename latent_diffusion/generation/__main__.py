@@ -16,6 +16,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
 DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage.")
+SCAN = flags.DEFINE_bool("scan", None, "Transformers are loops: they compile faster, see load.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
 ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
 CONTROL = flags.DEFINE_multi_string(
@@ -129,6 +130,7 @@ def main(argv: list[str]) -> None:
             image_prompts=[read_pictured(entry, "image_prompt") for entry in IMAGE_PROMPT.value],
             image_encoder=IMAGE_ENCODER.value,
             dtype=DTYPE.value,
+            scan=SCAN.value,
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

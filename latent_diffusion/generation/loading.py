@@ -37,6 +37,7 @@ def load(
     tokenizer: str | os.PathLike | None = None,
     lora: Mapping[Any, float] | None = None,
     dtype: Any = None,
+    scan: bool | None = None,
 ) -> Model:
     """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
 
@@ -47,7 +48,8 @@ def load(
     looks for them beside the file. lora: files to merge, with their weights. dtype: "bfloat16" or
     "float16", in which the networks compute and have their parameters, except for the first stage,
     which stays in float32; None is float32 for all parameters. "int8": kernels in eight bits, see
-    `nets/eight_bits.py`, and all else as with "bfloat16".
+    `nets/eight_bits.py`, and all else as with "bfloat16". scan: whether the denoiser's transformers
+    are loops over their blocks, which compile faster and copy their parameters; None as saved.
     Raises a ValueError of one line that begins with the path where there is no model.
     """
     if dtype is not None:
@@ -57,6 +59,9 @@ def load(
     for file, weight in (lora or {}).items():
         with reading(file):
             bundle = convert.with_lora(bundle, Path(file), weight)
+    if scan is not None and bundle.denoiser is not None:
+        name, network = bundle.denoiser
+        bundle = bundle.with_part(name, replace(network, fields={**network.fields, "scan": scan}))
     with reading(path):
         return as_model(bundle if dtype is None else _computing_in(dtype, bundle), dtype)
 

@@ -158,18 +158,19 @@ def sample_to_disk(
     controls: Sequence[tuple[str, str, float]] = (),
     refiner: tuple[str, float] | None = None,
     dtype: str | None = None,
+    scan: bool | None = None,
     image_prompts: Sequence[tuple[str, str, float]] = (),
     image_encoder: str | None = None,
     **options: Any,
 ) -> np.ndarray:
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
-    tokenizer, lora, dtype: see `load`. adapters: paths and weights, see `Model.sample`. height,
-    width: of the images, each by default the trained side. An `image` to start from, and its
-    `mask`, are cut in their middle and resized to this size. controls: paths of nets, pictures of
-    hints, which have the size of the images, and weights. refiner: path and share of the noise, see
-    `Model.sample`. image_prompts: paths of IP-Adapters, pictures and weights; image_encoder: see
-    `load_adapter`.
+    tokenizer, lora, dtype, scan: see `load`. adapters: paths and weights, see `Model.sample`.
+    height, width: of the images, each by default the trained side. An `image` to start from, and
+    its `mask`, are cut in their middle and resized to this size. controls: paths of nets, pictures
+    of hints, which have the size of the images, and weights. refiner: path and share of the noise,
+    see `Model.sample`. image_prompts: paths of IP-Adapters, pictures and weights; image_encoder:
+    see `load_adapter`.
     Process 0 alone writes and prints.
     """
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
@@ -180,16 +181,18 @@ def sample_to_disk(
         "width": width,
         "tokenizer": tokenizer,
         "dtype": dtype,
+        "scan": scan,
         "lora": {str(k): v for k, v in (lora or {}).items()},
     }
     own |= {"controls": [list(entry) for entry in controls], "refiner": refiner}
     own |= {"image_prompts": [list(entry) for entry in image_prompts]}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
-    model = load(path, tokenizer=tokenizer, lora=lora, dtype=dtype)
+    how = {"tokenizer": tokenizer, "dtype": dtype, "scan": scan}
+    model = load(path, lora=lora, **how)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
     if refiner is not None:
-        options["refiner"] = (load(refiner[0], tokenizer=tokenizer, dtype=dtype), refiner[1])
+        options["refiner"] = (load(refiner[0], **how), refiner[1])
     options["controls"] = [
         (load_adapter(file), read_hint(hint), weight) for file, hint, weight in controls
     ]

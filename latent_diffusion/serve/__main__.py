@@ -12,6 +12,8 @@ from latent_diffusion.runtime import flags as shared_flags
 WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
 MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage.")
+SCAN = flags.DEFINE_bool("scan", None, "Transformers are loops: they compile faster, see load.")
 ADAPTER = flags.DEFINE_multi_string(
     "adapter", [], "An adapter that requests can name: NAME=FILE; repeatable."
 )
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
         pairs = [entry.partition("=") for entry in ADAPTER.value]
         if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
             raise ValueError(f"--adapter={wrong[0]}: write NAME=FILE")
-        model = load(path, tokenizer=TOKENIZER.value)
+        model = load(path, tokenizer=TOKENIZER.value, dtype=DTYPE.value, scan=SCAN.value)
         limits = Limits(MAX_IMAGES.value, MAX_PIXELS.value, MAX_STEPS.value, MAX_WAITING.value)
         adapters = {name: load_adapter(file) for name, _, file in pairs}
         server = make_server(
