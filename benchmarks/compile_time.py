@@ -1,13 +1,12 @@
 """How long networks compile with and without loops over their blocks.
 
-    python -m benchmarks.compile_time [NAME …]
+    python -m benchmarks.compile_time [NAME …] [--topology=v5e:2x2]
 
 They are the U-Net of Stable Diffusion XL, DiT-XL/2 and the MMDiT of Stable Diffusion 3 medium. The
-command traces, lowers and compiles for this machine's CPU; nothing runs. It prints seconds of all
-threads' processor time, which other programs hardly change.
+command traces, lowers and compiles for this machine's CPU, or for a chip of a topology; nothing
+runs. It prints seconds of all threads' processor time, which other programs hardly change.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 
 from latent_diffusion.nets.attention import SpatialTransformer
 from latent_diffusion.nets.dit import DiT
+from latent_diffusion.nets.dot_product_attention import Machine, this_machine, traced_for
 from latent_diffusion.nets.mmdit import MMDiT
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.runtime.parallel.chips import topology_devices
 from latent_diffusion.types import Conditioning
 
 SDXL: dict[str, Any] = {
@@ -66,6 +68,7 @@ CASES: dict[str, tuple[Callable[[bool], Case], bool]] = {
     "transformer": (transformer, False),
     "transformer_gradient": (transformer, True),
     "unet": (unet, False),
+    "unet_gradient": (unet, True),
     "dit": (dit, False),
     "dit_gradient": (dit, True),
     "mmdit": (mmdit, False),
@@ -73,28 +76,37 @@ CASES: dict[str, tuple[Callable[[bool], Case], bool]] = {
 }
 
 
-def seconds(module: Any, inputs: tuple[Any, ...], gradient: bool) -> tuple[float, float]:
+def seconds(
+    module: Any, inputs: tuple[Any, ...], gradient: bool, topology: str | None
+) -> tuple[float, float]:
     """Processor time of tracing with lowering, and of compiling."""
     params = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    place, machine = None, this_machine()
+    if topology is not None:
+        chip = topology_devices(topology)[0]
+        place, machine = jax.sharding.SingleDeviceSharding(chip), Machine(chip.platform)
 
     def loss(*given: Any) -> jax.Array:
         return jnp.sum(module.apply(*given))
 
+    program = jax.jit(jax.grad(loss) if gradient else module.apply, in_shardings=place)
     start = time.process_time()
-    lowered = jax.jit(jax.grad(loss) if gradient else module.apply).lower(params, *inputs)
+    with traced_for(machine):
+        lowered = program.lower(params, *inputs)
     middle = time.process_time()
     lowered.compile()
     return middle - start, time.process_time() - middle
 
 
-def main(names: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Print a row of a Markdown table for each."""
-    for name in names or CASES:
+    for name in argv[1:] or CASES:
         make, gradient = CASES[name]
         for scan in (True, False):
-            traced, compiled = seconds(*make(scan), gradient)
+            traced, compiled = seconds(*make(scan), gradient, TOPOLOGY.value)
             print(f"| {name} | {scan} | {traced:.1f} | {compiled:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    TOPOLOGY = flags.DEFINE_string("topology", None, "A chip to compile for: v5e:2x2, v5p:2x2x1 …")
+    app.run(main)

@@ -2,13 +2,17 @@
 
     python -m demo.adapters --base=runs/demo/denoiser --control=runs/control
     python -m demo.adapters --base=runs/demo/denoiser --subject=runs/subject --prompt="it face"
+    python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
 
 Of a control net: the F1 of edges between samples and their hints, which are edges of held-out
 pictures, beside that of the uncontrolled model at the same prompts; and the page control.png, which
 shows hint | samples | truth. Of a subject, learned as a word or by DreamBooth: the share of samples
 whose nearest neighbour in the features of LPIPS is a picture of the subject, among those and
-pictures of the training split; and the demo's judge on both models. The numbers go to adapters.json
-in the workdir of the adapter.
+pictures of the training split; and the demo's judge on both models. Of a style: the share of
+samples that a judge takes for Twemoji's, and another judge's accuracy on their groups, for captions
+that the adapter wasn't trained on; both are fitted on real pictures of both styles. The page
+style.png shows a sample of the base | samples | Twemoji's. The numbers go to adapters.json in the
+workdir of the adapter.
 """
 
 import json
@@ -23,10 +27,11 @@ from absl import app, flags
 from flax import linen as nn
 from jaxtyping import Float, UInt8
 
-from demo import gallery
-from demo.openmoji import Judged
+from demo import gallery, judge
+from demo.judged import PER_GROUP, Judged, training_captions
 from latent_diffusion import data
-from latent_diffusion.data import windows
+from latent_diffusion.data import openmoji_source, windows
+from latent_diffusion.data.sources import captions
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.loading import load
@@ -36,7 +41,8 @@ from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
-SAMPLES = 4  # of each hint
+SAMPLES = 4  # of each hint or caption
+STYLES = ("openmoji", "twemoji")
 HINTS = 64  # held-out pictures
 OTHERS = 200  # pictures of the training split beside those of the subject
 TITLES = ("hint", "samples", "ground truth")
@@ -123,15 +129,55 @@ def evaluate_subject(base: Path, subject: Path, prompt: str, count: int) -> dict
     return numbers
 
 
+def both_styles(config: Any, split: str) -> tuple[list[dict[str, Any]], Pictures, np.ndarray]:
+    """The examples of a split in the two styles, their pictures, their styles as numbers."""
+    sources = [openmoji_source.of_styles(config, split, [style]) for style in STYLES]
+    examples = [source[i] for source in sources for i in range(len(source))]
+    pictures = np.stack([example["image"] for example in examples])
+    return examples, pictures, np.repeat(np.arange(2), [len(source) for source in sources])
+
+
+def evaluate_style(base: Path, style: Path) -> dict[str, float]:
+    """Measure how often samples are in Twemoji's style and still of their group; draw the page."""
+    config, own = workdir.load_config(base), workdir.load_config(style)
+    examples, pictures, styles = both_styles(config.data, "train")
+    held_out, real, real_styles = both_styles(config.data, "test")
+    of_style = judge.fit(pictures, styles)
+    of_group = judge.fit(pictures, np.array([e["class_label"] for e in examples]))
+    real_groups = np.array([e["class_label"] for e in held_out])
+    numbers = {
+        "style_accuracy_real": judge.balanced_accuracy(of_style, real, real_styles),
+        "group_accuracy_real": judge.balanced_accuracy(of_group, real, real_groups),
+    }
+    truth = {e["caption"]: e["image"] for e, one in zip(examples, styles, strict=True) if one}
+    unseen = truth.keys() - set(captions(data.make_source(own.data, "train")))
+    others = [e for e, one in zip(examples, styles, strict=True) if not one]
+    prompts, labels = training_captions([e for e in others if e["caption"] in unseen], PER_GROUP)
+    drawn = {}
+    for when, path in (("before", base), ("after", style)):
+        samples = load(path).sample(jax.random.key(1), prompts, num_images=SAMPLES, batch_size=120)
+        drawn[when] = to_uint8(samples).reshape(len(prompts), SAMPLES, *samples.shape[1:])
+        judged, groups = drawn[when].reshape(samples.shape), np.repeat(labels, SAMPLES)
+        in_style = of_style.predict(judge.features(judged)) == 1
+        numbers[f"of_the_style_{when}"] = float(in_style.mean())
+        numbers[f"group_accuracy_{when}"] = judge.balanced_accuracy(of_group, judged, groups)
+    shown = range(0, len(prompts), len(prompts) // 12)
+    rows = [(drawn["before"][i, 0], drawn["after"][i], truth[prompts[i]]) for i in shown]
+    gallery.sheet(rows, ("base", "samples", "Twemoji")).save(style / "style.png")
+    return numbers
+
+
 def main(argv: list[str]) -> None:
     """Evaluate and print."""
     quiet_and_cached()
     base = Path(BASE.value)
     try:
-        if (CONTROL.value is None) == (SUBJECT.value is None):
-            raise ValueError("give either --control or --subject")
+        if sum(flag.value is not None for flag in (CONTROL, SUBJECT, OF_STYLE)) != 1:
+            raise ValueError("give one of --control, --subject and --style")
         if CONTROL.value is not None:
             directory, numbers = Path(CONTROL.value), evaluate_control(base, Path(CONTROL.value))
+        elif OF_STYLE.value is not None:
+            directory, numbers = Path(OF_STYLE.value), evaluate_style(base, Path(OF_STYLE.value))
         else:
             directory = Path(SUBJECT.value)
             numbers = evaluate_subject(base, directory, PROMPT.value, COUNT.value)
@@ -146,6 +192,7 @@ if __name__ == "__main__":
     BASE = flags.DEFINE_string("base", "runs/demo/denoiser", "The model that was adapted.")
     CONTROL = flags.DEFINE_string("control", None, "Workdir of a control net.")
     SUBJECT = flags.DEFINE_string("subject", None, "Workdir of a model that learned a subject.")
+    OF_STYLE = flags.DEFINE_string("style", None, "Workdir of a model that learned a style.")
     PROMPT = flags.DEFINE_string("prompt", "<it>", "The caption of the subject.")
     COUNT = flags.DEFINE_integer("num_images", 64, "Samples of the subject.")
     app.run(main)

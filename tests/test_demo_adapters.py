@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from demo import adapters
+from configs import openmoji_style_lora
+from demo import adapters, folders
+from latent_diffusion import data
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.process.hints import edges
 
@@ -41,3 +43,30 @@ def test_the_nearest_picture_is_the_one_that_looks_alike():
     samples = np.clip(references[[2, 0]].astype(int) + noise[:2], 0, 255).astype(np.uint8)
     found = adapters.nearest(samples, references, load_lpips_params("alex"))
     assert found.tolist() == [2, 0]
+
+
+def in_folder(path):
+    config = openmoji_style_lora.get_config().data
+    config.dir = str(path)
+    source = data.make_source(config, "train")
+    return [source[i] for i in range(len(source))]
+
+
+def test_a_style_is_a_folder_of_many_subjects(tmp_path):
+    folders.write_style(tmp_path, "twemoji", 6)
+    examples = in_folder(tmp_path)
+    assert len({example["caption"] for example in examples}) == 6
+    held_out = {emoji.caption for emoji in folders.catalogue("twemoji") if emoji.split == "test"}
+    assert not held_out & {example["caption"] for example in examples}
+
+
+def test_a_subject_is_a_folder_of_one_drawing_at_other_places(tmp_path):
+    folders.write_subject(tmp_path, "twemoji", "lion", "it face")
+    examples = in_folder(tmp_path)
+    assert [example["caption"] for example in examples] == ["it face"] * 5
+    pictures = np.stack([example["image"] for example in examples]).astype(float)
+    brown = pictures[..., 0] - pictures[..., 2] > 60
+    assert all(brown.mean((1, 2)) > 0.2)
+    assert len({pictures[i].tobytes() for i in range(5)}) == 5
+    with pytest.raises(ValueError, match="--subject='unicorns': twemoji has no drawing of this"):
+        folders.write_subject(tmp_path, "twemoji", "unicorns", "it")
