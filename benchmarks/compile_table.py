@@ -30,18 +30,19 @@ FSDP = "data 1 × fsdp {} × tensor 1"
 class Experiment(NamedTuple):
     """A config and its global batches, small enough that a chip gets a few images at once.
 
-    a_chip: batches of samples on each chip, in place of `sample`.
+    sample: 0 for none. a_chip: batches of samples on each chip, in place of `sample`.
     """
 
     config: str
     train: int
     sample: int = 0
     a_chip: tuple[int, ...] = ()
+    backbone: str = "unet"
 
     def batches(self, topology: str) -> list[tuple[str, int]]:
         """The programs with their global batches."""
         samples = [n * num_chips(topology) for n in self.a_chip] or [self.sample]
-        return [("train", self.train), *(("sample", batch) for batch in samples)]
+        return [("train", self.train), *(("sample", batch) for batch in samples if batch)]
 
 
 EXPERIMENTS = {
@@ -49,9 +50,11 @@ EXPERIMENTS = {
     "txt2img-1p4B": Experiment("txt2img_1p4b", 256, 64),
     "SD v1": Experiment("sd_v1", 64, 64),
     "SDXL": Experiment("sdxl", 16, a_chip=(1, 4)),
+    "DiT-XL/2": Experiment("dit_xl_2", 256, backbone="dit"),
+    "SD 3 medium": Experiment("sd3", 16, a_chip=(1,), backbone="mmdit"),
 }
-FULL_FIRST_STAGES = ("sdxl",)  # which decode in float32, whatever the U-Net's dtype
-HALF_PARAMS = ("sdxl",)  # which are sampled with parameters in bfloat16
+FULL_FIRST_STAGES = ("sdxl", "sd3")  # which decode in float32, whatever the network's dtype
+HALF_PARAMS = ("sdxl", "sd3")  # which are sampled with parameters in bfloat16
 
 
 class Cell(NamedTuple):
@@ -67,7 +70,8 @@ class Cell(NamedTuple):
         """The command that computes the cell."""
         words = ["python -m latent_diffusion.compile_check", f"--config=configs/{self.config}.py"]
         words += [f"--topology={self.topology}", f"--programs={self.program}", f"--json={RESULTS}"]
-        words += [f"--config.batch_size={self.batch_size}", "--config.unet.dtype=bfloat16"]
+        (backbone,) = (e.backbone for e in EXPERIMENTS.values() if e.config == self.config)
+        words += [f"--config.batch_size={self.batch_size}", f"--config.{backbone}.dtype=bfloat16"]
         words += ["--quick"]
         if self.config not in FULL_FIRST_STAGES:
             words += ["--config.autoencoder.dtype=bfloat16"]

@@ -1,12 +1,13 @@
 """The table and the pictures of docs/few_steps.md: a distilled student beside its teacher.
 
     python -m demo.few_steps --teacher=runs/demo/denoiser --student=runs/demo/few_steps
+        --preview=runs/demo/preview
 
 Writes few_steps.json and few_steps.png into the student's workdir. Fréchet distances are of the
 features of AlexNet, between samples for captions of the test split and the training pictures (fd)
 or the first stage's reconstructions of them (fd_reconstructed): a first stage's errors are the
 larger part of the first. Standard errors are a jackknife's. The judge of `demo.judge` measures
-accuracies.
+accuracies. With --preview, the student's samples are also decoded by that tiny decoder.
 """
 
 import json
@@ -41,14 +42,19 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 for steps in (4, 2, 1):
     ROWS |= {
         f"student, {steps}": ("student", {"num_steps": steps}),
+        f"student, {steps}, tiny decoder": ("fast", {"num_steps": steps}),
         f"DDIM, {steps}": ("teacher", {"sampler": "ddim", "num_steps": steps}),
         f"DPM++, {steps}": ("teacher", {"sampler": "dpm_solver_pp_2m", "num_steps": steps}),
     }
 
 
-def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, float]]:
+def evaluate(
+    teacher: Path, student: Path, preview: Path | None, count: int
+) -> dict[str, dict[str, float]]:
     """Measure all rows and draw the pictures; returns the numbers by row."""
     models = {"teacher": load(teacher), "student": load(student)}
+    if preview is not None:
+        models["fast"] = models["student"].replace(first_stage=load(preview).first_stage)
     config = workdir.load_config(teacher)
     train, test = (data.make_source(config.data, split) for split in ("train", "test"))
     judged = Judged([train[i] for i in range(len(train))])
@@ -64,6 +70,8 @@ def evaluate(teacher: Path, student: Path, count: int) -> dict[str, dict[str, fl
     }  # fmt: skip
     numbers, drawn = {}, []
     for row, (who, options) in ROWS.items():
+        if who not in models:
+            continue
         model, options = models[who], dict(options)
         if who == "teacher":
             options |= {"guidance_scale": SCALE}
@@ -97,7 +105,8 @@ def main(argv: list[str]) -> None:
     """Evaluate; the rows are printed while they are measured."""
     quiet_and_cached()
     try:
-        evaluate(Path(TEACHER.value), Path(STUDENT.value), COUNT.value)
+        preview = None if PREVIEW.value is None else Path(PREVIEW.value)
+        evaluate(Path(TEACHER.value), Path(STUDENT.value), preview, COUNT.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -105,5 +114,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     TEACHER = flags.DEFINE_string("teacher", "runs/demo/denoiser", "The teacher's workdir.")
     STUDENT = flags.DEFINE_string("student", "runs/demo/few_steps", "The student's workdir.")
+    PREVIEW = flags.DEFINE_string("preview", None, "A tiny decoder's workdir, for further rows.")
     COUNT = flags.DEFINE_integer("num_images", 2048, "Samples of each row.")
     app.run(main)
