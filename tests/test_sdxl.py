@@ -242,6 +242,27 @@ def test_a_lora_of_stable_diffusion_1_is_refused(tmp_path):
         convert.with_lora(models.make_bundle("xl"), tmp_path / "lora.safetensors", 1.0)
 
 
+@pytest.mark.parametrize(
+    ("start", "layer", "name"),
+    [("lora_te_", 0, "xl"), ("lora_te_", 1, "xl"), ("lora_te_", 0, "refiner"),
+     ("lora_te1_", 0, "clip"), ("lora_te1_", 1, "clip"), ("lora_te2_", 0, "clip")],
+)  # fmt: skip
+def test_a_lora_of_another_models_text_encoder_alone_is_refused(start, layer, name, tmp_path):
+    """CLIP-L has the same shapes in Stable Diffusion 1 and XL; kohya's names tell them apart.
+
+    A name of XL's idle last layer is no excuse.
+    """
+    a, b = low_rank(4 * models.WIDTH)
+    module = f"{start}text_model_encoder_layers_{layer}_mlp_fc1"
+    save_file(
+        {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b},
+        tmp_path / "lora.safetensors",
+    )
+    with pytest.raises(ValueError, match=f"1 modules aren't .*: {module}; lora_te_ is") as error:
+        convert.with_lora(models.make_bundle(name), tmp_path / "lora.safetensors")
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     path = tmp_path_factory.mktemp("xl")

@@ -95,6 +95,8 @@ class LowRank(Adapter):
         idle = {name for name in self.modules if name not in known and is_idle(bundle, name)}
         if unknown := [name for name in self.modules if name not in known and name not in idle]:
             some = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
+            if any(name.startswith("lora_te") for name in unknown):
+                some += "; lora_te_ is a model's only text encoder, lora_te1_ the first of two"
             raise ValueError(f"{self.path}: {len(unknown)} modules aren't in this model: {some}")
         found: dict[str, dict[int, Any]] = {}
         whole: dict[str, Place] = {}

@@ -61,7 +61,7 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
 
 def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     """The places of "weight" and "bias" of every module, by each name that a file may call it."""
-    two = "clip_text_2" in bundle.conditioners
+    two = has_two(bundle)
     found: dict[str, dict[str, Place]] = {}
     paths: dict[str, tuple[str, ...]] = {}
     for part_name, part, prefix, pair in pairs_of(bundle):
@@ -91,14 +91,20 @@ def is_idle(bundle: Bundle, name: str) -> bool:
         return False
     layers = range(part.fields["depth"] - part.fields["skip_last"], part.fields["depth"])
     starts = [f"text_encoder.text_model.encoder.layers.{i}." for i in layers]
-    starts += [f"lora_te_text_model_encoder_layers_{i}_" for i in layers]
+    kohya = kohya_prefix("text_encoder", has_two(bundle))
+    starts += [f"{kohya}_text_model_encoder_layers_{i}_" for i in layers]
     return name.startswith(tuple(starts))
 
 
-def kohya_prefix(prefix: str) -> str:
-    """kohya's prefix for diffusers'; "lora_te1" is read as "lora_te"."""
-    table = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder": "lora_te"}
-    return table.get(prefix, "lora_te2")
+def has_two(bundle: Bundle) -> bool:
+    """Whether a model is of those with two of CLIP's text encoders, as SDXL and its refiner."""
+    return "clip_text_2" in bundle.conditioners
+
+
+def kohya_prefix(prefix: str, two: bool) -> str:
+    """kohya's prefix for diffusers', which tells a model's only text encoder from one of two."""
+    table = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder_2": "lora_te2"}
+    return table.get(prefix, "lora_te1" if two else "lora_te")
 
 
 def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
@@ -107,7 +113,7 @@ def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
     if prefix in ("unet", "transformer"):
         return f"{prefix}.{module}", module, f"lora_{prefix}_{flat}", f"lycoris_{flat}"
     bare = () if two else (module,)
-    return f"{prefix}.{module}", *bare, f"{kohya_prefix(prefix)}_{flat}"
+    return f"{prefix}.{module}", *bare, f"{kohya_prefix(prefix, two)}_{flat}"
 
 
 def _shapes(pair: Pair, part: Part) -> list[tuple[int, ...]]:

@@ -46,7 +46,6 @@ _TODAY = (
     (r"\.lora\.down\.", ".lora_A."),
     (r"\.lora\.up\.", ".lora_B."),
     (r"^(text_encoder(?:_2)?)\.(?=encoder\.)", r"\1.text_model."),
-    (r"^lora_te1_", "lora_te_"),
 )
 # Tensors by which adapters of other kinds are known.
 _OTHERS = (

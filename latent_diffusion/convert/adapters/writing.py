@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert.adapters.names import kohya_prefix, pairs_of
+from latent_diffusion.convert.adapters.names import has_two, kohya_prefix, pairs_of
 from latent_diffusion.convert.adapters.peft_settings import METADATA
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.tables import Pair
@@ -48,10 +48,7 @@ def _write(
             module = theirs.removesuffix(".weight")
             if kind == "kohya":
                 flat = module.replace(".", "_")
-                start = kohya_prefix(prefix)
-                if start == "lora_te" and "clip_text_2" in bundle.conditioners:
-                    start = "lora_te1"
-                name = f"{start}_{flat}"
+                name = f"{kohya_prefix(prefix, has_two(bundle))}_{flat}"
                 tensors[f"{name}.alpha"] = in_memory(np.float32(factors["alpha"]))
             else:
                 name = f"{prefix}.{module}"
