@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import test_convert_round_trips as models
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
-from latent_diffusion.convert import clip_text, unet, unet_compvis, unet_diffusers
+from latent_diffusion.convert import clip_text, compvis, unet, unet_compvis, unet_diffusers
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.rng import init_key
@@ -292,6 +292,44 @@ def test_folders_that_lack_a_part_are_refused(entries, message, pipeline):
             convert.read(pipeline)
     finally:
         changed(pipeline, **index)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Files of the base and of the refiner in sgm's layout, without their yaml, and the tensors."""
+    folder, files = tmp_path_factory.mktemp("sgm"), {}
+    for name in ("xl", "refiner"):
+        file = folder / f"{name}.safetensors"
+        convert.write(models.make_bundle(name), file, "compvis")
+        file.with_suffix(".yaml").unlink()
+        files[name] = file, load_file(file)
+    return files
+
+
+@pytest.fixture
+def released(monkeypatch):
+    """The widths of the test's U-Nets are those of released models, which need no yaml."""
+    for context, known in ((128, (320, 2048, 4)), (64, (384, 1280, 4))):
+        known = compvis.RELEASED[known]._replace(heads={"num_heads": 8})
+        monkeypatch.setitem(compvis.RELEASED, (32, context, 4), known)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("xl", "conditioner.", r"it lacks conditioner\.embedders\.… \(the text encoders of St"),
+        ("refiner", "conditioner.", r"it lacks conditioner\.embedders\.… \(the text encoders of"),
+        ("xl", "conditioner.embedders.0.", "width 64, its U-Net takes 128: the first is missing"),
+        ("xl", "conditioner.embedders.1.", "it lacks the second text encoder, which gives the"),
+        ("xl", "conditioner.embedders.1.model.text_projection", "second text encoder's text_proj"),
+    ],
+)
+def test_single_files_that_lack_a_part_are_refused(name, part, message, single, released, tmp_path):
+    left = {key: x for key, x in single[name][1].items() if not key.startswith(part)}
+    save_file(left, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/model.*{message}") as error:
+        convert.read(tmp_path / "model.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_minus_infinity_of_diffusers_is_read(pipeline):

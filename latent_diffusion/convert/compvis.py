@@ -252,7 +252,12 @@ def _read_whole(
     unet_part, released = _read_unet(path, parts[UNET], params, linear)
     conditioners = cond_stage.read(path, parts[COND_STAGE], params)
     conditioners |= cond_stage.read_embedder(path, parts[EMBEDDER], parts[AUGMENTOR], params)
-    in_channels, context, _ = input_widths(unet_part)
+    in_channels, context, vector = input_widths(unet_part)
+    if vector is not None and not parts[sgm.EMBEDDERS] and "clip_image" not in conditioners:
+        raise ValueError(
+            f"{path}: it lacks {sgm.EMBEDDERS}… (the text encoders of Stable Diffusion XL) or "
+            f"{EMBEDDER}… (unCLIP's image encoder), which give its U-Net's vector"
+        )
     if "spatial_rescaler" not in conditioners:
         has_text = bool(conditioners.keys() & {"text", "clip_text"} or parts[sgm.EMBEDDERS])
         out_channels = unet_part.fields["out_channels"]

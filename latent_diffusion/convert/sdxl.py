@@ -52,11 +52,17 @@ def with_sizes(bundle: Bundle, where: Path, score: bool | None = None) -> Bundle
         raise ValueError(f"{where}: it lacks the second text encoder, which gives the vector")
     wanted = bundle.unet.params["middle_block_1/transformer_blocks_0/attn2/to_k/kernel"].shape[0]
     if context != wanted:
+        whole = "clip_text" in bundle.conditioners
         raise ValueError(
             f"{where}: its text encoders give a context of width {context}, its U-Net takes "
-            f"{wanted}: an encoder is missing or another model's"
+            f"{wanted}: {'one is' if whole else 'the first is missing, or the second'} another "
+            "model's"
         )
     text, width = second.fields["projection_dim"], bundle.time_width
+    if text is None:
+        raise ValueError(
+            f"{where}: it lacks the second text encoder's text_projection, which gives the vector"
+        )
     widths = {kind: text + count * width for kind, count in _NUMBERS.items()}
     known = score if score is not None else vector == widths[True]
     if vector != widths[known]:
