@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
-from latent_diffusion.convert import clip_text, compvis, unet, unet_compvis, unet_diffusers
+from latent_diffusion.convert import clip_text, compvis, sdxl, unet, unet_compvis, unet_diffusers
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.rng import init_key
@@ -312,6 +312,7 @@ def released(monkeypatch):
     for context, known in ((128, (320, 2048, 4)), (64, (384, 1280, 4))):
         known = compvis.RELEASED[known]._replace(heads={"num_heads": 8})
         monkeypatch.setitem(compvis.RELEASED, (32, context, 4), known)
+    monkeypatch.setattr(sdxl, "TIME_WIDTH", models.SIZES["width"])
 
 
 @pytest.mark.parametrize(
@@ -330,6 +331,27 @@ def test_single_files_that_lack_a_part_are_refused(name, part, message, single, 
     with pytest.raises(ValueError, match=f"^{tmp_path}/model.*{message}") as error:
         convert.read(tmp_path / "model.safetensors")
     assert "\n" not in str(error.value)
+
+
+MARKS = {  # markers in a file: prediction, zero terminal SNR, spacing
+    (): ("eps", False, "original"),
+    ("v_pred",): ("v", False, "original"),
+    ("v_pred", "ztsnr"): ("v", True, "trailing"),
+}
+
+
+@pytest.mark.parametrize("markers", MARKS)
+def test_markers_say_what_no_yaml_says(markers, single, released, tmp_path):
+    """And are written again, by a model in memory, too, with their own shape and dtype."""
+    tensors = {key: x for key, x in single["xl"][1].items() if key not in ("v_pred", "ztsnr")}
+    tensors |= {name: np.zeros((0, 3), np.float16) for name in markers}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = ldm.load(tmp_path / "model.safetensors")
+    schedule = model.denoiser.schedule
+    got = model.denoiser.prediction, bool(schedule.alphas[-1] == 0), model.defaults["spacing"]
+    assert got == MARKS[markers]
+    model.save(tmp_path / "again.safetensors", "compvis")
+    models.equal(load_file(tmp_path / "again.safetensors"), tensors)
 
 
 def test_minus_infinity_of_diffusers_is_read(pipeline):

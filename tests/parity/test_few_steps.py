@@ -15,15 +15,15 @@ pytestmark = pipelines.pytestmark
 SHAPE = (SIDE, SIDE, 4)
 
 
-def step_noise(row):
+def step_noise(row, shape):
     """The noise that a sampler here adds after a row."""
     keys = sampling_keys(pipelines.image_keys(2)).steps
-    return normal_per_example(jax.vmap(jax.random.fold_in, (0, None))(keys, row), SHAPE)
+    return normal_per_example(jax.vmap(jax.random.fold_in, (0, None))(keys, row), shape)
 
 
-def with_our_noise(monkeypatch, pipeline, count):
+def with_our_noise(monkeypatch, pipeline, count, shape=SHAPE):
     module = __import__(type(pipeline.scheduler).__module__, fromlist=["randn_tensor"])
-    left = [pipelines.to_torch(step_noise(row)) for row in range(count)]
+    left = [pipelines.to_torch(step_noise(row, shape)) for row in range(count)]
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: left.pop(0))
 
 

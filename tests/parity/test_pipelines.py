@@ -72,19 +72,18 @@ def randomised(module, seed=0, scale=0.02):
     return module.eval()
 
 
-def make_vae(scaling_factor=0.5):
+def make_vae(scaling_factor=0.5, **own):
     torch.manual_seed(1)
-    return randomised(
-        diffusers.AutoencoderKL(
-            block_out_channels=(16, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=SIDE * F,
-            scaling_factor=scaling_factor,
-        )
+    fields = dict(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIDE * F,
+        scaling_factor=scaling_factor,
     )
+    return randomised(diffusers.AutoencoderKL(**{**fields, **own}))
 
 
 def make_vq():

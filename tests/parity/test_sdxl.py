@@ -10,17 +10,21 @@ transformers = pytest.importorskip("transformers")
 import jax
 import test_pipelines as tiny
 from safetensors.numpy import load_file, save_file
+from test_few_steps import with_our_noise
 from test_pipelines import BETAS, PROMPTS, RNG, F, draw, modes, picture, randomised, to_torch
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
+from latent_diffusion.convert import compvis
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.rng import normal_per_example, sampling_keys
 
 __all__ = ["modes"]  # a fixture of every test
 pytestmark = tiny.pytestmark
+BASE = diffusers.StableDiffusionXLPipeline
 SIZE = (8, 12)  # of the latents: not square
 WIDTHS = (32, 24)  # of the text's vector, of the second encoder's context
 EULER = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}
@@ -39,19 +43,20 @@ SCHEDULERS = {
 }
 
 
-def make_texts(folder, *names):
+def make_texts(folder, *names, widths=(32, WIDTHS[1]), heads=(2, 2)):
     """The text encoders "1" and "2" with their tokenizers, which differ in their padding."""
     parts = {}
     for name in names:
-        made = tiny.make_clip(folder / name, num_hidden_layers=3)
+        own = {"hidden_size": widths[0], "num_attention_heads": heads[0]}
+        made = tiny.make_clip(folder / name, num_hidden_layers=3, **own)
         tokenizer, config = made["tokenizer"], made["text_encoder"].config
         if name == "1":
             parts |= {"text_encoder": made["text_encoder"], "tokenizer": tokenizer}
             continue
         tokenizer.pad_token = "!"
         config = transformers.CLIPTextConfig(
-            **{**config.to_dict(), "hidden_size": WIDTHS[1], "projection_dim": WIDTHS[0],
-               "hidden_act": "gelu"}
+            **{**config.to_dict(), "hidden_size": widths[1], "num_attention_heads": heads[1],
+               "projection_dim": WIDTHS[0], "hidden_act": "gelu"}
         )  # fmt: skip
         torch.manual_seed(11)
         encoder = transformers.CLIPTextModelWithProjection(config)
@@ -59,7 +64,7 @@ def make_texts(folder, *names):
     return parts
 
 
-def make_unet(context, sizes=6, **own):
+def make_unet(context, sizes=6, time_width=8, **own):
     fields = dict(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -68,23 +73,31 @@ def make_unet(context, sizes=6, **own):
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTHS[0] + sizes * 8,
+        addition_time_embed_dim=time_width,
+        projection_class_embeddings_input_dim=WIDTHS[0] + sizes * time_width,
     )
     return tiny.make_unet(**{**fields, **own})
 
 
-def make(kind, folder, scheduler="euler", refiner=False, **own):
-    """A pipeline of diffusers, and the model loaded from its folder."""
-    texts = make_texts(folder / "words", *("2" if refiner else "12"))
+# What sgm's code has: norms of 32 groups, text encoders with heads of 64 channels.
+GROUPS = {"block_out_channels": (32, 64), "norm_num_groups": 32}
+HEADS = {"widths": (64, 128), "heads": (1, 2)}
+
+
+def make(kind, folder, scheduler="euler", refiner=False, sgm=False, **own):
+    """A pipeline of diffusers, and the model loaded from its folder. sgm: may be a single file."""
+    groups, heads = (GROUPS, HEADS) if sgm else ({}, {})
+    texts = make_texts(folder / "words", *("2" if refiner else "12"), **heads)
     none = {"text_encoder": None, "tokenizer": None} if refiner else {}
-    unet = make_unet(WIDTHS[1], 5) if refiner else make_unet(32 + WIDTHS[1], **own)
+    encoders = [part for name, part in texts.items() if name.startswith("text_encoder")]
+    context = sum(encoder.config.hidden_size for encoder in encoders)
+    unet = make_unet(context, 5 if refiner else 6, **groups, **own)
     index = {"force_zeros_for_empty_prompt": not refiner}
-    if kind is not diffusers.StableDiffusionXLPipeline:
+    if kind is not BASE:
         index["requires_aesthetics_score"] = refiner
     pipeline = kind(
-        vae=tiny.make_vae(0.13), unet=unet, scheduler=SCHEDULERS[scheduler](), **none, **texts,
-        **index, add_watermarker=False,
+        vae=tiny.make_vae(0.13, **groups), unet=unet, scheduler=SCHEDULERS[scheduler](),
+        **none, **texts, **index, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "pipeline")
@@ -113,7 +126,7 @@ def z(number=2, seed=0):
     ],
 )
 def test_text_to_image(scheduler, steps, ours, theirs, tmp_path):
-    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path, scheduler)
+    pipeline, model = make(BASE, tmp_path, scheduler)
     want = pipeline(
         PROMPTS, latents=to_torch(z()), num_inference_steps=steps, output_type="np",
         **size(), **theirs,
@@ -125,15 +138,26 @@ def test_text_to_image(scheduler, steps, ours, theirs, tmp_path):
     tiny.check(got, want)
 
 
+LATENTS = FirstStage({}, 256.0, 0.0, Identity(4))  # pictures that are latents / 256
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """The base with either scheduler, and the same model whose pictures are its latents / 256."""
+    """The base with one scheduler or another, and the same model of `LATENTS`."""
     made = {}
-    for name in ("euler", "karras"):
+    for name in ("euler", "karras", "turbo"):
         folder = tmp_path_factory.mktemp(name)
-        pipeline, model = make(diffusers.StableDiffusionXLPipeline, folder, name)
-        made[name] = pipeline, model.replace(first_stage=FirstStage({}, 256.0, 0.0, Identity(4)))
+        pipeline, model = make(BASE, folder, name)
+        made[name] = pipeline, model.replace(first_stage=LATENTS)
     return made
+
+
+def sample_latents(model, steps, **options):
+    """Of `LATENTS`, told the size of the picture."""
+    sizes = dict.fromkeys(("original_size", "target_size"), (SIZE[0] * F, SIZE[1] * F))
+    return model.sample(
+        RNG, PROMPTS, mode="single", z_T=z(), num_steps=steps, image_size=SIZE, **sizes, **options
+    )
 
 
 def check_latents(got, want):
@@ -156,18 +180,13 @@ def test_the_last_latents(scheduler, steps, negative, bases):
         PROMPTS, latents=to_torch(z()), num_inference_steps=steps, output_type="latent",
         negative_prompt=negative and [negative] * 2, **size(),
     ).images  # fmt: skip
-    sizes = dict.fromkeys(("original_size", "target_size"), (SIZE[0] * F, SIZE[1] * F))
-    got = model.sample(
-        RNG, PROMPTS, mode="single", z_T=z(), num_steps=steps, image_size=SIZE,
-        negative_prompts=negative and [negative], **sizes,
-    )  # fmt: skip
-    check_latents(got, want)
+    check_latents(sample_latents(model, steps, negative_prompts=negative and [negative]), want)
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "karras"])
 def test_the_refiner_goes_on_where_the_base_stops(scheduler, tmp_path):
     """Base and refiner share the noise 4 : 1; the latents in between are an array."""
-    base, ours = make(diffusers.StableDiffusionXLPipeline, tmp_path / "base", scheduler)
+    base, ours = make(BASE, tmp_path / "base", scheduler)
     refiner, ours_2 = make(
         diffusers.StableDiffusionXLImg2ImgPipeline, tmp_path / "refiner", scheduler, refiner=True
     )
@@ -193,26 +212,24 @@ def test_the_refiner_goes_on_where_the_base_stops(scheduler, tmp_path):
     np.testing.assert_array_equal(both, got)
 
 
-def test_turbo_draws_without_guidance(tmp_path, monkeypatch):
-    """Euler's ancestral steps with trailing timesteps; the first and only step is deterministic."""
-    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path, "turbo")
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_turbo_draws_without_guidance(steps, bases, monkeypatch):
+    """Euler's ancestral steps with trailing timesteps, which the pipeline brings."""
+    pipeline, model = bases["turbo"]
+    with_our_noise(monkeypatch, pipeline, steps, z().shape[1:])
     want = pipeline(
-        PROMPTS, latents=to_torch(z()), num_inference_steps=1, guidance_scale=0.0,
-        output_type="np", **size(),
+        PROMPTS, latents=to_torch(z()), num_inference_steps=steps, guidance_scale=0.0,
+        output_type="latent", **size(),
     ).images  # fmt: skip
     assert model.defaults["sampler"] == "euler_ancestral"
     assert model.defaults["spacing"] == "trailing"
-    got = model.sample(
-        RNG, PROMPTS, mode="single", z_T=z(), num_steps=1, guidance_scale=1.0,
-        image_size=(SIZE[0] * F, SIZE[1] * F),
-    )  # fmt: skip
-    tiny.check(got, want)
+    check_latents(sample_latents(model, steps, guidance_scale=1.0), want)
 
 
 def test_lightning_as_a_lora(tmp_path):
     """A LoRA of the U-Net on the base; sampler and spacing are named, since no file names them."""
     pytest.importorskip("peft")
-    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path)
+    pipeline, model = make(BASE, tmp_path)
     _save_lora(tmp_path, {"unet": pipeline.unet}, "kohya")
     pipeline.load_lora_weights(tmp_path, weight_name=STYLE)
     pipeline.scheduler = SCHEDULERS["lightning"]()
@@ -232,7 +249,7 @@ def test_lightning_as_a_lora(tmp_path):
 def test_lightning_as_a_checkpoint(steps, tmp_path):
     """Trailing steps of Euler without guidance; the model of one step predicts x0."""
     kind = "lightning" if steps > 1 else "one step"
-    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path, kind)
+    pipeline, model = make(BASE, tmp_path, kind)
     want = pipeline(
         PROMPTS, latents=to_torch(z()), num_inference_steps=steps, guidance_scale=0.0,
         output_type="np", **size(),
@@ -242,6 +259,81 @@ def test_lightning_as_a_checkpoint(steps, tmp_path):
         image_size=(SIZE[0] * F, SIZE[1] * F),
     )  # fmt: skip
     tiny.check(got, want)
+
+
+@pytest.fixture(params=["base", "refiner"])
+def single(request, tmp_path, monkeypatch):
+    """A pipeline, and a single file of it without a yaml, whose sizes are "released" here."""
+    refiner = request.param == "refiner"
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline if refiner else BASE
+    pipeline, _ = make(kind, tmp_path, refiner=refiner, sgm=True, time_width=256)
+    known = (32, 128 if refiner else 64 + 128, 4)
+    settings = compvis.Released(0.00085, 0.012, {"num_head_channels": 16}, 0.13)
+    monkeypatch.setitem(compvis.RELEASED, known, settings)
+    file = tmp_path / "model.safetensors"
+    convert.write(convert.read(tmp_path / "pipeline"), file, "compvis")
+    file.with_suffix(".yaml").unlink()
+    return pipeline, tmp_path / "pipeline", file
+
+
+def from_single_file(pipeline, folder, file, **parts):
+    made = type(pipeline).from_single_file(
+        file, config=str(folder), local_files_only=True, add_watermarker=False, **parts
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_single_files_are_those_that_diffusers_reads(single):
+    """Of ours diffusers makes its own pipeline again, bitwise; and so does this library."""
+    pipeline, folder, file = single
+    made = from_single_file(*single)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            want, got = part.state_dict(), getattr(made, name).state_dict()
+            assert want.keys() == got.keys()
+            for key, tensor in want.items():
+                torch.testing.assert_close(got[key], tensor, rtol=0, atol=0)
+    ours, want = convert.read(file), convert.read(folder)
+    for (name, part), (_, other) in zip(ours.parts(), want.parts(), strict=True):
+        assert part.params.keys() == other.params.keys(), name
+        if name.startswith("clip_text"):
+            assert ClipText(**part.fields) == ClipText(**other.fields)
+        for path, tensor in part.params.items():
+            np.testing.assert_array_equal(tensor.read(), other.params[path].read())
+
+
+@pytest.mark.parametrize("single", ["base"], indirect=True)
+def test_a_single_file_draws_what_diffusers_draws_from_it(single):
+    """One step of Lightning, which predicts x0, and v with a last timestep of noise alone.
+
+    The markers of v are by the names of two tensors, which diffusers ignores: it is told.
+    """
+    _, folder, file = single
+    tokenizer = folder / "tokenizer"
+    told = {"scheduler": SCHEDULERS["one step"]()}
+    want = from_single_file(*single, **told)(
+        PROMPTS, latents=to_torch(z()), num_inference_steps=1, guidance_scale=0.0,
+        output_type="np", **size(),
+    ).images  # fmt: skip
+    model = ldm.load(file, tokenizer=tokenizer)
+    got = model.replace(denoiser=model.denoiser.replace(prediction="x0")).sample(
+        RNG, PROMPTS, mode="single", z_T=z(), num_steps=1, guidance_scale=1.0, sampler="euler",
+        spacing="trailing", image_size=(SIZE[0] * F, SIZE[1] * F),
+    )  # fmt: skip
+    tiny.check(got, want)
+
+    markers = dict.fromkeys(("v_pred", "ztsnr"), np.zeros(0, np.float32))
+    save_file(load_file(file) | markers, file)
+    told["scheduler"] = diffusers.DDIMScheduler(
+        **BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    want = from_single_file(*single, **told)(
+        PROMPTS, latents=to_torch(z()), num_inference_steps=10, output_type="latent", **size()
+    ).images
+    model = ldm.load(file, tokenizer=tokenizer).replace(first_stage=LATENTS)
+    check_latents(sample_latents(model, 10), want)
 
 
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "out_proj", "fc1", "proj_in")
@@ -275,7 +367,7 @@ def _save_lora(folder, networks, kind):
 def test_a_lora_of_the_unet_and_both_encoders(kind, tmp_path):
     """Merged and unmerged; the first encoder's last layer, which is in the file, has no effect."""
     pytest.importorskip("peft")
-    pipeline, model = make(diffusers.StableDiffusionXLPipeline, tmp_path)
+    pipeline, model = make(BASE, tmp_path)
     file = tmp_path / STYLE
     _save_lora(tmp_path, {name: getattr(pipeline, name) for name in KOHYA}, kind)
     options = {"z_T": z(), "num_steps": 10, "mode": "single"}
@@ -371,7 +463,7 @@ def test_inpainting_by_a_mask(tmp_path, monkeypatch):
 @pytest.mark.parametrize("refiner", [False, True])
 def test_folders_are_written_as_diffusers_wrote_them(refiner, tmp_path):
     """The same tensors, bitwise, in half precision too; and diffusers loads them."""
-    base, refined = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLImg2ImgPipeline
+    base, refined = BASE, diffusers.StableDiffusionXLImg2ImgPipeline
     pipeline, _ = make(refined if refiner else base, tmp_path, refiner=refiner)
     pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     for name, variant in (("pipeline", None), ("half", "fp16")):
