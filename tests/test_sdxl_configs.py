@@ -3,8 +3,10 @@
 import importlib
 
 import jax
+import numpy as np
 import pytest
 
+from latent_diffusion.nets.conditioners import encoded_apart
 from latent_diffusion.runtime.parallel import count_flops
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
@@ -44,11 +46,65 @@ def test_the_released_sizes_with_frozen_encoders(name):
     assert set(spec) == {"image", *keys}
 
 
-def test_a_step_at_1024_takes_the_flops_that_are_known():
-    """20.3 TFLOP of the U-Net for one picture, and 5.0 of encoders and first stage."""
-    task, inputs = started("sdxl", **{"unet.remat": "none"})
-    step = count_flops(task.train_step, *inputs, jax.random.key(0))
-    assert abs(step / (20.3e12 + 5.0e12) - 1) < 0.1
+def test_the_unet_in_a_step_at_1024_takes_the_flops_that_are_known():
+    """20.3 TFLOP for one picture, forwards and backwards; latents and texts are encoded already."""
+    task, (state, constants, spec) = started("sdxl", **{"unet.remat": "none"})
+    encoded = jax.eval_shape(
+        lambda frozen, batch: {
+            "moments": frozen.first_stage.moments(batch["image"]),
+            **encoded_apart(task.denoiser.conditioner, frozen.conditioner, batch),
+        },
+        constants,
+        spec,
+    )
+    batch = {**spec, **encoded}
+    step = count_flops(task.train_step, state, constants, batch, jax.random.key(0))
+    assert abs(step / 20.3e12 - 1) < 0.1
+
+
+# The same networks, but narrow, and latents of 8 x 8.
+NARROW = {
+    "data.image_size": 64, "batch_size": 2, "unet.model_channels": 32, "unet.num_res_blocks": 1,
+    "unet.remat": "none", "autoencoder.channels": 32, "optimizer.warmup_steps": 0,
+    "optimizer.learning_rate": 1e-2,
+}  # fmt: skip
+ENCODER = {"width": 64, "num_heads": 1, "depth": 2, "vocab_size": 9, "max_length": 5}
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sdxl_refiner", "sdxl_lora"])
+def test_a_narrow_model_takes_a_step(name):
+    """Its parameters move, the frozen ones don't, and the sizes count."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.update_from_flattened_dict(NARROW)
+    depth = config.unet.transformer_depth
+    with config.ignore_type(), config.unlocked():
+        config.unet.transformer_depth = 1 if isinstance(depth, int) else (1,) * len(depth)
+        config.tokenizer.max_length = ENCODER["max_length"]
+        for encoder in {"clip_text", "clip_text_2"} & set(config.conditioners):
+            config.conditioners[encoder].update({**ENCODER, "empty": (7, 8)})
+        config.conditioners.sizes.width = 4
+    task, spec = TASKS[config.task](config), batch_spec(config)
+    rng = np.random.default_rng(0)
+    state, constants = jax.tree.map(
+        lambda x: rng.normal(0, 0.05, x.shape).astype(x.dtype),
+        jax.eval_shape(task.init, jax.random.key(0), spec),
+    )
+    state = state.replace(step=np.int32(1), opt_state=task.tx.init(state.params))
+    batch = {key: rng.integers(1, 7, x.shape).astype(x.dtype) for key, x in spec.items()}
+    batch["moments"] = rng.standard_normal((2, 8, 8, 8), np.float32)  # in place of the picture
+    step = jax.jit(task.train_step)
+    after, metrics = step(state, constants, batch, jax.random.key(1))
+    assert np.isfinite(float(metrics["loss"]))
+    (trained,) = (part for part in state.params if jax.tree.leaves(state.params[part]))
+    assert trained == ("lora" if name == "sdxl_lora" else "unet")
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
+    assert all(jax.tree.leaves(moved))
+    frozen = constants.base["conditioner"] if name == "sdxl_lora" else constants.conditioner
+    encoders = {"clip_text_2"} if name == "sdxl_refiner" else {"clip_text", "clip_text_2"}
+    assert {key for key, tree in frozen.items() if jax.tree.leaves(tree)} == encoders
+    for key in spec.keys() & (SIZES | {"aesthetic_score"}):
+        other = {**batch, key: 100 + batch[key]}
+        assert step(state, constants, other, jax.random.key(1))[1]["loss"] != metrics["loss"], key
 
 
 def test_an_adaptation_trains_its_factors_alone():
