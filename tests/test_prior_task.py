@@ -1,22 +1,29 @@
 """Training a prior: the codes that it sees, those of its loss, and a run up to its samples."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from test_prior_model import numbers
 from tiny import BATCH, SIZE, make_batch, make_config
 
 import latent_diffusion as ldm
 from configs import openmoji_prior
 from latent_diffusion import data
+from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.generation.model import Model
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.optimisation.optimizers import make_optimizer
 from latent_diffusion.rng import init_key
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.prior import make_prior_training
-from latent_diffusion.training import loop, moments
+from latent_diffusion.training import loop, moments, start
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.trees import leaves_by_path
 
@@ -201,3 +208,82 @@ def test_a_run_from_the_first_stage_to_samples(tmp_path):
     prior.first_stage.path = str(tmp_path / "prior")
     with pytest.raises(ValueError, match="holds a run of 'prior'; train one with: "):
         loop.train(prior, tmp_path / "other")
+
+
+# ----------------------------------------------------------------- a condition with its own codes
+
+MAPS = {"channels": 4, "channel_mult": (1, 1), "num_res_blocks": 1, "num_groups": 2}
+MAPS |= {"z_channels": 2, "embed_dim": 2, "regularization": "vq", "num_codes": 5}
+GREY = np.linspace(0, 250, SIZE, dtype=np.uint8)  # depths of a column
+
+
+def write_first_stage(path, fields, seed, format="orbax"):
+    """A first stage with random parameters, in a workdir or a file; returns it."""
+    module = make_autoencoder(fields)
+    shapes = jax.eval_shape(module.init, RNG, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    stage = FirstStage(numbers(shapes, seed), jnp.ones(()), jnp.zeros(()), module)
+    Model(first_stage=stage, image_size=SIZE).save(path, format=format)
+    return stage
+
+
+def write_pictures(folder):
+    """Eight pictures with maps of their depths."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        picture, depth = f"{i}.png", f"depth_{i}.png"
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(folder / picture)
+        Image.fromarray(np.tile(GREY // (i + 1), (SIZE, 1))).save(folder / depth)
+        rows.append(json.dumps({"file_name": picture, "depth": depth}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def test_a_code_map_is_a_first_stage_of_ones_own_and_stays_as_it_is(tmp_path):
+    config = make_config("prior")
+    write_first_stage(tmp_path / "pictures", config.autoencoder.to_dict(), 0)
+    maps = write_first_stage(tmp_path / "maps", MAPS, 1)
+    (tmp_path / "data").mkdir()
+    write_pictures(tmp_path / "data")
+    config.first_stage.path = str(tmp_path / "pictures")
+    config.data.update({"name": "image_folder", "dir": str(tmp_path / "data"), "image_size": SIZE})
+    config.data.test_fraction = 0.25
+    config.conditioners = ConfigDict({"code_map": {"key": "depth", "offset": CODES, "null": 21}})
+    config.pretrained.code_map = str(tmp_path / "maps")
+    config.transformer.update({"vocab_size": 22, "max_length": 127, "width": 8})
+    config.update_from_flattened_dict({"batch_size": 4, "num_steps": 2, "parallel.mode": "single"})
+    loop.train(config, tmp_path / "prior")
+    (tmp_path / "maps").rename(tmp_path / "elsewhere")  # a run that goes on has a copy
+    again = start.resolve(config, tmp_path / "prior")
+    assert again.conditioners.code_map.autoencoder.num_codes == 5
+
+    model = ldm.load(tmp_path / "prior")
+    kept = leaves_by_path(model.prior.params["conditioner"]["code_map"]["autoencoder"])
+    assert kept.keys() == leaves_by_path(maps.params).keys()
+    for path, leaf in leaves_by_path(maps.params).items():
+        np.testing.assert_array_equal(kept[path], leaf)
+    depth = np.tile(GREY[None, None, :, None], (2, SIZE, 1, 1)).astype(np.float32)
+    grey = np.tile(2 * depth / depth.max() - 1, 3)
+    codes = CODES + maps.indices({"image": jnp.asarray(grey)})
+    np.testing.assert_array_equal(model.condition(depth=depth).token_maps[:, 0], codes)
+    assert len(np.unique(codes)) > 1
+    images = model.sample(RNG, depth=depth, guidance_scale=2.0)
+    assert images.shape == (2, SIZE, SIZE, 3)
+
+
+def test_a_code_map_needs_a_first_stage_with_a_codebook(tmp_path):
+    config = make_config("prior", conditioners=ConfigDict({"code_map": {"key": "depth"}}))
+    with pytest.raises(ValueError, match=r"^conditioners.code_map needs pretrained.code_map: "):
+        make_prior_training(config)
+    write_first_stage(tmp_path / "kl", {**MAPS, "regularization": "kl"}, 0)
+    with pytest.raises(ValueError, match=r"^pretrained.code_map=.*kl has no codebook: its .*'kl'"):
+        read_pretrained("code_map", tmp_path / "kl", {})
+    with pytest.raises(ValueError, match=r"^pretrained.code_map=.*nothing does not exist"):
+        read_pretrained("code_map", tmp_path / "nothing", {})
+
+
+def test_a_code_map_comes_from_files_of_first_stages_and_from_priors(tmp_path):
+    fields = {**MAPS, "channels": 32, "num_groups": 32, "resolution": SIZE}
+    stage = write_first_stage(tmp_path / "maps.safetensors", fields, 0, "compvis")
+    part = read_pretrained("code_map", tmp_path / "maps.safetensors", {"offset": 4})
+    assert (
+        make_autoencoder(part.fields["autoencoder"]) == stage.module and part.fields["offset"] == 4
+    )

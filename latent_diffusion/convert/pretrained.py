@@ -16,6 +16,7 @@ from latent_diffusion.runtime import workdir
 def read_pretrained(name: str, path: str | Path, chosen: Mapping[str, Any]) -> Part:
     """Read the conditioner `name` from a workdir of ours, a folder of others', or a weight file.
 
+    "code_map" is also read from a first stage with a codebook, in any place that `read` reads.
     chosen: fields that the user has set; the files have the others. Parameters stay unread. Raises
     ValueError that names a path which doesn't hold such an encoder.
     """
@@ -24,6 +25,8 @@ def read_pretrained(name: str, path: str | Path, chosen: Mapping[str, Any]) -> P
 
 
 def _read(name: str, path: Path, chosen: Mapping[str, Any]) -> Part:
+    if name == "code_map":
+        return _code_map(path, chosen)
     settings = path / workdir.CONFIG
     if settings.is_file() and "task" in read_json(settings):  # others' config.json have no task
         conditioners = read_orbax(path).conditioners
@@ -47,3 +50,22 @@ def _read(name: str, path: Path, chosen: Mapping[str, Any]) -> Part:
             raise ValueError(f"pretrained.{name}={path} has no config.json with weights beside it")
         config, weights = read_json(settings), file
     return read_encoder(name, path, open_tensors(weights).tensors, config, chosen)
+
+
+def _code_map(path: Path, chosen: Mapping[str, Any]) -> Part:
+    """A prior's code map, or a first stage of maps as a new one."""
+    from latent_diffusion.convert import read
+
+    bundle = read(path)
+    if (own := bundle.conditioners.get("code_map")) is not None:
+        return Part({**own.fields, **chosen, "autoencoder": own.fields["autoencoder"]}, own.params)
+    stage, others = bundle.autoencoder, (bundle.prior, bundle.denoiser)
+    if stage is None or others != (None, None):
+        raise ValueError(f"pretrained.code_map={path} is no first stage, and it has no code_map")
+    if (kind := stage.fields.get("regularization", "kl")) not in ("vq", "gumbel"):
+        raise ValueError(
+            f"pretrained.code_map={path} has no codebook: its autoencoder.regularization is "
+            f"{kind!r}, and a code map needs vq or gumbel"
+        )
+    params = {f"autoencoder/{name}": tensor for name, tensor in stage.params.items()}
+    return Part({**chosen, "autoencoder": stage.fields}, params)

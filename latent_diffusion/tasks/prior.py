@@ -187,6 +187,11 @@ class PriorTraining:
 def make_prior_training(config: Config) -> PriorTraining:
     """Build the task from a resolved experiment config; ValueError for parts that don't fit."""
     own, size = config["prior"], config["data"]["image_size"]
+    if "code_map" in config["conditioners"] and "code_map" not in config["pretrained"]:
+        raise ValueError(
+            "conditioners.code_map needs pretrained.code_map: the first stage of its maps, trained "
+            "before (a workdir or a file, with a codebook)"
+        )
     autoencoder = make_autoencoder(config["autoencoder"])
     prior = make_prior(config["transformer"], config["conditioners"], autoencoder)
     side = size // autoencoder.downsampling

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from latent_diffusion.convert import Bundle, Part, as_params, kept, read
@@ -78,8 +79,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
                 f"pretrained.{name} is none of the conditioners: {', '.join(config.conditioners)}"
             )
         part = _read(config, name, path)
-        fields = {f"conditioners.{name}.{field}": value for field, value in part.fields.items()}
-        config = settings.decided(config, fields, f"pretrained.{name}={path}")
+        own = flatten_dict({"conditioners": {name: dict(part.fields)}}, sep=".")
+        config = settings.decided(config, own, f"pretrained.{name}={path}")
     return config
 
 

@@ -147,8 +147,9 @@ class Coordinates(nn.Module):
 class CodeMap(nn.Module):
     """The codes of a first stage of depth or segmentation maps, as a map of tokens.
 
-    key: "depth" (each map is scaled to [-1, 1]) or "segmentation" (one-hot). autoencoder: the
-    fields of that first stage, which is trained before and frozen here.
+    key: "depth" (each map is scaled to [-1, 1], and repeated where that first stage has several
+    channels) or "segmentation" (one-hot). autoencoder: the fields of that first stage, which is
+    trained before and frozen here.
     """
 
     key: str = "segmentation"
@@ -169,7 +170,7 @@ class CodeMap(nn.Module):
     @property
     def end(self) -> int:
         """One more than the largest token."""
-        return self.offset + max(self.autoencoder["num_codes"], (self.null or 0) + 1)
+        return max(self.offset + self.autoencoder["num_codes"], (self.null or 0) + 1)
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
@@ -179,6 +180,7 @@ class CodeMap(nn.Module):
         else:
             low, high = (bound(x, (1, 2, 3), keepdims=True) for bound in (jnp.min, jnp.max))
             x = 2.0 * (x - low) / jnp.maximum(high - low, 1e-6) - 1.0
+            x = jnp.broadcast_to(x, (*x.shape[:3], self.num_classes))
         first_stage = Autoencoder(**self.autoencoder, name="autoencoder")
         if self.is_initializing():
             first_stage(x)  # makes the decoder's parameters, too: files have them
