@@ -15,7 +15,7 @@ from test_prior_model import VQ, numbers
 import latent_diffusion as ldm
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage
-from latent_diffusion.models.prior import make_prior
+from latent_diffusion.models.prior import check_null, make_prior
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.trees import leaves_by_path
 from latent_diffusion.types import Conditioning
@@ -29,7 +29,7 @@ CONDITIONS = {
     "start": {"token": 3},
     "class_token": {"num_classes": 5},
     "coordinates": {"num_places": 40, "factor": 2},
-    "layout_tokens": {"vocab_size": 40, "max_length": 17},
+    "layout_tokens": {"vocab_size": 40, "max_length": 17, "has_null": False},
     "code_map": {"key": "segmentation", "autoencoder": MAPS},
 }
 
@@ -80,6 +80,8 @@ def test_taming_files_come_back_bitwise(name, tmp_path):
     one, path = made({name: CONDITIONS[name]}), tmp_path / "prior.safetensors"
     one.save(path, format="compvis")
     same(one, two := ldm.load(path))
+    with pytest.raises(ValueError, match="guidance_scale=2 needs a "):  # none has a null condition
+        check_null(two.conditioner, "guidance_scale=2")
     tensors = safetensors.numpy.load_file(path)
     np.testing.assert_array_equal(
         tensors["transformer.blocks.1.attn.mask"][0, 0], np.tril(np.ones((33, 33)))

@@ -9,7 +9,7 @@ import pytest
 
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage
-from latent_diffusion.models.prior import make_prior
+from latent_diffusion.models.prior import check_null, make_prior
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.process.plan import plan_prior
 from latent_diffusion.types import Conditioning
@@ -235,6 +235,25 @@ def test_logits_of_codes_under_a_condition():
     np.testing.assert_allclose(logits[0], want[0], atol=1e-5)
 
 
+def test_conditions_of_another_number_of_examples_are_refused():
+    """Two conditions before one sequence would be a sequence with two tokens in front."""
+    one, codes = model(), jnp.zeros((1, 16), jnp.int32)
+    two = one.condition(class_labels=[0, 1])
+    maps = Conditioning(token_maps=jnp.zeros((2, 1, 1, 1), jnp.int32))
+    context = Conditioning(tokens=two.tokens[:1], context=jnp.zeros((2, 3, 5)))
+    for told in (two, maps, context):
+        with pytest.raises(ValueError, match=r"^conditions of 2 examples don't fit codes of 1: "):
+            one.logits(codes, told)
+    with pytest.raises(ValueError, match=r"^conditions of 2 examples don't fit codes of 4: "):
+        one.logits(jnp.zeros((4, 8), jnp.int32), two)
+
+
+def test_maps_of_another_grid_are_not_cut_into_windows():
+    prior, asked, null = prior_of(maps=True)
+    with pytest.raises(ValueError, match=r"maps of 4×8 tokens can't be cut as .* 4×12 codes"):
+        drawn(prior, asked, null, (4, 12), options())
+
+
 BAD = [
     (
         {"sampler": "ddim"},
@@ -281,6 +300,15 @@ def test_guidance_needs_a_null_condition():
     without = model().replace(prior=prior.replace(params=model().prior.params))
     with pytest.raises(ValueError, match="guidance_scale=2 needs a null condition, and class_t"):
         without.sample(RNG, class_labels=[0], guidance_scale=2.0)
+    boxes = {"vocab_size": 5, "max_length": 2, "offset": CODES}
+    for has_null in (True, False):
+        fields = {"layout_tokens": {**boxes, "has_null": has_null}}
+        prior = make_prior(SIZES, fields, Autoencoder(**VQ))
+        if has_null:
+            check_null(prior.conditioner, "guidance_scale=2")
+            continue
+        with pytest.raises(ValueError, match=r"=2 needs .*, and layout_tokens .*field has_null\)"):
+            check_null(prior.conditioner, "guidance_scale=2")
     start = make_prior(SIZES, {"start": {}}, Autoencoder(**VQ))
     with pytest.raises(ValueError, match="guidance_scale=2 needs a condition: this prior has none"):
         model().replace(prior=start).sample(RNG, guidance_scale=2.0)

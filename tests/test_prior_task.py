@@ -158,6 +158,9 @@ def test_weight_decay_is_of_linear_maps_alone():
 
 def test_dropping_needs_a_null_condition():
     config = make_config("prior", **{"conditioners.class_token.null": None})
+    with pytest.raises(ValueError, match=r"guidance_scale=2 needs a null condition, and class_t"):
+        make_prior_training(config)
+    config.prior.sampling.guidance_scale = 1.0
     with pytest.raises(ValueError, match=r"drop_rate=0.1 needs a null condition, and class_t"):
         make_prior_training(config)
 
@@ -280,7 +283,7 @@ def test_a_code_map_needs_a_first_stage_with_a_codebook(tmp_path):
         read_pretrained("code_map", tmp_path / "nothing", {})
 
 
-def test_a_code_map_comes_from_files_of_first_stages_and_from_priors(tmp_path):
+def test_a_code_map_comes_from_a_file_of_a_first_stage(tmp_path):
     fields = {**MAPS, "channels": 32, "num_groups": 32, "resolution": SIZE}
     stage = write_first_stage(tmp_path / "maps.safetensors", fields, 0, "compvis")
     part = read_pretrained("code_map", tmp_path / "maps.safetensors", {"offset": 4})

@@ -67,7 +67,8 @@ def _boxes(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str
     assert bundle.prior is not None
     fields = bundle.prior.fields
     length = fields["max_length"] - int(np.prod(np.broadcast_to(bundle.latent_size, 2)))
-    return {"layout_tokens": Part({"vocab_size": fields["vocab_size"], "max_length": length}, {})}
+    sizes = {"vocab_size": fields["vocab_size"], "max_length": length}
+    return {"layout_tokens": Part({**sizes, "has_null": False}, {})}
 
 
 def _map(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:

@@ -128,6 +128,11 @@ class Prior(flax.struct.PyTreeNode):
     ) -> Int[Array, "B L"]:
         """Code by code, each from the window around it; maps of tokens are cut alike."""
         maps = conditioning.token_maps
+        if maps is not None and maps.shape[-2:] != size:
+            raise ValueError(
+                f"maps of {maps.shape[-2]}×{maps.shape[-1]} tokens can't be cut as a picture of "
+                f"{size[0]}×{size[1]} codes: larger pictures need maps with the codes' f"
+            )
 
         def step(i: Array, codes: Array) -> Array:
             places = (i // size[1], i % size[1])
@@ -210,7 +215,8 @@ def check_null(conditioner: Conditioner, asked: str) -> None:
     for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
         if part.keys and getattr(part, "null", 0) is None:
             raise ValueError(
-                f"{asked} needs a null condition, and {name} has none (its field null)"
+                f"{asked} needs a null condition, and {name} has none (its field "
+                f"{'has_null' if hasattr(part, 'has_null') else 'null'})"
             )
 
 

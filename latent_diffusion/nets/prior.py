@@ -222,7 +222,16 @@ class CodeTransformer(nn.Module):
 
 
 def front_of(conditioning: Conditioning, batch_size: int) -> Int[Array, "B P"]:
-    """The tokens in front of the codes: those of sentences, then those of maps, row by row."""
+    """The tokens in front of the codes: those of sentences, then those of maps, row by row.
+
+    Raises ValueError where the conditioning is of another number of examples.
+    """
+    for x in (conditioning.tokens, conditioning.token_maps, conditioning.context):
+        if x is not None and x.shape[0] != batch_size:
+            raise ValueError(
+                f"conditions of {x.shape[0]} examples don't fit codes of {batch_size}: give one "
+                "for each"
+            )
     parts = [x for x in (conditioning.tokens, conditioning.token_maps) if x is not None]
     rows = [x.reshape(batch_size, -1) for x in parts]
     return jnp.concatenate([jnp.zeros((batch_size, 0), jnp.int32), *rows], 1)

@@ -196,7 +196,9 @@ def make_prior_training(config: Config) -> PriorTraining:
     prior = make_prior(config["transformer"], config["conditioners"], autoencoder)
     side = size // autoencoder.downsampling
     check_size(prior.transformer, (side, side), side)
-    plan_prior(own["sampling"], {}, prior.transformer.causal)  # refuses bad options now
+    options = plan_prior(own["sampling"], {}, prior.transformer.causal)  # refuses bad ones now
+    if (scale := options.guidance_scale) is not None:
+        check_null(prior.conditioner, f"prior.sampling.guidance_scale={scale:g}")
     if own["drop_rate"]:
         check_null(prior.conditioner, f"prior.drop_rate={own['drop_rate']}")
     return PriorTraining(

@@ -65,14 +65,20 @@ class ClassToken(nn.Module):
 class LayoutTokens(nn.Module):
     """Objects in boxes: `layout` [B L] (see `data.layout`) as L tokens.
 
-    The null condition is the layout without objects.
+    has_null: whether the model has learned a null condition, the layout without objects.
     """
 
     vocab_size: int = 8192
     max_length: int = 92
     offset: int = 0
+    has_null: bool = True
 
     keys = ("layout",)
+
+    @property
+    def null(self) -> int | None:
+        """The token of no object."""
+        return self.end - 1 if self.has_null else None
 
     @property
     def end(self) -> int:
@@ -81,7 +87,7 @@ class LayoutTokens(nn.Module):
 
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         tokens = sentences("layout_tokens", batch, self.max_length)
-        return Conditioning(tokens=self.offset + _dropped(drop, tokens, self.vocab_size - 1))
+        return Conditioning(tokens=_dropped(drop, self.offset + tokens, self.null))
 
 
 class SegmentationTokens(nn.Module):
