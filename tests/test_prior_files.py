@@ -183,6 +183,43 @@ def test_harmless_settings_are_read(saved, tmp_path):
     assert ldm.load(path).conditioner.keys == ("class_label",)
 
 
+START = {"cond_stage_config": {"target": "taming.modules.util.SOSProvider"}}
+START["cond_stage_config"]["params"] = {"sos_token": 4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [START, {"unconditional": True, "sos_token": 4}],
+    ids=["SOSProvider", "unconditional"],
+)
+def test_a_prior_without_a_condition_begins_with_its_token(settings, saved, tmp_path):
+    path = with_yaml(saved, tmp_path / "x.safetensors", lambda p: p.update(settings))
+    one = ldm.load(path).condition()
+    assert one.tokens.tolist() == [[4]] and one.token_maps is None
+
+
+def test_a_first_stage_of_segmentations_has_another_class_in_tamings_code(tmp_path):
+    """Which has a random map to colours, too; it comes back."""
+    made({"code_map": CONDITIONS["code_map"]}).save(tmp_path / "a.safetensors", format="compvis")
+    one = ldm.load(tmp_path / "a.safetensors")
+
+    def edit(params):
+        condition = params["cond_stage_config"]
+        condition["target"] = "taming.models.vqgan.VQSegmentationModel"
+        condition["params"] |= {"n_labels": 3, "image_key": "segmentation"}
+
+    path = with_yaml(tmp_path / "a.safetensors", tmp_path / "b.safetensors", edit)
+    tensors = safetensors.numpy.load_file(path)
+    colours = np.random.default_rng(0).normal(size=(3, 3, 1, 1)).astype(np.float32)
+    tensors["cond_stage_model.colorize"] = colours
+    safetensors.numpy.save_file(tensors, path)
+    same(one, two := ldm.load(path))
+    maps = np.random.default_rng(1).integers(0, 3, (1, 8, 8))
+    codes = [np.asarray(model.condition(segmentation=maps).token_maps) for model in (one, two)]
+    np.testing.assert_array_equal(*codes)
+    assert len(np.unique(codes[0])) > 1
+
+
 def test_what_a_file_lacks_is_named(saved, tmp_path):
     path = tmp_path / "x.safetensors"
     with_yaml(saved, path, lambda p: p["transformer_config"]["params"].update(n_layer=3))

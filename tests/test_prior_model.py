@@ -9,8 +9,10 @@ import pytest
 
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage
-from latent_diffusion.models.prior import check_null, make_prior
+from latent_diffusion.models.prior import Prior, check_null, make_prior
 from latent_diffusion.nets.autoencoder import Autoencoder
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.prior import CodeTransformer
 from latent_diffusion.process.plan import plan_prior
 from latent_diffusion.types import Conditioning
 
@@ -99,6 +101,20 @@ def test_codes_drawn_with_a_cache_are_those_without(context):
     assert len(np.unique(got)) > 2 and np.any(got[0] != got[1])
 
 
+def test_256_codes_drawn_with_a_cache_are_those_without():
+    """The promise of docs/priors.md, beside which `benchmarks.prior_cache` times both."""
+    sizes = {**SIZES, "max_length": 256, "num_codes": CODES}
+    module = CodeTransformer(**sizes)
+    told, codes = Conditioning(tokens=jnp.full((2, 1), 8)), jnp.zeros((2, 256), jnp.int32)
+    shapes = jax.eval_shape(module.init, RNG, codes, told)["params"]
+    prior = Prior({"transformer": numbers(shapes, 0)}, module, make_conditioner({}))
+    given = (keys(), told, options(), (codes, codes > 0))
+    cached = jax.jit(lambda p: p._in_order(*given))(prior)
+    without = jax.jit(lambda p: p._in_windows(*given, (16, 16), 16))(prior)
+    np.testing.assert_array_equal(cached, without)
+    assert np.unique(np.asarray(cached[:, 128:])).size == CODES
+
+
 def test_a_larger_picture_is_drawn_through_windows():
     prior, asked, null = prior_of(maps=True)
     got = drawn(prior, asked, null, (4, 8), options(guidance_scale=2.0))
@@ -179,12 +195,13 @@ def sample(causal=True, rng=RNG, **given):
     return model(causal).sample(rng, **given)
 
 
-def test_image_3_is_the_same_at_any_batch_size_and_number_of_devices():
-    images = sample(num_images=2)
+@pytest.mark.parametrize("causal", [True, False])
+def test_image_3_is_the_same_at_any_batch_size_and_number_of_devices(causal):
+    images = sample(causal, num_images=2)
     assert images.shape == (4, 8, 8, 3)
-    for given in ({"batch_size": 1}, {"mode": "pmap"}):
-        np.testing.assert_allclose(sample(num_images=2, **given), images, atol=1e-5)
-    assert np.abs(images - sample(num_images=2, rng=jax.random.key(6))).max() > 0.01
+    for given in ({"batch_size": 1}, {"batch_size": 3}, {"mode": "pmap"}, {"mode": "mesh"}):
+        np.testing.assert_allclose(sample(causal, num_images=2, **given), images, atol=1e-5)
+    assert np.abs(images - sample(causal, num_images=2, rng=jax.random.key(6))).max() > 0.01
 
 
 @pytest.mark.parametrize(

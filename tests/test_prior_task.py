@@ -17,10 +17,14 @@ import latent_diffusion as ldm
 from configs import openmoji_prior
 from latent_diffusion import data
 from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.evaluate import command
+from latent_diffusion.evaluate.__main__ import evaluate
+from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.optimisation.optimizers import make_optimizer
 from latent_diffusion.rng import init_key
+from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.prior import make_prior_training
 from latent_diffusion.training import loop, moments, start
@@ -142,6 +146,28 @@ def test_codes_are_those_of_the_frozen_first_stage_and_the_loss_falls():
     assert set(state.params) == {"transformer", "conditioner"}
 
 
+def test_a_masked_prior_takes_the_same_steps_on_many_devices():
+    fields = {"transformer.causal": False, "transformer.dropout": 0.0}
+    fields |= {"optimizer.eps": 1e-2, "optimizer.learning_rate": 1e-3}
+    task, first, constants, batch = setup(*fields.items())
+    batch = {key: np.asarray(batch[key]) for key in ("codes", "class_label")}  # and no picture
+
+    def run(mode, mesh=None, rules=()):
+        step = parallel.compile_step(task.train_step, mode, mesh=mesh, rules=rules)
+        state = parallel.place(jax.tree.map(np.asarray, first), mode, mesh, rules)
+        for _ in range(3):
+            state, _ = step(state, constants, batch, RNG)
+        return leaves_by_path(jax.tree.map(np.asarray, state.params))
+
+    want, before = run("single"), leaves_by_path(first.params)
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rules = ((r"(query|key|value|mlp_0|head)/kernel", "tensor(-1)"), (".*", "fsdp(min_mb=0.002)"))
+    for got in (run("pmap"), run("mesh", mesh, rules)):
+        for path, leaf in want.items():
+            np.testing.assert_allclose(got[path], leaf, rtol=0, atol=2e-6, err_msg=path)
+    assert np.abs(want["transformer/head/kernel"] - before["transformer/head/kernel"]).max() > 1e-3
+
+
 def test_weight_decay_is_of_linear_maps_alone():
     config = openmoji_prior.get_config("layout")
     config.optimizer.update({"learning_rate": 1.0, "warmup_steps": 0, "weight_decay": 0.5})
@@ -187,7 +213,7 @@ def test_cached_codes_are_integers_of_every_picture(tmp_path):
     np.testing.assert_array_equal([cached[i]["codes"] for i in range(11)], want)
 
 
-def test_a_run_from_the_first_stage_to_samples(tmp_path):
+def test_a_run_from_the_first_stage_to_samples_and_scores(tmp_path, monkeypatch):
     """And what it refuses: pixels, which have no codes, and another task's workdir."""
     small = {"data.image_size": SIZE, "batch_size": 8, "log.num_images": 2, "num_steps": 2}
     first = openmoji_prior.get_config("smoke")
@@ -208,6 +234,17 @@ def test_a_run_from_the_first_stage_to_samples(tmp_path):
     model = ldm.load(tmp_path / "prior")
     images = model.sample(RNG, class_labels=[0, 5], temperature=0.5)
     assert images.shape == (2, SIZE, SIZE, 3) and model.defaults["guidance_scale"] == 2.0
+
+    net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
+    monkeypatch.setattr(command, "make_features", lambda *given: net)
+    options = {"metrics": ["fd"], "features": "alexnet", "num_images": 24, "batch_size": 24}
+    scores = [
+        evaluate(workdir=str(tmp_path / "prior"), guidance_scale=scale, **options)
+        for scale in (2.0, 9.0)
+    ]
+    assert scores[0]["reference"] == "synthetic@train" and scores[0]["step"] == 2
+    found = [score["metrics"]["fd_alexnet"] for score in scores]
+    assert 0 < found[0] != found[1] < np.inf
     prior.first_stage.path = str(tmp_path / "prior")
     with pytest.raises(ValueError, match="holds a run of 'prior'; train one with: "):
         loop.train(prior, tmp_path / "other")
@@ -290,3 +327,33 @@ def test_a_code_map_comes_from_a_file_of_a_first_stage(tmp_path):
     assert (
         make_autoencoder(part.fields["autoencoder"]) == stage.module and part.fields["offset"] == 4
     )
+
+
+# ------------------------------------------------------------------------------------------ texts
+
+
+def test_a_prior_of_texts_is_trained_and_follows_prompts(tmp_path):
+    config = make_config("prior", **{"num_steps": 2, "parallel.mode": "single"})
+    write_first_stage(tmp_path / "pictures", config.autoencoder.to_dict(), 0)
+    config.first_stage.path = str(tmp_path / "pictures")
+    text = {"max_length": 4, "width": 8, "depth": 1, "num_heads": 2, "head_dim": 4}
+    config.conditioners = ConfigDict({"start": {"token": CODES}, "text": text})
+    config.tokenizer.update({"name": "word", "max_length": 4})
+    config.transformer.update({"vocab_size": CODES + 1, "max_length": 64, "width": 8})
+    loop.train(config, tmp_path / "prior")
+    last, average = (
+        workdir.load_entry(tmp_path / "prior", name)["conditioner"]["text"]["token_emb"]
+        for name in ("params", "ema_params")
+    )
+    assert np.abs(last["embedding"] - average["embedding"]).max() > 1e-4  # it has moved
+
+    model = ldm.load(tmp_path / "prior")
+    told = [model.condition(prompts=[text]) for text in ("red circle", "blue square")]
+    logits = [model.logits(jnp.zeros((1, LENGTH), jnp.int32), one) for one in told]
+    assert np.abs(np.asarray(logits[0] - logits[1])).max() > 1e-4
+    red, blue, again = (
+        model.sample(RNG, prompts=[text] * 2, guidance_scale=30.0)
+        for text in ("red circle", "blue square", "red circle")
+    )
+    assert red.shape == (2, SIZE, SIZE, 3) and np.abs(red - blue).max() > 0.01
+    np.testing.assert_array_equal(red, again)

@@ -152,6 +152,51 @@ def test_masked_drawing_equals_amused_for_equal_noise(monkeypatch):
         assert int(ours.max()) < mask
 
 
+@pytest.mark.parametrize("known", [0, 6])
+def test_a_whole_masked_drawing_equals_amuseds_loop(known, monkeypatch):
+    """`Prior.sample` in five steps, guided, with noise in the order; codes may be known."""
+    module = CodeTransformer(41, 40, 17, 16, 2, 2, causal=False)
+    rng, (steps, scale) = np.random.default_rng(0), (5, 2.0)
+    told, null = (Conditioning(tokens=jnp.full((2, 1), token)) for token in (3, 7))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((2, 16), jnp.int32), told)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+    prior = Prior({"transformer": params["params"]}, module, make_conditioner({}))
+    keys = jax.random.split(jax.random.key(0), 2)
+    codes = jnp.arange(32).reshape(2, 4, 4) % 40
+    fixed = jnp.arange(16).reshape(1, 4, 4).repeat(2, 0) < known
+    options = {"num_steps": steps, "guidance_scale": scale, "choice_temperature": 4.5}
+    options = plan_prior({}, options, False)
+    draw = jax.jit(lambda p: p.sample(keys, told, null, (4, 4), 4, options, (codes, fixed)))
+    ours = np.asarray(draw(prior)).reshape(2, 16)
+
+    def gumbel(step, shape):
+        of_step = [jax.random.gumbel(jax.random.fold_in(key, step), shape) for key in keys]
+        return torch.from_numpy(np.stack(of_step))
+
+    def multinomial(probs, count, generator=None):
+        drawn = torch.log(probs) + gumbel(2 * step, (16, 40)).reshape(-1, 40)
+        return drawn.argmax(-1, keepdim=True)
+
+    order = lambda t, generator=None: gumbel(2 * step + 1, (16,))  # noqa: E731
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    monkeypatch.setattr(scheduling_amused, "gumbel_noise", order)
+    scheduler = scheduling_amused.AmusedScheduler(mask_token_id=module.mask_token)
+    scheduler.set_timesteps(steps)
+    scheduler.temperatures = torch.tensor([4.5 * (1 - (i + 1) / steps) for i in range(steps)])
+    start = np.where(fixed, codes, module.mask_token).reshape(2, 16)
+    theirs, seen = torch.from_numpy(start.astype(np.int64)), []
+    for step in range(steps):
+        seen.append(int((theirs == module.mask_token).sum()))
+        tokens = jnp.asarray(theirs.numpy(), jnp.int32)
+        asked, without = (np.array(prior.logits(tokens, one)) for one in (told, null))
+        logits = torch.from_numpy(without + scale * (asked - without))
+        place = scheduler.timesteps[step]
+        done = scheduler.step(logits, place, theirs, starting_mask_ratio=1 - known / 16)
+        theirs = done.prev_sample
+    np.testing.assert_array_equal(ours, theirs)
+    assert seen == sorted(set(seen), reverse=True) and seen[0] == 2 * (16 - known)
+
+
 def test_the_weights_that_decay_are_mingpts():
     """taming's split: `weight` of linear maps, and nothing of embeddings, norms and biases."""
     module, params, *_ = made()
