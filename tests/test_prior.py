@@ -85,7 +85,7 @@ def test_one_position_alone_has_the_same_logits():
 
 
 def test_golden_logits():
-    """Those of mingpt's code for these parameters: tests/parity/test_prior.py."""
+    """Those of mingpt's code for these parameters: test_logits_equal_mingpt in tests/parity."""
     *_, told, apply = made()
     got = np.asarray(apply(CODES, told))
     np.testing.assert_allclose(got[0, 0, :3], GOLDEN_FIRST, atol=2e-5)
