@@ -33,11 +33,10 @@ def network(seed=0, context=None, vector=None, channels=3, size=(4, 6), **fields
         vector=None if vector is None else jax.random.normal(key, (2, vector)),
     )
     t = jnp.array([3.0, 700.0])
-    params = dit.init(key, z, t, conditioning)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    leaves = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return dit, jax.tree.unflatten(tree, leaves), z, t, conditioning
+    shapes = jax.eval_shape(dit.init, key, z, t, conditioning)["params"]
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), "float32"), shapes)
+    return dit, params, z, t, conditioning
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,8 @@ TOKENS = jnp.array([[7, 2, 8, 5, 6, 1, 0], [7, 3, 8, 9, 1, 0, 0]])  # CLIP's row
 
 def drawn(tree, seed=0):
     """A tree of this shape with random leaves."""
-    leaves, kind = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        kind, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), "float32"), tree)
 
 
 def conditioned(encoders, tokens=TOKENS, drop=(False, False)):

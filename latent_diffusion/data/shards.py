@@ -18,7 +18,7 @@ import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 from latent_diffusion.data.sources import Example, flat
-from latent_diffusion.files.reading import read_json, reading
+from latent_diffusion.files.reading import MAX_TEXT, read_json, reading
 from latent_diffusion.runtime.workdir import whole, write_whole
 
 INDEX = "index.json"
@@ -78,7 +78,7 @@ def write_index(folder: Path, made: Mapping[str, Any], shards: Iterable[Shard] |
 def read_index(folder: Path) -> tuple[dict[str, Any], list[Shard] | None]:
     """How the examples of a folder were made, and its shards: None while they are written."""
     with reading(folder / INDEX):
-        made = read_json(folder / INDEX)
+        made = read_json(folder / INDEX, MAX_TEXT)
         listed = made.pop("shards")
         if listed is None:
             return made, None

@@ -13,8 +13,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-# Bytes of a file of settings, a vocabulary or a header. JSON takes up to 24 times its length.
-MAX_TEXT = 8 << 20
+# Bytes of a vocabulary, an index or a header, and of settings, of which several files are in memory
+# at a time: JSON takes up to 24 times its length.
+MAX_TEXT, MAX_SETTINGS = 8 << 20, 1 << 20
 _LONGEST = 2000  # characters of a message
 
 
@@ -62,10 +63,10 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = MAX_TEXT) -> str:
     """Read a small text in UTF-8; see `read_bytes`."""
     with reading(path):
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path, most).decode("utf-8")
 
 
 def read_gzip(path: Path) -> str:
@@ -78,10 +79,13 @@ def read_gzip(path: Path) -> str:
         return data.decode("utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ValueError names the file where it can't be read or isn't an object."""
+def read_json(path: Path, most: int = MAX_SETTINGS) -> dict[str, Any]:
+    """Read a JSON object; ValueError names the file where it can't be read or isn't an object.
+
+    most: its bytes; `MAX_TEXT` is for vocabularies and indices.
+    """
     with reading(path):
-        content = json.loads(read_text(path), parse_constant=_infinity)
+        content = json.loads(read_text(path, most), parse_constant=_infinity)
         if not isinstance(content, dict):
             raise ValueError(f"not a JSON object, but {type(content).__name__}")
         return content

@@ -49,7 +49,7 @@ def _open_one(path: Path) -> TensorFile:
 
 
 def _open_sharded(path: Path) -> TensorFile:
-    shards = read_json(path).get("weight_map")
+    shards = read_json(path, MAX_TEXT).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{path}: not an index of shards: weight_map has no names of files")
     opened = {}

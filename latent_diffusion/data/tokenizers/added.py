@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_diffusion.data.tokenizers.rows import Piece
-from latent_diffusion.files.reading import read_json
+from latent_diffusion.files.reading import MAX_TEXT, read_json
 
 Words = Mapping[str, tuple[int, ...]]  # a word as prompts spell it -> the ids of its vectors
 
@@ -52,7 +52,7 @@ def read_added(path: Path, special: Collection[str]) -> dict[str, list[int]]:
             names += tokens.get("additional_special_tokens") or []
     single = path / "tokenizer.json" if path.is_dir() else path
     if single.suffix == ".json" and single.is_file():
-        listed = read_json(single).get("added_tokens") or []
+        listed = read_json(single, MAX_TEXT).get("added_tokens") or []
         entries += [(token["content"], token["id"], token) for token in listed]
     words: dict[str, list[int]] = {}
     for word, i, flags in entries:

@@ -26,7 +26,7 @@ from latent_diffusion.data.tokenizers.rows import (
     write_json,
 )
 from latent_diffusion.data.tokenizers.weights import parse
-from latent_diffusion.files.reading import read_gzip, read_json, read_text
+from latent_diffusion.files.reading import MAX_TEXT, read_gzip, read_json, read_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # marks the last piece of a word
@@ -241,13 +241,13 @@ def _read_files(path: Path, added: Container[str]) -> tuple[list[str], list[str]
         return _from_merges(read_gzip(path).split("\n"))
     single = path if path.is_file() else path / "tokenizer.json"
     if path.is_file() or not (path / "vocab.json").is_file():
-        data = read_json(single)
+        data = read_json(single, MAX_TEXT)
         ids = dict(data["model"]["vocab"])
         more = {token["content"]: token["id"] for token in data.get("added_tokens", ())}
         ids |= {token: i for token, i in more.items() if token not in added}
         merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
         return _by_id(ids), merges
-    ids = read_json(path / "vocab.json")
+    ids = read_json(path / "vocab.json", MAX_TEXT)
     lines = read_text(path / "merges.txt").split("\n")
     return _by_id(ids), [line for line in lines if line and not line.startswith("#version")]
 
@@ -279,7 +279,7 @@ def _read_settings(path: Path) -> tuple[int, str, list[str]]:
     tokens = [*config.get("added_tokens_decoder", {}).values()]
     single = path if path.suffix == ".json" else path / "tokenizer.json"
     if not tokens and single.is_file():
-        tokens = read_json(single).get("added_tokens", [])
+        tokens = read_json(single, MAX_TEXT).get("added_tokens", [])
     roles = {**config, **special}  # the last file wins
     pad = roles.get("pad_token") or EOS
     tokens = tokens or [roles[f"{role}_token"] for role in _ROLES if roles.get(f"{role}_token")]

@@ -20,7 +20,7 @@ from latent_diffusion.data.tokenizers.rows import (
     reading_as,
     write_json,
 )
-from latent_diffusion.files.reading import read_json
+from latent_diffusion.files.reading import MAX_TEXT, read_json
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 SPACE = "▁"  # begins every word
@@ -88,7 +88,7 @@ class T5Tokenizer:
                     "it has a spiece.model alone; save it with transformers, which writes a "
                     "tokenizer.json"
                 )
-            return cls(max_length=max_length or _LENGTH, **_read(read_json(single)))
+            return cls(max_length=max_length or _LENGTH, **_read(read_json(single, MAX_TEXT)))
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
