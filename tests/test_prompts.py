@@ -1,6 +1,7 @@
 """Prompts with weights, in chunks: the syntax, the tokens, and what the encoder makes of them."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,23 @@ def test_a_condition_has_the_weights():
 def test_weights_need_clip():
     with pytest.raises(ValueError, match="prompt_weights needs a model with CLIP's text encoder"):
         sample_words(prompt_weights=True)
+
+
+def test_thousands_of_brackets_take_a_time_that_grows_with_their_number():
+    def operations(prompt):
+        count = 0
+
+        def counted(frame, event, arg):
+            nonlocal count
+            count += event == "line"
+            return counted
+
+        sys.settrace(counted)
+        try:
+            parse(prompt)
+        finally:
+            sys.settrace(None)
+        return count
+
+    for bracket in ("(", "(a ", "((a) "):
+        assert operations(bracket * 800) < 2.2 * operations(bracket * 400)

@@ -13,20 +13,18 @@ _SIGNS = re.compile(
     r"|(?P<section>\s*\bBREAK\b\s*)"
 )
 Fragment = tuple[str, float]  # a text and its weight
+Spans = dict[int, tuple[int, float]]  # by the fragment where a bracket begins: its end, its factor
 
 
 def parse(prompt: str) -> list[list[Fragment]]:
     """The sections of a prompt, each as texts with their weights."""
-    texts, weights = [""], [1.0]  # the fragments; BREAK is one of them
+    texts = [""]  # the fragments; BREAK is one of them
+    add = texts.append
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where brackets begin
-
-    def add(text: str) -> None:
-        texts.append(text)
-        weights.append(1.0)
+    closed: dict[str, Spans] = {"(": {}, "[": {}}
 
     def close(kind: str, factor: float) -> None:
-        for i in range(opened[kind].pop(), len(texts)):
-            weights[i] *= factor
+        closed[kind][opened[kind].pop()] = len(texts), factor
 
     end = 0
     for found in _SIGNS.finditer(prompt):
@@ -50,7 +48,21 @@ def parse(prompt: str) -> list[list[Fragment]]:
     for kind, factor in (("(", STEP), ("[", 1 / STEP)):
         while opened[kind]:
             close(kind, factor)
-    return _joined(texts, weights)
+    weights = (_products(spans, len(texts)) for spans in closed.values())
+    return _joined(texts, [round_ * square for round_, square in zip(*weights, strict=True)])
+
+
+def _products(spans: Spans, count: int) -> list[float]:
+    """The product of the factors around each of `count` fragments, for spans that nest."""
+    around, products = [(count, 1.0)], []
+    for i in range(count):
+        while around[-1][0] <= i:
+            around.pop()
+        if i in spans:
+            end, factor = spans[i]
+            around.append((end, around[-1][1] * factor))
+        products.append(around[-1][1])
+    return products
 
 
 def _joined(texts: list[str], weights: list[float]) -> list[list[Fragment]]:
