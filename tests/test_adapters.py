@@ -434,3 +434,14 @@ def test_changes_of_several_adapters_are_of_the_base(tmp_path):
     for order in (1, -1):
         got = flatten_dict(adapted(params, changes[::order], weights[::order]), sep="/")
         np.testing.assert_allclose(got[f"unet/{KERNEL}"], base + 0.5 * sum(sole), **CLOSE)
+
+
+def test_an_alpha_that_a_module_lacks_is_its_rank(tmp_path):
+    """As kohya's programs read it; diffusers would take another module's."""
+    pairs = {f"lora_unet_{flat(BLOCK)}_to_{m}": (DOWN, UP) for m in "qk"}
+    tensors = {f"{n}.lora_down.weight": down for n, (down, _) in pairs.items()}
+    tensors |= {f"{n}.lora_up.weight": up for n, (_, up) in pairs.items()}
+    first, second = pairs
+    tensors[f"{first}.alpha"] = np.float32(4 * RANK)
+    modules = read_adapter(file_of(tmp_path, tensors)).modules
+    assert [float(modules[n]["weight"]["scale"]) for n in (first, second)] == [4.0, 1.0]

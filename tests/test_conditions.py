@@ -308,3 +308,8 @@ def test_learned_maps_say_which_fields_another_size_needs(name):
     message = f"{name} has maps of 4×4, but the latent is 4×8: .* conditioners.{name}.width=8"
     with pytest.raises(ValueError, match=message):
         conditioner.prepare(batch, None, (4, 8))
+
+
+def test_a_mask_without_a_picture_is_named_before_a_model_is_read(tmp_path):
+    with pytest.raises(ValueError, match="made anew: give --image, too"):
+        sampling.sample_to_disk("nowhere", tmp_path, mask=np.zeros((1, 8, 8, 1), np.float32))

@@ -173,6 +173,8 @@ def sample_to_disk(
     see `load_adapter`.
     Process 0 alone writes and prints.
     """
+    if options.get("mask") is not None and options.get("image") is None:
+        raise ValueError("--mask says where a picture is made anew: give --image, too")
     asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     own = {name: value for name, value in options.items() if not callable(value)}
     own |= {"adapters": [list(entry) for entry in adapters]}
