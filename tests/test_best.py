@@ -11,8 +11,12 @@ import several
 
 from configs import default, openmoji_autoencoder
 from latent_diffusion.evaluate.__main__ import evaluate
+from latent_diffusion.evaluate.generate import of_data
+from latent_diffusion.generation.loading import load
+from latent_diffusion.nets.losses.similarity import psnr
 from latent_diffusion.runtime import metrics
 from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.training import loop
 from latent_diffusion.training.best import Best
 from latent_diffusion.training.start import Start
@@ -112,6 +116,11 @@ def test_training_measures_a_distance_and_keeps_the_best_by_it(tmp_path):
     record = evaluate(workdir=str(tmp_path), metrics=["psnr", "ssim", "rfd"], features="alexnet")
     assert list(record["metrics"]) == ["psnr", "ssim", "rfd_alexnet"]
     assert record["step"] == 2 and record["num_images"] == 120
+    pictures, first_stage = of_data(config, "test").read(0, 120), load(tmp_path).first_stage
+    x = jnp.asarray(pictures / np.float32(127.5) - 1)
+    bytes_rec = to_uint8(first_stage.decode(first_stage.encode({"image": x})))
+    expected = jnp.mean(psnr(x, jnp.asarray(bytes_rec / np.float32(127.5) - 1)))
+    assert record["metrics"]["psnr"] == pytest.approx(float(expected), rel=1e-3)
     logged = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(logged[0]) == record
     with pytest.raises(ValueError, match="holds a first stage; its metrics: psnr, ssim"):

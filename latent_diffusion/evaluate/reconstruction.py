@@ -48,7 +48,7 @@ def collect_reconstructions(
     def step(
         state: Any, constants: Any, batch: Any, rng: Any, *, axis_name: str | None = None
     ) -> dict[str, jax.Array]:
-        levels = batch["image"].astype(jnp.float32)
+        levels = levels_of(batch["image"])
         x, stage = levels / 127.5 - 1, constants["first_stage"]
         levels_rec = levels_of(stage.decode(stage.encode({"image": x})))
         x_rec = levels_rec / 127.5 - 1
