@@ -5,14 +5,14 @@
     python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
 
 Of a control net: the F1 of edges between samples and their hints, which are edges of held-out
-pictures, beside that of the uncontrolled model at the same prompts; and the page control.png, which
-shows hint | samples | truth. Of a subject, learned as a word or by DreamBooth: the share of samples
-whose nearest neighbour in the features of LPIPS is a picture of the subject, among those and
-pictures of the training split; and the demo's judge on both models. Of a style: the share of
-samples that a judge takes for Twemoji's, and another judge's accuracy on their groups, for captions
-that the adapter wasn't trained on; both are fitted on real pictures of both styles. The page
-style.png shows a sample of the base | samples | Twemoji's. The numbers go to adapters.json in the
-workdir of the adapter.
+pictures, beside that of the uncontrolled model at the same prompts, and both with empty prompts,
+which say nothing of the picture; and the page control.png, which shows hint | samples | truth. Of a
+subject, learned as a word or by DreamBooth: the share of samples whose nearest neighbour in the
+features of LPIPS is a picture of the subject, among those and pictures of the training split; and
+the demo's judge on both models. Of a style: the share of samples that a judge takes for Twemoji's,
+and another judge's accuracy on their groups, for captions that the adapter wasn't trained on; both
+are fitted on real pictures of both styles. The page style.png shows a sample of the base | samples
+| Twemoji's. The numbers go to adapters.json in the workdir of the adapter.
 """
 
 import json
@@ -82,16 +82,20 @@ def evaluate_control(base: Path, control: Path) -> dict[str, float]:
     prompts, hints = [example["caption"] for example in examples], np.asarray(edges(truth))
     each = np.repeat(hints, SAMPLES, 0)
     options = {"num_images": SAMPLES, "batch_size": 64}
-    plain = model.sample(jax.random.key(0), prompts, **options)
-    drawn = model.sample(jax.random.key(0), prompts, controls=[(net, each, 1.0)], **options)
+    numbers, drawn = {}, np.empty(0)
+    for suffix, texts in (("_empty_prompt", [""] * len(prompts)), ("", prompts)):
+        plain = model.sample(jax.random.key(0), texts, **options)
+        drawn = model.sample(jax.random.key(0), texts, controls=[(net, each, 1.0)], **options)
+        for name, reach in (("edge_f1", 1), ("edge_f1_exact", 0)):
+            numbers[f"{name}{suffix}"] = float(edge_f1(drawn, each, reach).mean())
+            numbers[f"{name}{suffix}_uncontrolled"] = float(edge_f1(plain, each, reach).mean())
     of_rows = to_uint8(drawn).reshape(len(places), SAMPLES, *drawn.shape[1:])
     rows = [
         (to_uint8(2 * hint - 1), samples, to_uint8(picture))
         for hint, samples, picture in zip(hints, of_rows, truth, strict=True)
     ]
     gallery.sheet(rows[:: max(1, len(rows) // 8)][:8], TITLES).save(control / "control.png")
-    controlled, free = edge_f1(drawn, each).mean(), edge_f1(plain, each).mean()
-    return {"edge_f1": float(controlled), "edge_f1_uncontrolled": float(free)}
+    return numbers
 
 
 def nearest(samples: Pictures, references: Pictures, params: Any) -> np.ndarray:

@@ -190,7 +190,7 @@ def sample_to_disk(
     own |= {"image_prompts": [list(entry) for entry in image_prompts]}
     processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
     rng = seed_key(seed)
-    how = {"tokenizer": tokenizer, "dtype": dtype, "scan": scan}
+    how: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "scan": scan}
     model = load(path, lora=lora, **how)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
     if refiner is not None:
