@@ -7,8 +7,8 @@ draws pictures of the class itself, which half of each batch consists of (Ruiz e
 Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs/subject
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
           python sample.py --workdir=runs/subject --prompts="it face" --out=…
-Cost      not measured yet
-Expected  not measured yet
+Cost      a minute on two CPU cores
+Expected  81 % of samples are nearest to the subject; other groups lose 10 points (docs/adapters.md)
 Variants  :lora (a low-rank adaptation of U-Net and text encoder, which adds no words)
           :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """
@@ -22,13 +22,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
     c.init_from = "runs/demo/denoiser"
     c.dreambooth.class_prompt = "face"
-    c.dreambooth.num_images = 100
+    c.dreambooth.num_images = 200
     c.data.name = "image_folder"
     c.data.test_split = "train"
     c.first_stage.cache = False  # pictures of two sources
     c.batch_size = 8
-    c.num_steps = 600
-    c.optimizer.learning_rate = 2e-4
+    c.num_steps = 200
+    c.optimizer.learning_rate = 2e-5
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
     c.ema_decay = 0.99

@@ -7,8 +7,8 @@ Command   python -m demo.folders --out=runs/style/pictures --style=twemoji --cou
           python train.py --config=configs/openmoji_style_lora.py --workdir=runs/style/lora
           after configs/openmoji_text.py in runs/demo/denoiser; then
           python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
-Cost      not measured yet
-Expected  not measured yet
+Cost      2 minutes on two CPU cores
+Expected  91 % of samples in the style, but subjects are lost (docs/adapters.md)
 Variants  :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """
 
