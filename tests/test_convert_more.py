@@ -221,6 +221,17 @@ def test_guidance_may_be_an_input_of_the_network(distilled, tmp_path):
         sample(guidance_scale=2.0, guidance_rescale=0.5)
     with pytest.raises(ValueError, match="the original has no U-Net with guidance_dim"):
         model.save(tmp_path / "a.safetensors", "compvis")
+    more = {**distilled.conditioners, "word_map": convert.Part({}, {})}
+    with pytest.raises(ValueError, match=r"by clip_text alone, not by clip_text \+ word_map"):
+        convert.write(replace(distilled, conditioners=more), tmp_path / "b", "diffusers")
+
+
+def test_a_student_of_one_scale_is_not_guided_again(tmp_path):
+    lcm = {"sampler": "lcm", "spacing": "lcm", "distilled_steps": 50, "num_steps": 4}
+    bundle = replace(models.make_bundle("clip"), sampling={**lcm, "guidance_scale": 1.0})
+    convert.write(bundle, tmp_path / "a", "diffusers")
+    again = ldm.load(tmp_path / "a").defaults
+    assert again["sampler"] == "lcm" and again["guidance_scale"] == 1.0
 
 
 def test_the_embedding_of_guidance_by_hand():

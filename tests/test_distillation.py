@@ -269,9 +269,12 @@ def test_a_distilled_model_knows_its_steps_and_scales(taught, tmp_path, caplog):
     assert "guidance_scale=4, but the model is distilled for 1 to 3" in caplog.text
 
 
-def test_an_adaptation_is_a_file_for_its_teacher(taught, tmp_path):
-    config = student(taught, **{"lora.rank": 1, "distillation.guidance_scales": (2.0, 2.0)})
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adaptation_is_a_file_for_its_teacher(kind, taught, tmp_path):
+    fields = {"lora.rank": 1, "lora.kind": kind, "distillation.guidance_scales": (2.0, 2.0)}
+    config = student(taught, **fields)
     run = started(config, tmp_path / "run")
+    equal(run.state.target, run.state.params)
     assert run.constants.teacher is None  # the base of the adaptation serves as the teacher
     equal(run.constants.base["unet"], load(taught).denoiser.params["unet"])
     moved = jax.tree.map(lambda x: x + 0.1, run.state)
@@ -285,6 +288,7 @@ def test_an_adaptation_is_a_file_for_its_teacher(taught, tmp_path):
     changed, base = (functools.reduce(dict.get, kernel, tree)["kernel"]
                      for tree in (whole, run.constants.base["unet"]))  # fmt: skip
     assert np.abs(changed - base).max() > 1e-4
+    assert list(load(tmp_path / "run").origin["guidance_range"]) == [1.0, 1.0]
 
 
 def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
@@ -318,6 +322,9 @@ def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
         ({"distillation.distilled_steps": 1001}, "distilled_steps=1001 must lie in 1 … 1000"),
         ({"lora.rank": 1, "unet.guidance_dim": 4}, "has no guidance_dim"),
         ({"diffusion.loss": "l3"}, "unknown loss 'l3'"),
+        ({"control": "edges"}, "a distillation has no control, which is 'edges'"),
+        ({"textual_inversion.word": "<it>"}, "a distillation has no textual_inversion.word"),
+        ({"diffusion.drop_rate": 0.1}, "a distillation has no diffusion.drop_rate, which is 0.1"),
     ],
 )
 def test_bad_fields_are_one_line(fields, message):

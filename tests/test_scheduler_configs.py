@@ -182,6 +182,12 @@ def test_the_noise_of_a_model_is_written_and_read(fields):
     assert {name: sampling[name] for name in distilled} == distilled
 
 
+def test_a_distilled_flow_has_no_scheduler_of_diffusers():
+    flow = {**ASSUMED, "schedule": "rectified_flow", "prediction": "flow"}
+    with pytest.raises(ValueError, match="LCMScheduler follows no flow"):
+        to_diffusers(flow, {"sampler": "lcm"})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -207,6 +207,8 @@ def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
     diffusion, sampling = scheduler.from_diffusers(config)
     name = bundle.notes["pipeline"]
     default = 7.5 if name.startswith("StableDiffusion") else 1.0
+    if sampling.get("sampler") == "lcm" and name != LCM:
+        default = 1.0  # the scale is a part of what was distilled
     sampling["guidance_scale"] = _GUIDANCE.get(name, default)
     if sd3.is_sd3(name):
         sampling["num_steps"] = sd3.STEPS
@@ -323,6 +325,11 @@ def _pipeline(bundle: Bundle) -> str:
     if bundle.dit is not None and conditioners == ("class_label",):
         return DIT
     if bundle.unet is not None and bundle.unet.fields.get("guidance_dim") is not None:
+        if conditioners != ("clip_text",):
+            raise ValueError(
+                f"diffusers' {LCM}, for guidance as an input (guidance_dim), is conditioned by "
+                f"clip_text alone, not by {' + '.join(conditioners)}; save it as orbax"
+            )
         return LCM
     of_mmdit = PIPELINES.get(conditioners) == sd3.BASE
     known = conditioners in PIPELINES and of_mmdit == (bundle.mmdit is not None)

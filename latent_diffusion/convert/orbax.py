@@ -135,9 +135,15 @@ def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Para
 
 
 def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer | None) -> Bundle:
-    """The adapted model, with the first stage, the sampling and the picture size of its run."""
+    """The adapted model, with the first stage, the sampling and the picture size of its run.
+
+    A distilled one isn't sampled by its teacher's scheduler.
+    """
+    left = {"scheduler"} if config.task == "distillation" else set()
+    notes = {key: note for key, note in base.notes.items() if key not in left}
     return replace(
         base,
+        notes={**notes, **run.notes},
         autoencoder=run.autoencoder,
         scale_factor=run.scale_factor,
         shift=run.shift,

@@ -135,12 +135,15 @@ def to_diffusers(
     sampling: the model's defaults, of which the sampler "lcm" makes an LCM scheduler, and `shift`
     is a flow's.
     """
+    flow = (diffusion["schedule"], diffusion["prediction"]) == ("rectified_flow", "flow")
     if sampling is not None and sampling.get("sampler") == "lcm":
+        if flow:
+            raise ValueError("diffusers' LCMScheduler follows no flow; save the model as orbax")
         own = {"original_inference_steps": sampling.get("distilled_steps") or 50}
         if (scaling := sampling.get("timestep_scaling")) is not None:
             own["timestep_scaling"] = scaling
         return {**to_diffusers(diffusion), "_class_name": "LCMScheduler", **own}
-    if (diffusion["schedule"], diffusion["prediction"]) == ("rectified_flow", "flow"):
+    if flow:
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": diffusion["num_timesteps"],

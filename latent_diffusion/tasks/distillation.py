@@ -38,9 +38,23 @@ from latent_diffusion.tasks.denoising import (
     batch_size,
     make_denoising,
 )
-from latent_diffusion.types import Array, Axis, Batch, Conditioning, Config, Keys, Params, Rng
+from latent_diffusion.types import (
+    Array,
+    Axis,
+    Batch,
+    Conditioning,
+    Config,
+    Keys,
+    Params,
+    Rng,
+    lookup,
+)
 
 METHODS = ("consistency", "guidance")
+OF_DENOISING = (  # fields of the loss of latent denoising, which this one lacks
+    "drop_rate", "offset_noise", "input_perturbation", "elbo_weight", "learn_logvar",
+    "variance_weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,9 @@ class Distillation:
         if self.method == "guidance":
             t, _ = task.timesteps(k_t, None)
             z_t = q_sample(schedule, z_0, t, eps)
-            weights = objectives.LOSS_WEIGHTS[task.loss_weight](schedule, kind)
+            weights = lookup(objectives.LOSS_WEIGHTS, task.loss_weight, "loss_weight")(
+                schedule, kind
+            )
             wanted = jax.lax.stop_gradient(self._guided(*of_teacher, z_t, t))
             return weights[t] * distance(
                 student.denoise(z_t, t, with_scale, train, dropout), wanted
@@ -202,6 +218,14 @@ def _consistent(denoiser: Denoiser, pred: Array, z_t: Array, t: Array) -> Array:
 def make_distillation(config: Config) -> Distillation:
     """Build the task from a resolved experiment config; ValueError for fields that don't fit."""
     own, names = config["distillation"], frozenset(config["conditioners"])
+    other = {
+        "control": config["control"],
+        "textual_inversion.word": config["textual_inversion"]["word"],
+    }
+    other |= {f"diffusion.{name}": config["diffusion"][name] for name in OF_DENOISING}
+    if wrong := {name: value for name, value in other.items() if value}:
+        name, value = next(iter(wrong.items()))
+        raise ValueError(f"a distillation has no {name}, which is {value!r}: turn it off")
     student = dataclasses.replace(make_denoising(config), pretrained=names)
     if own["method"] not in METHODS:
         raise ValueError(f"distillation.method={own['method']!r}; known: {', '.join(METHODS)}")

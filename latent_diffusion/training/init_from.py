@@ -164,7 +164,10 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     if config.task in DENOISERS and config.lora.rank:
         theirs = parameters_of(bundle, config.task)
         params, average = (_with_norms(t, theirs) for t in (state.params, state.ema_params))
-        return state.replace(params=params, ema_params=average)
+        state = state.replace(params=params, ema_params=average)
+        if state.target is not None:
+            state = state.replace(target=_with_norms(state.target, theirs))
+        return state
     theirs = parameters_of(bundle, config.task)
     if config.task in DENOISERS and config.control:
         params, average = (_with_copies(t, theirs) for t in (state.params, state.ema_params))
