@@ -34,5 +34,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def smoke(c: ConfigDict) -> None:
-    """A few steps."""
+    """A few steps; the synthetic captions are of coloured shapes."""
     c.num_steps = 2
+    c.textual_inversion.start = "circle"

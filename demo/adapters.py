@@ -123,8 +123,11 @@ def evaluate_subject(base: Path, subject: Path, prompt: str, count: int) -> dict
     references = np.stack([windows.fit(x, (size, size)) for x in [*own_pictures, *others]])
     samples = to_uint8(models["after"].sample(jax.random.key(0), [prompt], num_images=count))
     params = load_lpips_params("alex")
-    recognised = nearest(samples, references, params) < len(own_pictures)
-    numbers = {"recognised": float(recognised.mean())}
+    of_base = to_uint8(models["before"].sample(jax.random.key(0), [prompt], num_images=count))
+    numbers = {
+        name: float((nearest(drawn, references, params) < len(own_pictures)).mean())
+        for name, drawn in (("recognised", samples), ("recognised_before", of_base))
+    }
     judged = Judged(examples)
     for when, model in models.items():
         drawn = to_uint8(model.sample(jax.random.key(1), judged.prompts, batch_size=120))

@@ -209,7 +209,7 @@ PROGRAMS = {
         {"textual_inversion.word": "<it>"},
     ),
     "textual_inversion.word": (DENOISER, "train_step", "<it>", {}),
-    "control": (DENOISER, "train_step", "edges", {}),
+    "control": (DENOISER, "train_step", "edges", {"first_stage.cache": False}),
     "lora.alpha": (DENOISER, "train_step", 2.5, LORA),
     "lora.kind": (DENOISER, "train_step", "dora", LORA),
     "lora.rank": (DENOISER, "train_step", 1, {}),

@@ -26,6 +26,10 @@ def hint_of(config: Config) -> str:
             f"control={config['control']!r} trains a control net of a U-Net, so lora.rank is 0 and "
             "backbone 'unet'"
         )
+    if config["first_stage"]["cache"]:
+        raise ValueError(
+            f"control={config['control']!r} is computed from pictures: set first_stage.cache=False"
+        )
     return str(config["control"])
 
 

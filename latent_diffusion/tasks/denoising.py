@@ -256,8 +256,6 @@ class Denoising:
         """The conditioning with the hints of the pictures, where a control net is trained."""
         if not self.control:
             return conditioning
-        if "image" not in batch:
-            raise ValueError("control.hint is computed from pictures: set first_stage.cache=False")
         net = self._control_net(self._latent(constants)[0])
         return beside.hinted(
             conditioning, net, params["control"], HINTS[self.control](batch["image"])

@@ -133,6 +133,8 @@ def is_control(names: Any) -> bool:
 
 def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
     """A file of the original's: `control_model.…`, alone or beside a whole model."""
+    if "controlnet_cond_embedding.conv_in.weight" in tensors:
+        raise ValueError(f"{path} is diffusers' control net without settings: give its folder")
     own = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
     fields: dict[str, Any] = unet_compvis.fields_from_shapes(own)
     context = unet_compvis.context_dim(own)
