@@ -82,14 +82,16 @@ def evaluate_control(base: Path, control: Path) -> dict[str, float]:
     prompts, hints = [example["caption"] for example in examples], np.asarray(edges(truth))
     each = np.repeat(hints, SAMPLES, 0)
     options = {"num_images": SAMPLES, "batch_size": 64}
-    numbers, drawn = {}, np.empty(0)
+    numbers, drawn = {}, {}
     for suffix, texts in (("_empty_prompt", [""] * len(prompts)), ("", prompts)):
+        controls = [(net, each, 1.0)]
         plain = model.sample(jax.random.key(0), texts, **options)
-        drawn = model.sample(jax.random.key(0), texts, controls=[(net, each, 1.0)], **options)
+        drawn[suffix] = model.sample(jax.random.key(0), texts, controls=controls, **options)
         for name, reach in (("edge_f1", 1), ("edge_f1_exact", 0)):
-            numbers[f"{name}{suffix}"] = float(edge_f1(drawn, each, reach).mean())
+            f1 = float(edge_f1(drawn[suffix], each, reach).mean())
+            numbers[f"{name}{suffix}"] = f1
             numbers[f"{name}{suffix}_uncontrolled"] = float(edge_f1(plain, each, reach).mean())
-    of_rows = to_uint8(drawn).reshape(len(places), SAMPLES, *drawn.shape[1:])
+    of_rows = to_uint8(drawn[""]).reshape(len(places), SAMPLES, *drawn[""].shape[1:])
     rows = [
         (to_uint8(2 * hint - 1), samples, to_uint8(picture))
         for hint, samples, picture in zip(hints, of_rows, truth, strict=True)

@@ -8,6 +8,7 @@ captions. A subject: one drawing at other places and sizes and a little turned, 
 `word` and the class, "it face".
 """
 
+import csv
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from absl import app, flags
 from PIL import Image
 
 from latent_diffusion.data.openmoji import catalogue, draw
+from latent_diffusion.data.transforms import on_white
 
 SIZE = 32
 TURNS = (0, -8, 8, -15, 15)  # degrees
@@ -53,12 +55,12 @@ def write_subject(out: Path, style: str, subject: str, caption: str) -> None:
 def write(out: Path, pictures: list[tuple[Image.Image, str]]) -> None:
     """Write pictures on white, and their captions into metadata.csv."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = ["file_name,text"]
+    rows = [("file_name", "text")]
     for i, (picture, caption) in enumerate(pictures):
-        white = Image.new("RGBA", picture.size, "white")
-        Image.alpha_composite(white, picture).convert("RGB").save(out / f"{i:03d}.png")
-        lines.append(f'{i:03d}.png,"{caption}"')
-    (out / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.append((f"{i:03d}.png", caption))
+        Image.fromarray(on_white(np.asarray(picture))).save(out / rows[-1][0])
+    with open(out / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def main(argv: list[str]) -> None:

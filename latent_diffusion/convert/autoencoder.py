@@ -11,7 +11,7 @@ import jax
 from latent_diffusion.convert.settings import Fields, Settings, check_groups
 from latent_diffusion.convert.tables import Rule, Table, count, inside
 from latent_diffusion.files.tensor import Tensor
-from latent_diffusion.nets.autoencoder import Autoencoder
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Autoencoder
 
 _DDCONFIG = Settings(
     names={
@@ -57,7 +57,7 @@ _TRAINING = (  # settings of training, and of names in the data
 _CLASSES = {
     "kl": Settings(required={"ddconfig": {}, "embed_dim": 4}, harmless=_TRAINING),
     **dict.fromkeys(
-        ("vq", "gumbel"),
+        WITH_CODEBOOK,
         Settings(
             required={"ddconfig": {}, "embed_dim": 4, "n_embed": 8192},
             checked={"remap": (None,)},

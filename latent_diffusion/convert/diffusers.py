@@ -206,9 +206,8 @@ def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
         config = {**config, "_class_name": kind}
     diffusion, sampling = scheduler.from_diffusers(config)
     name = bundle.notes["pipeline"]
-    default = 7.5 if name.startswith("StableDiffusion") else 1.0
-    if sampling.get("sampler") == "lcm" and name != LCM:
-        default = 1.0  # the scale is a part of what was distilled
+    distilled = sampling.get("sampler") == "lcm"  # and its scale with it
+    default = 7.5 if name.startswith("StableDiffusion") and not distilled else 1.0
     sampling["guidance_scale"] = _GUIDANCE.get(name, default)
     if sd3.is_sd3(name):
         sampling["num_steps"] = sd3.STEPS

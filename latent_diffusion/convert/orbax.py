@@ -139,8 +139,9 @@ def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer 
 
     A distilled one isn't sampled by its teacher's scheduler.
     """
-    left = {"scheduler"} if config.task == "distillation" else set()
-    notes = {key: note for key, note in base.notes.items() if key not in left}
+    notes = dict(base.notes)
+    if config.task == "distillation":
+        notes.pop("scheduler", None)
     return replace(
         base,
         notes={**notes, **run.notes},

@@ -10,6 +10,7 @@ from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensors import find_weights, open_tensors
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK
 from latent_diffusion.runtime import workdir
 
 
@@ -62,7 +63,7 @@ def _code_map(path: Path, chosen: Mapping[str, Any]) -> Part:
     stage, others = bundle.autoencoder, (bundle.prior, bundle.denoiser)
     if stage is None or others != (None, None):
         raise ValueError(f"pretrained.code_map={path} is no first stage, and it has no code_map")
-    if (kind := stage.fields.get("regularization", "kl")) not in ("vq", "gumbel"):
+    if (kind := stage.fields.get("regularization", "kl")) not in WITH_CODEBOOK:
         raise ValueError(
             f"pretrained.code_map={path} has no codebook: its autoencoder.regularization is "
             f"{kind!r}, and a code map needs vq or gumbel"

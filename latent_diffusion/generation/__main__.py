@@ -7,16 +7,12 @@ Writes 00000.png … in prompt-major order, grid.png, samples.npz and prompts.tx
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from latent_diffusion.process.options import ALL_OPTIONS
 from latent_diffusion.runtime import flags as shared_flags
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising.")
-MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
-DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage.")
-SCAN = flags.DEFINE_bool("scan", None, "Transformers are loops: they compile faster, see load.")
+read_model = shared_flags.model()
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
 ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
 CONTROL = flags.DEFINE_multi_string(
@@ -91,8 +87,7 @@ def main(argv: list[str]) -> None:
 
     quiet_and_cached()
 
-    if (WORKDIR.value is None) == (MODEL.value is None):
-        raise app.UsageError("give either --workdir or --model")
+    path, loading = read_model()
     try:
         connect()
         options = {
@@ -116,21 +111,19 @@ def main(argv: list[str]) -> None:
             **read_options(),
         }
         sampling.sample_to_disk(
-            str(WORKDIR.value or MODEL.value),
+            path,
             Path(OUT.value),
             prompts=sampling.read_prompts(PROMPTS.value, PROMPTS_FILE.value),
             class_labels=sampling.read_integers("class_labels", CLASS_LABELS.value),
             num_images=NUM_IMAGES.value,
             seed=SEED.value,
-            tokenizer=TOKENIZER.value,
             lora=dict(read_weights(LORA.value)),
             adapters=read_weights(ADAPTER.value, "adapter"),
             controls=[read_pictured(entry, "control") for entry in CONTROL.value],
             refiner=sampling.read_refiner(REFINER.value),
             image_prompts=[read_pictured(entry, "image_prompt") for entry in IMAGE_PROMPT.value],
             image_encoder=IMAGE_ENCODER.value,
-            dtype=DTYPE.value,
-            scan=SCAN.value,
+            **loading,
             batch_size=BATCH_SIZE.value,
             **{name: value for name, value in options.items() if value is not None},
         )

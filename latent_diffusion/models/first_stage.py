@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.nets.autoencoder import Autoencoder, Identity
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Autoencoder, Identity
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
 from latent_diffusion.rng import example_keys, pmean
 from latent_diffusion.types import (
@@ -72,7 +72,7 @@ class FirstStage(flax.struct.PyTreeNode):
 
     def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         """Scaled latents replaced by the nearest codes; ValueError without a codebook."""
-        if getattr(self.module, "regularization", "none") not in ("vq", "gumbel"):
+        if getattr(self.module, "regularization", "none") not in WITH_CODEBOOK:
             raise ValueError("quantize_x0 needs a first stage with a codebook")
         z = z / self.scale_factor + self.shift
         codes = self._apply(lambda module, z: module.quantize(z).codes, z)

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK
 from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
 from latent_diffusion.nets.prior import CodeTransformer, front_of
 from latent_diffusion.process import decoding
@@ -186,7 +187,7 @@ def make_prior(transformer: Config, conditioners: Config, autoencoder: nn.Module
 
     transformer, conditioners: the fields of a config. Raises ValueError where parts don't fit.
     """
-    if getattr(autoencoder, "regularization", "none") not in ("vq", "gumbel"):
+    if getattr(autoencoder, "regularization", "none") not in WITH_CODEBOOK:
         raise ValueError(
             "a prior needs a first stage with a codebook (autoencoder.regularization vq or gumbel)"
         )

@@ -17,6 +17,7 @@ from latent_diffusion.nets.quantizer import GumbelQuantizer, Quantized, VectorQu
 from latent_diffusion.types import Array, Float, Int, Keys
 
 REGULARIZATIONS = ("kl", "vq", "gumbel", "none")
+WITH_CODEBOOK = ("vq", "gumbel")
 
 
 class ResnetBlock(nn.Module):
@@ -313,7 +314,7 @@ class Autoencoder(Architecture):
 
     @property
     def _has_codes(self) -> bool:
-        return self.regularization in ("vq", "gumbel")
+        return self.regularization in WITH_CODEBOOK
 
     def _need_codes(self) -> None:
         if not self._has_codes:

@@ -116,6 +116,26 @@ def cluster() -> Callable[[], None]:
     return connect
 
 
+def model() -> Callable[[], tuple[str, dict[str, Any]]]:
+    """Define the flags by which a command loads a model; returns a reader of its path and of more
+    arguments of `load`. It raises UsageError unless there is one path.
+    """
+    workdir = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
+    other = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
+    more = (
+        flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file."),
+        flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage."),
+        flags.DEFINE_bool("scan", None, "Transformers are loops: they compile faster, see load."),
+    )
+
+    def read() -> tuple[str, dict[str, Any]]:
+        if (workdir.value is None) == (other.value is None):
+            raise app.UsageError("give either --workdir or --model")
+        return str(workdir.value or other.value), {holder.name: holder.value for holder in more}
+
+    return read
+
+
 def define(options: Mapping[str, Any], fallback: str = "") -> Callable[[], dict[str, Any]]:
     """Define a flag for every option (`process.options.Option`); returns a reader of their values.
 

@@ -5,15 +5,11 @@
 Then open the address that is printed. See docs/serving.md for the API. Nothing is written to disk.
 """
 
-from absl import app, flags
+from absl import flags
 
 from latent_diffusion.runtime import flags as shared_flags
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
-MODEL = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
-DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage.")
-SCAN = flags.DEFINE_bool("scan", None, "Transformers are loops: they compile faster, see load.")
+read_model = shared_flags.model()
 ADAPTER = flags.DEFINE_multi_string(
     "adapter", [], "An adapter that requests can name: NAME=FILE; repeatable."
 )
@@ -37,14 +33,12 @@ def main(argv: list[str]) -> None:
     from latent_diffusion.serve.requests import Limits
 
     quiet_and_cached()
-    if (WORKDIR.value is None) == (MODEL.value is None):
-        raise app.UsageError("give either --workdir or --model")
-    path = str(WORKDIR.value or MODEL.value)
+    path, loading = read_model()
     try:
         pairs = [entry.partition("=") for entry in ADAPTER.value]
         if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
             raise ValueError(f"--adapter={wrong[0]}: write NAME=FILE")
-        model = load(path, tokenizer=TOKENIZER.value, dtype=DTYPE.value, scan=SCAN.value)
+        model = load(path, **loading)
         limits = Limits(MAX_IMAGES.value, MAX_PIXELS.value, MAX_STEPS.value, MAX_WAITING.value)
         adapters = {name: load_adapter(file) for name, _, file in pairs}
         server = make_server(

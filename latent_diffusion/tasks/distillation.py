@@ -223,9 +223,9 @@ def make_distillation(config: Config) -> Distillation:
         "textual_inversion.word": config["textual_inversion"]["word"],
     }
     other |= {f"diffusion.{name}": config["diffusion"][name] for name in OF_DENOISING}
-    if wrong := {name: value for name, value in other.items() if value}:
-        name, value = next(iter(wrong.items()))
-        raise ValueError(f"a distillation has no {name}, which is {value!r}: turn it off")
+    for name, value in other.items():
+        if value:
+            raise ValueError(f"a distillation has no {name}, which is {value!r}: turn it off")
     student = dataclasses.replace(make_denoising(config), pretrained=names)
     if own["method"] not in METHODS:
         raise ValueError(f"distillation.method={own['method']!r}; known: {', '.join(METHODS)}")

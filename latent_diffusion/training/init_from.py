@@ -163,11 +163,8 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
         return state
     if config.task in DENOISERS and config.lora.rank:
         theirs = parameters_of(bundle, config.task)
-        params, average = (_with_norms(t, theirs) for t in (state.params, state.ema_params))
-        state = state.replace(params=params, ema_params=average)
-        if state.target is not None:
-            state = state.replace(target=_with_norms(state.target, theirs))
-        return state
+        names = [n for n in ("params", "ema_params", "target") if getattr(state, n) is not None]
+        return state.replace(**{name: _with_norms(getattr(state, name), theirs) for name in names})
     theirs = parameters_of(bundle, config.task)
     if config.task in DENOISERS and config.control:
         params, average = (_with_copies(t, theirs) for t in (state.params, state.ema_params))
