@@ -162,10 +162,23 @@ def test_a_fresh_unet_predicts_zero():
     np.testing.assert_array_equal(out, jnp.zeros_like(out))
 
 
-def test_unet_says_what_it_expected():
+def test_odd_sides_lose_a_row_before_the_convolution_that_follows():
+    """Golden numbers of code that equals diffusers' (parity/test_sdxl.py, odd sides)."""
     unet = UNet(**SMALL_UNET)
+    z = jnp.cos(jnp.arange(30.0)).reshape(1, 5, 3, 2)
+    params = jax.eval_shape(unet.init, KEY, z, jnp.ones(1))
+    waves = jax.tree.map(lambda x: jnp.cos(jnp.arange(1.0 * x.size)).reshape(x.shape), params)
+    out = jax.jit(unet.apply)(waves, z, jnp.ones(1))
+    assert out.shape == z.shape
+    np.testing.assert_allclose(out[0, -1, :, 0], [-0.80484, 5.35572, -3.05949], atol=2e-4)
+    np.testing.assert_allclose(out[0, :2, -1, 0], [-1.78186, 6.88684], atol=2e-4)
+
+
+def test_unet_says_what_it_expected():
+    pooled = UNet(**SMALL_UNET, resblock_updown=True)
     with pytest.raises(ValueError, match=r"latent of 5×4 must be divisible by 2"):
-        unet.init(KEY, jnp.zeros((1, 5, 4, 2)), jnp.zeros(1))
+        pooled.init(KEY, jnp.zeros((1, 5, 4, 2)), jnp.zeros(1))
+    unet = UNet(**SMALL_UNET)
     with pytest.raises(ValueError, match="vector has width 3, the timestep embedding 32"):
         unet.init(
             KEY, jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), Conditioning(vector=jnp.zeros((1, 3)))

@@ -225,7 +225,8 @@ class UNet(nn.Module):
                     attention = self._attention(f"output_blocks_{index}_1", channels, level)
                     h, part = attention(h, conditioning), 2
                 if level and block == self.num_res_blocks:
-                    h = self._upsample(f"output_blocks_{index}_{part}", h, emb, train)
+                    size = skips[-1].shape[1:3]
+                    h = self._upsample(f"output_blocks_{index}_{part}", h, emb, train, size)
 
         if self.num_codes is not None:
             h = GroupNorm(self.num_groups, epsilon=1e-5, name="id_predictor_0")(h)
@@ -248,7 +249,7 @@ class UNet(nn.Module):
         """
         levels = len(self.channel_mult)
         factor = 2 ** (levels - 1)
-        if z_t.shape[1] % factor or z_t.shape[2] % factor:
+        if self.resblock_updown and (z_t.shape[1] % factor or z_t.shape[2] % factor):
             raise ValueError(
                 f"unet: latent of {z_t.shape[1]}×{z_t.shape[2]} must be divisible by {factor}"
             )
@@ -323,7 +324,14 @@ class UNet(nn.Module):
             return self._res_block(name, h.shape[-1], "down")(h, emb, train)
         return Conv(h.shape[-1], 3, 2, ((1, 1), (1, 1)), dtype=self.dtype, name=f"{name}_op")(h)
 
-    def _upsample(self, name: str, h: Array, emb: Array, train: bool) -> Array:
+    def _upsample(
+        self, name: str, h: Array, emb: Array, train: bool, size: tuple[int, ...]
+    ) -> Array:
+        """h at the `size` of the next skip: twice its own, or one less where that is odd."""
         if self.resblock_updown:
             return self._res_block(name, h.shape[-1], "up")(h, emb, train)
-        return UpsampleConv(h.shape[-1], dtype=self.dtype, name=f"{name}_conv")(h)
+        name = f"{name}_conv"
+        if (2 * h.shape[1], 2 * h.shape[2]) == size:
+            return UpsampleConv(h.shape[-1], dtype=self.dtype, name=name)(h)
+        h = upsample_nearest(h)[:, : size[0], : size[1]]
+        return Conv(h.shape[-1], dtype=self.dtype, name=name)(h)

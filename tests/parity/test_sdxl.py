@@ -108,8 +108,8 @@ def size(of=SIZE):
     return {"height": of[0] * F, "width": of[1] * F}
 
 
-def z(number=2, seed=0):
-    return draw(seed, number, *SIZE, 4)
+def z(number=2, seed=0, of=SIZE):
+    return draw(seed, number, *of, 4)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,13 @@ def bases(tmp_path_factory):
     return made
 
 
-def sample_latents(model, steps, **options):
+def sample_latents(model, steps, of=SIZE, **options):
     """Of `LATENTS`, told the size of the picture."""
-    sizes = dict.fromkeys(("original_size", "target_size"), (SIZE[0] * F, SIZE[1] * F))
+    sizes = dict.fromkeys(("original_size", "target_size"), (of[0] * F, of[1] * F))
     return model.sample(
-        RNG, PROMPTS, mode="single", z_T=z(), num_steps=steps, image_size=SIZE, **sizes, **options
-    )
+        RNG, PROMPTS, mode="single", z_T=z(of=of), num_steps=steps, image_size=of, **sizes,
+        **options,
+    )  # fmt: skip
 
 
 def check_latents(got, want):
@@ -181,6 +182,18 @@ def test_the_last_latents(scheduler, steps, negative, bases):
         negative_prompt=negative and [negative] * 2, **size(),
     ).images  # fmt: skip
     check_latents(sample_latents(model, steps, negative_prompts=negative and [negative]), want)
+
+
+def test_latents_with_odd_sides(bases, monkeypatch):
+    """As of a picture of 104 × 72 pixels and a first stage with f = 8; that of the test has 2."""
+    pipeline, model = bases["euler"]
+    monkeypatch.setattr(pipeline, "check_inputs", lambda *args, **options: None)
+    odd = (13, 9)
+    want = pipeline(
+        PROMPTS, latents=to_torch(z(of=odd)), num_inference_steps=5, output_type="latent",
+        **size(odd),
+    ).images  # fmt: skip
+    check_latents(sample_latents(model, 5, odd), want)
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "karras"])
