@@ -16,6 +16,7 @@ import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, unet
 from latent_diffusion.convert.describe import describe
+from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.nets.layers import guidance_embedding
 from latent_diffusion.process.plan import plan
 from latent_diffusion.rng import example_keys, sampling_keys
@@ -232,6 +233,22 @@ def test_a_student_of_one_scale_is_not_guided_again(tmp_path):
     convert.write(bundle, tmp_path / "a", "diffusers")
     again = ldm.load(tmp_path / "a").defaults
     assert again["sampler"] == "lcm" and again["guidance_scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "embedded", "wanted"),
+    [
+        ("StableDiffusionPipeline", False, 1.0),
+        ("StableDiffusionXLPipeline", False, 1.0),
+        ("StableDiffusionXLPipeline", True, 5.0),
+        ("LatentConsistencyModelPipeline", True, 8.5),
+    ],
+)
+def test_guidance_is_on_where_a_distilled_network_takes_its_scale(name, embedded, wanted):
+    unet = convert.Part({"guidance_dim": 256 if embedded else None}, {})
+    bundle = convert.Bundle(unet=unet, notes={"pipeline": name})
+    config = {"_class_name": "LCMScheduler", "beta_schedule": "scaled_linear"}
+    assert _with_scheduler(bundle, config, None).sampling["guidance_scale"] == wanted
 
 
 def test_the_embedding_of_guidance_by_hand():

@@ -1,15 +1,20 @@
 """The experiments of Stable Diffusion XL: sizes, conditions and what is trained."""
 
 import importlib
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from latent_diffusion import data
+from latent_diffusion.data.tokenizers.word import WordTokenizer
 from latent_diffusion.nets.conditioners import encoded_apart
 from latent_diffusion.runtime.parallel import count_flops
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.batches import train_batches
 
 SIZES = {"original_size", "crop_top_left", "target_size"}
 # config -> parameters of the U-Net, of the text encoders (CLIP-L without its last layer and norm),
@@ -71,9 +76,23 @@ NARROW = {
 ENCODER = {"width": 64, "num_heads": 1, "depth": 2, "vocab_size": 9, "max_length": 5}
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of pictures with captions and scores, none of them a square."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for i in range(4):
+        colour = (60 * i, 90, 200 - 50 * i)
+        Image.new("RGB", (100 + 10 * i, 72), colour).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": "a red cube", "aesthetic_score": 4 + i})
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (folder / "metadata.jsonl").write_text(lines)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_refiner", "sdxl_lora"])
-def test_a_narrow_model_takes_a_step(name):
-    """Its parameters move, the frozen ones don't, and the sizes count."""
+def test_a_narrow_model_takes_a_step(name, pictures):
+    """Its parameters move, the frozen ones don't, and the sizes of training's data count."""
     config = importlib.import_module(f"configs.{name}").get_config()
     config.update_from_flattened_dict(NARROW)
     depth = config.unet.transformer_depth
@@ -90,7 +109,20 @@ def test_a_narrow_model_takes_a_step(name):
         jax.eval_shape(task.init, jax.random.key(0), spec),
     )
     state = state.replace(step=np.int32(1), opt_state=task.tx.init(state.params))
-    batch = {key: rng.integers(1, 7, x.shape).astype(x.dtype) for key, x in spec.items()}
+    config.data.update({"dir": str(pictures), "test_fraction": 0.0})
+    assert config.data.name == "image_folder"
+    source = data.make_source(config.data, "train")
+    tokenizer = WordTokenizer.train(["a red cube"], ENCODER["vocab_size"], ENCODER["max_length"])
+    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
+    batch = next(train_batches(config, source, transform))
+    for key in spec.keys() - {"image"}:
+        assert (batch[key].shape, batch[key].dtype) == (spec[key].shape, spec[key].dtype), key
+    assert (batch["original_size"][:, 1] >= 100).all() and (
+        batch["original_size"][:, 0] == 72
+    ).all()
+    assert (batch["crop_top_left"] > 0).any()
+    if "aesthetic_score" in batch:
+        assert set(batch["aesthetic_score"]) <= {4.0, 5.0, 6.0, 7.0}
     batch["moments"] = rng.standard_normal((2, 8, 8, 8), np.float32)  # in place of the picture
     step = jax.jit(task.train_step)
     after, metrics = step(state, constants, batch, jax.random.key(1))

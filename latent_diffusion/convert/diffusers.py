@@ -206,9 +206,10 @@ def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
         config = {**config, "_class_name": kind}
     diffusion, sampling = scheduler.from_diffusers(config)
     name = bundle.notes["pipeline"]
-    distilled = sampling.get("sampler") == "lcm"  # and its scale with it
-    default = 7.5 if name.startswith("StableDiffusion") and not distilled else 1.0
-    sampling["guidance_scale"] = _GUIDANCE.get(name, default)
+    default = _GUIDANCE.get(name, 7.5 if name.startswith("StableDiffusion") else 1.0)
+    unet = bundle.unet.fields if bundle.unet else {}
+    distilled = sampling.get("sampler") == "lcm" and unet.get("guidance_dim") is None
+    sampling["guidance_scale"] = 1.0 if distilled else default  # then the network has it in itself
     if sd3.is_sd3(name):
         sampling["num_steps"] = sd3.STEPS
     notes = {**bundle.notes, "scheduler": config}
