@@ -41,6 +41,12 @@ def bytes_of_ballast():
     return sum(array.nbytes * len(array.sharding.device_set) for array in held)
 
 
+def test_batches_are_large_where_that_costs_no_time():
+    rows = {1: 1, 2: 1, 3: 4, 9: 4, 100: 16, 480: 128, 512: 128}
+    assert {total: program.batch_rows(total, 128, 1) for total in rows} == rows
+    assert program.batch_rows(960, 256, 2) == 256
+
+
 def test_other_numbers_seeds_and_counts_need_three_programs_at_most(monkeypatch):
     traces, sample = [], program._sample
     monkeypatch.setattr(program, "_sample", lambda *given: traces.append(1) or sample(*given))
