@@ -330,6 +330,9 @@ def distillation() -> ConfigDict:
     c.guidance_scales = (1.0, 1.0)
     c.distilled_steps = 50  # of the teacher's DDIM, along which the student jumps
     c.target_decay = 0.95  # of the average that makes the targets; 0 = the student makes them
+    # Equal parts of the path, at whose ends the jumps end: as many steps of "ddim" with the spacing
+    # "trailing". 1 = all jumps end at z_0, for the sampler "lcm" in any number of steps
+    c.phases = 1
     return c
 
 

@@ -1,13 +1,14 @@
 """The table and the pictures of docs/few_steps.md: a distilled student beside its teacher.
 
     python -m demo.few_steps --teacher=runs/demo/denoiser --student=runs/demo/few_steps
-        --preview=runs/demo/preview
+        --phased=runs/demo/phased --preview=runs/demo/preview
 
 Writes few_steps.json and few_steps.png into the student's workdir. Fréchet distances are of the
 features of AlexNet, between samples for captions of the test split and the training pictures (fd)
 or the first stage's reconstructions of them (fd_reconstructed): a first stage's errors are the
 larger part of the first. Standard errors are a jackknife's. The judge of `demo.judge` measures
-accuracies. With --preview, the student's samples are also decoded by that tiny decoder.
+accuracies. With --phased there is a student of four phases, too; with --preview, the students'
+samples are also decoded by that tiny decoder.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from demo.judged import Judged
@@ -34,27 +36,33 @@ from latent_diffusion.runtime.startup import quiet_and_cached
 
 SCALE = 2.0  # of the teacher's guidance
 SHOWN = (*SEEN[:5], *HELD_OUT[:3])
-BATCH = 128
+BATCH, SEEDS = 128, 4  # images at once; sets of samples for the judge
 # name of a row -> who draws, and how
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher, DDIM, 20 steps": ("teacher", {"sampler": "ddim", "num_steps": 20}),
+    "phased student, 4": ("phased", {}),
+    "phased student, 4, tiny decoder": ("phased_fast", {}),
 }
 for steps in (4, 2, 1):
     ROWS |= {
         f"student, {steps}": ("student", {"num_steps": steps}),
-        f"student, {steps}, tiny decoder": ("fast", {"num_steps": steps}),
+        f"student, {steps}, tiny decoder": ("student_fast", {"num_steps": steps}),
         f"DDIM, {steps}": ("teacher", {"sampler": "ddim", "num_steps": steps}),
         f"DPM++, {steps}": ("teacher", {"sampler": "dpm_solver_pp_2m", "num_steps": steps}),
     }
 
 
 def evaluate(
-    teacher: Path, student: Path, preview: Path | None, count: int
+    teacher: Path, student: Path, phased: Path | None, preview: Path | None, count: int
 ) -> dict[str, dict[str, float]]:
     """Measure all rows and draw the pictures; returns the numbers by row."""
     models = {"teacher": load(teacher), "student": load(student)}
+    if phased is not None:
+        models["phased"] = load(phased)
     if preview is not None:
-        models["fast"] = models["student"].replace(first_stage=load(preview).first_stage)
+        tiny = load(preview).first_stage
+        for name in {"student", "phased"} & models.keys():
+            models[f"{name}_fast"] = models[name].replace(first_stage=tiny)
     config = workdir.load_config(teacher)
     train, test = (data.make_source(config.data, split) for split in ("train", "test"))
     judged = Judged([train[i] for i in range(len(train))])
@@ -87,12 +95,14 @@ def evaluate(
         draw = {"batch_size": BATCH, **options}
         model.sample(jax.random.key(1), judged.prompts, **draw)  # compiles
         start = time.perf_counter()
-        samples = to_uint8(model.sample(jax.random.key(0), judged.prompts, **draw))
-        rate = len(samples) / (time.perf_counter() - start)
+        keys = [jax.random.key(seed) for seed in range(SEEDS)]
+        samples = [to_uint8(model.sample(key, judged.prompts, **draw)) for key in keys]
+        rate = sum(map(len, samples)) / (time.perf_counter() - start)
         numbers[row] = {"images_per_second": rate}
         for name, distance in distances.items():
             numbers[row] |= {name: distance.value, f"{name}_error": distance.error}
-        numbers[row] |= dict(zip(("tone", "group"), judged.accuracies(samples), strict=True))
+        accuracies = np.mean([judged.accuracies(each) for each in samples], 0)
+        numbers[row] |= dict(zip(("tone", "group"), map(float, accuracies), strict=True))
         shown = to_uint8(model.sample(jax.random.key(2), SHOWN, **options))
         drawn.append((row, shown))
         print(row, {name: round(value, 4) for name, value in numbers[row].items()}, flush=True)
@@ -105,8 +115,8 @@ def main(argv: list[str]) -> None:
     """Evaluate; the rows are printed while they are measured."""
     quiet_and_cached()
     try:
-        preview = None if PREVIEW.value is None else Path(PREVIEW.value)
-        evaluate(Path(TEACHER.value), Path(STUDENT.value), preview, COUNT.value)
+        phased, preview = (Path(v) if v else None for v in (PHASED.value, PREVIEW.value))
+        evaluate(Path(TEACHER.value), Path(STUDENT.value), phased, preview, COUNT.value)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -114,6 +124,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     TEACHER = flags.DEFINE_string("teacher", "runs/demo/denoiser", "The teacher's workdir.")
     STUDENT = flags.DEFINE_string("student", "runs/demo/few_steps", "The student's workdir.")
+    PHASED = flags.DEFINE_string("phased", None, "The workdir of a student of four phases.")
     PREVIEW = flags.DEFINE_string("preview", None, "A tiny decoder's workdir, for further rows.")
     COUNT = flags.DEFINE_integer("num_images", 2048, "Samples of each row.")
     app.run(main)

@@ -12,6 +12,7 @@ import pytest
 from test_start import begin, few
 from tiny import make_config
 
+from configs import openmoji_few_steps
 from latent_diffusion import convert
 from latent_diffusion.data.tokenizers import load_tokenizer
 from latent_diffusion.generation.loading import load
@@ -21,6 +22,7 @@ from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.optimisation.optimizers import make_optimizer
 from latent_diffusion.process import objectives
 from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.process.spacings import distilled_timesteps, spacing
 from latent_diffusion.rng import (
     example_keys,
     init_key,
@@ -80,9 +82,9 @@ def made(kind, method="consistency", scales=(2.0, 5.0), embedded=True, **fields)
     return task, state.replace(params=params, opt_state=student.tx.init(params)), constants
 
 
-def by_hand(kind, loss, scales, embedded, steps):
+def by_hand(kind, loss, scales, embedded, steps, phases):
     """The loss [B] of the state of `made`, in NumPy with 64 bits; the draws are the task's."""
-    task, state, constants = made(kind, scales=scales, embedded=embedded, loss=loss)
+    task, state, constants = made(kind, scales=scales, embedded=embedded, loss=loss, phases=phases)
     noise = task.student.denoiser.schedule
     keys = split_per_example(example_keys(RNG, BATCH), 5)
     eps = np.asarray(normal_per_example(keys[2], (SIDE, SIDE, 3)), np.float64)
@@ -111,9 +113,13 @@ def by_hand(kind, loss, scales, embedded, steps):
 
     def jump(weights, z, t):
         guidance = w if embedded else 0.0
-        z_0, _ = both(network(weights, z, t, LABELS, guidance), z, t)
+        z_0, e = both(network(weights, z, t, LABELS, guidance), z, t)
         skip = 0.25 / ((10 * t) ** 2 + 0.25)
-        return column(skip) * z + column(10 * t / np.sqrt((10 * t) ** 2 + 0.25)) * z_0
+        start = column(skip) * z + column(10 * t / np.sqrt((10 * t) ** 2 + 0.25)) * z_0
+        ends = np.array([0, *(1000 * np.arange(1, phases) // phases - 1)])[index * phases // steps]
+        return np.where(
+            column(ends) > 0, column(alpha[ends]) * z_0 + column(sigma[ends]) * e, start
+        )
 
     z = column(alpha[t]) * PICTURES + column(sigma[t]) * eps
     teacher_weights = WEIGHTS.astype(np.float64)
@@ -132,20 +138,32 @@ def by_hand(kind, loss, scales, embedded, steps):
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss", "scales", "embedded"),
+    ("kind", "loss", "scales", "embedded", "phases"),
     [
-        ("eps", "pseudo_huber", (3.0, 15.0), True),
-        ("v", "l2", (2.0, 2.0), False),
-        ("flow", "l2", (2.0, 5.0), False),
+        ("eps", "pseudo_huber", (3.0, 15.0), True, 1),
+        ("v", "l2", (2.0, 2.0), False, 1),
+        ("v", "l2", (2.0, 2.0), False, 5),
+        ("flow", "l2", (2.0, 5.0), False, 1),
     ],
 )
-def test_the_loss_is_that_of_latent_consistency(kind, loss, scales, embedded):
-    task, state, constants = made(kind, scales=scales, embedded=embedded, loss=loss)
+def test_the_loss_is_that_of_latent_consistency(kind, loss, scales, embedded, phases):
+    fields = {"scales": scales, "embedded": embedded, "loss": loss, "phases": phases}
+    task, state, constants = made(kind, **fields)
     keys = example_keys(RNG, BATCH)
     got = task._loss(state.params, state.target, constants, BATCH_OF, keys)
-    want = by_hand(kind, loss, scales, embedded, 50)
+    want = by_hand(kind, loss, scales, embedded, 50, phases)
     # alpha is 0.002 … 1, and the error of 32 bits in z_0 is that of eps over alpha.
     np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-6)
+
+
+def test_the_steps_of_a_phased_student_start_where_its_phases_do():
+    config = openmoji_few_steps.get_config("phased")
+    own = config.distillation
+    starts = distilled_timesteps(1000, own.distilled_steps)[:: -own.distilled_steps // own.phases]
+    schedule = make_schedule("cosine", 1000, 0.0015, 0.0195)
+    taken = spacing(config.sampling.spacing, schedule, config.sampling.num_steps)
+    np.testing.assert_allclose(taken[:-1], starts)
+    assert len(starts) == own.phases == 4 and config.sampling.sampler == "ddim"
 
 
 def test_one_evaluation_learns_the_guided_prediction():
@@ -320,6 +338,9 @@ def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
         ({"distillation.method": "magic"}, "'magic'; known: consistency, guidance"),
         ({"distillation.guidance_scales": (3.0, 1.0)}, "must be the least, the largest"),
         ({"distillation.distilled_steps": 1001}, "distilled_steps=1001 must lie in 1 … 1000"),
+        ({"distillation.phases": 3}, "phases=3 must divide distilled_steps=20"),
+        ({"distillation.phases": 0}, "phases=0 must divide"),
+        ({"distillation.phases": 2, "distillation.method": "guidance"}, "of the method consist"),
         ({"lora.rank": 1, "unet.guidance_dim": 4}, "has no guidance_dim"),
         ({"diffusion.loss": "l3"}, "unknown loss 'l3'"),
         ({"control": "edges"}, "a distillation has no control, which is 'edges'"),

@@ -154,6 +154,7 @@ PROGRAMS = {
     "distillation.distilled_steps": (STUDENT, "train_step", 25, {}),
     "distillation.guidance_scales": (STUDENT, "train_step", (1.0, 3.0), {}),
     "distillation.method": (STUDENT, "train_step", "guidance", {}),
+    "distillation.phases": (STUDENT, "train_step", 2, {}),
     "distillation.target_decay": (STUDENT, "train_step", 0.5, {}),
     "unet.guidance_dim": (STUDENT, "train_step", 4, {}),
     "classifier.num_classes": (CLASSIFIER, "eval_step", 5, {}),

@@ -7,7 +7,9 @@ the start of the teacher's guided path,
     L = E over z_t, n of  d( f(z_{t_{n+1}}, t_{n+1}),  f⁻(z_{t_n}, t_n) )
 
 where one step of DDIM by the teacher leads from z_{t_{n+1}} to z_{t_n}, and f⁻ is a moving average
-of f. Teacher and student share the teacher's conditioners, which are frozen as the teacher is.
+of f. With several `phases` (Wang et al. 2024), f jumps to the end of the phase in which t lies, so
+that as many steps of DDIM by the student follow the teacher's path. Teacher and student share the
+teacher's conditioners, which are frozen as the teacher is.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import global_norm
 from latent_diffusion.process import consistency, objectives
-from latent_diffusion.process.diffusion import Prediction, q_sample, to_z_0_and_eps
+from latent_diffusion.process.diffusion import Prediction, expand, q_sample, to_z_0_and_eps
 from latent_diffusion.process.spacings import distilled_timesteps
 from latent_diffusion.rng import (
     example_keys,
@@ -70,6 +72,7 @@ class Distillation:
     guidance_scales: tuple[float, float] = (1.0, 1.0)  # the least and the largest
     distilled_steps: int = 50
     target_decay: float = 0.95  # 0: the student itself makes the targets
+    phases: int = 1  # equal parts of the path, along each of which the student is consistent
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces."""
@@ -166,15 +169,17 @@ class Distillation:
         index = jnp.minimum(uniform_per_example(k_t) * len(grid), len(grid) - 1).astype(jnp.int32)
         t = grid[index]
         before = jnp.maximum(t - schedule.num_timesteps // self.distilled_steps, 0)
+        steps_of_phase = self.distilled_steps // self.phases
+        end = jnp.append(0, grid)[index // steps_of_phase * steps_of_phase]
         z_t = q_sample(schedule, z_0, t, eps)
         guided = self._guided(*of_teacher, z_t, t)
         z_before = consistency.step(schedule, _estimate(student, guided, z_t, t), before)
         z_before = jax.lax.stop_gradient(z_before)
         average = task.with_params(jax.lax.stop_gradient(target), constants)
         wanted = average.denoise(z_before, before, with_scale)
-        wanted = _consistent(average, wanted, z_before, before)
+        wanted = _jump(average, wanted, z_before, before, end)
         pred = student.denoise(z_t, t, with_scale, train, dropout)
-        return distance(_consistent(student, pred, z_t, t), wanted)
+        return distance(_jump(student, pred, z_t, t, end), wanted)
 
     def _teacher(self, params: Params, constants: Constants) -> Denoiser:
         """The teacher, whose parameters are the constants' own or the base of an adaptation."""
@@ -210,9 +215,12 @@ def _estimate(denoiser: Denoiser, pred: Array, z_t: Array, t: Array) -> Predicti
     return to_z_0_and_eps(denoiser.prediction, pred, alpha_t, sigma_t, z_t)
 
 
-def _consistent(denoiser: Denoiser, pred: Array, z_t: Array, t: Array) -> Array:
-    """f(z_t, t) of a raw prediction."""
-    return consistency.consistent(_estimate(denoiser, pred, z_t, t).z_0, z_t, t)
+def _jump(denoiser: Denoiser, pred: Array, z_t: Array, t: Array, end: Array) -> Array:
+    """f(z_t, t) of a raw prediction: a step of DDIM to timesteps `end` [B], or the start at 0."""
+    estimate = _estimate(denoiser, pred, z_t, t)
+    at_end = consistency.step(denoiser.schedule, estimate, end)
+    start = consistency.consistent(estimate.z_0, z_t, t)
+    return jnp.where(expand(end, z_t) == 0, start, at_end)
 
 
 def make_distillation(config: Config) -> Distillation:
@@ -237,6 +245,11 @@ def make_distillation(config: Config) -> Distillation:
     if student.lora and getattr(student.denoiser.network, "guidance_dim", None) is not None:
         raise ValueError("an adaptation (lora.rank) has no guidance_dim: fix the scale")
     distilled_timesteps(student.denoiser.schedule.num_timesteps, own["distilled_steps"])
+    phases, steps = own["phases"], own["distilled_steps"]
+    if phases < 1 or steps % phases:
+        raise ValueError(f"distillation.phases={phases} must divide distilled_steps={steps}")
+    if phases > 1 and own["method"] != "consistency":
+        raise ValueError(f"distillation.phases={phases} are of the method consistency")
     objectives.make_loss(student.loss, student.huber_c)
     return Distillation(
         student=student,
@@ -244,6 +257,7 @@ def make_distillation(config: Config) -> Distillation:
         guidance_scales=allowed,
         distilled_steps=own["distilled_steps"],
         target_decay=own["target_decay"],
+        phases=phases,
     )
 
 
