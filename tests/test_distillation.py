@@ -309,6 +309,38 @@ def test_an_adaptation_is_a_file_for_its_teacher(kind, taught, tmp_path):
     assert list(load(tmp_path / "run").origin["guidance_range"]) == [1.0, 1.0]
 
 
+DIT = {
+    "backbone": "dit", "dit.width": 16, "dit.depth": 1, "dit.num_heads": 2, "dit.patch_size": 2,
+}  # fmt: skip
+EMBEDDED = {"unet.guidance_dim": 4, "distillation.guidance_scales": (1.0, 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "moved"),
+    [
+        ({"lora.rank": 1}, "lora"),
+        ({**EMBEDDED, "distillation.method": "guidance"}, "time_embed_guidance"),
+        ({**DIT, "distillation.phases": 2}, "blocks_0"),
+    ],
+)
+def test_students_of_every_kind_learn_beside_a_frozen_teacher(fields, moved, taught, tmp_path):
+    if "backbone" in fields:
+        taught = tmp_path / "teacher"
+        begin(few("denoising", **PIXELS, **DIT, **{"first_stage.num_batches": 1}), taught)
+    fields = {"distillation.guidance_scales": (2.0, 2.0), **fields}
+    run = started(student(taught, **fields), tmp_path / "run")
+    # A fresh teacher predicts zeros, and so would its student.
+    start = run.state.replace(params=jax.tree.map(lambda x: x + 0.01, run.state.params))
+    before = jax.tree.map(np.array, start.params)  # the step takes the state's memory
+    kept = jax.tree.map(np.array, run.constants)
+    state, values = run.train_step(start, run.constants, next(run.batches), run.rng)
+    assert 0 < float(values["loss"]) < np.inf
+    changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, state.params)
+    paths = [jax.tree_util.keystr(p) for p, x in jax.tree.leaves_with_path(changed) if x > 0]
+    assert any(moved in path for path in paths), paths
+    equal(run.constants, kept)
+
+
 def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
     def refused(**fields):
         with pytest.raises(ValueError) as error:
