@@ -98,8 +98,8 @@ def get_config() -> ConfigDict:
     c.textual_inversion.num_vectors = 1  # of the new word, one after the other in a prompt
 
     c.dreambooth = ConfigDict()
-    # Prior preservation: half of each batch is pictures of this caption, which init_from draws
-    # itself before training, into the workdir; "" = none
+    # Prior preservation: half of each batch is pictures of this caption, or of several ("cat;dog")
+    # in turn, which init_from draws itself before training, into the workdir; "" = none
     c.dreambooth.class_prompt = ""
     c.dreambooth.num_images = 100
     c.dreambooth.prior_weight = 1.0  # of their loss, beside that of the subject

@@ -17,12 +17,34 @@ from ml_collections import ConfigDict
 
 from configs import default, openmoji_text
 
+# What else the model draws, of every group. With pictures of its class alone, a model that is so
+# small keeps that class and forgets the others.
+OTHERS = (
+    *("grinning face", "cat", "dog", "bird", "fish", "tree", "flower", "apple", "pizza", "cake"),
+    *(
+        "cup",
+        "car",
+        "bus",
+        "airplane",
+        "ship",
+        "house",
+        "clock",
+        "sun",
+        "moon",
+        "book",
+        "telephone",
+    ),
+    *("hammer", "key", "guitar", "soccer ball", "trophy", "hat", "shirt", "shoe", "man", "woman"),
+    *("child", "person running", "woman cook", "hand", "thumbs up", "red heart", "blue circle"),
+    *("arrow", "flag", "black flag", "japan", "france"),
+)
+
 
 def get_config(variant: str = "") -> ConfigDict:
     c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
     c.init_from = "runs/demo/denoiser"
-    c.dreambooth.class_prompt = "face"
-    c.dreambooth.num_images = 200
+    c.dreambooth.class_prompt = ";".join(("face", *OTHERS))
+    c.dreambooth.num_images = 5 * (1 + len(OTHERS))
     c.data.name = "image_folder"
     c.data.test_split = "train"
     c.first_stage.cache = False  # pictures of two sources

@@ -86,6 +86,9 @@ def test_pictures_of_the_class_are_drawn_once(tmp_path):
     other = make(dreambooth(seed=7, **{"dreambooth.num_images": 8}))
     assert len(other) == 8 and len(drawn) == 4 and len([*tmp_path.glob("class-*")]) == 1
     assert np.abs(pictures.astype(int) - np.stack([other[i]["image"] for i in range(6)])).max() > 9
+    several = make(dreambooth(**{"dreambooth.class_prompt": "red cat; dog"}))
+    assert [several[i]["caption"] for i in range(3)] == ["red cat", "dog", "red cat"]
+    np.testing.assert_array_equal(drawn[-2], tokenizer(["red cat", "dog"] * 2))
 
 
 def test_the_files_of_a_run_stay_when_drawing_fails(tmp_path):

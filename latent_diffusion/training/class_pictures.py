@@ -7,6 +7,7 @@ The identity is a hash of the fields that the pictures depend on.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,7 +80,7 @@ def make_source(
             raise ValueError(f"{directory} has lost its class-*.npy: start in another workdir")
         path = there[0]
     elif processes.any_process(not path.exists()):
-        captions = data.ArraySource({"caption": [own.class_prompt] * own.num_images})
+        captions = data.ArraySource({"caption": _captions(config, own.num_images)})
         drawn = _drawn(config, captions, tokenizer, show)
         if jax.process_index() == 0:
             for other in there:
@@ -88,7 +89,13 @@ def make_source(
                 np.save(file, drawn)
         processes.barrier("pictures of the class are drawn")
     pictures = np.load(path, mmap_mode="r")
-    return data.ArraySource({"image": pictures, "caption": [own.class_prompt] * len(pictures)})
+    return data.ArraySource({"image": pictures, "caption": _captions(config, len(pictures))})
+
+
+def _captions(config: ConfigDict, count: int) -> list[str]:
+    """The captions of `dreambooth.class_prompt`, in turn."""
+    each = (caption.strip() for caption in config.dreambooth.class_prompt.split(";"))
+    return list(itertools.islice(itertools.cycle(each), count))
 
 
 def _identity(config: ConfigDict) -> str:
