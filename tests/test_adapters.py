@@ -14,6 +14,7 @@ from test_model import RNG, model
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert.adapters import adapted, read_adapter, weights_of
+from latent_diffusion.convert.adapters.peft_settings import PeftSettings
 from latent_diffusion.convert.bundle import with_denoiser
 from latent_diffusion.optimisation.deltas import delta
 
@@ -266,10 +267,18 @@ def test_a_config_beside_that_is_no_file_is_not_read(target, tmp_path):
         read_adapter(tmp_path)
 
 
+def test_the_header_has_settings_of_each_text_encoder():
+    header = {"text_encoder.r": 2, "text_encoder_2.r": 4, "text_encoder_2.lora_alpha": 12}
+    settings = PeftSettings("file", header)
+    for module, rank, scale in (("text_encoder.x", 2, 4), ("text_encoder_2.x", 4, 3)):
+        assert settings.scale(module, "LoRA", rank) == scale
+
+
 UNSUPPORTED = [
     ({"r": 4}, "its rank is 2, but .* says r=4"),
     ({"r": 2, "lora_alpha": "x"}, "lora_alpha='x', not a positive number"),
     ({"r": 2, "use_dora": True}, "use_dora, and its magnitude is absent"),
+    ({"r": 2, "lora_bias": True}, "lora_bias, and its bias is absent"),
     ({"r": 2, "bias": "all"}, "bias='all' isn't supported"),
     ({"r": 2, "fan_in_fan_out": True}, "fan_in_fan_out='True' isn't supported"),
     ({"r": 2, "modules_to_save": ["conv_in"]}, "modules_to_save=.* isn't supported"),

@@ -81,3 +81,13 @@ def test_both_formats_are_read_and_written_bitwise(kind, tmp_path):
         assert {**read.fields} == {**adapter.fields}
         for name, array in adapter.params.items():
             np.testing.assert_array_equal(read.params[name], array)
+
+
+def test_what_no_file_says_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^net has num_res_blocks=1, .* save it as diffusers"):
+        write_t2i(small(), tmp_path / "net.safetensors", "compvis")
+    write_t2i(small(), tmp_path / "net", "diffusers")
+    config = tmp_path / "net" / "config.json"
+    config.write_text(config.read_text().replace("T2IAdapter", "ControlNetUnionModel"))
+    with pytest.raises(ValueError, match="unknown adapter 'ControlNetUnionModel'; known: Control"):
+        read_adapter(tmp_path / "net")

@@ -4,6 +4,7 @@ The classes are the installed ones, so that a setting of a later version shows u
 """
 
 import inspect
+import json
 import os
 
 import pytest
@@ -14,7 +15,9 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
 
-from latent_diffusion.convert import bert, clip_image, clip_text, components, text
+from latent_diffusion.convert import bert, clip_image, clip_text, components, t5, text
+from latent_diffusion.convert.adapters import control, t2i_adapter
+from latent_diffusion.convert.adapters.peft_settings import PeftSettings
 
 TWO = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, sample_size=8)
 CROSSED = dict(
@@ -41,13 +44,20 @@ CLASSES = {
     "VQModel": [{**TWO, **ENDS}],
     "SD3Transformer2DModel": [{}],
     "DiTTransformer2DModel": [{}],
+    "AutoencoderTiny": [{}],
+    "ControlNetModel": [{}, {"class_embed_type": "projection",
+                             "projection_class_embeddings_input_dim": 6}],
+    "T2IAdapter": [{}],
 }  # fmt: skip
 MEANINGS = {
     **dict.fromkeys(("UNet2DConditionModel", "UNet2DModel"), components.MEANINGS["unet"]),
-    **dict.fromkeys(("AutoencoderKL", "VQModel"), components.MEANINGS["autoencoder"]),
+    **dict.fromkeys(("AutoencoderKL", "VQModel", "AutoencoderTiny"),
+                    components.MEANINGS["autoencoder"]),
     "SD3Transformer2DModel": components.MEANINGS["mmdit"],
     "DiTTransformer2DModel": components.MEANINGS["dit"],
-}
+    "ControlNetModel": control.from_diffusers,
+    "T2IAdapter": t2i_adapter.fields_from_diffusers,
+}  # fmt: skip
 # Those that change no output; `test_harmless_settings_of_diffusers` asks diffusers.
 HARMLESS = {
     "UNet2DConditionModel": {"upcast_attention", "addition_embed_type_num_heads"},
@@ -56,12 +66,17 @@ HARMLESS = {
     "VQModel": {"force_upcast", "sample_size"},
     "SD3Transformer2DModel": set(),
     "DiTTransformer2DModel": set(),
+    "AutoencoderTiny": {"latent_magnitude", "latent_shift", "force_upcast"},
+    "ControlNetModel": {"upcast_attention", "addition_embed_type_num_heads"},
+    "T2IAdapter": set(),
 }
+GATED = {"feed_forward_proj": "gated-gelu"}  # of all released models that use a T5
 ENCODERS = {
-    "CLIPTextConfig": (transformers.CLIPTextConfig, clip_text),
-    "CLIPVisionConfig": (transformers.CLIPVisionConfig, clip_image),
-    "BertConfig": (transformers.BertConfig, bert),
-    "LDMBertConfig": (LDMBertConfig, text),
+    "CLIPTextConfig": (transformers.CLIPTextConfig, clip_text, {}),
+    "CLIPVisionConfig": (transformers.CLIPVisionConfig, clip_image, {}),
+    "BertConfig": (transformers.BertConfig, bert, {}),
+    "LDMBertConfig": (LDMBertConfig, text, {}),
+    "T5Config": (transformers.T5Config, t5, GATED),
 }
 
 
@@ -93,7 +108,7 @@ def outcome(meaning, base, setting, value):
 def test_settings_of_diffusers(name):
     meaning, silent = MEANINGS[name], set()
     settings = inspect.signature(getattr(diffusers, name).__init__).parameters
-    assert len(settings) > 12
+    assert len(settings) > (5 if name == "T2IAdapter" else 12)
     for setting, parameter in settings.items():
         if setting in ("self", "args", "kwargs"):
             continue
@@ -114,7 +129,7 @@ def test_settings_that_diffusers_leaves_out_have_its_defaults(name):
     said = {k: p.default for k, p in settings if k not in ("self", "args", "kwargs")}
     if name == "VQModel":  # the released models leave it out, and mean 1
         said["scaling_factor"] = 1.0
-    del said["sample_size"]
+    said.pop("sample_size", None)
     if name == "DiTTransformer2DModel":  # harmless ones, which have no defaults
         del said["dropout"], said["norm_num_groups"]
     config = {"_class_name": name}
@@ -123,11 +138,11 @@ def test_settings_that_diffusers_leaves_out_have_its_defaults(name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_settings_of_text_and_image_encoders(name):
-    make, module = ENCODERS[name]
-    base = {k: v for k, v in make().to_dict().items() if not isinstance(v, dict)}
+    make, module, chosen = ENCODERS[name]
+    base = {k: v for k, v in make(**chosen).to_dict().items() if not isinstance(v, dict)}
     base["architectures"] = ["X"]
     meaning = module.fields_from_config
-    assert meaning(base) == meaning({})  # the defaults are theirs
+    assert meaning(base) == meaning(chosen)  # the defaults are theirs
     silent = {
         setting
         for setting, value in base.items()
@@ -135,8 +150,46 @@ def test_settings_of_text_and_image_encoders(name):
     }
     # One is about memory, the other repeats `encoder_layers`.
     silent -= {"chunk_size_feed_forward", "num_hidden_layers" if module is text else ""}
+    silent -= {"num_decoder_layers", "dropout_rate"}  # T5's other half; training
     used = ("size", "hidden_act", "_layers", "heads", "head_dim", "layer_norm_eps", "d_model")
+    used += ("d_kv", "d_ff", "gated", "_act", "feed_forward", "relative")
     assert not [s for s in silent if any(word in s for word in used)], silent
+    with pytest.raises(ValueError, match="no_such_setting"):
+        meaning({**base, "no_such_setting": 1})
+
+
+KINDS = {"LoraConfig": "LoRA", "LoHaConfig": "LoHa", "LoKrConfig": "LoKr"}
+# Which modules were adapted and how training began and went; the tensors say the rest.
+OF_TRAINING = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "megatron_core",
+    "qalora_group_size", "ensure_weight_tying", "loftq_config", "eva_config", "decompose_both",
+    "decompose_factor", "use_effective_conv2d", "runtime_config",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["", "unet.", "transformer.", "text_encoder.", "text_encoder_2."])
+@pytest.mark.parametrize("name", KINDS)
+def test_settings_of_peft(name, part):
+    """In an adapter_config.json, and in the header of diffusers' files, where a part is named."""
+    peft = pytest.importorskip("peft")
+    base = json.loads(json.dumps(getattr(peft, name)(r=4).to_dict()))
+
+    def meaning(settings):
+        read = PeftSettings("file", {part + key: value for key, value in settings.items()})
+        own = read.of(f"{part}block")  # the reader of tensors asks for these two
+        scale = read.scale(f"{part}block.to_q", KINDS[name], 4)
+        return scale, own.get("use_dora"), own.get("lora_bias")
+
+    assert meaning(base)[0] == 8 / 4
+    silent = set()
+    for setting, value in base.items():
+        changed = [{"to_q": 3}] if setting.endswith("_pattern") else others(value)
+        changed += ["pissa"] if "init_" in setting else []
+        if {outcome(meaning, base, setting, other) for other in changed} == {"silent"}:
+            silent.add(setting)
+    assert silent <= OF_TRAINING
     with pytest.raises(ValueError, match="no_such_setting"):
         meaning({**base, "no_such_setting": 1})
 
@@ -153,7 +206,12 @@ def output(name, settings):
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [(name, s) for name, settings in HARMLESS.items() for s in sorted(settings)],
+    [
+        (name, s)
+        for name, settings in HARMLESS.items()
+        for s in sorted(settings)
+        if name not in ("AutoencoderTiny", "ControlNetModel")  # bytes of latents; as of the U-Net
+    ],
 )
 def test_harmless_settings_of_diffusers(name, setting):
     default = inspect.signature(getattr(diffusers, name).__init__).parameters[setting].default

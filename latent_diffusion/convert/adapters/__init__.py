@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from latent_diffusion.convert.adapters.writing import write_diffusers_lora, writ
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.types import lookup
 
 __all__ = [
     "Adapter",
@@ -92,12 +94,16 @@ def read_adapter(
         return adapter
 
 
+_FOLDERS: dict[str, Callable[[Path, dict[str, Any]], Adapter]] = {
+    control.CLASS: control.read_folder,
+    t2i_adapter.CLASS: t2i_adapter.read_folder,
+}
+
+
 def _read(path: Path, word: str | None, image_encoder: str | os.PathLike | None) -> Adapter:
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if config.get("_class_name") == control.CLASS:
-        return control.read_folder(path, config)
-    if config.get("_class_name") == t2i_adapter.CLASS:
-        return t2i_adapter.read_folder(path, config)
+    if config.get("_class_name") is not None:
+        return lookup(_FOLDERS, config["_class_name"], "adapter")(path, config)
     if config.get("control") and "task" in config:
         return control.read_workdir(path)
     file, settings = open_adapter(path)

@@ -32,10 +32,13 @@ _DIFFERENCE = "difference"  # a tensor that marks a file
 _CONV_IN = "input_blocks_0_0/kernel"
 _SETTINGS = Settings(  # beside those of the U-Net
     defaults={
-        "conditioning_channels": 3,
         "conditioning_embedding_out_channels": (16, 32, 96, 256),
-        "controlnet_conditioning_channel_order": "rgb",
         "global_pool_conditions": False,
+    },
+    checked={
+        "conditioning_channels": (3,),
+        "controlnet_conditioning_channel_order": ("rgb", "bgr"),
+        "num_class_embeds": (None,),
     },
 )
 _DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -150,34 +153,36 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
 
 def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
     """A folder of diffusers' with a ControlNetModel."""
-    own = {k: v for k, v in config.items() if k in _SETTINGS.defaults}
+    fields, widths, own = from_diffusers(config)
+    weights, tensors = open_weights(path, None)
+    table = _diffusers(fields, own["linear"], own["time_width"] is not None)
+    part = _part(weights, fields, table, tensors, widths)
+    return _weights(path, part, config=frozen(config), **own)
+
+
+def from_diffusers(
+    config: Mapping[str, Any],
+) -> tuple[dict[str, Any], unet.Widths, dict[str, Any]]:
+    """What a config.json of ControlNetModel says: fields, widths of inputs, what is beside.
+
+    Raises ValueError for a setting that our control net can't express.
+    """
+    own = {k: v for k, v in config.items() if k in {**_SETTINGS.defaults, **_SETTINGS.checked}}
     values = _SETTINGS.complete(own, CLASS)
     rest = {k: v for k, v in config.items() if k not in own} | {
         "_class_name": "UNet2DConditionModel"
     }
     rest["up_block_types"] = _mirrored(config.get("down_block_types", _DOWN))
     fields, unet_values = unet_diffusers.fields_from_diffusers(rest), unet_diffusers.complete(rest)
-    order = values["controlnet_conditioning_channel_order"]
-    if order not in ("rgb", "bgr"):
-        raise ValueError(
-            f"{CLASS}.controlnet_conditioning_channel_order={order!r}; known: rgb, bgr"
-        )
-    if values["conditioning_channels"] != 3:
-        raise ValueError(
-            f"{CLASS}.conditioning_channels={values['conditioning_channels']}; known: 3"
-        )
     fields["hint_channels"] = tuple(values["conditioning_embedding_out_channels"])
     fields["global_pooling"] = values["global_pool_conditions"]
-    weights, tensors = open_weights(path, None)
-    linear, text_time = (
-        bool(unet_values["use_linear_projection"]),
-        unet_diffusers.is_text_time(unet_values),
-    )
-    table = _diffusers(fields, linear, text_time)
-    part = _part(weights, fields, table, tensors, unet_diffusers.input_widths(unet_values))
-    time_width = unet_values["addition_time_embed_dim"] if text_time else None
-    own = {"linear": linear, "time_width": time_width, "config": frozen(config)}
-    return _weights(path, part, bgr=order == "bgr", **own)
+    text_time = unet_diffusers.is_text_time(unet_values)
+    beside = {
+        "linear": bool(unet_values["use_linear_projection"]),
+        "time_width": unet_values["addition_time_embed_dim"] if text_time else None,
+        "bgr": values["controlnet_conditioning_channel_order"] == "bgr",
+    }
+    return fields, unet_diffusers.input_widths(unet_values), beside
 
 
 def read_workdir(path: Path) -> ControlWeights:

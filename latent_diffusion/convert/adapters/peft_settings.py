@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 METADATA = "lora_adapter_metadata"
-_PARTS = ("unet", "transformer", "text_encoder")
+_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # Which modules were adapted, and how training went: the tensors say the rest.
 _HARMLESS = (
@@ -49,12 +49,11 @@ class PeftSettings:
     def scale(self, module: str, kind: str, rank: int | None) -> np.float32:
         """α/r, or α/√r of rank-stabilised LoRA (Kalajdzievski 2023), of a module of the file."""
         own, name = self.of(module), re.sub(rf"^({'|'.join(_PARTS)})\.", "", module)
-        said = self._number("r", own, "rank_pattern", name)
+        key, said = self._number("r", own, "rank_pattern", name)
         if kind != "LoKr" and said != rank:
-            raise ValueError(f"its rank is {rank}, but {self.where} says r={said:g}")
-        alpha = self._number(
-            "alpha" if "alpha" in own else "lora_alpha", own, "alpha_pattern", name
-        )
+            raise ValueError(f"its rank is {rank}, but {self.where} says {key}={said:g}")
+        key = "alpha" if "alpha" in own else "lora_alpha"
+        _, alpha = self._number(key, own, "alpha_pattern", name)
         return np.float32(alpha / (said**0.5 if own.get("use_rslora") else said))
 
     def of(self, module: str) -> dict[str, Any]:
@@ -62,8 +61,13 @@ class PeftSettings:
         part = next((part for part in _PARTS if module.startswith(f"{part}.")), "")
         return self.values.get(part, self.values.get("", {}))
 
-    def _number(self, key: str, own: Mapping[str, Any], patterns: str, module: str) -> float | int:
-        """The number of a module: by a pattern, which ends like its name, or the one of all."""
+    def _number(
+        self, key: str, own: Mapping[str, Any], patterns: str, module: str
+    ) -> tuple[str, float | int]:
+        """The number of a module: by a pattern, which ends like its name, or the one of all.
+
+        With the setting that says it.
+        """
         value = own.get(key, 8)  # PEFT's default of both
         for pattern, exception in (own.get(patterns) or {}).items():
             end = pattern.removeprefix("^")
@@ -72,7 +76,7 @@ class PeftSettings:
                 break
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
             raise ValueError(f"{self.where} says {key}={str(value)[:80]!r}, not a positive number")
-        return value
+        return key, value
 
 
 def _check(where: str, key: str, name: str, value: Any) -> None:

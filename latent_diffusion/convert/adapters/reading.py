@@ -158,6 +158,8 @@ def _module(
             raise ValueError(f"it has an alpha, and so have the settings of {settings.where}")
         if settings.of(name).get("use_dora") and not norm:
             raise ValueError(f"{settings.where} says use_dora, and its magnitude is absent")
+        if settings.of(name).get("lora_bias") and "lora_bias" not in bias:
+            raise ValueError(f"{settings.where} says lora_bias, and its bias is absent")
         if settings.values and kind != "full":
             scale = settings.scale(name, kind, rank)
         elif alpha is not None and rank and kind != "full":

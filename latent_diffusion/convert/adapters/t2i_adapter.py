@@ -25,13 +25,8 @@ CLASS = "T2IAdapter"
 _KINDS = {"full_adapter": "full", "full_adapter_xl": "full_xl", "light_adapter": "light"}
 _SETTINGS = Settings(
     names={"num_res_blocks": "num_res_blocks", "downscale_factor": "downscale"},
-    defaults={
-        "channels": (320, 640, 1280, 1280),
-        "num_res_blocks": 2,
-        "downscale_factor": 8,
-        "adapter_type": "full_adapter",
-    },
-    checked={"in_channels": (3,)},
+    defaults={"channels": (320, 640, 1280, 1280), "num_res_blocks": 2, "downscale_factor": 8},
+    checked={"in_channels": (3,), "adapter_type": tuple(_KINDS)},
 )
 
 
@@ -111,16 +106,19 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> T2IWeights:
 
 def read_folder(path: Path, config: Mapping[str, Any]) -> T2IWeights:
     """A folder of diffusers' with a T2IAdapter."""
-    values, fields = _SETTINGS.complete(config, CLASS), _SETTINGS.read(config, CLASS)
-    if values["adapter_type"] not in _KINDS:
-        known = ", ".join(_KINDS)
-        raise ValueError(f"{CLASS}.adapter_type={values['adapter_type']!r}; known: {known}")
-    fields["kind"], channels = _KINDS[values["adapter_type"]], tuple(values["channels"])
-    # The light one has a further level, as wide as the last.
-    fields["channels"] = (*channels, channels[-1]) if fields["kind"] == "light" else channels
+    fields = fields_from_diffusers(config)
     weights, tensors = open_weights(path, None)
     adapter = _read(path, weights, fields, _diffusers(), tensors)
     return adapter.replace(config=frozen(config))
+
+
+def fields_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields from a config.json of T2IAdapter; ValueError for a setting of another net."""
+    values, fields = _SETTINGS.complete(config, CLASS), _SETTINGS.read(config, CLASS)
+    fields["kind"], channels = _KINDS[values["adapter_type"]], tuple(values["channels"])
+    # The light one has a further level, as wide as the last.
+    fields["channels"] = (*channels, channels[-1]) if fields["kind"] == "light" else channels
+    return fields
 
 
 def _read(
@@ -169,6 +167,11 @@ def write_t2i(adapter: T2IWeights, path: Path, format: str) -> None:
     tensors = {k: in_memory(np.asarray(x)) for k, x in adapter.params.items()}
     net = adapter.module
     if format == "compvis":
+        if net.kind != "light" and net.num_res_blocks != 2:
+            raise ValueError(
+                f"{adapter.path} has num_res_blocks={net.num_res_blocks}, and the original's "
+                "files, which don't say it, have 2: save it as diffusers"
+            )
         write_safetensors(path, write_tensors(_original(net.kind, net.num_res_blocks), tensors))
         return
     if format != "diffusers":
