@@ -13,6 +13,7 @@ from taming_files import BOXES
 from test_prior_model import VQ, numbers
 
 import latent_diffusion as ldm
+from latent_diffusion import convert
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.models.prior import check_null, make_prior
@@ -152,8 +153,10 @@ def with_yaml(saved, path, edit):
     return path
 
 
+COORDINATES = {"target": "taming.modules.misc.coord.CoordStage"}
+COORDINATES["params"] = {"n_embed": 40, "down_factor": True}
 REFUSED = [
-    ("transformer_config.target", "taming.modules.transformer.mingpt.CodeGPT", "CodeGPT'; supp"),
+    ("transformer_config.target", "taming.modules.transformer.mingpt.CodeGPT", "CodeGPT'; known"),
     ("transformer_config.params.n_unmasked", 4, "GPT.n_unmasked=4; supported: 0"),
     ("transformer_config.params.bias", False, "GPT.bias=False: this setting is unknown"),
     ("transformer_config.params.attn_pdrop", 0.1, "GPT has one dropout here"),
@@ -164,6 +167,16 @@ REFUSED = [
     ("permuter_config", {"target": "Subsample"}, "Net2NetTransformer.permuter_config="),
     ("downsample_cond_size", 64, "downsample_cond_size=64; supported: -1"),
     ("first_stage_key", "depth", "first_stage_key='depth'; supported: 'image'"),
+    ("cond_stage_config.params.n_classes", "5", "Labelator.n_classes='5'; expected a value such"),
+    ("cond_stage_config.params.n_classes", 0, "Labelator.n_classes=0; expected a value such as"),
+    ("cond_stage_config.params.quantize_interface", False, "Labelator.quantize_interface=False; s"),
+    ("cond_stage_config.params", None, "Labelator does not say n_classes"),
+    ("cond_stage_config", {"params": {}}, "cond_stage_config does not say target"),
+    ("cond_stage_config", COORDINATES, "CoordStage.down_factor=True; expected a value such as 16"),
+    ("first_stage_config.params", None, "VQModel does not say ddconfig"),
+    ("first_stage_config.params.ddconfig.ch_mult", [], r"ddconfig.ch_mult=\[\]; expected"),
+    ("sos_token", 0.5, "Net2NetTransformer.sos_token=0.5; expected a value such as 0"),
+    ("unconditional", 1, "Net2NetTransformer.unconditional=1; expected a value such as False"),
     ("surprise", 1, "Net2NetTransformer.surprise=1: this setting is unknown"),
 ]
 
@@ -173,8 +186,8 @@ def test_settings_that_mean_something_else_are_refused_by_name(
     field, value, message, saved, tmp_path
 ):
     path = with_yaml(saved, tmp_path / "x.safetensors", lambda p: change(p, field, value))
-    with pytest.raises(ValueError, match=message):
-        ldm.load(path)
+    with pytest.raises(ValueError, match=f"^{path}.*{message}"):
+        convert.read(path)
 
 
 def test_harmless_settings_are_read(saved, tmp_path):

@@ -198,6 +198,8 @@ def fields_from_yaml(config: Mapping[str, Any]) -> Fields:
     settings = params["ddconfig"]
     fields = {**_DDCONFIG.read(settings, "ddconfig"), "embed_dim": params["embed_dim"]}
     settings = _DDCONFIG.complete(settings, "ddconfig")
+    if not fields["channel_mult"]:
+        raise ValueError("ddconfig.ch_mult=[]; expected a number for each level")
     if settings["out_ch"] != settings["in_channels"]:
         raise ValueError(
             f"ddconfig.out_ch={settings['out_ch']}; supported: in_channels = "

@@ -80,12 +80,12 @@ class Settings:
 
 
 def _is_like(value: Any, example: Any) -> bool:
-    """Whether a value is of the kind of an example; an example below zero allows such values."""
+    """Whether a value is of the kind of an example, which is positive where values must be."""
     match example:
         case bool() | str():
             return isinstance(value, type(example))
         case int():
-            return type(value) is int and min(0, example) <= value < _LARGEST
+            return type(value) is int and min(1, example) <= value < _LARGEST
         case float():
             return type(value) in (int, float) and math.isfinite(value)
         case tuple():

@@ -25,7 +25,7 @@ from latent_diffusion.convert.tables import (
 )
 from latent_diffusion.convert.taming_stages import (
     WRITERS,
-    check_target,
+    class_and_settings,
     read_condition,
     read_vq,
     write_vq,
@@ -73,16 +73,14 @@ _GPT_TARGET = "taming.modules.transformer.mingpt.GPT"
 _IDENTITY = {"target": "taming.modules.transformer.permuter.Identity"}
 _NET2NET = Settings(
     required={"transformer_config": {}, "first_stage_config": {}},
+    defaults={"unconditional": False, "sos_token": 0},
     checked={
         "first_stage_key": ("image",),
         "downsample_cond_size": (-1,),
         "permuter_config": (None, _IDENTITY),
     },
-    # `read_condition` reads the first four; the others serve training.
-    harmless=(
-        *("cond_stage_config", "cond_stage_key", "sos_token", "unconditional"),
-        *("ckpt_path", "ignore_keys", "pkeep"),
-    ),
+    # `read_condition` reads the first two; the others serve training.
+    harmless=("cond_stage_config", "cond_stage_key", "ckpt_path", "ignore_keys", "pkeep"),
 )
 Params = Mapping[str, Any]
 
@@ -103,8 +101,8 @@ def read_taming(path: Path, tensors: Mapping[str, Tensor], params: Params) -> Bu
 
 
 def _read_transformer(path: Path, tensors: Mapping[str, Tensor], config: Params) -> Part:
-    check_target(config, _GPT_TARGET)
-    params = _GPT.complete(config["params"], "GPT")
+    _, params = class_and_settings(config, "transformer_config", {_GPT_TARGET: None})
+    params = _GPT.complete(params, "GPT")
     if len({params[name] for name in _DROPOUTS}) > 1:
         raise ValueError(f"{path}: GPT has one dropout here, not three different {_DROPOUTS}")
     fields = _GPT.read(params, "GPT")

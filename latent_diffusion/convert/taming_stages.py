@@ -8,6 +8,7 @@ import numpy as np
 
 from latent_diffusion.convert import autoencoder
 from latent_diffusion.convert.bundle import Bundle, Part, read_part
+from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import within, write_tensors
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.types import lookup
@@ -17,17 +18,25 @@ Written = tuple[dict[str, Tensor], str, Any]  # tensors, cond_stage_key, cond_st
 _LOSS = (r"loss\..*",)
 _COLOURS = (r"colorize",)  # a random map from classes to colours, for pictures in logs
 _TARGET = "taming.models.vqgan.VQModel"
+_MODULE = Settings(
+    required={"target": _TARGET}, optional={"params": {}}, harmless=("base_learning_rate",)
+)
 
 
-def check_target(config: Params, supported: str) -> None:
-    """Raise ValueError for the config of another class."""
-    if config["target"] != supported:
-        raise ValueError(f"target={config['target']!r}; supported: {supported}")
+def class_and_settings(config: Any, owner: str, known: Mapping[str, Any]) -> tuple[str, Params]:
+    """The class and the settings of a part of a yaml; ValueError for another class.
+
+    owner: its name in the yaml.
+    """
+    values = _MODULE.complete(config, owner)
+    lookup(known, values["target"], f"target of {owner}")
+    return values["target"], values["params"] or {}
 
 
 def read_vq(path: Path, tensors: Mapping[str, Tensor], config: Params) -> Part:
     """Read a first stage, of pictures or of maps. config: its yaml."""
-    params = {k: value for k, value in config["params"].items() if k != "n_labels"}
+    params = _MODULE.complete(config, "VQModel")["params"] or {}
+    params = {k: value for k, value in params.items() if k != "n_labels"}
     fields = autoencoder.fields_from_yaml({**config, "params": params})
     table, tree = autoencoder.compvis_table(fields), autoencoder.shapes(fields)
     return read_part(path, fields, table, tree, tensors, unused=_COLOURS, ignored=_LOSS)
@@ -38,12 +47,16 @@ def read_condition(
 ) -> dict[str, Part]:
     """Read the conditioner that the yaml's `model.params` describe; bundle: the other parts."""
     config = params.get("cond_stage_config")
-    if params.get("unconditional") or config == "__is_unconditional__":
-        return {"start": Part({"token": params.get("sos_token", 0)}, {})}
+    if params["unconditional"] or config == "__is_unconditional__":
+        return {"start": Part({"token": params["sos_token"]}, {})}
     if not isinstance(config, Mapping):
         raise ValueError(f"cond_stage_config={config!r}; supported: {', '.join(_READERS)}")
-    reader = lookup(_READERS, config["target"], "target of cond_stage_config")
-    return reader(path, tensors, params, bundle)
+    target, own = class_and_settings(config, "cond_stage_config", _READERS)
+    settings, reader = _READERS[target]
+    if settings is not None:
+        own = settings.complete(own, target.rpartition(".")[2])
+    config = {"target": target, "params": own}
+    return reader(path, tensors, {**params, "cond_stage_config": config}, bundle)
 
 
 def _labels(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
@@ -79,13 +92,23 @@ def _map(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, 
     return {"code_map": Part({"key": key, "autoencoder": part.fields}, inner, part.unused)}
 
 
-_READERS: dict[str, Callable[[Path, Any, Params, Bundle], dict[str, Part]]] = {
-    "taming.modules.util.Labelator": _labels,
-    "taming.modules.util.SOSProvider": _start,
-    "taming.modules.misc.coord.CoordStage": _coordinates,
-    "taming.models.dummy_cond_stage.DummyCondStage": _boxes,
-    _TARGET: _map,
-    "taming.models.vqgan.VQSegmentationModel": _map,
+_ONE = {"quantize_interface": (True,)}
+# The settings of each class of conditions, of a VQModel in `read_vq`, and its reader.
+_READERS: dict[
+    str, tuple[Settings | None, Callable[[Path, Any, Params, Bundle], dict[str, Part]]]
+] = {
+    "taming.modules.util.Labelator": (Settings(required={"n_classes": 9}, checked=_ONE), _labels),
+    "taming.modules.util.SOSProvider": (Settings(required={"sos_token": 0}, checked=_ONE), _start),
+    "taming.modules.misc.coord.CoordStage": (
+        Settings(required={"n_embed": 1024, "down_factor": 16}),
+        _coordinates,
+    ),
+    "taming.models.dummy_cond_stage.DummyCondStage": (
+        Settings(checked={"conditional_key": ("objects_bbox",)}),
+        _boxes,
+    ),
+    _TARGET: (None, _map),
+    "taming.models.vqgan.VQSegmentationModel": (None, _map),
 }
 
 
