@@ -113,17 +113,27 @@ def run(inputs, seeds, folder):
     """Read every input; returns the numbers of inputs and of refusals, and the faults by name."""
     count = refusals = 0
     faults = {}
-    for name, seed, change in inputs:
+    for name, seed, place, change in inputs:
         print(name, file=sys.stderr, flush=True)  # the last one, if the process dies of it
-        path, root, copy = seeds[seed].path, seeds[seed].root, folder / "copy"
-        shutil.copytree(root, copy, symlinks=True)
-        change(copy)
+        path, root, copy = seeds[seed].path, seeds[seed].root, folder / seed
+        if not copy.exists():
+            shutil.copytree(root, copy, symlinks=True)
+        change(copy / place)
         wrong, refused = fault(seeds[seed].read, copy if path == root else copy / path.name)
         count, refusals = count + 1, refusals + refused
         if wrong:
             faults[name] = wrong
-        shutil.rmtree(copy)
+        restore(root / place, copy / place)
     return count, refusals, faults
+
+
+def restore(good, damaged):
+    """Put the good file back in the place of the damaged one, or remove it where there was none."""
+    if damaged.is_dir() and not damaged.is_symlink():
+        damaged.rmdir()
+    damaged.unlink(missing_ok=True)
+    if good.exists():
+        shutil.copy(good, damaged)
 
 
 def chosen(seeds, earlier, models, few, seed):

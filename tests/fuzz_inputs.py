@@ -168,6 +168,7 @@ YAMLS = {
     "merged": b"a: &a {b: 1}\nmodel: {<<: *a}",
     "floats": b"model: {target: .nan, params: {scale_factor: .inf}}",
 }  # fmt: skip
+WEIGHT_FILES = (".safetensors", ".ckpt", ".pt")
 LINKS = ["/dev/zero", "/dev/urandom", "/dev/stdin", "nowhere", "itself", "pipe", "folder"]
 
 
@@ -188,36 +189,37 @@ def linked(path, target):
 
 
 def crafted(seeds):
-    """(name, seed, change of a copy) of every crafted input."""
+    """(name, seed, place, change of that file of a copy) of every crafted input."""
     for name, seed in seeds.items():
         for place in seed.places:
             for target in LINKS[-2:] if seed.brief else LINKS:
-                yield f"{name} {place} link {target}", name, _on(place, linked, target)
-            for kind, content in contents(Path(place).suffix, seed.brief).items():
-                yield f"{name} {place} {kind}", name, _on(place, replaced, content)
+                yield f"{name} {place} link {target}", name, place, _with(linked, target)
+            brief = seed.brief or (name != "compvis" and place.endswith(WEIGHT_FILES))
+            for kind, content in contents(Path(place).suffix, brief).items():
+                yield f"{name} {place} {kind}", name, place, _with(replaced, content)
         values = (HUGE,) if seed.brief else (HUGE, "x", [8] * 1000, {}, None)
         for place in seed.settings:
             for setting in settings_of(seed.root / place):
                 for value in values:
                     what = f"{name} {place} {'.'.join(map(str, setting))}={str(value)[:20]}"
-                    yield what, name, _on(place, with_setting, setting, value)
+                    yield what, name, place, _with(with_setting, setting, value)
     if "shards" in seeds:
         place = seeds["shards"].places[0]
         for name, shards in {
             "itself": place, "a number": 7, "outside": "../part0.safetensors",
             "a folder": ".", "a device": "/dev/zero", "absent": "part9.safetensors",
         }.items():  # fmt: skip
-            yield f"shards name {name}", "shards", _on(place, _shard, shards)
+            yield f"shards name {name}", "shards", place, _with(_shard, shards)
     bomb = gzip.compress(b"a b\n" * 25_000_000, 9)
     for seed in (name for name in ("compvis", "ckpt") if name in seeds):
         place = "bpe_simple_vocab_16e6.txt.gz"
-        yield f"{seed} gzip bomb", seed, _on(place, replaced, bomb)
-        yield f"{seed} gzip cut", seed, _on(place, replaced, bomb[:100])
+        yield f"{seed} gzip bomb", seed, place, _with(replaced, bomb)
+        yield f"{seed} gzip cut", seed, place, _with(replaced, bomb[:100])
 
 
 def contents(suffix, brief):
     """What replaces a file. brief: some, since the same functions open the files of all formats."""
-    if suffix in (".safetensors", ".ckpt", ".pt"):
+    if suffix in WEIGHT_FILES:
         some, kinds = ("no-tensors", "many-names", "entries-of-a-zip", "a-side-of-1e9"), WEIGHTS
     elif suffix == ".yaml":
         some, kinds = ("a-list", "lists", "an-alias-of-itself", "no-model"), {**TEXTS, **YAMLS}
@@ -232,31 +234,34 @@ def _shard(path, name):
     path.write_text(json.dumps(index))
 
 
-def _on(place, change, *args):
-    return lambda root: change(root / place, *args)
+def _with(change, *args):
+    return lambda path: change(path, *args)
 
 
 # -------------------------------------------------------------------------------- fuzzed inputs
 
 
 def fuzzed(seeds, count, seed):
-    """(name, seed, change of a copy) of random inputs."""
+    """(name, seed, place, change of that file of a copy) of random inputs."""
     draw = random.Random(seed)
+    files = {
+        name: sorted(
+            file.relative_to(one.root) for file in one.root.rglob("*")
+            if file.is_file() and "checkpoints" not in file.parts
+        )
+        for name, one in seeds.items()
+    }  # fmt: skip
     for i in range(count):
         name = draw.choice(list(seeds))
         root = seeds[name].root
-        files = sorted(
-            file.relative_to(root) for file in root.rglob("*")
-            if file.is_file() and "checkpoints" not in file.parts
-        )  # fmt: skip
-        file, own = draw.choice(files), draw.randrange(1 << 60)
+        file, own = draw.choice(files[name]), draw.randrange(1 << 60)
         kinds = [flip, cut, swap, insert]
         if file.suffix in (".json", ".yaml") and (root / file).stat().st_size < 20_000:
             kinds = [retype, retype, retype, flip, cut]
         elif file.suffix == ".safetensors":
             kinds = [*kinds, reshape, reshape, reshape, reshape]
         kind = draw.choice(kinds)
-        yield f"{i} {name} {file} {kind.__name__} {own}", name, _on(file, kind, own)
+        yield f"{i} {name} {file} {kind.__name__} {own}", name, file, _with(kind, own)
 
 
 def _bytes(change):

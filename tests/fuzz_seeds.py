@@ -137,7 +137,7 @@ def stable_diffusion(folder):
 
 
 def write_torch_zip(path, tensors, name="state_dict", **beside):
-    """Write float32 tensors as torch.save does."""
+    """Write float32 tensors as torch.save does; name: None for a flat file."""
     tree, storages = OrderedDict(), {}
     for i, (key, array) in enumerate(tensors.items()):
         steps, strides = 1, []
@@ -147,7 +147,8 @@ def write_torch_zip(path, tensors, name="state_dict", **beside):
         kind = "FloatStorage" if array.dtype.kind == "f" else "LongStorage"
         tree[key] = files.tensor(kind, str(i), array.size, array.shape, tuple(strides))
         storages[str(i)] = array
-    files.torch_zip(path, {name: tree, "global_step": 3, **beside}, storages)
+    whole = tree if name is None else {name: tree, "global_step": 3, **beside}
+    files.torch_zip(path, whole, storages)
 
 
 # ------------------------------------------------------------------------------- the newer formats
@@ -200,27 +201,23 @@ def stable_diffusion_xl(folder):
 
 
 def transformers(folder):
-    """Of DiT as .pt and as a pipeline, and of SiT."""
+    """Of DiT and SiT as the flat .pt of their authors, as .safetensors, and as a pipeline."""
     wide = {"width": 384, "num_heads": 6, "depth": 1}
-    sit = folder / "sit" / "SiT-S-2.safetensors"
-    test_dit.model_with(sit=True, **wide).save(sit, "compvis")
-    dit = folder / "dit"
-    test_dit.model_with(**wide).save(dit / "x.safetensors", "compvis")
-    write_torch_zip(dit / "DiT-S-2.pt", load_file(dit / "x.safetensors"))
-    (dit / "x.safetensors").unlink()
+    found = {}
+    for name in ("DiT", "SiT"):
+        path = folder / f"{name.lower()}_file" / f"{name}-S-2.safetensors"
+        test_dit.model_with(sit=name == "SiT", **wide).save(path, "compvis")
+        found[path.parent.name] = Seed(path, (path.name,))
+        flat = folder / name.lower() / f"{name}-S-2.pt"
+        flat.parent.mkdir()
+        write_torch_zip(flat, load_file(path), name=None)
+        found[flat.parent.name] = Seed(flat, (flat.name,))
     stage = models.part(models.AUTOENCODER, autoencoder.shapes(models.AUTOENCODER))
     bundle = convert.bundle_of(test_dit.model_with(frequency_shift=1))
     whole = replace(bundle, autoencoder=stage, scale_factor=0.25)
     convert.write(whole, folder / "dit_pipeline", "diffusers")
-    return {
-        "dit": Seed(dit / "DiT-S-2.pt", ("DiT-S-2.pt",)),
-        "sit": Seed(sit, (sit.name,)),
-        "dit_pipeline": Seed(
-            folder / "dit_pipeline",
-            ("model_index.json", "transformer/config.json"),
-            ("model_index.json", "transformer/config.json"),
-        ),
-    }
+    configs = ("model_index.json", "transformer/config.json")
+    return {**found, "dit_pipeline": Seed(folder / "dit_pipeline", configs, configs)}
 
 
 def codes(folder):

@@ -1,4 +1,4 @@
-"""Files that claim more layers than they have tensors are refused before any shape is computed."""
+"""Files that claim more layers or positions than their tensors have are refused at once."""
 
 import json
 import time
@@ -58,3 +58,15 @@ def test_a_prior_of_a_million_layers(tmp_path):
     config["model"]["params"]["transformer_config"]["params"]["n_layer"] = 10**6
     path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
     refused(convert.read, path, "tensors can't be the 1000000 layers of its config")
+
+
+def test_a_transformer_of_stable_diffusion_3_with_a_million_positions(tmp_path):
+    config = {"_class_name": "SD3Transformer2DModel", "pos_embed_max_size": 10**6, "num_layers": 1}
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.json").write_text(json.dumps(config))
+    for name, told in (("pos_embed.pos_embed", r"\(1, 4, 8\)"), ("x", "absent")):
+        some = {f"x{i}": np.zeros(1, np.float32) for i in range(9)}
+        some[name] = np.zeros((1, 4, 8), np.float32)
+        save_file(some, tmp_path / "net" / "diffusion_pytorch_model.safetensors")
+        message = rf"pos_embed_max_size=1000000, but pos_embed.pos_embed is {told}"
+        refused(convert.read, tmp_path / "net", message)

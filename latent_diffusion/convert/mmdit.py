@@ -30,6 +30,7 @@ from latent_diffusion.types import Conditioning, Params
 
 NAME = "SD3Transformer2DModel"
 _POSITIONS = "pos_embed"
+_TABLE = "pos_embed.pos_embed"  # of positions, in diffusers' names
 _SETTINGS = Settings(
     names={
         "patch_size": "patch_size",
@@ -109,7 +110,7 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
         ]
     embedders = {"t": "timestep_embedder", "y": "text_embedder"}
     return [
-        _positions("pos_embed.pos_embed"),
+        _positions(_TABLE),
         Rule("x_embedder_proj", "pos_embed.proj", patch_kind(mmdit.patch_size)),
         *(
             Rule(f"{ours}_embedder_mlp_{index}", f"time_text_embed.{theirs}.linear_{n}", "linear")
@@ -210,6 +211,9 @@ def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str,
         "qk_norm": values["qk_norm"] is not None,
     }
     check_depth(where, fields, tensors)
+    shape = tensors[_TABLE].shape if _TABLE in tensors else "absent"
+    if shape[1:2] != ((side := values["pos_embed_max_size"]) ** 2,):  # before shapes are computed
+        raise ValueError(f"{NAME}.pos_embed_max_size={side}, but {_TABLE} is {shape}")
     widths = (values[f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
     tree = shapes(fields, values["in_channels"], *widths)
     part = read_part(where, fields, diffusers_table(fields), tree, tensors)
