@@ -279,6 +279,7 @@ UNSUPPORTED = [
     ({"r": 2, "lora_alpha": "x"}, "lora_alpha='x', not a positive number"),
     ({"r": 2, "use_dora": True}, "use_dora, and its magnitude is absent"),
     ({"r": 2, "lora_bias": True}, "lora_bias, and its bias is absent"),
+    ({"r": 2, "use_rslora": "no"}, "use_rslora='no' isn't supported; supported: True or False or"),
     ({"r": 2, "bias": "all"}, "bias='all' isn't supported"),
     ({"r": 2, "fan_in_fan_out": True}, "fan_in_fan_out='True' isn't supported"),
     ({"r": 2, "modules_to_save": ["conv_in"]}, "modules_to_save=.* isn't supported"),

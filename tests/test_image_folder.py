@@ -124,6 +124,9 @@ def test_animations_and_floats(tmp_path):
     assert read_image(tmp_path / "b.tiff")[0, 0].tolist() == [51] * 3
     Image.fromarray(np.full((4, 6), 7.0, np.float32)).save(tmp_path / "b.tiff")
     assert read_depth(tmp_path / "b.tiff")[0, 0, 0] == 7.0
+    Image.fromarray(np.full((1, 1), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    with pytest.raises(ValueError, match=r"nan.tiff can't be read .* levels that aren't finite"):
+        read_depth(tmp_path / "nan.tiff")
     with pytest.raises(ValueError, match=r"b\.tiff can't be read as a picture: floats in \[7, 7\]"):
         read_image(tmp_path / "b.tiff")
 

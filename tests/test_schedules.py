@@ -241,3 +241,9 @@ def test_bad_input_is_one_clear_line():
         spacing("given", LINEAR, 2, timesteps=[1000, 3])
     with pytest.raises(ValueError, match=r"num_steps must lie in 1 … 50"):
         spacing("lcm", LINEAR, 51)
+
+
+@pytest.mark.parametrize("ends", [(-1e-4, 0.02), (1e-4, 2.0), (1e-4, float("nan"))])
+def test_betas_are_shares(ends):
+    with pytest.raises(ValueError, match=r"^beta_start=.*; expected 0 to 1$"):
+        make_schedule("linear", 10, *ends)

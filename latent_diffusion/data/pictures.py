@@ -158,5 +158,7 @@ def _as_levels(image: Image.Image) -> np.ndarray:
 
 
 def _as_depth(image: Image.Image) -> np.ndarray:
-    levels = np.asarray(image if _is_deep(image) else image.convert("L"))
-    return levels[..., None].astype(np.float32)
+    levels = np.asarray(image if _is_deep(image) else image.convert("L"))[..., None]
+    if not np.isfinite(levels).all():
+        raise ValueError("levels that aren't finite")
+    return levels.astype(np.float32)

@@ -140,7 +140,8 @@ def make_schedule(
     curve.
     zero_terminal_snr: shift and stretch √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023, algorithm 1). This
     needs a network that predicts x0, v or flow, since eps determines no z_0 there.
-    Raises ValueError for an unknown name, and for no timesteps or more than a million.
+    Raises ValueError for an unknown name, for no timesteps or more than a million, and for betas
+    beyond 0 and 1.
     """
     if not 1 <= num_timesteps <= MAX_TIMESTEPS:
         raise ValueError(f"num_timesteps={num_timesteps}; expected 1 to {MAX_TIMESTEPS:,}")
@@ -152,6 +153,8 @@ def make_schedule(
     if betas is None:
         known = {**BETAS, "rectified_flow": None, **_OF_DIFFUSERS}
         curve = lookup(known, name, "noise schedule")
+        if not (0 <= beta_start <= 1 and 0 <= beta_end <= 1):
+            raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}; expected 0 to 1")
         betas = curve(num_timesteps, beta_start, beta_end, cosine_s)
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     if zero_terminal_snr:

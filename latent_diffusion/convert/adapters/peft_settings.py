@@ -1,7 +1,8 @@
 """PEFT's settings of an adapter: in its adapter_config.json, and in the header of diffusers' files.
 
 A setting is used, or known not to matter to a trained adapter, or refused by its name unless it is
-at its default, which is None, False or empty but for those in `_SUPPORTED`.
+at its default, which is None, False or empty but for those in `_SUPPORTED`. Of these, the first
+three are used as well.
 """
 
 import re
@@ -12,7 +13,7 @@ import numpy as np
 
 METADATA = "lora_adapter_metadata"
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-_USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern")
 # Which modules were adapted, and how training went: the tensors say the rest.
 _HARMLESS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -20,9 +21,9 @@ _HARMLESS = (
     *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
     *("use_effective_conv2d", "decompose_both", "decompose_factor", "loftq_config", "eva_config"),
-    *("use_dora", "lora_bias"),
 )
 _SUPPORTED = {
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (True, False, None)),
     "peft_type": ("LORA", "LOHA", "LOKR", None),
     "bias": ("none",),
     # Other initialisations change the base as well.
