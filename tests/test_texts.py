@@ -10,6 +10,7 @@ import several
 from ml_collections import ConfigDict
 from test_pretrained import BERT, bert_folder  # noqa: F401 (a fixture)
 from test_sdxl import ENCODER, SECOND
+from test_shards import on_shards, pixels
 from tiny import BATCH, SIZE, make_batch, make_config
 
 from latent_diffusion import data
@@ -17,7 +18,7 @@ from latent_diffusion.nets.conditioners import encoded_apart
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks.denoising import make_denoising
-from latent_diffusion.training import loop, start, texts
+from latent_diffusion.training import encoding, loop, start, texts
 from latent_diffusion.training.batch_spec import batch_spec
 
 RNG = jax.random.key(0)
@@ -150,13 +151,71 @@ def test_only_frozen_encoders_of_texts_are_asked():
             texts.frozen_encoders(config_of(**fields), None, None)
 
 
+def with_bert(config, folder):
+    """A run whose captions are read by a frozen encoder alone, half of them dropped."""
+    config.conditioners = ConfigDict({"bert": {"empty": ()}})
+    config.pretrained.bert = str(folder)
+    config.tokenizer.vocab_size = BERT["vocab_size"]
+    config.diffusion.drop_rate = 0.5
+    return config
+
+
 def test_a_run_reads_its_captions_once(bert_folder, tmp_path):  # noqa: F811
     config = several.make_config(**{"parallel.mode": "pmap", "cache_texts": True})
-    config.conditioners = ConfigDict({"bert": {"empty": ()}})
-    config.pretrained.bert = str(bert_folder[0])
-    config.tokenizer.vocab_size = BERT["vocab_size"]
+    config = with_bert(config, bert_folder[0])
     config = loop.resolve(config, tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:
         batch = next(start.start(config, tmp_path, checkpoints).batches)
     assert batch["bert.context"].shape == (*batch["tokens"].shape, BERT["width"])
     assert np.std(batch["bert.context"]) > 0.1 and len(list(tmp_path.glob("texts-*.npy"))) == 1
+
+
+@pytest.fixture(scope="module")
+def in_shards(bert_folder, tmp_path_factory):  # noqa: F811
+    """A run whose texts are cached, and shards of its pictures and texts."""
+    config = with_bert(pixels(**{"cache_texts": True}), bert_folder[0])
+    out = tmp_path_factory.mktemp("latents")
+    encoding.encode(config, out, shard_size=300, splits=["train"])
+    encoding.encode(config, out, splits=["test"])
+    return config, out
+
+
+def test_losses_on_shards_with_texts_are_those_on_pictures_with_captions(
+    in_shards, tmp_path, monkeypatch
+):
+    def losses(config, workdir):
+        with Checkpointer(workdir / "checkpoints") as checkpoints:
+            run = start.start(loop.resolve(config, workdir), workdir, checkpoints)
+        state, found = run.state, []
+        for _ in range(3):
+            state, values = run.train_step(state, run.constants, next(run.batches), run.rng)
+            found.append(float(values["loss"]))
+        return found
+
+    config, out = in_shards
+    plain = config.copy_and_resolve_references()
+    plain.cache_texts = False
+    want = losses(plain, tmp_path / "captions")
+    monkeypatch.setattr(texts, "encoded", None)  # nothing is encoded in the run
+    got = losses(on_shards(config, out), tmp_path / "shards")
+    assert len({*want}) == 3
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_texts_of_other_encoders_or_tokenizers_are_refused(in_shards):
+    config, out = in_shards
+    source = data.make_source(on_shards(config, out).data, "train")
+    made, transform = dict(source.made["texts"]), data.make_transform(config.data, train=True)
+    assert list(made) == ["bert", "tokenizer"]
+
+    def ask(tokenizer, **encoders):
+        return texts.from_shards(config, encoders, source, tokenizer, transform)
+
+    with pytest.raises(ValueError, match="has texts of bert, but not of this run's bert: encode"):
+        ask(None, bert={"kernel": np.ones(3)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_hashes", lambda *_: [["bert", made["bert"]]])
+        with pytest.raises(ValueError, match="has texts of another tokenizer than this run's"):
+            ask(lambda prompts: np.full((len(prompts), 8), 63), bert=None)
+    with pytest.raises(ValueError, match=r"was begun with texts=.*, not \[\]: choose another"):
+        encoding.encode(pixels(), out, shard_size=300, splits=["train"])

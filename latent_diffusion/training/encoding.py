@@ -17,7 +17,7 @@ from latent_diffusion.data import buckets, shards
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.runtime import metrics, parallel, processes
 from latent_diffusion.runtime.checkpoint import tree_hash
-from latent_diffusion.training import frozen, init_from, moments, start
+from latent_diffusion.training import frozen, init_from, moments, start, texts
 from latent_diffusion.training.settings import flat
 from latent_diffusion.types import lookup
 
@@ -65,7 +65,11 @@ def _encode_split(
     train: None for a split whose pictures stay as they are, cut as in evaluation.
     """
     latents = None if train is None else _Latents(config, train["dtype"])
+    captions = None
+    if train is not None and config.cache_texts:
+        captions = texts.ForShards(config, source, train["dtype"])
     made = _made(config, source, latents, train or {"crops": 1})
+    made |= {"texts": [] if captions is None else captions.made}
     plan = list(_plan(config, source, shard_size, train is not None))
     made |= {"examples": len(source), "shard_size": shard_size, "num_shards": len(plan)}
     if jax.process_index() == 0:
@@ -80,6 +84,7 @@ def _encode_split(
         for number in todo:
             prepared = _in_order(functools.partial(prepare, size=plan[number][0]), plan[number][1])
             records = prepared if latents is None else latents.added(prepared, made["pictures"])
+            records = records if captions is None else captions.added(records)
             try:
                 shards.write_shard(paths[number], _counted(records, done, progress))
             except OSError as error:

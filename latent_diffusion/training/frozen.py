@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,23 @@ def load_constants(
         first_stage = kept.load_first_stage(origin, constants.first_stage.module)
     else:
         first_stage = _first_stage(config, constants.first_stage, source, start)
+    conditioner = load_conditioners(config, constants.conditioner, run)
+    return constants.replace(first_stage=first_stage, conditioner=conditioner)
+
+
+def load_conditioners(
+    config: ConfigDict, fresh: Mapping[str, Params], run: Path | None
+) -> dict[str, Params]:
+    """The pretrained conditioners by name. fresh: of their shapes. run: as of `load_constants`."""
     conditioner: dict[str, Params] = {}
     for name, path in config.pretrained.items() if config.task != "classifying" else ():
         if run is not None:
             path, params = str(run), kept.load_conditioner(run, name)[0]
         else:
             params = as_params(_read(config, name, path))
-        check_same_tree(constants.conditioner[name], params, path)
+        check_same_tree(fresh[name], params, path)
         conditioner[name] = jax.tree.map(jnp.asarray, params)
-    return constants.replace(first_stage=first_stage, conditioner=conditioner)
+    return conditioner
 
 
 def save(config: ConfigDict, constants: Any, folder: Path) -> None:

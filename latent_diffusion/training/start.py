@@ -152,10 +152,14 @@ def _encoded_once(
 ) -> tuple[Any, Any]:
     """The examples of training and their transform, with what the run encodes beforehand."""
     transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
+    shards = getattr(source, "source", source)  # within buckets
     if config.cache_texts:
         encoders = texts.frozen_encoders(config, state, constants)
-        transform = texts.with_encoded(config, directory, encoders, source, tokenizer, transform)
-    shards = getattr(source, "source", source)  # within buckets
+        if isinstance(shards, ShardSource) and shards.made.get("texts"):
+            transform = texts.from_shards(config, encoders, shards, tokenizer, transform)
+        else:
+            given = (encoders, source, tokenizer, transform)
+            transform = texts.with_encoded(config, directory, *given)
     if isinstance(shards, ShardSource):
         moments.check_first_stage(config, shards, constants.first_stage)
     elif config.task != "autoencoding" and config.first_stage.cache:

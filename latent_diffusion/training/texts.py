@@ -5,9 +5,14 @@
 
 The identity is a hash of the encoders, of the tokenizer's work on a sample, and of the captions.
 The encoders' outputs may be larger than memory.
+
+Or, by `python -m latent_diffusion.encode`, the shards of latents have them: `texts` of an example
+is the list of such rows for its captions.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +23,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.nets.conditioners import encoded_apart, make_conditioner
+from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel, processes
 from latent_diffusion.runtime.checkpoint import tree_hash
-from latent_diffusion.tasks import DENOISERS
-from latent_diffusion.training import moments
+from latent_diffusion.tasks import DENOISERS, TASKS
+from latent_diffusion.training import frozen, init_from, moments
+from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.tokenizer import make_tokenizer
 from latent_diffusion.types import Params
 
 Encoders = Mapping[str, Params]  # parameters by the name of a conditioner
@@ -110,12 +119,132 @@ def encoded(config: ConfigDict, encoders: Encoders, tokens: np.ndarray) -> Itera
         yield rows
 
 
+class ForShards:
+    """The frozen text encoders of a config, which `encode` runs on the devices of this process.
+
+    made: what the index of the shards says of them. Raises ValueError where there are none.
+    """
+
+    def __init__(self, config: ConfigDict, source: data.Source, dtype: str):
+        bundle = init_from.read(config)
+        config, tokenizer = make_tokenizer(config, source, None, bundle)
+        if tokenizer is None:
+            raise ValueError("cache_texts=True needs a tokenizer, not tokenizer.name='none'")
+        self._tokenizer = tokenizer
+        init = functools.partial(TASKS[config.task](config).init, batch_spec=batch_spec(config))
+        state, constants = jax.eval_shape(init, init_key(config.seed))
+        params = frozen.load_conditioners(config, constants.conditioner, None)
+        constants = constants.replace(conditioner=params)
+        if constants.base is not None:  # of an adaptation; its network isn't needed
+            base = {"conditioner": constants.base["conditioner"]}
+            constants = init_from.base_from(config, constants.replace(base=base), bundle)
+        encoders = frozen_encoders(config, state, constants)
+        conditioner = make_conditioner(config.conditioners)
+        sample = [text for i in _some(source) for text in _texts_of(source[i])]
+        tokens = hashlib.sha256(self._tokenizer(sample).tobytes()).hexdigest()
+        self.made = [*_hashes(config, encoders), ["tokenizer", tokens]]
+
+        def encode(encoders: Any, batch: Any) -> Any:
+            out = encoded_apart(conditioner, encoders, batch)
+            return {name: array.astype(dtype) for name, array in out.items()}
+
+        self._run = parallel.compile_local(encode, encoders)
+        self._rows = config.batch_size + -config.batch_size % jax.local_device_count()
+
+    def added(self, examples: Iterator[data.Example]) -> Iterator[data.Example]:
+        """The examples with `texts`."""
+        for group in iter(lambda: list(itertools.islice(examples, self._rows)), []):
+            captions = [_texts_of(example) for example in group]
+            tokens = self._tokenizer([text for texts in captions for text in texts])
+            tokens, places = np.unique(tokens, axis=0, return_inverse=True)
+            rows, left = self._of(tokens), iter(places.reshape(-1).tolist())
+            for example, texts in zip(group, captions, strict=True):
+                yield {**example, "texts": [rows[next(left)] for _ in texts]}
+
+    def _of(self, tokens: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """A row for each text, in batches of one size."""
+        rows = []
+        for first in range(0, len(tokens), self._rows):
+            part = tokens[first : first + self._rows]
+            filled = np.concatenate([part, np.repeat(part[-1:], self._rows - len(part), 0)])
+            out = self._run({"tokens": filled})
+            rows += [
+                {"tokens": one, **{name: array[i] for name, array in out.items()}}
+                for i, one in enumerate(part)
+            ]
+        return rows
+
+
+def from_shards(
+    config: ConfigDict,
+    encoders: Encoders,
+    source: ShardSource,
+    tokenizer: Any,
+    transform: Transform,
+) -> Transform:
+    """The transform, to whose `tokens` are added the outputs that the shards have.
+
+    Raises ValueError, in one line, for outputs of other encoders or of another tokenizer.
+    """
+    there = dict(source.made["texts"])
+    for name, own in _hashes(config, encoders):
+        if there.get(name) != own:
+            others = ", ".join(sorted(there.keys() - {"tokenizer"}))
+            raise ValueError(
+                f"{source.folder} has texts of {others}, but not of this run's {name}: encode anew "
+                "with its encoders, or set cache_texts=False"
+            )
+
+    def row_of(example: data.Example, tokens: np.ndarray) -> Mapping[str, np.ndarray]:
+        for row in example["texts"]:
+            if np.array_equal(row["tokens"], tokens):
+                return row  # type: ignore[no-any-return]
+        raise ValueError(
+            f"{source.folder} has texts of another tokenizer than this run's: encode anew with "
+            "it, or set cache_texts=False"
+        )
+
+    for i in _some(source):
+        example = source[i]
+        for text in _texts_of(example):
+            row_of(example, tokenizer([text])[0])
+
+    def transform_and_add(example: data.Example, rng: Any = None) -> data.Example:
+        out = transform(example, rng)
+        row = row_of(example, out["tokens"])
+        own = {key: x for key, x in row.items() if key.partition(".")[0] in encoders}
+        return {**out, **{key: x.astype(np.float32) for key, x in own.items()}}
+
+    return transform_and_add
+
+
+def _some(source: data.Source) -> list[int]:
+    """A few places, evenly over the source."""
+    return np.linspace(0, len(source) - 1, moments.SAMPLE).astype(int).tolist()
+
+
+def _texts_of(example: data.Example) -> list[str]:
+    """The texts that training may draw for an example."""
+    if "caption" not in example:
+        raise ValueError(f"cache_texts=True: no caption; the example has: {', '.join(example)}")
+    caption = example["caption"]
+    return [caption] if isinstance(caption, str) else [*caption] or [""]
+
+
+def _hashes(config: ConfigDict, encoders: Encoders) -> list[list[str]]:
+    """Name and hash of each encoder: of its parameters and its fields."""
+    found = []
+    for name, params in sorted(encoders.items()):
+        fields = json.dumps(config.conditioners[name].to_dict(), sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{name} {tree_hash(params)}{fields}".encode())
+        found.append([name, digest.hexdigest()])
+    return found
+
+
 def _identity(config: ConfigDict, encoders: Encoders, texts: Sequence[str], tokenizer: Any) -> str:
     digest = hashlib.sha256()
-    for name, params in sorted(encoders.items()):
-        digest.update(f"{name} {tree_hash(params)}".encode())
-        fields = config.conditioners[name].to_dict()
-        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, own in _hashes(config, encoders):
+        digest.update(f"{name} {own}".encode())
     sample = texts[:: -(-len(texts) // moments.SAMPLE)]
     digest.update(np.ascontiguousarray(tokenizer(sample)).tobytes())
     digest.update("\0".join(texts).encode())
