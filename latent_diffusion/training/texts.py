@@ -32,7 +32,7 @@ from latent_diffusion.tasks import DENOISERS, TASKS
 from latent_diffusion.training import frozen, init_from, moments
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.tokenizer import make_tokenizer
-from latent_diffusion.types import Params
+from latent_diffusion.types import Params, lookup
 
 Encoders = Mapping[str, Params]  # parameters by the name of a conditioner
 Transform = Any  # as `data.make_transform` returns it
@@ -131,7 +131,8 @@ class ForShards:
         if tokenizer is None:
             raise ValueError("cache_texts=True needs a tokenizer, not tokenizer.name='none'")
         self._tokenizer = tokenizer
-        init = functools.partial(TASKS[config.task](config).init, batch_spec=batch_spec(config))
+        task: Any = lookup(TASKS, config.task, "task")(config)
+        init = functools.partial(task.init, batch_spec=batch_spec(config))
         state, constants = jax.eval_shape(init, init_key(config.seed))
         params = frozen.load_conditioners(config, constants.conditioner, None)
         constants = constants.replace(conditioner=params)
