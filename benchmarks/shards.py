@@ -20,6 +20,7 @@ from absl import app, flags
 
 from latent_diffusion import data
 from latent_diffusion.data import shards
+from latent_diffusion.data.folders import Folder
 
 EXAMPLES = flags.DEFINE_integer("examples", 10_000_000, "In all shards together.")
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Examples in a shard.")
@@ -30,13 +31,15 @@ def write(folder: Path, examples: int, shard_size: int) -> None:
     """A folder whose shards are all the same file."""
     crop = {"window": [0, 0, 1, 1], "mirrors": [{"moments": np.zeros((2, 2, 8), np.float32)}]}
     first = folder / shards.shard_name(0)
-    shards.write_shard(first, ({"caption": "a", "crops": [crop]} for _ in range(shard_size)))
+    shards.write_shard(
+        Folder(folder), first.name, ({"caption": "a", "crops": [crop]} for _ in range(shard_size))
+    )
     count, size = examples // shard_size, first.stat().st_size
     names = [shards.shard_name(number) for number in range(count)]
     for name in names[1:]:
         os.link(first, folder / name)
     listed = [shards.Shard(name, shard_size, size) for name in names]
-    shards.write_index(folder, {"examples": count * shard_size}, listed)
+    shards.write_index(Folder(folder), {"examples": count * shard_size}, listed)
 
 
 def resident() -> float:
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), EXAMPLES.value, SHARD_SIZE.value)
         before, begin = resident(), time.perf_counter()
-        source = shards.ShardSource(Path(name))
+        source = shards.ShardSource(Folder(name))
         opened = time.perf_counter() - begin
         fields = SimpleNamespace(crop="none", image_size=16, flip=False, sizes=False, get={}.get)
         transform = data.make_transform(fields, train=True)

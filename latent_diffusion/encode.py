@@ -1,6 +1,6 @@
 """Encode the pictures of an experiment once, into a folder on which any number of runs may train.
 
-    python -m latent_diffusion.encode --config=configs/X.py --out=DIR [--config.key=value]
+    python -m latent_diffusion.encode --config=configs/X.py --out=DIR|gs://… [--config.key=value]
 
 The config is that of the training to come: its data, its first stage, and what conditions it. Then
 train with --config.data.name=latents --config.data.dir=DIR. Every process encodes the shards whose
@@ -14,8 +14,10 @@ from ml_collections import config_flags
 from latent_diffusion.runtime import flags as shared_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
-OUT = flags.DEFINE_string("out", None, "Folder of the shards, which all processes see.")
-DTYPE = flags.DEFINE_string("dtype", "float32", "Of the moments: float32 | bfloat16.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder or URL (gs://…) of the shards, which all processes see."
+)
+DTYPE = flags.DEFINE_string("dtype", "float32", "Of moments and texts: float32 | bfloat16.")
 CROPS = flags.DEFINE_integer("crops", 1, "Windows of each picture, for data.crop=random.")
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Pictures in a shard.")
 SPLITS = flags.DEFINE_list("splits", ["train", "test"], "Which to write; test keeps pictures.")

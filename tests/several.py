@@ -14,11 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import openmoji_autoencoder, openmoji_text
+from latent_diffusion.data import shards
 from latent_diffusion.generation import sampling
 from latent_diffusion.runtime import partners, processes
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.runtime.startup import quiet_and_cached
-from latent_diffusion.training import loop
+from latent_diffusion.training import encoding, loop
 from latent_diffusion.training.evaluator import Evaluator
 
 STEPS = 8
@@ -164,6 +165,18 @@ def train_and_die(workdir, coordinator, process_id):
     flags |= {"coordinator": coordinator, "num_processes": 2, "process_id": process_id}
     sys.argv = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
     runpy.run_path("train.py", run_name="__main__")
+
+
+def encode_and_train(workdir, coordinator, process_id, dies_at):
+    """Encode on two processes, of which each dies before an example of its own; then train."""
+    join(coordinator, process_id)
+    packed, examples = shards._packed, itertools.count()
+    shards._packed = lambda e: die() if next(examples) == int(dies_at) else packed(e)
+    config = make_config(**{"first_stage.cache": False})
+    encoding.encode(config, workdir / "latents", shard_size=60)
+    on_shards = {"data.name": "latents", "data.dir": str(workdir / "latents")}
+    config.update_from_flattened_dict({**on_shards, "num_steps": 3, "log.images_every_steps": 0})
+    loop.train(config, workdir / "denoiser")
 
 
 def die_at(workdir, coordinator, process_id, victim, place):

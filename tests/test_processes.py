@@ -16,6 +16,8 @@ import several
 from conftest import FAST_COMPILATION, ROOT
 
 import latent_diffusion as ldm
+from latent_diffusion.data import make_source, shards
+from latent_diffusion.data.folders import Folder
 from latent_diffusion.runtime import partners
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.runtime.metrics import to_uint8
@@ -260,6 +262,32 @@ def test_a_run_of_two_processes_goes_on_with_one_or_four(count, killed, whole, t
     assert want.keys() == got.keys()
     worst = max(deviation(want[path], got[path]) for path in want)
     assert worst < ELASTIC
+
+
+def test_two_processes_encode_are_killed_go_on_and_train_like_one(whole, tmp_path):
+    """Each on shards of its own; those that were whole aren't made again."""
+    folder = tmp_path / "latents" / "train"
+    killed = start_several("encode_and_train", tmp_path, 150)  # in the third of four shards
+    end(killed)
+    assert [process.returncode for process in killed] == [-signal.SIGKILL] * 2
+    names = [f"{number:05d}.array_record" for number in range(8)]
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*")}
+    assert sorted(before) == names[:4] and not (tmp_path / "denoiser").exists()
+    processes = start_several("encode_and_train", tmp_path, -1)
+    errors = end(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert ["picture 120/120" in error for error in errors] == [True, False]  # one voice
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
+    assert sorted(after) == names and before.items() <= after.items()
+    source = shards.ShardSource(Folder(folder))
+    pictures = make_source(several.make_config().data, "train")
+    for i in range(len(pictures)):
+        (mirror,) = source[i]["crops"][0]["mirrors"]
+        want = pictures[i]["image"] / np.float32(127.5) - 1
+        np.testing.assert_allclose(mirror["moments"][..., :3], want, atol=1e-6)
+    assert len(source) == len(pictures) == 480
+    got, want = ([row["loss"] for row in logged(d / "denoiser")] for d in (tmp_path, whole))
+    np.testing.assert_allclose(got, want[:3], rtol=1e-5)
 
 
 def deviation(want, got):

@@ -1,10 +1,13 @@
 """Latents in shards: the right ones, whole, and no other training than on the pictures."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,7 @@ from tiny import make_config as make_tiny
 
 from latent_diffusion import data
 from latent_diffusion.data import shards
+from latent_diffusion.data.folders import Folder
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.runtime import processes
 from latent_diffusion.training import encoding, frozen, loop, start
@@ -32,6 +36,10 @@ def on_shards(config, out):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"data.name": "latents", "data.dir": str(out)})
     return config
+
+
+def source_of(folder):
+    return shards.ShardSource(Folder(folder))
 
 
 def logged(workdir):
@@ -111,7 +119,7 @@ def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
     first_stage, source = made
     config = tiny(**{"data.crop": "random", "data.flip": True})
     encoding.encode(config, tmp_path, crops=3, shard_size=16, splits=["train"])
-    read = shards.ShardSource(tmp_path / "train")
+    read = source_of(tmp_path / "train")
     assert len(read) == COUNT and [shard.examples for shard in read.shards] == [16, 16, 5]
     of_picture = jax.jit(first_stage.moments)
     windows = set()
@@ -148,7 +156,7 @@ def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
 def test_bfloat16_halves_the_shards_and_rounds_the_moments(made, tmp_path):
     for dtype in ("float32", "bfloat16"):
         encoding.encode(tiny(), tmp_path / dtype, dtype, splits=["train"])
-    full, half = (shards.ShardSource(tmp_path / d / "train") for d in ("float32", "bfloat16"))
+    full, half = (source_of(tmp_path / d / "train") for d in ("float32", "bfloat16"))
     moments = [source[3]["crops"][0]["mirrors"][0]["moments"] for source in (full, half)]
     assert moments[1].nbytes * 2 == moments[0].nbytes
     np.testing.assert_allclose(moments[1].astype(np.float32), moments[0], rtol=2**-8)
@@ -164,7 +172,7 @@ def test_codes_take_the_place_of_moments_for_a_prior(made, tmp_path, monkeypatch
     first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
     monkeypatch.setattr(frozen, "read_first_stage", lambda *_: (first_stage, True))
     encoding.encode(config, tmp_path, splits=["train"])
-    read, image = shards.ShardSource(tmp_path / "train"), made[1][4]["image"][:, SIZE : 2 * SIZE]
+    read, image = source_of(tmp_path / "train"), made[1][4]["image"][:, SIZE : 2 * SIZE]
     assert read.made["kind"] == "codes"
     pixels = np.stack([image, image[:, ::-1]]) / np.float32(127.5) - 1
     want = jax.jit(first_stage.indices)({"image": pixels})
@@ -176,11 +184,11 @@ def test_what_is_written_stays_and_is_not_made_again(made, tmp_path, monkeypatch
     config, folder = tiny(), tmp_path / "train"
     write, written = shards.write_shard, []
 
-    def until_full(path, examples):
+    def until_full(folder, name, examples):
         if len(written) == 2:
-            raise OSError(f"{path}: No space left on device")
-        written.append(path)
-        write(path, examples)
+            raise OSError(f"{name}: No space left on device")
+        written.append(tmp_path / "train" / name)
+        write(folder, name, examples)
 
     monkeypatch.setattr(shards, "write_shard", until_full)
     with pytest.raises(
@@ -188,12 +196,12 @@ def test_what_is_written_stays_and_is_not_made_again(made, tmp_path, monkeypatch
     ):
         encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
     with pytest.raises(ValueError, match="isn't complete: 2 of 4 shards are there; the command"):
-        shards.ShardSource(folder)
+        source_of(folder)
     before = [path.stat().st_mtime_ns for path in written]
     monkeypatch.setattr(shards, "write_shard", write)
     encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
     assert [path.stat().st_mtime_ns for path in written] == before
-    whole = shards.ShardSource(folder)
+    whole = source_of(folder)
     assert [whole[i]["caption"][1] for i in range(COUNT)] == [f"number {i}" for i in range(COUNT)]
 
     with pytest.raises(ValueError, match=r"was begun with crops=1, not 2: choose another --out"):
@@ -201,15 +209,74 @@ def test_what_is_written_stays_and_is_not_made_again(made, tmp_path, monkeypatch
     cut_short = folder / shards.shard_name(1)
     cut_short.write_bytes(cut_short.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"1 of 4 shards are missing or cut short: 00001\S+ has"):
-        shards.ShardSource(folder)
+        source_of(folder)
     encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
-    assert shards.ShardSource(folder)[12]["caption"] == whole[12]["caption"]
+    assert source_of(folder)[12]["caption"] == whole[12]["caption"]
 
 
 def test_a_full_device_is_an_os_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "whole", lambda path: contextlib.nullcontext(path))
-    with pytest.raises(OSError, match="No space left on device"):
-        shards.write_shard(Path("/dev/full"), [{"crops": [], "a": np.zeros(10**7)}])
+    monkeypatch.setattr(Folder, "whole", lambda *_: contextlib.nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError, match=r"x: .*No space left on device"):
+        shards.write_shard(Folder(tmp_path), "x", [{"crops": [], "a": np.zeros(10**7)}])
+
+
+def test_shards_lie_on_any_file_system_that_fsspec_knows(made, tmp_path, monkeypatch):
+    """A shard that isn't sent whole never has its name; a shard is copied here once, when read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    out, system = f"memory://{tmp_path.name}", fsspec.filesystem("memory")
+    put, get = type(system).put_file, type(system).get_file
+
+    def cut_short(self, local, remote):
+        put(self, local, remote)
+        if "00001" in remote:
+            self.pipe_file(remote, self.cat_file(remote)[:-10])
+
+    monkeypatch.setattr(type(system), "put_file", cut_short)
+    said = r"/train/00001.array_record: .* bytes were sent; 1 of 4 shards of memory://.*/train are"
+    with pytest.raises(OSError, match=said):
+        encoding.encode(tiny(), out, shard_size=10, splits=["train"])
+    monkeypatch.setattr(type(system), "put_file", put)
+    assert not system.exists(f"{out}/train/00001.array_record")
+    first = system.modified(f"{out}/train/00000.array_record")
+    encoding.encode(tiny(), out, shard_size=10, splits=["train"])
+    assert system.modified(f"{out}/train/00000.array_record") == first
+    encoding.encode(tiny(), tmp_path / "here", shard_size=10, splits=["train"])
+
+    copied = []
+    monkeypatch.setattr(
+        type(system), "get_file", lambda self, path, *a: copied.append(path) or get(self, path, *a)
+    )
+    here = source_of(tmp_path / "here" / "train")
+    for _ in range(2):
+        there = shards.make(SimpleNamespace(dir=out), "train")
+        for i in (0, 36, 12, 3):
+            assert there[i]["caption"] == here[i]["caption"] == ["one", f"number {i}"]
+    names = [Path(path).name for path in copied]
+    assert names == [shards.INDEX, *map(shards.shard_name, (0, 3, 1)), shards.INDEX]
+    system.rm(f"{out}/train", recursive=True)  # others take its place
+    encoding.encode(tiny(), out, "bfloat16", shard_size=10, splits=["train"])
+    other = shards.make(SimpleNamespace(dir=out), "train")[3]["crops"][0]["mirrors"][0]
+    assert other["moments"].dtype == jnp.bfloat16
+    system.rm(f"{out}/train/00002.array_record")
+    with pytest.raises(ValueError, match="1 of 4 shards are missing or cut short: 00002"):
+        shards.make(SimpleNamespace(dir=out), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gs://a/b", "gs://a/b: Please install gcsfs"),
+        ("xyz://a", "xyz://a: Protocol not known"),
+    ],
+)
+def test_a_file_system_without_its_package_is_named(made, tmp_path, name, message):
+    if name.startswith("gs") and importlib.util.find_spec("gcsfs"):
+        pytest.skip("it is installed")
+    with pytest.raises(ValueError, match=message):
+        encoding.encode(tiny(), name, splits=["train"])
+    for source in ("tars", "latents"):
+        with pytest.raises(ValueError, match=message):
+            data.DATASETS[source](SimpleNamespace(dir=name), "train")
 
 
 def test_a_shard_of_a_bucket_has_pictures_of_its_size(made, tmp_path):
@@ -220,7 +287,7 @@ def test_a_shard_of_a_bucket_has_pictures_of_its_size(made, tmp_path):
     source.arrays["image"] = images
     config = tiny(**{"data.bucket_step": 8})
     encoding.encode(config, tmp_path, shard_size=10, splits=["train"])
-    read = shards.ShardSource(tmp_path / "train")
+    read = source_of(tmp_path / "train")
     assert [shard[1::2] for shard in read.shards] == [
         *((10, (8, 16)), (10, (8, 16)), (4, (8, 16))),
         *((10, (16, 16)), (3, (16, 16))),
@@ -255,7 +322,7 @@ def test_processes_share_the_shards(made, tmp_path, monkeypatch, count):
         encoding.encode(tiny(), tmp_path, shard_size=8, splits=["train"])
         there = {int(path.name[:5]) for path in (tmp_path / "train").glob("*.array_record")}
         assert there == {n for n in range(5) if n % count >= process}
-    read = shards.ShardSource(tmp_path / "train")
+    read = source_of(tmp_path / "train")
     assert [read[i]["caption"][1] for i in range(COUNT)] == [f"number {i}" for i in range(COUNT)]
 
 
@@ -296,7 +363,7 @@ def test_an_index_that_does_not_match_is_refused(folder, tmp_path):
     shard = tmp_path / "damaged" / "train" / shards.shard_name(2)
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ValueError, match=r"00002.array_record: "):
-        shards.ShardSource(tmp_path / "damaged" / "train")[200]
+        source_of(tmp_path / "damaged" / "train")[200]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_diffusion.data.folders import file_system
 from latent_diffusion.data.pictures import read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
 from latent_diffusion.data.tfds import feature_map
@@ -99,15 +100,13 @@ def _metadata(system: Any, path: str) -> tuple[list[str], list[tuple[str, int, i
 
 def make(data_config: Any, split: str) -> ParquetSource:
     """A split of the files in `data_config.dir`. Raises ValueError where there are none."""
-    import fsspec
-
     if not data_config.dir:
         raise ValueError("data.name='parquet' needs data.dir, the folder of Parquet files")
     try:
         import pyarrow  # noqa: F401
     except ImportError:
         raise ValueError("data.name='parquet' needs pip install pyarrow") from None
-    system, root = fsspec.core.url_to_fs(data_config.dir)
+    system, root = file_system(data_config.dir)
     every = sorted(path for path in system.find(root) if path.endswith(".parquet"))
     if not every:
         raise ValueError(f"data.dir={data_config.dir}: no .parquet files in this folder")

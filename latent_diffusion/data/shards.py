@@ -10,6 +10,7 @@ and, where pictures are mirrored, those of its mirror image.
 
 import functools
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
+from latent_diffusion.data.folders import Folder
 from latent_diffusion.data.sources import Example, flat
 from latent_diffusion.files.reading import MAX_TEXT, read_json, reading
-from latent_diffusion.runtime.workdir import whole, write_whole
 
 INDEX = "index.json"
 MOST_OPEN = 512  # shards at a time, each with a file descriptor
@@ -40,18 +41,18 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.array_record"
 
 
-def write_shard(path: Path, examples: Iterable[Example]) -> None:
+def write_shard(folder: Folder, name: str, examples: Iterable[Example]) -> None:
     """Write a file that appears when it is complete. Raises OSError where there is no room."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    with whole(path) as partial:
+    with folder.whole(name) as partial:
         try:
             writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
             for example in examples:
                 writer.write(_packed(example))
             writer.close()
         except RuntimeError as error:  # the writer's only one
-            raise OSError(f"{path}: {str(error).partition(';')[0]}") from error
+            raise OSError(f"{folder}/{name}: {str(error).partition(';')[0]}") from error
 
 
 def _packed(example: Example) -> bytes:
@@ -69,16 +70,18 @@ def _unpacked(record: bytes) -> Example:
     return {**example, "size": tuple(example["size"])} if "size" in example else example
 
 
-def write_index(folder: Path, made: Mapping[str, Any], shards: Iterable[Shard] | None) -> None:
+def write_index(folder: Folder, made: Mapping[str, Any], shards: Iterable[Shard] | None) -> None:
     """Write the index; shards: None until all are there. made: how the examples were made."""
     listed = None if shards is None else [list(shard) for shard in shards]
-    write_whole(folder / INDEX, json.dumps({**made, "shards": listed}, indent=1) + "\n")
+    with folder.whole(INDEX) as path:
+        path.write_text(json.dumps({**made, "shards": listed}, indent=1) + "\n", encoding="utf-8")
 
 
-def read_index(folder: Path) -> tuple[dict[str, Any], list[Shard] | None]:
+def read_index(folder: Folder) -> tuple[dict[str, Any], list[Shard] | None]:
     """How the examples of a folder were made, and its shards: None while they are written."""
-    with reading(folder / INDEX):
-        made = read_json(folder / INDEX, MAX_TEXT)
+    with reading(f"{folder}/{INDEX}"), tempfile.TemporaryDirectory() as copies:
+        folder.fetch(INDEX, path := Path(copies) / INDEX)
+        made = read_json(path, MAX_TEXT)
         listed = made.pop("shards")
         if listed is None:
             return made, None
@@ -93,11 +96,11 @@ class ShardSource:
     the index. Memory: 8 bytes an example, and little more for each of the shards that are open.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Folder):
         self.folder = folder
         self.made, shards = read_index(folder)
         if shards is None:
-            there = len(list(folder.glob("*.array_record")))
+            there = len([name for name in folder.sizes() if name.endswith(".array_record")])
             raise ValueError(
                 f"{folder} isn't complete: {there} of {self.made['num_shards']} shards are there; "
                 "the command that began it goes on with it"
@@ -107,9 +110,10 @@ class ShardSource:
         self._ends = np.cumsum([shard.examples for shard in shards])
         if self._ends[-1] != self.made["examples"]:
             raise ValueError(
-                f"{folder / INDEX}: its shards have {self._ends[-1]} examples together, but it "
+                f"{folder}/{INDEX}: its shards have {self._ends[-1]} examples together, but it "
                 f"counts {self.made['examples']}"
             )
+        self._version = json.dumps([self.made, shards])
         self._reader = functools.lru_cache(MOST_OPEN)(self._open)
 
     def __len__(self) -> int:
@@ -120,7 +124,7 @@ class ShardSource:
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
         place = int(index) - int(self._ends[number] - self.shards[number].examples)
-        with reading(self.folder / self.shards[number].name):
+        with reading(f"{self.folder}/{self.shards[number].name}"):
             return _unpacked(self._reader(number).read(place, place + 1)[0])
 
     def shapes(self) -> np.ndarray:
@@ -136,17 +140,17 @@ class ShardSource:
         from array_record.python.array_record_module import ArrayRecordReader
 
         shard = self.shards[number]
-        reader = ArrayRecordReader(str(self.folder / shard.name), _OPTIONS)
+        path = self.folder.local(shard.name, self._version)
+        reader = ArrayRecordReader(str(path), _OPTIONS)
         if reader.num_records() != shard.examples:
             raise ValueError(f"{reader.num_records()} examples; {INDEX} says {shard.examples}")
         return reader
 
 
-def _check_files(folder: Path, shards: list[Shard]) -> None:
-    wrong = []
+def _check_files(folder: Folder, shards: list[Shard]) -> None:
+    wrong, there = [], folder.sizes()
     for shard in shards:
-        path = folder / shard.name
-        has = path.stat().st_size if path.exists() else None
+        has = there.get(shard.name)
         if has != shard.bytes:
             words = "is missing" if has is None else f"has {has:,} of {shard.bytes:,} bytes"
             wrong.append(f"{shard.name} {words}")
@@ -163,8 +167,8 @@ def make(data_config: Any, split: str) -> ShardSource:
         raise ValueError(
             "data.name='latents' needs data.dir, which python -m latent_diffusion.encode wrote"
         )
-    root = Path(data_config.dir).expanduser()
-    known = sorted(path.parent.name for path in root.glob(f"*/{INDEX}"))
+    root = Folder(data_config.dir)
+    known = [name for name in root.folders() if INDEX in (root / name).sizes()]
     if split not in known:
         raise ValueError(
             f"no split {split!r} in data.dir={root}; known: {', '.join(known) or 'none'} "

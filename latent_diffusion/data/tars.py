@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_diffusion.data.folders import file_system
 from latent_diffusion.data.index_files import Arrays, remembered
 from latent_diffusion.data.pictures import SUFFIXES, read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
@@ -128,11 +129,9 @@ def _index(system: Any, tars: list[str]) -> Arrays:
 
 def make(data_config: Any, split: str) -> TarSource:
     """A split of the tars in `data_config.dir`. Raises ValueError where there are none."""
-    import fsspec
-
     if not data_config.dir:
         raise ValueError("data.name='tars' needs data.dir, the folder of tars")
-    system, root = fsspec.core.url_to_fs(data_config.dir)
+    system, root = file_system(data_config.dir)
     found = system.find(root, detail=True)
     tars = {path: info for path, info in sorted(found.items()) if path.endswith(".tar")}
     inside = {

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.data import buckets, shards
+from latent_diffusion.data.folders import Folder
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.runtime import metrics, parallel, processes
 from latent_diffusion.runtime.checkpoint import tree_hash
@@ -50,13 +51,13 @@ def encode(
     for split in splits:
         source = data.make_source(config.data, split)
         train = {"dtype": dtype, "crops": crops} if split == "train" else None
-        _encode_split(config, source, Path(out).expanduser() / split, shard_size, train)
+        _encode_split(config, source, Folder(out) / split, shard_size, train)
 
 
 def _encode_split(
     config: ConfigDict,
     source: Any,
-    folder: Path,
+    folder: Folder,
     shard_size: int,
     train: dict[str, Any] | None,
 ) -> None:
@@ -75,9 +76,10 @@ def _encode_split(
     if jax.process_index() == 0:
         _begin(folder, made)
     processes.barrier("the index is there")
-    paths = [folder / shards.shard_name(number) for number in range(len(plan))]
+    names = [shards.shard_name(number) for number in range(len(plan))]
     own = range(jax.process_index(), len(plan), jax.process_count())
-    todo = [number for number in own if not paths[number].exists()]
+    there = folder.sizes()
+    todo = [number for number in own if names[number] not in there]
     prepare, done = _prepare(config, source, made), itertools.count(1)
     total = sum(len(plan[number][1]) for number in todo)
     with metrics.Progress(total, unit="picture") as progress:
@@ -86,18 +88,19 @@ def _encode_split(
             records = prepared if latents is None else latents.added(prepared, made["pictures"])
             records = records if captions is None else captions.added(records)
             try:
-                shards.write_shard(paths[number], _counted(records, done, progress))
+                shards.write_shard(folder, names[number], _counted(records, done, progress))
             except OSError as error:
-                whole = sum(path.exists() for path in paths)
+                whole = len(folder.sizes().keys() & {*names})
                 raise OSError(
-                    f"{error}; {whole} of {len(paths)} shards of {folder} are whole: make room, "
+                    f"{error}; {whole} of {len(names)} shards of {folder} are whole: make room, "
                     "and the same command goes on"
                 ) from error
     processes.barrier("all shards are there")
     if jax.process_index() == 0:
+        there = folder.sizes()
         listed = [
-            shards.Shard(path.name, len(indices), path.stat().st_size, size)
-            for path, (size, indices) in zip(paths, plan, strict=True)
+            shards.Shard(name, len(indices), there[name], size)
+            for name, (size, indices) in zip(names, plan, strict=True)
         ]
         shards.write_index(folder, made, listed)
         in_all = sum(shard.bytes for shard in listed)
@@ -132,12 +135,13 @@ def _made(config: ConfigDict, source: Any, latents: Any, asked: dict[str, Any]) 
     }
 
 
-def _begin(folder: Path, made: dict[str, Any]) -> None:
+def _begin(folder: Folder, made: dict[str, Any]) -> None:
     """Write an index without shards; remove shards that are cut short.
 
     Raises ValueError where the folder has shards that were made otherwise.
     """
-    if (folder / shards.INDEX).exists():
+    there = folder.sizes()
+    if shards.INDEX in there:
         before, listed = shards.read_index(folder)
         have, had = flat(made), flat(before)
         for name in [name for name in have if name in had and have[name] != had[name]]:
@@ -146,10 +150,8 @@ def _begin(folder: Path, made: dict[str, Any]) -> None:
                 "--out"
             )
         for shard in listed or ():
-            path = folder / shard.name
-            if path.exists() and path.stat().st_size != shard.bytes:
-                path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+            if there.get(shard.name, shard.bytes) != shard.bytes:
+                folder.remove(shard.name)
     shards.write_index(folder, made, None)
 
 

@@ -208,7 +208,7 @@ def compile_local(function: Callable[[PyTree, PyTree], PyTree], constants: PyTre
         compiler_options=_compiler_options(),
     )
     constants = jax.tree.map(lambda leaf: put(leaf, whole), constants)
-    return lambda batch: jax.tree.map(np.asarray, compiled(constants, batch))
+    return lambda batch: jax.tree.map(np.asarray, compiled(constants, jax.device_put(batch, rows)))
 
 
 def _compiler_options() -> dict[str, Any] | None:

@@ -1,0 +1,109 @@
+"""Folders on this machine, or on a file system of fsspec ("gs://…", "s3://…"), and their files.
+
+A file appears under its name when it is complete. On this machine it is written under another name
+and moved. Elsewhere it is written to a temporary file here, sent under another name, measured, and
+moved by the file system: at once where that can rename, else by a copy, which stores of objects
+show when it is complete.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latent_diffusion.runtime import workdir
+
+
+def file_system(name: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path there. Raises ValueError if there is none."""
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(name)
+    except (ImportError, ValueError) as error:  # its package isn't there; nobody knows it
+        raise ValueError(f"{name}: {error}") from error
+    return system, root
+
+
+class Folder:
+    """A folder by its path or URL; it need not exist. Raises ValueError for unknown URLs."""
+
+    def __init__(self, name: str | os.PathLike):
+        self.name = os.fspath(name)
+        self._path = None if "://" in self.name else Path(self.name).expanduser()
+        self._system, self._root = file_system(self.name if self._path is None else str(self._path))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.name.rstrip('/')}/{name}")
+
+    def sizes(self) -> dict[str, int]:
+        """The names of the files in it, and their bytes."""
+        return {name: info["size"] for name, info in self._listed("file")}
+
+    def folders(self) -> list[str]:
+        """The names of the folders in it."""
+        return sorted(name for name, _ in self._listed("directory"))
+
+    def remove(self, name: str) -> None:
+        """Remove a file."""
+        self._system.rm_file(f"{self._root}/{name}")
+
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[Path]:
+        """A path of this machine, from which a complete file moves to `name`.
+
+        Raises OSError where it can't be sent.
+        """
+        if self._path is not None:
+            self._path.mkdir(parents=True, exist_ok=True)
+            with workdir.whole(self._path / name) as partial:
+                yield partial
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / name
+            yield written
+            sent_as, size = f"{self._root}/.{name}.partial", written.stat().st_size
+            try:
+                self._system.makedirs(self._root, exist_ok=True)
+                self._system.put_file(str(written), sent_as)
+                if (sent := self._system.info(sent_as)["size"]) != size:
+                    raise OSError(f"{sent:,} of {size:,} bytes were sent")
+                self._system.mv(sent_as, f"{self._root}/{name}")
+            except Exception as error:  # each file system has its own
+                raise OSError(f"{self}/{name}: {error}") from error
+
+    def local(self, name: str, version: str) -> Path:
+        """The path of a file on this machine, to which it is copied when it is first asked for.
+
+        version: of the folder; copies of other versions aren't taken. They lie in $XDG_CACHE_HOME
+        (or ~/.cache) under latent_diffusion/shards.
+        """
+        if self._path is not None:
+            return self._path / name
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        digest = hashlib.sha256(f"{self}\n{version}".encode()).hexdigest()[:16]
+        path = caches / "latent_diffusion" / "shards" / digest / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may copy it, too
+                copy = Path(folder) / name
+                self.fetch(name, copy)
+                os.replace(copy, path)
+        return path
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to a path of this machine."""
+        self._system.get_file(f"{self._root}/{name}", str(target))
+
+    def _listed(self, kind: str) -> Iterator[tuple[str, Any]]:
+        self._system.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for info in self._system.ls(self._root, detail=True):
+                if info["type"] == kind:
+                    yield info["name"].rstrip("/").rpartition("/")[2], info
