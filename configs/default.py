@@ -151,6 +151,7 @@ def data() -> ConfigDict:
     c.test_fraction = 0.1  # folders without train/ and test/: share held out by path
     # Training draws small classes more often: 0 = as they are ... 1 = all classes equally often
     c.balance = 0.0
+    c.workers = 0  # processes of each host that prepare training batches; 0 = threads alone
     c.caption_column = ""  # image_folder: of captions in metadata files; "" = "text" or "caption"
     c.features = ConfigDict()  # tfds: our batch key -> the data set's feature
     # Conditions made of the examples:

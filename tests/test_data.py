@@ -1,10 +1,16 @@
 """Batches: the contract, the pipeline, the transforms, and the sources that need no files."""
 
 import itertools
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from configs import default
@@ -83,6 +89,42 @@ def test_processes_share_the_same_global_batches(processes):
         for batch in zip(*parts, strict=True)
     ]
     assert_equal(joined, whole)
+
+
+def compare_workers(folder):
+    """Batches of two worker processes with those of threads, from any step."""
+    fields = config(name="image_folder", dir=folder, train_split="all", bucket_step=4)
+    fields.update({"flip": True, "low_res": "bsrgan_light", "low_res_factor": 2, "crop": "random"})
+    fields.image_size = 16
+    source = data.Bucketed(Remember(make_source(fields, "train")), fields, 2, seed=0)
+    tokenizer = WordTokenizer.train(data.captions(source.source), 64, 4)
+    transform = make_transform(fields, train=True, tokenizer=tokenizer, as_bytes=True)
+
+    def batches(start_step, count, **how):
+        how |= {"batch_size": 2, "seed": 0, "shuffle": False, "repeat": False}
+        return take(iterate(source, transform, start_step=start_step, **how), count)
+
+    assert_equal(batches(2, 7, workers=2), batches(0, 9)[2:])
+    deadline = time.monotonic() + 60
+    while multiprocessing.active_children():
+        assert time.monotonic() < deadline
+
+
+def test_worker_processes_make_the_same_batches_from_any_step(tmp_path):
+    """In a process where types aren't checked: the checks can't be sent to workers."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        shape = ((12, 8), (8, 12))[i % 2]
+        Image.fromarray(rng.integers(0, 255, (*shape, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    code = f"import test_data; test_data.compare_workers({str(tmp_path)!r})"
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, check=True)
+
+
+def test_sources_go_to_worker_processes_without_what_they_have_open():
+    balanced = data.Balanced(ArraySource({"class_label": np.array([0, 0, 1, 1])}), 0.5)
+    assert pickle.loads(pickle.dumps(balanced))[2]["class_label"] == 1
 
 
 def test_every_epoch_is_complete_and_shuffled_differently():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import several
 
-from latent_diffusion.runtime import metrics
+from latent_diffusion.runtime import metrics, parallel
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.training import loop
 from latent_diffusion.training.averages import Snapshots
@@ -17,6 +17,8 @@ from latent_diffusion.training.best import Best
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.start import Start
 from latent_diffusion.training.stop import Stop
+
+RNG = jax.random.key(0)
 
 
 class Number:
@@ -36,8 +38,8 @@ class Number:
         return np.asarray(self.value)
 
 
-def take_steps(tmp_path, batches, losses, **fields):
-    """The events of a run whose step s has losses[s - 1]."""
+def take_steps(tmp_path, batches, losses, given=None, **fields):
+    """The events of a run whose step s has losses[s - 1]; given: another state and step."""
     events, taken = [], []
 
     def train_step(state, constants, batch, rng):
@@ -47,14 +49,15 @@ def take_steps(tmp_path, batches, losses, **fields):
         loss = losses[step - 1]
         return state, {"loss": loss, "finite": Number(np.isfinite(loss), step, events)}
 
+    state, train_step = given or (SimpleNamespace(params={"w": jnp.ones(2)}), train_step)
     config = several.make_config(
         **{"num_steps": len(losses), "log.images_every_steps": 0, "log.eval_every_steps": 0}
     )
     config.update_from_flattened_dict(fields)
     run = Start(
-        state=SimpleNamespace(params={"w": jnp.ones(2)}),
+        state=state,
         constants=None,
-        rng=jax.random.key(0),
+        rng=RNG,
         step=0,
         mode="single",
         train_step=train_step,
@@ -83,6 +86,32 @@ def test_the_host_looks_at_a_step_when_the_next_one_has_been_dispatched(tmp_path
     at_the_save = ["read 3", "save 3"]
     assert kinds == [*before, *at_the_save, "take 4", "take 5", "read 4", "read 5", "save 5"]
     assert events.index(("send", 1)) < events.index(("take", 2))
+
+
+def test_nothing_goes_to_a_device_unasked_while_steps_are_taken(tmp_path):
+    """All that a step reads is placed before, by name, and no number of the host joins it."""
+
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return state + batch["x"].mean(), {"loss": state}
+
+    compiled = parallel.compile_step(metrics.flagged(step), "single", donate_state=False)
+    key = parallel.place(jax.random.key(0), "single")
+    place = lambda i: parallel.place_batch({"x": np.full(4, i, np.float32)}, "single", None)  # noqa: E731
+
+    def train_step(state, constants, batch, rng):
+        params, values = compiled(state.params, constants, batch, key)
+        return SimpleNamespace(params=params), values
+
+    first = SimpleNamespace(params=parallel.place(np.float32(0), "single"))
+    first, _ = train_step(first, None, place(0), None)  # compiled without the guard
+    jax.config.update("jax_transfer_guard_host_to_device", "disallow")
+    try:
+        with pytest.raises(Exception, match="Disallowed host-to-device"):
+            first.params + np.ones(3)
+        events = take_steps(tmp_path, map(place, range(9)), [1.0] * 5, (first, train_step))
+    finally:
+        jax.config.update("jax_transfer_guard_host_to_device", "allow")
+    assert events[-1] == ("save", 5)
 
 
 def test_nan_is_named_by_its_step_and_nothing_is_saved_after_it(tmp_path):

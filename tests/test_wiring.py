@@ -292,8 +292,19 @@ def test_a_run_learns_from_one_split_and_is_evaluated_on_the_other(tmp_path, mon
     }
     monkeypatch.setattr(data, "make_source", lambda config, split: sources[split])
     monkeypatch.setattr(start, "Evaluator", lambda *given: Mock(spec=Evaluator, given=given))
-    fields = {"parallel.mode": "single", "first_stage.normalization": "none"}
+    iterate, workers = data.iterate, []
+    monkeypatch.setattr(
+        data,
+        "iterate",
+        lambda *given, **how: workers.append(how.pop("workers")) or iterate(*given, **how),
+    )
+    fields = {"parallel.mode": "single", "first_stage.normalization": "none", "data.workers": 2}
+    with pytest.raises(
+        ValueError, match=r"data\.workers=2 can't share what a run caches: set first"
+    ):
+        started(tmp_path, **fields, **{"first_stage.cache": True})
     run = started(tmp_path, **fields, **{"first_stage.cache": False})
+    assert workers[-1] == 2 and sum(workers) == 2  # the scale needs none
     assert set(np.unique(next(run.batches)["image"])) == {0}
     given = run.evaluator.given
     assert sources["test"] in given and sources["train"] not in given

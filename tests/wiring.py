@@ -275,6 +275,7 @@ CONFIG = {
     "data.test_fraction": "test_image_folder.py::test_hash_split_is_a_partition_that_files_keep",
     "data.test_split": "test_tfds.py::test_usual_features_are_found",
     "data.train_split": "test_tfds.py::test_configured_features",
+    "data.workers": f"{HERE}a_run_learns_from_one_split_and_is_evaluated_on_the_other",
     "first_stage.cache": START,
     "first_stage.normalization": SCALE,
     "first_stage.num_batches": SCALE,

@@ -38,5 +38,11 @@ class Balanced:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self._index[index])]

@@ -107,6 +107,13 @@ class Bucketed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._order = functools.lru_cache(2)(self._epoch)
+
     def __getitem__(self, index: int) -> Example:
         step, row = divmod(int(index), self._batch_size)
         epoch, place = divmod(step, self.batches_per_epoch)

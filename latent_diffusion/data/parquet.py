@@ -37,6 +37,9 @@ class ParquetSource(Readable):
         self._ends = np.cumsum([count for *_, count in groups])
         self._group = functools.lru_cache(GROUPS_IN_MEMORY)(self._read_group)
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.system, self._groups, self._rows, self.columns)
+
     def name_of(self, index: int) -> str:
         """The file, the row group, and the row in it."""
         number, row = self._place(index)

@@ -3,14 +3,16 @@
 Batch number s is a pure function of (seed, s): examples s·B ... (s+1)·B − 1 of the endlessly
 repeated source, reshuffled every epoch. Process p of P takes the p-th contiguous block of every
 batch, so the position in the data is the step alone: resuming means `start_step`, and neither
-the number of processes nor that of threads can change what step s sees.
+the number of processes nor those of threads and workers can change what step s sees.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from latent_diffusion.data.contract import check_batch
 from latent_diffusion.data.sources import Example, Source
@@ -28,8 +30,11 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
     return batch_size // process_count
 
 
-def _prefetched(batches: grain.MapDataset) -> Iterator[Batch]:
-    """Batches in order, a few threads ahead; the first one is held against the contract."""
+def _prefetched(batches: grain.MapDataset, workers: int = 0) -> Iterator[Batch]:
+    """Batches in order, a few threads ahead; the first one is held against the contract.
+
+    workers: processes that make all further batches, the first of them the first, and so on.
+    """
     if not len(batches):
         return
     first = batches[0]
@@ -37,8 +42,26 @@ def _prefetched(batches: grain.MapDataset) -> Iterator[Batch]:
     yield first
     size = sum(array.nbytes for array in first.values())
     ahead = int(min(max(MOST_AHEAD // size, 1), 16))
-    options = grain.ReadOptions(min(os.cpu_count() or 1, ahead), prefetch_buffer_size=ahead)
-    yield from batches[1:].to_iter_dataset(options)
+    threads = max((os.cpu_count() or 1) // max(workers, 1), 1)
+    ahead = max(ahead // max(workers, 1), 1)
+    options = grain.ReadOptions(min(threads, ahead), prefetch_buffer_size=ahead)
+    following = batches[1:].to_iter_dataset(options)
+    if not workers:
+        yield from following
+        return
+    if not flags.FLAGS.is_parsed():  # outside of a command; Grain asks for its own
+        flags.FLAGS.mark_as_parsed()
+    processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+    iterator = iter(following.mp_prefetch(processes, _worker_starts))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _worker_starts(index: int, count: int) -> None:
+    """A signal is for the run, which stops its workers after its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def iterate(
@@ -52,11 +75,13 @@ def iterate(
     repeat: bool = True,
     process_index: int = 0,
     process_count: int = 1,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Training batches from step `start_step` on: dicts of arrays [batch_size / process_count ...].
 
     batch_size: of the global batch. transform: `(example, rng) -> example`, its generator
-    belonging to (seed, position). repeat: for ever; otherwise one epoch of whole batches.
+    belonging to (seed, position). repeat: for ever; otherwise one epoch of whole batches. workers:
+    processes that make them, which get copies of source and transform; no batch depends on them.
     Raises ValueError for a batch size that the processes cannot share, or that exceeds the source.
     """
     local = _local_batch_size(batch_size, process_index, process_count)
@@ -71,7 +96,8 @@ def iterate(
     # Cut to whole global batches, so that every process sees the same number of them.
     examples = examples.repeat() if repeat else examples[: len(source) // batch_size * batch_size]
     batches = examples.random_map(transform).batch(local, drop_remainder=True)
-    return _prefetched(batches[start_step * process_count + process_index :: process_count])
+    own = batches[start_step * process_count + process_index :: process_count]
+    return _prefetched(own, workers)
 
 
 class _Padded:

@@ -116,6 +116,9 @@ class ShardSource:
         self._version = json.dumps([self.made, shards])
         self._reader = functools.lru_cache(MOST_OPEN)(self._open)
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.folder,)  # a process opens its own files
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

@@ -147,6 +147,9 @@ class Remember:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.source, self.max_bytes)
+
     def __getitem__(self, index: int) -> Example:
         index = int(index)
         if index not in self._examples:

@@ -10,12 +10,18 @@ from latent_diffusion.runtime import parallel
 
 
 def train_batches(
-    config: ConfigDict, source: Any, transform: Any = None, start_step: int = 0, parts: int = 1
+    config: ConfigDict,
+    source: Any,
+    transform: Any = None,
+    start_step: int = 0,
+    parts: int = 1,
+    workers: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """This process's part of every batch from `start_step` on; pictures are bytes.
 
     source: the training examples; `data.Bucketed` has an order of its own. transform: by default
-    that of the config, without texts. parts: sources that share a batch equally.
+    that of the config, without texts. parts: sources that share a batch equally. workers: as of
+    `data.iterate`.
     """
     mode, mesh = parallel.devices(config.parallel)
     index, count = parallel.process_shard(mode, mesh)
@@ -30,4 +36,5 @@ def train_batches(
         repeat=not ordered,
         process_index=index,
         process_count=count,
+        workers=workers,
     )

@@ -122,7 +122,7 @@ def _plan(config: ConfigDict, source: Any, shard_size: int, train: bool) -> Iter
 
 def _made(config: ConfigDict, source: Any, latents: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """How the examples are made: a run compares it, and so does the command that goes on."""
-    place = ("dir", "embedding_path", "search")  # of the same data
+    place = ("dir", "embedding_path", "search", "workers")  # of the same data
     return {
         "kind": "pictures" if latents is None else latents.kind,
         "first_stage": None if latents is None else latents.hash,

@@ -105,7 +105,8 @@ def kind_of(config: ConfigDict) -> str:
 
 def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) -> str:
     digest = hashlib.sha256(tree_hash(first_stage.params).encode())
-    digest.update(json.dumps(config.data.to_dict(), sort_keys=True).encode())
+    fields = {name: value for name, value in config.data.to_dict().items() if name != "workers"}
+    digest.update(json.dumps(fields, sort_keys=True).encode())
     digest.update(str(len(source)).encode())
     digest.update(sample_hash(source).encode())
     return digest.hexdigest()[:12]

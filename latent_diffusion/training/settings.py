@@ -36,7 +36,7 @@ MAY_CHANGE = {
     r"input_perturbation|variance_weight)": "the objective may change",
     r"prior\..*": "the objective may change, and sampling is no part of it",
     r"first_stage\.cache": "cached latents are the same",
-    r"data\.(flip|search)": "the pictures are the same",
+    r"data\.(flip|search|workers)": "the pictures are the same",
 }
 _PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
 _MAY_MOVE = r"data\.(dir|embedding_path)"  # the data is the same in another place

@@ -126,8 +126,8 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         sources.append(class_pictures.make_source(config, directory, run is not None, *own))
     _write(config, directory, run, constants, tokenizer)
 
-    parts = len(sources)
-    batches, *of_class = (train_batches(config, s, transform, step, parts) for s in sources)
+    how = (transform, step, len(sources), config.data.workers)
+    batches, *of_class = (train_batches(config, s, *how) for s in sources)
     if of_class:
         batches = class_pictures.with_class(config, batches, *of_class)
     return Start(
@@ -153,9 +153,16 @@ def _encoded_once(
     """The examples of training and their transform, with what the run encodes beforehand."""
     transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
     shards = getattr(source, "source", source)  # within buckets
+    stored = isinstance(shards, ShardSource) and bool(shards.made.get("texts"))
+    cached = config.first_stage.cache or (config.cache_texts and not stored)
+    if config.data.workers and config.task != "autoencoding" and cached:
+        raise ValueError(
+            f"data.workers={config.data.workers} can't share what a run caches: set "
+            "first_stage.cache=False and cache_texts=False, or encode shards, or set data.workers=0"
+        )
     if config.cache_texts:
         encoders = texts.frozen_encoders(config, state, constants)
-        if isinstance(shards, ShardSource) and shards.made.get("texts"):
+        if isinstance(shards, ShardSource) and stored:
             transform = texts.from_shards(config, encoders, shards, tokenizer, transform)
         else:
             given = (encoders, source, tokenizer, transform)
