@@ -15,7 +15,7 @@ from latent_diffusion.types import lookup
 _DATA = """
     name dir image_size crop shorter_side bucket_step flip train_split test_split test_fraction
     balance caption_column features low_res low_res_factor mask sizes layout embedding
-    embedding_path num_neighbours search
+    embedding_path num_neighbours search workers
 """
 # Sections whose fields nobody else checks, and their fields (as in configs/default.py).
 KNOWN = {
