@@ -14,9 +14,11 @@ import pytest
 from sparse import write_sparse
 
 from latent_diffusion import convert
+from latent_diffusion.convert.adapters import control, read_adapter, t2i_adapter
 from latent_diffusion.convert.components import as_component
 from latent_diffusion.convert.compvis import IGNORED
 from latent_diffusion.convert.compvis_writing import as_compvis
+from latent_diffusion.convert.tables import write_tensors
 
 FOLDER = Path(__file__).parent / "keys"
 
@@ -420,3 +422,49 @@ def check_component(name, tmp_path):
     config, written, _ = as_component(bundle, part)
     assert shapes(written) == keys
     assert config == {**config, **COMPONENTS[name]}
+
+
+CONTROL = {"_class_name": "ControlNetModel"}
+T2I = {"_class_name": "T2IAdapter", "in_channels": 3}
+HINTED = {  # control nets and T2I-Adapters, and the settings of those in folders
+    "control-sd-v1": None,
+    "control-sd-v2": None,
+    "diffusers-control-sd-v1": STABLE,
+    "diffusers-control-sd-v2": COMPONENTS["diffusers-sd-v2-unet"],
+    "diffusers-control-sdxl": XL,
+    "t2i-full": None,
+    "t2i-canny": None,
+    "t2i-light": None,
+    "diffusers-t2i-full": T2I,
+    "diffusers-t2i-canny": {**T2I, "in_channels": 1},
+    "diffusers-t2i-light": {
+        **T2I,
+        "channels": [320, 640, 1280],
+        "num_res_blocks": 4,
+        "adapter_type": "light_adapter",
+    },
+    "diffusers-t2i-xl": {**T2I, "downscale_factor": 16, "adapter_type": "full_adapter_xl"},
+}
+
+
+def check_hinted(name, tmp_path, monkeypatch):
+    """Of a control net or a T2I-Adapter: read, and written under the same names."""
+    kind = control if "control" in name else t2i_adapter
+    monkeypatch.setattr(kind, "arrays_of", lambda part: part.params)  # which are gigabytes
+    keys, config = read_key_list(name), HINTED[name]
+    file = "diffusion_pytorch_model.safetensors" if config else "model.safetensors"
+    prefix = "control_model." if kind is control and not config else ""
+    path = write_sparse(tmp_path / file, prefixed(prefix, keys))
+    if config and kind is control:
+        config = {k: v for k, v in config.items() if k not in ("up_block_types", "out_channels")}
+        config |= CONTROL
+    if config:
+        path = tmp_path
+        (path / "config.json").write_text(json.dumps(config))
+    adapter, own = read_adapter(path), ()
+    if kind is control:
+        own = adapter.fields, adapter.linear, *([adapter.time_width is not None] if config else [])
+    elif not config:
+        own = adapter.module.kind, adapter.module.num_res_blocks
+    table = (kind._diffusers if config else kind._original)(*own)
+    assert shapes(write_tensors(table, adapter.params)) == keys

@@ -21,3 +21,8 @@ def test_first_stages_of_the_original(name, tmp_path):
 @pytest.mark.parametrize("name", ["diffusers-sd-v1-unet", "diffusers-ldm-vqvae"])
 def test_components_of_diffusers(name, tmp_path):
     key_lists.check_component(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["control-sd-v1", "t2i-canny", "diffusers-t2i-light"])
+def test_control_nets_and_t2i_adapters(name, tmp_path, monkeypatch):
+    key_lists.check_hinted(name, tmp_path, monkeypatch)

@@ -3,15 +3,19 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from test_control import HINTS, plain, random_control, sampled
 
 from latent_diffusion.convert.adapters import T2IWeights, read_adapter, write_t2i
+from latent_diffusion.generation.controls import entries
 from latent_diffusion.nets.t2i_adapter import T2IAdapter
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.runtime.metrics import to_uint8
 
 XL = {"channel_mult": (1, 2, 4), "attention_resolutions": (2, 4)}
 # (kind, its fields, the U-Net, the places of its features, the number of its parameters)
@@ -51,9 +55,17 @@ def small():
     return random_adapter(channels=(8,), num_res_blocks=1, downscale=1)
 
 
-def test_features_join_the_network_and_weights_are_traced(caplog):
-    net = small()
+def test_features_are_made_once_a_call_and_weights_are_traced(caplog, monkeypatch):
+    net, seen, apply = small(), [], T2IAdapter.apply
+
+    def counted(self, variables, hint):
+        jax.debug.callback(lambda x: seen.append(x.shape), hint)
+        return apply(self, variables, hint)
+
+    monkeypatch.setattr(T2IAdapter, "apply", counted)
     want = sampled([(net, HINTS, 1.0)])
+    jax.effects_barrier()
+    assert seen == [(1, 8, 8, 3)] * 2  # of two batches, each of two steps with guidance
     assert np.abs(want - plain()).max() > 0.01
     with caplog.at_level("WARNING"), jax.log_compiles():
         caplog.clear()
@@ -69,10 +81,28 @@ def test_features_join_the_network_and_weights_are_traced(caplog):
         sampled([(net, HINTS, 1.0)], tile_size=8)
 
 
+def test_a_hint_whose_sides_do_not_halve_to_the_last_features_is_refused():
+    adapter = T2IWeights(path="net", params={}, fields=FrozenDict(kind="full_xl", downscale=16))
+    for side in (48, 72):
+        with pytest.raises(ValueError, match=f"^net: hint of 64×{side}: .* be multiples of 32$"):
+            entries([(adapter, np.zeros((64, side, 3)), 1.0)], (64, side), 1)
+    assert entries([(adapter, np.zeros((64, 96, 3)), 1.0)], (64, 96), 1)["hint_0"].shape[2] == 96
+
+
+def test_a_net_of_one_channel_sees_the_brightness_as_pillow_has_it():
+    net = T2IAdapter("full", (8,), 1, 1, in_channels=1)
+    grey = np.asarray(Image.fromarray(to_uint8(2 * HINTS[0] - 1)).convert("L")) / np.float32(255)
+    hints = jnp.stack([HINTS[0], np.stack([grey] * 3, -1), HINTS[0, ..., ::-1]])
+    ((seen, want, turned),), _ = net.init_with_output(jax.random.key(0), hints)
+    np.testing.assert_allclose(seen, want, atol=0.02)
+    assert np.abs(turned - seen).max() > 0.05
+
+
 @pytest.mark.parametrize("kind", ["full", "full_xl", "light"])
 def test_both_formats_are_read_and_written_bitwise(kind, tmp_path):
     downscale = 16 if kind == "full_xl" else 2
     own = {"channels": (8, 16, 16), "num_res_blocks": 2, "downscale": downscale}
+    own["in_channels"] = 3 if kind == "full" else 1
     adapter = random_adapter(kind, 64, **own)
     write_t2i(adapter, tmp_path / "folder", "diffusers")
     write_t2i(adapter, tmp_path / "net.safetensors", "compvis")

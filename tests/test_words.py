@@ -85,6 +85,9 @@ def test_files_of_all_programs_hold_the_same_vectors_and_both_layouts_are_writte
     pair = {"clip_l": draw(2, 6), "clip_g": draw(2, 10)}
     read = read_adapter(file_of(tmp_path, pair, "pair"))
     assert read.word == "pair" and read.vectors.keys() == pair.keys()
+    several = file_of(tmp_path, {"<it>": draw(2, 6), "<that>": draw(1, 6)}, "several")
+    with pytest.raises(ValueError, match=r"^\S+: 2 words in one file; .* own: <it>, <that>$"):
+        read_adapter(several)
     write_words(read, tmp_path / "again.safetensors", "diffusers")
     for name, array in load_file(tmp_path / "again.safetensors").items():
         np.testing.assert_array_equal(array, pair[name])

@@ -62,6 +62,9 @@ def entries(controls: Sequence[Any], size: tuple[int, int], total: int) -> dict[
     found = {}
     for i, (adapter, hint, _, _) in enumerate(checked(controls)):
         try:
+            least = adapter.module.shrinks[-1] if isinstance(adapter, T2IWeights) else 1
+            if size[0] % least or size[1] % least:
+                raise ValueError(f"hint of {size[0]}×{size[1]}: sides must be multiples of {least}")
             own = {"hint": conditions.numbers("hint", hint, (*size, 3), 0, 1)}
             rows = conditions.for_all(own, total)["hint"]
             turned = isinstance(adapter, ControlWeights) and adapter.bgr

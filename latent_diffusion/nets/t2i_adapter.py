@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from latent_diffusion.nets.convolution import average_pool
 from latent_diffusion.nets.layers import Conv
@@ -20,6 +21,7 @@ class T2IAdapter(nn.Module):
 
     kind: "full" halves the size before each level but the first; "full_xl" before the third alone;
     "light" as "full", with narrow levels. downscale: pixels for each place of the first features.
+    in_channels: 3, or 1 for a net that sees the brightness of the hint alone (edges, sketches).
     """
 
     kind: str = "full"
@@ -27,6 +29,7 @@ class T2IAdapter(nn.Module):
     num_res_blocks: int = 2
     downscale: int = 8
     dtype: Any = None
+    in_channels: int = 3
 
     @property
     def shrinks(self) -> tuple[int, ...]:
@@ -41,6 +44,8 @@ class T2IAdapter(nn.Module):
         def conv(name: str, x: Array, width: int, size: int) -> Array:
             return Conv(width, size, dtype=self.dtype, name=name)(x)
 
+        if self.in_channels == 1:
+            hint = hint @ jnp.array([[0.299], [0.587], [0.114]], hint.dtype)
         x = _unshuffled(hint, self.downscale)
         x = x if light else conv("conv_in", x, self.channels[0], 3)
         features, before = [], self.downscale

@@ -6,6 +6,8 @@ The original's names are spelt out here a second time, from its code's structure
 tables; its modules can't be built without its dependencies.
 """
 
+import itertools
+
 import diffusers
 import torch
 import transformers
@@ -141,6 +143,55 @@ UNETS = {
         cross_only=(True, True, True, False), classes=1000,
     ),
 }  # fmt: skip
+
+
+# ------------------------------------------------- the original's control nets and T2I-Adapters
+
+
+def control(**fields):
+    """cldm.ControlNet: the way down of a U-Net, hints, and the convolutions from zero."""
+    parts = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
+    keys = Keys({name: x for name, x in unet(**fields).items() if name.startswith(parts)})
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, keys["input_blocks.0.0.weight"][0])
+    for i, (before, width) in enumerate(itertools.pairwise(widths)):
+        keys.add(f"input_hint_block.{2 * i}", width, before, 3, 3)
+    c = 0
+    for i in range(len({name.split(".")[1] for name in keys if name.startswith("input_blocks.")})):
+        ends = ("0.weight", "0.op.weight", "0.out_layers.3.weight")
+        c = next(keys[n][0] for end in ends if (n := f"input_blocks.{i}.{end}") in keys)
+        keys.add(f"zero_convs.{i}.0", c, c, 1, 1)
+    keys.add("middle_block_out.0", c, c, 1, 1)
+    return keys
+
+
+CONTROLS = {name: UNETS[name] for name in ("sd-v1", "sd-v2")}
+
+
+def t2i(light=False, channels=3, widths=(320, 640, 1280, 1280)):
+    """ldm.modules.encoders.adapter.Adapter and Adapter_light, as they were released."""
+    keys, c = Keys(), channels * 64
+    if light:
+        for i, width in enumerate(widths):
+            inner = width // 4
+            keys.add(f"body.{i}.in_conv", inner, c, 1, 1)
+            for j in range(4):
+                for block in ("block1", "block2"):
+                    keys.add(f"body.{i}.body.{j}.{block}", inner, inner, 3, 3)
+            keys.add(f"body.{i}.out_conv", width, inner, 1, 1)
+            c = width
+        return keys
+    keys.add("conv_in", widths[0], c, 3, 3)
+    c = widths[0]
+    for i, width in enumerate(w for w in widths for _ in range(2)):
+        if c != width:
+            keys.add(f"body.{i}.in_conv", width, c, 1, 1)
+        keys.add(f"body.{i}.block1", width, width, 3, 3)
+        keys.add(f"body.{i}.block2", width, width, 1, 1)
+        c = width
+    return keys
+
+
+T2IS = {"full": {}, "canny": {"channels": 1}, "light": {"light": True}}
 
 
 # -------------------------------------------------------------------- the original's first stage
@@ -425,6 +476,22 @@ DIFFUSERS = {
         layers_per_block=2,
         attention_head_dim=32,
     ),
+    **{
+        f"diffusers-control-{name}": (
+            lambda name=name: diffusers.ControlNetModel.from_unet(
+                DIFFUSERS[f"diffusers-{name}-unet"](), load_weights_from_unet=False
+            )
+        )
+        for name in ("sd-v1", "sd-v2", "sdxl")
+    },
+    "diffusers-t2i-full": lambda: diffusers.T2IAdapter(),
+    "diffusers-t2i-canny": lambda: diffusers.T2IAdapter(1),
+    "diffusers-t2i-light": lambda: diffusers.T2IAdapter(
+        channels=[320, 640, 1280], num_res_blocks=4, adapter_type="light_adapter"
+    ),
+    "diffusers-t2i-xl": lambda: diffusers.T2IAdapter(
+        downscale_factor=16, adapter_type="full_adapter_xl"
+    ),
     "diffusers-sd-vae": lambda: diffusers.AutoencoderKL(**SD_VAE),
     "diffusers-ldm-vqvae": lambda: diffusers.VQModel(**VQ),
     "diffusers-clip-l": lambda: clip_text(CLIP_L),
@@ -473,6 +540,8 @@ def of_module(make):
 
 
 LISTS = {
+    **{f"control-{name}": (lambda f=fields: control(**f)) for name, fields in CONTROLS.items()},
+    **{f"t2i-{name}": (lambda f=fields: t2i(**f)) for name, fields in T2IS.items()},
     **{f"unet-{name}": (lambda f=fields: unet(**f)) for name, fields in UNETS.items()},
     **{f"first-stage-{name}": (lambda f=f: first_stage(**f)) for name, f in FIRST_STAGES.items()},
     **{f"conditioner-{name}": make for name, make in CONDITIONERS.items()},

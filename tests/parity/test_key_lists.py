@@ -36,6 +36,17 @@ def test_diffusers_turns_the_originals_names_into_its_own(name):
     assert {k: tuple(v.shape) for k, v in made.items()} | _as_linear(made, want) == want
 
 
+@pytest.mark.parametrize("name", public_keys.CONTROLS)
+def test_diffusers_turns_a_control_nets_names_into_its_own(name):
+    keys = read_key_list(f"control-{name}")
+    theirs = {f"control_model.{k}": torch.empty(s, device="meta") for k, s in keys.items()}
+    with torch.device("meta"):
+        config = dict(public_keys.DIFFUSERS[f"diffusers-control-{name}"]().config)
+    made = single_file_utils.convert_controlnet_checkpoint(theirs, config)
+    want = read_key_list(f"diffusers-control-{name}")
+    assert {k: tuple(v.shape) for k, v in made.items()} | _as_linear(made, want) == want
+
+
 def _as_linear(made, want):
     """Linear maps that the one keeps as convolutions."""
     return {k: want[k] for k, v in made.items() if tuple(v.shape) == (*want[k], 1, 1)}
@@ -63,6 +74,11 @@ def test_first_stages(name, tmp_path):
 @pytest.mark.parametrize("name", here.COMPONENTS)
 def test_components(name, tmp_path):
     here.check_component(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", here.HINTED)
+def test_control_nets_and_t2i_adapters(name, tmp_path, monkeypatch):
+    here.check_hinted(name, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", taming_files.RELEASED)

@@ -1,5 +1,6 @@
 """T2I-Adapters in files: the original's, and diffusers' folders."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,9 +25,13 @@ from latent_diffusion.types import Params
 CLASS = "T2IAdapter"
 _KINDS = {"full_adapter": "full", "full_adapter_xl": "full_xl", "light_adapter": "light"}
 _SETTINGS = Settings(
-    names={"num_res_blocks": "num_res_blocks", "downscale_factor": "downscale"},
+    names={
+        "num_res_blocks": "num_res_blocks",
+        "downscale_factor": "downscale",
+        "in_channels": "in_channels",
+    },
     defaults={"channels": (320, 640, 1280, 1280), "num_res_blocks": 2, "downscale_factor": 8},
-    checked={"in_channels": (3,), "adapter_type": tuple(_KINDS)},
+    checked={"in_channels": (3, 1), "adapter_type": tuple(_KINDS)},
 )
 
 
@@ -98,9 +103,11 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> T2IWeights:
         last = (f"body.{i * blocks}.block1.weight" for i in range(count // blocks))
         channels = tuple(tensors[name].shape[0] for name in last)
         first = tensors["conv_in.weight"]
-    downscale = round((first.shape[1] / 3) ** 0.5)
+    in_channels = 1 if first.shape[1] % 3 else 3
+    downscale = math.isqrt(first.shape[1] // in_channels)
     kind = "light" if light else "full_xl" if downscale == 16 else "full"
     fields = {"kind": kind, "channels": channels, "num_res_blocks": blocks, "downscale": downscale}
+    fields["in_channels"] = in_channels
     return _read(path, path, fields, _original(kind, blocks), tensors)
 
 
@@ -178,6 +185,6 @@ def write_t2i(adapter: T2IWeights, path: Path, format: str) -> None:
         raise ValueError(f"unknown format {format!r} of an adapter; known: compvis, diffusers")
     kinds = {ours: theirs for theirs, ours in _KINDS.items()}
     channels = net.channels[:-1] if net.kind == "light" else net.channels
-    own = {"_class_name": CLASS, "adapter_type": kinds[net.kind], "in_channels": 3}
+    own = {"_class_name": CLASS, "adapter_type": kinds[net.kind]}
     config = dict(adapter.config) or {**_SETTINGS.write(net), **own, "channels": channels}
     write_folder(path, config, write_tensors(_diffusers(), tensors))

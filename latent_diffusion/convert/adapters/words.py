@@ -68,11 +68,13 @@ def tables_of(bundle: Bundle) -> list[tuple[str, Part, str]]:
 
 def is_words(file: TensorFile) -> bool:
     """Whether a file holds textual inversion."""
-    names, tensors = [*file.tensors], [*file.tensors.values()]
-    if len(names) == 1 and names[0] not in (*_A1111, *_SDXL):  # diffusers': {"<word>": vectors}
-        return tensors[0].shape != () and len(tensors[0].shape) <= 2 and "." not in names[0]
+    names, shapes = [*file.tensors], [t.shape for t in file.tensors.values()]
     known = {*_A1111, *_SDXL, *tables(CONDITIONERS)}
-    return bool(names) and all(n in known or n.startswith("string_to_param.") for n in names)
+    if all(n in known or n.startswith("string_to_param.") for n in names):
+        return bool(names)
+    # diffusers': {"<word>": vectors}; several are told from other files by their common width.
+    plain = all("." not in n for n in names) and all(1 <= len(shape) <= 2 for shape in shapes)
+    return plain and len({shape[-1] for shape in shapes}) == 1
 
 
 def read_words(path: Path, file: TensorFile, word: str | None = None) -> Words:
@@ -93,7 +95,8 @@ def read_words(path: Path, file: TensorFile, word: str | None = None) -> Words:
             raise ValueError(f"{path}: its text encoders have different numbers of vectors")
         return Words(path=str(path), word=word or path.stem, vectors=vectors)
     if len(vectors) > 1:
-        raise ValueError(f"{path}: {len(vectors)} words in one file: {', '.join(vectors)[:200]}")
+        listed = ", ".join(vectors)[:200]
+        raise ValueError(f"{path}: {len(vectors)} words in one file; give each its own: {listed}")
     named = path.stem if only in _A1111 or only.startswith("string_to_param.") else only
     return Words(path=str(path), word=word or named, vectors={"": vectors[only]})
 
