@@ -11,6 +11,7 @@ from test_pipelines import (
     ABSENT,
     PROMPTS,
     SIDE,
+    STABLE,
     F,
     draw,
     make_unet,
@@ -71,6 +72,23 @@ def test_residuals(order, tmp_path):
         np.testing.assert_array_equal(again[name].numpy(), tensor.numpy())
 
 
+def test_a_file_of_the_originals_is_the_net_that_diffusers_makes_of_it(tmp_path):
+    """By its own converter, which knows hints that shrink by eight."""
+    unet = make_unet(block_out_channels=(32, 64), norm_num_groups=32, cross_attention_dim=768)
+    net = randomised(diffusers.ControlNetModel.from_unet(unet), 1, 0.1)
+    net.save_pretrained(tmp_path / "net")
+    ours, file = ldm.load_adapter(tmp_path / "net"), tmp_path / "net.safetensors"
+    write_control(ours, file, "compvis")
+    made = diffusers.ControlNetModel.from_single_file(
+        str(file), config=str(tmp_path / "net"), local_files_only=True
+    ).state_dict()
+    assert made.keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        np.testing.assert_array_equal(made[name].numpy(), tensor.numpy())
+    again = ldm.load_adapter(file)
+    assert again.params.keys() == ours.params.keys() and again.blocks == ours.blocks
+
+
 CALLS = {
     "one": ([0.8], {}, {}),
     "two": ([0.8, 0.5], {}, {}),
@@ -105,4 +123,29 @@ def test_pictures_of_the_pipeline(call, tmp_path):
     got = (sample(model, z_T=z_T, num_steps=10, controls=controls) + 1) / 2
     close(call, got, want)
     plain = (sample(model, z_T=z_T, num_steps=10) + 1) / 2
+    assert np.abs(plain - want).max() > 1e-2
+
+
+def test_pictures_of_a_model_as_stable_diffusion_2(tmp_path):
+    """v, linear projections, heads by level, a negative prompt, hints in the other order."""
+    unet = make_unet(use_linear_projection=True, attention_head_dim=(1, 2))
+    own = {"controlnet_conditioning_channel_order": "bgr"}
+    net, adapter = make_net(unet, tmp_path / "net", 1, **own)
+    scheduler = diffusers.DDIMScheduler(**STABLE, clip_sample=False, prediction_type="v_prediction")
+    pipeline, model = stable(
+        diffusers.StableDiffusionControlNetPipeline, tmp_path, unet, controlnet=net,
+        scheduler=scheduler, **ABSENT,
+    )  # fmt: skip
+    z_T, options = draw(0, 2, SIDE, SIDE, 4), {"guidance_scale": 5.0}
+    want = pipeline(
+        PROMPTS, to_torch(HINTS[0]), latents=to_torch(z_T), num_inference_steps=10,
+        controlnet_conditioning_scale=0.7, negative_prompt=["grey"] * 2, output_type="np",
+        **options,
+    ).images  # fmt: skip
+    options |= {"z_T": z_T, "num_steps": 10, "negative_prompts": ["grey"]}
+    got, plain = (
+        (sample(model, controls=[(adapter, HINTS[0], weight)], **options) + 1) / 2
+        for weight in (0.7, 0.0)
+    )
+    close("v", got, want)
     assert np.abs(plain - want).max() > 1e-2
