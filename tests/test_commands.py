@@ -13,14 +13,20 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAST_COMPILATION, ROOT
+from flax.traverse_util import flatten_dict
 from PIL import Image
-from test_convert_round_trips import make_bundle
+from safetensors.numpy import save_file
+from test_convert_round_trips import WIDTH, make_bundle, random
+from test_image_prompts import random_adapter
 from test_parallel import compilations
 
 import latent_diffusion as ldm
 from configs import openmoji_autoencoder
 from demo import first_stages
 from latent_diffusion import convert
+from latent_diffusion.convert import adapters
+from latent_diffusion.convert.adapters import control
+from latent_diffusion.convert.bundle import as_part
 from latent_diffusion.runtime import metrics, parallel
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.training import loop
@@ -89,39 +95,75 @@ def test_sample_writes_prompt_major_images_that_depend_on_seed_and_index_only(tr
     assert (tmp_path / "a" / "grid.png").exists()
 
 
-def test_a_single_file_is_sampled_with_its_tokenizer_and_an_adaptation(tmp_path):
-    bundle, rng = make_bundle("text"), np.random.default_rng(0)
-    model, style = tmp_path / "model.safetensors", tmp_path / "style.safetensors"
+def _write_adapters(folder, unet):
+    """A LoRA, a word, a control net and an IP-Adapter of a U-Net, and the picture that two see."""
+    rng, width = np.random.default_rng(0), WIDTH
+    kernel = "middle_block_1/transformer_blocks_0/attn2/to_v/kernel"
+    rows, columns = unet.params[kernel].shape
+    factors = {"down": rng.normal(size=(rows, 2)), "up": rng.normal(size=(2, columns))}
+    factors = {k: x.astype(np.float32) for k, x in factors.items()} | {"alpha": np.float32(2)}
+    adapted = replace(make_bundle("text"), lora={"unet": {kernel: factors}})
+    convert.write(adapted, folder / "style.safetensors", "kohya")
+    save_file({"<it>": random((2, width))}, folder / "word.safetensors")
+    fields = {**unet.fields, "hint_channels": (16, 32), "global_pooling": False}
+    shapes = flatten_dict(control.shapes(fields, 4, width, None), sep="/")
+    params = {name: 0.3 * random(x.shape) for name, x in shapes.items()}
+    net = adapters.ControlWeights(path="net", params=params, fields=control.frozen(fields))
+    adapters.write_control(net, folder / "net", "diffusers")
+    like = random_adapter(width=width, inner=32)
+    adapters.write_image_prompt(like, folder / "like.safetensors")
+    vit = {"clip_image": as_part(dict(like.encoder_fields), like.encoder)}
+    convert.write(convert.Bundle(conditioners=vit), folder / "vit", "diffusers")
+    picture = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(folder / "picture.png")
+    return picture[None] / np.float32(255)
+
+
+def test_a_single_file_is_sampled_with_its_tokenizer_and_adapters_of_all_kinds(tmp_path):
+    bundle, model = make_bundle("text"), tmp_path / "model.safetensors"
     convert.write(bundle, model, "compvis")
+    hint = _write_adapters(tmp_path, bundle.unet)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "two", "dog"]
     vocabulary = tmp_path / "words" / "vocab.txt"
     vocabulary.parent.mkdir()
     vocabulary.write_text("\n".join(words))
-    kernel = "middle_block_1/transformer_blocks_0/attn2/to_v/kernel"
-    rows, columns = bundle.unet.params[kernel].shape
-    factors = {"down": rng.normal(size=(rows, 2)), "up": rng.normal(size=(2, columns))}
-    factors = {k: x.astype(np.float32) for k, x in factors.items()} | {"alpha": np.float32(2)}
-    convert.write(replace(bundle, lora={"unet": {kernel: factors}}), style, "kohya")
-
-    flags = ("--prompts=a red cat", "--num_images=2", "--num_steps=2", f"--out={tmp_path}")
+    style, word, net, like, vit = (
+        tmp_path / name
+        for name in ("style.safetensors", "word.safetensors", "net", "like.safetensors", "vit")
+    )
     _run(
         "sample.py",
         f"--model={model}",
         f"--tokenizer={vocabulary}",
         f"--adapter={style}:50",
-        *flags,
+        f"--adapter={word}:2",
+        f"--control={net}:{tmp_path / 'picture.png'}:0.5",
+        f"--image_prompt={like}:{tmp_path / 'picture.png'}:20",
+        f"--image_encoder={vit}",
+        "--prompts=a <it>",
+        "--negative_prompts=cat <it>",
+        "--guidance_scale=3",
+        "--num_images=2",
+        "--num_steps=2",
+        f"--out={tmp_path}",
     )
     got = np.load(tmp_path / "samples.npz")["arr_0"].astype(int)
-    plain, adapted = (
-        metrics.to_uint8(
-            ldm.load(model, tokenizer=vocabulary, lora=lora).sample(
-                jax.random.key(0), ["a red cat"], num_images=2, num_steps=2, mode="single"
-            )
-        )
-        for lora in ({}, {style: 50.0})
-    )
-    assert np.abs(got - adapted).max() <= 1  # sums in another order
-    assert np.abs(got - plain).max() > 4 and got.std() > 4
+    loaded, read = ldm.load(model, tokenizer=vocabulary), ldm.load_adapter
+    style, word, net, like = read(style), read(word), read(net), read(like, image_encoder=vit)
+
+    def sampled(a, b, c, d, prompt="a <it>", negative="cat <it>"):
+        options = {"num_images": 2, "num_steps": 2, "mode": "single", "controls": [(net, hint, c)]}
+        options |= {"image_prompts": [(like, 2 * hint - 1, d)], "negative_prompts": [negative]}
+        options |= {"adapters": [(style, a), (word, b)], "guidance_scale": 3.0}
+        return metrics.to_uint8(loaded.sample(jax.random.key(0), [prompt], **options))
+
+    whole = 50, 2, 0.5, 20
+    assert np.abs(got - sampled(*whole)).max() <= 1 and got.std() > 4  # sums in another order
+    for i in range(4):
+        without = sampled(*(0 if i == j else weight for j, weight in enumerate(whole)))
+        assert np.abs(got - without).max() > 4, i
+    for texts in ({"prompt": "a"}, {"negative": "cat"}):
+        assert np.abs(got - sampled(*whole, **texts)).max() > 4, texts
 
 
 def test_first_stages_are_compared_in_a_table_and_a_picture(trained, tmp_path):

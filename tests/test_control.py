@@ -18,6 +18,7 @@ from latent_diffusion.convert.adapters import ControlWeights, read_adapter, writ
 from latent_diffusion.convert.adapters import control as files
 from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.convert.unet import shapes as unet_shapes
+from latent_diffusion.generation.controls import entries, numbers_of
 from latent_diffusion.nets import control
 from latent_diffusion.nets.control import HINT, control_net, init_control
 from latent_diffusion.nets.unet import UNet
@@ -147,6 +148,19 @@ def test_a_window_ends_where_steps_do_and_guess_mode_weighs_as_its_definition():
     np.testing.assert_allclose(guess, same, atol=1e-5)
 
 
+def test_hints_in_the_other_order_and_nets_whose_outputs_are_means():
+    net = random_control()
+    turned = entries([(net.replace(bgr=True), HINTS, 1.0)], (8, 8), 2)["hint_0"]
+    np.testing.assert_array_equal(turned, HINTS[..., ::-1])
+    pooled = net.replace(fields=files.frozen({**net.fields, "global_pooling": True}))
+    for settings in ({}, {"guess": True}):  # it never steers the unconditional, nor weighs
+        (own,) = numbers_of([(pooled, HINTS, 0.5, settings)])
+        assert own["null"] == 0
+        np.testing.assert_array_equal(own["scales"], np.float32(0.5))
+    (own,) = numbers_of([(net, HINTS, 0.5)])
+    assert own["null"] == 1
+
+
 def test_hints_are_embedded_once_a_call_and_by_tiles_as_a_whole(monkeypatch):
     net, seen, hint_net = random_control(), [], control.ControlNet.hint_net
 
@@ -253,7 +267,8 @@ def test_edges_are_where_the_brightness_changes():
 
 
 def test_training_moves_the_net_alone_and_its_workdir_is_an_adapter(tmp_path):
-    config = make_config("denoising", control="edges", **{"first_stage.cache": False})
+    groups = {"unet.model_channels": 32, "unet.num_groups": 32}  # as files of the original
+    config = make_config("denoising", control="edges", **{"first_stage.cache": False}, **groups)
     task = TASKS["denoising"](config)
     state, constants = jax.jit(lambda rng: task.init(rng, batch_spec(config)))(init_key(0))
     assert set(state.params) == {"control"} and constants.base.keys() == {"unet", "conditioner"}
@@ -284,6 +299,14 @@ def test_training_moves_the_net_alone_and_its_workdir_is_an_adapter(tmp_path):
         np.testing.assert_array_equal(adapter.params[path], x)
     net = adapter.net(task.denoiser.network, constants.base["unet"], 2)
     assert net == control_net(task.denoiser.network, 2)
+    # In both layouts of others it is the same net of the same parameters.
+    for form, name in (("diffusers", "folder"), ("compvis", "net.safetensors")):
+        write_control(adapter, tmp_path / name, form)
+        again = read_adapter(tmp_path / name)
+        assert again.net(task.denoiser.network, constants.base["unet"], 2) == net
+        assert again.params.keys() == adapter.params.keys()
+        for path, x in adapter.params.items():
+            np.testing.assert_array_equal(again.params[path], x)
     with pytest.raises(ValueError, match=f"^{tmp_path} is a control net of base, no model"):
         ldm.load(tmp_path)
 

@@ -74,14 +74,14 @@ def test_every_tensor_of_the_released_files_has_a_place(name):
     assert len(places) == attentions
 
 
-def random_adapter(plus=False, seed=3, encoder=True):
+def random_adapter(plus=False, seed=3, encoder=True, width=6, inner=8):
     """An IP-Adapter for the model of test_model, whose attentions have 8 channels."""
-    fields = {"num_tokens": 2, "width": 6}
+    fields = {"num_tokens": 2, "width": width}
     fields |= {"inner": 8, "num_heads": 1, "depth": 1} if plus else {}
     rng = np.random.default_rng(seed)
     drawn = {
         path: (0.5 * rng.normal(size=x.shape)).astype(np.float32)
-        for path, x in parameters(fields, 16 if plus else 10, [8] * 4).items()
+        for path, x in parameters(fields, 16 if plus else 10, [inner] * 4).items()
     }
     adapter = ImagePrompt(path="ip", params=drawn, fields=FrozenDict(fields))
     if not encoder:
@@ -131,6 +131,20 @@ def test_all_kinds_are_inputs_of_one_program(caplog):
     for i, one in enumerate(found):
         for two in found[:i]:
             assert np.abs(one - two).max() > 1e-3
+
+
+def test_a_refiner_goes_on_without_the_adapters_of_the_first_model():
+    ip, net, lora = random_adapter(), random_control(), style(0)
+
+    def both(a, b, c, **options):
+        options |= {"controls": [(net, HINTS, b)], "adapters": [(lora, c)]}
+        return sampled(image_prompts=[(ip, PICTURES, a)], **options)
+
+    whole = both(1.0, 1.0, 1.0, refiner=(model(), 0.5))
+    between = both(1.0, 1.0, 1.0, end=0.5)
+    np.testing.assert_array_equal(whole, sampled(start=0.5, z_T=between))
+    for weights in ((0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (1.0, 1.0, 0.0)):
+        assert np.abs(both(*weights, refiner=(model(), 0.5)) - whole).max() > 1e-3
 
 
 def told(adapter, pictures, tokens=False):

@@ -41,6 +41,7 @@ def check(config: ConfigDict) -> None:
         "data.bucket_step=0": config.data.bucket_step > 0,
         "an even batch_size: half of a batch is of the class": config.batch_size % 2 == 1,
         f"dreambooth.num_images of at least {half}, half a batch": own.num_images < half,
+        "dreambooth.prior_weight of at least 0": not own.prior_weight >= 0,
     }
     for need, absent in faults.items():
         if absent:

@@ -290,7 +290,7 @@ def _in_place_of(fresh: Any, array: Any) -> Any:
     return jnp.asarray(array)  # a run that goes on has a shape in place of the fresh array
 
 
-def _enlarged(path: str, theirs: np.ndarray, ours: jax.Array) -> Any:
+def _enlarged(path: str, theirs: np.ndarray, ours: Any) -> Any:
     """The file's array, with zeros for the input channels that it lacks, or our rows for words."""
     if ours.shape == theirs.shape:
         return theirs

@@ -141,7 +141,10 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
     own = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
     fields: dict[str, Any] = unet_compvis.fields_from_shapes(own)
     context = unet_compvis.context_dim(own)
-    fields |= {"num_heads": 8} if context == 768 else {"num_head_channels": 64}
+    # A net is used with the heads of its U-Net; a file doesn't say them.
+    released = all(mult * fields["model_channels"] % 64 == 0 for mult in fields["channel_mult"])
+    heads = {"num_head_channels": 64} if released else {"num_heads": 1}
+    fields |= {"num_heads": 8} if context == 768 else heads
     hints = sorted(int(name.split(".")[1]) for name in own if name.startswith(f"{HINT}."))[::2]
     widths = [own[f"{HINT}.{i}.weight"].shape[0] for i in hints[:-1]]
     fields["hint_channels"] = tuple(widths[::2])
