@@ -1,7 +1,12 @@
-"""The experiments of adapters run, in their smoke variants, on the text model's smoke run."""
+"""The experiments of adapters run, and go on, in smoke variants, on the text model's smoke run."""
+
+import shutil
 
 import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from test_stop import once
 
 import latent_diffusion as ldm
 from configs import (
@@ -12,6 +17,7 @@ from configs import (
     openmoji_textual_inversion,
 )
 from demo import folders
+from latent_diffusion.runtime import parallel
 from latent_diffusion.training import loop
 
 RNG = jax.random.key(0)
@@ -25,7 +31,22 @@ SMALL = {  # no first stage has to be trained
 
 def run(config, directory, **fields):
     config.update_from_flattened_dict({**SMALL, **fields})
-    loop.train(config, directory)
+    return loop.train(config, directory)
+
+
+def run_twice(config, directory, capfd, **fields):
+    """A run, and the same stopped after a step, which goes on: they end alike, bitwise."""
+    stopped = directory.with_name("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("compile_init", "compile_step", "compile_eval"):
+            patch.setattr(parallel, name, once(getattr(parallel, name)))
+        whole = run(config, directory, **{**fields, "checkpoint.every_steps": 1})
+        shutil.copytree(directory, stopped)
+        for step in range(2, config.num_steps + 1):
+            shutil.rmtree(stopped / "checkpoints" / str(step))
+        again = loop.train(config, stopped)
+    assert "resuming from step 1" in capfd.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, whole.ema_params, again.ema_params)
 
 
 @pytest.fixture(scope="module")
@@ -35,30 +56,53 @@ def base(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    ("experiment", "caption"),
-    [
-        (openmoji_control, None),
-        (openmoji_textual_inversion, "<it>"),
-        (openmoji_dreambooth, "it circle"),
-        (openmoji_style_lora, "red circle"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_the_experiment_runs_on_the_base(experiment, caption, base, tmp_path):
-    config = experiment.get_config("smoke")
+def moved(base, directory):
+    """The parameters, by path, that a run left other than it found them."""
+    before, after = (
+        flatten_dict(ldm.load(path).denoiser.params, sep="/") for path in (base, directory)
+    )
+    return {path for path in before if not np.array_equal(before[path], after[path])}, {*before}
+
+
+CASES = {
+    "control": (openmoji_control.get_config, None),
+    "word": (openmoji_textual_inversion.get_config, "<it>"),
+    "dreambooth": (openmoji_dreambooth.get_config, "it circle"),
+    "style": (openmoji_style_lora.get_config, "red circle"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_experiment_runs_on_the_base_and_goes_on_after_a_stop(case, base, tmp_path, capfd):
+    experiment, caption = CASES[case]
+    config, directory = experiment("smoke"), tmp_path / "run"
     assert config.num_steps <= 4
     fields = {"init_from": str(base)}
     if caption is not None:
         folders.write_subject(tmp_path / "pictures", "twemoji", "lion", caption)
         fields["data.dir"] = str(tmp_path / "pictures")
-    run(config, tmp_path / "run", **fields)
+    if case == "style":
+        run(config, directory, **fields)
+    else:
+        run_twice(config, directory, capfd, **fields)
     options = {"num_images": 1, "num_steps": 1, "mode": "single"}
-    if caption is None:
+    if case == "control":
         hint = 1.0 * (ldm.load(base).sample(RNG, ["red circle"], **options) > 0)
-        net = ldm.load_adapter(tmp_path / "run")
+        net = ldm.load_adapter(directory)
         options["controls"] = [(net, hint, 1.0)]
         ldm.load(base).sample(RNG, ["red circle"], **options)
-    else:
-        model = ldm.load(tmp_path / "run")
-        assert model.sample(RNG, [caption], **options).shape == (1, 8, 8, 3)
+        return
+    if case == "word":  # in prompts and negatives; few steps have moved little
+        model, options["guidance_scale"] = ldm.load(directory), 3.0
+        pairs = [("red", "red"), ("<it>", "red"), ("red", "<it>")]
+        plain, *images = (
+            model.sample(RNG, [one], negative_prompts=[other], **options) for one, other in pairs
+        )
+        assert plain.shape == (1, 8, 8, 3)
+        assert not any(np.array_equal(image, plain) for image in images)
+        return
+    model = ldm.load(directory)
+    assert model.sample(RNG, [caption], **options).shape == (1, 8, 8, 3)
+    if case == "dreambooth":  # the text encoder as well
+        changed, every = moved(base, directory)
+        assert every == changed

@@ -106,6 +106,7 @@ FAULTS = {
     "control": ({"control": "edges"}, "needs task='denoising' and no control"),
     "cache": ({"first_stage.cache": True}, "needs first_stage.cache=False"),
     "odd": ({"batch_size": 5}, "needs an even batch_size: half of a batch is of the class"),
+    "prior": ({"dreambooth.prior_weight": -0.5}, "needs dreambooth.prior_weight of at least 0"),
     "few": ({"dreambooth.num_images": 1}, "needs dreambooth.num_images of at least 2"),
 }
 
