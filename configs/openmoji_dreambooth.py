@@ -2,13 +2,14 @@
 
 The pictures are in the folder `data.dir`; the captions beside them (see `data.captions`) have a
 word of the subject, which may be new, and that of its class: "it face". Before training, the model
-draws pictures of the class itself, which half of each batch consists of (Ruiz et al. 2023).
+draws pictures of the class and of other things itself, which half of each batch consists of (Ruiz
+et al. 2023).
 
 Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs/subject
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
           python sample.py --workdir=runs/subject --prompts="it face" --out=…
 Cost      a minute on two CPU cores
-Expected  81 % of samples are nearest to the subject; other groups lose 10 points (docs/adapters.md)
+Expected  75 % of samples are nearest to the subject; other groups lose 3 points (docs/adapters.md)
 Variants  :lora (a low-rank adaptation of U-Net and text encoder, which adds no words)
           :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """

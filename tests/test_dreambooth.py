@@ -1,16 +1,20 @@
 """DreamBooth: pictures of the class are drawn once, and their loss is added to the subject's."""
 
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from test_stop import once
 from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.rng import example_keys
+from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import class_pictures, loop
 from latent_diffusion.training.batch_spec import batch_spec
@@ -127,9 +131,29 @@ def test_a_run_draws_its_class_and_trains_on_both(tmp_path):
         "parallel.mode": "single",
     }
     loop.train(make_config("denoising", **pixels), tmp_path / "base")
-    fields = {**OWN, **pixels, "init_from": str(tmp_path / "base"), "optimizer.learning_rate": 0.0}
-    loop.train(make_config("denoising", **fields), tmp_path / "subject")
-    (path,) = (tmp_path / "subject").glob("class-*.npy")
-    assert np.load(path).shape == (6, 8, 8, 3)
-    before, after = (ldm.load(tmp_path / name).denoiser for name in ("base", "subject"))
-    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    fields = {**OWN, **pixels, "init_from": str(tmp_path / "base")}
+    fields["optimizer.frozen"] = ("conditioner/",)
+    negative = make_config("denoising", **fields, **{"dreambooth.prior_weight": -1.0})
+    with pytest.raises(ValueError, match="prior_weight of at least 0"):
+        loop.train(negative, tmp_path / "subject")
+    assert not [*tmp_path.glob("subject/class-*")]
+    with pytest.MonkeyPatch.context() as patch:  # one program of both runs
+        for name in ("compile_init", "compile_step", "compile_eval"):
+            patch.setattr(parallel, name, once(getattr(parallel, name)))
+        loop.train(make_config("denoising", **fields), tmp_path / "subject")
+        (path,) = (tmp_path / "subject").glob("class-*.npy")
+        assert np.load(path).shape == (6, 8, 8, 3)
+        (tmp_path / "alone").mkdir()
+        shutil.copy(path, tmp_path / "alone")
+        alone = make_config("denoising", **fields, **{"dreambooth.prior_weight": 0.0})
+        loop.train(alone, tmp_path / "alone")
+    before, both, subject = (
+        flatten_dict(ldm.load(tmp_path / name).denoiser.params, sep="/")
+        for name in ("base", "subject", "alone")
+    )
+    for name, x in before.items():
+        if name.startswith("conditioner/"):
+            np.testing.assert_array_equal(both[name], x)
+    moved = {name for name, x in before.items() if not np.array_equal(x, both[name])}
+    assert {"unet/out_2/kernel", "unet/input_blocks_0_0/kernel"} <= moved
+    assert np.abs(both["unet/out_2/kernel"] - subject["unet/out_2/kernel"]).max() > 1e-5

@@ -31,10 +31,11 @@ HINTS = [np.random.default_rng(i).uniform(size=(2, SIDE * F, SIDE * F, 3)).astyp
          for i in range(2)]  # fmt: skip
 
 
-def make_net(unet, folder, seed, **own):
+def make_net(unet, folder, seed, pooled=False, **own):
     net = diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(16, 32), **own
     )
+    net.register_to_config(global_pool_conditions=pooled)
     net = randomised(net, seed, 0.1)
     net.save_pretrained(folder)
     return net, ldm.load_adapter(folder)
@@ -65,11 +66,14 @@ def test_residuals(order, tmp_path):
     ours = module.apply({"params": tree}, z_t, jnp.asarray(t), Conditioning(context=text), hint)
     for i, (got, want) in enumerate(zip(ours, [*beside, middle], strict=True)):
         close(adapter.blocks[i], np.moveaxis(np.asarray(got), 3, 1), want.numpy(), 1e-5)
-    # Both formats, and back to diffusers.
-    write_control(adapter, tmp_path / "again", "diffusers")
-    again = diffusers.ControlNetModel.from_pretrained(tmp_path / "again").state_dict()
-    for name, tensor in net.state_dict().items():
-        np.testing.assert_array_equal(again[name].numpy(), tensor.numpy())
+    # Back to diffusers, with its own settings, and with ours, as a net trained here is written.
+    for config in (adapter.config, {}):
+        write_control(adapter.replace(config=config), tmp_path / "again", "diffusers")
+        again = diffusers.ControlNetModel.from_pretrained(tmp_path / "again")
+        for name in ("attention_head_dim", "global_pool_conditions", "cross_attention_dim"):
+            assert again.config[name] == net.config[name]
+        for name, tensor in net.state_dict().items():
+            np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy())
 
 
 def test_a_file_of_the_originals_is_the_net_that_diffusers_makes_of_it(tmp_path):
@@ -91,6 +95,7 @@ def test_a_file_of_the_originals_is_the_net_that_diffusers_makes_of_it(tmp_path)
 
 CALLS = {
     "one": ([0.8], {}, {}),
+    "pooled": ([0.8], {}, {}),
     "two": ([0.8, 0.5], {}, {}),
     "guess": ([0.8], {"guess_mode": True}, {"guess": True}),
     "two in windows": (
@@ -105,7 +110,7 @@ CALLS = {
 def test_pictures_of_the_pipeline(call, tmp_path):
     weights, theirs, ours = CALLS[call]
     unet = make_unet()
-    made = [make_net(unet, tmp_path / str(i), i + 1) for i in range(len(weights))]
+    made = [make_net(unet, tmp_path / str(i), i + 1, call == "pooled") for i in range(len(weights))]
     nets = [net for net, _ in made]
     single = len(nets) == 1
     pipeline, model = stable(

@@ -80,7 +80,7 @@ CASES = {
     "both": ([False, True], [0.8, 0.4], [0.8, 0.4]),
     "one block": ([False], {"up": {"block_1": [0.0, 1.0]}},
                   {"": 0.0, "up_blocks.1.attentions.1": 1.0}),
-    "with a control net": ([True], 0.6, 0.6),
+    "with a control net and negatives": ([True], 0.6, 0.6),
 }  # fmt: skip
 
 
@@ -91,11 +91,12 @@ def test_pictures_of_the_pipeline(name, tmp_path):
     made = [make_adapter(unet, tmp_path / str(i), plus, i) for i, plus in enumerate(kinds)]
     processor = transformers.CLIPImageProcessor(size=16, crop_size=16)
     own = {"safety_checker": None, "feature_extractor": processor, "image_encoder": made[0][0]}
-    kind, call, controls = diffusers.StableDiffusionPipeline, {}, []
-    if name == "with a control net":
+    kind, call, controls, negative = diffusers.StableDiffusionPipeline, {}, [], None
+    if name == "with a control net and negatives":
         kind = diffusers.StableDiffusionControlNetPipeline
         own["controlnet"], net = make_net(unet, tmp_path / "net", 1)
-        call, controls = {"image": to_torch(HINTS[0])}, [(net, HINTS[0], 1.0)]
+        call = {"image": to_torch(HINTS[0]), "negative_prompt": ["grey"] * 2}
+        controls, negative = [(net, HINTS[0], 1.0)], ["grey"]
     pipeline, model = stable(kind, tmp_path, unet, **own)
     folders = [str(tmp_path / str(i)) for i in range(len(kinds))]
     pipeline.load_ip_adapter(folders, subfolder="", weight_name=["ip.bin"] * len(kinds))
@@ -109,7 +110,7 @@ def test_pictures_of_the_pipeline(name, tmp_path):
     ).images  # fmt: skip
     weights = ours if isinstance(ours, list) else [ours]
     prompts = [(ip, list(OURS), w) for (_, ip), w in zip(made, weights, strict=True)]
-    options = {"z_T": z_T, "num_steps": 10, "controls": controls}
+    options = {"z_T": z_T, "num_steps": 10, "controls": controls, "negative_prompts": negative}
     got = (sample(model, image_prompts=prompts, **options) + 1) / 2
     close(name, got, want)
     assert np.abs((sample(model, **options) + 1) / 2 - want).max() > 1e-2
