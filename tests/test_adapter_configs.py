@@ -1,5 +1,6 @@
 """The experiments of adapters run, and go on, in smoke variants, on the text model's smoke run."""
 
+import re
 import shutil
 
 import jax
@@ -64,10 +65,17 @@ def moved(base, directory):
     return {path for path in before if not np.array_equal(before[path], after[path])}, {*before}
 
 
+def dreambooth_lora(variant):
+    config = openmoji_dreambooth.get_config(variant)
+    openmoji_dreambooth.lora(config)
+    return config
+
+
 CASES = {
     "control": (openmoji_control.get_config, None),
     "word": (openmoji_textual_inversion.get_config, "<it>"),
     "dreambooth": (openmoji_dreambooth.get_config, "it circle"),
+    "dreambooth lora": (dreambooth_lora, "red circle"),
     "style": (openmoji_style_lora.get_config, "red circle"),
 }
 
@@ -81,7 +89,7 @@ def test_the_experiment_runs_on_the_base_and_goes_on_after_a_stop(case, base, tm
     if caption is not None:
         folders.write_subject(tmp_path / "pictures", "twemoji", "lion", caption)
         fields["data.dir"] = str(tmp_path / "pictures")
-    if case == "style":
+    if config.lora.rank:
         run(config, directory, **fields)
     else:
         run_twice(config, directory, capfd, **fields)
@@ -103,6 +111,10 @@ def test_the_experiment_runs_on_the_base_and_goes_on_after_a_stop(case, base, tm
         return
     model = ldm.load(directory)
     assert model.sample(RNG, [caption], **options).shape == (1, 8, 8, 3)
-    if case == "dreambooth":  # the text encoder as well
-        changed, every = moved(base, directory)
+    changed, every = moved(base, directory)
+    if case == "dreambooth":
         assert every == changed
+    else:
+        aims = [re.compile(target) for target in config.lora.targets]
+        kernels = {path for path in every if path.endswith("/kernel")}
+        assert changed == {path for path in kernels if any(aim.match(path) for aim in aims)}
