@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     c.pretrained.update({"clip_text": "", "clip_text_2": "", "t5_text": ""})
     c.backbone = "mmdit"
-    c.mmdit.update({"remat": "full", "dtype": "bfloat16"})
+    c.mmdit.update({"remat": "full", "dtype": "bfloat16", "scan": True})
     flow(c)
     c.sampling.update({"num_steps": 28, "eta": None, "guidance_scale": 7.0})
     c.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 1000})
@@ -67,6 +67,7 @@ def lora(c: ConfigDict) -> None:
     """An adaptation of the attention; the rest, encoders too, comes from init_from."""
     c.batch_size, c.num_steps = 4, 2000
     c.pretrained = ConfigDict()
+    c.mmdit.scan = False  # one device would hold the loops' copies of frozen parameters whole
     c.lora.update({"rank": 16, "alpha": 16.0, "targets": (r"mmdit/.*attn2?_(qkv|proj)",)})
     c.optimizer.update({"warmup_steps": 100, "grad_clip": 1.0})
     c.ema_decay = 0.0
