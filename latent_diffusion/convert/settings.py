@@ -80,7 +80,10 @@ class Settings:
 
 
 def _is_like(value: Any, example: Any) -> bool:
-    """Whether a value is of the kind of an example, which is positive where values must be."""
+    """Whether a value is of the kind of an example, which is positive where values must be.
+
+    In a list, whole numbers may be zero: a level without blocks.
+    """
     match example:
         case bool() | str():
             return isinstance(value, type(example))
@@ -89,8 +92,8 @@ def _is_like(value: Any, example: Any) -> bool:
         case float():
             return type(value) in (int, float) and math.isfinite(value)
         case tuple():
-            items = isinstance(value, list | tuple)
-            return items and all(_is_like(item, example[0]) for item in value)
+            one = 0 if type(example[0]) is int else example[0]
+            return isinstance(value, list | tuple) and all(_is_like(item, one) for item in value)
         case _:
             return isinstance(value, Mapping)
 
