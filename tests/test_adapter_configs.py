@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_stop import once
+from test_stop import compiled_once
 
 import latent_diffusion as ldm
 from configs import (
@@ -18,7 +18,6 @@ from configs import (
     openmoji_textual_inversion,
 )
 from demo import folders
-from latent_diffusion.runtime import parallel
 from latent_diffusion.training import loop
 
 RNG = jax.random.key(0)
@@ -38,9 +37,7 @@ def run(config, directory, **fields):
 def run_twice(config, directory, capfd, **fields):
     """A run, and the same stopped after a step, which goes on: they end alike, bitwise."""
     stopped = directory.with_name("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("compile_init", "compile_step", "compile_eval"):
-            patch.setattr(parallel, name, once(getattr(parallel, name)))
+    with compiled_once():
         whole = run(config, directory, **{**fields, "checkpoint.every_steps": 1})
         shutil.copytree(directory, stopped)
         for step in range(2, config.num_steps + 1):

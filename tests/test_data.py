@@ -17,6 +17,7 @@ from configs import default
 from latent_diffusion import data
 from latent_diffusion.data import DATASETS, ArraySource, epoch, iterate, make_source, make_transform
 from latent_diffusion.data.contract import KEYS, check_batch
+from latent_diffusion.data.retrieval import Embedded
 from latent_diffusion.data.sources import Remember
 from latent_diffusion.data.synthetic import SHAPES
 from latent_diffusion.data.tokenizers import WordTokenizer
@@ -125,6 +126,8 @@ def test_worker_processes_make_the_same_batches_from_any_step(tmp_path):
 def test_sources_go_to_worker_processes_without_what_they_have_open():
     balanced = data.Balanced(ArraySource({"class_label": np.array([0, 0, 1, 1])}), 0.5)
     assert pickle.loads(pickle.dumps(balanced))[2]["class_label"] == 1
+    embedded = Embedded(balanced, {"image_embedding": np.arange(3.0)})
+    assert pickle.loads(pickle.dumps(embedded))[2]["image_embedding"] == 2
 
 
 def test_every_epoch_is_complete_and_shuffled_differently():

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_stop import once
+from test_stop import compiled_once
 from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.rng import example_keys
-from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import class_pictures, loop
 from latent_diffusion.training.batch_spec import batch_spec
@@ -137,9 +136,7 @@ def test_a_run_draws_its_class_and_trains_on_both(tmp_path):
     with pytest.raises(ValueError, match="prior_weight of at least 0"):
         loop.train(negative, tmp_path / "subject")
     assert not [*tmp_path.glob("subject/class-*")]
-    with pytest.MonkeyPatch.context() as patch:  # one program of both runs
-        for name in ("compile_init", "compile_step", "compile_eval"):
-            patch.setattr(parallel, name, once(getattr(parallel, name)))
+    with compiled_once():
         loop.train(make_config("denoising", **fields), tmp_path / "subject")
         (path,) = (tmp_path / "subject").glob("class-*.npy")
         assert np.load(path).shape == (6, 8, 8, 3)

@@ -1,5 +1,6 @@
 """A signal in any moment of a step: the step is saved, nothing is looked at any more, then is."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,12 +24,18 @@ def run(workdir, every):
     return loop.train(several.make_config(**FIELDS, **{"log.images_every_steps": every}), workdir)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@contextlib.contextmanager
 def compiled_once():
-    """All runs of this module have the same programs."""
+    """Runs of one network, which have the same programs."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("compile_init", "compile_step", "compile_eval"):
             patch.setattr(parallel, name, once(getattr(parallel, name)))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_programs():
+    with compiled_once():
         yield
 
 

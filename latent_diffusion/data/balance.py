@@ -1,13 +1,11 @@
 """Rare classes more often: an epoch in which pictures of small classes come several times."""
 
-from typing import Any
-
 import numpy as np
 
-from latent_diffusion.data.sources import Example, Source
+from latent_diffusion.data.sources import Around, Example, Source
 
 
-class Balanced:
+class Balanced(Around):
     """A source in which a class of N examples has a share of N^(1 − balance).
 
     balance 0 leaves the classes as they are; 1 makes them equally frequent; 1/2 is square-root
@@ -34,15 +32,6 @@ class Balanced:
 
     def __len__(self) -> int:
         return len(self._index)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self._index[index])]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.data.sources import Example, Source
+from latent_diffusion.data.sources import Around, Example, Source
 from latent_diffusion.data.windows import Size
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,10 @@ def shapes_of(source: Any) -> np.ndarray:
     return np.array([source[i]["image"].shape[:2] for i in range(len(source))])
 
 
-class Bucketed:
+class Bucketed(Around):
     """A source whose examples come in the endless order of training, with their bucket's `size`.
 
-    Examples s·B … (s+1)·B − 1 are batch s. Other attributes are those of the wrapped source.
+    Examples s·B … (s+1)·B − 1 are batch s.
     """
 
     def __init__(self, source: Source, data_config: Any, batch_size: int, seed: int):
@@ -103,9 +103,6 @@ class Bucketed:
 
     def __len__(self) -> int:
         return _ENDLESS
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_order"}

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latent_diffusion.data.embedders import Embedder, embed, make_embedder
-from latent_diffusion.data.sources import Example
+from latent_diffusion.data.sources import Around, Example
 from latent_diffusion.data.windows import cut, window
 from latent_diffusion.types import lookup
 
@@ -109,17 +109,11 @@ def _by_faiss(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]
 SEARCHES = {"numpy": _by_numpy, "faiss": _by_faiss}
 
 
-class Embedded:
+class Embedded(Around):
     """A source whose examples have `image_embedding` [D], or `neighbours` [k D], or both."""
 
     def __init__(self, source: Any, columns: dict[str, np.ndarray]):
         self.source, self.columns = source, columns
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
     def __getitem__(self, index: int) -> Example:
         return {**self.source[index], **{key: c[index] for key, c in self.columns.items()}}

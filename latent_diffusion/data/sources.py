@@ -127,11 +127,27 @@ class Readable:
             return np.array(list(pool.map(size, range(len(self)))))
 
 
-class Remember:
+class Around:
+    """A source made of another one, `source`, whose other attributes are its own."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "source" or name.startswith(
+            "__"
+        ):  # a copy in a worker process has none at first
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+
+class Remember(Around):
     """A source that keeps decoded examples in memory, up to `max_bytes`, and decodes others anew.
 
     4,000 pictures of 32×32 pixels are 16 MB; decoding them in every epoch would cost more than the
-    rest of the input pipeline. Other attributes are those of the wrapped source.
+    rest of the input pipeline.
     """
 
     def __init__(self, source: Source, max_bytes: int = 2**28):
@@ -140,12 +156,6 @@ class Remember:
         self.bytes = 0
         self._examples: dict[int, Example] = {}
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
     def __reduce__(self) -> Any:
         return type(self), (self.source, self.max_bytes)

@@ -152,9 +152,10 @@ def _encoded_once(
 ) -> tuple[Any, Any]:
     """The examples of training and their transform, with what the run encodes beforehand."""
     transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
-    shards = getattr(source, "source", source)  # within buckets
-    stored = isinstance(shards, ShardSource) and bool(shards.made.get("texts"))
-    cached = config.first_stage.cache or (config.cache_texts and not stored)
+    inner = getattr(source, "source", source)  # within buckets
+    shards = inner if isinstance(inner, ShardSource) else None
+    with_texts = shards if shards is not None and shards.made.get("texts") else None
+    cached = config.first_stage.cache or (config.cache_texts and with_texts is None)
     if config.data.workers and config.task != "autoencoding" and cached:
         raise ValueError(
             f"data.workers={config.data.workers} can't share what a run caches: set "
@@ -162,12 +163,12 @@ def _encoded_once(
         )
     if config.cache_texts:
         encoders = texts.frozen_encoders(config, state, constants)
-        if isinstance(shards, ShardSource) and stored:
-            transform = texts.from_shards(config, encoders, shards, tokenizer, transform)
+        if with_texts is not None:
+            transform = texts.from_shards(config, encoders, with_texts, tokenizer, transform)
         else:
             given = (encoders, source, tokenizer, transform)
             transform = texts.with_encoded(config, directory, *given)
-    if isinstance(shards, ShardSource):
+    if shards is not None:
         moments.check_first_stage(config, shards, constants.first_stage)
     elif config.task != "autoencoding" and config.first_stage.cache:
         source = moments.with_moments(config, directory, constants.first_stage, source)
