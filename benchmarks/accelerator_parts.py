@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import reference
 from benchmarks.compression_timing import median_seconds
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets import dot_product_attention
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel.chips import CHIPS
@@ -21,7 +22,6 @@ from latent_diffusion.runtime.startup import quiet_and_cached
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import planning
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.types import Conditioning
 
 BATCHES = {"sd_v1": 8, "sdxl": 2, "dit_xl_2": 32, "kl_f8": 8}  # of a training step
 SAMPLED = {"sd_v1": (1, 8), "sdxl": (1, 4)}

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.attention import SpatialTransformer
 from latent_diffusion.nets.dit import DiT
 from latent_diffusion.nets.dot_product_attention import Machine, this_machine, traced_for
 from latent_diffusion.nets.mmdit import MMDiT
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.runtime.parallel.chips import topology_devices
-from latent_diffusion.types import Conditioning
 
 SDXL: dict[str, Any] = {
     "channel_mult": (1, 2, 4),

@@ -24,9 +24,9 @@ from absl import app, flags
 from configs import sd_v1, sdxl
 from latent_diffusion.convert import Bundle, Part, autoencoder, clip_text, unet, write
 from latent_diffusion.convert.bundle import flat
+from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.files.tensors import open_tensors
-from latent_diffusion.types import Params
 
 MODEL = flags.DEFINE_enum("model", "sd_v1", ["sd_v1", "sdxl"], "Whose shape.")
 FOLDER = flags.DEFINE_string("folder", None, "For the temporary files; default: the system's.")

@@ -7,9 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float
 from latent_diffusion.process.diffusion import Denoiser, Prediction
 from latent_diffusion.process.schedules import NoiseSchedule, Timestep
-from latent_diffusion.types import Array, Float
 
 
 @flax.struct.dataclass

@@ -14,10 +14,10 @@ import latent_diffusion as ldm
 from benchmarks import reference
 from benchmarks.measure import Call
 from latent_diffusion import data
+from latent_diffusion.core.rng import example_keys, sampling_keys
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.process.plan import plan
-from latent_diffusion.rng import example_keys, sampling_keys
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.startup import quiet_and_cached
 from latent_diffusion.tasks import TASKS

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.rng import example_keys, init_key, normal_per_example, sampling_keys
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
@@ -21,8 +23,6 @@ from latent_diffusion.process.guidance import classifier_free
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, init_key, normal_per_example, sampling_keys
-from latent_diffusion.types import Conditioning
 
 SHAPE, STEPS, RUNS, SCALE = (8, 8, 4), 20, 9, 5.0
 INTERVALS = {"at every step": None, "in an interval": (200, 800)}

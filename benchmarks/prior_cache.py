@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.prepared_sampling import median_seconds
+from latent_diffusion.core.rng import example_keys, init_key
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.models.prior import Prior
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.prior import CodeTransformer
 from latent_diffusion.process.options import PriorOptions
-from latent_diffusion.rng import example_keys, init_key
-from latent_diffusion.types import Conditioning
 
 SIDE, CODES, BATCH, RUNS = 16, 1024, 1, 3
 

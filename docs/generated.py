@@ -97,7 +97,7 @@ def python() -> str:
     for name in latent_diffusion.__all__:
         if name not in ("SAMPLERS", "Conditioning"):
             lines += ["", f"::: latent_diffusion.{latent_diffusion._MODULES[name]}.{name}"]
-    return "\n".join([*lines, "", "::: latent_diffusion.types.Conditioning"]) + "\n"
+    return "\n".join([*lines, "", "::: latent_diffusion.core.types.Conditioning"]) + "\n"
 
 
 def samplers() -> str:

@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latent_diffusion.core.types import Conditioning
     from latent_diffusion.generation.adapters import load_adapter
     from latent_diffusion.generation.loading import load, load_classifier
     from latent_diffusion.generation.model import Model
     from latent_diffusion.process.samplers import SAMPLERS
-    from latent_diffusion.types import Conditioning
 
 __all__ = ["SAMPLERS", "Conditioning", "Model", "load", "load_adapter", "load_classifier"]
 
 _MODULES = {
     "SAMPLERS": "process.samplers",
-    "Conditioning": "types",
+    "Conditioning": "core.types",
     "Model": "generation.model",
     "load": "generation.loading",
     "load_adapter": "generation.adapters",

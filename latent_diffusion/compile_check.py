@@ -76,12 +76,12 @@ def check(
     """
     import jax
 
+    from latent_diffusion.core.types import lookup
     from latent_diffusion.nets.dot_product_attention import Machine, traced_for
     from latent_diffusion.runtime import parallel
     from latent_diffusion.runtime.parallel.chips import parse_topology, topology_devices
     from latent_diffusion.tasks import DENOISERS, TASKS
     from latent_diffusion.training.batch_spec import batch_spec
-    from latent_diffusion.types import lookup
 
     for program in programs:
         lookup(dict.fromkeys(["train", "sample"]), program, "program")
@@ -140,8 +140,8 @@ def _in_dtype(dtype: str, state: Any, constants: Any) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
+    from latent_diffusion.core.trees import path_string
     from latent_diffusion.nets.eight_bits import in_eight_bits
-    from latent_diffusion.trees import path_string
 
     def cast(path: Any, leaf: Any) -> Any:
         if dtype == "int8":

@@ -26,7 +26,7 @@ from absl import app, flags
 from answers import SIDE, TEXT, model
 from PIL import Image
 
-from latent_diffusion.rng import seed_key
+from latent_diffusion.core.rng import seed_key
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.serve.handler import make_server
 from latent_diffusion.serve.requests import Limits

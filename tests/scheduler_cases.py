@@ -15,12 +15,12 @@ import numpy as np
 from sampler_tables import filled
 
 from latent_diffusion.convert.scheduler import from_diffusers
+from latent_diffusion.core.rng import example_keys, normal_per_example
 from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.process import constraints, guidance
 from latent_diffusion.process.plan import own_options, plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.samplers.table import run
-from latent_diffusion.rng import example_keys, normal_per_example
 
 SHAPE = (8, 2, 2, 3)
 ROWS = 42

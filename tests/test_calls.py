@@ -12,6 +12,7 @@ import pytest
 from answers import RNG, TEXT, model
 from conftest import ROOT
 
+from latent_diffusion.core.rng import example_keys, sampling_keys, seed_key
 from latent_diffusion.generation import program
 from latent_diffusion.process.options import (
     SAMPLER_NAMES,
@@ -22,7 +23,6 @@ from latent_diffusion.process.options import (
 )
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.spacings import SPACINGS
-from latent_diffusion.rng import example_keys, sampling_keys, seed_key
 
 BALLAST = (12_345,)  # the shape of a parameter that no other array has
 

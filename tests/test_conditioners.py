@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import example_keys, init_key
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.conditioners import CONDITIONERS, combine, make_conditioner
 from latent_diffusion.nets.resize import cubic
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, init_key
-from latent_diffusion.types import Conditioning
 
 SMALL = {
     "layout": {"vocab_size": 26, "max_length": 8, "width": 6, "depth": 1}

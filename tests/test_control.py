@@ -18,18 +18,18 @@ from latent_diffusion.convert.adapters import ControlWeights, read_adapter, writ
 from latent_diffusion.convert.adapters import control as files
 from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.convert.unet import shapes as unet_shapes
+from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.generation.controls import entries, numbers_of
 from latent_diffusion.nets import control
 from latent_diffusion.nets.control import HINT, control_net, init_control
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.hints import edges
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import init_from
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.types import Conditioning
 
 HINTS = np.random.default_rng(7).uniform(0, 1, (2, 8, 8, 3)).astype(np.float32)
 XL = dict(

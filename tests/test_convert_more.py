@@ -17,9 +17,9 @@ from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, unet
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.diffusers import _with_scheduler
+from latent_diffusion.core.rng import example_keys, sampling_keys
 from latent_diffusion.nets.layers import guidance_embedding
 from latent_diffusion.process.plan import plan
-from latent_diffusion.rng import example_keys, sampling_keys
 
 RNG = jax.random.key(0)
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import example_keys, init_key, sampling_keys
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.models.denoiser import Denoiser, in_tiles
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, init_key, sampling_keys
-from latent_diffusion.types import Conditioning
 
 SHAPE = (4, 4, 2)
 SCHEDULE = make_schedule()

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.types import Conditioning
 
 # Millions of parameters of the released U-Nets, and tensors.
 RELEASED = {

@@ -9,12 +9,12 @@ import pytest
 from programs import host_transfers
 from tiny import make_batch, make_config
 
-from latent_diffusion.rng import init_key
+from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.trees import path_string
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import hlo
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.trees import path_string
 
 RNG = jax.random.key(7)
 STEPS = 5

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import example_keys, normal_per_example
 from latent_diffusion.process.diffusion import (
     PREDICTIONS,
     prediction_target,
@@ -23,7 +24,6 @@ from latent_diffusion.process.objectives import (
     weigh_by_logvar,
 )
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, normal_per_example
 
 LINEAR = make_schedule("linear", beta_start=0.0015, beta_end=0.0195)
 SCHEDULES = {

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.nets.discriminator import NORMS, ActNorm, PatchGAN
-from latent_diffusion.rng import init_key
 
 
 def normal(seed, *shape):

@@ -14,6 +14,14 @@ from tiny import make_config
 
 from configs import openmoji_few_steps
 from latent_diffusion import convert
+from latent_diffusion.core.rng import (
+    example_keys,
+    init_key,
+    normal_per_example,
+    split_per_example,
+    uniform_per_example,
+)
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.data.tokenizers import load_tokenizer
 from latent_diffusion.generation.loading import load
 from latent_diffusion.models.denoiser import Denoiser
@@ -23,20 +31,12 @@ from latent_diffusion.optimisation.optimizers import make_optimizer
 from latent_diffusion.process import objectives
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.process.spacings import distilled_timesteps, spacing
-from latent_diffusion.rng import (
-    example_keys,
-    init_key,
-    normal_per_example,
-    split_per_example,
-    uniform_per_example,
-)
 from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.denoising import Denoising
 from latent_diffusion.tasks.distillation import Distillation
 from latent_diffusion.training import start
-from latent_diffusion.types import Conditioning
 
 RNG, SIDE, BATCH = jax.random.key(3), 2, 8
 WEIGHTS = np.array([0.3, -0.7, 0.9, 0.4], np.float32)

@@ -9,16 +9,16 @@ from ml_collections import ConfigDict
 
 import latent_diffusion as ldm
 from configs import openmoji_dit
+from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.dit import DiT, positions_2d
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import init_key
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import init_from, loop
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.types import Conditioning
 
 SMALL = {"out_channels": 3, "width": 16, "depth": 2, "num_heads": 2, "base_size": 4}
 

@@ -12,8 +12,8 @@ from test_stop import compiled_once
 from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
+from latent_diffusion.core.rng import example_keys
 from latent_diffusion.data.tokenizers import WordTokenizer
-from latent_diffusion.rng import example_keys
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import class_pictures, loop
 from latent_diffusion.training.batch_spec import batch_spec

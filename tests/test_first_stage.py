@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import normal_per_example
+from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.models.first_stage import (
     NORMALIZATIONS,
     FirstStage,
@@ -14,8 +16,6 @@ from latent_diffusion.models.first_stage import (
     with_measured_scale,
 )
 from latent_diffusion.nets.autoencoder import Identity
-from latent_diffusion.rng import normal_per_example
-from latent_diffusion.trees import check_same_tree
 
 
 def _pixels(seed):

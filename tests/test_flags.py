@@ -299,7 +299,7 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
 PLAN = """
 import json, sys
 from absl import app, flags
-import latent_diffusion.plan as command
+import latent_diffusion.training.plan as command
 from latent_diffusion.training import planning
 def plan(facts, topology, **given):
     seen.append([facts, topology, given])

@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.attention import GEGLU
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
@@ -20,7 +21,6 @@ from latent_diffusion.nets.discriminator import PatchGAN
 from latent_diffusion.nets.layers import GroupNorm
 from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Conditioning
 
 SMALL = {"channels": 8, "num_res_blocks": 1, "num_groups": 4, "z_channels": 2, "embed_dim": 2}
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import example_keys
 from latent_diffusion.process import constraints, guidance
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.process.spacings import spacing
-from latent_diffusion.rng import example_keys
 
 SCHEDULE = make_schedule()
 TIMESTEPS = spacing("trailing", SCHEDULE, 4)  # 999, 749, 499, 249, −1

@@ -10,13 +10,13 @@ import scipy.stats
 from test_dit import model_with
 from tiny import make_batch, make_config
 
+from latent_diffusion.core.rng import example_keys, normal_per_example, sampling_keys
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.learned_variance import bound
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.process.spacings import spacing
-from latent_diffusion.rng import example_keys, normal_per_example, sampling_keys
 from latent_diffusion.tasks import TASKS
 
 SCHEDULE = make_schedule("sqrt_linear", beta_start=1e-4, beta_end=0.02)

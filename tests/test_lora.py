@@ -17,8 +17,8 @@ from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, unet
 from latent_diffusion.convert.adapters import read_adapter, read_weights, write_kohya_lora
 from latent_diffusion.convert.scheduler import ASSUMED
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.optimisation import low_rank
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.dit import positions_2d
 from latent_diffusion.nets.mmdit import MMDiT
-from latent_diffusion.types import Conditioning
 
 SMALL = {"out_channels": 3, "width": 16, "depth": 2, "num_heads": 2, "max_positions": 5}
 T = jnp.array([3.0, 700.0])

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.attention import AttentionBlock
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.nets.convolution import upsample_nearest
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Conv, GroupNorm, timestep_embedding
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Conditioning
 
 KEY = jax.random.key(0)
 SMALL_AUTOENCODER = {

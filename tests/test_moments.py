@@ -8,8 +8,8 @@ from tiny import BATCH, SIZE, make_config
 
 from latent_diffusion import data
 from latent_diffusion.convert import kept
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.rng import init_key
 from latent_diffusion.training import moments
 
 COUNT = 19  # no multiple of the batch

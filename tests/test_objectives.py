@@ -7,6 +7,7 @@ import optax
 import pytest
 from test_tasks import RNG, _setup
 
+from latent_diffusion.core.rng import example_keys, split_per_example
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
@@ -14,7 +15,6 @@ from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import diffusion
 from latent_diffusion.process.objectives import LOSS_WEIGHTS, TIMESTEP_SAMPLING
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, split_per_example
 from latent_diffusion.tasks.denoising import Constants, Denoising
 
 SCHEDULE = make_schedule()

@@ -24,11 +24,11 @@ from ml_collections import ConfigDict
 from programs import host_transfers
 from slices import SLICES, Chip, chips_of
 
-from latent_diffusion import rng as rng_lib
+from latent_diffusion.core import rng as rng_lib
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.nets.conditioners.text import TextTransformer
 from latent_diffusion.nets.dot_product_attention import attend
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import hlo
 from latent_diffusion.runtime.parallel.chips import topology_devices

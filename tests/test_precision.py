@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 from jax.extend import core
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.tasks import TASKS
-from latent_diffusion.types import Conditioning
 
 PAPER = sorted(
     path.stem

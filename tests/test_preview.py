@@ -13,7 +13,7 @@ from tiny import make_batch
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert.bundle import Bundle, as_part
-from latent_diffusion.rng import example_keys, init_key
+from latent_diffusion.core.rng import example_keys, init_key
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import start

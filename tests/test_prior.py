@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.prior import CodeTransformer, front_of
-from latent_diffusion.types import Conditioning
 
 SIZES = {"vocab_size": 13, "num_codes": 13, "max_length": 9, "width": 16, "depth": 2}
 SIZES |= {"num_heads": 2}

@@ -14,12 +14,12 @@ from test_prior_model import VQ, numbers
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
+from latent_diffusion.core.trees import leaves_by_path
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.models.prior import check_null, make_prior
 from latent_diffusion.nets.autoencoder import Autoencoder
-from latent_diffusion.trees import leaves_by_path
-from latent_diffusion.types import Conditioning
 
 RNG = jax.random.key(0)
 GPT = {"vocab_size": 40, "max_length": 33, "width": 8, "depth": 2, "num_heads": 2}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.models.prior import Prior, check_null, make_prior
@@ -14,7 +15,6 @@ from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.prior import CodeTransformer
 from latent_diffusion.process.plan import plan_prior
-from latent_diffusion.types import Conditioning
 
 RNG = jax.random.key(5)
 SIDE, CODES = 4, 7

@@ -17,19 +17,19 @@ import latent_diffusion as ldm
 from configs import openmoji_prior
 from latent_diffusion import data
 from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.evaluate import command
 from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.optimisation.optimizers import make_optimizer
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.prior import make_prior_training
 from latent_diffusion.training import loop, moments, start
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.trees import leaves_by_path
 
 RNG = jax.random.key(3)
 LENGTH, CODES = 64, 16

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.nets.quantizer import (
     GumbelQuantizer,
     VectorQuantizer,
@@ -12,7 +13,6 @@ from latent_diffusion.nets.quantizer import (
     to_used,
     with_moved_codes,
 )
-from latent_diffusion.rng import init_key
 
 NUM_CODES, DIM = 5, 2
 SHAPE = (8, 3, 2, DIM)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from latent_diffusion.rng import bernoulli_per_example, example_keys, init_key
+from latent_diffusion.core.rng import bernoulli_per_example, example_keys, init_key
 
 
 def test_an_example_has_its_key_on_whatever_device_it_lies():

@@ -11,6 +11,8 @@ from sampler_tables import filled
 from test_schedules import assert_printed
 
 from benchmarks.exact import Mixture
+from latent_diffusion.core.rng import example_keys, normal_per_example
+from latent_diffusion.core.types import lookup
 from latent_diffusion.process import constraints
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
@@ -18,8 +20,6 @@ from latent_diffusion.process.samplers.first_order import ddim_noise
 from latent_diffusion.process.samplers.table import run, steps
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.process.spacings import spacing
-from latent_diffusion.rng import example_keys, normal_per_example
-from latent_diffusion.types import lookup
 
 SCHEDULES = {
     "linear": make_schedule("linear", beta_start=0.0015, beta_end=0.0195),

@@ -15,13 +15,13 @@ from latent_diffusion.convert import sd3 as files
 from latent_diffusion.convert.bundle import Bundle, as_part, conditioner_shapes
 from latent_diffusion.convert.mmdit import shapes
 from latent_diffusion.convert.scheduler import from_diffusers, to_diffusers
+from latent_diffusion.core.rng import example_keys
 from latent_diffusion.data.tokenizers import T5Tokenizer
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.conditioners.t5_text import buckets
 from latent_diffusion.process import objectives
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.process.spacings import spacing
-from latent_diffusion.rng import example_keys
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
 

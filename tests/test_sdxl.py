@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, compvis, sdxl, unet, unet_compvis, unet_diffusers
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.rng import init_key
 
 BASE = {
     "model_channels": 320,

@@ -13,8 +13,8 @@ import pytest
 from answers import CLASS, SIDE, TEXT, model
 from PIL import Image
 
+from latent_diffusion.core.rng import seed_key
 from latent_diffusion.generation.model import Model
-from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.serve import jobs as jobs_module
 from latent_diffusion.serve.handler import make_server

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import make_batch, make_config
 
-from latent_diffusion.rng import init_key
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec

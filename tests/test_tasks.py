@@ -9,8 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from tiny import BATCH, SIZE, make_batch, make_config
 
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.nets.losses.adversarial import hinge_d_loss
-from latent_diffusion.rng import init_key
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
 

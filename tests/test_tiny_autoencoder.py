@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 import latent_diffusion as ldm
 from latent_diffusion.convert import autoencoder_tiny
 from latent_diffusion.convert.bundle import Bundle, as_part, flat
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.generation.loading import as_model
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder, TinyDecoder
-from latent_diffusion.rng import init_key
 
 FIELDS = {"channels": 4, "encoder_blocks": (1, 2), "decoder_blocks": (2, 1), "embed_dim": 2}
 FIELDS |= {"image_channels": 3, "regularization": "tiny"}

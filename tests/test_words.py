@@ -15,8 +15,8 @@ from latent_diffusion import convert
 from latent_diffusion.convert.adapters import read_adapter, write_words
 from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.convert.scheduler import ASSUMED
+from latent_diffusion.core.rng import init_key
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer, with_words
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS

@@ -479,7 +479,7 @@ FLAGS = {
         ("config", "topology", "programs", "compile", "quick", "params", "json"),
         CALL.format("compile_check"),
     ),
-    "latent_diffusion.plan": dict.fromkeys(
+    "latent_diffusion.training.plan": dict.fromkeys(
         ("config", "topology", "images", "images_per_core", "picture_kb", "storage_rate", "facts"),
         CALL.format("plan"),
     ),

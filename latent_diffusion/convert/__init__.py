@@ -23,9 +23,9 @@ from latent_diffusion.convert.compvis import read_compvis
 from latent_diffusion.convert.compvis_writing import write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import reading
 from latent_diffusion.runtime import workdir
-from latent_diffusion.types import lookup
 
 __all__ = [
     "FORMATS",

@@ -8,9 +8,9 @@ import numpy as np
 
 from latent_diffusion.convert.autoencoder import check_codes
 from latent_diffusion.convert.settings import Fields, Settings
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.autoencoder import Autoencoder
-from latent_diffusion.types import lookup
 
 _BOTH = Settings(  # of both classes of diffusers
     names={

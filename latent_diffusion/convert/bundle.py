@@ -11,11 +11,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.tables import Table, matching, read_tensors
+from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedule
-from latent_diffusion.types import Params
 
 Size = int | tuple[int, int]  # the side of a square, or (height, width)
 _NETWORKS = ("unet", "dit", "mmdit")  # of a denoiser

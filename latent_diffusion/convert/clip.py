@@ -17,11 +17,11 @@ import numpy as np
 from latent_diffusion.convert import as_params
 from latent_diffusion.convert.components import STEMS
 from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.core.types import Array, Float, Int, Params
 from latent_diffusion.data.tokenizers import ClipTokenizer
 from latent_diffusion.files.tensors import find_weights, open_tensors
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.conditioners.clip_text import ClipText
-from latent_diffusion.types import Array, Float, Int, Params
 
 BATCH = 64  # texts that are embedded at a time
 

@@ -23,10 +23,10 @@ from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.settings import Fields, remembered
 from latent_diffusion.convert.tables import write_tensors
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.files.tensors import find_weights, open_tensors, write_safetensors
-from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 

@@ -40,11 +40,11 @@ from latent_diffusion.convert.inputs import conditioners_for
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import read_tensors, within
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_bytes, reading
 from latent_diffusion.files.tensor import Tensor, TensorFile
 from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.process.schedules import BETAS, make_schedule
-from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from latent_diffusion.convert.compvis import (
 )
 from latent_diffusion.convert.inputs import table_of
 from latent_diffusion.convert.tables import matching, prefixed, write_tensors
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.process.schedules import BETAS
-from latent_diffusion.types import lookup
 
 DDPM = "ldm.models.diffusion.ddpm"
 # Classes of later versions of the original's code, by the conditioners of the model.

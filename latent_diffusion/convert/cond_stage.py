@@ -13,12 +13,12 @@ from latent_diffusion.convert.encoders import read_encoder
 from latent_diffusion.convert.inputs import CLASS, table_of
 from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import Rule, matching, prefixed, within, write_tensors
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.nets.conditioners.maps import SpatialRescaler
 from latent_diffusion.nets.conditioners.pictures import LowRes
-from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from latent_diffusion.convert.components import (
 )
 from latent_diffusion.convert.inputs import conditioners_for, table_of
 from latent_diffusion.convert.tables import read_tensors, write_tensors
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.tokenizers import of_encoder
 from latent_diffusion.files.reading import read_json
 from latent_diffusion.files.tensors import find_weights
-from latent_diffusion.types import lookup
 
 log = logging.getLogger(__name__)
 

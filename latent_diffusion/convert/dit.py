@@ -27,9 +27,9 @@ from latent_diffusion.convert.tables import (
     joint_qkv,
     write_tensors,
 )
+from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.dit import DiT, positions_2d
-from latent_diffusion.types import Params
 
 log = logging.getLogger(__name__)
 

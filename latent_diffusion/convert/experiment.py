@@ -4,13 +4,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import reading
 from latent_diffusion.models.denoiser import SCHEDULE_FIELDS
 from latent_diffusion.process.options import OPTIONS
 from latent_diffusion.runtime import workdir
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.denoising import Denoising
-from latent_diffusion.types import lookup
 
 _DATA = """
     name dir image_size crop shorter_side bucket_step flip train_split test_split test_fraction

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from latent_diffusion.core.types import Params
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.runtime.checkpoint import load_tree, save_tree
 from latent_diffusion.runtime.workdir import FIRST_STAGE, TEACHER, load_config, load_entry
-from latent_diffusion.types import Params
 
 
 def load_autoencoder_params(workdir: Path, config: ConfigDict | None = None) -> Params:

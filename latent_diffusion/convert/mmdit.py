@@ -24,9 +24,9 @@ from latent_diffusion.convert.tables import (
     joint_qkv,
     write_tensors,
 )
+from latent_diffusion.core.types import Conditioning, Params
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.mmdit import MMDiT
-from latent_diffusion.types import Conditioning, Params
 
 NAME = "SD3Transformer2DModel"
 _POSITIONS = "pos_embed"

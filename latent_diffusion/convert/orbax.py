@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from latent_diffusion.convert import kept
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.experiment import read_config
+from latent_diffusion.core.types import Params
 from latent_diffusion.data.tokenizers import Tokenizer, load_tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
@@ -21,7 +22,6 @@ from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks.distillation import guidance_range
-from latent_diffusion.types import Params
 
 
 def read_orbax(directory: Path) -> Bundle:

@@ -7,7 +7,7 @@ from typing import Any
 
 from latent_diffusion.convert.scheduler_classes import SCHEDULERS, Scheduler
 from latent_diffusion.convert.scheduler_options import CURVES
-from latent_diffusion.types import Config, lookup
+from latent_diffusion.core.types import Config, lookup
 
 log = logging.getLogger(__name__)
 

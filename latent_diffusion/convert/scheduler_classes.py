@@ -11,7 +11,7 @@ from typing import Any
 
 from latent_diffusion.convert import scheduler_options as read
 from latent_diffusion.convert.scheduler_options import CURVES, Settings
-from latent_diffusion.types import Config
+from latent_diffusion.core.types import Config
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A function for each class or several; ValueError names what has no equal here.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from latent_diffusion.types import Config, lookup
+from latent_diffusion.core.types import Config, lookup
 
 Settings = Mapping[str, Any]
 CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

@@ -17,9 +17,9 @@ from latent_diffusion.convert.bundle import Bundle, Part
 from latent_diffusion.convert.encoders import read_encoder
 from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import within
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_text import ClipText
-from latent_diffusion.types import lookup
 
 _short = reprlib.repr
 

@@ -30,9 +30,9 @@ from latent_diffusion.convert.taming_stages import (
     read_vq,
     write_vq,
 )
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.prior import CodeTransformer
-from latent_diffusion.types import Conditioning
 
 PRIOR, FIRST_STAGE, COND_STAGE = "transformer.", "first_stage_model.", "cond_stage_model."
 MARK = f"{PRIOR}tok_emb.weight"  # a tensor that tells these files from the others

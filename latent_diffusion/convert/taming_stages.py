@@ -10,8 +10,8 @@ from latent_diffusion.convert import autoencoder
 from latent_diffusion.convert.bundle import Bundle, Part, read_part
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import within, write_tensors
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor
-from latent_diffusion.types import lookup
 
 Params = Mapping[str, Any]
 Written = tuple[dict[str, Tensor], str, Any]  # tensors, cond_stage_key, cond_stage_config

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from latent_diffusion.convert.tables import Rule, Table, inside, joint_qkv
+from latent_diffusion.core.types import Conditioning, Params
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Conditioning, Params
 
 Widths = tuple[int, int | None, int | None]  # channels, of the context, of the vector
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from latent_diffusion.convert import unet
 from latent_diffusion.convert.settings import Fields, Settings, single
+from latent_diffusion.core.types import lookup
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import lookup
 
 _short = reprlib.repr
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data import (
     image_folder,
     openmoji_scenes,
@@ -21,7 +22,6 @@ from latent_diffusion.data.pipeline import epoch, iterate
 from latent_diffusion.data.retrieval import with_embeddings
 from latent_diffusion.data.sources import ArraySource, Example, Source, captions
 from latent_diffusion.data.transforms import make_cut, make_transform
-from latent_diffusion.types import lookup
 
 __all__ = [
     "DATASETS",

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.degradations import DEGRADATIONS, degrade
 from latent_diffusion.data.layout import Box, LayoutTokens, Object, as_objects, mirrored
 from latent_diffusion.data.masks import MASKS, draw_mask
 from latent_diffusion.data.sources import Example
-from latent_diffusion.types import lookup
 
 
 def make_conditions(data_config: Any, train: bool) -> Callable[..., Example]:

@@ -14,8 +14,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from scipy import ndimage
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.resampling import MATRICES, PILLOW, resample
-from latent_diffusion.types import lookup
 
 Levels = Float[np.ndarray, "H W C"]  # in [0, 1]
 Smaller = Float[np.ndarray, "h w C"]

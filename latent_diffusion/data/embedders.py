@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from latent_diffusion.core.types import Array, Float, Params, lookup
 from latent_diffusion.nets.losses.perceptual import NETS, SCALE, SHIFT, load_lpips_params
-from latent_diffusion.types import Array, Float, Params, lookup
 
 
 @dataclass(frozen=True)

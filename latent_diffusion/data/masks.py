@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw
 
-from latent_diffusion.types import lookup
+from latent_diffusion.core.types import lookup
 
 REFERENCE = 256
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data import openmoji
 from latent_diffusion.data.sources import Example, Remember
-from latent_diffusion.types import lookup
 
 SUBJECTS = (
     "red heart", "red apple", "sun", "deciduous tree", "house", "automobile", "dog face",

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.nets.resize import keys_kernel
-from latent_diffusion.types import lookup
 
 Matrix = Callable[[int, int], np.ndarray]  # (old, new) -> [new old]
 

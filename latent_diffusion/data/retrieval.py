@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.embedders import Embedder, embed, make_embedder
 from latent_diffusion.data.sources import Around, Example
 from latent_diffusion.data.windows import cut, window
-from latent_diffusion.types import lookup
 
 ROWS = 1024  # queries in a block
 PRECOMPUTED = "precomputed"

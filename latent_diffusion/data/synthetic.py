@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.sources import Example
-from latent_diffusion.types import lookup
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {

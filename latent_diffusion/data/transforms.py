@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.conditions import make_conditions
 from latent_diffusion.data.contract import KEYS
 from latent_diffusion.data.layout import WHOLE, mirrored
 from latent_diffusion.data.sources import Example
 from latent_diffusion.data.windows import CROPS, corner, cut, cut_depth, cut_labels, window
-from latent_diffusion.types import lookup
 
 _PICTURES = ("image", "segmentation", "mask", "depth")  # what a window cuts and a flip turns
 Transform = Callable[[Example, np.random.Generator], Example]

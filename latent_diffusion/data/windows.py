@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.layout import Box
-from latent_diffusion.types import lookup
 
 Size = tuple[int, int]  # height and width
 

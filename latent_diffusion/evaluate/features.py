@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from latent_diffusion.convert.clip import Clip
+from latent_diffusion.core.types import Array, Float, Num, Params, lookup
 from latent_diffusion.evaluate import inception
 from latent_diffusion.evaluate.resize import FILTERS, resize
 from latent_diffusion.nets.losses.perceptual import NETS, load_lpips_params, standardize
-from latent_diffusion.types import Array, Float, Num, Params, lookup
 
 CLASSIFIER_SIZE = 224  # pixels a side of the images that AlexNet and VGG16 were trained with
 

@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 from latent_diffusion import data
+from latent_diffusion.core.rng import seed_key
+from latent_diffusion.core.types import Config
 from latent_diffusion.evaluate.collect import CHUNK
 from latent_diffusion.evaluate.images import ImageSet
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
-from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime.metrics import to_uint8
-from latent_diffusion.types import Config
 
 
 class Rows:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.core.types import Array, Float, Params
 from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.nets.convolution import conv2d
-from latent_diffusion.types import Array, Float, Params
 
 SIZE = 299
 NUM_CLASSES = 1008

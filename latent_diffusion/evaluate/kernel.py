@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array, Float
 from latent_diffusion.evaluate.measured import Measured, check_count
 from latent_diffusion.runtime import parallel
-from latent_diffusion.types import Array, Float
 
 SUBSETS = 100
 SUBSET_SIZE = 1000

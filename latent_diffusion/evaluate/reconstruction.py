@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from latent_diffusion.core.types import Params, lookup
 from latent_diffusion.evaluate.collect import Report, collect
 from latent_diffusion.evaluate.features import FeatureNet, levels_of
 from latent_diffusion.evaluate.frechet import gaussian, measure_frechet
@@ -14,7 +15,6 @@ from latent_diffusion.evaluate.measured import Measured, check_count, mean_of
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.losses.similarity import psnr, ssim
-from latent_diffusion.types import Params, lookup
 
 METRICS = {"psnr": psnr, "ssim": ssim, "lpips": None, "rfid": None, "rfd": None}
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.nets.resize import keys_kernel
-from latent_diffusion.types import Array, Float, lookup
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:

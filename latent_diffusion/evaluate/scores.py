@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.evaluate.clip_score import measure_clip_score
 from latent_diffusion.evaluate.frechet import MIN_IMAGES as FRECHET
 from latent_diffusion.evaluate.frechet import Gaussian, gaussian, measure_frechet
@@ -17,7 +18,6 @@ from latent_diffusion.evaluate.kernel import MIN_IMAGES as KERNEL
 from latent_diffusion.evaluate.kernel import measure_kernel
 from latent_diffusion.evaluate.measured import Measured, check_count
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
-from latent_diffusion.types import lookup
 
 Arrays = Mapping[str, np.ndarray]
 

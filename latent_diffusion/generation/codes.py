@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.rng import sampling_keys
+from latent_diffusion.core.types import Array, Batch, Keys
 from latent_diffusion.generation import conditions, program
 from latent_diffusion.models.prior import check_null, check_size
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.options import PriorOptions
 from latent_diffusion.process.plan import plan_prior
-from latent_diffusion.rng import sampling_keys
 from latent_diffusion.runtime import parallel
-from latent_diffusion.types import Array, Batch, Keys
 
 # Arguments of `Model.sample` that a denoiser alone has a use for.
 _OTHERS = (

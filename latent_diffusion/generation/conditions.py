@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array
 from latent_diffusion.data.layout import LayoutTokens, Object
 from latent_diffusion.nets.conditioners import Conditioner
-from latent_diffusion.types import Array
 
 ARGUMENTS = {"tokens": "prompts", "class_label": "class_labels"}  # others are equal
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from latent_diffusion.convert.adapters import Adapter, ControlWeights, T2IWeights
 from latent_diffusion.convert.adapters.adapter import weight_of_names
+from latent_diffusion.core.types import Array, Batch, Control, Params
 from latent_diffusion.generation import conditions
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.control import HINT, Controlled, ControlNet, controlled_params
@@ -16,7 +17,6 @@ from latent_diffusion.nets.t2i_adapter import T2IAdapter
 from latent_diffusion.process import guidance
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import Timesteps
-from latent_diffusion.types import Array, Batch, Control, Params
 
 SETTINGS = {"start": 0.0, "end": 1.0, "guess": False, "null": True}
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Params, lookup
 from latent_diffusion.generation.conditions import for_all
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.first_stage import FirstStage
@@ -17,7 +18,6 @@ from latent_diffusion.process import steering
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Params, lookup
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from jaxtyping import Float, UInt8
 from latent_diffusion.convert.adapters import Adapter, ImagePrompt
 from latent_diffusion.convert.adapters.adapter import weight_of_names
 from latent_diffusion.convert.adapters.image_prompt import PROJECTION, Attention
+from latent_diffusion.core.types import Array, Batch, Params
 from latent_diffusion.data import windows
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation import conditions
 from latent_diffusion.nets.conditioners.clip_image import ClipImage, mean_picture
 from latent_diffusion.nets.image_prompt import ImageProjection, Resampler
 from latent_diffusion.runtime.metrics import to_uint8
-from latent_diffusion.types import Array, Batch, Params
 
 
 def checked(image_prompts: Sequence[Any]) -> list[tuple[ImagePrompt, Any, Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_diffusion import convert
 from latent_diffusion.convert.experiment import read_config
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import reading
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.classifier import NoisyClassifier
@@ -23,7 +24,6 @@ from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
 from latent_diffusion.nets.eight_bits import COMPUTE, in_eight_bits
 from latent_diffusion.runtime import workdir
 from latent_diffusion.tasks.classifying import make_classifying
-from latent_diffusion.types import lookup
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion import convert
+from latent_diffusion.core.rng import example_keys, sampling_keys
+from latent_diffusion.core.types import Array, Conditioning, Float, Int, Num
 from latent_diffusion.data.tokenizers import Tokenizer
 from latent_diffusion.generation import adapters as adapting
 from latent_diffusion.generation import codes, conditions, guides, program, refining
@@ -26,9 +28,7 @@ from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.process.options import check_needs
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.tiling import pad_to_multiple, tiled
-from latent_diffusion.rng import example_keys, sampling_keys
 from latent_diffusion.runtime import parallel
-from latent_diffusion.types import Array, Conditioning, Float, Int, Num
 
 log = logging.getLogger(__name__)
 

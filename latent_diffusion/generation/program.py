@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.convert.adapters import adapted
+from latent_diffusion.core.rng import keys_of_examples, sampling_keys
+from latent_diffusion.core.trees import leaves_by_path
+from latent_diffusion.core.types import Array, Batch, Keys
 from latent_diffusion.generation import controls, guides, image_prompts
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.conditioners.sizes import SIZES
@@ -19,10 +22,7 @@ from latent_diffusion.process.plan import own_options
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.process.tiling import tiled
-from latent_diffusion.rng import keys_of_examples, sampling_keys
 from latent_diffusion.runtime import parallel
-from latent_diffusion.trees import leaves_by_path
-from latent_diffusion.types import Array, Batch, Keys
 
 
 def placed(owner: Any, networks: Any, mode: str) -> Any:

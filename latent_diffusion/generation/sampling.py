@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from latent_diffusion.core.rng import seed_key
 from latent_diffusion.data import pictures
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.data.transforms import to_float
@@ -17,7 +18,6 @@ from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.loading import load
 from latent_diffusion.generation.start_picture import fitted
-from latent_diffusion.rng import seed_key
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.metrics import image_grid, to_uint8
 

@@ -6,9 +6,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Int, Num, Params
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Array, Float, Int, Num, Params
 
 
 class NoisyClassifier(flax.struct.PyTreeNode):

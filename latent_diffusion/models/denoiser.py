@@ -11,6 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.rng import SamplingKeys, normal_per_example
+from latent_diffusion.core.types import (
+    Array,
+    Batch,
+    Bool,
+    Conditioning,
+    Config,
+    Float,
+    Num,
+    Number,
+    Params,
+    lookup,
+    module_fields,
+)
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.nets.dit import DiT
 from latent_diffusion.nets.eight_bits import layer_params
@@ -24,20 +38,6 @@ from latent_diffusion.process.plan import own_options
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps, make_schedule
 from latent_diffusion.process.tiling import tiled
-from latent_diffusion.rng import SamplingKeys, normal_per_example
-from latent_diffusion.types import (
-    Array,
-    Batch,
-    Bool,
-    Conditioning,
-    Config,
-    Float,
-    Num,
-    Number,
-    Params,
-    lookup,
-    module_fields,
-)
 
 # Fields of a config that `schedule_of` reads.
 SCHEDULE_FIELDS = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Autoencoder, Identity
-from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
-from latent_diffusion.rng import example_keys, pmean
-from latent_diffusion.types import (
+from latent_diffusion.core.rng import example_keys, pmean
+from latent_diffusion.core.types import (
     Array,
     Batch,
     Config,
@@ -27,6 +25,8 @@ from latent_diffusion.types import (
     lookup,
     module_fields,
 )
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Autoencoder, Identity
+from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
 
 
 class FirstStage(flax.struct.PyTreeNode):

@@ -9,12 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.nets.autoencoder import WITH_CODEBOOK
-from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
-from latent_diffusion.nets.prior import CodeTransformer, front_of
-from latent_diffusion.process import decoding
-from latent_diffusion.process.options import PriorOptions
-from latent_diffusion.types import (
+from latent_diffusion.core.types import (
     Array,
     Batch,
     Bool,
@@ -26,6 +21,11 @@ from latent_diffusion.types import (
     Params,
     module_fields,
 )
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK
+from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
+from latent_diffusion.nets.prior import CodeTransformer, front_of
+from latent_diffusion.process import decoding
+from latent_diffusion.process.options import PriorOptions
 
 Known = tuple[Array, Array]  # codes [B L] and where they are known [B L]
 

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Bool, Float, KeysAndValues, lookup
 from latent_diffusion.nets.blocks import through
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm, layer_norm, precomputed
-from latent_diffusion.types import Array, Bool, Float, KeysAndValues, lookup
 
 
 def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:

@@ -10,11 +10,11 @@ import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Int, Keys
 from latent_diffusion.nets.attention import attention_2d
 from latent_diffusion.nets.layers import Conv, GroupNorm, UpsampleConv
 from latent_diffusion.nets.posterior import DiagonalGaussian
 from latent_diffusion.nets.quantizer import GumbelQuantizer, Quantized, VectorQuantizer
-from latent_diffusion.types import Array, Float, Int, Keys
 
 REGULARIZATIONS = ("kl", "vq", "gumbel", "none")
 WITH_CODEBOOK = ("vq", "gumbel")

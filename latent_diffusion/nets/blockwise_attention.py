@@ -10,7 +10,7 @@ and the backward pass holds keys in rows, so that no product needs transposed sc
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 SCORES = 2**20  # in a block, at most about: 4 MB
 

@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.nets.attention import SelfAttention
 from latent_diffusion.nets.layers import Dense, layer_norm
-from latent_diffusion.types import Array, Float, lookup
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),

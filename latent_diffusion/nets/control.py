@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Conditioning, Float, Num, Params
 from latent_diffusion.nets.layers import Conv
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Array, Conditioning, Float, Num, Params
 
 HINT = "input_hint_block"  # the parameters of the `HintNet`, beside those of the `ControlNet`
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 

@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion import rng
+from latent_diffusion.core import rng
+from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.nets.convolution import conv2d
 from latent_diffusion.nets.layers import fan_in_uniform
-from latent_diffusion.types import Array, Float, lookup
 
 
 class ActNorm(nn.Module):

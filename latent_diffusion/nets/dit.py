@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array, Conditioning, Float, Num
 from latent_diffusion.nets.attention import CrossAttention
 from latent_diffusion.nets.blocks import through
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, layer_norm, precomputed, timestep_embedding
 from latent_diffusion.nets.remat import rematerialised
-from latent_diffusion.types import Array, Conditioning, Float, Num
 
 FREQUENCIES = 256  # width of the timestep's sinusoids
 

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Bool, Float, lookup
 from latent_diffusion.nets.blockwise_attention import blockwise_attention
 from latent_diffusion.nets.splash_attention import splash_attention
 from latent_diffusion.runtime.parallel import on_rows
-from latent_diffusion.types import Array, Bool, Float, lookup
 
 LONG_ON_CPU = 400  # with this many tokens, blocks make a CPU faster
 LONG_ON_TPU = 4096  # below, XLA serves; others who measured both draw the line here, too

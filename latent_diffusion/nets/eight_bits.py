@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Params
+from latent_diffusion.core.types import Array, Params
 
 COMPUTE = "bfloat16"  # the dtype of activations, and of parameters that are no kernels
 _LARGEST = 127  # of the whole numbers; -128 isn't used, so that a weight and its negative fit alike

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array, Float, Num
 from latent_diffusion.nets.convolution import conv2d, upsample_conv2d
-from latent_diffusion.types import Array, Float, Num
 
 Padding = str | Sequence[tuple[int, int]]
 

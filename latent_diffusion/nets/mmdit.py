@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Conditioning, Float, Num
 from latent_diffusion.nets.blocks import through
 from latent_diffusion.nets.dit import (
     FREQUENCIES,
@@ -26,7 +27,6 @@ from latent_diffusion.nets.dit import (
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, timestep_embedding
 from latent_diffusion.nets.remat import rematerialised
-from latent_diffusion.types import Array, Conditioning, Float, Num
 
 Heads = Float[Array, "B L N K"]  # of N heads, K wide
 

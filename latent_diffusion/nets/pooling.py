@@ -8,9 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm
-from latent_diffusion.types import Array, Float, lookup
 
 HIDDEN = 2048  # of the spatial poolings
 

@@ -6,8 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.rng import normal_per_example
-from latent_diffusion.types import Array, Float, Keys
+from latent_diffusion.core.rng import normal_per_example
+from latent_diffusion.core.types import Array, Float, Keys
 
 
 @flax.struct.dataclass

@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Conditioning, Float, Int
 from latent_diffusion.nets.attention import CrossAttention
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import layer_norm
-from latent_diffusion.types import Array, Conditioning, Float, Int
 
 Cache = tuple[Any, ...]  # (keys, values) [B S N D] of each block
 _INIT = nn.initializers.normal(0.02)

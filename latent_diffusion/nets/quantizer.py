@@ -5,8 +5,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.rng import pmean
-from latent_diffusion.types import Array, Float, Int, Key, Keys, Params
+from latent_diffusion.core.rng import pmean
+from latent_diffusion.core.types import Array, Float, Int, Key, Keys, Params
 
 
 @flax.struct.dataclass

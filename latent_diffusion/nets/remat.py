@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from latent_diffusion.types import lookup
+from latent_diffusion.core.types import lookup
 
 # "full" stores the inputs of blocks alone, "dots_saveable" matrix products, too.
 REMAT: dict[str, Callable[..., Any] | None] = {

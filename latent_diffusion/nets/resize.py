@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 
 def keys_kernel(x: np.ndarray, a: float = -0.75) -> np.ndarray:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 MULTIPLE = 128  # the kernel wants whole multiples of this many tokens and numbers
 BLOCK = 512  # tokens of queries, and of keys, that the kernel holds at a time, at most

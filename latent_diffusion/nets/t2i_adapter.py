@@ -9,9 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float
 from latent_diffusion.nets.convolution import average_pool
 from latent_diffusion.nets.layers import Conv
-from latent_diffusion.types import Array, Float
 
 KINDS = ("full", "full_xl", "light")
 

@@ -10,9 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Keys
 from latent_diffusion.nets.convolution import upsample_nearest
 from latent_diffusion.nets.layers import Conv
-from latent_diffusion.types import Array, Float, Keys
 
 
 class TinyBlock(nn.Module):

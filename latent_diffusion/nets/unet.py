@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Conditioning, Float, Num
 from latent_diffusion.nets.attention import AttentionBlock, SpatialTransformer
 from latent_diffusion.nets.convolution import average_pool, upsample_nearest
 from latent_diffusion.nets.layers import (
@@ -23,7 +24,6 @@ from latent_diffusion.nets.layers import (
 )
 from latent_diffusion.nets.pooling import Pooling
 from latent_diffusion.nets.remat import rematerialised
-from latent_diffusion.types import Array, Conditioning, Float, Num
 
 
 class ResBlock(nn.Module):

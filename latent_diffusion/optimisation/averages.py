@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_diffusion.types import Array, Int, Params, PyTree
+from latent_diffusion.core.types import Array, Int, Params, PyTree
 
 WIDEST = 0.288  # that of γ = 0, the mean of all steps, is 12^(-1/2)
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.core.types import Config, Number, Params
 from latent_diffusion.optimisation.deltas import Array, delta, norms
-from latent_diffusion.types import Config, Number, Params
 
 KINDS = ("lora", "dora")
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import PyTree
+from latent_diffusion.core.types import PyTree
 
 
 def value_and_grad_in_parts(loss_fn: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.core.trees import path_string
+from latent_diffusion.core.types import Array, Config, Float, Int, Params, lookup
 from latent_diffusion.optimisation.averages import with_power_averages
-from latent_diffusion.trees import path_string
-from latent_diffusion.types import Array, Config, Float, Int, Params, lookup
 
 Schedule = Callable[[Any], Any]
 

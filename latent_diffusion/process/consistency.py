@@ -5,9 +5,9 @@ Song et al. 2023; of latents, Luo et al. 2023, whose constants are the defaults 
 
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Number
 from latent_diffusion.process.diffusion import Prediction, expand
 from latent_diffusion.process.schedules import NoiseSchedule, Timestep
-from latent_diffusion.types import Array, Float, Number
 
 
 def boundary(

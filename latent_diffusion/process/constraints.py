@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Number
 from latent_diffusion.process.diffusion import Denoiser, Prediction
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Array, Number
 
 
 def constrained(

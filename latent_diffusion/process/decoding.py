@@ -7,7 +7,7 @@ softmax(logits / temperature); so temperature 0 takes the likeliest, and a test 
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Bool, Float, Int, Number
+from latent_diffusion.core.types import Array, Bool, Float, Int, Number
 
 
 def guided(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.process.schedules import NoiseSchedule, Timestep
-from latent_diffusion.types import Array, Float, lookup
 
 
 class Prediction(NamedTuple):

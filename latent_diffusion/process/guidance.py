@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.rng import normal_per_example
+from latent_diffusion.core.types import Array, Float, Keys, Number
 from latent_diffusion.process.diffusion import Denoiser, Prediction, q_sample, to_z_0_and_eps
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.rng import normal_per_example
-from latent_diffusion.types import Array, Float, Keys, Number
 
 Network = Callable[[Array, Array, Any], Array]
 Scale = float | int | Array | Callable[[Array], Array]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 THRESHOLD = 0.1  # of a change of brightness from one pixel to the next, where black to white is 1
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Int
 from latent_diffusion.process import objectives
 from latent_diffusion.process.diffusion import expand, to_z_0_and_eps, variance_factor
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Array, Float, Int
 
 _BIN = 1 / 255  # half of a bin: values of [−1, 1] are rounded to 256 levels
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.rng import normal_per_example, uniform_per_example
+from latent_diffusion.core.types import Array, Float, Int, Keys, lookup
 from latent_diffusion.process.diffusion import PREDICTIONS
 from latent_diffusion.process.schedules import NoiseSchedule
 from latent_diffusion.process.spacings import shifted
-from latent_diffusion.rng import normal_per_example, uniform_per_example
-from latent_diffusion.types import Array, Float, Int, Keys, lookup
 
 
 def l1(pred: Float[Array, "B ..."], target: Float[Array, "B ..."]) -> Float[Array, " B"]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Config, lookup
 from latent_diffusion.process.options import (
     OPTIONS,
     PRIOR_OPTIONS,
@@ -19,7 +20,6 @@ from latent_diffusion.process.options import (
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.process.spacings import SPACINGS, spacing
-from latent_diffusion.types import Config, lookup
 
 # Habits of some schedulers of diffusers, which a file's default sampler brings with it.
 OF_SCHEDULERS = ("network_timesteps", "spread")

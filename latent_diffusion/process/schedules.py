@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Float, Int, lookup
+from latent_diffusion.core.types import Array, Float, Int, lookup
 
 Timestep = Int[Array, "..."] | Float[Array, "..."] | int | float
 Timesteps = Int[Array, " S_and_end"] | Float[Array, " S_and_end"]  # [S+1]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.process.schedules import CLEAN, NoiseSchedule, Timesteps
-from latent_diffusion.types import lookup
 
 
 def _original_quad(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:

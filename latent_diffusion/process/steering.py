@@ -17,9 +17,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Number
 from latent_diffusion.process.diffusion import Denoiser, Prediction
 from latent_diffusion.process.schedules import NoiseSchedule
-from latent_diffusion.types import Array, Number
 
 LIMIT = 4.0  # how far a guide may move an estimate of z_0: root mean square, of its unit scale
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 Map = Callable[[Array], Array]
 

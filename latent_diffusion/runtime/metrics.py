@@ -21,9 +21,9 @@ import PIL.Image
 import tqdm
 from jaxtyping import Num, UInt8
 
+from latent_diffusion.core.trees import leaves_by_path
+from latent_diffusion.core.types import Array, PyTree
 from latent_diffusion.runtime import processes
-from latent_diffusion.trees import leaves_by_path
-from latent_diffusion.types import Array, PyTree
 
 GRID_PADDING = 2  # pixels of white between the images of a grid
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.rng import example_keys, seed_key
 from latent_diffusion.data import pictures
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
@@ -18,7 +19,6 @@ from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.plan import plan, plan_prior
-from latent_diffusion.rng import example_keys, seed_key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.core.rng import example_keys, pmean
+from latent_diffusion.core.types import Array, Axis, Batch, Config, Float, Keys, Params, Rng, lookup
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.nets.autoencoder import latent_statistics
 from latent_diffusion.nets.discriminator import PatchGAN
@@ -36,8 +38,6 @@ from latent_diffusion.nets.losses.similarity import psnr
 from latent_diffusion.nets.quantizer import with_moved_codes
 from latent_diffusion.optimisation.micro_batches import in_parts
 from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
-from latent_diffusion.rng import example_keys, pmean
-from latent_diffusion.types import Array, Axis, Batch, Config, Float, Keys, Params, Rng, lookup
 
 Metrics = dict[str, jax.Array]
 

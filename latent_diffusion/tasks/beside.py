@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.core.types import Array, Conditioning, Config, Control, Float, Params, lookup
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner, tables, with_rows
 from latent_diffusion.nets.control import HINT, Controlled, ControlNet, controlled_params
 from latent_diffusion.process.hints import HINTS
-from latent_diffusion.types import Array, Conditioning, Config, Control, Float, Params, lookup
 
 
 def hint_of(config: Config) -> str:

@@ -14,21 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.models.classifier import NoisyClassifier
-from latent_diffusion.models.denoiser import make_network, schedule_of
-from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
-from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
-from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
-from latent_diffusion.process.diffusion import q_sample
-from latent_diffusion.rng import (
+from latent_diffusion.core.rng import (
     example_keys,
     normal_per_example,
     pmean,
     split_per_example,
     uniform_per_example,
 )
+from latent_diffusion.core.types import Array, Axis, Batch, Config, Keys, Params, Rng
+from latent_diffusion.models.classifier import NoisyClassifier
+from latent_diffusion.models.denoiser import make_network, schedule_of
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
+from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
+from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.tasks.denoising import Constants, Metrics, State
-from latent_diffusion.types import Array, Axis, Batch, Config, Keys, Params, Rng
 
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of the timesteps, at which evaluation asks for the class
 

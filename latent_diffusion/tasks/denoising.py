@@ -15,6 +15,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from latent_diffusion.core.rng import (
+    bernoulli_per_example,
+    example_keys,
+    normal_per_example,
+    pmean,
+    sampling_keys,
+    split_per_example,
+)
+from latent_diffusion.core.types import (
+    Array,
+    Axis,
+    Batch,
+    Conditioning,
+    Config,
+    Keys,
+    Params,
+    Rng,
+    lookup,
+)
 from latent_diffusion.models.denoiser import Denoiser, make_denoiser
 from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
@@ -28,26 +47,7 @@ from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.hints import HINTS
 from latent_diffusion.process.learned_variance import bound
 from latent_diffusion.process.plan import plan
-from latent_diffusion.rng import (
-    bernoulli_per_example,
-    example_keys,
-    normal_per_example,
-    pmean,
-    sampling_keys,
-    split_per_example,
-)
 from latent_diffusion.tasks import beside
-from latent_diffusion.types import (
-    Array,
-    Axis,
-    Batch,
-    Conditioning,
-    Config,
-    Keys,
-    Params,
-    Rng,
-    lookup,
-)
 
 Metrics = dict[str, jax.Array]
 

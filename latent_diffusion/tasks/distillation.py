@@ -19,28 +19,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.models.denoiser import Denoiser
-from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
-from latent_diffusion.optimisation.optimizers import global_norm
-from latent_diffusion.process import consistency, objectives
-from latent_diffusion.process.diffusion import Prediction, expand, q_sample, to_z_0_and_eps
-from latent_diffusion.process.spacings import distilled_timesteps
-from latent_diffusion.rng import (
+from latent_diffusion.core.rng import (
     example_keys,
     normal_per_example,
     pmean,
     split_per_example,
     uniform_per_example,
 )
-from latent_diffusion.tasks.denoising import (
-    Constants,
-    Denoising,
-    Metrics,
-    State,
-    batch_size,
-    make_denoising,
-)
-from latent_diffusion.types import (
+from latent_diffusion.core.types import (
     Array,
     Axis,
     Batch,
@@ -50,6 +36,20 @@ from latent_diffusion.types import (
     Params,
     Rng,
     lookup,
+)
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
+from latent_diffusion.optimisation.optimizers import global_norm
+from latent_diffusion.process import consistency, objectives
+from latent_diffusion.process.diffusion import Prediction, expand, q_sample, to_z_0_and_eps
+from latent_diffusion.process.spacings import distilled_timesteps
+from latent_diffusion.tasks.denoising import (
+    Constants,
+    Denoising,
+    Metrics,
+    State,
+    batch_size,
+    make_denoising,
 )
 
 METHODS = ("consistency", "guidance")

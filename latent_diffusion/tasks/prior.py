@@ -15,13 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
-from latent_diffusion.models.prior import Prior, check_null, check_size, make_prior
-from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
-from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
-from latent_diffusion.process.decoding import masked_share
-from latent_diffusion.process.plan import plan_prior
-from latent_diffusion.rng import (
+from latent_diffusion.core.rng import (
     bernoulli_per_example,
     example_keys,
     pmean,
@@ -29,8 +23,14 @@ from latent_diffusion.rng import (
     split_per_example,
     uniform_per_example,
 )
+from latent_diffusion.core.types import Array, Axis, Batch, Bool, Config, Int, Keys, Params, Rng
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
+from latent_diffusion.models.prior import Prior, check_null, check_size, make_prior
+from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
+from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
+from latent_diffusion.process.decoding import masked_share
+from latent_diffusion.process.plan import plan_prior
 from latent_diffusion.tasks.denoising import Constants, Metrics, State
-from latent_diffusion.types import Array, Axis, Batch, Bool, Config, Int, Keys, Params, Rng
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 from absl import app, flags
 
 from latent_diffusion.convert.experiment import read_config
+from latent_diffusion.core.types import Params
 from latent_diffusion.optimisation.averages import averages_of, weights
 from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
 from latent_diffusion.runtime.startup import quiet_and_cached
-from latent_diffusion.types import Params
 
 FOLDER = "averages"
 

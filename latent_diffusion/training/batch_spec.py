@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.tasks import DENOISERS
-from latent_diffusion.types import lookup
 
 _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype)
     "image": lambda config: ((*_square(config), config.autoencoder.image_channels), np.float32),

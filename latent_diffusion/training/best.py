@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.runtime import processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
-from latent_diffusion.types import lookup
 
 SIGNS = {"min": 1.0, "max": -1.0}
 RECORD = "best.json"

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import settings
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.types import lookup
 
 
 def dry_run(config: ConfigDict) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data import buckets, shards
 from latent_diffusion.data.folders import Folder
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
@@ -20,7 +21,6 @@ from latent_diffusion.runtime import metrics, parallel, processes
 from latent_diffusion.runtime.checkpoint import tree_hash
 from latent_diffusion.training import frozen, init_from, moments, start, texts
 from latent_diffusion.training.settings import flat
-from latent_diffusion.types import lookup
 
 Example = dict[str, Any]
 # What belongs to a window of a picture; all other values belong to the picture.

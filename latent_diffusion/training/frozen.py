@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.convert import Bundle, Part, as_params, kept, read
 from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.core.trees import check_same_tree
+from latent_diffusion.core.types import Batch, Params
 from latent_diffusion.models.first_stage import FirstStage, latent_sums, with_measured_scale
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.workdir import TEACHER
 from latent_diffusion.training import init_from, settings
 from latent_diffusion.training.batches import train_batches
-from latent_diffusion.trees import check_same_tree
-from latent_diffusion.types import Batch, Params
 
 log = logging.getLogger(__name__)
 

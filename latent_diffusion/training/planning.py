@@ -1,4 +1,4 @@
-"""What binds a large run, from counts and published rates: the work of `latent_diffusion.plan`."""
+"""What binds a large run, from counts and published rates: the work of `training.plan`."""
 
 import io
 import json
@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 from latent_diffusion import data
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.pictures import read_image
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel.chips import num_chips, parse_topology
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.types import lookup
 
 # Of the hosts of several in Google's cloud: chips, and cores (two of their vCPUs each).
 HOSTS = {

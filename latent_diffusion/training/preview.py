@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import convert
 from latent_diffusion.convert import kept
+from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.runtime.workdir import TEACHER
 from latent_diffusion.training import settings
-from latent_diffusion.trees import check_same_tree
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

@@ -10,8 +10,9 @@ import jax
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.shards import ShardSource
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -30,7 +31,6 @@ from latent_diffusion.training.batch_spec import batch_spec, check_classes
 from latent_diffusion.training.batches import train_batches
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
-from latent_diffusion.types import lookup
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import convert
 from latent_diffusion.convert import kept
+from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.training import settings
-from latent_diffusion.trees import check_same_tree
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

@@ -23,16 +23,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.types import Params, lookup
 from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.nets.conditioners import encoded_apart, make_conditioner
-from latent_diffusion.rng import init_key
 from latent_diffusion.runtime import parallel, processes
 from latent_diffusion.runtime.checkpoint import tree_hash
 from latent_diffusion.tasks import DENOISERS, TASKS
 from latent_diffusion.training import frozen, init_from, moments
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.tokenizer import make_tokenizer
-from latent_diffusion.types import Params, lookup
 
 Encoders = Mapping[str, Params]  # parameters by the name of a conditioner
 Transform = Any  # as `data.make_transform` returns it

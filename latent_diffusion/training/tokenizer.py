@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.convert import Bundle
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.tokenizers import (
     TOKENIZERS,
     Tokenizer,
@@ -18,7 +19,6 @@ from latent_diffusion.data.tokenizers import (
 from latent_diffusion.nets.conditioners import Conditioner, make_conditioner, rows_of_words
 from latent_diffusion.runtime.workdir import TOKENIZER
 from latent_diffusion.training import init_from, settings
-from latent_diffusion.types import lookup
 
 
 def make_tokenizer(

@@ -23,8 +23,8 @@ from test_pipelines import (
 
 import latent_diffusion as ldm
 from latent_diffusion.convert.adapters import write_control
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.control import HINT
-from latent_diffusion.types import Conditioning
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 HINTS = [np.random.default_rng(i).uniform(size=(2, SIDE * F, SIDE * F, 3)).astype("f4")

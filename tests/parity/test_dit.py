@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import latent_diffusion as ldm
+from latent_diffusion.core.rng import example_keys, normal_per_example, sampling_keys
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import example_keys, normal_per_example, sampling_keys
 
 diffusers.utils.logging.set_verbosity_error()
 TINY = dict(

@@ -8,7 +8,7 @@ import pytest
 import test_pipelines as pipelines
 from test_pipelines import ABSENT, BETAS, PROMPTS, RNG, SIDE, modes  # noqa: F401 (a fixture)
 
-from latent_diffusion.rng import normal_per_example, sampling_keys
+from latent_diffusion.core.rng import normal_per_example, sampling_keys
 
 diffusers, torch = pipelines.diffusers, pipelines.torch
 pytestmark = pipelines.pytestmark

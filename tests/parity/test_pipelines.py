@@ -37,10 +37,10 @@ from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder as autoencoder_
 from latent_diffusion.convert import text
 from latent_diffusion.convert import unet as unet_
+from latent_diffusion.core.rng import keys_of_examples, normal_per_example, split_per_example
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.generation import model as model_module
 from latent_diffusion.generation.loading import as_model
-from latent_diffusion.rng import keys_of_examples, normal_per_example, split_per_example
 from latent_diffusion.training import loop
 
 diffusers.utils.logging.set_verbosity_error()

@@ -22,13 +22,13 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from latent_diffusion.convert.bundle import flat
 from latent_diffusion.convert.tables import write_tensors
 from latent_diffusion.convert.taming import TABLE
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.files.tensor import in_memory
 from latent_diffusion.models.prior import Prior
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.prior import CodeTransformer
 from latent_diffusion.process import decoding
 from latent_diffusion.process.plan import plan_prior
-from latent_diffusion.types import Conditioning
 
 
 def theirs_of(module, params):

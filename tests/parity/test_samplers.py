@@ -21,11 +21,11 @@ diffusers = pytest.importorskip("diffusers")
 from scheduler_cases import CONFIGS, along_path
 
 from latent_diffusion.convert.scheduler import from_diffusers
+from latent_diffusion.core.rng import example_keys, normal_per_example
 from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.process import constraints, guidance, schedules, spacings
 from latent_diffusion.process.plan import own_options, plan
 from latent_diffusion.process.samplers import SAMPLERS, ddim_inversion
-from latent_diffusion.rng import example_keys, normal_per_example
 
 BETAS = (0.00085, 0.012)
 SHAPE = (16, 2, 2, 3)

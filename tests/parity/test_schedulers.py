@@ -41,8 +41,8 @@ from scheduler_cases import (
 
 from latent_diffusion.convert.scheduler import from_diffusers
 from latent_diffusion.convert.scheduler_classes import SCHEDULERS
+from latent_diffusion.core.rng import normal_per_example
 from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.rng import normal_per_example
 
 diffusers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")  # deprecations inside diffusers

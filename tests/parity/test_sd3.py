@@ -23,10 +23,10 @@ from latent_diffusion import convert
 from latent_diffusion.convert.mmdit import as_original
 from latent_diffusion.convert.scheduler import from_diffusers
 from latent_diffusion.convert.scheduler_options import CURVES
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.nets.conditioners.t5_text import T5Text
 from latent_diffusion.process.plan import plan
-from latent_diffusion.types import Conditioning
 
 __all__ = ["modes"]  # a fixture of every test
 

@@ -16,11 +16,11 @@ from test_pipelines import BETAS, PROMPTS, RNG, F, draw, modes, picture, randomi
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import compvis
+from latent_diffusion.core.rng import normal_per_example, sampling_keys
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.nets.conditioners.clip_text import ClipText
 from latent_diffusion.process.diffusion import q_sample
-from latent_diffusion.rng import normal_per_example, sampling_keys
 
 __all__ = ["modes"]  # a fixture of every test
 pytestmark = tiny.pytestmark

@@ -43,9 +43,9 @@ from latent_diffusion.convert.adapters.words import (
 )
 from latent_diffusion.convert.adapters.writing import write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.bundle import Bundle
+from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
-from latent_diffusion.types import lookup
 
 __all__ = [
     "Adapter",

@@ -17,9 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.adapters.names import Place, is_idle, places
 from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.core.types import Params
 from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.optimisation.deltas import Array, Factors, delta, kind_of
-from latent_diffusion.types import Params
 
 Weight = float | int | Mapping[str, float | int]  # of an adapter, or of its parts by prefixes
 

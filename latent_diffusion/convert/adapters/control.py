@@ -18,13 +18,13 @@ from latent_diffusion.convert.components import open_weights, write_folder
 from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.convert.settings import Settings, check_groups
 from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
+from latent_diffusion.core.types import Conditioning, Params, module_fields
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.control import HINT, ControlNet, control_net
 from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.runtime import workdir
-from latent_diffusion.types import Conditioning, Params, module_fields
 
 CLASS = "ControlNetModel"
 _PREFIX = "control_model."

@@ -16,12 +16,12 @@ from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import Part, as_params, flat, read_part
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.convert.tables import LINEAR, SAME, Leaf, Rule, Table, count, write_tensors
+from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.image_prompt import ImageProjection, Resampler
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Params
 
 PROJECTION = "image_proj"
 ENCODER = "image_encoder"  # the folder beside a file

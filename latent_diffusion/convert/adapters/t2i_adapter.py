@@ -16,11 +16,11 @@ from latent_diffusion.convert.bundle import read_part
 from latent_diffusion.convert.components import open_weights, write_folder
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import Rule, Table, prefixed, write_tensors
+from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.t2i_adapter import T2IAdapter
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.types import Params
 
 CLASS = "T2IAdapter"
 _KINDS = {"full_adapter": "full", "full_adapter_xl": "full_xl", "light_adapter": "light"}

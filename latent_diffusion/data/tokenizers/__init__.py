@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from latent_diffusion.core.types import lookup
 from latent_diffusion.data.tokenizers.added import with_words
 from latent_diffusion.data.tokenizers.bert import BertTokenizer
 from latent_diffusion.data.tokenizers.clip import ClipTokenizer
@@ -16,7 +17,6 @@ from latent_diffusion.data.tokenizers.rows import reading_as
 from latent_diffusion.data.tokenizers.t5 import T5Tokenizer
 from latent_diffusion.data.tokenizers.word import WordTokenizer, words
 from latent_diffusion.files.reading import read_text
-from latent_diffusion.types import lookup
 
 __all__ = [
     "TOKENIZERS",

@@ -14,6 +14,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from latent_diffusion.core.rng import split_per_example
+from latent_diffusion.core.types import (
+    Array,
+    Batch,
+    Bool,
+    Conditioning,
+    Config,
+    Keys,
+    Params,
+    Rng,
+    lookup,
+)
 from latent_diffusion.nets.conditioners.bert import Bert
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.conditioners.clip_text import ClipText
@@ -31,18 +43,6 @@ from latent_diffusion.nets.conditioners.sequence import (
 from latent_diffusion.nets.conditioners.sizes import Sizes
 from latent_diffusion.nets.conditioners.t5_text import T5Text
 from latent_diffusion.nets.conditioners.text import Layout, TextTransformer
-from latent_diffusion.rng import split_per_example
-from latent_diffusion.types import (
-    Array,
-    Batch,
-    Bool,
-    Conditioning,
-    Config,
-    Keys,
-    Params,
-    Rng,
-    lookup,
-)
 
 T5 = "t5_text"
 CONDITIONERS: dict[str, Any] = {

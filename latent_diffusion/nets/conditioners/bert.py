@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float
 from latent_diffusion.nets.attention import SelfAttention
 from latent_diffusion.nets.conditioners.null import empty_where
 from latent_diffusion.nets.layers import Dense, layer_norm
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
 
 _EPSILON = 1e-12
 

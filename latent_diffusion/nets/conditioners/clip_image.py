@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float, Keys
 from latent_diffusion.nets.clip import ClipLayer
 from latent_diffusion.nets.conditioners.null import zeros_where
 from latent_diffusion.nets.conditioners.pictures import level_and_noise
@@ -14,7 +15,6 @@ from latent_diffusion.nets.layers import Conv, Dense, layer_norm, timestep_embed
 from latent_diffusion.nets.resize import bicubic_aligned
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Keys
 
 # The mean and deviation of CLIP's training images in [0, 1].
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float, Int
 from latent_diffusion.nets.clip import ClipLayer
 from latent_diffusion.nets.conditioners.null import prompts, zeros_where
 from latent_diffusion.nets.layers import Dense, layer_norm
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int
 
 
 class ClipText(nn.Module):

@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float
 from latent_diffusion.nets.conditioners.null import zeros_where
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float
 
 
 def _routed(name: str, route: str, vector: Float[Array, "B D"]) -> Conditioning:

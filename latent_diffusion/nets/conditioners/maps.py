@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float, Int, Keys
 from latent_diffusion.nets.conditioners.null import zeros_where
 from latent_diffusion.nets.conditioners.text import sentences
 from latent_diffusion.nets.convolution import average_pool
 from latent_diffusion.nets.layers import Conv
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int, Keys
 
 
 class SpatialRescaler(nn.Module):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Batch, Bool, Float, Int
+from latent_diffusion.core.types import Array, Batch, Bool, Float, Int
 
 
 def zeros_where(drop: Bool[Array, " B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

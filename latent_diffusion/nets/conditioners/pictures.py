@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.rng import normal_per_example, split_per_example
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float, Keys
 from latent_diffusion.nets.conditioners.null import zeros_where
 from latent_diffusion.nets.resize import cubic
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
-from latent_diffusion.rng import normal_per_example, split_per_example
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Keys
 
 
 class LowRes(nn.Module):

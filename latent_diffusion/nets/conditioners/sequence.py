@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Keys
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners.text import sentences
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Keys
 
 
 def _dropped(drop: Bool[Array, " B"], tokens: Any, null: int | None) -> Array:

@@ -5,8 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning
 from latent_diffusion.nets.layers import timestep_embedding
-from latent_diffusion.types import Array, Batch, Bool, Conditioning
 
 SIZES = ("original_size", "crop_top_left", "target_size", "aesthetic_score")  # batch keys
 AESTHETIC_SCORE = 6.0  # the default of a sampling call, as in diffusers

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float, Int
 from latent_diffusion.nets.conditioners.null import prompts
 from latent_diffusion.nets.layers import Dense
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Float, Int
 
 
 class T5Text(nn.Module):

@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Int
 from latent_diffusion.nets.attention import CrossAttention
 from latent_diffusion.nets.conditioners.null import prompts
 from latent_diffusion.nets.layers import Dense, layer_norm
-from latent_diffusion.types import Array, Batch, Bool, Conditioning, Int
 
 
 class TextTransformer(nn.Module):

@@ -6,7 +6,7 @@ Each loss takes the discriminator's logits, of any shape, and returns one number
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.types import Array, Float, Int
+from latent_diffusion.core.types import Array, Float, Int
 
 
 def hinge_d_loss(

@@ -14,11 +14,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
+from latent_diffusion.core.trees import difference
+from latent_diffusion.core.types import Array, Float, Params, lookup
 from latent_diffusion.files.unpickler import load_pickle
 from latent_diffusion.nets.convolution import max_pool
 from latent_diffusion.nets.layers import Conv
-from latent_diffusion.trees import difference
-from latent_diffusion.types import Array, Float, Params, lookup
 
 # Mean and deviation of ImageNet, moved from [0, 1] to [-1, 1] and rounded as LPIPS v0.1 has them.
 SHIFT = (-0.030, -0.088, -0.188)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion.types import Array, Float
+from latent_diffusion.core.types import Array, Float
 
 WINDOW = 11  # pixels
 SIGMA = 1.5

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from latent_diffusion.core.types import Array, Float, Keys
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.samplers import dpm_solver, first_order, multistep, runge_kutta
 from latent_diffusion.process.samplers.first_order import ddim_inversion
 from latent_diffusion.process.samplers.table import Table, run
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Keys
 
 __all__ = ["SAMPLERS", "Sampler", "ddim_inversion"]
 

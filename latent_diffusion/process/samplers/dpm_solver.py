@@ -7,10 +7,10 @@ of lower order, and so are the last ones: see `_orders`.
 
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Int, Number, lookup
 from latent_diffusion.process.samplers.integrals import lagged, multistep_orders, phi, ratio
 from latent_diffusion.process.samplers.table import Levels, Table, is_zero, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Int, Number, lookup
 
 # x -> the weight of the slope in a second-order step.
 _SLOPE_WEIGHTS = {

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, Number
 from latent_diffusion.process.consistency import boundary
 from latent_diffusion.process.diffusion import Denoiser
 from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, run, steps
 from latent_diffusion.process.schedules import CLEAN, NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, Number
 
 
 def ddpm(

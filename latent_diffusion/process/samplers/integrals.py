@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Shaped
 
-from latent_diffusion.types import Array, Bool, Float, Int
+from latent_diffusion.core.types import Array, Bool, Float, Int
 
 
 def phi(k: int, x: Float[Array, " S"]) -> Float[Array, " S"]:

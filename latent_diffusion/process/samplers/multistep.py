@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.process.samplers.integrals import (
     interpolation_weights,
     lagged,
@@ -15,7 +16,6 @@ from latent_diffusion.process.samplers.integrals import (
 )
 from latent_diffusion.process.samplers.table import Levels, Table, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Float, lookup
 
 # Adams–Bashforth on equal steps (Liu et al. 2022, eq. 12). Row 1 returns to the start with the mean
 # of both ends (Heun); later rows skip its evaluation, which is not on the path.

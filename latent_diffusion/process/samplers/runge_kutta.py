@@ -7,10 +7,10 @@ d(z/alpha)/d(rho) = eps.
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.types import Array, Number
 from latent_diffusion.process.samplers.integrals import ratio
 from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.types import Array, Number
 
 
 def heun(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:

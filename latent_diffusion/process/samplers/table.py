@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion.core.rng import normal_per_example, split_per_example, uniform_per_example
+from latent_diffusion.core.types import Array, Float, Keys, Number
 from latent_diffusion.process.diffusion import Denoiser, variance_factor
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
-from latent_diffusion.rng import normal_per_example, split_per_example, uniform_per_example
-from latent_diffusion.types import Array, Float, Keys, Number
 
 _CLEAN_LAM = 50.0  # stands for the infinite log-SNR of clean data: exp(−50) is 0 beside 1
 

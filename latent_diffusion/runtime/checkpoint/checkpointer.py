@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.core.trees import difference
+from latent_diffusion.core.types import PyTree
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.runtime import partners, processes
 from latent_diffusion.runtime.checkpoint import integrity
@@ -32,8 +34,6 @@ from latent_diffusion.runtime.checkpoint.leaves import (
     key_as_data,
     keys_to_data,
 )
-from latent_diffusion.trees import difference
-from latent_diffusion.types import PyTree
 
 log = logging.getLogger(__name__)
 

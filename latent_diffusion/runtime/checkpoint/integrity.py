@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion.core.trees import leaves_by_path
+from latent_diffusion.core.types import PyTree
 from latent_diffusion.runtime.checkpoint.errors import CheckpointError
-from latent_diffusion.trees import leaves_by_path
-from latent_diffusion.types import PyTree
 
 CHUNK = 1 << 20  # elements that numpy sums at once
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_diffusion.trees import is_key, leaves_by_path, path_string
-from latent_diffusion.types import PyTree
+from latent_diffusion.core.trees import is_key, leaves_by_path, path_string
+from latent_diffusion.core.types import PyTree
 
 
 def keys_to_data(tree: PyTree) -> tuple[dict[str, str], PyTree]:

@@ -12,9 +12,9 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from latent_diffusion.core.trees import is_key, leaves_by_path
+from latent_diffusion.core.types import PyTree
 from latent_diffusion.runtime.checkpoint.errors import CheckpointError, reason
-from latent_diffusion.trees import is_key, leaves_by_path
-from latent_diffusion.types import PyTree
 
 
 def save_tree(

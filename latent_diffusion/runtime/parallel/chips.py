@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from latent_diffusion.types import lookup
+from latent_diffusion.core.types import lookup
 
 
 class Chip(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from latent_diffusion.types import PyTree, lookup
+from latent_diffusion.core.types import PyTree, lookup
 
 AXIS_NAME = "batch"
 MESH_AXES = ("data", "fsdp", "tensor")

@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from latent_diffusion.core.trees import is_key
+from latent_diffusion.core.types import PyTree
 from latent_diffusion.runtime.parallel.modes import (
     AXIS_NAME,
     BATCH_SPEC,
@@ -16,8 +18,6 @@ from latent_diffusion.runtime.parallel.modes import (
     resolve,
 )
 from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
-from latent_diffusion.trees import is_key
-from latent_diffusion.types import PyTree
 
 
 @functools.cache

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType
 
+from latent_diffusion.core.types import Array
 from latent_diffusion.runtime.parallel.modes import BATCH_SPEC
-from latent_diffusion.types import Array
 
 
 def on_rows(

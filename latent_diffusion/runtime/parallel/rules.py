@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from latent_diffusion.trees import path_string
-from latent_diffusion.types import PyTree, lookup
+from latent_diffusion.core.trees import path_string
+from latent_diffusion.core.types import PyTree, lookup
 
 Rules = Sequence[Sequence[str]]  # (regex, layout) pairs
 DEFAULT_RULES = ((".*", "replicate"),)

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from latent_diffusion.core.types import PyTree
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve
 from latent_diffusion.runtime.parallel.placement import (
@@ -23,7 +24,6 @@ from latent_diffusion.runtime.parallel.placement import (
     state_shardings,
 )
 from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
-from latent_diffusion.types import PyTree
 
 Step = Callable[..., Any]
 # On CPUs JAX 0.10 gives products, reductions and convolutions to YNNPACK. Eigen is faster with

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from latent_diffusion.types import PyTree
+from latent_diffusion.core.types import PyTree
 
 
 def path_string(path: Any) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
 
-from latent_diffusion.types import Array, Bool, Float, Int, Key, Keys
+from latent_diffusion.core.types import Array, Bool, Float, Int, Key, Keys
 
 
 def seed_key(seed: int) -> Key[Array, ""]:

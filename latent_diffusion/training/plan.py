@@ -1,6 +1,7 @@
 """Plan a large run: which part binds, and how long it takes, from counts and published rates.
 
-    python -m latent_diffusion.plan --config=configs/X.py --topology=v5e:16x16 --images=170000000
+    python -m latent_diffusion.training.plan --config=configs/X.py --topology=v5e:16x16 \
+        --images=170000000
 
 Nothing is compiled, and no accelerator is needed. Every time is a lower bound: arithmetic at the
 chip's peak, state and gradients once through memory and network, pictures decoded by all cores of
