@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 # for XLA, more than the devices can block by waiting for each other.
 MANY = $(if $(DEVICES),NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=$(DEVICES))
 
-.PHONY: setup demo test mutants fuzz soak crowd browser docs lint parity bench accelerator clean
+.PHONY: setup demo test types mutants fuzz soak crowd browser docs lint parity bench accelerator clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,8 +29,22 @@ demo: $(VENV)/.demo
 	$(MANY) $(BIN)/python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
 	$(BIN)/python -m demo.openmoji --workdir=runs/demo
 
+# Shapes and dtypes of arguments are checked at run time where networks and processes are tested part
+# by part. Checks take a third of the time of a test of whole models: `make types` has them everywhere.
+CHECKED = adversarial attention clip codebooks conditioners convolution decoding denoiser diffusion \
+	discriminator dit first_stage guidance learned_variance mmdit models moments objectives optim \
+	perceptual posterior prior_model quantizer rng samplers schedules steering t2i_adapter tasks \
+	tiling tiny_autoencoder
+CHECKED_TESTS = $(CHECKED:%=tests/test_%.py)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+CHECKS = --jaxtyping-packages=latent_diffusion,beartype.beartype
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) $(CHECKED_TESTS:%=--ignore=%)
+	$(PYTEST) $(CHECKS) $(CHECKED_TESTS)
+
+types: $(VENV)/.test
+	$(PYTEST) $(CHECKS)
 
 # Every test that a broken line has to make fail, with that line broken: tests/mutants.toml.
 mutants: $(VENV)/.test

@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, before JAX starts; compiled programs are kept in the clone."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,20 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 SLOWEST = (
     "processes", "commands", "wiring", "hostile", "samplers", "devices", "answers", "model",
 )  # fmt: skip
+
+
+MANY_MAPS = 15_000  # of a process's memory; Linux allows 65,530, and XLA crashes beyond
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget compiled programs after a file: each keeps several maps of memory."""
+    maps = Path("/proc/self/maps")
+    ends = nextitem is None or nextitem.path != item.path
+    if ends and maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):

@@ -25,8 +25,7 @@ ROOT = Path(__file__).parents[1]
 AT_ONCE = 2
 LIMIT = 600  # seconds for the tests of one mutant
 NO_FAILURE, FAILURE = 0, 1  # exit codes of pytest; the others are errors of ours
-# Types are not checked at run time here, which saves half of the time; no mutant needs it.
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=-q"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from latent_diffusion.convert.settings import Fields, Settings, check_groups
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, count, inside
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Autoencoder
@@ -152,8 +151,7 @@ def shapes(fields: Mapping[str, Any]) -> Any:
     """The tree of parameter shapes of an autoencoder with these fields."""
     module = Autoencoder(**fields)
     side = module.downsampling
-    image = jax.ShapeDtypeStruct((1, side, side, module.image_channels), "float32")
-    return jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    return parameter_shapes(module, array(1, side, side, module.image_channels))
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:

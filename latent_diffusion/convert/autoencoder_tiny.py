@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from latent_diffusion.convert.bundle import Bundle, read_part
 from latent_diffusion.convert.settings import Fields, Settings, single
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, write_tensors
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.files.tensors import open_tensors
@@ -175,6 +174,5 @@ def _read(where: Path, fields: Fields, tensors: Mapping[str, Tensor]) -> Bundle:
         raise ValueError(f"{where}: {len(tensors)} tensors can't be {layers} blocks")
     module = TinyAutoencoder(**fields)
     side = module.downsampling
-    image = jax.ShapeDtypeStruct((1, side, side, module.image_channels), "float32")
-    tree = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    tree = parameter_shapes(module, array(1, side, side, module.image_channels))
     return Bundle(autoencoder=read_part(where, fields, _TABLE, tree, tensors))

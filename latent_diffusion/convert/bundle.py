@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Table, matching, read_tensors
 from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -157,19 +158,21 @@ def conditioner_shapes(name: str, fields: Mapping[str, Any]) -> Params:
     """The tree of parameter shapes of the conditioner `name` with these fields."""
     module = CONDITIONERS[name](**fields)
     side = 2 ** getattr(module, "num_stages", 1)
-    keys = {  # of a batch with one example
-        "tokens": ((1, getattr(module, "max_length", 2)), "int32"),
-        "class_label": ((1,), "int32"),
-        "segmentation": ((1, side, side), "int32"),
-        "image": ((1, 2, 2, 3), "float32"),
-        "noise_level": ((1,), "int32"),
-        **dict.fromkeys(("original_size", "crop_top_left", "target_size"), ((1, 2), "int32")),
-        "aesthetic_score": ((1,), "float32"),
-        "embedding_noise": ((1, getattr(module, "projection_dim", None) or 1), "float32"),
+
+    def integers(*shape: int) -> Any:
+        return array(*shape, dtype="int32")
+
+    one_example = {
+        "tokens": integers(1, getattr(module, "max_length", 2)),
+        "class_label": integers(1),
+        "segmentation": integers(1, side, side),
+        "image": array(1, 2, 2, 3),
+        "noise_level": integers(1),
+        **dict.fromkeys(("original_size", "crop_top_left", "target_size"), integers(1, 2)),
+        "aesthetic_score": array(1),
+        "embedding_noise": array(1, getattr(module, "projection_dim", None) or 1),
     }
-    batch = {key: jax.ShapeDtypeStruct(*spec) for key, spec in keys.items()}
-    drop = jax.ShapeDtypeStruct((1,), bool)
-    return jax.eval_shape(module.init, jax.random.key(0), batch, drop).get("params", {})
+    return parameter_shapes(module, FrozenDict(one_example), array(1, dtype="bool"))
 
 
 def as_part(

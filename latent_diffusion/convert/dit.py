@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from latent_diffusion.convert.bundle import Bundle, check_depth, read_part
 from latent_diffusion.convert.inputs import CLASS, conditioners_for
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import (
     LINEAR,
     SAME,
@@ -161,9 +161,7 @@ def _same(name: str, copies: tuple[np.ndarray, ...]) -> np.ndarray:
 def shapes(fields: Mapping[str, Any], in_channels: int) -> Params:
     """The tree of parameter shapes of a transformer with these fields."""
     dit = DiT(**fields)
-    z_t = jax.ShapeDtypeStruct((1, dit.patch_size, dit.patch_size, in_channels), "float32")
-    t = jax.ShapeDtypeStruct((1,), "float32")
-    return jax.eval_shape(dit.init, jax.random.key(0), z_t, t)["params"]
+    return parameter_shapes(dit, array(1, dit.patch_size, dit.patch_size, in_channels), array(1))
 
 
 def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:

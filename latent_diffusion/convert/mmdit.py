@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.convert.bundle import Bundle, Part, check_depth, input_widths, read_part
 from latent_diffusion.convert.dit import patch_kind
 from latent_diffusion.convert.settings import Fields, Settings
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import (
     LINEAR,
     SAME,
@@ -147,13 +146,9 @@ _SWAPPED: Kind = (
 def shapes(fields: Mapping[str, Any], channels: int, context: int, vector: int) -> Params:
     """The tree of parameter shapes of a transformer with these fields and widths of its inputs."""
     mmdit = MMDiT(**fields)
-
-    def init() -> Any:
-        z_t = jnp.zeros((1, mmdit.patch_size, mmdit.patch_size, channels))
-        beside = Conditioning(context=jnp.zeros((1, 1, context)), vector=jnp.zeros((1, vector)))
-        return mmdit.init(jax.random.key(0), z_t, jnp.zeros(1), beside)
-
-    return jax.eval_shape(init)["params"]
+    z_t = array(1, mmdit.patch_size, mmdit.patch_size, channels)
+    beside = Conditioning(context=array(1, 1, context), vector=array(1, vector))
+    return parameter_shapes(mmdit, z_t, array(1), beside)
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> tuple[Fields, tuple[int, int, int]]:

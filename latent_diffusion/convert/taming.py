@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.convert.bundle import Bundle, Part, check_depth, read_part
 from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import (
     Layout,
     Leaf,
@@ -113,9 +112,8 @@ def _read_transformer(path: Path, tensors: Mapping[str, Tensor], config: Params)
 
 def shapes(fields: Params) -> Any:
     """The tree of parameter shapes of a transformer with these fields."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    module, told = CodeTransformer(**fields), Conditioning(tokens=one)
-    return jax.eval_shape(module.init, jax.random.key(0), one, told)["params"]
+    one = array(1, 1, dtype="int32")
+    return parameter_shapes(CodeTransformer(**fields), one, Conditioning(tokens=one))
 
 
 # --------------------------------------------------------------------------------------- writing

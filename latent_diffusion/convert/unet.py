@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, inside, joint_qkv
 from latent_diffusion.core.types import Conditioning, Params
 from latent_diffusion.nets.unet import UNet
@@ -198,13 +197,5 @@ def shapes(
     """The tree of parameter shapes of a U-Net with these fields and widths of its inputs."""
     module = UNet(**fields)
     side = 2 ** (len(module.channel_mult) - 1)
-
-    def array(*shape: int | None) -> jax.ShapeDtypeStruct | None:
-        return jax.ShapeDtypeStruct(shape, "float32") if all(shape) else None
-
-    def init(z_t: Any, t: Any, context: Any, vector: Any) -> Any:
-        conditioning = Conditioning(context=context, vector=vector)
-        return module.init(jax.random.key(0), z_t, t, conditioning)
-
-    inputs = array(1, side, side, in_channels), array(1), array(1, 1, context_dim)
-    return jax.eval_shape(init, *inputs, array(1, vector_dim))["params"]
+    beside = Conditioning(context=array(1, 1, context_dim), vector=array(1, vector_dim))
+    return parameter_shapes(module, array(1, side, side, in_channels), array(1), beside)

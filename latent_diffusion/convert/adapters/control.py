@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
@@ -17,6 +16,7 @@ from latent_diffusion.convert.bundle import Part, check_depth, flat, input_width
 from latent_diffusion.convert.components import open_weights, write_folder
 from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.convert.settings import Settings, check_groups
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
 from latent_diffusion.core.types import Conditioning, Params, module_fields
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -224,19 +224,10 @@ def shapes(
     """The tree of parameter shapes of a control net and its hint net."""
     net = ControlNet(**fields)
     side = 2 ** (len(net.channel_mult) - 1)
-
-    def array(*shape: int | None) -> jax.ShapeDtypeStruct | None:
-        return jax.ShapeDtypeStruct(shape, "float32") if all(shape) else None
-
-    def init(z_t: Any, t: Any, context: Any, vector: Any, hint: Any, embedding: Any) -> Any:
-        conditioning = Conditioning(context=context, vector=vector)
-        key = jax.random.key(0)
-        own = net.init(key, z_t, t, conditioning, embedding)["params"]
-        return {**own, HINT: net.hint_net.init(key, hint)["params"]}
-
-    inputs = array(1, side, side, in_channels), array(1), array(1, 1, context_dim)
-    hints = array(1, 64, 64, 3), array(1, side, side, net.model_channels)
-    return jax.eval_shape(init, *inputs, array(1, vector_dim), *hints)
+    z_t, hint = array(1, side, side, in_channels), array(1, side, side, net.model_channels)
+    beside = Conditioning(context=array(1, 1, context_dim), vector=array(1, vector_dim))
+    hint_net = parameter_shapes(net.hint_net, array(1, 64, 64, 3))
+    return {**parameter_shapes(net, z_t, array(1), beside, hint), HINT: hint_net}
 
 
 def _original(fields: Mapping[str, Any], linear: bool) -> Table:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
-import jax
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
@@ -15,6 +14,7 @@ from latent_diffusion.convert import unet
 from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import Part, as_params, flat, read_part
 from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import LINEAR, SAME, Leaf, Rule, Table, count, write_tensors
 from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -184,15 +184,14 @@ def _shapes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Params:
     """The tree of parameter shapes; tensors: show the widths of inputs and of attentions."""
     plus = "inner" in fields
     seen = tensors[f"{PROJECTION}.{'proj_in' if plus else 'proj'}.weight"].shape[1]
-    given = jax.ShapeDtypeStruct((1, 1, seen) if plus else (1, seen), "float32")
+    given = array(1, 1, seen) if plus else array(1, seen)
     module = Resampler(**fields) if plus else ImageProjection(**fields)
-    tree = {PROJECTION: jax.eval_shape(module.init, jax.random.key(0), given)["params"]}
+    tree = {PROJECTION: parameter_shapes(module, given)}
     for i in range(count(tensors, "ip_adapter.")):
         for name in (_KEY, _VALUE):
             theirs = tensors.get(f"ip_adapter.{_number(i)}.{name}.weight")
             inner = 1 if theirs is None else theirs.shape[0]
-            kernel = jax.ShapeDtypeStruct((fields["width"], inner), "float32")
-            tree.setdefault(str(i), {})[name] = {"kernel": kernel}
+            tree.setdefault(str(i), {})[name] = {"kernel": array(fields["width"], inner)}
     return tree
 
 

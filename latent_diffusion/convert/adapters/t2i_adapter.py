@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.struct
-import jax
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
@@ -15,6 +14,7 @@ from latent_diffusion.convert.adapters.adapter import Adapter, arrays_of, frozen
 from latent_diffusion.convert.bundle import read_part
 from latent_diffusion.convert.components import open_weights, write_folder
 from latent_diffusion.convert.settings import Settings
+from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, prefixed, write_tensors
 from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
@@ -135,8 +135,7 @@ def _read(
     if (blocks := len(net.channels) * net.num_res_blocks) > len(tensors):  # before shapes
         raise ValueError(f"{where}: {len(tensors)} tensors can't be {blocks} blocks")
     side = net.shrinks[-1]
-    hint = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    shapes = jax.eval_shape(net.init, jax.random.key(0), hint)["params"]
+    shapes = parameter_shapes(net, array(1, side, side, 3))
     part = read_part(where, fields, table, shapes, tensors)
     return T2IWeights(path=str(path), params=arrays_of(part), fields=frozen(fields))
 
