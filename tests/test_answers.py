@@ -367,6 +367,18 @@ def test_a_call_goes_on_where_another_stopped():
             sample(**{**options, **wrong})
 
 
+def test_a_call_that_stops_early_ends_with_a_step_like_the_others():
+    """Steps of lower order are the last ones of the call that goes on."""
+    made = model(TEXT)
+    made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))
+    options = {"made": made, "sampler": "dpm_solver_pp_2m", "num_steps": 5, "guidance_scale": 1.0}
+    lower, plain = (
+        sample(**options, end=0.4, lower_order_final=ends, euler_at_final=ends)
+        for ends in (True, False)
+    )
+    np.testing.assert_array_equal(lower, plain)
+
+
 def test_another_key_gives_other_pictures():
     made = model(TEXT)
     made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))
