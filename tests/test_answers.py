@@ -507,6 +507,16 @@ def mixing(conditions, bias):
     return made.replace(denoiser=made.denoiser.replace(network=Both(), params=params))
 
 
+def test_a_negative_prompt_has_the_sizes_of_the_unconditional():
+    made = reading({**TEXT, "sizes": {"width": 6}}).replace(tokenizer=model(TEXT).tokenizer)
+
+    def pictures(size):
+        options = {"negative_original_size": size, "negative_prompts": "red", "mode": "single"}
+        return made.sample(RNG, "red", guidance_scale=3.0, original_size=(5, 9), **options)
+
+    assert np.abs(pictures((5, 9)) - pictures((9, 5))).max() > 1e-3
+
+
 def test_a_call_with_a_refiner_is_two_calls_bitwise():
     """Each model gets the conditions that it reads, and the second one the latents."""
     sizes = {"image_embedding": {"width": 6}, "sizes": {"width": 6}}
