@@ -39,6 +39,9 @@ def test_neighbours_fade_into_each_other():
     np.testing.assert_array_equal(row[:8], 0.0)
     np.testing.assert_array_equal(row[16:], 1.0)
     np.testing.assert_allclose(np.diff(row[7:17]), 1 / 9, rtol=1e-5)
+    # Four times as large, as a decoder makes them, the slope is four times as wide.
+    large = tiled(lambda part: upsample_nearest(constant(part), 4), columns, 16, 8)
+    np.testing.assert_allclose(np.diff(np.asarray(large)[0, 0, 31:65, 0]), 1 / 33, rtol=1e-4)
 
 
 def test_only_one_tile_is_ever_in_the_network():
