@@ -20,6 +20,7 @@ from latent_diffusion.convert.adapters import image_prompt as files
 from latent_diffusion.convert.adapters.adapter import LowRank
 from latent_diffusion.convert.tables import write_tensors
 from latent_diffusion.convert.unet import shapes as unet_shapes
+from latent_diffusion.core.types import Conditioning
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.generation.image_prompts import bound, entries, inputs, numbers_of
 from latent_diffusion.nets.attention import CrossAttention, SpatialTransformer
@@ -213,6 +214,27 @@ def test_pictures_are_attended_to_beside_the_context_by_a_softmax_of_their_own()
     # The same tokens twice are seen as once.
     twice = [(jnp.concatenate([k, k], 1), jnp.concatenate([v, v], 1))]
     np.testing.assert_allclose(module.apply({"params": params}, x, context, twice), got, atol=1e-5)
+
+
+def test_a_control_net_sees_no_image_prompt():
+    """The prompt's keys and values belong to the attentions of the U-Net."""
+    rng, made, net = np.random.default_rng(0), model().denoiser, random_control()
+    unet, own = made.network, made.params["unet"]
+    z_t, hint, context = (
+        jnp.asarray(rng.normal(size=shape)) for shape in ((2, 8, 8, 3), (2, 8, 8, 8), (2, 3, 6))
+    )
+    key, value = jnp.asarray(rng.normal(size=(2, 2, 4, 8)))
+    without = Conditioning(context=context)
+    images = {"middle_block_1": {"transformer_blocks_0": ((key, value),)}}
+    told = Conditioning(context=context, image_context=images)
+    params, t = {"params": net.tree(own)}, jnp.zeros(2)
+    one, other = (
+        net.net(unet, own, 1).apply(params, z_t, t, given, hint) for given in (without, told)
+    )
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    seen = [unet.apply({"params": own}, z_t, t, given) for given in (without, told)]
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
 
 
 def test_blocks_that_run_as_a_loop_see_pictures_of_their_own():
