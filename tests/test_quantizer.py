@@ -198,9 +198,13 @@ def test_gumbel_draws_codes_with_the_softmax_probabilities():
     np.testing.assert_allclose(out.codes, codes, atol=1e-6)
     kl = np.sum(p * np.log(p * NUM_CODES))
     np.testing.assert_allclose(out.loss, 5e-4 * kl, rtol=1e-5)
-    # Without keys: the likeliest code.
-    likeliest = jax.jit(quantizer.apply)(variables, z)
-    np.testing.assert_array_equal(likeliest.indices, p.argmax())
+    # Without keys: the likeliest code, and no mixture, whatever training has.
+    for straight_through in (True, False):
+        quantizer, variables = gumbel(straight_through=straight_through)
+        likeliest = jax.jit(quantizer.apply)(variables, z)
+        np.testing.assert_array_equal(likeliest.indices, p.argmax())
+        code = variables["params"]["embedding"][p.argmax()]
+        np.testing.assert_allclose(likeliest.codes[0, 0, 0], code, atol=1e-6)
 
 
 @pytest.mark.parametrize("straight_through", [True, False])
