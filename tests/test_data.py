@@ -404,6 +404,16 @@ def test_maps_of_the_data_are_cut_and_flipped_with_the_picture(crop):
     assert len(starts) > 1  # the flip, at least
 
 
+def test_maps_of_a_picture_that_is_no_square_have_its_height_and_width():
+    """Nothing is cut or resized, so that every map stays as it is."""
+    numbers = np.arange(24, dtype=np.float32).reshape(4, 6, 1)
+    example = {"image": np.zeros((4, 6, 3), np.uint8), "size": (4, 6)}
+    example |= {"depth": numbers, "mask": numbers, "segmentation": numbers[..., 0]}
+    out = make_transform(config(crop="center"), train=False)(example)
+    for key in ("depth", "mask", "segmentation"):
+        np.testing.assert_allclose(out[key].reshape(4, 6, 1), numbers)
+
+
 def test_shorter_side_scales_before_the_window():
     """A 4×12 picture of shorter side 8 is 8×24; its middle 4 columns come from its middle 2."""
     picture = np.repeat(ramp(4, 12) * 10, 2, axis=1)[:, 6:18]
