@@ -409,6 +409,11 @@ def test_a_distance_is_over_so_many_pictures_and_of_the_features_that_the_config
     assert asked == [("vgg16", "here")]
     real = images[:24].mean((1, 2))
     assert got == pytest.approx(frechet_distance(gaussian(real), gaussian(255.0 - real)), rel=1e-4)
+    # A part of a batch counts as a whole one: 28 pictures in batches of 7.
+    rounded, _ = evaluated(30, **{**fields, "batch_size": 7})
+    real = images[:28].mean((1, 2))
+    wanted = frechet_distance(gaussian(real), gaussian(255.0 - real))
+    assert rounded.measure({}, RNG)["eval_fd_vgg16"] == pytest.approx(wanted, rel=1e-4)
     every, _ = evaluated(30, **{**fields, "log.distance_images": 30})
     assert every.measure({}, RNG)["eval_fd_vgg16"] != pytest.approx(got, rel=1e-2)
 
