@@ -78,7 +78,7 @@ def test_pictures_of_the_class_are_drawn_once(tmp_path):
     for tokens in drawn:
         np.testing.assert_array_equal(tokens, tokenizer(["red cat"] * 4))
     pictures = np.stack([source[i]["image"] for i in range(6)])
-    assert pictures.dtype == np.uint8 and len(np.unique(pictures[:, 0, 0, 0])) > 1
+    assert pictures.dtype == np.uint8 and len(np.unique(pictures, axis=0)) == 6  # no noise twice
     assert source[5]["caption"] == "red cat"
     # A run that is started again, or goes on with other fields, finds them.
     again = [make(dreambooth()), make(dreambooth(seed=7), goes_on=True)]
