@@ -293,14 +293,14 @@ def test_folders_with_something_wrong_are_named(tmp_path):
 
 
 def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypatch):
-    """In its workdir: another guidance makes other samples, another metric needs other features."""
+    """Another guidance or seed makes other samples, another metric needs other features."""
     config = several.make_config(**{"data.image_size": answers.SIDE})
     workdir.save_config(config, tmp_path)
     (tmp_path / "checkpoints").mkdir()
     pictures = RNG.integers(0, 256, (24, answers.SIDE, answers.SIDE, 3)).astype(np.uint8)
     source = data.ArraySource({"image": pictures, "caption": ["red cat", "blue dog"] * 12})
     monkeypatch.setattr(data, "make_source", lambda config, split: source)
-    monkeypatch.setattr(command, "load", lambda path: answers.model(answers.TEXT))
+    monkeypatch.setattr(command, "load", lambda path: answers.model(answers.TEXT, gain=0.5))
     net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
     monkeypatch.setattr(command, "make_features", lambda *given: net)
     colours = Mock(
@@ -315,11 +315,12 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
         options |= {"features": "alexnet", "num_images": 24, "clip_path": "there"}
         return evaluate(workdir=str(tmp_path), metrics=list(metrics), **options)
 
-    def score(*metrics, scale=1.0):
-        return record(*metrics, guidance_scale=scale)["metrics"]
+    def score(*metrics, scale=1.0, seed=0):
+        return record(*metrics, guidance_scale=scale, seed=seed)["metrics"]
 
     first = score("fd")
     assert score("fd", scale=3.0) != first == score("fd")
+    assert score("fd", seed=1) != first
     alone = score("clip")
     assert score("fd", "clip") == pytest.approx({**first, **alone})
     assert record("fd")["reference"] == "synthetic@train"
