@@ -124,3 +124,14 @@ def test_evaluation_tells_a_model_what_belongs_together():
     assert sorted(places[: len(source)]) == list(range(len(source)))  # each once, then again
     assert len(places) == len(source) + 5
     assert labels == [source[i]["class_label"] for i in places]
+
+
+def test_evaluation_gives_every_picture_a_hole_of_its_own():
+    config = tiny("inpainting")
+    conditioner = make_conditioner(config.conditioners)
+    model = Model(denoiser=Denoiser({}, make_schedule(), UNet(), conditioner, "v"))
+    source = data.make_source(config.data, "test")
+    transform = data.make_transform(config.data, train=False)
+    first, again = (conditions_of(model, source, transform, 9, seed=3)["mask"] for _ in range(2))
+    assert len(np.unique(first[:9], axis=0)) == 9
+    np.testing.assert_array_equal(first[:9], again[:9])
