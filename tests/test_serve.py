@@ -18,7 +18,7 @@ from latent_diffusion.generation.model import Model
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.serve import jobs as jobs_module
 from latent_diffusion.serve.handler import make_server
-from latent_diffusion.serve.jobs import Busy, Jobs
+from latent_diffusion.serve.jobs import Busy, Job, Jobs
 from latent_diffusion.serve.openai import read_form, request_of
 from latent_diffusion.serve.parameters import from_png, from_text, to_png, to_text
 from latent_diffusion.serve.requests import Limits, call, read
@@ -194,6 +194,15 @@ def test_previews_are_pictures_of_the_running_call(server, monkeypatch):
     jobs._draw(z_0, [job])
     assert np.abs(pixels(job.preview).astype(int) - 127).max() <= 1
     job.state = "done"
+
+
+def test_a_preview_in_a_shared_call_is_of_its_own_request(server):
+    jobs = server.jobs
+    own = [Job(read({"prompts": "red", "num_images": 2}, jobs.model, LIMITS)) for _ in range(2)]
+    grey = np.linspace(-0.9, 0.9, 4, dtype=np.float32)[:, None, None, None]
+    jobs._draw(np.asarray(jobs.model.encode(np.tile(grey, (1, SIDE, SIDE, 3)))), own)
+    for job, level in zip(own, (grey[0], grey[2]), strict=True):
+        assert np.abs(pixels(job.preview) - 127.5 * (1 + level)).max() <= 1
 
 
 def test_openai_clients_get_pictures(server):
