@@ -249,6 +249,10 @@ def test_a_picture_and_its_mask_are_cut_as_by_sample(server):
     middle = wide[:, SIDE : 2 * SIDE]
     np.testing.assert_array_equal(to_uint8(values["image"][0]), middle)
     np.testing.assert_array_equal(255 * values["mask"][0], middle[..., :1])
+    # The size that is asked for decides, not that of the trained pictures.
+    values = read({**sent, "image_size": [SIDE, 3 * SIDE]}, server.jobs.model, LIMITS).values
+    np.testing.assert_array_equal(to_uint8(values["image"][0]), wide)
+    np.testing.assert_array_equal(255 * values["mask"][0], wide[..., :1])
     with pytest.raises(ValueError, match="mask has 4×4 pixels, but image has 12×4"):
         read({**sent, "mask": in_base64(middle)}, server.jobs.model, LIMITS)
 
