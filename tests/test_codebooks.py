@@ -100,6 +100,10 @@ def test_large_and_odd_images_go_through_the_model(mode):
     assert np.corrcoef(tiles.ravel(), z.ravel())[0, 1] > 0.9  # norms see a tile, not the whole
     out = model.decode(z, tile_size=16, tile_overlap=8)
     assert out.shape == x.shape
+    # A quarter of a tile is cut to whole positions of the latent.
+    np.testing.assert_array_equal(
+        model.encode(x, tile_size=12), model.encode(x, tile_size=12, tile_overlap=2)
+    )
     few = model.encode(x, tile_size=16, tile_overlap=0), model.decode(z, tile_size=16)
     for one, other in ((tiles, z), (tiles, few[0]), (out, model.decode(z)), (out, few[1])):
         assert np.abs(one - other).max() > 1e-5

@@ -396,7 +396,8 @@ def _encode(
 ) -> jax.Array:
     if tile is None:
         return first_stage.latents(first_stage.moments(images), keys)
-    overlap = tile // 4 if overlap is None else overlap
+    f = first_stage.module.downsampling
+    overlap = tile // 4 // f * f if overlap is None else overlap
     return first_stage.latents(tiled(first_stage.moments, images, tile, overlap), keys)
 
 
