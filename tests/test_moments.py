@@ -7,7 +7,7 @@ import pytest
 from tiny import BATCH, SIZE, make_config
 
 from latent_diffusion import data
-from latent_diffusion.convert import kept
+from latent_diffusion.convert import frozen_parts
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.training import moments
@@ -23,7 +23,7 @@ def made(tmp_path):
     init = jax.jit(lambda rng: module.init(rng, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
     params = init(init_key(0))
     first_stage = FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
-    kept.save_first_stage(tmp_path, first_stage, "here")
+    frozen_parts.save_first_stage(tmp_path, first_stage, "here")
     images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, SIZE, 3), np.uint8)
     return config, tmp_path, first_stage, images
 

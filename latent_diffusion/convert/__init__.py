@@ -1,7 +1,8 @@
-"""Weights of latent diffusion models in everybody's formats, read and written.
+"""Read and write the weights of latent diffusion models in the common file formats.
 
-A reader turns a path into a `Bundle` (an architecture in our words, with tensors still unread), and
-a writer turns a bundle into files; every reader works with every writer.
+A reader turns a path into a `Bundle` (an architecture in our terms, with tensors not yet read), and
+a writer turns a bundle into files; every reader works with every writer. "The original" is the
+code of the paper (CompVis) and its successors, whose models are single files.
 """
 
 import os
@@ -59,7 +60,7 @@ def read(
     variant: str | None = None,
     tokenizer: str | os.PathLike | None = None,
 ) -> Bundle:
-    """Read a workdir, a folder of diffusers, or a file of the original.
+    """Read the model in a workdir, in a folder of diffusers, or in a file of the original.
 
     config, ema, tokenizer: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
     Raises a ValueError that begins with the path for any other path, and for files that are damaged
@@ -100,9 +101,9 @@ def write(
 ) -> None:
     """Write a bundle in one of `FORMATS`.
 
-    dtype: of its floating-point parameters; None leaves them as they are. progress: is called with
-    numbers of parameters that are written. Raises ValueError where the format can't express the
-    model.
+    dtype: for floating-point parameters; None keeps their dtypes. progress: is called with the
+    number of parameters in each tensor that is written. Raises ValueError where the format can't
+    express the model.
     """
     writer = lookup(FORMATS, format, "format")
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))

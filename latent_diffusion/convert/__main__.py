@@ -25,7 +25,7 @@ TO = flags.DEFINE_enum(
     "The format of DST.",
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "float16", "bfloat16"], "Of the parameters; default: that of SRC."
+    "dtype", None, ["float32", "float16", "bfloat16"], "Dtype of parameters; default: SRC's."
 )
 CONFIG = flags.DEFINE_string("config", None, "The yaml of a single file of the original.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
@@ -38,7 +38,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the contents of SRC, then s
 
 
 def main(argv: list[str]) -> None:
-    """Read the flags; the work is `latent_diffusion.convert`."""
+    """Read the flags, then convert."""
     from latent_diffusion.runtime.checkpoint import CheckpointError
     from latent_diffusion.runtime.startup import quiet_and_cached
 
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
 
 
 def _give_back_freed_arrays() -> None:
-    """Have the memory of each freed array of 1 MiB or more returned to the system at once.
+    """Return the memory of each freed array of 1 MiB or more to the system at once.
 
-    The C library of Linux otherwise keeps it for the thread that had it, and Orbax reads a workdir
-    by many threads. Where there is no such setting, nothing happens.
+    The C library of Linux otherwise reserves it for the thread that used it, and Orbax reads a
+    workdir in many threads. Where the library has no such setting, nothing happens.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD, mallopt(3)
     with contextlib.suppress(AttributeError, TypeError, OSError):
@@ -90,7 +90,7 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
 
 
 def run() -> None:
-    """The command."""
+    """Run the command."""
     shared_flags.run(main, config=False, positional=True)
 
 

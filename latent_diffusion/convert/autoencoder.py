@@ -1,6 +1,6 @@
-"""The autoencoder's names in the original's files and in diffusers', and its settings in the first.
+"""The autoencoder's tensor names in files of the original and of diffusers.
 
-`autoencoder_diffusers` has its settings in diffusers.
+Its settings in the original's yaml are here, too; `autoencoder_diffusers` has those of diffusers.
 """
 
 from collections.abc import Mapping
@@ -47,12 +47,12 @@ _DDCONFIG = Settings(
         "give_pre_end": (False,),
     },
 )
-_TRAINING = (  # settings of training, and of names in the data
+_TRAINING = (  # settings that only training uses, such as names in the data
     "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",
     "ema_decay", "learn_logvar", "batch_resize_range", "scheduler_config", "lr_g_factor",
     "use_ema", "sane_index_shape", "temperature_scheduler_config", "kl_weight",
 )  # fmt: skip
-# The original's classes: settings beside `ddconfig`, by our name of the regularisation.
+# Settings of the original's classes beside `ddconfig`, by our name of the regularisation.
 _CLASSES = {
     "kl": Settings(required={"ddconfig": {}, "embed_dim": 4}, harmless=_TRAINING),
     **dict.fromkeys(
@@ -69,7 +69,7 @@ _TARGETS = {
     "vq": "ldm.models.autoencoder.VQModelInterface",
     "gumbel": "taming.models.vqgan.GumbelVQ",
 }
-# Words in the names of the original's classes. VQGAN's quantisers have their own tensors.
+# Words in the names of the original's classes → our names of the regularisation.
 _KINDS = {"AutoencoderKL": "kl", "GumbelVQ": "gumbel", "VQ": "vq"}
 _ENDS = (
     Rule("(encoder|decoder)/(conv_in|conv_out)", r"\1.\2", "conv"),
@@ -102,7 +102,7 @@ _DIFFUSERS_ATTENTION = (
 
 
 def compvis_table(fields: Mapping[str, Any]) -> Table:
-    """The original's names, which are our paths with other punctuation."""
+    """The original's names: our paths with other punctuation."""
     blocks = [
         (r"(\w+coder)/(down|up)_(\d+)_block_(\d+)", r"\1.\2.\3.block.\4"),
         (r"(\w+coder)/mid_block_(\d)", r"\1.mid.block_\2"),
@@ -155,12 +155,12 @@ def shapes(fields: Mapping[str, Any]) -> Any:
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off the original's tensors (names without prefix)."""
+    """Infer the architecture from the original's tensors (names without prefix)."""
     levels = range(count(tensors, "encoder.down."))
     channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]
     widths = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels]
     z_channels, embed_dim = tensors["post_quant_conv.weight"].shape[:2]
-    marks = {"q": "vanilla", "to_qkv": "linear"}  # a module of the middle attention by its kind
+    marks = {"q": "vanilla", "to_qkv": "linear"}  # module of the middle attention → its kind
     kinds = [kind for m, kind in marks.items() if f"encoder.mid.attn_1.{m}.weight" in tensors]
     fields = {
         "channels": channels,
@@ -214,7 +214,7 @@ def fields_from_yaml(config: Mapping[str, Any]) -> Fields:
 
 
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `fields_from_yaml`, with a class; ValueError where the original has none."""
+    """The inverse of `fields_from_yaml`; ValueError where the original has no such autoencoder."""
     module = Autoencoder(**fields)
     check_groups(module)
     if module.regularization not in _TARGETS:
@@ -233,7 +233,7 @@ def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_codes(module: Autoencoder) -> None:
-    """Raise ValueError for a codebook that others' code would look up in another way."""
+    """Raise ValueError for a codebook whose look-up other libraries would compute differently."""
     if module.regularization == "vq" and module.codebook_l2:
         raise ValueError(
             "this format has no codes on the unit sphere (codebook_l2); save it as orbax"

@@ -1,4 +1,4 @@
-"""The settings of diffusers' autoencoders, and what differs between versions of their files."""
+"""The settings of diffusers' autoencoders, and the differences between versions of their files."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.autoencoder import Autoencoder
 
-_BOTH = Settings(  # of both classes of diffusers
+_BOTH = Settings(  # those of both diffusers' classes
     names={
         "layers_per_block": "num_res_blocks",
         "norm_num_groups": "num_groups",
@@ -59,7 +59,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file of diffusers by today's names; versions before 0.18 had others."""
+    """The tensors of a diffusers file under today's names; versions before 0.18 had other names."""
 
     def new(name: str) -> str:
         *module, last, leaf = name.split(".")
@@ -68,12 +68,12 @@ def with_new_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {new(name): tensor for name, tensor in tensors.items()}
 
 
-# The two convolutions beside the latent, and the settings of diffusers that leave them out.
+# The settings of diffusers that leave out a 1×1 convolution beside the latent → its name.
 _QUANT_CONVS = {"use_quant_conv": "quant_conv", "use_post_quant_conv": "post_quant_conv"}
 
 
 def without_quant_convs(config: Mapping[str, Any], fields: Fields) -> dict[str, Tensor]:
-    """Identities in the place of convolutions beside the latent that a file of diffusers lacks."""
+    """Identities in the place of the convolutions beside the latent that the config leaves out."""
     absent = [name for setting, name in _QUANT_CONVS.items() if not config.get(setting, True)]
     return identities(fields["z_channels"], absent)
 
@@ -81,7 +81,7 @@ def without_quant_convs(config: Mapping[str, Any], fields: Fields) -> dict[str, 
 def identities(
     z_channels: int, names: Collection[str] = tuple(_QUANT_CONVS.values())
 ) -> dict[str, Tensor]:
-    """Convolutions beside the latent that change nothing."""
+    """The tensors of convolutions beside the latent that are identities."""
     tensors = {}
     for name in names:
         width = (2 if name == "quant_conv" else 1) * z_channels
@@ -96,7 +96,7 @@ def _changes_nothing(tensors: Mapping[str, Tensor], name: str) -> bool:
 
 
 def without_identities(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors without the convolutions beside the latent; ValueError if those do anything."""
+    """The tensors without the convolutions beside the latent; ValueError if not identities."""
     names = [prefix + name for name in _QUANT_CONVS.values()]
     if wrong := [name for name in names if not _changes_nothing(tensors, name)]:
         raise ValueError(
@@ -108,9 +108,9 @@ def without_identities(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, 
 def drop_quant_convs(
     config: dict[str, Any], tensors: dict[str, Tensor], source: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Leave out the identities again, where the file that was read had none of them.
+    """Leave out the convolutions that the source file lacked, if they are still identities.
 
-    source: the config of that file. A convolution that is another map now is written.
+    source: the config of that file. Returns the changed config and tensors.
     """
     for setting, name in _QUANT_CONVS.items():
         if setting in source:
@@ -141,7 +141,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
             f"{name}: down_block_types and up_block_types must attend at the same levels, as many "
             f"as there are block_out_channels: {len(widths)}"
         )
-    # diffusers names the levels that attend; ours are named by the resolution of the image there.
+    # diffusers lists the levels with attention; our fields list the image's resolutions there.
     resolution = max(256, 2 ** min(len(widths) - 1, 64))
     fields |= {
         "channels": widths[0],
@@ -165,7 +165,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(config: Mapping[str, Any], setting: str) -> list[bool]:
-    """The levels that attend."""
+    """Whether each level has attention."""
     kinds = [kind.replace("UpDecoder", "DownEncoder") for kind in config[setting]]
     return [lookup(_BLOCKS, kind, f"{config['_class_name']}.{setting}") for kind in kinds]
 

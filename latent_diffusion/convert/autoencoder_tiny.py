@@ -1,6 +1,6 @@
 """TAESD's files: diffusers' AutoencoderTiny, and the original's two, an encoder and a decoder.
 
-The original numbers the layers of a half from 0; its decoder begins with a clamp that has a number.
+The original numbers the layers of each half from 0; number 0 of its decoder is a clamp.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _SETTINGS = Settings(
         "shift_factor": 0.0,
     },
     allowed={"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)},
-    # The magnitude and the shift serve to store latents as bytes.
+    # The magnitude and the shift are for storing latents as bytes.
     harmless=("latent_magnitude", "latent_shift", "force_upcast", "block_out_channels"),
 )
 _TABLE: Table = (
@@ -43,7 +43,7 @@ _TABLE: Table = (
     Rule(r"(encoder|decoder)/layers_(\d+)/conv_(\d+)", r"\1.layers.\2.conv.\3", "conv"),
 )
 HALVES = ("encoder", "decoder")
-# The tensors that tell the original's halves: the first convolutions of the net and of a block.
+# Tensors that identify the original's halves: the first convolutions of the net and of a block.
 ENCODER, DECODER = {"0.weight", "1.conv.0.weight"}, {"1.weight", "3.conv.0.weight"}
 
 
@@ -63,7 +63,7 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
 
 
 def meaning(config: Mapping[str, Any]) -> Any:
-    """Everything of a config.json that changes the model."""
+    """All settings of a config.json that change the model, in a form that can be compared."""
     values = _SETTINGS.complete(config, NAME)
     return NAME, fields_from_diffusers(config), values["scaling_factor"], values["shift_factor"]
 
@@ -93,9 +93,9 @@ def as_component(bundle: Bundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_original(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
-    """Read one of the original's two files; the other one lies beside it.
+    """Read the original's two files: `path` has one half, and the file of the other lies beside it.
 
-    Raises ValueError where it doesn't.
+    Raises ValueError where the other file is absent.
     """
     halves = {"encoder": ENCODER, "decoder": DECODER}
     half = "encoder" if tensors.keys() >= ENCODER else "decoder"
@@ -146,12 +146,12 @@ def _other(path: Path, half: str) -> tuple[str, Path]:
 
 
 def _fields_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
-    """The architecture: runs of blocks between other convolutions."""
+    """Infer the architecture: the lengths of the runs of blocks between other convolutions."""
     blocks = {}
     for half in ("encoder", "decoder"):
         layers = {int(name.split(".")[2]) for name in tensors if name.startswith(half)}
         runs, run = [], 0
-        if max(layers) > 4 * len(tensors):  # few layers have no tensors
+        if max(layers) > 4 * len(tensors):  # most layers have tensors
             raise ValueError(f"{path}: {len(tensors)} tensors can't be {max(layers)} layers")
         for layer in range(max(layers) + 1):
             if f"{half}.layers.{layer}.conv.0.weight" in tensors:
@@ -170,7 +170,7 @@ def _fields_from_shapes(path: Path, tensors: Mapping[str, Tensor]) -> Fields:
 
 def _read(where: Path, fields: Fields, tensors: Mapping[str, Tensor]) -> Bundle:
     layers = sum(fields["encoder_blocks"]) + sum(fields["decoder_blocks"])
-    if 6 * layers > len(tensors):  # before shapes are computed
+    if 6 * layers > len(tensors):  # checked here because computing the shapes may take long
         raise ValueError(f"{where}: {len(tensors)} tensors can't be {layers} blocks")
     module = TinyAutoencoder(**fields)
     side = module.downsampling

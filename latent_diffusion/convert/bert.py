@@ -1,4 +1,4 @@
-"""BERT's names and settings in transformers' words."""
+"""BERT's tensor names and settings in transformers."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -43,7 +43,7 @@ fields_from_config, config_from_fields = encoder_settings(
 
 
 def transformers_table(fields: Mapping[str, Any]) -> Table:
-    """BertModel's names, without the `bert.` with which they begin in some files."""
+    """BertModel's names, without the prefix `bert.` of some files."""
     qkv = joint_qkv(("query", "key", "value"), Bert(**fields).num_heads, interleaved=False)
     layer = (
         Rule("self_attn/qkv", "attention.self", qkv),
@@ -61,5 +61,5 @@ def transformers_table(fields: Mapping[str, Any]) -> Table:
 
 
 def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tensors that may be left over: the pooler, the heads of training, and constant buffers."""
+    """Tensors that may be left over: the pooler, heads for training, and constant buffers."""
     return (r"embeddings\.(position|token_type)_ids", r"pooler\..*", r"cls\..*")

@@ -1,4 +1,4 @@
-"""A model between two formats: its architecture in our words, its parameters still unread."""
+"""A model between two formats: its architecture in our terms, its parameters not yet read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +26,8 @@ _NETWORKS = ("unet", "dit", "mmdit")  # of a denoiser
 class Part:
     """One module: its fields, and its parameters by path ("encoder/conv_in/kernel").
 
-    unused: the tensors of its file that no computation here needs, by their names in the file. They
-    are written again into a file of the same kind.
+    unused: tensors of the file that no computation here needs, by their names in the file. A file
+    of the same kind gets them again.
     """
 
     fields: Mapping[str, Any]
@@ -37,16 +37,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything that makes up a model; a part that is None is absent.
+    """All parts and settings of a model; a part that is None is absent.
 
-    unet, dit, mmdit: the denoiser's network, one of them at most. scale_factor, shift: latents are
-    (z - shift)·scale_factor; each is a scalar or one per channel. conditioners: parts by the name
-    of the conditioner. diffusion: `schedule`, `num_timesteps`, `beta_start`, `beta_end`,
-    `zero_terminal_snr` and `prediction`, as in a config. sampling: the default options of `sample`.
-    image_size: the side of a trained image in pixels, or its height and width. notes: facts that a
-    format needs to write the same file again, such as `linear_projections`. lora: low-rank factors
-    and their α by part and path, which the parameters contain already; the formats of LoRA files
-    hold nothing else.
+    unet, dit, mmdit: the denoiser's network; at most one of them is present. scale_factor, shift:
+    latents are (z - shift)·scale_factor; each is a scalar or has a value for each channel.
+    conditioners: parts by the name of the conditioner. diffusion: `schedule`, `num_timesteps`,
+    `beta_start`, `beta_end`, `zero_terminal_snr` and `prediction`, as in a config. sampling: the
+    default options of `sample`. image_size: the side of a training image in pixels, or its height
+    and width. notes: facts that a format needs to write the same file again, such as
+    `linear_projections`. lora: low-rank factors and their α by part and path, for the formats of
+    LoRA files; they are already merged into the parameters.
     """
 
     autoencoder: Part | None = None
@@ -65,7 +65,7 @@ class Bundle:
     mmdit: Part | None = None
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """The parts that are present, by name."""
+        """The names and parts that are present."""
         if self.autoencoder is not None:
             yield "autoencoder", self.autoencoder
         if self.denoiser is not None:
@@ -132,9 +132,9 @@ class Bundle:
 
 
 def check_depth(where: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse more layers than a file can have, before their shapes are computed.
+    """Raise ValueError for more layers than the tensors can be, before shapes are computed.
 
-    A residual block and a transformer's layer have eight tensors or more.
+    A residual block and a layer of a transformer have at least eight tensors.
     """
     levels, blocks = len(fields.get("channel_mult", ())), fields.get("num_res_blocks", 0)
     layers = levels * blocks + fields.get("depth", 0)
@@ -178,7 +178,7 @@ def conditioner_shapes(name: str, fields: Mapping[str, Any]) -> Params:
 def as_part(
     fields: Mapping[str, Any], tree: Params, unused: Mapping[str, np.ndarray] | None = None
 ) -> Part:
-    """A part with parameters that are in memory already."""
+    """A part whose parameters are in memory."""
     params = {path: in_memory(leaf) for path, leaf in flat(tree).items()}
     return Part(fields, params, {name: in_memory(x) for name, x in (unused or {}).items()})
 
@@ -192,10 +192,11 @@ def read_part(
     unused: Sequence[str] = (),
     ignored: Sequence[str] = (),
 ) -> Part:
-    """Read a part of a file `where`. tree: the shapes of its parameters.
+    """Read a part of the file `where`. tree: the shapes of its parameters.
 
-    unused, ignored: regular expressions over names that may be left over; `unused` tensors become
-    those of the part, `ignored` ones are dropped. Raises ValueError where the tensors don't fit.
+    unused, ignored: regular expressions for names of tensors that may be left over. Those of
+    `unused` become the part's `unused`, those of `ignored` are dropped. Raises ValueError where the
+    tensors don't fit.
     """
     shapes = {path: leaf.shape for path, leaf in flat(tree).items()}
     params = read_tensors(table, shapes, tensors, str(where), (*unused, *ignored))
@@ -207,18 +208,18 @@ def as_params(
     dtype: Any = np.float32,
     leaf: Callable[[str, np.ndarray], Any] = lambda path, array: jnp.array(array),
 ) -> Params:
-    """Read the parameters: arrays on the device, in nested dictionaries.
+    """Read the parameters into arrays on the device, in nested dictionaries.
 
-    leaf: what becomes of a parameter with this path, which was read in `dtype`.
+    leaf: makes the leaf of the tree from a parameter's path and its array of `dtype`.
     """
     arrays = {path: leaf(path, t.astype(dtype).read()) for path, t in part.params.items()}
     return unflatten_dict(arrays, sep="/")
 
 
 def input_widths(network: Part) -> tuple[int, int | None, int | None]:
-    """The widths of a network's inputs: channels, context, vector; None for an input it lacks.
+    """The widths of a network's inputs: channels, context, vector; None for an absent input.
 
-    A DiT takes a vector or none with the same parameters; here it takes none.
+    A DiT has the same parameters with a vector as without; its width here is None.
     """
 
     def width(*paths: str) -> int | None:
@@ -238,12 +239,12 @@ def input_widths(network: Part) -> tuple[int, int | None, int | None]:
 
 
 def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The `diffusion` fields that make this schedule; ValueError where no named curve makes it."""
+    """The `diffusion` fields that make this schedule; ValueError where no named curve does."""
     betas = np.asarray(schedule.betas, np.float64)
     num, alphas = len(betas), np.asarray(schedule.alphas)
     ends = [(float(f"{betas[0]:.4g}"), float(f"{betas[-1]:.4g}"))]
     zero_snr = bool(alphas[-1] == 0)
-    if zero_snr:  # rescaling hides the last beta, so the ones of released models are tried
+    if zero_snr:  # rescaling hides the last beta, so those of released models are tried
         ends = [(ends[0][0], end) for end in (0.012, 0.02, 0.0195, 0.0205, 0.0155, 0.015)]
     for name in BETAS:
         for start, end in ends:
@@ -274,10 +275,10 @@ def _makes(diffusion: Mapping[str, Any], schedule: NoiseSchedule) -> bool:
 
 
 def with_folded_scale(bundle: Bundle, shifts: bool = False) -> Bundle:
-    """The same model with a scalar latent scale and no shift, for formats that have no other.
+    """The same model with a scalar latent scale and no shift, for formats with nothing else.
 
-    shifts: whether the format has a shift for all channels of an autoencoder without codebook.
-    The scale s and shift m of each channel move into the 1×1 convolutions beside the latent:
+    shifts: whether the format has a scalar shift for autoencoders without a codebook. The scale s
+    and shift m of each channel move into the 1×1 convolutions beside the latent:
     quant_conv returns (z − m)·s and log-variances + 2 log s, post_quant_conv takes z/s + m. Raises
     ValueError for an autoencoder with a codebook.
     """
@@ -311,7 +312,7 @@ def with_folded_scale(bundle: Bundle, shifts: bool = False) -> Bundle:
 
 
 def bundle_of(model: Any) -> Bundle:
-    """The bundle of a loaded `Model`; its `origin` holds the facts that its arrays don't show."""
+    """The bundle of a loaded `Model`, whose `origin` has the facts that its arrays don't show."""
     bundle = Bundle(
         tokenizer=model.tokenizer,
         sampling=model.defaults,
@@ -340,7 +341,7 @@ def bundle_of(model: Any) -> Bundle:
 
 
 def with_denoiser(bundle: Bundle, denoiser: Any, unused: Mapping[str, Any]) -> Bundle:
-    """The bundle with the networks of a `Denoiser`. unused: further tensors, by part."""
+    """The bundle with the networks of a `Denoiser`. unused: `Part.unused` of each part, by name."""
     name = denoiser.name
     network = as_part(_fields(denoiser.network), denoiser.params[name], unused.get(name))
     return replace(

@@ -1,6 +1,6 @@
-"""A whole CLIP: pictures and texts as vectors of one space (Radford et al. 2021).
+"""A whole CLIP, which maps pictures and texts to vectors of one space (Radford et al. 2021).
 
-Its two encoders are also conditioners; here the outputs of both are projected. It serves scores of
+Its two encoders are also conditioners; here the outputs of both are projected. It is for scores of
 samples (`evaluate --metrics=clip`) and databases of neighbours (`python -m
 latent_diffusion.training.embed`).
 """
@@ -23,7 +23,7 @@ from latent_diffusion.files.tensors import find_weights, open_tensors
 from latent_diffusion.nets.conditioners.clip_image import ClipImage
 from latent_diffusion.nets.conditioners.clip_text import ClipText
 
-BATCH = 64  # texts that are embedded at a time
+BATCH = 64  # number of texts that are embedded at a time
 
 
 @dataclass(frozen=True)

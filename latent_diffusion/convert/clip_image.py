@@ -1,4 +1,4 @@
-"""CLIP's image encoder: its names and settings in transformers' words and in OpenCLIP's."""
+"""CLIP's image encoder: its tensor names and settings in transformers and in OpenCLIP."""
 
 import math
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ _read_config, config_from_fields = encoder_settings(
 )
 _WHOLE = "vision_model"
 _ROW = Layout(lambda w: w[0], lambda x: (x[None],))
-# Mean and standard deviation of the embeddings, for adding noise. Files keep them apart.
+# Mean and standard deviation of the embeddings, for adding noise; in files, apart from the encoder.
 STATISTICS = ("mean", "std")
 # The text half of a whole CLIP in OpenCLIP's names.
 OPEN_CLIP_UNUSED = (
@@ -62,7 +62,7 @@ def statistics_table(prefix: str = "") -> Table:
 
 
 def transformers_table(fields: Mapping[str, Any]) -> Table:
-    """CLIPVisionModelWithProjection's names; a whole CLIPModel has the same."""
+    """CLIPVisionModelWithProjection's names, which a whole CLIPModel has as well."""
     arrays = (
         Leaf("class_embedding", (".class_embedding",), SAME),
         Leaf("position_embedding", (".position_embedding.weight",), SAME),
@@ -79,7 +79,7 @@ def transformers_table(fields: Mapping[str, Any]) -> Table:
 
 
 def open_clip_table(fields: Mapping[str, Any]) -> Table:
-    """The names of OpenAI's and OpenCLIP's code, without the `visual.` with which they begin."""
+    """The names of OpenAI's and OpenCLIP's code, without their prefix `visual.`."""
     arrays = (
         Leaf("class_embedding", ("class_embedding",), SAME),
         Leaf("position_embedding", ("positional_embedding",), SAME),
@@ -107,7 +107,7 @@ def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
     """Our fields from a config.json of CLIPVisionModelWithProjection or of a whole CLIPModel.
 
-    A whole CLIPModel states `projection_dim` beside its `vision_config`, whose value is not used.
+    A whole CLIPModel has `projection_dim` beside its `vision_config`, and not the one inside it.
     """
     if "vision_config" not in config:
         return _read_config(config)
@@ -116,9 +116,9 @@ def fields_from_config(config: Mapping[str, Any]) -> Fields:
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off OpenCLIP's tensors, by their names without `visual.`.
+    """Infer the architecture from OpenCLIP's tensors, by their names without `visual.`.
 
-    Shapes don't show the number of heads: a head has 64 channels, but 80 in ViT-H (width 1280).
+    Shapes don't show the number of heads: a head has 64 channels, or 80 in ViT-H (width 1280).
     """
     width, _, patch_size, _ = tensors["conv1.weight"].shape
     is_huge = width == 1280
@@ -136,11 +136,11 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
 
 
 def without_statistics(part: Part) -> dict[str, Tensor]:
-    """The encoder's parameters alone, by our paths."""
+    """The encoder's parameters without the statistics, by our paths."""
     return {path: t for path, t in part.params.items() if path not in STATISTICS}
 
 
 def transformers_tensors(part: Part) -> dict[str, Tensor]:
-    """The tensors of its file under transformers' names, with the unused ones that it had."""
+    """The tensors of an encoder's file under transformers' names, with the part's unused ones."""
     tensors = tables.write_tensors(transformers_table(part.fields), without_statistics(part))
     return tensors | tables.matching(unused(part.fields), part.unused)

@@ -1,4 +1,4 @@
-"""CLIP's text encoder: its names and settings in transformers' words and in OpenCLIP's."""
+"""CLIP's text encoder: its tensor names and settings in transformers and in OpenCLIP."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -39,7 +39,7 @@ _read_config, _write_config = encoder_settings(
         "max_position_embeddings": 77,
     },
     allowed={"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")},
-    # The end of a text matters to its one embedding, which nothing here takes.
+    # Only the pooled embedding needs these; pipelines that use it set its fields.
     harmless=("projection_dim", "pad_token_id", "is_decoder", "add_cross_attention"),
 )
 WHOLE = Settings(  # of a CLIPModel, which holds the configs of both encoders
@@ -49,7 +49,7 @@ WHOLE = Settings(  # of a CLIPModel, which holds the configs of both encoders
 )
 LAYER = r"layers_(?P<i>\d+)"
 TRANSFORMERS, OPEN_CLIP = "encoder.layers.", "transformer.resblocks."
-PROJECTION = "text_projection.weight"  # of a text's vector; no file has a prefix before it
+PROJECTION = "text_projection.weight"  # of the pooled output; it has a prefix in no file
 _POSITIONS = "embeddings.position_embedding.weight"
 _STACKED = (
     Leaf("kernel", (".in_proj_weight",), LINEAR),
@@ -58,7 +58,10 @@ _STACKED = (
 
 
 def transformers_layers(theirs: str, num_heads: int) -> list[Rule]:
-    """The layers of either encoder of CLIP in transformers' names. theirs: may say `\\g<i>`."""
+    """The layers of either encoder of CLIP in transformers' names.
+
+    theirs: the prefix of a layer's names, in which `\\g<i>` is the layer's number.
+    """
     qkv = tables.joint_qkv(("q_proj", "k_proj", "v_proj"), num_heads, interleaved=False)
     layer = (
         Rule("self_attn/qkv", "self_attn", qkv),
@@ -72,7 +75,7 @@ def transformers_layers(theirs: str, num_heads: int) -> list[Rule]:
 def transformers_table(fields: Mapping[str, Any]) -> Table:
     """CLIPTextModel's names, which the single files of Stable Diffusion 1 have, too.
 
-    They are without the `text_model.` with which all but the projection begin in most files.
+    They lack the prefix `text_model.` that all but the projection have in most files.
     """
     return (
         Rule("", "", (Leaf("position_embedding", (_POSITIONS,), SAME),)),
@@ -126,15 +129,15 @@ def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def fields_from_config(config: Mapping[str, Any]) -> Fields:
     """Our fields from a config.json of CLIPTextModel, or of a whole CLIPModel.
 
-    The config's special tokens are wrong in most files, so they come from the size of the
-    vocabulary; a tokenizer corrects them (`text.with_tokenizer`).
+    Most configs have wrong special tokens, so these are inferred from the size of the vocabulary;
+    a tokenizer corrects them (`text.with_tokenizer`).
     """
     fields = _read_config(half_of(config, "text_config"))
     return {**_special_tokens(fields["vocab_size"]), **fields}
 
 
 def half_of(config: Mapping[str, Any], half: str) -> Mapping[str, Any]:
-    """The config of one encoder, which may be a half of a whole CLIPModel's."""
+    """The config of one encoder, which may be inside that of a whole CLIPModel."""
     if half not in config:
         return config
     whole = WHOLE.complete(config, "CLIPModel")
@@ -142,9 +145,9 @@ def half_of(config: Mapping[str, Any], half: str) -> Mapping[str, Any]:
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for CLIPTextModel; it leaves out the layers that the encoder skips.
+    """A config.json for CLIPTextModel, without the layers that the encoder skips.
 
-    Where the final norm doesn't follow, the file has them: its reader takes the hidden states.
+    Without a final norm, the skipped layers stay: readers take the hidden states before them.
     """
     module = ClipText(**fields)
     projected = module.projection_dim is not None
@@ -161,10 +164,10 @@ def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off tensors under either kind of names, without a prefix.
+    """Infer the architecture from tensors under OpenCLIP's or transformers' names, without prefix.
 
-    A head has 64 channels. OpenCLIP's encoder is used as Stable Diffusion 2 uses it: the states of
-    the last layer but one, exact GELU, padding with 0; transformers' as Stable Diffusion 1 does.
+    A head has 64 channels. OpenCLIP's encoder is used as in Stable Diffusion 2: the states of the
+    last layer but one, exact GELU, padding with 0; transformers' is used as in Stable Diffusion 1.
     """
     token, position = "embeddings.token_embedding.weight", _POSITIONS
     layers, inner, usage = TRANSFORMERS, "mlp.fc1.weight", {}
@@ -187,14 +190,14 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
 
 
 def _special_tokens(vocab_size: int) -> Fields:
-    """CLIP's special tokens are the last two of the vocabulary."""
+    """CLIP's special tokens, which are the last two of the vocabulary."""
     return {"empty": (vocab_size - 2, vocab_size - 1), "pad_id": vocab_size - 1}
 
 
 def transformers_tensors(part: Part) -> dict[str, Tensor]:
-    """The tensors of its file under transformers' names, with the unused ones that it had.
+    """The tensors of an encoder's file under transformers' names, with the part's unused ones.
 
-    Layers and a norm that the file must have, though nothing computes them, are else zeros.
+    Skipped layers and a norm, which the file must have, are zeros where the part lacks them.
     """
     begins = ("embeddings.", "encoder.", "final_layer_norm.")
     unused = {n: t for n, t in part.unused.items() if n.startswith(begins)}
@@ -212,7 +215,7 @@ def transformers_tensors(part: Part) -> dict[str, Tensor]:
 def _like_first(
     tensors: Mapping[str, Tensor], layers: str, indices: Iterable[int]
 ) -> dict[str, Tensor]:
-    """The names of some layers, with the tensors of the first one."""
+    """The names of the layers `indices`, with the tensors of layer 0."""
     first = f"{layers}0."
     names = [name for name in tensors if name.startswith(first)]
     return {n.replace(first, f"{layers}{i}."): tensors[n] for i in indices for n in names}
@@ -225,8 +228,8 @@ def _zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def open_clip_tensors(part: Part) -> dict[str, Tensor]:
     """The tensors of a file under OpenCLIP's names, with the unused ones that OpenCLIP requires.
 
-    Stable Diffusion 2 skips the last layer, which transformers' files therefore don't have: tensors
-    that are required, but absent from the file that was read, are zeros.
+    Stable Diffusion 2 skips the last layer, so that transformers' files lack it: required tensors
+    that the file that was read lacks are zeros.
     """
     tensors = tables.write_tensors(open_clip_table(part.fields), part.params)
     module, some = ClipText(**part.fields), next(iter(part.params.values()))

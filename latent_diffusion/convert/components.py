@@ -1,4 +1,4 @@
-"""Single components of diffusers and transformers: a config.json and a weight file, both ways."""
+"""Read and write single components of diffusers and transformers: a config.json and weights."""
 
 import json
 import logging
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 Progress = Callable[[int], Any]
 
-VERSION = "0.30.0"  # of diffusers, whose names of settings these are
+VERSION = "0.30.0"  # the version of diffusers that the written settings are for
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 CLIP_TEXTS = ("clip_text", "clip_text_2")
 IMAGE_ENCODER = "CLIPVisionModelWithProjection"
-_TABLE = "class_embedding.weight"  # of noise levels or classes, by number
-_PREFIX = "text_model."  # of the names of CLIP's text encoder, in most files
+_TABLE = "class_embedding.weight"  # embeddings of noise levels or of classes
+_PREFIX = "text_model."  # prefix of the names of CLIP's text encoder, in most files
 
 
 def save_json(path: Path, content: Json) -> None:
@@ -50,7 +50,7 @@ def save_json(path: Path, content: Json) -> None:
 def open_weights(path: Path, variant: str | None) -> tuple[Path, dict[str, Tensor]]:
     """Return the weight file in a component's folder, and its tensors.
 
-    variant: "fp16?" is "fp16" where there is such a file, and else the usual one.
+    variant: such as "fp16"; "fp16?" falls back to the usual file where there is no such file.
     """
     weights = find_weights(path, STEMS, variant and variant.removesuffix("?"))
     if weights is None and variant and variant.endswith("?"):
@@ -63,7 +63,7 @@ def open_weights(path: Path, variant: str | None) -> tuple[Path, dict[str, Tenso
 
 
 def read_component(path: Path, variant: str | None) -> Bundle:
-    """Read the folder of one component. Raises ValueError with the reason for refusing it."""
+    """Read the folder of one component. Raises ValueError with the reason if it can't be read."""
     config = read_json(path / "config.json")
     with reading(path):
         name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
@@ -76,7 +76,7 @@ def read_component(path: Path, variant: str | None) -> Bundle:
 
 
 def read_size(config: Mapping[str, Any]) -> Size | None:
-    """`sample_size`: the side of a trained picture or latent, or (height, width)."""
+    """`sample_size`: the side of a training picture or latent, or (height, width)."""
     size = config.get("sample_size")
     sides: list[Any] = [size] if not isinstance(size, list | tuple) else list(size)
     if size is None:
@@ -125,7 +125,7 @@ def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bund
 
 
 def read_text_encoder(name: str, path: Path, variant: str | None, chosen: Fields) -> Bundle:
-    """Read the folder of an encoder, used as the fields `chosen` say, as the conditioner `name`."""
+    """Read an encoder's folder as the conditioner `name`. chosen: fields that override its own."""
     config = read_json(path / "config.json")
     weights, tensors = open_weights(path, variant)
     with reading(path):
@@ -151,7 +151,7 @@ COMPONENTS: dict[str, Callable[[Path, Json, Mapping[str, Tensor]], Bundle]] = {
     "VQModel": _read_autoencoder,
     autoencoder_tiny.NAME: autoencoder_tiny.read_component,
     "DiTTransformer2DModel": dit.read_component,
-    "Transformer2DModel": dit.read_component,  # its name in older folders
+    "Transformer2DModel": dit.read_component,  # the class's name in older folders
     mmdit.NAME: mmdit.read_component,
     "UNet2DModel": _read_unet,
     "UNet2DConditionModel": _read_unet,
@@ -171,15 +171,15 @@ def _meaning_of_autoencoder(config: Mapping[str, Any]) -> Any:
         return autoencoder_tiny.meaning(config)
     values = autoencoder_diffusers.complete(config)
     convs = values.get("use_quant_conv"), values.get("use_post_quant_conv")
-    own = values["scaling_factor"], values.get("shift_factor") or 0.0, convs
-    return config["_class_name"], autoencoder_diffusers.fields_from_diffusers(config), own
+    scaling = values["scaling_factor"], values.get("shift_factor") or 0.0, convs
+    return config["_class_name"], autoencoder_diffusers.fields_from_diffusers(config), scaling
 
 
 def _meaning_of_unet(config: Mapping[str, Any]) -> Any:
     values, fields = unet_diffusers.complete(config), unet_diffusers.fields_from_diffusers(config)
-    own = values["num_class_embeds"], values.get("use_linear_projection"), read_size(config)
+    settings = values["num_class_embeds"], values.get("use_linear_projection"), read_size(config)
     sizes = values.get("addition_embed_type"), values.get("addition_time_embed_dim")
-    return config["_class_name"], fields, own, unet_diffusers.input_widths(values), sizes
+    return config["_class_name"], fields, settings, unet_diffusers.input_widths(values), sizes
 
 
 MEANINGS = {
@@ -191,23 +191,23 @@ MEANINGS = {
 
 
 def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], str]:
-    """Return config.json, tensors (still unread) and file stem of one of a bundle's parts."""
-    half = _WRITERS.get(name)
-    config, tensors = half(bundle) if half is not None else _write_encoder(bundle, name)
+    """Return config.json, tensors (not yet read) and file stem of one of a bundle's parts."""
+    writer = _WRITERS.get(name)
+    config, tensors = writer(bundle) if writer is not None else _write_encoder(bundle, name)
     meaning = MEANINGS.get(name) or ENCODERS[name].module.fields_from_config
     size = {key: config[key] for key in ("sample_size",) if key in config}
     config = remembered(config, bundle.notes.get(name), meaning)
-    if name == "autoencoder" and bundle.denoiser is None:  # else the denoiser says the size
+    if name == "autoencoder" and bundle.denoiser is None:  # else the denoiser's config has the size
         config |= size
     if "architectures" in config:
         config.pop("_class_name", None)
     else:
         config.setdefault("_diffusers_version", VERSION)
-    return config, tensors, STEMS[half is None]
+    return config, tensors, STEMS[writer is None]
 
 
 def write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -> Json:
-    """Write the folder of one of a bundle's parts; returns its config."""
+    """Write the folder of one of a bundle's parts; returns its config.json."""
     config, tensors, stem = as_component(bundle, name)
     write_folder(path, config, tensors, stem, progress)
     return config
@@ -220,7 +220,7 @@ def write_folder(
     stem: str = STEMS[0],
     progress: Progress = lambda count: None,
 ) -> None:
-    """Write a component's config and weights. stem: the name of the file of weights."""
+    """Write a component's config and weights. stem: the weight file's name without suffix."""
     save_json(path / "config.json", config)
     write_safetensors(path / f"{stem}.safetensors", tensors, progress=progress)
 
@@ -256,8 +256,8 @@ def _write_encoder(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor]]:
     if encoder is None or encoder.write is None:
         raise ValueError(f"diffusers has no component for the conditioner {name}; save it as orbax")
     prefix = bundle.notes.get(f"{name}_prefix", _PREFIX) if name in CLIP_TEXTS else ""
-    own = (PROJECTION,)  # the name that has no prefix
-    tensors = {t if t in own else prefix + t: x for t, x in encoder.write(part).items()}
+    unprefixed = (PROJECTION,)  # the name that has no prefix
+    tensors = {t if t in unprefixed else prefix + t: x for t, x in encoder.write(part).items()}
     config = encoder.module.config_from_fields(part.fields)
     if name in CLIP_TEXTS and PROJECTION in part.unused:
         tensors[PROJECTION] = part.unused[PROJECTION]

@@ -1,7 +1,8 @@
 """The original's files: one .ckpt or .safetensors with the whole model, and a yaml beside it.
 
-Without a yaml the architecture is read off the shapes of the tensors; the number of heads, the
-schedule and the prediction, which shapes don't show, are those of the released model of this size.
+Without a yaml the architecture is inferred from the shapes of the tensors. Shapes don't show the
+number of heads, the schedule and the prediction: these are taken from the released model whose
+U-Net has the same size.
 """
 
 import logging
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 MAX_YAML = 256 << 10  # bytes; the released ones have a few thousand
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SAMPLING = {"sampler": "ddim", "num_steps": 50, "spacing": "original"}
-# Tensors that are not read: schedules are computed anew, losses and averages serve training.
+# Tensors that are not read: schedules are computed anew; losses and averages are for training.
 IGNORED = (
     r"model_ema\..*",
     r"(first_stage_model\.)?loss\..*",
@@ -64,7 +65,7 @@ IGNORED = (
 )
 
 
-UNUSED = (r"out\.[02]\.(weight|bias)",)  # of a U-Net that predicts codes, which has `id_predictor`
+UNUSED = (r"out\.[02]\.(weight|bias)",)  # in U-Nets that predict codes by `id_predictor` instead
 
 
 class Released(NamedTuple):
@@ -96,7 +97,7 @@ RELEASED = {
     (384, 1280, 4): Released(0.00085, 0.012, {"num_head_channels": 64}, 0.13025),  # its refiner
     (256, 1024, 4): Released(0.0001, 0.02, {"num_heads": 8}, 0.08333, "v"),  # SD x4 upscaler
 }
-MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
+MODEL = Settings(  # those of LatentDiffusion and of the classes that extend it
     names={
         "beta_schedule": "schedule",
         "linear_start": "beta_start",
@@ -128,10 +129,10 @@ MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
         "num_timesteps_cond": (None, 1),
         "use_positional_encodings": (False,),
         "cond_stage_forward": (None,),
-        "force_null_conditioning": (False, True),  # of training and logs
+        "force_null_conditioning": (False, True),  # matters to training and logs alone
     },
     harmless=(
-        # The tensors show these two; `cond_stage` reads its settings.
+        # The tensors show the first two; `cond_stage` reads the settings of the second.
         "conditioning_key", "cond_stage_config", "channels", "first_stage_key", "cond_stage_key",
         "concat_mode", "concat_keys", "masked_image_key", "depth_stage_config", "low_scale_key",
         "noise_level_key", "embedding_key", "clip_denoised", "loss_type", "ckpt_path",
@@ -142,28 +143,28 @@ MODEL = Settings(  # of LatentDiffusion and of the classes that extend it
         "c_concat_log_start", "c_concat_log_end", "embedding_dropout", "base_learning_rate",
     ),
 )  # fmt: skip
-_TARGET = Settings(  # of every module in a yaml
+_TARGET = Settings(  # those of every module in a yaml
     optional={"params": {}}, defaults={"target": ""}, harmless=("base_learning_rate",)
 )
-CLASSES = (  # of models, which differ in how they prepare their conditions
+CLASSES = (  # classes of models; they differ in how they prepare their conditions
     "LatentDiffusion", "LatentInpaintDiffusion", "LatentDepth2ImageDiffusion",
     "LatentUpscaleDiffusion", "LatentUpscaleFinetuneDiffusion", "LatentFinetuneDiffusion",
     "ImageEmbeddingConditionedLatentDiffusion", "Layout2ImgDiffusion", "ControlLDM",
     "MinimalRETRODiffusion", "DiffusionEngine",
 )  # fmt: skip
 PARAMETERIZATIONS = ("eps", "x0", "v")
-_SD2_BASE_STEPS = 875_000  # of training: the checkpoint of SD v2 (and 2.1) that predicts eps
+_SD2_BASE_STEPS = 875_000  # training steps of the checkpoint of SD v2 (and 2.1) that predicts eps
 
 
 def read_compvis(
     path: Path, config: Path | None = None, ema: bool | None = None, tokenizer: Path | None = None
 ) -> Bundle:
-    """Read a single file. Raises ValueError with the reason for refusing it.
+    """Read a single file. Raises ValueError with the reason if it can't be read.
 
-    config: its yaml; None takes one of the same name beside the file, if there is one.
+    config: the yaml; None takes that of the same name beside the file, if it exists.
     ema: the averaged parameters of the U-Net (True), the live ones (False), or the averaged ones if
     the file has them (None).
-    tokenizer: the tokenizer of the text encoder; None looks for one beside the file.
+    tokenizer: the text encoder's tokenizer; None looks for it beside the file.
     """
     opened = open_tensors(path)
     beside = path.with_suffix(".yaml")
@@ -209,13 +210,13 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain data without references, with which a short text can describe a huge one.
+    """Builds plain data; refuses references, by which a short text can describe huge data.
 
-    Numbers such as 1e-4, which are texts in YAML 1.1, are numbers, as OmegaConf reads them.
+    Numbers such as 1e-4, which are strings in YAML 1.1, are numbers here, as in OmegaConf.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse a reference; the rest as usual."""
+        """Refuse a reference; compose any other node as usual."""
         if self.check_event(yaml.AliasEvent):
             raise ValueError("references (*name) are not supported")
         return super().compose_node(parent, index)
@@ -245,7 +246,7 @@ def _read_whole(
     prefixes = (UNET, FIRST_STAGE, COND_STAGE, EMBEDDER, AUGMENTOR, sgm.EMBEDDERS)
     parts = {prefix: within(tensors, prefix) for prefix in prefixes}
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
-    read_tensors((), {}, rest, str(path), IGNORED)  # refuses tensors that no part has
+    read_tensors((), {}, rest, str(path), IGNORED)  # refuses tensors that belong to no part
     table = parts[UNET].pop("label_emb.weight", None)
     projection = parts[UNET].get("middle_block.1.proj_in.weight")
     linear = projection is not None and len(projection.shape) == 2
@@ -272,7 +273,7 @@ def _read_whole(
         sampling["guidance_scale"] = 5.0
     if "v_pred" in markers:
         diffusion["prediction"] = "v"
-    if "ztsnr" in markers:  # so that the first timestep is noise alone, which sampling starts from
+    if "ztsnr" in markers:  # the last timestep is pure noise, and sampling starts from it
         diffusion["zero_terminal_snr"], sampling["spacing"] = True, "trailing"
     unet_part = replace(unet_part, unused={**unet_part.unused, **markers})
     bundle = Bundle(
@@ -301,7 +302,7 @@ def _read_whole(
 def _read_unet(
     path: Path, tensors: Mapping[str, Tensor], params: Mapping[str, Any], linear: bool
 ) -> tuple[Part, Released | None]:
-    """Read the U-Net; return the released model of its size, too."""
+    """Read the U-Net. Returns it, and the released model of the same size."""
     fields, context = unet_compvis.fields_from_shapes(tensors), unet_compvis.context_dim(tensors)
     size = (fields["model_channels"], context, fields["out_channels"])
     released = RELEASED.get(size)
@@ -336,21 +337,21 @@ def _read_first_stage(path: Path, tensors: Mapping[str, Tensor], config: Mapping
 
 
 def _side(fields: Mapping[str, Any], context: int | None, prediction: str) -> int:
-    """The side of the latents on which a released model was trained."""
+    """The side of the latents that a released model was trained with."""
     if fields["out_channels"] == 16:
         return 48  # retrieval-augmented, 768²
     if (context, prediction) == (1024, "v"):
         return 96 if fields["model_channels"] == 320 else 128  # Stable Diffusion 2, its upscaler
     if fields["out_channels"] == 4 and context != 768 and fields["model_channels"] != 320:
-        return 32  # the paper's with f = 8
+        return 32  # the paper's models with f = 8
     return 64 if context != 1280 else 32
 
 
 def _choose_ema(path: Path, tensors: Mapping[str, Tensor], ema: bool | None) -> dict[str, Tensor]:
     """The tensors with the averaged U-Net in place of the live one, if wanted.
 
-    The names of the averages are those of the live tensors without dots. Different names could lose
-    their dots alike, so we go from the live names to the averages, never back.
+    The names of the averages are those of the live tensors without dots. Without dots, different
+    names may become equal, so the averages are looked up by the live names, never vice versa.
     """
     live = [name for name in tensors if name.startswith(UNET)]
     averaged = {name: "model_ema." + name[len("model.") :].replace(".", "") for name in live}
@@ -367,7 +368,7 @@ def _choose_ema(path: Path, tensors: Mapping[str, Tensor], ema: bool | None) -> 
 def _scale_factor(
     tensors: Mapping[str, Tensor], params: Mapping[str, Any], released: Released | None
 ) -> float:
-    """A buffer of the file if training measured it, else the yaml's or the released model's."""
+    """The latents' scale: the file's, if training measured it, the yaml's or a released model's."""
     if "scale_factor" in tensors:
         return float(tensors["scale_factor"].read())
     if params:
@@ -380,7 +381,7 @@ def _scale_factor(
 def _diffusion(
     path: Path, opened: TensorFile, params: Mapping[str, Any], released: Released | None
 ) -> dict[str, Any]:
-    """The `diffusion` fields: the yaml's, else those of the file's schedule or a released model."""
+    """The `diffusion` fields, from the yaml, else from the file's schedule or a released model."""
     if params:
         fields = MODEL.read(params, "LatentDiffusion")
         if fields["prediction"] not in PARAMETERIZATIONS:
@@ -408,7 +409,7 @@ def _diffusion(
 
 
 def _which(tensors: Mapping[str, Tensor], ema: bool | None) -> str:
-    """Whether the U-Net's parameters are averages, in words."""
+    """A text that says whether the U-Net's parameters are averages."""
     if "model_ema.decay" not in tensors and "model_ema.num_updates" not in tensors:
         return "the only ones in the file"
     return "live ones; the file has averages, too" if ema is False else "averages; live ones, too"

@@ -1,4 +1,4 @@
-"""A model as a single file of the original, and its yaml."""
+"""Write a model as a single file of the original, and its yaml."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ def write_compvis(
 ) -> None:
     """Write one .safetensors file under the original's names, and its yaml beside it.
 
-    progress: is called with the number of elements of each tensor that is written. Raises
+    progress: is called with the number of parameters in each tensor that is written. Raises
     ValueError where the original's code can't express the model.
     """
     if path.suffix != ".safetensors":
@@ -71,7 +71,7 @@ def write_compvis(
 
 
 def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors under the original's names, still unread, and the `model` of its yaml."""
+    """Return the tensors under the original's names, not yet read, and the `model` of the yaml."""
     if bundle.prior is not None:
         return taming.as_taming(bundle)
     tensors: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {UNET + name: t for name, t in matching(UNUSED, bundle.unet.unused).items()}
     if of_xl:
         further, settings = sgm.write(bundle)
-        config["params"].pop("use_spatial_transformer")  # not a setting of this code
+        config["params"].pop("use_spatial_transformer")  # sgm's code has no such setting
         network = {**config, "target": "sgm.modules.diffusionmodules.openaimodel.UNetModel"}
         for name in ("image_size", "legacy", "use_spatial_transformer"):
             network["params"].pop(name, None)

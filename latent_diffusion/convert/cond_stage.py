@@ -1,4 +1,4 @@
-"""The original's `cond_stage_model`: the kind of conditioner, its tensors and its yaml."""
+"""The conditioner in the original's files, `cond_stage_model`: its kind, tensors and yaml."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ Tensors = Mapping[str, Tensor]
 Parameters = Mapping[str, Any]
 CLIP_PREFIX, OPEN_CLIP_PREFIX = "transformer.text_model.", "model."
 VISUAL, EMBEDDER, AUGMENTOR = "visual.", "embedder.model.", "noise_augmentor.data_"
-LAYOUT = (8192, 92)  # tokens and places of the paper's boxes; only they tell boxes from words
+LAYOUT = (8192, 92)  # vocabulary and length of the paper's boxes; they distinguish them from words
 _CLASSES = (Rule("embedding", "embedding", "embedding"),)
 _RESCALER = (Rule("channel_mapper", "channel_mapper", "conv"),)
 _RESCALER_SETTINGS = Settings(
@@ -43,14 +43,14 @@ _RESCALER_SETTINGS = Settings(
 _CLASS_SETTINGS = Settings(
     defaults={"n_classes": 1000}, required={"embed_dim": 512}, harmless=("key",)
 )
-# The original loads the texts' encoder by a name, which the tensors show.
+# Names and the like by which the original loads an encoder; the tensors show its architecture.
 _NAMES = ("version", "device", "freeze", "arch", "ucg_rate", "model", "jit")
 _LENGTH = {"max_length": (77,)}
 _CLIP_SETTINGS = Settings(
     checked={**_LENGTH, "layer": ("last",), "layer_idx": (None,)}, harmless=_NAMES
 )
 _OPEN_CLIP_SETTINGS = Settings(defaults={"layer": "last"}, checked=_LENGTH, harmless=_NAMES)
-_LAYERS = {0: "last", 1: "penultimate"}  # by the number of last layers that are skipped
+_LAYERS = {0: "last", 1: "penultimate"}  # number of skipped last layers → setting
 _IMAGE_SETTINGS = Settings(checked={"antialias": (True,), "layer": ("pooled",)}, harmless=_NAMES)
 _NOISE_SCHEDULE = Settings(
     defaults={
@@ -70,10 +70,10 @@ _MODULE = Settings(defaults={"target": ""}, optional={"params": {}})
 
 
 def read(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
-    """Read the conditioner, whose kind a tensor of its file shows.
+    """Read the conditioner; the name of one of its tensors shows its kind.
 
-    A copy of the first stage is no conditioner. params: of the yaml. Raises ValueError for tensors
-    of an unknown conditioner.
+    Returns no conditioner where the tensors are a copy of the first stage. params: the yaml's.
+    Raises ValueError for tensors of an unknown conditioner.
     """
     if not tensors or "encoder.conv_in.weight" in tensors:
         return {}
@@ -84,26 +84,28 @@ def read(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     raise ValueError(f"{where}: unknown conditioner: its tensors are {some} …")
 
 
-def _said(params: Parameters, settings: Settings, *classes: str) -> dict[str, Any]:
-    """The settings of `cond_stage_config`, of one of these classes; empty without a yaml."""
+def _yaml_settings(params: Parameters, settings: Settings, *classes: str) -> dict[str, Any]:
+    """The settings in `cond_stage_config`, whose class is one of `classes`; empty without yaml."""
     if not params:
         return {}
     return _settings_of(params.get("cond_stage_config"), "cond_stage_config", settings, *classes)
 
 
-def _agree(said: Parameters, shown: Mapping[str, Any]) -> None:
-    """Raise ValueError where the yaml says something else than the tensors show."""
+def _agree(settings: Parameters, shown: Mapping[str, Any]) -> None:
+    """Raise ValueError where settings of the yaml differ from what the tensors show."""
     for name, value in shown.items():
-        if said and said[name] != value:
-            raise ValueError(f"cond_stage_config.{name}={said[name]}, but the tensors have {value}")
+        if settings and settings[name] != value:
+            raise ValueError(
+                f"cond_stage_config.{name}={settings[name]}, but the tensors have {value}"
+            )
 
 
 def _read_text(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
-    """The paper's transformer, over words or over boxes."""
+    """Read the paper's transformer, whose tokens are words or boxes."""
     part = read_encoder("text", where, tensors)
     fields = part.fields
     names = {theirs: fields[ours] for theirs, ours in text.YAML.names.items()}
-    _agree(_said(params, text.YAML, "BERTEmbedder", "TransformerEmbedder"), names)
+    _agree(_yaml_settings(params, text.YAML, "BERTEmbedder", "TransformerEmbedder"), names)
     if (part.fields["vocab_size"], part.fields["max_length"]) != LAYOUT:
         return {"text": part}
     fields = {name: value for name, value in part.fields.items() if name != "empty"}
@@ -113,7 +115,10 @@ def _read_text(where: Path, tensors: Tensors, params: Parameters) -> dict[str, P
 
 def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     rows, width = tensors["embedding.weight"].shape
-    _agree(_said(params, _CLASS_SETTINGS, "ClassEmbedder"), {"n_classes": rows, "embed_dim": width})
+    _agree(
+        _yaml_settings(params, _CLASS_SETTINGS, "ClassEmbedder"),
+        {"n_classes": rows, "embed_dim": width},
+    )
     fields = {"num_classes": rows - 1, "width": width}
     shapes = conditioner_shapes("class_label", fields)
     return {"class_label": read_part(where, fields, _CLASSES, shapes, tensors)}
@@ -121,7 +126,7 @@ def _read_class_label(where: Path, tensors: Tensors, params: Parameters) -> dict
 
 def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
     out_channels, num_classes = tensors["channel_mapper.weight"].shape[:2]
-    said = _said(params, _RESCALER_SETTINGS, "SpatialRescaler")
+    said = _yaml_settings(params, _RESCALER_SETTINGS, "SpatialRescaler")
     bias = "channel_mapper.bias" in tensors
     _agree(said, {"in_channels": num_classes, "out_channels": out_channels, "bias": bias})
     fields = {
@@ -135,11 +140,11 @@ def _read_rescaler(where: Path, tensors: Tensors, params: Parameters) -> dict[st
 
 
 def _read_clip(where: Path, tensors: Tensors, params: Parameters) -> dict[str, Part]:
-    """The text encoder of Stable Diffusion 1 or 2."""
+    """Read the text encoder of Stable Diffusion 1 or 2."""
     if f"{OPEN_CLIP_PREFIX}token_embedding.weight" not in tensors:
-        _said(params, _CLIP_SETTINGS, "FrozenCLIPEmbedder")
+        _yaml_settings(params, _CLIP_SETTINGS, "FrozenCLIPEmbedder")
         return {"clip_text": read_encoder("clip_text", where, tensors)}
-    said = _said(params, _OPEN_CLIP_SETTINGS, "FrozenOpenCLIPEmbedder")
+    said = _yaml_settings(params, _OPEN_CLIP_SETTINGS, "FrozenOpenCLIPEmbedder")
     layer = said.get("layer", "penultimate")
     layers = {name: skipped for skipped, name in _LAYERS.items()}
     skipped = lookup(layers, layer, "FrozenOpenCLIPEmbedder.layer")
@@ -161,8 +166,8 @@ def read_embedder(
     """Read unCLIP's image encoder, if the file has one, from the tensors of its whole CLIP.
 
     statistics: `mean` and `std` [1 D], which standardise embeddings before noise is added. A file
-    without them gets 0 and 1: they are so in the model of ViT-H; that of ViT-L has another file.
-    params: of the yaml.
+    without them gets 0 and 1: these are the values of the model with ViT-H; that with ViT-L has
+    them in a separate file. params: the yaml's.
     """
     if not tensors:
         return {}
@@ -192,7 +197,7 @@ def read_embedder(
 
 
 def low_res_from_yaml(config: Any) -> dict[str, Any]:
-    """The fields of the noise that the upscaler's pipeline adds, by `low_scale_config`."""
+    """The fields, in `low_scale_config`, of the noise that the upscaler's pipeline adds."""
     schedule = _noise_schedule(config, "low_scale_config", "ImageConcatWithNoiseAugmentation")
     if schedule["beta_schedule"] != "linear":
         raise ValueError(f"low_scale_config: a beta_schedule of {schedule['beta_schedule']!r}")
@@ -204,7 +209,7 @@ def low_res_from_yaml(config: Any) -> dict[str, Any]:
 
 
 def low_res_to_yaml(part: Part | None) -> dict[str, Any]:
-    """The inverse of `low_res_from_yaml`, by its key; empty without noise."""
+    """The inverse of `low_res_from_yaml`: {"low_scale_config": …}, or empty without noise."""
     if part is None or not part.fields.get("num_levels"):
         return {}
     module = LowRes(**part.fields)
@@ -215,14 +220,14 @@ def low_res_to_yaml(part: Part | None) -> dict[str, Any]:
 
 
 def _settings_of(config: Any, name: str, settings: Settings, *classes: str) -> dict[str, Any]:
-    """The settings of a module in the yaml, of one of some classes, checked."""
+    """The checked settings of a module in the yaml, whose class is one of `classes`."""
     module = _MODULE.complete(config or {}, name)
     check_class(module, classes, name)
     return settings.complete(module["params"] or {}, name)
 
 
 def _noise_schedule(config: Any, name: str, kind: str) -> dict[str, Any]:
-    """The noise that a module of a class adds to its condition."""
+    """The settings of the noise that a module of the class `kind` adds to its condition."""
     noising = _settings_of(config, name, _NOISING, kind)
     schedule = _NOISE_SCHEDULE.complete(noising["noise_schedule_config"] or {}, name)
     return {**schedule, "max_noise_level": noising["max_noise_level"]}
@@ -259,7 +264,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], Any, str | None]:
 
 
 def _key(conditioners: Mapping[str, Part], concat: bool, parts: Mapping[str, Part]) -> str | None:
-    """How conditions enter the U-Net. parts: the conditioners that have a module."""
+    """The `conditioning_key`: how conditions enter the U-Net. parts: conditioners with a module."""
     in_unet = table_of(conditioners) is not None
     if "class_label" in parts and in_unet:
         return "adm"
@@ -277,7 +282,7 @@ def _is_noised(conditioners: Mapping[str, Part]) -> bool:
 
 
 def write_embedder(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return unCLIP's image encoder and statistics under their whole names, and their yaml."""
+    """Return unCLIP's image encoder and statistics under their full names, and their yaml."""
     if not _is_noised(bundle.conditioners):
         return {}, {}
     part = bundle.conditioners["clip_image"]
@@ -338,7 +343,10 @@ def _write_rescaler(part: Part) -> Written:
 
 
 def _write_clip(part: Part) -> Written:
-    """OpenCLIP's names where the activation is that of OpenCLIP; ValueError for other heads."""
+    """Write with OpenCLIP's names where the activation is OpenCLIP's, else with transformers'.
+
+    Raises ValueError where heads don't have 64 channels.
+    """
     module = ClipText(**part.fields)
     if module.num_heads * 64 != module.width:
         raise ValueError(

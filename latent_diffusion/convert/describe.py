@@ -1,4 +1,4 @@
-"""The contents of a file in words, for users who ask before they load it."""
+"""A summary of a file's contents, for `python -m latent_diffusion.convert --dry_run`."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _CONTEXT = _TEXT | _IMAGE | {"class_label", "layout", "neighbours"}
 
 
 def describe(bundle: Bundle) -> str:
-    """Return a line for every part, for the way the model is run, and for the parts it lacks."""
+    """Return lines for each part, for the schedule and sampling, and for the absent parts."""
     rows = [("model", _kind(bundle))]
     rows += [(name, _part(part)) for name, part in bundle.parts()]
     if bundle.autoencoder is not None:
@@ -30,7 +30,7 @@ def describe(bundle: Bundle) -> str:
 
 
 def missing(bundle: Bundle) -> list[str]:
-    """Return the parts that the model lacks for making pictures of its conditions."""
+    """Return the parts that the model lacks, but needs to make pictures from its conditions."""
     absent = ["a first stage"] if bundle.autoencoder is None else []
     if bundle.denoiser is None:
         return absent or (["a denoiser"] if bundle.prior is None else [])

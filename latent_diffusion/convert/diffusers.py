@@ -1,4 +1,4 @@
-"""diffusers' pipelines, read and written; `components` reads and writes their components.
+"""Read and write diffusers' pipelines; `components` reads and writes their components.
 
 A pipeline has a folder for each component, and a model_index.json that names their classes.
 """
@@ -46,12 +46,12 @@ _BESIDE_WEIGHTS = (
     "scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "low_res_scheduler",
     "image_noising_scheduler", "image_normalizer",
 )  # fmt: skip
-# Components that judge or prepare pictures, or that are given to `load_adapter`.
+# Components that judge or prepare pictures, or that `load_adapter` reads.
 _LEFT_OUT = (
     "safety_checker", "feature_extractor", "image_encoder", "image_processor", "depth_estimator",
     "controlnet", "adapter", "watermarker",
 )  # fmt: skip
-_INDEX_SETTINGS = (  # the last is of the safety checker
+_INDEX_SETTINGS = (  # the last one belongs to the safety checker
     "id2label", "max_noise_level", "force_zeros_for_empty_prompt", "requires_aesthetics_score",
     "requires_safety_checker",
 )  # fmt: skip
@@ -60,7 +60,7 @@ _LOW_RES = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linea
 
 
 def is_diffusers(path: Path) -> bool:
-    """Whether a folder is a pipeline or a component."""
+    """Whether a folder is a pipeline or a component of diffusers."""
     if (path / "model_index.json").is_file():
         return True
     if not (path / "config.json").is_file():
@@ -70,11 +70,11 @@ def is_diffusers(path: Path) -> bool:
 
 
 def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
-    """Read a pipeline's or a component's folder. Raises ValueError with the reason for refusing.
+    """Read the folder of a pipeline or a component. Raises ValueError where it can't be read.
 
-    variant: "fp16" or "non_ema" files. Components that only judge or prepare pictures (a safety
-    checker, a depth estimator …) are left out, with a warning; others of unknown classes are
-    refused.
+    variant: read the "fp16" or "non_ema" files. Components that only judge or prepare pictures (a
+    safety checker, a depth estimator …) are left out, with a warning; other components of unknown
+    classes are refused.
     """
     if not (path / "model_index.json").is_file():
         return replace(read_component(path, variant), diffusion=scheduler.ASSUMED)
@@ -93,7 +93,7 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
             bundle = _merge(bundle, _read_sdxl_encoder(path / component, variant, index))
         elif sd3.is_sd3(name) and component in sd3.FOLDERS:
             bundle = _merge(bundle, _read_sd3_encoder(path / component, variant))
-        # Other pipelines have an image encoder for adapters alone, which are not read.
+        # In other pipelines an image encoder is only for adapters, which are not read here.
         elif kind in COMPONENTS and (kind != IMAGE_ENCODER or name == UNCLIP):
             bundle = _merge(bundle, read_component(path / component, variant))
         elif component not in (*_BESIDE_WEIGHTS, *_LEFT_OUT):
@@ -122,7 +122,7 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
 
 
 def _components(path: Path, index: Json) -> dict[str, str]:
-    """The classes of the components that are present, by folder; ValueError for other settings."""
+    """The classes of the components that are present, by folder; ValueError for unknown entries."""
     classes = {}
     for name, entry in index.items():
         if name.startswith("_") or name in _INDEX_SETTINGS or entry in (None, False):
@@ -138,7 +138,7 @@ def _components(path: Path, index: Json) -> dict[str, str]:
 
 
 def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -> Bundle:
-    """The bundle with conditioners for the inputs of its U-Net beside the latent."""
+    """The bundle with conditioners for the inputs that its U-Net has beside the latent."""
     unet = bundle.unet
     if unet is None:
         return bundle
@@ -177,7 +177,7 @@ def _read_sd3_encoder(path: Path, variant: str | None) -> Bundle:
 
 
 def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
-    """The upscaler's small picture, with the noise that its pipeline adds."""
+    """The conditioner of the upscaler's small picture, with the noise that its pipeline adds."""
     config = {**_LOW_RES, "num_train_timesteps": 1000}
     if (path / "low_res_scheduler").is_dir():
         config |= read_json(path / "low_res_scheduler" / "scheduler_config.json")
@@ -189,7 +189,7 @@ def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
 
 
 def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
-    """unCLIP's picture, whose embedding is standardised for the noise and scaled back."""
+    """The conditioner of unCLIP's picture, with the statistics that standardise its embedding."""
     config = read_json(path / "image_noising_scheduler" / "scheduler_config.json")
     if config.get("beta_schedule") != _COSINE:
         raise ValueError(f"{path}: an image_noising_scheduler of {config.get('beta_schedule')!r}")
@@ -201,7 +201,7 @@ def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
 
 
 def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
-    """The bundle with the schedule and defaults of a scheduler, whose class the index decides."""
+    """The bundle with the schedule and defaults of a scheduler. kind: its class in the index."""
     if kind is not None:
         config = {**config, "_class_name": kind}
     diffusion, sampling = scheduler.from_diffusers(config)
@@ -209,7 +209,8 @@ def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
     default = _GUIDANCE.get(name, 7.5 if name.startswith("StableDiffusion") else 1.0)
     unet = bundle.unet.fields if bundle.unet else {}
     distilled = sampling.get("sampler") == "lcm" and unet.get("guidance_dim") is None
-    sampling["guidance_scale"] = 1.0 if distilled else default  # then the network has it in itself
+    # A distilled network without guidance_dim has learnt the guidance.
+    sampling["guidance_scale"] = 1.0 if distilled else default
     if sd3.is_sd3(name):
         sampling["num_steps"] = sd3.STEPS
     notes = {**bundle.notes, "scheduler": config}
@@ -249,7 +250,7 @@ _LIBRARIES = {
     "clip_image": "transformers",
 }
 _DDPM = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION}
-_LENGTH = 77  # tokens that LDMTextToImagePipeline makes of every prompt
+_LENGTH = 77  # number of tokens that LDMTextToImagePipeline makes of every prompt
 # Arguments of pipelines for which our models have no component.
 _ABSENT = {
     "StableDiffusionPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
@@ -268,8 +269,8 @@ _ABSENT = {
 def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda count: None) -> None:
     """Write a folder that diffusers loads: a pipeline, or the only component of the model.
 
-    A latent scale per channel moves into the autoencoder (`with_folded_scale`). A word tokenizer
-    becomes one of the tokenizers library. Raises ValueError for a model without a pipeline.
+    A latent scale per channel moves into the autoencoder (`with_folded_scale`). A word tokenizer is
+    written for the tokenizers library. Raises ValueError where no pipeline runs the model.
     """
     if bundle.prior is not None:
         raise ValueError("diffusers has no pipeline with a prior over codes; save it as orbax")
@@ -296,8 +297,8 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None and bundle.conditioners.keys() & {"text", "clip_text"}:
-        own = of_encoder(bundle.tokenizer, "clip_text")
-        kind = tokenizers.write_tokenizer(own, path / "tokenizer")
+        tokenizer = of_encoder(bundle.tokenizer, "clip_text")
+        kind = tokenizers.write_tokenizer(tokenizer, path / "tokenizer")
         index["tokenizer"] = ["transformers", kind]
     elif bundle.conditioners.keys() & {"text", "clip_text"}:
         index["tokenizer"] = [None, None]
@@ -318,7 +319,7 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
 
 
 def _pipeline(bundle: Bundle) -> str:
-    """The class that runs the model: that of the folder it came from, or by its conditioners."""
+    """The class that runs the model: the one it was read from, or that for its conditioners."""
     conditioners = tuple(sorted(bundle.conditioners))
     if list(conditioners) == bundle.notes.get("conditioners"):
         return bundle.notes["pipeline"]
@@ -332,15 +333,15 @@ def _pipeline(bundle: Bundle) -> str:
             )
         return LCM
     of_mmdit = PIPELINES.get(conditioners) == sd3.BASE
-    known = conditioners in PIPELINES and of_mmdit == (bundle.mmdit is not None)
-    if bundle.dit is not None or not known:
+    has_pipeline = conditioners in PIPELINES and of_mmdit == (bundle.mmdit is not None)
+    if bundle.dit is not None or not has_pipeline:
         names = ", ".join(" + ".join(parts) or "nothing" for parts in PIPELINES)
         raise ValueError(
             f"diffusers has no pipeline for models conditioned by {' + '.join(conditioners)}, only "
             f"by {names}; save it as orbax"
         )
     if conditioners == ("text",) and bundle.conditioners["text"].fields["max_length"] != _LENGTH:
-        return PIPELINES["clip_text",]  # it takes the length from the tokenizer
+        return PIPELINES["clip_text",]  # this pipeline takes the length from the tokenizer
     return PIPELINES[conditioners]
 
 
@@ -355,7 +356,7 @@ def _folders(pipeline: str) -> dict[str, str]:
 
 
 def _write_sd3(bundle: Bundle, path: Path) -> Json:
-    """Write the tokenizers of the second and the third encoder; returns their entries."""
+    """Write the tokenizers of the second and third encoders; returns their index entries."""
     entries: Json = {f"tokenizer_{i}": [None, None] for i in (2, 3)}
     clip = of_encoder(bundle.tokenizer, "clip_text_2")
     if clip is not None:
@@ -372,7 +373,7 @@ def _write_sd3(bundle: Bundle, path: Path) -> Json:
 
 
 def _write_sdxl(bundle: Bundle, path: Path, index: Json) -> Json:
-    """Write the tokenizer of the second text encoder; returns the entries of the index."""
+    """Write the tokenizer of the second text encoder; returns entries for the index."""
     second, sizes = bundle.conditioners["clip_text_2"], bundle.conditioners["sizes"]
     entries: Json = {"force_zeros_for_empty_prompt": bool(second.fields.get("zero_null"))}
     if index["_class_name"] != sdxl.BASE:
@@ -388,7 +389,7 @@ def _write_sdxl(bundle: Bundle, path: Path, index: Json) -> Json:
 
 
 def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:
-    """Write the schedule that noises the small picture; returns its entries of the index."""
+    """Write the schedule that noises the small picture; returns its index entries."""
     ends = {name: fields[name] for name in ("beta_start", "beta_end") if name in fields}
     config = {"num_train_timesteps": fields["num_levels"], **_LOW_RES, **ends, **_DDPM}
     save_json(path / "low_res_scheduler" / "scheduler_config.json", config)
@@ -399,7 +400,7 @@ def _write_low_res(fields: Mapping[str, Any], path: Path) -> Json:
 
 
 def _write_image_noising(part: Part, path: Path) -> Json:
-    """Write the components around unCLIP's image encoder; returns their entries of the index."""
+    """Write the components around unCLIP's image encoder; returns their index entries."""
     fields = part.fields
     statistics = {name: part.params[name] for name in clip_image.STATISTICS}
     tensors = write_tensors(clip_image.statistics_table(), statistics)

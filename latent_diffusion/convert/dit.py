@@ -1,6 +1,6 @@
-"""The transformer's names and shapes in DiT's own files and in diffusers'.
+"""The DiT's tensor names and shapes in files of its authors (facebookresearch/DiT) and diffusers.
 
-DiT's file is a flat list of tensors without settings (facebookresearch/DiT).
+A file of the authors is a flat list of tensors without settings.
 """
 
 import logging
@@ -38,12 +38,12 @@ PATCHES, LABELS, POSITIONS = (
     "y_embedder.embedding_table.weight",
     "pos_embed",
 )
-_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the released sizes S, B, L and XL
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # width → heads, in the sizes S, B, L and XL
 # The released models' schedule and guided sampling (DiT's diffusion/ and sample.py).
 _DIFFUSION = {**ASSUMED, "schedule": "sqrt_linear", "beta_start": 1e-4, "beta_end": 0.02}
 _SAMPLING = {"sampler": "ddpm", "num_steps": 250, "spacing": "uniform", "guidance_scale": 4.0}
 _SAMPLING |= {"guidance_channels": 3}
-# Of SiT's, which are flows: 250 steps of Euler's method.
+# The same for SiT's models, which are flows: 250 steps of Euler's method.
 _SIT = {**_DIFFUSION, "schedule": "rectified_flow", "prediction": "flow"}
 _SIT_SAMPLING = {**_SAMPLING, "sampler": "ddim", "spacing": "trailing"}
 _SETTINGS = Settings(
@@ -65,7 +65,7 @@ _SETTINGS = Settings(
         "num_embeds_ada_norm": 1000,
     },
     optional={"out_channels": 8},
-    checked={  # of Transformer2DModel, the class in older folders
+    checked={  # settings of Transformer2DModel, the class in older folders
         "use_linear_projection": (False,),
         "only_cross_attention": (False,),
         "double_self_attention": (False,),
@@ -83,7 +83,7 @@ _SETTINGS = Settings(
 
 
 def _patches(side: int) -> Layout:
-    """A convolution over patches without overlap, which is a linear map of each patch."""
+    """The layout of a linear map of patches that files store as a convolution without overlap."""
 
     def read(w: np.ndarray) -> np.ndarray:
         return w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])
@@ -95,7 +95,7 @@ def _patches(side: int) -> Layout:
 
 
 def patch_kind(side: int) -> Kind:
-    """The kind of a linear map of patches of `side`², which others store as a convolution."""
+    """The kind of a linear map of patches of side² pixels that files store as a convolution."""
     return Leaf("kernel", (".weight",), _patches(side)), Leaf("bias", (".bias",), SAME)
 
 
@@ -113,7 +113,7 @@ def dit_table(fields: Mapping[str, Any]) -> Table:
 
 
 def diffusers_table(fields: Mapping[str, Any]) -> Table:
-    """The names of diffusers, whose every block has a copy of the timestep's embedding."""
+    """The names of diffusers, where every block has a copy of the timestep's embedding."""
     dit = DiT(**fields)
     block, theirs = r"blocks_(?P<i>\d+)", r"transformer_blocks.\g<i>"
     return [
@@ -141,14 +141,14 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
 
 
 def _copies(name: str, depth: int) -> Kind:
-    """The kind of a linear map that each of `depth` blocks has a copy of."""
+    """The kind of a linear map of which each of `depth` blocks has a copy."""
 
-    def layout(one: Layout) -> Layout:
-        return Layout(lambda *w: one.read(_same(name, w)), lambda k: one.write(k) * depth)
+    def copied(layout: Layout) -> Layout:
+        return Layout(lambda *w: layout.read(_same(name, w)), lambda k: layout.write(k) * depth)
 
     return tuple(
-        Leaf(ours, tuple(f".{i}.{name}.{theirs}" for i in range(depth)), layout(one))
-        for ours, theirs, one in (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
+        Leaf(ours, tuple(f".{i}.{name}.{theirs}" for i in range(depth)), copied(layout))
+        for ours, theirs, layout in (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
     )
 
 
@@ -165,10 +165,10 @@ def shapes(fields: Mapping[str, Any], in_channels: int) -> Params:
 
 
 def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
-    """Read a file of DiT or SiT. Its settings are the released ones of this width, or shapes.
+    """Read a file of DiT or SiT; the shapes, or the released model of this width, show the fields.
 
-    Both have the same tensors: a file whose name begins with "SiT", as the released ones do, is
-    read as SiT's.
+    Both have the same tensors: a file is read as SiT's if its name begins with "SiT", as those of
+    the released files do.
     """
     tensors, sit = dict(tensors), path.name.lower().startswith("sit")
     log.info("%s is read as a file of %s, by its name", path, "SiT" if sit else "DiT")
@@ -203,7 +203,7 @@ def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
 
 
 def as_dit(bundle: Bundle, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of DiT or SiT, unread; ValueError for what the format can't say."""
+    """The tensors of a file of DiT or SiT, not yet read; ValueError if the format can't hold it."""
     assert bundle.dit is not None
     dit = DiT(**bundle.dit.fields)
     if dit.sit != path.name.lower().startswith("sit"):
@@ -234,7 +234,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bundle:
-    """Read diffusers' transformer. Raises ValueError with the reason for refusing it."""
+    """Read diffusers' transformer. Raises ValueError with the reason if it can't be read."""
     fields, values = _SETTINGS.read(config, config["_class_name"]), complete(config)
     tensors, channels = dict(tensors), values["in_channels"]
     check_depth(where, fields, tensors)

@@ -1,4 +1,4 @@
-"""Encoders of texts and images: reading one from any file that may hold it."""
+"""Read an encoder of texts or images from any file that may hold it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ from latent_diffusion.files.tensor import Tensor
 class Encoder(NamedTuple):
     """The files in which one of our encoders may lie.
 
-    module: its `fields_from_config`, `config_from_fields`, `unused` and `fields_from_shapes`.
-    tables: the tables of names, each by a tensor that only files with such names have.
-    prefixes: with which names may begin; they are removed in this order.
+    module: has `fields_from_config`, `config_from_fields`, `unused` and `fields_from_shapes`.
+    tables: the tables of names, each by the name of a tensor that only files with these names have.
+    prefixes: beginnings that names may have; they are removed in this order.
     folders: folders of a pipeline that may hold the encoder.
-    write: the tensors of such a folder.
+    write: makes the tensors of such a folder.
     bare: whether the shapes of tensors show the fields, so that no config.json is needed.
     """
 
@@ -71,8 +71,8 @@ def read_encoder(
     """Read the encoder `name` from the tensors of the file `where`.
 
     config: its config.json; without it the shapes show the fields. chosen: fields that the user has
-    set. Raises ValueError where the tensors don't fit, and KeyError that names a setting or a
-    tensor that is absent.
+    set. Raises ValueError where the tensors don't fit, and a KeyError that names an absent setting
+    or tensor.
     """
     encoder = ENCODERS[name]
     beside = {n: t for n, t in tensors.items() if n == clip_text.PROJECTION}

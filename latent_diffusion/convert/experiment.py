@@ -1,4 +1,4 @@
-"""The config.json of a workdir: each of its fields is used, or refused by its name."""
+"""Read the config.json of a workdir; a field that this version doesn't use is refused by name."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _DATA = """
     balance caption_column features low_res low_res_factor mask sizes layout embedding
     embedding_path num_neighbours search workers
 """
-# Sections whose fields nobody else checks, and their fields (as in configs/default.py).
+# Sections whose fields are checked only here, and their fields (as in configs/default.py).
 KNOWN = {
     "data": frozenset(_DATA.split()),
     "tokenizer": frozenset(("name", "path", "vocab_size", "max_length")),
@@ -27,21 +27,21 @@ KNOWN = {
 
 
 def read_config(directory: Path) -> ConfigDict:
-    """The experiment of a workdir, whose sampling options have today's names.
+    """The experiment of a workdir, with sampling options renamed to today's names.
 
-    Raises ValueError, in one line, where there is no experiment, for an unknown task, and for
-    fields that this version doesn't have: they would be ignored.
+    Raises a ValueError of one line where there is no experiment, for an unknown task, and for
+    fields that this version lacks, which would be ignored otherwise.
     """
     config = workdir.load_config(directory)
     with reading(directory / workdir.CONFIG):
         lookup(TASKS, config.task, "task")
         options = config.get("sampling", ConfigDict())
         for old, new, kind in (("start", "spread", str), ("end", "last", int)):
-            if isinstance(options.get(old), kind):  # shares of the noise, floats, came later
+            if isinstance(options.get(old), kind):  # floats are shares of the noise, a newer option
                 options[new] = options[old]
                 del options[old]
-        for section, known in KNOWN.items():
-            if unknown := sorted(set(config.get(section, {})) - set(known)):
+        for section, fields in KNOWN.items():
+            if unknown := sorted(set(config.get(section, {})) - set(fields)):
                 raise ValueError(
                     f"unknown field {section}.{unknown[0]}; "
                     "another version may have written it, or its name is misspelt"

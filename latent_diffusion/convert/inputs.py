@@ -1,7 +1,7 @@
-"""Which conditioners fill the inputs that a U-Net has beside its latent.
+"""Choose the conditioners that fill the inputs that a U-Net has beside its latent.
 
-Files don't say so: the pipeline or the class that runs them implies it. The number of channels
-tells the models of the paper and those of Stable Diffusion apart.
+Files don't name them: the pipeline or the class that runs the model implies them. The number of
+channels distinguishes the models of the paper and those of Stable Diffusion.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ NOISE_LEVEL, CLASS = "noise_level/embedding", "embedding/embedding"
 def conditioners_for(
     in_channels: int, out_channels: int, text: bool, table: Tensor | None = None
 ) -> dict[str, Part]:
-    """Return the conditioners by the U-Net's channels; none where it takes the latent alone.
+    """Return the conditioners for a U-Net's channels; none where it takes the latent alone.
 
-    text: whether the U-Net attends to a text, as Stable Diffusion's does; the others are the
-    paper's. table: embeddings [N D] by number, of noise levels or of classes, which are added to
-    the timestep's. Raises ValueError for a number of channels that no released model has.
+    text: whether the U-Net attends to a text, as Stable Diffusion's does; otherwise it is taken for
+    one of the paper. table: embeddings [N D] of noise levels or of classes, which are added to the
+    timestep's embedding. Raises ValueError for a number of channels that no released model has.
     """
     extra = in_channels - out_channels
     rows, width = (0, 0) if table is None else table.shape
@@ -52,9 +52,10 @@ def conditioners_for(
 
 
 def table_of(conditioners: Mapping[str, Part]) -> Tensor | None:
-    """Return the embeddings [N D] by number that other libraries count among the U-Net's tensors.
+    """Return the embeddings [N D] of classes or noise levels that other libraries' U-Nets contain.
 
-    They are parameters of our conditioners. Classes that are a token of the context have none.
+    They are parameters of our conditioners. None where there are no such embeddings; those of
+    classes that are tokens of the context don't count.
     """
     classes = conditioners.get("class_label")
     if classes is not None and classes.fields.get("route") == "vector":

@@ -1,4 +1,4 @@
-"""MMDiT's names and shapes in the files of Stable Diffusion 3, and in diffusers' folders."""
+"""MMDiT's tensor names and shapes in files of Stable Diffusion 3 and in diffusers' folders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ from latent_diffusion.nets.mmdit import MMDiT
 
 NAME = "SD3Transformer2DModel"
 _POSITIONS = "pos_embed"
-_TABLE = "pos_embed.pos_embed"  # of positions, in diffusers' names
+_TABLE = "pos_embed.pos_embed"  # diffusers' name of the table of positions
 _SETTINGS = Settings(
     names={
         "patch_size": "patch_size",
@@ -63,7 +63,7 @@ def _positions(theirs: str) -> Rule:
 
 
 def original_table(fields: Mapping[str, Any]) -> Table:
-    """The names of Stable Diffusion 3's own code."""
+    """The names in Stable Diffusion 3's original code."""
     stream, theirs = r"(?P<stream>x|context)_block", r"\g<stream>_block"
     block = (
         Rule(f"{stream}_adaLN_modulation/1", f"{theirs}.adaLN_modulation.1", "linear"),
@@ -82,7 +82,7 @@ def original_table(fields: Mapping[str, Any]) -> Table:
 
 
 def diffusers_table(fields: Mapping[str, Any]) -> Table:
-    """The names of diffusers, where scale comes before shift in the two last modulations."""
+    """The names of diffusers, where scale comes before shift in the last two modulations."""
     mmdit = MMDiT(**fields)
     block, last = (r"joint_blocks_(?P<i>\d+)", r"transformer_blocks.\g<i>"), mmdit.depth - 1
     rules = [
@@ -129,7 +129,7 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
 
 
 def _swapped(layout: Layout) -> Layout:
-    """The same where the two halves of their outputs follow each other the other way round."""
+    """The same layout where files have the two halves of the outputs in reverse order."""
 
     def swap(w: np.ndarray) -> np.ndarray:
         return np.roll(w, len(w) // 2, axis=0)
@@ -152,9 +152,9 @@ def shapes(fields: Mapping[str, Any], channels: int, context: int, vector: int) 
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> tuple[Fields, tuple[int, int, int]]:
-    """The fields of a transformer in the original's names, and the widths of its three inputs.
+    """The fields of a transformer with the original's names, and the widths of its three inputs.
 
-    As in the released models, a head has 64 channels, and as many blocks as the width has 64s.
+    A head has 64 channels, as in the released models.
     """
     width, channels, side, _ = tensors["x_embedder.proj.weight"].shape
     depth = count(tensors, "joint_blocks.")
@@ -192,7 +192,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bundle:
-    """Read diffusers' transformer. Raises ValueError with the reason for refusing it."""
+    """Read diffusers' transformer. Raises ValueError with the reason if it can't be read."""
     values = complete(config)
     width = values["num_attention_heads"] * values["attention_head_dim"]
     needed = {"caption_projection_dim": width, "out_channels": values["in_channels"]}
@@ -239,7 +239,7 @@ def as_component(bundle: Bundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def as_original(part: Part) -> dict[str, Tensor]:
-    """The tensors of the transformer under the names of Stable Diffusion 3's own code."""
+    """The tensors of the transformer under the names in Stable Diffusion 3's original code."""
     mmdit = MMDiT(**part.fields)
     if mmdit.width != 64 * mmdit.num_heads:
         raise ValueError(

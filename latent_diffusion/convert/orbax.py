@@ -1,4 +1,4 @@
-"""Our format: a workdir as training leaves it, but without a state from which to resume."""
+"""Our format: a workdir like that of a run, but without a state from which training can resume."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from latent_diffusion.convert import kept
+from latent_diffusion.convert import frozen_parts
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.core.types import Params
@@ -27,7 +27,7 @@ from latent_diffusion.tasks.distillation import guidance_range
 def read_orbax(directory: Path) -> Bundle:
     """Read a workdir: its averaged parameters, and its first stage.
 
-    Raises ValueError for a damaged config and CheckpointError without a usable checkpoint.
+    Raises ValueError for a damaged config and CheckpointError where no checkpoint is usable.
     """
     config = read_config(directory)
     if config.get("control"):
@@ -47,7 +47,7 @@ def read_orbax(directory: Path) -> Bundle:
         params = workdir.open_entry(directory, entry)["autoencoder"]
         return replace(bundle, autoencoder=as_part(fields, params))
     if fields:
-        first_stage = kept.load_first_stage(directory, make_autoencoder(fields))
+        first_stage = frozen_parts.load_first_stage(directory, make_autoencoder(fields))
         part = as_part(fields, first_stage.params)
         scale = {"scale_factor": first_stage.scale_factor, "shift": first_stage.shift}
         bundle = replace(bundle, autoencoder=part, **scale)
@@ -67,7 +67,9 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
     if config.tokenizer.name != "none":
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
     trees = dict(params.get("conditioner", {}))
-    trees |= {n: kept.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})}
+    trees |= {
+        n: frozen_parts.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})
+    }
     conditioners = {
         name: as_part(fields.to_dict(), trees.get(name, {}))
         for name, fields in config.conditioners.items()
@@ -86,7 +88,7 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
 
 
 def _out_channels(name: str, network: Part) -> int:
-    """The channels of a network's prediction, by the width of its last layer."""
+    """The channels of a network's prediction, which the width of its last layer shows."""
     fields, last = network.fields, "out_2/kernel"
     if name in ("dit", "mmdit"):
         parts = fields["patch_size"] ** 2 * (2 if fields.get("learned_variance") else 1)
@@ -102,14 +104,17 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
 
     base = read(config.init_from)
     adapted: dict[str, dict[str, Any]] = {}
-    for path, own in low_rank.flatten_factors(factors).items():
+    for path, of_kernel in low_rank.flatten_factors(factors).items():
         part, _, kernel = path.removeprefix("conditioner/").partition("/")
         alpha = np.float32(config.lora.alpha)
-        arrays = {name: np.asarray(factor) for name, factor in own.items()}
+        arrays = {name: np.asarray(factor) for name, factor in of_kernel.items()}
         adapted.setdefault(part, {})[kernel] = {**arrays, "alpha": alpha}
     parts = dict(base.parts())
     for name, kernels in adapted.items():
-        merged = {path: _merged(parts[name].params[path], own) for path, own in kernels.items()}
+        merged = {
+            path: _merged(parts[name].params[path], of_kernel)
+            for path, of_kernel in kernels.items()
+        }
         base = base.with_params(name, merged)
     tokenizer = base.tokenizer
     if (directory / workdir.TOKENIZER).exists():
@@ -137,7 +142,7 @@ def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Para
 def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer | None) -> Bundle:
     """The adapted model, with the first stage, the sampling and the picture size of its run.
 
-    A distilled one isn't sampled by its teacher's scheduler.
+    A distilled model doesn't get the scheduler of its teacher.
     """
     notes = dict(base.notes)
     if config.task == "distillation":
@@ -166,8 +171,8 @@ def _merged(kernel: Tensor, factors: dict[str, Any]) -> Tensor:
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
     """Write a workdir that `load` and `--config.first_stage.path` read.
 
-    progress: is called with numbers of elements that are written. Raises ValueError for a model
-    that has neither a first stage nor a denoiser.
+    progress: is called with numbers of parameters that are written. Raises ValueError for a model
+    without a first stage, a denoiser and a prior.
     """
     if bundle.denoiser is None and bundle.prior is None and bundle.autoencoder is None:
         raise ValueError("a workdir holds a first stage or a denoiser; this model has neither")
@@ -186,12 +191,12 @@ def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) 
         _write_first_stage(bundle, path, progress)
     if bundle.prior is not None:
         config["transformer"] = _plain(bundle.prior.fields)
-        config["transformer"].pop("num_codes", None)  # a run takes them from its first stage
+        config["transformer"].pop("num_codes", None)  # a run takes it from its first stage
         config["prior"] = {"sampling": config.pop("sampling")}
     if bundle.denoiser is not None:
         name, network = bundle.denoiser
         config["backbone"], config[name] = name, _plain(network.fields)
-        config[name].pop("out_channels", None)  # a run takes them from its first stage
+        config[name].pop("out_channels", None)  # a run takes it from its first stage
     workdir.save_config(ConfigDict(config), path)
     if bundle.tokenizer is not None:
         bundle.tokenizer.save(path / workdir.TOKENIZER)
@@ -213,13 +218,13 @@ def _write_first_stage(bundle: Bundle, path: Path, progress: Any) -> None:
         jnp.asarray(bundle.shift, jnp.float32),
         make_autoencoder(bundle.autoencoder.fields),
     )
-    kept.save_first_stage(path, first_stage, "converted")
+    frozen_parts.save_first_stage(path, first_stage, "converted")
     if _task(bundle) != "autoencoding":
         progress(sum(tensor.size for tensor in bundle.autoencoder.params.values()))
 
 
 def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
-    """The checkpoint's tree, whose arrays are still in the file that was read."""
+    """The checkpoint's tree, whose arrays are read from the source file when they are needed."""
 
     def lazy(part: Part) -> Any:
         return unflatten_dict({k: _lazy(t, progress) for k, t in part.params.items()}, sep="/")
@@ -234,7 +239,7 @@ def _state(bundle: Bundle, progress: Any) -> dict[str, Any]:
 
 
 def _lazy(tensor: Tensor, progress: Any) -> Tensor:
-    """A tensor that reports progress; it is read for its fingerprint and again to be written."""
+    """The tensor, with progress reports: it is read once for its fingerprint, once for writing."""
     tensor = tensor.astype(np.float32)
 
     def read() -> np.ndarray:
@@ -245,7 +250,7 @@ def _lazy(tensor: Tensor, progress: Any) -> Tensor:
 
 
 def _plain(fields: Any) -> dict[str, Any]:
-    """Fields as JSON has them: a dtype by its name."""
+    """The fields in a form that JSON can hold: a dtype is its name."""
     named: dict[str, Any] = {
         k: dict(v) if isinstance(v, Mapping) else v
         for k, v in fields.items()

@@ -1,4 +1,4 @@
-"""The weights of a pretrained conditioner, from our workdirs and from others' files."""
+"""Read the weights of a pretrained conditioner, from workdirs and from other libraries' files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,11 @@ from latent_diffusion.runtime import workdir
 
 
 def read_pretrained(name: str, path: str | Path, chosen: Mapping[str, Any]) -> Part:
-    """Read the conditioner `name` from a workdir of ours, a folder of others', or a weight file.
+    """Read the conditioner `name` from a workdir, another library's folder, or a weight file.
 
-    "code_map" is also read from a first stage with a codebook, in any place that `read` reads.
-    chosen: fields that the user has set; the files have the others. Parameters stay unread. Raises
-    ValueError that names a path which doesn't hold such an encoder.
+    "code_map" is also read from a first stage with a codebook, in any format of `convert.read`.
+    chosen: fields that the user has set; the others are read from files. Parameters are not yet
+    read. Raises a ValueError that names a path without such an encoder.
     """
     with reading(f"pretrained.{name}={path}"):
         return _read(name, Path(path), chosen)
@@ -54,12 +54,14 @@ def _read(name: str, path: Path, chosen: Mapping[str, Any]) -> Part:
 
 
 def _code_map(path: Path, chosen: Mapping[str, Any]) -> Part:
-    """A prior's code map, or a first stage of maps as a new one."""
+    """The code map of a prior, or a new one from a first stage for maps."""
     from latent_diffusion.convert import read
 
     bundle = read(path)
-    if (own := bundle.conditioners.get("code_map")) is not None:
-        return Part({**own.fields, **chosen, "autoencoder": own.fields["autoencoder"]}, own.params)
+    if (part := bundle.conditioners.get("code_map")) is not None:
+        return Part(
+            {**part.fields, **chosen, "autoencoder": part.fields["autoencoder"]}, part.params
+        )
     stage, others = bundle.autoencoder, (bundle.prior, bundle.denoiser)
     if stage is None or others != (None, None):
         raise ValueError(f"pretrained.code_map={path} is no first stage, and it has no code_map")

@@ -1,4 +1,4 @@
-"""diffusers' scheduler_config.json: our noise schedule, prediction and sampling defaults."""
+"""Noise schedule, prediction and sampling defaults in diffusers' scheduler_config.json."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from latent_diffusion.core.types import Config, lookup
 
 log = logging.getLogger(__name__)
 
-# A U-Net without a schedule gets Stable Diffusion's.
+# Stable Diffusion's schedule, for a U-Net without one.
 ASSUMED = {
     "schedule": "linear",
     "num_timesteps": 1000,
@@ -22,7 +22,7 @@ ASSUMED = {
 }
 _CURVES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# What an unknown class is taken for where its config says nothing.
+# Settings of an unknown class that its config doesn't have.
 _UNKNOWN = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -37,10 +37,10 @@ _KNOWN = {name for record in SCHEDULERS.values() for name in record.names()}
 def from_diffusers(config: Mapping[str, Any]) -> tuple[Config, Config]:
     """Read a `scheduler_config.json`: (`diffusion` fields, sampling defaults).
 
-    Absent settings have the defaults of their class. Where no sampler of ours does what the class
-    or a setting asks for, the log says so, and the default sampler has a name that is unknown, so
-    that another one must be named. Raises ValueError of one line for a noise schedule or prediction
-    that ours don't have, and for values of a wrong type.
+    Absent settings have the defaults of their class. Where none of our samplers does what the class
+    or a setting asks for, a warning is logged, and the default sampler gets an unknown name, so
+    that users must choose another. Raises a ValueError of one line for a noise schedule or a
+    prediction that we don't have, and for values of a wrong type.
     """
     name = config.get("_class_name")
     if not isinstance(name, str):
@@ -75,7 +75,7 @@ def _complete(
     name: str,
     aliases: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Config:
-    """Every used setting, with the type of its default."""
+    """All used settings, checked to have the types of their defaults."""
     settings = {**used, **{key: config[key] for key in used if key in config}}
     for key, value in settings.items():
         default = used[key]
@@ -89,7 +89,7 @@ def _complete(
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a default; None stands for a number that isn't set."""
+    """Whether a value has the type of a default; None as default is for an optional number."""
     if default is None or isinstance(default, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return (default is None and value is None) or (number and math.isfinite(value))
@@ -99,14 +99,14 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 def _allowed(record: Scheduler, config: Mapping[str, Any]) -> Config:
-    """The settings that ours follow at few values. Raises ValueError for another value."""
+    """The settings of which we support few values. Raises ValueError for another value."""
     settings = {key: config.get(key, allowed[0]) for key, allowed in record.only.items()}
     for key, value in settings.items():
         allowed = record.only[key]
         if value not in allowed and not (value is None and allowed[0] is False):
             values = " or ".join(map(str, allowed))
             raise ValueError(f"{key}={value!r} has no equal here; allowed: {values}")
-    # Curves follow these settings also in classes that don't have them.
+    # In diffusers, curves use these settings also in classes whose signatures lack them.
     curved = any(config.get(name) for name in CURVES)
     for key in ("sigma_min", "sigma_max"):
         if curved and key not in record.used and config.get(key) is not None:
@@ -115,7 +115,7 @@ def _allowed(record: Scheduler, config: Mapping[str, Any]) -> Config:
 
 
 def _diffusion(settings: Mapping[str, Any]) -> Config:
-    """The `diffusion` fields. Raises ValueError for a curve or prediction that ours don't have."""
+    """The `diffusion` fields. Raises ValueError for a curve or a prediction that we don't have."""
     kind = settings["prediction_type"]
     return {
         "schedule": lookup(_CURVES, settings["beta_schedule"], "beta_schedule"),
@@ -130,19 +130,19 @@ def _diffusion(settings: Mapping[str, Any]) -> Config:
 def to_diffusers(
     diffusion: Mapping[str, Any], sampling: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The configuration of a DDIM scheduler, or a flow's; ValueError where diffusers lacks it.
+    """The config of a DDIM, flow or LCM scheduler; ValueError where diffusers has no such schedule.
 
-    sampling: the model's defaults, of which the sampler "lcm" makes an LCM scheduler, and `shift`
-    is a flow's.
+    sampling: the model's sampling defaults; the sampler "lcm" selects the LCM scheduler, and
+    `shift` is that of a flow.
     """
     flow = (diffusion["schedule"], diffusion["prediction"]) == ("rectified_flow", "flow")
     if sampling is not None and sampling.get("sampler") == "lcm":
         if flow:
             raise ValueError("diffusers' LCMScheduler follows no flow; save the model as orbax")
-        own = {"original_inference_steps": sampling.get("distilled_steps") or 50}
+        settings = {"original_inference_steps": sampling.get("distilled_steps") or 50}
         if (scaling := sampling.get("timestep_scaling")) is not None:
-            own["timestep_scaling"] = scaling
-        return {**to_diffusers(diffusion), "_class_name": "LCMScheduler", **own}
+            settings["timestep_scaling"] = scaling
+        return {**to_diffusers(diffusion), "_class_name": "LCMScheduler", **settings}
     if flow:
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -162,6 +162,6 @@ def to_diffusers(
         "rescale_betas_zero_snr": diffusion["zero_terminal_snr"],
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
-        "steps_offset": 1,  # of "leading" only; pipelines complain of any other number
+        "steps_offset": 1,  # for "leading" alone; pipelines complain of any other number
         "clip_sample": False,
     }

@@ -1,8 +1,7 @@
-"""The scheduler classes of diffusers that ours follow: settings, their defaults and their meaning.
+"""The scheduler classes of diffusers that we support: settings, their defaults and their meaning.
 
-The facts are those of diffusers 0.42.1. A class has a record: the settings that ours use, with the
-class's defaults; those that ours can't follow but at few values, of which the default comes first;
-those that change nothing. A record reads complete settings into options of `sample`.
+The facts are those of diffusers 0.42.1. Each class has a `Scheduler`, which lists its settings and
+translates them into options of `sample`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +15,12 @@ from latent_diffusion.core.types import Config
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One class. read: complete settings -> options of `sample`, ValueError for what has no equal.
+    """One class. read: complete settings -> options of `sample`; ValueError without an equivalent.
 
-    used: setting -> default. only: setting -> the values that ours follow, the default first.
-    harmless: settings that change no result beside the values that `only` allows. aliases: setting
-    -> values of other classes, and what this class makes of them. noise: complete settings ->
-    `diffusion` fields of a class without betas.
+    used: setting -> the class's default. only: setting -> the values that we support, the default
+    first. harmless: settings that don't change the result if those in `only` have allowed values.
+    aliases: setting -> values of other classes, and the values that this class takes them for.
+    noise: complete settings -> `diffusion` fields, for a class without betas.
     """
 
     read: Callable[[Settings], Config]
@@ -70,7 +69,7 @@ _OF_OTHERS = {
 }
 
 
-# Their latents of sigma_min lack the scale of alpha.
+# With "sigma_min", the final latents of these classes lack the scale of alpha.
 _CLEAN = {"final_sigmas_type": ("zero",)}
 _EDM = {
     "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras",

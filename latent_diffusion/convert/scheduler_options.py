@@ -1,6 +1,7 @@
-"""Complete settings of schedulers of diffusers -> options of `sample`, for `scheduler_classes`.
+"""Functions: complete settings of a diffusers scheduler -> options of `sample`.
 
-A function for each class or several; ValueError names what has no equal here.
+`scheduler_classes` assigns them to the classes. They raise a ValueError that names a setting
+without an equivalent here.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def _timesteps(settings: Settings, linspace: str, leading: str = "leading") -> Config:
-    """The spacing, `linspace` and `leading` being our names of theirs."""
+    """The spacing. linspace, leading: our names of diffusers' spacings of these names."""
     offset = {"offset": settings["steps_offset"]}
     table: dict[str, Config] = {
         "linspace": {"spacing": linspace},
@@ -27,13 +28,13 @@ def _timesteps(settings: Settings, linspace: str, leading: str = "leading") -> C
 
 
 def _end(settings: Settings) -> Config:
-    """Sampling ends at clean data, or at the noise of timestep 0."""
+    """The end of sampling: clean data, or the noise of timestep 0."""
     table: dict[str, Config] = {"zero": {}, "sigma_min": {"last": 0}}
     return lookup(table, settings["final_sigmas_type"], "final_sigmas_type")
 
 
 def _curve(settings: Settings) -> str | None:
-    """The name of the curve that the sigmas follow, if they do."""
+    """The name of the curve that the sigmas follow, or None."""
     curves = [name for name in CURVES if settings.get(name)]
     if len(curves) > 1:
         raise ValueError(f"{' and '.join(curves)} exclude each other")
@@ -41,16 +42,16 @@ def _curve(settings: Settings) -> str | None:
 
 
 def _along_curve(settings: Settings, curve: str, within: Config) -> Config:
-    """The curve between the ends of the spacing `within`, or given ones."""
+    """The curve between sigma_min and sigma_max, by default the ends of the spacing `within`."""
     bounds = {"within": within["spacing"]}
     bounds |= {name: value for name, value in within.items() if name == "offset"}
-    given = {name: settings.get(name) for name in ("sigma_min", "sigma_max")}
-    bounds |= {name: value for name, value in given.items() if value is not None}
+    sigmas = {name: settings.get(name) for name in ("sigma_min", "sigma_max")}
+    bounds |= {name: value for name, value in sigmas.items() if value is not None}
     return {"spacing": curve, **bounds}
 
 
 def _k_timesteps(settings: Settings) -> Config:
-    """Of the classes after k-diffusion: fractional timesteps, curves between those of a spacing."""
+    """The timesteps of classes after k-diffusion: fractional, curves between a spacing's ends."""
     plain = _timesteps(settings, "linspace")
     curve = _curve(settings)
     start = {} if settings["timestep_spacing"] == "leading" else {"spread": "sigma"}
@@ -58,7 +59,7 @@ def _k_timesteps(settings: Settings) -> Config:
 
 
 def _open_timesteps(settings: Settings) -> Config:
-    """Of DPM-Solver and its kin: no evaluation at t = 0, and whole timesteps for the network."""
+    """The timesteps of DPM-Solver and similar classes: none at t = 0, whole for the network."""
     if settings.get("use_lu_lambdas"):
         if _curve(settings) is None:
             settings = {**settings, "use_exponential_sigmas": True}
@@ -69,9 +70,9 @@ def _open_timesteps(settings: Settings) -> Config:
         return _timesteps(settings, "open", "open_leading")
     rounded = curve == "karras" or settings.get("use_lu_lambdas")
     cosine = settings["beta_schedule"] == "squaredcos_cap_v2" and "use_lu_lambdas" in settings
-    seen = "round" if rounded and not cosine else "floor"
-    whole = _along_curve(settings, curve, {"spacing": "linspace"})
-    return {**whole, "network_timesteps": seen}
+    rounding = "round" if rounded and not cosine else "floor"
+    spacing = _along_curve(settings, curve, {"spacing": "linspace"})
+    return {**spacing, "network_timesteps": rounding}
 
 
 # --------------------------------------------------------------------------------- estimates of z_0
@@ -93,7 +94,7 @@ def _clipped(settings: Settings) -> Config:
 def ddpm(settings: Settings) -> Config:
     """DDPM and its parallel form."""
     kind = settings["variance_type"]
-    # It adds noise to the final answer unless the last timestep is 0.
+    # With this variance, diffusers adds noise to the final result unless the last timestep is 0.
     ends_at_0 = {"linspace": True, "leading": settings["steps_offset"] == 0}
     if kind == "fixed_large" and not ends_at_0.get(settings["timestep_spacing"], False):
         raise ValueError("variance_type=fixed_large has no equal where the last timestep isn't 0")
@@ -102,7 +103,7 @@ def ddpm(settings: Settings) -> Config:
 
 
 def _even(settings: Settings) -> Config:
-    """Of the classes whose steps span T // S timesteps, whatever the spacing."""
+    """The timesteps of classes whose steps span T // S timesteps with every spacing."""
     if settings["timestep_spacing"] == "linspace":
         raise ValueError("timestep_spacing=linspace has no equal here: its steps overlap")
     end = {} if settings["set_alpha_to_one"] else {"last": 0}
@@ -124,7 +125,7 @@ def pndm(settings: Settings) -> Config:
 
 
 def after_k(sampler: str) -> Callable[[Settings], Config]:
-    """A class after k-diffusion with no settings of its own."""
+    """The reader of a class after k-diffusion without further settings."""
 
     def read(settings: Settings) -> Config:
         return {"sampler": sampler, **_clipped(settings), **_k_timesteps(settings)}
@@ -149,54 +150,63 @@ def dpm_multistep(settings: Settings) -> Config:
 def _dpm_sampler(settings: Settings) -> Config:
     kind, order = settings["algorithm_type"], settings["solver_order"]
     ends = {name: settings[name] for name in ("lower_order_final", "euler_at_final")}
-    own = {"solver_type": settings["solver_type"], **ends}
+    options = {"solver_type": settings["solver_type"], **ends}
     table: dict[str, Config] = {
         "dpmsolver 1": {"sampler": "lms", "order": 1},
-        "dpmsolver 2": {"sampler": "dpm_solver_2m", **own},
-        "dpmsolver 3": {"sampler": "dpm_solver_3m", **own},
+        "dpmsolver 2": {"sampler": "dpm_solver_2m", **options},
+        "dpmsolver 3": {"sampler": "dpm_solver_3m", **options},
         "dpmsolver++ 1": {"sampler": "dpm_solver_pp_singlestep", "order": 1},
-        "dpmsolver++ 2": {"sampler": "dpm_solver_pp_2m", **own},
-        "dpmsolver++ 3": {"sampler": "dpm_solver_pp_3m_sde", "eta": 0.0, **own},
+        "dpmsolver++ 2": {"sampler": "dpm_solver_pp_2m", **options},
+        "dpmsolver++ 3": {"sampler": "dpm_solver_pp_3m_sde", "eta": 0.0, **options},
         "sde-dpmsolver++ 1": {"sampler": "dpm_solver_pp_singlestep", "order": 1, "eta": 1.0},
-        "sde-dpmsolver++ 2": {"sampler": "dpm_solver_pp_2m_sde", **own},
+        "sde-dpmsolver++ 2": {"sampler": "dpm_solver_pp_2m_sde", **options},
     }
-    # Of sde-dpmsolver++ in third order, the last term has the wrong sign in diffusers.
+    # sde-dpmsolver++ of third order is absent: its last term has the wrong sign in diffusers.
     return lookup(table, f"{kind} {order}", "algorithm_type and solver_order")
 
 
 def dpm_singlestep(settings: Settings) -> Config:
-    """DPM-Solver++, singlestep, whose steps are even."""
+    """DPM-Solver++, singlestep, whose timesteps are always evenly spaced."""
     kind, order = settings["algorithm_type"], settings["solver_order"]
     noise = {"eta": 1.0} if kind == "sde-dpmsolver++" else {}
     if noise and order == 3 and settings["solver_type"] == "heun":
         raise ValueError("algorithm_type=sde-dpmsolver++ has no equal here with heun's third order")
-    own = {"order": order, "solver_type": settings["solver_type"]}
-    own["lower_order_final"] = settings["lower_order_final"]
+    options = {"order": order, "solver_type": settings["solver_type"]}
+    options["lower_order_final"] = settings["lower_order_final"]
     spaced = {**settings, "timestep_spacing": "linspace", "steps_offset": 0}
-    sampler = {"sampler": "dpm_solver_pp_singlestep", **noise, **own}
+    sampler = {"sampler": "dpm_solver_pp_singlestep", **noise, **options}
     return {**sampler, **_clipped(settings), **_open_timesteps(spaced), **_end(settings)}
 
 
 def unipc(settings: Settings) -> Config:
-    """UniPC on z_0."""
+    """UniPC with predictions of z_0."""
     if settings["sigma_min"] is not None and settings["final_sigmas_type"] == "sigma_min":
         raise ValueError("sigma_min has no equal here with final_sigmas_type=sigma_min")
-    own = {"order": settings["solver_order"], "solver_type": settings["solver_type"]}
-    own["lower_order_final"] = settings["lower_order_final"]
+    options = {"order": settings["solver_order"], "solver_type": settings["solver_type"]}
+    options["lower_order_final"] = settings["lower_order_final"]
     if settings["disable_corrector"]:
-        own["disable_corrector"] = settings["disable_corrector"]
-    sampler = {"sampler": "unipc", **own}
+        options["disable_corrector"] = settings["disable_corrector"]
+    sampler = {"sampler": "unipc", **options}
     return {**sampler, **_clipped(settings), **_open_timesteps(settings), **_end(settings)}
 
 
 def deis(settings: Settings) -> Config:
     """DEIS, whose sampling ends at the least noise."""
-    own = {"order": settings["solver_order"], "lower_order_final": settings["lower_order_final"]}
-    return {"sampler": "deis", "last": 0, **own, **_clipped(settings), **_open_timesteps(settings)}
+    options = {
+        "order": settings["solver_order"],
+        "lower_order_final": settings["lower_order_final"],
+    }
+    return {
+        "sampler": "deis",
+        "last": 0,
+        **options,
+        **_clipped(settings),
+        **_open_timesteps(settings),
+    }
 
 
 def distilled(sampler: str, **fixed: Any) -> Callable[[Settings], Config]:
-    """A class for distilled networks."""
+    """The reader of a class for distilled networks."""
 
     def read(settings: Settings) -> Config:
         steps = {"spacing": "lcm", "distilled_steps": settings["original_inference_steps"]}
@@ -212,13 +222,13 @@ def lcm(settings: Settings) -> Config:
 
 
 def edm_noise(settings: Settings) -> Config:
-    """Karras' preconditioning; with sigma_data 1, the answer is minus v."""
+    """Karras' preconditioning; with sigma_data 1, the network's output is minus v."""
     kinds = {("epsilon", 0.5): ("edm", "edm"), ("epsilon", 1.0): ("edm_unit", "edm")}
     kinds["v_prediction", 1.0] = ("edm_unit", "v")
     kind = (settings["prediction_type"], settings["sigma_data"])
     if kind not in kinds:
-        known = "; ".join(f"{prediction} {data}" for prediction, data in kinds)
-        raise ValueError(f"prediction_type and sigma_data {kind} are unknown; known: {known}")
+        names = "; ".join(f"{prediction} {data}" for prediction, data in kinds)
+        raise ValueError(f"prediction_type and sigma_data {kind} are unknown; known: {names}")
     schedule, prediction = kinds[kind]
     ends = {"beta_start": settings["sigma_min"], "beta_end": settings["sigma_max"]}
     return {"schedule": schedule, "prediction": prediction, **ends}

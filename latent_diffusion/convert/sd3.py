@@ -1,8 +1,9 @@
 """Stable Diffusion 3: how its three text encoders condition the transformer, and its single files.
 
-Esser et al. 2024. The penultimate states of both of CLIP's encoders, without the final norm, are
-joined and widened with zeros to T5's width, and T5's states follow; the vector is that of both of
-CLIP's texts. A model without T5 has zeros in its place. The unconditional is the empty prompt.
+Esser et al. 2024. The penultimate states of both CLIP encoders, without the final norm, are
+concatenated and padded with zeros to T5's width; T5's states follow them. The vector joins the
+pooled outputs of both CLIP encoders. A model without T5 has zeros in the place of T5's states. The
+null condition is the empty prompt.
 """
 
 from collections.abc import Mapping
@@ -45,12 +46,12 @@ _PROJECTION = _INNER + clip_text.PROJECTION
 
 
 def is_sd3(pipeline: str) -> bool:
-    """Whether a pipeline of diffusers, by its class, runs Stable Diffusion 3."""
+    """Whether a pipeline class of diffusers runs Stable Diffusion 3."""
     return pipeline.startswith("StableDiffusion3")
 
 
 def text_fields(name: str, projection_dim: int | None) -> Fields:
-    """How the encoder `name` is used. projection_dim: the width of its vector, of CLIP's."""
+    """Fields for the use of the encoder `name`. projection_dim: the width of a CLIP's vector."""
     if name == "t5_text":
         return {}
     fields: Fields = {"skip_last": 1, "final_norm": False, "projection_dim": projection_dim}
@@ -58,7 +59,7 @@ def text_fields(name: str, projection_dim: int | None) -> Fields:
 
 
 def with_encoders(bundle: Bundle, where: Path) -> Bundle:
-    """The bundle with zeros in T5's place if it has no T5; ValueError if another encoder lacks.
+    """The bundle with zeros in T5's place if it has no T5; ValueError if it lacks a CLIP encoder.
 
     A bundle without any encoder stays as it is.
     """
@@ -91,7 +92,7 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
         return _bundle(mmdit.read_original(path, tensors), "")
     beginnings = (prefix, FIRST_STAGE, *_ENCODERS.values())
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(beginnings)}
-    read_tensors((), {}, rest, str(path))  # refuses tensors that no part has
+    read_tensors((), {}, rest, str(path))  # refuses tensors that belong to no part
     bundle = _bundle(mmdit.read_original(path, within(tensors, prefix)), prefix)
     if first_stage := within(tensors, FIRST_STAGE):
         bundle = replace(
@@ -99,8 +100,8 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
             shift=SHIFT,
         )  # fmt: skip
     for name, beginning in _ENCODERS.items():
-        if own := within(tensors, beginning):
-            part, without = _read_encoder(path, name, own)
+        if encoder_tensors := within(tensors, beginning):
+            part, without = _read_encoder(path, name, encoder_tensors)
             notes = {**bundle.notes, "no_projection": without} if without else bundle.notes
             bundle = replace(bundle.with_part(name, part), notes=notes)
     return with_encoders(bundle, path)
@@ -128,7 +129,10 @@ def _read_first_stage(path: Path, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def _read_encoder(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[Part, bool]:
-    """An encoder, and whether the file lacks CLIP's projection, which is then the identity."""
+    """Read an encoder. Returns it, and whether the file lacks CLIP's projection.
+
+    The projection is then the identity.
+    """
     scale = {n: t for n, t in tensors.items() if n == "logit_scale"}
     tensors = within(tensors, _INNER)
     if name == "t5_text":
@@ -148,10 +152,10 @@ def _read_encoder(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple
 
 
 def as_single(bundle: Bundle) -> dict[str, Tensor]:
-    """The tensors of a single file, unread; ValueError for what the format can't say."""
+    """The tensors of a single file, not yet read; ValueError where the format can't do it."""
     assert bundle.mmdit is not None
-    wanted, sampling = from_diffusers(SCHEDULER)
-    if dict(bundle.diffusion) != wanted or bundle.sampling.get("shift") != sampling["shift"]:
+    diffusion, sampling = from_diffusers(SCHEDULER)
+    if dict(bundle.diffusion) != diffusion or bundle.sampling.get("shift") != sampling["shift"]:
         raise ValueError(
             "this format doesn't say how the noise is spaced, which must be that of the released "
             f"models, a flow with shift={sampling['shift']:g}; save it as diffusers"
@@ -166,23 +170,23 @@ def as_single(bundle: Bundle) -> dict[str, Tensor]:
                 f"{scaled[0]:g} and {scaled[1]:g}; save it as diffusers"
             )
         table = autoencoder.compvis_table(bundle.autoencoder.fields)
-        own = write_tensors(prefixed(table, FIRST_STAGE), bundle.autoencoder.params)
-        tensors |= without_identities(own, FIRST_STAGE)
+        part_tensors = write_tensors(prefixed(table, FIRST_STAGE), bundle.autoencoder.params)
+        tensors |= without_identities(part_tensors, FIRST_STAGE)
     for name, beginning in _ENCODERS.items():
         part = bundle.conditioners.get(name)
         if part is None or not part.params:
             continue
-        own = _as_encoder(name, part)
+        part_tensors = _as_encoder(name, part)
         if name == "clip_text" and bundle.notes.get("no_projection"):
-            own.pop(_PROJECTION)
-        own |= {n: t for n, t in part.unused.items() if n == "logit_scale"}
-        tensors |= {beginning + n: t for n, t in own.items()}
+            part_tensors.pop(_PROJECTION)
+        part_tensors |= {n: t for n, t in part.unused.items() if n == "logit_scale"}
+        tensors |= {beginning + n: t for n, t in part_tensors.items()}
     return tensors
 
 
 def _as_encoder(name: str, part: Part) -> dict[str, Tensor]:
     if name == "t5_text":
         return {_INNER + n: t for n, t in t5.transformers_tensors(part).items()}
-    own = clip_text.transformers_tensors(part)
-    named = {n if n == clip_text.PROJECTION else f"text_model.{n}": t for n, t in own.items()}
+    tensors = clip_text.transformers_tensors(part)
+    named = {n if n == clip_text.PROJECTION else f"text_model.{n}": t for n, t in tensors.items()}
     return {_INNER + n: t for n, t in named.items()}

@@ -1,4 +1,4 @@
-"""The settings of a module in the words of another library: one table, read and written."""
+"""The settings of a module in another library's config: one table, for reading and writing."""
 
 import math
 import reprlib
@@ -6,22 +6,22 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Fields = dict[str, Any]  # of one of our modules, by name
-_LARGEST = 1 << 20  # of whole numbers: no released model has a width or a length near it
-_short = reprlib.repr  # the full text of a value that a file made could fill the memory
+Fields = dict[str, Any]  # the fields of one of our modules, by name
+_LARGEST = 1 << 20  # bound of whole numbers: no released model has a width or a length near it
+_short = reprlib.repr  # the full repr of a value from a file could fill the memory
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one class of another library: all that there are, and their meaning here.
+    """All settings of one class of another library, and their meaning here.
 
-    names: their name → the name of our field, where both have the same value.
-    defaults: their value where a setting that is used is absent. required: settings without a
-    default, optional: those whose default is None; both with an example of another value.
+    names: the library's name → the name of our field, where both have the same value.
+    defaults: the values of used settings where they are absent. required: settings without a
+    default; optional: settings whose default is None; both with an example of another value.
     per_level: settings that may also be a list of such values.
-    allowed: the only values of some settings that our module computes; the first is the default.
+    allowed: the values that our module supports, for some settings; the first is the default.
     checked: the same for settings that are not written, since not all classes have them.
-    harmless: settings that change no output: of training, of speed, names.
+    harmless: settings that change no output: those of training, those of speed, names.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -34,10 +34,10 @@ class Settings:
     harmless: Collection[str] = ()
 
     def complete(self, config: Mapping[str, Any], owner: str) -> dict[str, Any]:
-        """Return the config with all defaults. owner: the class of the other library, for messages.
+        """Return the config with all defaults. owner: the library's class, for messages.
 
-        Names that begin with "_" are notes of diffusers. Raises ValueError that names a setting
-        which is absent, unknown, of another kind, or has a value that our module can't compute.
+        Names that begin with "_" are notes of diffusers. Raises a ValueError that names a setting
+        that is absent, unknown, of another type, or has a value that our module doesn't support.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"{owner} is {_short(config)}; expected settings by their names")
@@ -55,9 +55,9 @@ class Settings:
                     raise ValueError(f"{said}; supported: {supported}")
             elif name in examples:
                 listed = name in self.per_level and isinstance(value, list | tuple)
-                absent_one = value is None and name in self.optional
-                if not absent_one and not all(
-                    _is_like(one, examples[name]) for one in (value if listed else [value])
+                unset = value is None and name in self.optional
+                if not unset and not all(
+                    _is_like(item, examples[name]) for item in (value if listed else [value])
                 ):
                     raise ValueError(f"{said}; expected a value such as {_short(examples[name])}")
             elif value is not None and name not in self.harmless and not name.startswith("_"):
@@ -73,16 +73,16 @@ class Settings:
         return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
     def write(self, module: Any) -> dict[str, Any]:
-        """Return their settings for one of our modules."""
+        """Return the library's settings for one of our modules."""
         first = {name: allowed[0] for name, allowed in self.allowed.items()}
         values = {theirs: getattr(module, ours) for theirs, ours in self.names.items()}
         return first | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def _is_like(value: Any, example: Any) -> bool:
-    """Whether a value is of the kind of an example, which is positive where values must be.
+    """Whether a value has the type of an example; a positive whole number needs a positive value.
 
-    In a list, whole numbers may be zero: a level without blocks.
+    In a list, whole numbers may be zero, for a level without blocks.
     """
     match example:
         case bool() | str():
@@ -92,24 +92,24 @@ def _is_like(value: Any, example: Any) -> bool:
         case float():
             return type(value) in (int, float) and math.isfinite(value)
         case tuple():
-            one = 0 if type(example[0]) is int else example[0]
-            return isinstance(value, list | tuple) and all(_is_like(item, one) for item in value)
+            first = 0 if type(example[0]) is int else example[0]
+            return isinstance(value, list | tuple) and all(_is_like(item, first) for item in value)
         case _:
             return isinstance(value, Mapping)
 
 
-def check_class(config: Mapping[str, Any], known: Collection[str], owner: str) -> None:
-    """Raise ValueError for a module of a yaml whose class, its `target`, isn't a known one.
+def check_class(config: Mapping[str, Any], classes: Collection[str], owner: str) -> None:
+    """Raise ValueError for a module of a yaml whose class, its `target`, isn't in `classes`.
 
-    An absent class is taken for one of them.
+    A module without a `target` passes.
     """
     target = config.get("target") or ""
-    if target and str(target).rpartition(".")[2] not in known:
-        raise ValueError(f"{owner}.target={_short(target)}; supported: {', '.join(known)}")
+    if target and str(target).rpartition(".")[2] not in classes:
+        raise ValueError(f"{owner}.target={_short(target)}; supported: {', '.join(classes)}")
 
 
 def single(values: Mapping[str, Any], name: str, owner: str) -> Any:
-    """The value of a setting that may be a list with one value per level."""
+    """The value of a setting that may be a list of equal values, one per level."""
     value = values[name]
     items = value if isinstance(value, list | tuple) else [value]
     if len(items) == 0 or any(item != items[0] for item in items):
@@ -122,10 +122,10 @@ def remembered(
     source: Mapping[str, Any] | None,
     meaning: Callable[[Mapping[str, Any]], Any],
 ) -> dict[str, Any]:
-    """The config of a file that is written, in the words of the file that was read.
+    """The config for a file to write, with settings of the file that was read.
 
-    source: the config of that file, if there was one. Where both mean the same model, its words
-    win; else they only add settings which the written config does not have.
+    source: the config of the file that was read, if any. Where both configs mean the same model,
+    the source's values win; else the source only adds settings that `written` doesn't have.
     """
     if not source:
         return written
@@ -133,7 +133,7 @@ def remembered(
     return {**written, **source} if alike else {**source, **written}
 
 
-# Of every config of transformers: settings of training, of outputs and of generating texts.
+# Settings in every config of transformers: of training, of outputs and of generating texts.
 _WORDS = """
     architectures model_type transformers_version torch_dtype dtype name_or_path return_dict
     output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss
@@ -162,9 +162,9 @@ def encoder_settings(
 ) -> tuple[Callable[[Mapping[str, Any]], Fields], Callable[[Mapping[str, Any]], dict[str, Any]]]:
     """Return the functions config.json → fields and fields → config.json of an encoder.
 
-    They serve transformers' encoders (BERT and both of CLIP), which share four settings. Our
-    `mlp_width` is None where it has its usual value, four times `width`. defaults: of all settings
-    that are used, as the class of transformers has them.
+    They are for transformers' encoders (BERT and both of CLIP), which share four settings. Our
+    `mlp_width` is None where it has its usual value, four times `width`. defaults: those of all
+    used settings in the transformers class.
     """
     shared = {
         "hidden_size": "width",
@@ -193,13 +193,13 @@ def encoder_settings(
 
 
 def usual_mlp(fields: Fields) -> Fields:
-    """The fields of an encoder with None for the usual `mlp_width`, which is four times `width`."""
+    """The encoder's fields with None for an `mlp_width` of the usual value, four times `width`."""
     usual = fields["mlp_width"] == 4 * fields["width"]
     return {**fields, "mlp_width": None} if usual else fields
 
 
 def check_groups(module: Any) -> None:
-    """Raise ValueError for a network that has another number of groups than the original's code."""
+    """Raise ValueError for a network whose number of groups differs from the original's."""
     if module.num_groups != 32:
         raise ValueError(
             f"the original's code has 32 groups in every norm, this model {module.num_groups}; "

@@ -1,7 +1,7 @@
-"""Files of Stable Diffusion XL's own code (sgm): its text encoders, its yaml, both ways.
+"""Files of Stable Diffusion XL's original code (sgm): read and write its text encoders and yaml.
 
-The U-Net and the first stage have the names of the earlier code (`compvis`); the yaml has others,
-which become those of the earlier code's LatentDiffusion here.
+The U-Net and the first stage have the names of the earlier code (`compvis`). The yaml has other
+settings, which are translated here to those of the earlier code's LatentDiffusion.
 """
 
 import reprlib
@@ -24,9 +24,9 @@ from latent_diffusion.nets.conditioners.clip_text import ClipText
 _short = reprlib.repr
 
 EMBEDDERS = "conditioner.embedders."
-# Empty tensors of finetuned models: the prediction is v, the last noise has no signal left.
+# Empty tensors that mark finetuned models with v-prediction and with zero terminal SNR.
 MARKERS = ("v_pred", "ztsnr")
-SIDE = 128  # of the latents that the released models are trained on
+SIDE = 128  # side of the latents that the released models are trained on
 _PREFIXES = {"clip_text": "transformer.text_model.", "clip_text_2": "model."}
 _MARKS = {
     "clip_text": "transformer.text_model.embeddings.token_embedding.weight",
@@ -49,7 +49,7 @@ _EMBEDDER = Settings(
     optional={"params": {}},
     harmless=("is_trainable", "ucg_rate", "legacy_ucg_value"),
 )
-_EMBEDDED = Settings(  # of one of them
+_EMBEDDED = Settings(  # those of an embedder's `params`
     optional={"layer": "", "layer_idx": 11, "outdim": 256, "always_return_pooled": True},
     checked={"max_length": (77,), "legacy": (False,)},
     harmless=("version", "device", "arch", "freeze"),
@@ -68,12 +68,12 @@ _KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple
 
 
 def is_engine(model: Mapping[str, Any]) -> bool:
-    """Whether the `model` of a yaml is of this code."""
+    """Whether the `model` of a yaml is for this code."""
     return "network_config" in (model.get("params") or {})
 
 
 def as_latent_diffusion(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of LatentDiffusion that mean the same. Raises ValueError for others."""
+    """The settings of LatentDiffusion that mean the same; ValueError where there are none."""
     values = _ENGINE.complete(params, "DiffusionEngine")
     check_class(values["denoiser_config"] or {}, ("DiscreteDenoiser",), "denoiser_config")
     denoiser = _params(values["denoiser_config"], "denoiser_config", _DENOISER)
@@ -101,45 +101,43 @@ def _params(config: Any, name: str, settings: Settings) -> dict[str, Any]:
 def with_embedders(
     bundle: Bundle, where: Path, tensors: Mapping[str, Tensor], model: Mapping[str, Any]
 ) -> Bundle:
-    """The bundle with its text encoders and sizes. tensors: by their names behind EMBEDDERS.
+    """The bundle with its text encoders and sizes. tensors: by their names without EMBEDDERS.
 
-    model: of the yaml; empty without one. The base, which has two encoders, drops conditions to
-    zeros, the refiner to the empty prompt.
+    model: that of the yaml, or empty. The null condition is zeros in the base model, which has two
+    encoders, and the empty prompt in the refiner.
     """
     conditioners, left = dict(bundle.conditioners), set(tensors)
     encoders = {name.split(".")[0] for name in tensors}
     for index in sorted(encoders):
-        own = within(tensors, f"{index}.")
-        left -= {f"{index}.{name}" for name in own}
-        name = next((name for name, mark in _MARKS.items() if mark in own), None)
+        encoder_tensors = within(tensors, f"{index}.")
+        left -= {f"{index}.{name}" for name in encoder_tensors}
+        name = next((name for name, mark in _MARKS.items() if mark in encoder_tensors), None)
         if name is None:
-            some = ", ".join(list(own)[:3])
+            some = ", ".join(list(encoder_tensors)[:3])
             raise ValueError(f"{where}: {EMBEDDERS}{index} is no text encoder: it has {some} …")
-        projection = own.get("model.text_projection")
+        projection = encoder_tensors.get("model.text_projection")
         width = None if projection is None else projection.shape[1]
         chosen = sdxl.text_fields(name, width, len(encoders) == 2)
-        conditioners[name] = read_encoder(name, where, own, chosen=chosen)
+        conditioners[name] = read_encoder(name, where, encoder_tensors, chosen=chosen)
     joined = (model.get("params") or {}).get("conditioner_config") or {}
     check_class(joined, ("GeneralConditioner",), "conditioner_config")
     said = _params(joined, "conditioner", _JOINED)
-    modules = [_EMBEDDER.complete(one, "emb_models") for one in said["emb_models"] or ()]
-    widths = [
-        (one["params"] or {}).get("outdim") for one in modules if one["target"].endswith("ND")
-    ]
+    modules = [_EMBEDDER.complete(entry, "emb_models") for entry in said["emb_models"] or ()]
+    widths = [(m["params"] or {}).get("outdim") for m in modules if m["target"].endswith("ND")]
     notes = {**bundle.notes, "time_width": next(iter(widths), sdxl.TIME_WIDTH)}
     bundle = sdxl.with_sizes(replace(bundle, conditioners=conditioners, notes=notes), where)
-    used, wanted = ([_use(one) for one in many] for many in (modules, _models(bundle)))
-    if modules and used != wanted:
-        raise ValueError(f"conditioner_config.emb_models={_short(used)}; supported: {wanted}")
+    used, supported = ([_use(m) for m in group] for group in (modules, _models(bundle)))
+    if modules and used != supported:
+        raise ValueError(f"conditioner_config.emb_models={_short(used)}; supported: {supported}")
     return bundle
 
 
 def _use(module: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-    """How a module of the conditioner is used: its class, its input, and settings that matter."""
+    """The use of a module of the conditioner: its class, its input, and settings that matter."""
     params = module["params"] or {}
     _EMBEDDED.complete(params, "emb_models")
-    own = {name: params[name] for name in _EMBEDDED.optional if name in params}
-    return module["target"].rpartition(".")[2], module["input_key"], own
+    settings = {name: params[name] for name in _EMBEDDED.optional if name in params}
+    return module["target"].rpartition(".")[2], module["input_key"], settings
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -148,7 +146,7 @@ def _use(module: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
 def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of the text encoders and the markers, and the yaml's further settings.
 
-    Raises ValueError for an encoder that the code doesn't have.
+    Raises ValueError for an encoder that sgm's code doesn't have.
     """
     tensors: dict[str, Tensor] = {}
     for index, name in enumerate(_encoders(bundle)):
@@ -163,9 +161,9 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"this format has eps and v, not {diffusion['prediction']}")
     if diffusion["schedule"] != "linear":
         raise ValueError(f"this format has the linear schedule, not {diffusion['schedule']!r}")
-    kept = {} if bundle.unet is None else bundle.unet.unused
+    unused = {} if bundle.unet is None else bundle.unet.unused
     empty = in_memory(np.zeros(0, np.float32))
-    tensors |= {name: kept.get(name, empty) for name, yes in chosen.items() if yes}
+    tensors |= {name: unused.get(name, empty) for name, yes in chosen.items() if yes}
     scaling = next(name for name, said in _SCALINGS.items() if said == diffusion["prediction"])
     modules = "sgm.modules.diffusionmodules"
     ends = {"linear_start": diffusion["beta_start"], "linear_end": diffusion["beta_end"]}
@@ -193,7 +191,7 @@ def _encoders(bundle: Bundle) -> list[str]:
 
 
 def _check_encoder(name: str, module: ClipText) -> None:
-    """Raise ValueError for an encoder that sgm's classes aren't."""
+    """Raise ValueError for an encoder that sgm's classes can't express."""
     activation = {"clip_text": "quick_gelu", "clip_text_2": "gelu"}[name]
     shown = (module.num_heads * 64, module.activation, module.skip_last)
     if shown != (module.width, activation, 1):
@@ -205,7 +203,7 @@ def _check_encoder(name: str, module: ClipText) -> None:
 
 
 def _models(bundle: Bundle) -> list[dict[str, Any]]:
-    """The modules of the conditioner, in the yaml's words."""
+    """The modules of the conditioner, as the yaml lists them."""
     modules, models = "sgm.modules.encoders.modules", []
     for name in _encoders(bundle):
         fields = bundle.conditioners[name].fields

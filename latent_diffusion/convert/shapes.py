@@ -1,4 +1,4 @@
-"""The shapes of a module's parameters: what a file has to hold."""
+"""The shapes of a module's parameters, which the tensors of a file must have."""
 
 import functools
 from typing import Any
@@ -12,7 +12,8 @@ from latent_diffusion.core.types import Params
 def parameter_shapes(module: nn.Module, *inputs: Any) -> Params:
     """The tree of parameter shapes of a module.
 
-    inputs: trees of `array`s for the module's `__call__`, hashable ones: a batch is a FrozenDict.
+    inputs: trees of `array`s for the module's `__call__`. They must be hashable, so that a batch is
+    a FrozenDict.
     """
     return jax.tree.map(lambda leaf: leaf, _init_shapes(module, *inputs)).get("params", {})
 

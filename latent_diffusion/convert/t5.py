@@ -1,4 +1,4 @@
-"""T5's encoder: its names and settings in transformers' words."""
+"""T5's encoder: its tensor names and settings in transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.conditioners.t5_text import T5Text
 
 NAME = "T5EncoderModel"
-_COPY = "encoder.embed_tokens.weight"  # of the table of words, in some files
+_COPY = "encoder.embed_tokens.weight"  # a copy of the token embeddings, in some files
 _BLOCK = (r"layers_(?P<i>\d+)", r"encoder.block.\g<i>.layer")
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _SETTINGS = Settings(
@@ -61,7 +61,7 @@ def transformers_table(fields: Mapping[str, Any]) -> Table:
 
 
 def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tensors that may be left over: a copy of the table of words, and a whole T5's other parts."""
+    """Tensors that may be left over: a copy of token embeddings, and other parts of a whole T5."""
     return (_COPY.replace(".", r"\."), r"decoder\..*", r"lm_head\.weight", r"logit_scale")
 
 
@@ -90,7 +90,7 @@ def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off the tensors, without a prefix."""
+    """Infer the architecture from the tensors, whose names have no prefix."""
     (vocab_size, width), (buckets, heads) = tensors["shared.weight"].shape, tensors[_BIAS].shape
     block = "encoder.block.0.layer"
     depth = sum(name.endswith("layer.0.SelfAttention.q.weight") for name in tensors)
@@ -106,6 +106,6 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
 
 
 def transformers_tensors(part: Part) -> dict[str, Tensor]:
-    """The tensors of its file, with the copy of the table of words where the file had it."""
+    """The tensors of an encoder's file, with the copy of token embeddings where the file had it."""
     copy = {_COPY: part.params["shared/embedding"]} if _COPY in part.unused else {}
     return write_tensors(transformers_table(part.fields), part.params) | copy

@@ -1,8 +1,9 @@
-"""Tables of names: our parameter paths beside the names in others' files, read in both directions.
+"""Tables that map our parameter paths to tensor names in other libraries' files, and back.
 
-A rule pairs the path of one of our modules (a regular expression) with the name of their module and
-has the kind of the layer, which lists the arrays of the layer and the layout of each one.
-Matching the rules against a parameter tree gives `Pair`s, which can be followed either way.
+In all tables, "ours" is a path of our parameters or modules, "theirs" a name in the other library.
+A rule pairs the path of a module (a regular expression) with the name of the library's module; its
+kind lists the arrays of the layer and the layout of each array. Matching the rules against a
+parameter tree gives `Pair`s, by which tensors are read and written.
 """
 
 import functools
@@ -17,9 +18,9 @@ from latent_diffusion.files.tensor import Tensor, is_float
 
 
 class Layout(NamedTuple):
-    """How one array of ours is made of theirs, and theirs of ours; the two are exact inverses.
+    """read: makes our array from theirs. write: makes their arrays from ours, the exact inverse.
 
-    They take arrays of NumPy and of JAX.
+    Both take arrays of NumPy and of JAX.
     """
 
     read: Callable[..., Any]
@@ -38,9 +39,9 @@ LINEAR_2D = _one(lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
 LINEAR_1D = _one(lambda w: w[:, :, 0].T, lambda k: k.T[:, :, None])
 
 
-@functools.cache  # layouts are parts of compiled programs' keys: equal ones must be the same
+@functools.cache  # layouts are in the keys of compiled programs: equal ones must be identical
 def _joint(num_heads: int, interleaved: bool) -> Layout:
-    """Our array holds q, k and v in its last axis (see `joint_qkv`); they have three arrays."""
+    """Our array has q, k and v in its last axis (see `joint_qkv`); the library has three arrays."""
     axis = -2 if interleaved else -3
 
     def read(*parts: Any) -> Any:
@@ -58,9 +59,9 @@ def _joint(num_heads: int, interleaved: bool) -> Layout:
 
 
 class Leaf(NamedTuple):
-    """The name of our array, the ends of their names, and the layout.
+    """The name of our array in its layer, the ends of the names in files, and the layout.
 
-    They have several arrays where ours is a joint one.
+    Files have several arrays where ours joins them.
     """
 
     ours: str
@@ -84,9 +85,9 @@ KINDS: dict[str, Kind] = {
 
 
 def joint_qkv(names: Sequence[str], num_heads: int, interleaved: bool) -> Kind:
-    """The kind of a joint q, k, v map that others separate into three linear maps `names`.
+    """The kind of a joint map to q, k and v that files separate into three linear maps `names`.
 
-    interleaved: ours is [head 0: q k v, head 1: q k v …], else all of q, then k, then v.
+    interleaved: our outputs are [head 0: q k v, head 1: q k v …], else all of q, then k, then v.
     """
     layout = _joint(num_heads, interleaved)
     return tuple(
@@ -96,7 +97,7 @@ def joint_qkv(names: Sequence[str], num_heads: int, interleaved: bool) -> Kind:
 
 
 class Rule(NamedTuple):
-    """Modules of ours (a regular expression over paths), of theirs (its expansion), their kind."""
+    """ours: a regular expression for paths of our modules. theirs: the template of their names."""
 
     ours: str
     theirs: str
@@ -107,7 +108,7 @@ Table = Sequence[Rule]
 
 
 def inside(blocks: Iterable[tuple[str, str]], modules: Table) -> list[Rule]:
-    """The rules `modules` within each of some blocks (ours, theirs)."""
+    """The rules `modules` inside each of the blocks (ours, theirs)."""
     return [
         Rule(f"{ours}/{rule.ours}", f"{theirs}.{rule.theirs}", rule.kind)
         for ours, theirs in blocks
@@ -116,7 +117,7 @@ def inside(blocks: Iterable[tuple[str, str]], modules: Table) -> list[Rule]:
 
 
 def prefixed(table: Table, prefix: str) -> list[Rule]:
-    """The same rules where all names in others' files begin with `prefix`."""
+    """The same rules for files in which all names begin with `prefix`."""
     return [rule._replace(theirs=prefix + rule.theirs) for rule in table]
 
 
@@ -126,7 +127,7 @@ def within(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def below(source: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The same as `within`, but all tensors where no name begins with `prefix`."""
+    """The same as `within`, or all tensors if no name begins with `prefix`."""
     return within(source, prefix) or dict(source)
 
 
@@ -141,7 +142,7 @@ def count(names: Iterable[str], prefix: str) -> int:
 
 
 class Pair(NamedTuple):
-    """One of our parameters and the tensors of theirs that hold it."""
+    """The path of one of our parameters, the names of its tensors in a file, and the layout."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -149,9 +150,9 @@ class Pair(NamedTuple):
 
 
 def pairs(table: Table, paths: Iterable[str], partly: bool = False) -> list[Pair]:
-    """Pair each of our parameters with their tensors.
+    """Pair each of our parameters with its tensors in files.
 
-    Raises ValueError that lists the parameters for which `table` has no rule, unless `partly`.
+    Raises a ValueError that lists the parameters without a rule in `table`, unless `partly`.
     """
     compiled = [(re.compile(rule.ours), rule) for rule in table]
     matched = {path: _pair(compiled, path) for path in paths}
@@ -179,11 +180,11 @@ def read_tensors(
     file: str,
     ignored: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """Return our parameters, still unread, from the tensors of others.
+    """Return our parameters, not yet read, from the tensors of a file.
 
-    shapes: every parameter that must result, by path. file: its name, for messages. ignored:
-    regular expressions over names that may be left over. Raises one ValueError that lists the
-    tensors that are missing, left over, of another shape or not floating-point, on both sides.
+    shapes: of all parameters that must result, by path. file: its name, for messages. ignored:
+    regular expressions for names that may be left over. Raises one ValueError that lists the
+    tensors that are missing, left over, of another shape or not floating-point, by both names.
     """
     missing, wrong, integers, ours = [], [], [], {}
     left = set(source)
@@ -214,7 +215,7 @@ def read_tensors(
 
 
 def write_tensors(table: Table, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of others, still unwritten, from our parameters."""
+    """Return the tensors for a file, not yet read, from our parameters."""
     theirs = {}
     for pair in pairs(table, ours):
         source = ours[pair.ours]
@@ -235,7 +236,7 @@ def _derived(function: Callable, parts: list[Tensor], shape: tuple[int, ...]) ->
 
 
 def _shape(function: Callable, parts: list[Tensor]) -> tuple[int, ...] | None:
-    """The shape of a result, by trying on stand-ins that take (almost) no memory."""
+    """The shape of a function's result, computed with stand-ins that take almost no memory."""
     try:
         return function(*(np.broadcast_to(np.int8(0), part.shape) for part in parts)).shape
     except (ValueError, IndexError):

@@ -1,7 +1,7 @@
 """taming-transformers' files: a prior with its first stage and its conditioner, and their yaml.
 
-One file holds `transformer.`, `first_stage_model.` and, where the condition has codes of its own,
-`cond_stage_model.`; without the yaml nothing says what the condition is, so it is needed.
+One file holds `transformer.`, `first_stage_model.` and, where an autoencoder encodes the condition,
+`cond_stage_model.`. The yaml is required, since nothing else names the kind of condition.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.nets.prior import CodeTransformer
 
 PRIOR, FIRST_STAGE, COND_STAGE = "transformer.", "first_stage_model.", "cond_stage_model."
-MARK = f"{PRIOR}tok_emb.weight"  # a tensor that tells these files from the others
+MARK = f"{PRIOR}tok_emb.weight"  # the tensor by which these files are recognised
 _MASK = r"blocks\.\d+\.attn\.mask"  # a buffer, the lower triangle
 _POSITIONS = Layout(lambda w: w[0], lambda p: (p[None],))  # [1 L D], [L D]
 TABLE: Table = (
@@ -78,19 +78,19 @@ _NET2NET = Settings(
         "downsample_cond_size": (-1,),
         "permuter_config": (None, _IDENTITY),
     },
-    # `read_condition` reads the first two; the others serve training.
+    # `read_condition` reads the first two; the others are for training.
     harmless=("cond_stage_config", "cond_stage_key", "ckpt_path", "ignore_keys", "pkeep"),
 )
 Params = Mapping[str, Any]
 
 
 def read_taming(path: Path, tensors: Mapping[str, Tensor], params: Params) -> Bundle:
-    """Read a file's tensors. params: the yaml's `model.params`. ValueError with the reason."""
+    """Read a file's tensors. params: the yaml's `model.params`. ValueError if unsupported."""
     if not params:
         raise ValueError(f"{path}: a prior needs its yaml, which says what the condition is")
     params = _NET2NET.complete(params, "Net2NetTransformer")
     rest = {n: t for n, t in tensors.items() if not n.startswith((PRIOR, FIRST_STAGE, COND_STAGE))}
-    read_tensors((), {}, rest, str(path))  # refuses tensors that no part has
+    read_tensors((), {}, rest, str(path))  # refuses tensors that belong to no part
     first_stage = read_vq(path, within(tensors, FIRST_STAGE), params["first_stage_config"])
     prior = _read_transformer(path, within(tensors, PRIOR), params["transformer_config"])
     side = params["first_stage_config"]["params"]["ddconfig"]["resolution"]
@@ -112,15 +112,15 @@ def _read_transformer(path: Path, tensors: Mapping[str, Tensor], config: Params)
 
 def shapes(fields: Params) -> Any:
     """The tree of parameter shapes of a transformer with these fields."""
-    one = array(1, 1, dtype="int32")
-    return parameter_shapes(CodeTransformer(**fields), one, Conditioning(tokens=one))
+    codes = array(1, 1, dtype="int32")
+    return parameter_shapes(CodeTransformer(**fields), codes, Conditioning(tokens=codes))
 
 
 # --------------------------------------------------------------------------------------- writing
 
 
 def as_taming(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors under their names, still unread, and the `model` of the yaml.
+    """Return the tensors under taming's names, not yet read, and the `model` of the yaml.
 
     Raises ValueError where taming-transformers' code can't express the prior.
     """

@@ -1,4 +1,4 @@
-"""The first stage and the condition of taming-transformers' priors: tensors and yaml."""
+"""First stages and conditions of taming-transformers' priors: tensors and yaml."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,18 +23,18 @@ _MODULE = Settings(
 )
 
 
-def class_and_settings(config: Any, owner: str, known: Mapping[str, Any]) -> tuple[str, Params]:
-    """The class and the settings of a part of a yaml; ValueError for another class.
+def class_and_settings(config: Any, owner: str, classes: Mapping[str, Any]) -> tuple[str, Params]:
+    """The class and the settings of a part of a yaml; ValueError for a class not in `classes`.
 
-    owner: its name in the yaml.
+    owner: the part's name in the yaml.
     """
     values = _MODULE.complete(config, owner)
-    lookup(known, values["target"], f"target of {owner}")
+    lookup(classes, values["target"], f"target of {owner}")
     return values["target"], values["params"] or {}
 
 
 def read_vq(path: Path, tensors: Mapping[str, Tensor], config: Params) -> Part:
-    """Read a first stage, of pictures or of maps. config: its yaml."""
+    """Read a first stage, of pictures or of maps. config: its section of the yaml."""
     params = _MODULE.complete(config, "VQModel")["params"] or {}
     params = {k: value for k, value in params.items() if k != "n_labels"}
     fields = autoencoder.fields_from_yaml({**config, "params": params})
@@ -51,11 +51,11 @@ def read_condition(
         return {"start": Part({"token": params["sos_token"]}, {})}
     if not isinstance(config, Mapping):
         raise ValueError(f"cond_stage_config={config!r}; supported: {', '.join(_READERS)}")
-    target, own = class_and_settings(config, "cond_stage_config", _READERS)
+    target, condition_params = class_and_settings(config, "cond_stage_config", _READERS)
     settings, reader = _READERS[target]
     if settings is not None:
-        own = settings.complete(own, target.rpartition(".")[2])
-    config = {"target": target, "params": own}
+        condition_params = settings.complete(condition_params, target.rpartition(".")[2])
+    config = {"target": target, "params": condition_params}
     return reader(path, tensors, {**params, "cond_stage_config": config}, bundle)
 
 
@@ -69,8 +69,8 @@ def _start(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str
 
 
 def _coordinates(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, Part]:
-    given = params["cond_stage_config"]["params"]
-    fields = {"num_places": given["n_embed"], "factor": given["down_factor"]}
+    settings = params["cond_stage_config"]["params"]
+    fields = {"num_places": settings["n_embed"], "factor": settings["down_factor"]}
     return {"coordinates": Part(fields, {})}
 
 
@@ -93,7 +93,7 @@ def _map(path: Path, tensors: Any, params: Params, bundle: Bundle) -> dict[str, 
 
 
 _ONE = {"quantize_interface": (True,)}
-# The settings of each class of conditions, of a VQModel in `read_vq`, and its reader.
+# The settings and the reader of each class of conditions; `read_vq` checks those of a VQModel.
 _READERS: dict[
     str, tuple[Settings | None, Callable[[Path, Any, Params, Bundle], dict[str, Part]]]
 ] = {

@@ -1,4 +1,4 @@
-"""The paper's text transformer: its names and settings in two spellings."""
+"""The paper's text transformer: its tensor names and settings in the original and in diffusers."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -35,7 +35,7 @@ _SETTINGS = Settings(
     checked={"scale_embedding": (False,), "pruned_heads": ({}, None)},
     harmless={*GENERAL, "encoder_layerdrop", "init_std", "pad_token_id", "num_hidden_layers"},
 )
-YAML = Settings(  # of BERTEmbedder and TransformerEmbedder
+YAML = Settings(  # those of BERTEmbedder and TransformerEmbedder
     names={
         "n_embed": "width",
         "n_layer": "depth",
@@ -52,9 +52,9 @@ shapes = partial(conditioner_shapes, "text")
 
 
 def compvis_table(fields: Mapping[str, Any]) -> Table:
-    """x-transformers' names, without the `transformer.` with which they begin.
+    """x-transformers' names, without their prefix `transformer.`.
 
-    Layers with an even number attend, layers with an odd one feed forward.
+    Layers with even numbers are attention, layers with odd numbers are feed-forward.
     """
     layers = r"attn_layers.layers.\1"
     return (
@@ -69,7 +69,7 @@ def compvis_table(fields: Mapping[str, Any]) -> Table:
 
 
 def diffusers_table(fields: Mapping[str, Any]) -> Table:
-    """LDMBertModel's names: attention and feed-forward share a layer."""
+    """LDMBertModel's names, in which a layer has both attention and feed-forward."""
     table = [
         Rule("token_emb", "model.embed_tokens", "embedding"),
         Rule("", "model.embed_positions", _POSITIONS),
@@ -88,12 +88,12 @@ def diffusers_table(fields: Mapping[str, Any]) -> Table:
 
 
 def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tensors that may be left over: the head over the vocabulary, which conditions don't need."""
+    """Tensors that may be left over: the output head, which conditions don't need."""
     return (r"to_logits\.(weight|bias)",)
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off the original's tensors; each head has 64 channels there."""
+    """Infer the architecture from the original's tensors, where each head has 64 channels."""
     vocab_size, width = tensors["token_emb.weight"].shape
     return {
         "vocab_size": vocab_size,
@@ -112,12 +112,12 @@ def with_tokenizer(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Fields:
 
 
 def _empty(vocab_size: int) -> Fields:
-    """The empty prompt: a vocabulary as large as BERT's is taken for BERT's."""
+    """The field `empty`, the empty prompt, if the vocabulary has the size of BERT's."""
     return {"empty": (101, 102)} if vocab_size == 30522 else {}
 
 
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`cond_stage_config` of the original's yaml; ValueError where its code is less general."""
+    """`cond_stage_config` of the original's yaml; ValueError where its code can't express it."""
     module = TextTransformer(**fields)
     if (module.num_heads, module.head_dim) != (8, 64) and module.depth:
         raise ValueError(
@@ -151,7 +151,7 @@ def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _head(part: Part) -> dict[str, Tensor]:
-    """The head over the vocabulary, which other code requires: the file's, or zeros."""
+    """The output head, which other libraries require: the file's, or zeros."""
     vocabulary = part.params["token_emb/embedding"]
     head_shapes = {"to_logits.weight": vocabulary.shape, "to_logits.bias": vocabulary.shape[:1]}
     return {
@@ -161,7 +161,7 @@ def _head(part: Part) -> dict[str, Tensor]:
 
 
 def compvis_tensors(part: Part) -> dict[str, Tensor]:
-    """The tensors of the original's file, without the `transformer.` with which they begin."""
+    """The tensors of the original's file, without their prefix `transformer.`."""
     return write_tensors(compvis_table(part.fields), part.params) | _head(part)
 
 

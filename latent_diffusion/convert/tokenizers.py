@@ -1,4 +1,4 @@
-"""Tokenizers beside weights: read from others' files, and written as files that others read."""
+"""Read tokenizers from other libraries' files beside weights, and write such files."""
 
 import json
 from collections.abc import Container, Mapping
@@ -20,9 +20,9 @@ from latent_diffusion.data.tokenizers import (
 )
 from latent_diffusion.data.tokenizers.t5 import EOS, PAD, SPACE, UNK
 
-_LENGTH = 77  # tokens, where a text encoder's fields are the defaults
+_LENGTH = 77  # default number of tokens of a text encoder
 OURS = "word_tokenizer.json"
-# Names that the tokenizer of a text encoder may have beside a single file.
+# Names of files and folders beside a single file that may have a text encoder's tokenizer.
 _BESIDE = {
     "clip_text": ("tokenizer", "bpe_simple_vocab_16e6.txt.gz", "vocab.json"),
     "clip_text_2": ("tokenizer_2", "tokenizer", "bpe_simple_vocab_16e6.txt.gz", "vocab.json"),
@@ -31,7 +31,7 @@ _BESIDE = {
 
 
 def beside(path: Path, conditioners: Container[str]) -> Path | None:
-    """The tokenizer in the folder of the file `path`, for its text encoder; None without either."""
+    """The path of the text encoder's tokenizer in the folder of the file `path`, or None."""
     for name, files in _BESIDE.items():
         for file in files if name in conditioners else ():
             if (path.parent / file).exists():
@@ -40,7 +40,7 @@ def beside(path: Path, conditioners: Container[str]) -> Path | None:
 
 
 def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
-    """The bundle with the tokenizer at `path`, whose empty prompt is then the null condition.
+    """The bundle with the tokenizer at `path`, whose empty prompt becomes the null condition.
 
     path: a tokenizer's folder or vocabulary, or the JSON of a word tokenizer. Raises ValueError for
     a model without a text encoder.
@@ -71,14 +71,14 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
     part = replace(part, fields=text.with_tokenizer(part.fields, tokenizer))
     bundle = replace(bundle.with_part(name, part), tokenizer=tokenizer)
     if name == "clip_text" and "clip_text_2" in bundle.conditioners:
-        part = bundle.conditioners["clip_text_2"]  # whose padding is its own
+        part = bundle.conditioners["clip_text_2"]  # keeps its padding
         fields = {**part.fields, "empty": tokenizer.empty}
         bundle = bundle.with_part("clip_text_2", replace(part, fields=fields))
     return _with_t5(bundle, path) if has_t5(bundle) else bundle
 
 
 def has_t5(bundle: Bundle) -> bool:
-    """Whether the model reads T5's tokens behind CLIP's."""
+    """Whether the model has a T5, which reads tokens behind those of CLIP."""
     part = bundle.conditioners.get("t5_text")
     return part is not None and not part.fields.get("absent")
 
@@ -86,8 +86,8 @@ def has_t5(bundle: Bundle) -> bool:
 def with_second(bundle: Bundle, path: Path) -> Bundle:
     """The bundle with the padding of the second text encoder's tokenizer, which lies at `path`.
 
-    Without a first encoder it is the model's tokenizer. Raises ValueError for another vocabulary
-    than the first one's: both encoders read one row of tokens.
+    In a model without a first encoder it becomes the model's tokenizer. Raises ValueError if its
+    vocabulary differs from the first tokenizer's: both encoders read the same row of tokens.
     """
     if "clip_text" not in bundle.conditioners:
         return with_tokenizer(bundle, path)
@@ -101,7 +101,7 @@ def with_second(bundle: Bundle, path: Path) -> Bundle:
 
 
 def _with_t5(bundle: Bundle, path: Path) -> Bundle:
-    """The bundle with T5's tokenizer behind CLIP's. path: of CLIP's, or of a pipeline's folder."""
+    """The bundle with T5's tokenizer behind CLIP's. path: CLIP's tokenizer, or a pipeline."""
     folders = [folder / "tokenizer_3" for folder in (path, path.parent)]
     third = next((folder for folder in folders if folder.is_dir()), None)
     if third is None or not isinstance(bundle.tokenizer, ClipTokenizer):
@@ -139,7 +139,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     if isinstance(tokenizer, BertTokenizer):
         (folder / "vocab.txt").write_text("\n".join(tokenizer.vocabulary) + "\n", encoding="utf-8")
         return _save_config(folder, "BertTokenizer", tokenizer, do_lower_case=True)
-    assert isinstance(tokenizer, WordTokenizer)  # of the others each encoder has its own folder
+    assert isinstance(tokenizer, WordTokenizer)  # combined ones are written one by one
     return _write_words(tokenizer, folder)
 
 
@@ -212,15 +212,15 @@ def _write_clip(tokenizer: ClipTokenizer, folder: Path) -> str:
 
 
 def _special(token: str, normalized: bool = False) -> dict[str, Any]:
-    """A special token in the words of the tokenizers library."""
+    """A special token as an entry of the tokenizers library."""
     where = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     return {"content": token, "special": True, "normalized": normalized, **where}
 
 
 def _write_words(tokenizer: WordTokenizer, folder: Path) -> str:
-    """Write a word tokenizer for the tokenizers library, which gives the same rows.
+    """Write a word tokenizer for the tokenizers library, which then makes the same tokens.
 
-    Its JSON is written beside it, for `with_tokenizer`.
+    Its JSON in our format is written beside it, for `with_tokenizer`.
     """
     tokenizer.save(folder / OURS)
     pad, unknown = "[PAD]", "[UNK]"

@@ -1,4 +1,4 @@
-"""The U-Net's names and shapes in the original's files and in diffusers'."""
+"""The U-Net's tensor names and shapes in files of the original and of diffusers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ from latent_diffusion.convert.tables import Rule, Table, inside, joint_qkv
 from latent_diffusion.core.types import Conditioning, Params
 from latent_diffusion.nets.unet import UNet
 
-Widths = tuple[int, int | None, int | None]  # channels, of the context, of the vector
+Widths = tuple[int, int | None, int | None]  # input channels, width of context, width of vector
 
-_RES = (  # ours, the original's, diffusers', kind
+_RES = (  # our name, the original's, diffusers', kind
     ("in_layers_0", "in_layers.0", "norm1", "norm"),
     ("in_layers_2", "in_layers.2", "conv1", "conv"),
     ("emb_layers_1", "emb_layers.1", "time_emb_proj", "linear"),
@@ -24,7 +24,7 @@ _BLOCK, _SUB = r"transformer_blocks_(?P<depth>\d+)", r"transformer_blocks.\g<dep
 
 
 def _spatial_transformer(linear: bool) -> Table:
-    """The names, which are the same in both. linear: the outer projections are linear (SD 2)."""
+    """The names, the same in both libraries. linear: the outer projections are linear (SD 2)."""
     return (
         Rule("norm", "norm", "norm"),
         Rule("(?P<proj>proj_in|proj_out)", r"\g<proj>", "linear" if linear else "linear_2d"),
@@ -52,14 +52,14 @@ def _diffusers_attention(module: UNet, channels: int) -> Table:
 
 
 def num_heads(module: UNet, channels: int) -> int:
-    """The number of heads in a block with so many channels."""
+    """The number of heads in a block with this number of channels."""
     if module.num_head_channels:
         return channels // module.num_head_channels
     return module.num_heads
 
 
 def is_conditional(module: UNet) -> bool:
-    """Whether the attention takes a context: it is then in transformers."""
+    """Whether attention is in transformers, which take a context."""
     return any(module.depths)
 
 
@@ -71,11 +71,11 @@ def attends(module: UNet, level: int) -> bool:
 def depth_fields(
     depth: int | Sequence[int], middle: int | None, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields that say how many blocks a transformer has: one number where all have as many.
+    """The fields for the numbers of blocks in transformers; one number where all are equal.
 
-    depth: of all transformers, or of those on each level. middle: of the middle's; None is as the
-    last level. fields: the U-Net's others. A level without attention has no transformer, so its
-    number says nothing; it becomes 1, as in the released files.
+    depth: the number for all transformers, or for each level. middle: the number for the middle;
+    None takes that of the last level. fields: the U-Net's other fields. A level without attention
+    has no transformer, so its number has no effect; it becomes 1, as in the released files.
     """
     attention, levels = fields["attention_resolutions"], len(fields["channel_mult"])
     each = (depth,) * levels if isinstance(depth, int) else tuple(depth)
@@ -85,12 +85,12 @@ def depth_fields(
     each = tuple(d if 2**level in attention else 1 for level, d in enumerate(each))
     if {d for level, d in enumerate(each) if 2**level in attention} <= {middle}:
         return {"transformer_depth": middle}
-    own = {} if each[-1] == middle else {"middle_depth": middle}
-    return {"transformer_depth": each, **own}
+    middle_depth = {} if each[-1] == middle else {"middle_depth": middle}
+    return {"transformer_depth": each, **middle_depth}
 
 
 def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
-    """The original's names, which are our paths with other punctuation."""
+    """The original's names: our paths with other punctuation."""
     blocks = [
         (r"(input|output)_blocks_(\d+)_(\d)", r"\1_blocks.\2.\3"),
         (r"middle_block_(\d)", r"middle_block.\1"),
@@ -113,9 +113,9 @@ def compvis_table(fields: Mapping[str, Any], linear_projections: bool) -> Table:
 
 
 class Block(NamedTuple):
-    """A block by our name and diffusers', its kind ("res", "attention" or "conv") and width.
+    """A block: our name and diffusers', its kind ("res", "attention" or "conv") and width.
 
-    level: that of its resolution; the number of levels stands for the middle, as in `UNet.depths`.
+    level: that of its resolution; for the middle it is the number of levels, as in `UNet.depths`.
     """
 
     ours: str
@@ -126,7 +126,7 @@ class Block(NamedTuple):
 
 
 def walk(module: UNet) -> Iterator[Block]:
-    """The blocks of a U-Net, down, in the middle, and up."""
+    """The blocks of a U-Net in the order down, middle, up."""
     levels, n = len(module.channel_mult), module.num_res_blocks
     resample, op, conv, dot = "conv", "_op", "_conv", ".conv"
     if module.resblock_updown:
@@ -164,9 +164,9 @@ def walk(module: UNet) -> Iterator[Block]:
 def diffusers_table(
     fields: Mapping[str, Any], linear_projections: bool, text_time: bool = False
 ) -> Table:
-    """diffusers' names; it groups blocks by their level and their kind.
+    """diffusers' names, which group blocks by level and kind.
 
-    text_time: the vector is a text's and sizes' (Stable Diffusion XL), which has another name.
+    text_time: the vector is of a text and sizes (Stable Diffusion XL); its layers have other names.
     """
     module, vector = UNet(**fields), "add_embedding" if text_time else "class_embedding"
     table = [

@@ -1,4 +1,4 @@
-"""The U-Net's settings in the original's words: read off its tensors, from its yaml, and back."""
+"""The U-Net's settings in the original: inferred from tensors, read from yaml, written to yaml."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,15 +49,15 @@ _SETTINGS = Settings(
         "dims": (2,),
         "disable_middle_self_attn": (False,),
         "disable_middle_transformer": (False,),
-        "spatial_transformer_attn_type": ("softmax", "softmax-xformers"),  # the same function
+        "spatial_transformer_attn_type": ("softmax", "softmax-xformers"),  # equal results
     },
-    # `legacy` computes the same heads in another way; the code for float16 is empty.
+    # `legacy` computes the same heads in another way; use_fp16 has no effect in the original.
     harmless=("image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "num_classes"),
 )
 
 
 def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
-    """Read the architecture off the original's tensors (names without prefix).
+    """Infer the architecture from the original's tensors (names without prefix).
 
     Shapes don't show the number of heads; see `compvis.RELEASED`.
     """
@@ -69,7 +69,7 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     }
     levels = 1 + len(resamplers)
     num_res_blocks = blocks // levels - 1
-    if not blocks:  # a control net has the way down alone
+    if not blocks:  # a control net has only the downward path
         levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
         num_res_blocks = count(tensors, "input_blocks.") // levels - 1
     channels = tensors["input_blocks.0.0.weight"].shape[0]
@@ -79,7 +79,7 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     depths = [count(tensors, f"input_blocks.{i}.1.transformer_blocks.") for i in firsts]
     middle = count(tensors, "middle_block.1.transformer_blocks.")
     embedding = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    out_channels = tensors["input_blocks.0.0.weight"].shape[1]  # where codes are predicted
+    out_channels = tensors["input_blocks.0.0.weight"].shape[1]  # if the U-Net predicts codes
     if "out.2.weight" in tensors:
         out_channels = tensors["out.2.weight"].shape[0]
     fields = {
@@ -96,14 +96,14 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     if "id_predictor.1.weight" in tensors:
         fields["num_codes"] = tensors["id_predictor.1.weight"].shape[0]
     context = context_dim(tensors)
-    crossed = [  # the first attention takes the context, so that it is no self-attention
+    crossed = [  # levels whose first attention takes the context: it is no self-attention
         bool(yes and middle and context != width)
         and tensors[f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_k.weight"].shape[1]
         == context
         for i, yes, width in zip(firsts, attends, widths, strict=True)
     ]
     if any(crossed):
-        # The released ×4 upscaler says so of its first level, too, which has no attention.
+        # The released ×4 upscaler sets it for its first level, too, which has no attention.
         flags = [c or not yes for c, yes in zip(crossed, attends, strict=True)]
         fields["disable_self_attentions"] = tuple(flags)
     return fields
@@ -140,7 +140,7 @@ def fields_from_yaml(params: Mapping[str, Any], linear: bool) -> Fields:
     fields |= {name: number for name, number in heads.items() if number != -1}
     if not fields.keys() & heads.keys():
         raise ValueError("UNetModel says neither num_heads nor num_head_channels")
-    # The heads on the way up; blocks with a width of the head don't have the setting.
+    # The heads on the upward path; the setting has no effect with num_head_channels.
     if (
         values["num_heads_upsample"] not in (-1, values["num_heads"])
         and heads["num_head_channels"] == -1
@@ -162,7 +162,7 @@ def fields_from_yaml(params: Mapping[str, Any], linear: bool) -> Fields:
         )
     if any(crossed := tuple(values["disable_self_attentions"] or ())):
         fields["disable_self_attentions"] = crossed
-        # Its middle keeps self-attention, where ours is as the last level.
+        # The original's middle has self-attention; our middle is like the last level.
         if len(crossed) != levels or crossed[-1]:
             raise ValueError(
                 f"UNetModel.disable_self_attentions={list(crossed)}; supported: {levels} levels, "
@@ -178,7 +178,7 @@ def fields_from_yaml(params: Mapping[str, Any], linear: bool) -> Fields:
 
 
 def widths(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Widths:
-    """The widths of the U-Net's inputs by its tensors; ValueError where the yaml says others."""
+    """The widths of the U-Net's inputs in its tensors; ValueError where the yaml differs."""
     vector = tensors.get("label_emb.0.0.weight")
     in_channels, context = tensors["input_blocks.0.0.weight"].shape[1], context_dim(tensors)
     width = None if vector is None else vector.shape[1]
@@ -193,9 +193,9 @@ def widths(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> Widths:
 def yaml_from_fields(
     fields: Mapping[str, Any], widths: Widths, linear_projections: bool, image_size: int
 ) -> dict[str, Any]:
-    """The inverse of `fields_from_yaml`, with the original's class: ValueError where it has none.
+    """The inverse of `fields_from_yaml`, with the class; ValueError where the original has none.
 
-    widths: of the U-Net's inputs. image_size: the side of the latents.
+    widths: those of the U-Net's inputs. image_size: the side of the latents.
     """
     module = UNet(**fields)
     check_groups(module)

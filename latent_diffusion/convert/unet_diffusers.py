@@ -1,4 +1,4 @@
-"""The U-Net's settings in diffusers' words: a config.json, read and written."""
+"""Read and write the U-Net's settings in diffusers' config.json."""
 
 import reprlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from latent_diffusion.nets.unet import UNet
 
 _short = reprlib.repr
 
-_BOTH = Settings(  # of both classes
+_BOTH = Settings(  # those of both classes
     names={"out_channels": "out_channels", "norm_num_groups": "num_groups", "dropout": "dropout"},
     defaults={
         "layers_per_block": 2,
@@ -107,7 +107,7 @@ _SETTINGS = {
     ),
 }  # fmt: skip
 _BLOCKS: dict[str, dict[str, tuple[bool, str]]] = {
-    # kind of block → whether it attends, and how it changes the resolution ("": a setting says so)
+    # kind of block → whether it attends, and how it changes the resolution ("": by a setting)
     "UNet2DConditionModel": {"CrossAttn{}Block2D": (True, "conv"), "{}Block2D": (False, "conv")},
     "UNet2DModel": {
         "Attn{}Block2D": (True, ""),
@@ -123,7 +123,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def input_widths(values: Mapping[str, Any]) -> unet.Widths:
-    """The widths of the U-Net's inputs. values: of `complete`."""
+    """The widths of the U-Net's inputs. values: the result of `complete`."""
     context = vector = None
     if "cross_attention_dim" in values:
         context = single(values, "cross_attention_dim", values["_class_name"])
@@ -133,7 +133,7 @@ def input_widths(values: Mapping[str, Any]) -> unet.Widths:
 
 
 def is_text_time(values: Mapping[str, Any]) -> bool:
-    """Whether the vector is that of a text and of sizes. values: of `complete`."""
+    """Whether the vector is that of a text and of sizes. values: the result of `complete`."""
     return values.get("addition_embed_type") is not None
 
 
@@ -200,10 +200,10 @@ def _check_one_of(config: Mapping[str, Any], setting: str, supported: tuple[Any,
 
 
 def _levels(config: Mapping[str, Any], levels: int) -> tuple[list[bool], bool]:
-    """Which levels attend, and whether residual blocks change the resolution."""
+    """For each level whether it attends, and whether residual blocks change the resolution."""
     downs, ups = _blocks(config, "Down"), _blocks(config, "Up")[::-1]
     attends = [attend for attend, _ in downs]
-    # The last block on either way doesn't change the resolution.
+    # The last block on either path doesn't change the resolution.
     changes = {change for _, change in downs[:-1] + ups[1:]}
     if len(downs) != levels or attends != [a for a, _ in ups] or len(changes) > 1:
         raise ValueError(
@@ -215,18 +215,21 @@ def _levels(config: Mapping[str, Any], levels: int) -> tuple[list[bool], bool]:
 
 
 def _blocks(config: Mapping[str, Any], side: str) -> list[tuple[bool, str]]:
-    """The blocks on one way: whether each attends, and how it changes the resolution."""
+    """For each block on one path, whether it attends, and how it changes the resolution."""
     name, setting = config["_class_name"], f"{side.lower()}_block_types"
     kinds = {kind.format(side): block for kind, block in _BLOCKS[name].items()}
     blocks = [lookup(kinds, kind, f"{name}.{setting}") for kind in config[setting]]
-    own = config.get(f"{side.lower()}sample_type")
-    if own is not None:
+    sampler = config.get(f"{side.lower()}sample_type")
+    if sampler is not None:
         _check_one_of(config, f"{side.lower()}sample_type", ("conv", "resnet"))
-    return [(attends, change or str(own)) for attends, change in blocks]
+    return [(attends, change or str(sampler)) for attends, change in blocks]
 
 
 def _crossed(config: Mapping[str, Any], levels: int) -> tuple[bool, ...]:
-    """The levels whose first attention takes the context; the middle must do as the last level."""
+    """For each level whether its first attention takes the context.
+
+    Raises ValueError where the middle differs from the last level.
+    """
     said, middle = config["only_cross_attention"], config["mid_block_only_cross_attention"]
     crossed = tuple(said) if isinstance(said, list | tuple) else (said,) * levels
     if middle is None:
@@ -241,7 +244,7 @@ def _crossed(config: Mapping[str, Any], levels: int) -> tuple[bool, ...]:
 
 
 def _check_middle_norm(config: Mapping[str, Any], scale_shift: bool) -> None:
-    """The middle attention of our U-Net has a norm like the others; diffusers can leave it out."""
+    """Raise ValueError for a middle attention whose norm is absent or has other groups."""
     groups = config["norm_num_groups"]
     middle = config["attn_norm_num_groups"] or (None if scale_shift else groups)
     if middle != groups:
@@ -260,8 +263,8 @@ def diffusers_from_fields(
 ) -> dict[str, Any]:
     """A config.json for UNet2DModel or UNet2DConditionModel; ValueError where neither fits.
 
-    widths: of the U-Net's inputs. image_size: the side of the latents. time_width: of the sinusoid
-    of each size in the vector; None where the vector is no text's and sizes'.
+    widths: those of the U-Net's inputs. image_size: the side of the latents. time_width: the width
+    of each size's sinusoid in the vector; None where the vector has no sizes.
     """
     module = UNet(**fields)
     conditional = unet.is_conditional(module)
@@ -331,7 +334,7 @@ def _diffusers_depth(module: UNet) -> int | list[int]:
 
 
 def _diffusers_heads(module: UNet, widths: list[int], attends: list[bool]) -> int | list[int]:
-    """The setting `attention_head_dim`: numbers of heads with cross-attention, else their width."""
+    """The setting `attention_head_dim`: numbers of heads with cross-attention, else a width."""
     if unet.is_conditional(module):
         if not module.num_head_channels:
             return module.num_heads

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from latent_diffusion.convert import Bundle, Part, as_params, kept, read
+from latent_diffusion.convert import Bundle, Part, as_params, frozen_parts, read
 from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.core.types import Batch, Params
@@ -41,7 +41,7 @@ def load_constants(
     log.info("first stage: %s", run or config.first_stage.path or "none, the pictures themselves")
     if config.task == "classifying" or run is not None:  # a denoiser's workdir has the scale, too
         origin = Path(config.first_stage.path) if run is None else run
-        first_stage = kept.load_first_stage(origin, constants.first_stage.module)
+        first_stage = frozen_parts.load_first_stage(origin, constants.first_stage.module)
     else:
         first_stage = _first_stage(config, constants.first_stage, source, start)
     conditioner = load_conditioners(config, constants.conditioner, run)
@@ -55,7 +55,7 @@ def load_conditioners(
     conditioner: dict[str, Params] = {}
     for name, path in config.pretrained.items() if config.task != "classifying" else ():
         if run is not None:
-            path, params = str(run), kept.load_conditioner(run, name)[0]
+            path, params = str(run), frozen_parts.load_conditioner(run, name)[0]
         else:
             params = as_params(_read(config, name, path))
         check_same_tree(fresh[name], params, path)
@@ -67,14 +67,16 @@ def save(config: ConfigDict, constants: Any, folder: Path) -> None:
     """Write the run's copies of the constants; `load_constants` reads them when it goes on."""
     if config.task == "autoencoding":
         if constants.first_stage is not None:  # of a preview; training alone reads it
-            kept.save_first_stage(folder, constants.first_stage, config.first_stage.path, TEACHER)
+            frozen_parts.save_first_stage(
+                folder, constants.first_stage, config.first_stage.path, TEACHER
+            )
         return
-    kept.save_first_stage(folder, constants.first_stage, str(config.first_stage.path))
+    frozen_parts.save_first_stage(folder, constants.first_stage, str(config.first_stage.path))
     for name, params in constants.conditioner.items():
         fields = config.conditioners[name].to_dict()
-        kept.save_conditioner(folder, name, params, fields, config.pretrained[name])
+        frozen_parts.save_conditioner(folder, name, params, fields, config.pretrained[name])
     if getattr(constants, "teacher", None) is not None:
-        kept.save_teacher(folder, constants.teacher, config.distillation.teacher)
+        frozen_parts.save_teacher(folder, constants.teacher, config.distillation.teacher)
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -125,7 +127,7 @@ def read_first_stage(
         check_same_tree(fresh.params, theirs.params, str(path))
         return theirs, True
     if config.autoencoder.regularization != "identity":
-        params = kept.load_autoencoder_params(Path(path))
+        params = frozen_parts.load_autoencoder_params(Path(path))
         check_same_tree(fresh.params, params, path)
         fresh = fresh.replace(params=params)
     return fresh, False

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import convert
-from latent_diffusion.convert import kept
+from latent_diffusion.convert import frozen_parts
 from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.runtime.workdir import TEACHER
@@ -66,6 +66,6 @@ def load(config: ConfigDict, constants: Any, run: Path | None) -> Any:
         scale, shift = (jnp.asarray(x, jnp.float32) for x in (bundle.scale_factor, bundle.shift))
         first_stage = FirstStage(convert.as_params(bundle.autoencoder), scale, shift, fresh.module)
     else:
-        first_stage = kept.load_first_stage(run, fresh.module, TEACHER)
+        first_stage = frozen_parts.load_first_stage(run, fresh.module, TEACHER)
     check_same_tree(fresh.params, first_stage.params, f"first_stage.path={config.first_stage.path}")
     return constants.replace(first_stage=jax.tree.map(jnp.asarray, first_stage))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from latent_diffusion import convert
-from latent_diffusion.convert import kept
+from latent_diffusion.convert import frozen_parts
 from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.training import settings
 
@@ -63,7 +63,7 @@ def load(config: ConfigDict, constants: Any, run: Path | None, start: Any) -> An
     """The constants with the teacher's parameters. run, start: as of `frozen.load_constants`."""
     if config.task != "distillation" or constants.teacher is None:
         return constants
-    params = convert.as_params(start.denoiser[1]) if run is None else kept.load_teacher(run)
+    params = convert.as_params(start.denoiser[1]) if run is None else frozen_parts.load_teacher(run)
     check_same_tree(
         constants.teacher, params, f"distillation.teacher={config.distillation.teacher}"
     )

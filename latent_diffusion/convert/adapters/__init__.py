@@ -1,6 +1,7 @@
-"""Adapters: small changes of a model in files of their own, read, merged and written.
+"""Read, merge and write adapters: small changes of a model in separate files, such as LoRA.
 
-`names` knows the modules, `optimisation.deltas` the formulas, `adapter` joins them.
+`names` maps names of modules to our parameters, `optimisation.deltas` has the formulas of changes,
+and `adapter` applies these formulas to the parameters.
 """
 
 import os
@@ -77,10 +78,10 @@ def read_adapter(
     word: str | None = None,
     image_encoder: str | os.PathLike | None = None,
 ) -> Adapter:
-    """Read the adapter at `path`, of NumPy arrays. ValueError for kinds that aren't read.
+    """Read the adapter at `path` into NumPy arrays. ValueError for kinds that can't be read.
 
-    word: the name in prompts of a textual inversion, in place of its own. image_encoder: of an
-    IP-Adapter, in place of the folder beside it.
+    word: how prompts spell the word of a textual inversion; default: as the file names it.
+    image_encoder: the folder of an IP-Adapter's image encoder; default: the folder beside the file.
     """
     path = Path(path)
     if not path.exists():
@@ -119,16 +120,16 @@ def _read(path: Path, word: str | None, image_encoder: str | os.PathLike | None)
 
 
 def with_lora(bundle: Bundle, path: Path, weight: Weight = 1.0) -> Bundle:
-    """Return the model with `weight` times an adapter added to its parameters, when read."""
+    """Return the model with `weight` times an adapter added to each parameter as it is read."""
     adapter = read_adapter(path)
     if not isinstance(adapter, LowRank):
         raise ValueError(f"{path}: this kind isn't merged; give it to sample")
     changes = adapter.changes(bundle)
     weights = weights_of(changes, weight, str(path))
-    for whole, change in changes.items():
-        name, _, ours = whole.removeprefix("conditioner/").partition("/")
+    for full_path, change in changes.items():
+        name, _, ours = full_path.removeprefix("conditioner/").partition("/")
         base = dict(bundle.parts())[name].params[ours]
-        bundle = bundle.with_params(name, {ours: _added(base, change, weights[whole])})
+        bundle = bundle.with_params(name, {ours: _added(base, change, weights[full_path])})
     return bundle
 
 

@@ -1,8 +1,8 @@
-"""What `load_adapter` returns: changes of a model that leave its parameters as they are.
+"""The classes that `load_adapter` returns: changes of a model, apart from its parameters.
 
-Every kind of adapter is a pytree of its own class below `Adapter`. The class says by which argument
-of `Model.sample` it goes in; those of `adapters` have `changes(bundle)`, which lists the parameters
-that they change. LoRA and its kinds are all of one class, since one file may mix them.
+Every kind of adapter is a pytree, of a subclass of `Adapter`. The class names the argument of
+`Model.sample` that takes it. Those for the argument `adapters` have `changes(bundle)`, which lists
+the parameters that they change. LoRA and its variants share a class, since a file may mix them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from latent_diffusion.core.types import Params
 from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.optimisation.deltas import Array, Factors, delta, kind_of
 
-Weight = float | int | Mapping[str, float | int]  # of an adapter, or of its parts by prefixes
+Weight = float | int | Mapping[str, float | int]  # of a whole adapter, or by prefixes of modules
 
 
 class Adapter(flax.struct.PyTreeNode):
-    """path: of its file, which messages begin with. argument: of `Model.sample` that takes it."""
+    """path: the file; messages begin with it. argument: the one of `Model.sample` that takes it."""
 
     argument: ClassVar[str] = "adapters"
     path: str = flax.struct.field(pytree_node=False)
 
     def changes(self, bundle: Bundle) -> dict[str, Any]:
-        """The changes by path in the parameters of a `Denoiser`; ValueError for another model."""
+        """The changes, by path in the parameters of a `Denoiser`; ValueError if they don't fit."""
         raise ValueError(f"{self.path}: give this adapter as {self.argument}=")
 
 
@@ -41,15 +41,15 @@ def arrays_of(part: Part) -> dict[str, np.ndarray]:
 
 
 def frozen(fields: Mapping[str, Any]) -> FrozenDict:
-    """The fields as static data of a pytree, whose lists are tuples."""
+    """The fields as static data of a pytree, with tuples in the place of lists."""
     return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 class Change(flax.struct.PyTreeNode):
-    """The change of one of our parameters, whose parts others may have as separate arrays.
+    """The change of one of our parameters, which may join several arrays of other libraries.
 
-    factors: of each of their arrays, or None. names: of their modules, "unet.mid_block…". layout:
-    how ours is made of theirs (see `convert.tables`).
+    factors: those of each of these arrays, or None. names: the modules of the arrays, in diffusers'
+    names ("unet.mid_block…"). layout: how the parameter is made of them (see `convert.tables`).
     """
 
     factors: tuple[Factors | None, ...]
@@ -57,7 +57,7 @@ class Change(flax.struct.PyTreeNode):
     layout: Any = flax.struct.field(pytree_node=False)
 
     def delta(self, parameter: Array, weights: Array) -> Array:
-        """What is to be added to the parameter. weights: [parts]."""
+        """The array to add to the parameter. weights: [parts]."""
         theirs = self.layout.write(parameter)
         parts = [
             0 * base if factors is None else weights[i] * delta(base, factors)
@@ -66,83 +66,91 @@ class Change(flax.struct.PyTreeNode):
         return self.layout.read(*parts)
 
     def added(self, result: Array, parameter: Array, weights: Array) -> Array:
-        """`result` with the change of `parameter` added."""
+        """`result` plus the change of `parameter`."""
         return result + self.delta(parameter, weights).astype(parameter.dtype)
 
 
 class Rows(flax.struct.PyTreeNode):
-    """Rows [n width] that join one of our tables, as its last ones, times their weight."""
+    """Rows [n width] that are appended to one of our embedding tables, times their weight."""
 
     rows: Any
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
     def added(self, result: Array, parameter: Array, weights: Array) -> Array:
-        """`result` with the rows behind its own."""
+        """`result` with the rows behind it."""
         return jnp.concatenate([result, (weights[0] * self.rows).astype(result.dtype)])
 
 
 class LowRank(Adapter):
-    """Factors of weights by the names that their modules have in the file: LoRA and its kinds.
+    """A LoRA or a variant of it.
 
-    modules: {name: {"weight" | "bias": factors}}, see `optimisation.deltas`.
+    modules: {name of the module in the file: {"weight" | "bias": factors}}; the factors are those
+    of `optimisation.deltas`.
     """
 
     modules: Mapping[str, Mapping[str, Factors]]
 
     def changes(self, bundle: Bundle) -> dict[str, Any]:
         """See `Adapter`."""
-        known = places(bundle)
-        idle = {name for name in self.modules if name not in known and is_idle(bundle, name)}
-        if unknown := [name for name in self.modules if name not in known and name not in idle]:
+        module_places = places(bundle)
+        idle = {
+            name for name in self.modules if name not in module_places and is_idle(bundle, name)
+        }
+        if unknown := [
+            name for name in self.modules if name not in module_places and name not in idle
+        ]:
             some = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
             if any(name.startswith("lora_te") for name in unknown):
                 some += "; lora_te_ is a model's only text encoder, lora_te1_ the first of two"
             raise ValueError(f"{self.path}: {len(unknown)} modules aren't in this model: {some}")
-        found: dict[str, dict[int, Any]] = {}
-        whole: dict[str, Place] = {}
+        factors_of: dict[str, dict[int, Any]] = {}
+        place_of: dict[str, Place] = {}
         for name, arrays in self.modules.items():
             if name in idle:
                 continue
             for array, factors in arrays.items():
-                place = known[name].get(array)
+                place = module_places[name].get(array)
                 if place is None:
                     raise ValueError(f"{self.path}: {name} has no {array} in this model")
-                layout = whole.get(place.path, place).layout  # of q, k and v alone or together
-                if place.part in found.setdefault(place.path, {}) or layout is not place.layout:
+                layout = place_of.get(place.path, place).layout  # differs if q, k and v are joined
+                if (
+                    place.part in factors_of.setdefault(place.path, {})
+                    or layout is not place.layout
+                ):
                     raise ValueError(f"{self.path}: {place.names[place.part]} has two changes")
                 _check(f"{self.path}: the {array} of {name}", place.shape, factors)
-                found[place.path][place.part] = factors
-                whole[place.path] = place
+                factors_of[place.path][place.part] = factors
+                place_of[place.path] = place
         return {
             path: Change(
-                tuple(parts.get(i) for i in range(len(whole[path].names))),
-                whole[path].names,
-                whole[path].layout,
+                tuple(parts.get(i) for i in range(len(place_of[path].names))),
+                place_of[path].names,
+                place_of[path].layout,
             )
-            for path, parts in found.items()
+            for path, parts in factors_of.items()
         }
 
 
-def _check(what: str, shape: tuple[int, ...], factors: Factors) -> None:
+def _check(subject: str, shape: tuple[int, ...], factors: Factors) -> None:
     """Raise ValueError for factors that don't fit an array of this shape."""
     weight = jax.ShapeDtypeStruct(shape, np.float32)
     down = np.shape(factors.get("lora_down", ()))
     try:
         jax.eval_shape(delta, weight, dict(factors))
         fits = len(down) != len(shape) or "lora_mid" in factors or down[1:] == shape[1:]
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # the last without entries
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):  # the last for empty arrays
         fits = False
     if not fits:
         shapes = ", ".join(f"{name} {np.shape(x)}" for name, x in factors.items() if np.ndim(x))
-        raise ValueError(f"{what} is {shape}; {kind_of(factors)} doesn't fit it: {shapes}")
+        raise ValueError(f"{subject} is {shape}; {kind_of(factors)} doesn't fit it: {shapes}")
 
 
 def weights_of(changes: Mapping[str, Any], weight: Weight, source: str) -> dict[str, np.ndarray]:
     """The weight of each part of each change; see `weight_of_names`."""
     names = [name for change in changes.values() for name in change.names]
-    found = iter(weight_of_names(names, weight, source))
+    values = iter(weight_of_names(names, weight, source))
     return {
-        path: np.asarray([next(found) for _ in change.names], np.float32)
+        path: np.asarray([next(values) for _ in change.names], np.float32)
         for path, change in changes.items()
     }
 
@@ -150,9 +158,9 @@ def weights_of(changes: Mapping[str, Any], weight: Weight, source: str) -> dict[
 def weight_of_names(names: Sequence[str], weight: Weight, source: str) -> np.ndarray:
     """The weight of each name.
 
-    weight: one for all, or by prefixes of names ("unet.up_blocks", "text_encoder"), of which the
-    longest counts; parts without a prefix have the weight of "", by default 1. source: for
-    messages. Raises ValueError for a prefix of no name.
+    weight: one number for all names, or numbers by prefixes of names ("unet.up_blocks",
+    "text_encoder"), of which the longest counts; a name without a prefix gets the weight of "",
+    by default 1. source: for messages. Raises ValueError for a prefix that no name begins with.
     """
     by_prefix = dict(weight) if isinstance(weight, Mapping) else {"": weight}
     for prefix in by_prefix:
@@ -176,16 +184,16 @@ def adapted(
     changes: Sequence[Mapping[str, Any]],  # `Change`s and `Rows`
     weights: Sequence[Mapping[str, Array]],
 ) -> Params:
-    """The parameters with the sum of all changes added, each one a change of `params` alone.
+    """The parameters plus the sum of all changes, each of which is computed from `params` alone.
 
-    New rows of a table come after changes of it.
+    `Rows` of a table have to come after its `Change`s.
     """
     base = flatten_dict(params, sep="/")
     for path in {path for each in changes for path in each}:
         base[path] = layer_params(base[path])
     result = dict(base)
     with jax.default_matmul_precision("highest"):
-        for each, own in zip(changes, weights, strict=True):
+        for each, weight_of in zip(changes, weights, strict=True):
             for path, change in each.items():
-                result[path] = change.added(result[path], base[path], own[path])
+                result[path] = change.added(result[path], base[path], weight_of[path])
     return unflatten_dict(result, sep="/")

@@ -1,4 +1,4 @@
-"""Control nets in files: the original's (whole, or differences to a U-Net), diffusers' folders."""
+"""Files of control nets: the original's (whole, or differences to a U-Net), diffusers' folders."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,9 +28,9 @@ from latent_diffusion.runtime import workdir
 
 CLASS = "ControlNetModel"
 _PREFIX = "control_model."
-_DIFFERENCE = "difference"  # a tensor that marks a file
+_DIFFERENCE = "difference"  # the tensor that marks a file of differences to a U-Net
 _CONV_IN = "input_blocks_0_0/kernel"
-_SETTINGS = Settings(  # beside those of the U-Net
+_SETTINGS = Settings(  # those that a control net has beside the U-Net's
     defaults={
         "conditioning_embedding_out_channels": (16, 32, 96, 256),
         "global_pool_conditions": False,
@@ -47,10 +47,10 @@ _DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 class ControlWeights(Adapter):
     """A control net: its parameters by path, as float32 arrays.
 
-    fields: of the `ControlNet`, of which those that the U-Net has as well are the U-Net's own when
-    it is used. difference: the parameters that the U-Net has as well are to be added to its own.
-    bgr: hints have their channels in the other order. linear, time_width: see `Bundle`. config:
-    diffusers', where the net comes from its folder.
+    fields: of `ControlNet`; in use, fields that are also the U-Net's have the U-Net's values.
+    difference: parameters that the U-Net also has are to be added to the U-Net's. bgr: hints have
+    their channels in the order BGR. linear, time_width: see `Bundle`. config: the config.json of
+    diffusers' folder, where the net comes from one.
     """
 
     argument: ClassVar[str] = "controls"
@@ -68,35 +68,36 @@ class ControlWeights(Adapter):
         return tuple(residual_names(ControlNet(**self.fields)))
 
     def net(self, module: Any, params: Params, downsampling: int) -> ControlNet:
-        """The net for a U-Net with these parameters; ValueError where it is another U-Net's.
+        """The net for a U-Net with these parameters; ValueError where it is for another U-Net.
 
-        downsampling: pixels for each place of the latent.
+        downsampling: the factor f of the first stage.
         """
         if not isinstance(module, UNet):
             raise ValueError(f"{self.path}: a control net steers a U-Net, which this model isn't")
-        theirs, concat = flat(params), True
-        for path, own in self.params.items():
+        unet_params, concat = flat(params), True
+        for path, parameter in self.params.items():
             if path.startswith((HINT, "zero_convs", "middle_block_out")):
                 continue
-            if path not in theirs:
+            if path not in unet_params:
                 raise ValueError(f"{self.path}: the U-Net has no {path}; it is another one's")
-            if path == _CONV_IN and own.shape != theirs[path].shape:
-                concat = False  # as diffusers does for U-Nets that see more than the latent
-                own_sides, their_sides = (np.delete(x.shape, 2) for x in (own, theirs[path]))
-                fits = own.shape[2] < theirs[path].shape[2] and all(own_sides == their_sides)
+            if path == _CONV_IN and parameter.shape != unet_params[path].shape:
+                concat = False  # as in diffusers, for U-Nets whose input is more than the latent
+                sides, unet_sides = (np.delete(x.shape, 2) for x in (parameter, unet_params[path]))
+                fits = parameter.shape[2] < unet_params[path].shape[2] and all(sides == unet_sides)
             else:
-                fits = own.shape == theirs[path].shape
+                fits = parameter.shape == unet_params[path].shape
             if not fits:
                 raise ValueError(
-                    f"{self.path}: {path} is {own.shape}, that of the U-Net {theirs[path].shape}"
+                    f"{self.path}: {path} is {parameter.shape}, that of the U-Net "
+                    f"{unet_params[path].shape}"
                 )
-        own_fields = {name: self.fields[name] for name in ("hint_channels", "global_pooling")}
-        shrinks = 2 ** (len(own_fields["hint_channels"]) - 1)
+        hint_fields = {name: self.fields[name] for name in ("hint_channels", "global_pooling")}
+        shrinks = 2 ** (len(hint_fields["hint_channels"]) - 1)
         if shrinks != downsampling:
             raise ValueError(
                 f"{self.path}: its hints shrink by {shrinks}, the pictures by f={downsampling}"
             )
-        net = control_net(module, downsampling, takes_concat=concat, **own_fields)
+        net = control_net(module, downsampling, takes_concat=concat, **hint_fields)
         if len(self.blocks) != len(list(residual_names(net))):
             raise ValueError(
                 f"{self.path}: it has {len(self.blocks)} outputs for a U-Net with "
@@ -105,17 +106,17 @@ class ControlWeights(Adapter):
         return net
 
     def tree(self, params: Params) -> Params:
-        """The parameters for a `ControlNet` and its `HintNet`; params: those of the U-Net."""
-        theirs = flat(params) if self.difference else {}
+        """The parameters of a `ControlNet` and its `HintNet`. params: the U-Net's parameters."""
+        base = flat(params) if self.difference else {}
         whole = {
-            path: jnp.asarray(x) + layer_params(theirs[path]) if path in theirs else jnp.asarray(x)
+            path: jnp.asarray(x) + layer_params(base[path]) if path in base else jnp.asarray(x)
             for path, x in self.params.items()
         }
         return unflatten_dict(whole, sep="/")
 
 
 def residual_names(net: UNet) -> Iterator[str]:
-    """diffusers' names of the blocks whose outputs are skips, and of the middle."""
+    """diffusers' names of the blocks whose outputs are skip connections, and of the middle."""
     yield "conv_in"
     levels = len(net.channel_mult)
     for level in range(levels):
@@ -138,41 +139,48 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
     """A file of the original's: `control_model.…`, alone or beside a whole model."""
     if "controlnet_cond_embedding.conv_in.weight" in tensors:
         raise ValueError(f"{path} is diffusers' control net without settings: give its folder")
-    own = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
-    fields: dict[str, Any] = unet_compvis.fields_from_shapes(own)
-    context = unet_compvis.context_dim(own)
-    # A net is used with the heads of its U-Net; a file doesn't say them.
+    net_tensors = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
+    fields: dict[str, Any] = unet_compvis.fields_from_shapes(net_tensors)
+    context = unet_compvis.context_dim(net_tensors)
+    # A net is used with its U-Net's number of heads, which the file doesn't state.
     released = all(mult * fields["model_channels"] % 64 == 0 for mult in fields["channel_mult"])
     heads = {"num_head_channels": 64} if released else {"num_heads": 1}
     fields |= {"num_heads": 8} if context == 768 else heads
-    hints = sorted(int(name.split(".")[1]) for name in own if name.startswith(f"{HINT}."))[::2]
-    widths = [own[f"{HINT}.{i}.weight"].shape[0] for i in hints[:-1]]
+    hints = sorted(int(name.split(".")[1]) for name in net_tensors if name.startswith(f"{HINT}."))[
+        ::2
+    ]
+    widths = [net_tensors[f"{HINT}.{i}.weight"].shape[0] for i in hints[:-1]]
     fields["hint_channels"] = tuple(widths[::2])
-    projection = own.get("middle_block.1.proj_in.weight")
+    projection = net_tensors.get("middle_block.1.proj_in.weight")
     linear = projection is not None and len(projection.shape) == 2
-    part = _part(path, fields, _original(fields, linear), own, unet_compvis.widths(own, {}))
+    part = _part(
+        path, fields, _original(fields, linear), net_tensors, unet_compvis.widths(net_tensors, {})
+    )
     return _weights(path, part, linear=linear, difference=_DIFFERENCE in tensors)
 
 
 def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
     """A folder of diffusers' with a ControlNetModel."""
-    fields, widths, own = from_diffusers(config)
+    fields, widths, further = from_diffusers(config)
     weights, tensors = open_weights(path, None)
-    table = _diffusers(fields, own["linear"], own["time_width"] is not None)
+    table = _diffusers(fields, further["linear"], further["time_width"] is not None)
     part = _part(weights, fields, table, tensors, widths)
-    return _weights(path, part, config=frozen(config), **own)
+    return _weights(path, part, config=frozen(config), **further)
 
 
 def from_diffusers(
     config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], unet.Widths, dict[str, Any]]:
-    """What a config.json of ControlNetModel says: fields, widths of inputs, what is beside.
+    """Read a config.json of ControlNetModel.
 
-    Raises ValueError for a setting that our control net can't express.
+    Returns the fields of `ControlNet`, the widths of its inputs, and the further fields of
+    `ControlWeights` by name. Raises ValueError for a setting that our control net can't express.
     """
-    own = {k: v for k, v in config.items() if k in {**_SETTINGS.defaults, **_SETTINGS.checked}}
-    values = _SETTINGS.complete(own, CLASS)
-    rest = {k: v for k, v in config.items() if k not in own} | {
+    control_settings = {
+        k: v for k, v in config.items() if k in {**_SETTINGS.defaults, **_SETTINGS.checked}
+    }
+    values = _SETTINGS.complete(control_settings, CLASS)
+    rest = {k: v for k, v in config.items() if k not in control_settings} | {
         "_class_name": "UNet2DConditionModel"
     }
     rest["up_block_types"] = _mirrored(config.get("down_block_types", _DOWN))
@@ -189,14 +197,14 @@ def from_diffusers(
 
 
 def read_workdir(path: Path) -> ControlWeights:
-    """The control net that a workdir was trained for: the average of its parameters."""
+    """The control net that was trained in a workdir: the average of its parameters."""
     config = read_config(path)
     params = flat(workdir.open_entry(path, "ema_params")["control"])
-    own = {k: np.asarray(x, np.float32) for k, x in params.items()}
-    convs = sum(name.startswith(f"{HINT}/") and name.endswith("/kernel") for name in own)
-    widths = (own[f"{HINT}/conv_{2 * i}/kernel"].shape[3] for i in range(0, convs - 1, 2))
+    arrays = {k: np.asarray(x, np.float32) for k, x in params.items()}
+    convs = sum(name.startswith(f"{HINT}/") and name.endswith("/kernel") for name in arrays)
+    widths = (arrays[f"{HINT}/conv_{2 * i}/kernel"].shape[3] for i in range(0, convs - 1, 2))
     fields = {**module_fields(config.unet), "hint_channels": tuple(widths), "global_pooling": False}
-    return ControlWeights(path=str(path), params=own, fields=frozen(fields))
+    return ControlWeights(path=str(path), params=arrays, fields=frozen(fields))
 
 
 def _mirrored(downs: Any) -> list[str]:
@@ -212,10 +220,10 @@ def _part(
     return read_part(where, fields, table, shapes(fields, *widths), tensors)
 
 
-def _weights(path: Path, part: Part, **own: Any) -> ControlWeights:
+def _weights(path: Path, part: Part, **further: Any) -> ControlWeights:
     params = arrays_of(part)
     fields = {"hint_channels": (16, 32, 96, 256), "global_pooling": False, **part.fields}
-    return ControlWeights(path=str(path), params=params, fields=frozen(fields), **own)
+    return ControlWeights(path=str(path), params=params, fields=frozen(fields), **further)
 
 
 def shapes(
@@ -259,8 +267,8 @@ def _diffusers(fields: Mapping[str, Any], linear: bool, text_time: bool) -> Tabl
 
 
 def _of_unet(fields: Mapping[str, Any]) -> dict[str, Any]:
-    own = ("hint_channels", "global_pooling", "takes_concat")
-    return {name: value for name, value in fields.items() if name not in own}
+    control_only = ("hint_channels", "global_pooling", "takes_concat")
+    return {name: value for name, value in fields.items() if name not in control_only}
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -269,7 +277,8 @@ def _of_unet(fields: Mapping[str, Any]) -> dict[str, Any]:
 def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
     """Write a control net as the original's file ("compvis") or as diffusers' folder.
 
-    A difference stays one; diffusers has no word for it, so that it is refused there.
+    A difference to a U-Net stays a difference; for diffusers, which has no such files, it is
+    refused with a ValueError.
     """
     tensors = {k: in_memory(np.asarray(x)) for k, x in adapter.params.items()}
     fields = _of_unet(adapter.fields)
@@ -277,8 +286,8 @@ def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: the name of a control net's file ends in .safetensors")
         check_groups(ControlNet(**adapter.fields))
-        theirs = write_tensors(_original(adapter.fields, adapter.linear), tensors)
-        named = {_PREFIX + name: t for name, t in theirs.items()}
+        written = write_tensors(_original(adapter.fields, adapter.linear), tensors)
+        named = {_PREFIX + name: t for name, t in written.items()}
         if adapter.difference:
             named[_DIFFERENCE] = in_memory(np.zeros(0, np.float32))
         write_safetensors(path, named)
@@ -294,13 +303,13 @@ def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
 
 def _config(adapter: ControlWeights, widths: unet.Widths) -> dict[str, Any]:
     fields = _of_unet(adapter.fields)
-    own = unet_diffusers.diffusers_from_fields(
+    unet_config = unet_diffusers.diffusers_from_fields(
         fields, widths, adapter.linear, None, adapter.time_width
     )
     for name in ("up_block_types", "out_channels", "sample_size", "dropout", "center_input_sample"):
-        own.pop(name, None)
+        unet_config.pop(name, None)
     return {
-        **own,
+        **unet_config,
         "_class_name": CLASS,
         "conditioning_channels": 3,
         "conditioning_embedding_out_channels": adapter.fields["hint_channels"],

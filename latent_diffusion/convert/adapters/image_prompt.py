@@ -1,4 +1,4 @@
-"""IP-Adapters in the original's files, plain and plus; diffusers reads the same files."""
+"""Files of IP-Adapters, plain and plus, as the original writes them and diffusers reads them."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,10 @@ _HEAD = 64  # channels of a head of the resampler
 
 
 class Attention(NamedTuple):
-    """A cross-attention of a U-Net: our names of its block and of the block inside, diffusers'."""
+    """A cross-attention of a U-Net.
+
+    block: our name of its block. inner: our name of its transformer block. name: diffusers' name.
+    """
 
     block: str
     inner: str
@@ -38,10 +41,10 @@ class Attention(NamedTuple):
 
 
 class ImagePrompt(Adapter):
-    """An IP-Adapter: its parameters by path, as float32 arrays; fields: of its projection.
+    """An IP-Adapter: its parameters by path, as float32 arrays.
 
-    Attentions are numbered in diffusers' order: down, up, middle. encoder: of pictures, with the
-    fields encoder_fields; None where pictures can't be given.
+    Attentions are numbered in diffusers' order: down, up, middle. fields: those of its projection.
+    encoder: parameters of the image encoder, whose fields are encoder_fields; None without one.
     """
 
     argument: ClassVar[str] = "image_prompts"
@@ -52,23 +55,23 @@ class ImagePrompt(Adapter):
 
     @property
     def plus(self) -> bool:
-        """Whether it sees the encoder's tokens, and not its embedding."""
+        """Whether the projection takes the image encoder's tokens, and not its embedding."""
         return "inner" in self.fields
 
     @property
     def projection(self) -> ImageProjection | Resampler:
-        """The network that makes tokens of what the encoder says."""
+        """The network that makes tokens of the image encoder's output."""
         return Resampler(**self.fields) if self.plus else ImageProjection(**self.fields)
 
     @property
     def width(self) -> int:
-        """The width of the embeddings, or of the encoder's tokens, that it takes."""
+        """The width of the projection's input: of the encoder's embedding, or of its tokens."""
         first = "proj_in" if self.plus else "proj"
         return int(self.params[f"{PROJECTION}/{first}/kernel"].shape[0])
 
     @property
     def module(self) -> ClipImage:
-        """The encoder of pictures; ValueError where there is none."""
+        """The image encoder; ValueError where there is none."""
         if self.encoder is None:
             raise ValueError(
                 f"{self.path}: no folder {ENCODER} lies beside it, which pictures need: load it "
@@ -77,24 +80,24 @@ class ImagePrompt(Adapter):
         return ClipImage(**self.encoder_fields)
 
     def tree(self) -> dict[str, Any]:
-        """The parameters: of the projection, and of each attention by its number."""
+        """The parameters as a tree: of the projection, and of each attention by its number."""
         return unflatten_dict(dict(self.params), sep="/")
 
     def attentions(self, module: Any, params: Params) -> tuple[Attention, ...]:
         """The attentions of a U-Net with these parameters; ValueError where it is another one."""
         if not isinstance(module, UNet):
             raise ValueError(f"{self.path}: an IP-Adapter is for a U-Net, which this model isn't")
-        places, theirs = tuple(cross_attentions(module)), flat(params)
+        places, unet_params = tuple(cross_attentions(module)), flat(params)
         for i, place in enumerate(places):
             for ours, name in (("to_k", _KEY), ("to_v", _VALUE)):
-                own = self.params.get(f"{i}/{name}/kernel")
-                want = theirs[f"{place.block}/{place.inner}/attn2/{ours}/kernel"].shape
-                shape = None if own is None else own.shape
-                if shape != want:
+                kernel = self.params.get(f"{i}/{name}/kernel")
+                expected = unet_params[f"{place.block}/{place.inner}/attn2/{ours}/kernel"].shape
+                shape = None if kernel is None else kernel.shape
+                if shape != expected:
                     raise ValueError(
                         f"{self.path}: {_number(i)}.{name}.weight is "
                         f"{'absent' if shape is None else shape[::-1]}, {place.name}.{ours} of the "
-                        f"U-Net {want[::-1]}; it is another one's"
+                        f"U-Net {expected[::-1]}; it is another one's"
                     )
         if f"{len(places)}/{_KEY}/kernel" in self.params:
             raise ValueError(
@@ -104,7 +107,7 @@ class ImagePrompt(Adapter):
 
 
 def _number(i: int) -> int:
-    """That of a cross-attention in files, which count self-attentions as well."""
+    """The number of the cross-attention `i` in files, which also count self-attentions."""
     return 2 * i + 1
 
 
@@ -131,26 +134,28 @@ def read_image_prompt(
 ) -> ImagePrompt:
     """The IP-Adapter in a file. encoder: folder of its image encoder, by default beside the file.
 
-    Raises ValueError for one of faces, and for an encoder of another width.
+    Raises ValueError for an adapter for faces (FaceID), and for an encoder of another width.
     """
     part = open_part(path, tensors)
     adapter = ImagePrompt(path=str(path), params=arrays_of(part), fields=frozen(part.fields))
     beside = path.parent / ENCODER
     if encoder is None and not beside.is_dir():
         return adapter
-    found = read_pretrained("clip_image", Path(encoder or beside), {})
-    module = ClipImage(**found.fields)
+    encoder_part = read_pretrained("clip_image", Path(encoder or beside), {})
+    module = ClipImage(**encoder_part.fields)
     width = module.width if adapter.plus else module.projection_dim
     if width != adapter.width:
         raise ValueError(
             f"{path}: it takes {adapter.width} numbers, of which the image encoder at "
             f"{encoder or beside} makes {width}: load it with image_encoder=PATH"
         )
-    return adapter.replace(encoder=as_params(found), encoder_fields=frozen(found.fields))
+    return adapter.replace(
+        encoder=as_params(encoder_part), encoder_fields=frozen(encoder_part.fields)
+    )
 
 
 def open_part(path: Path, tensors: Mapping[str, Tensor]) -> Part:
-    """The parameters of an IP-Adapter, still unread, and the fields of its projection."""
+    """The parameters of an IP-Adapter, not yet read, and the fields of its projection."""
     others = {
         "perceiver_resampler.proj_in.weight": "FaceID plus",
         "proj.3.weight": "full",
@@ -181,22 +186,22 @@ def _fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _shapes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Params:
-    """The tree of parameter shapes; tensors: show the widths of inputs and of attentions."""
+    """The tree of parameter shapes. tensors: those of the file; they show the widths."""
     plus = "inner" in fields
-    seen = tensors[f"{PROJECTION}.{'proj_in' if plus else 'proj'}.weight"].shape[1]
-    given = array(1, 1, seen) if plus else array(1, seen)
+    input_width = tensors[f"{PROJECTION}.{'proj_in' if plus else 'proj'}.weight"].shape[1]
+    inputs = array(1, 1, input_width) if plus else array(1, input_width)
     module = Resampler(**fields) if plus else ImageProjection(**fields)
-    tree = {PROJECTION: parameter_shapes(module, given)}
+    tree = {PROJECTION: parameter_shapes(module, inputs)}
     for i in range(count(tensors, "ip_adapter.")):
         for name in (_KEY, _VALUE):
-            theirs = tensors.get(f"ip_adapter.{_number(i)}.{name}.weight")
-            inner = 1 if theirs is None else theirs.shape[0]
+            tensor = tensors.get(f"ip_adapter.{_number(i)}.{name}.weight")
+            inner = 1 if tensor is None else tensor.shape[0]
             tree.setdefault(str(i), {})[name] = {"kernel": array(fields["width"], inner)}
     return tree
 
 
 def table(attentions: int) -> Table:
-    """The names of the tensors of an IP-Adapter for so many attentions."""
+    """The names of an IP-Adapter's tensors, for this number of attentions."""
     ours, theirs = f"{PROJECTION}/", f"{PROJECTION}."
     return [
         Rule(PROJECTION, PROJECTION, (Leaf("latents", (".latents",), SAME),)),

@@ -1,4 +1,4 @@
-"""The names that others give the modules of a model in files of adapters."""
+"""The names that the modules of a model have in files of adapters."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -14,10 +14,11 @@ _ENCODERS = {"clip_text": "text_encoder", "clip_text_2": "text_encoder_2"}
 
 
 class Place(NamedTuple):
-    """Where an array of theirs lies in the parameters of a `Denoiser`.
+    """Where an array of an adapter's file belongs in the parameters of a `Denoiser`.
 
-    path: of our parameter. names: of the modules that it joins, of which this is number `part`, in
-    diffusers' words: "unet.mid_block…", "text_encoder.text_model…". shape: of their array.
+    path: of our parameter. names: diffusers' names of the modules that the parameter joins, such as
+    "unet.mid_block…" or "text_encoder.text_model…"; the array belongs to number `part` of them.
+    layout: how the parameter is made of their arrays. shape: that of the array.
     """
 
     path: str
@@ -28,10 +29,10 @@ class Place(NamedTuple):
 
 
 def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, str, Pair]]:
-    """Every parameter that diffusers names: its part, the prefix of the names, the pair.
+    """For each parameter with a name in diffusers: name and part, prefix of the names, and `Pair`.
 
-    kohya: the names are those that kohya's sd-scripts make theirs of. They are the original's for
-    Stable Diffusion 3, and a DiT has none.
+    kohya: yield the names from which kohya's sd-scripts derive theirs. They are the original's for
+    Stable Diffusion 3; a DiT has none.
     """
     for name, part in bundle.parts():
         table: Table
@@ -43,7 +44,7 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
         elif name == "mmdit":
             prefix, table = "transformer", mmdit.diffusers_table(part.fields)
         elif name == "dit" and not kohya:
-            # Of the timestep's embedding every block has a copy, which could get another change.
+            # Every block has a copy of the timestep's embedding, and the changes could differ.
             rules = dit.diffusers_table(part.fields)
             table = [rule for rule in rules if not rule.ours.startswith("t_embedder")]
             prefix = "transformer"
@@ -60,9 +61,9 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
 
 
 def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
-    """The places of "weight" and "bias" of every module, by each name that a file may call it."""
+    """{module: {"weight" | "bias": place}}, for each spelling of a module's name in files."""
     two = has_two(bundle)
-    found: dict[str, dict[str, Place]] = {}
+    by_spelling: dict[str, dict[str, Place]] = {}
     paths: dict[str, tuple[str, ...]] = {}
     for part_name, part, prefix, pair in pairs_of(bundle):
         modules, arrays = zip(*(name.rpartition(".")[::2] for name in pair.theirs), strict=True)
@@ -72,19 +73,19 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
         for i, shape in enumerate(_shapes(pair, part)):
             place = Place(path, names, i, pair.layout, shape)
             for spelling in _spellings(prefix, modules[i], two):
-                found.setdefault(spelling, {})[arrays[i]] = place
+                by_spelling.setdefault(spelling, {})[arrays[i]] = place
         paths[path] = names
     for name, part in bundle.parts():
         if name in BACKBONES:
             for spelling, array, place in _original(bundle, name, part, paths):
-                found.setdefault(spelling, {})[array] = place
-    return found
+                by_spelling.setdefault(spelling, {})[array] = place
+    return by_spelling
 
 
 def is_idle(bundle: Bundle, name: str) -> bool:
-    """Whether a module of a file is in a layer of a text encoder that nothing computes.
+    """Whether a module of a file is in a layer of a text encoder whose output is not used.
 
-    kohya's files for Stable Diffusion XL have the first encoder's last layer.
+    kohya's files for Stable Diffusion XL have such modules, in the first encoder's last layer.
     """
     part = bundle.conditioners.get("clip_text")
     if part is None or part.fields.get("final_norm", True):
@@ -97,18 +98,18 @@ def is_idle(bundle: Bundle, name: str) -> bool:
 
 
 def has_two(bundle: Bundle) -> bool:
-    """Whether a model is of those with two of CLIP's text encoders, as SDXL and its refiner."""
+    """Whether the model's family has two CLIP text encoders, as for SDXL and its refiner."""
     return "clip_text_2" in bundle.conditioners
 
 
 def kohya_prefix(prefix: str, two: bool) -> str:
-    """kohya's prefix for diffusers', which tells a model's only text encoder from one of two."""
+    """kohya's prefix in the place of diffusers'. two: whether the model has two text encoders."""
     table = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder_2": "lora_te2"}
     return table.get(prefix, "lora_te1" if two else "lora_te")
 
 
 def _spellings(prefix: str, module: str, two: bool) -> tuple[str, ...]:
-    """diffusers with its prefix and without, kohya's sd-scripts, LyCORIS' own wrapper."""
+    """Names as in diffusers with its prefix and without, kohya's sd-scripts, and LyCORIS."""
     flat = module.replace(".", "_")
     if prefix in ("unet", "transformer"):
         return f"{prefix}.{module}", module, f"lora_{prefix}_{flat}", f"lycoris_{flat}"
@@ -125,10 +126,10 @@ def _shapes(pair: Pair, part: Part) -> list[tuple[int, ...]]:
 def _original(
     bundle: Bundle, name: str, part: Part, paths: Mapping[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, str, Place]]:
-    """The original's names of a backbone's arrays, with kohya's prefix and with its own.
+    """The original's names of a backbone's arrays, with kohya's prefix and with the original's.
 
-    paths: the names of diffusers' modules, by path of our parameter. Maps that diffusers separates,
-    such as q, k and v, are one here.
+    paths: the names of diffusers' modules, by path of our parameter. Linear maps that diffusers
+    separates, such as q, k and v, are one map here.
     """
     tables: dict[str, Callable[[], Table]] = {
         "unet": lambda: unet.compvis_table(part.fields, bundle.linear_projections),
@@ -140,7 +141,7 @@ def _original(
         if len(pair.theirs) > 1 or not names:
             continue
         module, _, array = pair.theirs[0].rpartition(".")
-        own = names if len(names) == 1 else (names[0].rpartition(".")[0],)
-        place = Place(f"{name}/{pair.ours}", own, 0, pair.layout, _shapes(pair, part)[0])
+        modules = names if len(names) == 1 else (names[0].rpartition(".")[0],)
+        place = Place(f"{name}/{pair.ours}", modules, 0, pair.layout, _shapes(pair, part)[0])
         for spelling in (f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{module}"):
             yield spelling, array, place

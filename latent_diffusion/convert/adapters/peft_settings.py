@@ -1,8 +1,8 @@
 """PEFT's settings of an adapter: in its adapter_config.json, and in the header of diffusers' files.
 
-A setting is used, or known not to matter to a trained adapter, or refused by its name unless it is
-at its default, which is None, False or empty but for those in `_SUPPORTED`. Of these, the first
-three are used as well.
+A setting is either used (`_USED`), or without effect on a trained adapter (`_HARMLESS`), or checked
+against the values in `_SUPPORTED`, of which the first three settings are used as well. Any other
+setting is refused by its name unless it has its default: None, False or empty.
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 METADATA = "lora_adapter_metadata"
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern")
-# Which modules were adapted, and how training went: the tensors say the rest.
+# These say which modules were adapted and how they were trained; the tensors show the result.
 _HARMLESS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "inference_mode"),
@@ -26,7 +26,7 @@ _SUPPORTED = {
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), (True, False, None)),
     "peft_type": ("LORA", "LOHA", "LOKR", None),
     "bias": ("none",),
-    # Other initialisations change the base as well.
+    # Other initialisations change the base model as well.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "init_weights": (True, False, "lycoris"),
 }
@@ -35,7 +35,7 @@ _SUPPORTED = {
 class PeftSettings:
     """Settings by part ("unet", "text_encoder", "" for all) and name; ValueError for unknown ones.
 
-    where: the file, for messages.
+    where: the file that has them, for messages.
     """
 
     def __init__(self, where: str, settings: Mapping[str, Any]) -> None:
@@ -48,29 +48,29 @@ class PeftSettings:
             self.values.setdefault(part, {})[name] = value
 
     def scale(self, module: str, kind: str, rank: int | None) -> np.float32:
-        """α/r, or α/√r of rank-stabilised LoRA (Kalajdzievski 2023), of a module of the file."""
-        own, name = self.of(module), re.sub(rf"^({'|'.join(_PARTS)})\.", "", module)
-        key, said = self._number("r", own, "rank_pattern", name)
-        if kind != "LoKr" and said != rank:
-            raise ValueError(f"its rank is {rank}, but {self.where} says {key}={said:g}")
-        key = "alpha" if "alpha" in own else "lora_alpha"
-        _, alpha = self._number(key, own, "alpha_pattern", name)
-        return np.float32(alpha / (said**0.5 if own.get("use_rslora") else said))
+        """The scale of a module: α/r, or α/√r if rank-stabilised (Kalajdzievski 2023)."""
+        settings, name = self.of(module), re.sub(rf"^({'|'.join(_PARTS)})\.", "", module)
+        key, r = self._number("r", settings, "rank_pattern", name)
+        if kind != "LoKr" and r != rank:
+            raise ValueError(f"its rank is {rank}, but {self.where} says {key}={r:g}")
+        key = "alpha" if "alpha" in settings else "lora_alpha"
+        _, alpha = self._number(key, settings, "alpha_pattern", name)
+        return np.float32(alpha / (r**0.5 if settings.get("use_rslora") else r))
 
     def of(self, module: str) -> dict[str, Any]:
-        """The settings of the part of a module."""
+        """The settings of the part to which a module belongs."""
         part = next((part for part in _PARTS if module.startswith(f"{part}.")), "")
         return self.values.get(part, self.values.get("", {}))
 
     def _number(
-        self, key: str, own: Mapping[str, Any], patterns: str, module: str
+        self, key: str, settings: Mapping[str, Any], patterns: str, module: str
     ) -> tuple[str, float | int]:
-        """The number of a module: by a pattern, which ends like its name, or the one of all.
+        """The setting that decides a module's number, and this number.
 
-        With the setting that says it.
+        It is that of a pattern with which the module's name ends, else the setting `key`.
         """
-        value = own.get(key, 8)  # PEFT's default of both
-        for pattern, exception in (own.get(patterns) or {}).items():
+        value = settings.get(key, 8)  # PEFT's default of r and of lora_alpha
+        for pattern, exception in (settings.get(patterns) or {}).items():
             end = pattern.removeprefix("^")
             if module == end or (end == pattern and module.endswith(f".{end}")):
                 key, value = f"{patterns}[{pattern!r}]", exception
@@ -81,10 +81,10 @@ class PeftSettings:
 
 
 def _check(where: str, key: str, name: str, value: Any) -> None:
-    """Raise ValueError for a setting that changes more than is computed here."""
+    """Raise ValueError for a setting whose effect isn't implemented here."""
     if name in _SUPPORTED:
         allowed = _SUPPORTED[name]
-        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+        if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
             raise ValueError(
                 f"{where}: {key}={str(value)[:80]!r} isn't supported; "
                 f"supported: {' or '.join(map(repr, allowed))}"

@@ -16,7 +16,7 @@ from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.optimisation import deltas
 
 _BIAS = ("lora_bias", "diff_b")
-# The ends of names in files → factors.
+# The ends of tensor names in files → names of factors.
 _ENDS = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
@@ -35,7 +35,7 @@ _ENDS = {
     "b_norm": "diff_b",
 }
 _END = re.compile(rf"(.+?)\.({'|'.join(re.escape(e) for e in sorted(_ENDS, key=len)[::-1])})")
-# Spellings of diffusers before versions 0.20 and 0.30, and of PEFT → today's
+# Names as diffusers before versions 0.20 and 0.30 and PEFT spell them → today's names
 _TODAY = (
     (r"^base_model\.model\.", ""),
     (r"\.(lora_(?:A|B|magnitude_vector))\.default\b", r".\1"),
@@ -47,7 +47,7 @@ _TODAY = (
     (r"\.lora\.up\.", ".lora_B."),
     (r"^(text_encoder(?:_2)?)\.(?=encoder\.)", r"\1.text_model."),
 )
-# Tensors by which adapters of other kinds are known.
+# Names of tensors that show that an adapter is of another kind.
 _OTHERS = (
     (r"\.oft_blocks$|\.oft_diag$|\.oft_R\b", "OFT"),
     (r"\.boft_[RSs]\b", "BOFT"),
@@ -66,8 +66,8 @@ _OTHERS = (
 def read_low_rank(path: Path, file: TensorFile, settings: PeftSettings) -> LowRank:
     """The LoRA in an opened file, or in PEFT's folder.
 
-    Raises one ValueError that begins with the path, and names the kind and the tensor, for a file
-    that is no LoRA, that lacks half of a pair, or has a setting that isn't understood.
+    Raises a ValueError that begins with the path and names the kind and the tensor for a file that
+    is no LoRA, that lacks one of a pair of factors, or that has an unsupported setting.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
@@ -122,7 +122,7 @@ def _parsed(where: str, text: str) -> Mapping[str, Any]:
 
 
 def _split(path: Path, name: str) -> tuple[str, str]:
-    """The module and the factor that a tensor's name says."""
+    """The names of the module and of the factor in a tensor's name."""
     today = name
     for old, new in _TODAY:
         today = re.sub(old, new, today)
@@ -130,8 +130,8 @@ def _split(path: Path, name: str) -> tuple[str, str]:
         return match[1], _ENDS[match[2]]
     for pattern, kind in _OTHERS:
         if re.search(pattern, name):
-            known = ", ".join(deltas.KINDS)
-            raise ValueError(f"{path}: {kind} isn't read ({name}); kinds that are: {known}, DoRA")
+            kinds = ", ".join(deltas.KINDS)
+            raise ValueError(f"{path}: {kind} isn't read ({name}); kinds that are: {kinds}, DoRA")
     raise ValueError(f"{path} is no LoRA: {name} is no tensor of one")
 
 
@@ -143,7 +143,7 @@ def _module(
     alpha = arrays.pop("alpha", None)
     bias = {k: arrays.pop(k) for k in _BIAS if k in arrays}
     norm = _magnitude(arrays)
-    found: dict[str, dict[str, Any]] = {}
+    factors: dict[str, dict[str, Any]] = {}
     scale = np.float32(1)
     if arrays:
         kind = deltas.kind_of(arrays)
@@ -163,23 +163,23 @@ def _module(
         if settings.values and kind != "full":
             scale = settings.scale(name, kind, rank)
         elif alpha is not None and rank and kind != "full":
-            # As LyCORIS and kohya read it, an alpha of 0 is the rank.
+            # LyCORIS and kohya read an alpha of 0 as the rank.
             scale = np.float32(float(alpha.reshape(())) / rank or 1)
-        found["weight"] = {**arrays, **norm, "scale": scale}
+        factors["weight"] = {**arrays, **norm, "scale": scale}
     elif norm or alpha is not None:
         raise ValueError(f"{', '.join(norm) or 'alpha'} without factors")
     for factor, array in bias.items():
         if factor == "lora_bias" and "lora_up" not in arrays:
             raise ValueError("LoRA with lora_B.bias lacks lora_up")
-        own = scale if factor == "lora_bias" else np.float32(1)
-        found["bias"] = {"diff": array, "scale": own}
+        bias_scale = scale if factor == "lora_bias" else np.float32(1)
+        factors["bias"] = {"diff": array, "scale": bias_scale}
     if len(bias) > 1:
         raise ValueError("two changes of its bias")
-    return found
+    return factors
 
 
 def _magnitude(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The norms of DoRA: PEFT's are of outputs, LyCORIS' [out 1 …] or, of inputs, [1 in …]."""
+    """DoRA's norms. PEFT's are [out]; LyCORIS' are [out 1 …], or [1 in …] for norms of inputs."""
     if "magnitude" in arrays and "dora_scale" in arrays:
         raise ValueError("DoRA with two spellings of its magnitude")
     if "magnitude" in arrays:
@@ -192,7 +192,7 @@ def _magnitude(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def read_weights(entries: Iterable[str], flag: str = "lora") -> list[tuple[str, float]]:
-    """Files and their weights from a user's entries: "FILE:0.8", or "FILE" for 1."""
+    """Files and weights from a flag's entries: "FILE:0.8", or "FILE" for the weight 1."""
     weights = []
     for entry in entries:
         file, colon, weight = entry.rpartition(":")
@@ -204,7 +204,7 @@ def read_weights(entries: Iterable[str], flag: str = "lora") -> list[tuple[str, 
 
 
 def read_pictured(entry: str, flag: str) -> tuple[str, str, float]:
-    """The file, the picture and the weight in "FILE:PICTURE:WEIGHT", or "FILE:PICTURE" for 1."""
+    """File, picture and weight in "FILE:PICTURE:WEIGHT", or in "FILE:PICTURE" for the weight 1."""
     file, first, rest = entry.partition(":")
     picture, second, weight = rest.rpartition(":")
     try:

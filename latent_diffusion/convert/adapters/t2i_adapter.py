@@ -1,4 +1,4 @@
-"""T2I-Adapters in files: the original's, and diffusers' folders."""
+"""Files of T2I-Adapters: the original's, and diffusers' folders."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _SETTINGS = Settings(
 
 
 class T2IWeights(Adapter):
-    """A T2I-Adapter: its parameters by path, as float32 arrays; fields: of `T2IAdapter`."""
+    """A T2I-Adapter: its parameters by path, as float32 arrays. fields: those of `T2IAdapter`."""
 
     argument: ClassVar[str] = "controls"
     params: Mapping[str, Any]
@@ -45,7 +45,7 @@ class T2IWeights(Adapter):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The names of its features, by the U-Net's levels; a last one may be the middle's."""
+        """The names of its features: one for each level of the U-Net, and perhaps the middle's."""
         return tuple(f"features.{i}" for i in range(len(self.module.channels)))
 
     @property
@@ -58,36 +58,37 @@ class T2IWeights(Adapter):
         return unflatten_dict(dict(self.params), sep="/")
 
     def places(self, module: Any, downsampling: int) -> tuple[int, ...]:
-        """The places in a U-Net's `Conditioning.features` of each of its features.
+        """For each of its features, the place in `Conditioning.features` of a U-Net.
 
-        As in diffusers, a level's features join the last block with attention, or, in a level
-        without, the output of the whole level. Raises ValueError for another U-Net.
+        As in diffusers, a level's features are added to its last block with attention, or, in a
+        level without attention, to the output of the level. Raises ValueError where the features
+        don't fit the U-Net.
         """
         if not isinstance(module, UNet):
             raise ValueError(f"{self.path}: a T2I-Adapter steers a U-Net, which this model isn't")
         blocks, levels = module.num_res_blocks + 1, len(module.channel_mult)
-        known = []
+        unet_features = []
         for level, mult in enumerate(module.channel_mult):
             inside = 2**level in module.attention_resolutions or level == levels - 1
             shrink = downsampling * 2 ** (level if inside else level + 1)
             place = blocks * level + (blocks - 1 if inside else blocks)
-            known.append((place, mult * module.model_channels, shrink))
-        known.append((blocks * levels, *known[-1][1:]))  # the middle
+            unet_features.append((place, mult * module.model_channels, shrink))
+        unet_features.append((blocks * levels, *unet_features[-1][1:]))  # the middle
         net = self.module
-        for i, own in enumerate(zip(net.channels, net.shrinks, strict=True)):
-            if i == len(known) or own != known[i][1:]:
-                want = known[i][1:] if i < len(known) else "no more"
+        for i, feature in enumerate(zip(net.channels, net.shrinks, strict=True)):
+            if i == len(unet_features) or feature != unet_features[i][1:]:
+                expected = unet_features[i][1:] if i < len(unet_features) else "no more"
                 raise ValueError(
-                    f"{self.path}: features {i} have (width, pixels for each place) {own}, those "
-                    f"of the U-Net {want}; it is another one's"
+                    f"{self.path}: features {i} have (width, pixels for each place) {feature}, "
+                    f"those of the U-Net {expected}; it is another one's"
                 )
-        return tuple(place for place, *_ in known[: len(net.channels)])
+        return tuple(place for place, *_ in unet_features[: len(net.channels)])
 
 
 def is_t2i(tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors are a T2I-Adapter of the original's."""
-    own = ("body.0.block1.weight", "body.0.body.0.block1.weight")
-    return any(name in tensors for name in own)
+    marks = ("body.0.block1.weight", "body.0.body.0.block1.weight")
+    return any(name in tensors for name in marks)
 
 
 def read_original(path: Path, tensors: Mapping[str, Tensor]) -> T2IWeights:
@@ -120,10 +121,10 @@ def read_folder(path: Path, config: Mapping[str, Any]) -> T2IWeights:
 
 
 def fields_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields from a config.json of T2IAdapter; ValueError for a setting of another net."""
+    """Our fields from a config.json of T2IAdapter; ValueError for an unsupported setting."""
     values, fields = _SETTINGS.complete(config, CLASS), _SETTINGS.read(config, CLASS)
     fields["kind"], channels = _KINDS[values["adapter_type"]], tuple(values["channels"])
-    # The light one has a further level, as wide as the last.
+    # A light adapter has a further level, as wide as the last one of the setting.
     fields["channels"] = (*channels, channels[-1]) if fields["kind"] == "light" else channels
     return fields
 
@@ -184,6 +185,6 @@ def write_t2i(adapter: T2IWeights, path: Path, format: str) -> None:
         raise ValueError(f"unknown format {format!r} of an adapter; known: compvis, diffusers")
     kinds = {ours: theirs for theirs, ours in _KINDS.items()}
     channels = net.channels[:-1] if net.kind == "light" else net.channels
-    own = {"_class_name": CLASS, "adapter_type": kinds[net.kind]}
-    config = dict(adapter.config) or {**_SETTINGS.write(net), **own, "channels": channels}
+    names = {"_class_name": CLASS, "adapter_type": kinds[net.kind]}
+    config = dict(adapter.config) or {**_SETTINGS.write(net), **names, "channels": channels}
     write_folder(path, config, write_tensors(_diffusers(), tensors))

@@ -1,7 +1,7 @@
-"""Textual inversion (Gal et al. 2022): vectors of new words, read, written, and given to a model.
+"""Read, write and apply textual inversion (Gal et al. 2022): embeddings of new words.
 
-A word has one vector or several, one after the other in a prompt. A model with two text encoders
-has vectors of both.
+A word has one vector or several, which follow each other in the prompt. For a model with two text
+encoders a word has vectors of both.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,15 +17,15 @@ from latent_diffusion.files.tensor import TensorFile, in_memory, is_float
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.conditioners import CONDITIONERS, tables
 
-_A1111 = ("string_to_param.*", "emb_params")  # of their .pt and .safetensors files
+_A1111 = ("string_to_param.*", "emb_params")  # tensors in their .pt and .safetensors files
 _SDXL = ("clip_l", "clip_g")
 
 
 class Words(Adapter):
     """A new word, as prompts spell it; vectors: [n width] for each text encoder, by its name.
 
-    The names are "" of the only text encoder, "clip_l" and "clip_g" of the two of SDXL, or those of
-    conditioners.
+    The names are "" for the only text encoder, "clip_l" and "clip_g" for the two of SDXL, or those
+    of conditioners.
     """
 
     word: str = flax.struct.field(pytree_node=False)
@@ -37,31 +37,31 @@ class Words(Adapter):
         return int(next(iter(self.vectors.values())).shape[0])
 
     def changes(self, bundle: Bundle) -> dict[str, Any]:
-        """See `Adapter`: the rows that join the tables of the text encoders."""
-        found: dict[str, Any] = {}
+        """See `Adapter`: rows that are appended to the embedding tables of the text encoders."""
+        changes: dict[str, Any] = {}
         left = dict(self.vectors)
         for name, part, table in tables_of(bundle):
             width = part.params[table].shape[1]
             keys = [key for key in left if key in ("", name, *_SDXL)]
-            own = next((key for key in keys if left[key].shape[1] == width), None)
-            if own is None:
+            match = next((key for key in keys if left[key].shape[1] == width), None)
+            if match is None:
                 widths = ", ".join(str(rows.shape[1]) for rows in self.vectors.values())
                 raise ValueError(
                     f"{self.path}: the word {self.word!r} has vectors of {widths} numbers, but "
                     f"those of {name} have {width}"
                 )
-            names = (f"text_encoder{'_2' if found else ''}",)
-            found[f"conditioner/{name}/{table}"] = Rows(left.pop(own), names)
+            names = (f"text_encoder{'_2' if changes else ''}",)
+            changes[f"conditioner/{name}/{table}"] = Rows(left.pop(match), names)
         if left:
             raise ValueError(
                 f"{self.path}: {next(iter(left)) or 'vectors'} of the word {self.word!r} is for a "
                 "text encoder that this model lacks"
             )
-        return found
+        return changes
 
 
 def tables_of(bundle: Bundle) -> list[tuple[str, Part, str]]:
-    """The text encoders of a model by name, and the paths of their tables of words."""
+    """Name, part, and path of the embedding table of each text encoder of a model."""
     parts = bundle.conditioners
     return [(name, parts[name], table) for name, table in tables(parts).items()]
 
@@ -69,10 +69,10 @@ def tables_of(bundle: Bundle) -> list[tuple[str, Part, str]]:
 def is_words(file: TensorFile) -> bool:
     """Whether a file holds textual inversion."""
     names, shapes = [*file.tensors], [t.shape for t in file.tensors.values()]
-    known = {*_A1111, *_SDXL, *tables(CONDITIONERS)}
-    if all(n in known or n.startswith("string_to_param.") for n in names):
+    marks = {*_A1111, *_SDXL, *tables(CONDITIONERS)}
+    if all(n in marks or n.startswith("string_to_param.") for n in names):
         return bool(names)
-    # diffusers': {"<word>": vectors}; several are told from other files by their common width.
+    # diffusers' files are {"<word>": vectors}; several words have vectors of one width.
     plain = all("." not in n for n in names) and all(1 <= len(shape) <= 2 for shape in shapes)
     return plain and len({shape[-1] for shape in shapes}) == 1
 
@@ -80,8 +80,8 @@ def is_words(file: TensorFile) -> bool:
 def read_words(path: Path, file: TensorFile, word: str | None = None) -> Words:
     """The word in a file of diffusers, of A1111's web UI, or of SDXL.
 
-    word: its name in prompts; None takes diffusers' own, or the name of a file of the others, as
-    their programs do. Raises ValueError for a file with two words.
+    word: its spelling in prompts; None takes that in diffusers' file, or the file's name for the
+    others, as their programs do. Raises ValueError for a file with two words.
     """
     vectors = {}
     for name, tensor in file.tensors.items():
@@ -104,19 +104,19 @@ def read_words(path: Path, file: TensorFile, word: str | None = None) -> Words:
 def words_of(bundle: Bundle) -> list[Words]:
     """The words that were added to a model, with their vectors."""
     added = getattr(bundle.tokenizer, "added", {})
-    found = []
+    words = []
     for word, ids in added.items():
         tables = tables_of(bundle)
         rows = {n: np.asarray(part.params[path].read())[list(ids)] for n, part, path in tables}
         if rows.keys() == {"clip_text", "clip_text_2"}:
             rows = dict(zip(_SDXL, rows.values(), strict=True))
         vectors = rows if len(rows) > 1 else {"": next(iter(rows.values()))}
-        found.append(Words(path=word, word=word, vectors=vectors))
-    return found
+        words.append(Words(path=word, word=word, vectors=vectors))
+    return words
 
 
 def write_words(adapter: Words, path: Path, layout: str) -> None:
-    """Write a word in the layout "diffusers" or "a1111" (whose name is that of the file).
+    """Write a word in the layout "diffusers" or "a1111" (where the file's name is the word).
 
     Both write "clip_l" and "clip_g" for two text encoders.
     """
@@ -130,15 +130,15 @@ def write_words(adapter: Words, path: Path, layout: str) -> None:
 
 
 def write_own(layout: str) -> Callable[..., None]:
-    """A writer of the only word that was added to a bundle, without its model."""
+    """A function that writes the only word that was added to a bundle, without the model."""
 
     def write(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
-        found = words_of(bundle)
-        if len(found) != 1:
+        words = words_of(bundle)
+        if len(words) != 1:
             raise ValueError(
-                f"this model has {len(found)} added words, and a file holds one: train it with "
+                f"this model has {len(words)} added words, and a file holds one: train it with "
                 "textual_inversion.word"
             )
-        write_words(found[0], path, layout)
+        write_words(words[0], path, layout)
 
     return write

@@ -1,6 +1,6 @@
-"""The factors that a workdir was trained for, in the names of diffusers and of kohya's sd-scripts.
+"""Write the LoRA that was trained in a workdir, in the names of diffusers or kohya's sd-scripts.
 
-CLIP's q, k and v, which others separate, are one kernel here: each gets a copy of A.
+CLIP's q, k and v are one kernel here and separate in files: each gets a copy of the factor A.
 """
 
 import json
@@ -18,7 +18,7 @@ from latent_diffusion.convert.tables import Pair
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 
-_ENDS = {  # of the names of A, B and the magnitude
+_ENDS = {  # ends of the names of A, B and the magnitude
     "diffusers": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
     "kohya": ("lora_down.weight", "lora_up.weight", "dora_scale"),
 }
@@ -64,15 +64,15 @@ def _write(
 
 
 def _theirs(pair: Pair, factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
-    """A [r in …], B [out r …] and perhaps the magnitude [out] of each of their modules."""
+    """A [r in …], B [out r …] and perhaps the magnitude [out], by module of the format."""
     down, up = (np.asarray(factors[name]) for name in ("down", "up"))
     magnitude = (np.asarray(factors["magnitude"]),) if "magnitude" in factors else ()
     if len(pair.theirs) == 1:
         (a,) = pair.layout.write(down)
         if a.ndim == 2:
-            # The layout may change the order of outputs, which A doesn't have.
+            # The layout may change the order of outputs; A has none.
             a, magnitude = down.T, tuple(pair.layout.write(m[None])[0].ravel() for m in magnitude)
-        if a.ndim > down.ndim:  # a linear map that is a convolution there
+        if a.ndim > down.ndim:  # our linear map is a convolution in the format
             b = up.T.reshape(*up.T.shape, *[1] * (a.ndim - 2))
         else:
             (b,) = pair.layout.write(up)
@@ -85,7 +85,7 @@ def _theirs(pair: Pair, factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarra
 
 
 def _magnitude(kind: str, norms: np.ndarray, ndim: int) -> np.ndarray:
-    """kohya's [out 1 …]; of PEFT [out], or of a convolution [1 out 1 1]."""
+    """The magnitude as kohya has it, [out 1 …], or PEFT, [out], or [1 out 1 1] of a convolution."""
     if kind == "kohya":
         return norms.reshape(-1, *[1] * (ndim - 1))
     return norms if ndim == 2 else norms.reshape(1, -1, *[1] * (ndim - 2))
@@ -97,7 +97,7 @@ def _add_settings(
     alpha = float(factors["alpha"])
     settings |= {f"{prefix}.r": factors["down"].shape[-1], f"{prefix}.lora_alpha": alpha}
     settings[f"{prefix}.use_dora"] = "magnitude" in factors
-    # PEFT compares the ends of names: CLIP's begin with text_model in older transformers alone.
+    # PEFT compares ends of names; only older versions of transformers have the text_model.
     target = module.removeprefix("text_model.")
     settings.setdefault(f"{prefix}.target_modules", []).append(target)
 
