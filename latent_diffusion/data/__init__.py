@@ -1,4 +1,4 @@
-"""Data: sources (random access), transforms (example to example), and batches of examples."""
+"""Data: sources with random access, transforms of examples, and batches of examples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +60,7 @@ def make_source(data_config: Any, split: str) -> Any:
 
     `data_config.train_split` and `test_split` name the splits of the data set for the two roles.
     `data_config.embedding` adds image embeddings, and neighbours in the training set.
-    Raises ValueError, in one line, for an unknown data set or split.
+    Raises a ValueError of one line for an unknown data set or split.
     """
     make = lookup(DATASETS, data_config.name.partition(":")[0], "data.name")
     roles = {"train": data_config.train_split, "test": data_config.test_split}

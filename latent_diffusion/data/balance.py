@@ -1,4 +1,4 @@
-"""Rare classes more often: an epoch in which pictures of small classes come several times."""
+"""Class balancing: an epoch in which pictures of small classes come several times."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from latent_diffusion.data.sources import Around, Example, Source
 
 
 class Balanced(Around):
-    """A source in which a class of N examples has a share of N^(1 − balance).
+    """A source in which a class of N examples has a share proportional to N^(1 − balance).
 
     balance 0 leaves the classes as they are; 1 makes them equally frequent; 1/2 is square-root
-    sampling (Mahajan et al. 2018, §2.2). The largest class comes once. All examples are read once,
-    for their `class_label`; data without labels is one class. Raises ValueError for a balance
-    outside [0, 1].
+    sampling (Mahajan et al. 2018, §2.2). Examples of the largest class come once. All examples are
+    read once, for their `class_label`; data without labels are one class. Raises ValueError for a
+    balance outside [0, 1].
     """
 
     def __init__(self, source: Source, balance: float):
@@ -25,7 +25,7 @@ class Balanced(Around):
         factors = (counts.max() / counts) ** balance
         times = np.zeros(len(labels), np.int64)
         for label in range(len(classes)):
-            # Example number i of a class comes as often as ⌊factor · i⌋ grows.
+            # Example i of a class comes ⌊factor · (i + 1)⌋ − ⌊factor · i⌋ times.
             ends = np.floor(factors[label] * np.arange(counts[label] + 1) + 1e-9)
             times[inverse == label] = np.diff(ends).astype(np.int64)
         self._index = np.repeat(np.arange(len(labels)), times)

@@ -1,9 +1,10 @@
 """Pictures of many shapes: batches of one size each (NovelAI 2022; Podell et al. 2023, 2.3).
 
 A bucket is a size. A picture belongs to the bucket for which the least of it is cut away, and a
-batch has pictures of one bucket, so that its shape is one of few. Batch number s is a pure function
-of (seed, s), as without buckets. In every epoch the pictures of each bucket are shuffled and put
-into whole batches, and the batches are shuffled; the pictures that are left over sit it out.
+batch has pictures of one bucket, so that there are few shapes of batches. Batch number s is a pure
+function of (seed, s), as without buckets. In every epoch the pictures of each bucket are shuffled
+and put into whole batches, and the batches are shuffled; the pictures that are left over are not
+used in this epoch.
 """
 
 import functools
@@ -17,16 +18,16 @@ from latent_diffusion.data.windows import Size
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 2  # longest side ÷ data.image_size; the shortest is its inverse
-_ENDLESS = 2**62  # examples
+_LONGEST = 2  # longest side ÷ data.image_size; for the shortest side it is the inverse
+_ENDLESS = 2**62  # number of examples of an endless source
 
 
 def bucket_sizes(image_size: int, step: int) -> list[Size]:
-    """The sizes whose sides are multiples of `step`, with about the pixels of a square.
+    """The sizes whose sides are multiples of `step`, with about image_size² pixels.
 
-    They have image_size² pixels at most, and more than the next smaller square, of image_size −
-    step; their sides lie between a half and twice image_size. Raises ValueError where the square
-    itself isn't among them.
+    They have image_size² pixels at most and more than (image_size − step)²; their sides lie between
+    a half of image_size and twice image_size. Raises ValueError where the square of image_size
+    isn't among them.
     """
     if step < 1 or image_size % step or image_size < 2 * step:
         raise ValueError(
@@ -38,7 +39,7 @@ def bucket_sizes(image_size: int, step: int) -> list[Size]:
 
 
 def check(data_config: Any) -> None:
-    """Raise ValueError for fields that go with squares alone."""
+    """Raise ValueError for fields that only work with squares."""
     c = data_config
     if c.crop == "none" or c.shorter_side or c.mask or c.balance:
         raise ValueError(
@@ -48,14 +49,17 @@ def check(data_config: Any) -> None:
 
 
 def cut_share(shape: Any, size: Any) -> Any:
-    """The share of a picture's area that is cut away for a size; arrays of (height, width)."""
+    """The share of a picture's area that is cut away for a size.
+
+    shape, size: (height, width), or arrays of them [… 2].
+    """
     shape, size = np.asarray(shape, float), np.asarray(size, float)
     ratio = shape[..., 0] / shape[..., 1] * size[..., 1] / size[..., 0]
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
 def assign(shapes: np.ndarray, sizes: list[Size]) -> np.ndarray:
-    """The bucket of each picture [N]: with the least area cut away, of equal ones the largest.
+    """The bucket of each picture [N]: the one with the least area cut away, and then the largest.
 
     shapes: height and width [N 2] of the pictures.
     """
@@ -75,7 +79,7 @@ def shapes_of(source: Any) -> np.ndarray:
 
 
 class Bucketed(Around):
-    """A source whose examples come in the endless order of training, with their bucket's `size`.
+    """A source with the endless order of examples in training, each with its bucket's `size`.
 
     Examples s·B … (s+1)·B − 1 are batch s.
     """
@@ -99,7 +103,7 @@ class Bucketed(Around):
                 raise ValueError(f"{words}: set batch_size to {counts.max()} or less")
             logger.warning("%s", words)
         self._members = {i: np.flatnonzero(bucket_of == i).astype(np.uint32) for i in used}
-        self._order = functools.lru_cache(2)(self._epoch)  # threads may be in two epochs
+        self._order = functools.lru_cache(2)(self._epoch)  # threads may read from two epochs
 
     def __len__(self) -> int:
         return _ENDLESS

@@ -1,6 +1,6 @@
-"""Captions and classes of the pictures in a folder, from files as people write them.
+"""Captions and classes of the pictures in a folder, from files beside them.
 
-All pictures of a folder are described by files of one kind, the first that there is of
+All pictures of a folder are described by files of one kind, the first kind that is present of
 
 - `metadata.jsonl`, `metadata.csv` and `metadata.parquet`: a row has `file_name`, the caption (in
   the column "text" or "caption"), and `class_label` or other keys of batches;
@@ -28,15 +28,15 @@ from latent_diffusion.data.sources import Example, check_caption, flat
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("text", "caption")  # of captions, where the config names none
-MAPS = ("mask", "depth", "segmentation")  # which a row gives as the names of pictures
-_MADE = {"image", "tokens", "weight", "crop_top_left", "target_size"}  # by the transform
+COLUMNS = ("text", "caption")  # columns of captions, where the config names none
+MAPS = ("mask", "depth", "segmentation")  # keys for which a row has the name of a picture
+_MADE = {"image", "tokens", "weight", "crop_top_left", "target_size"}  # made by the transform
 _NUMBERS = (set(KEYS) | {"boxes", "labels"}) - _MADE - set(MAPS)
-Rows = Iterator[tuple[str, dict[str, Any]]]  # where a row stands, and the row
+Rows = Iterator[tuple[str, dict[str, Any]]]  # the place of a row, for messages, and the row
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; ValueError, which names file and line, unless it is UTF-8."""
+    """The lines of a text file; a ValueError that names file and line unless it is UTF-8."""
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode()
@@ -50,11 +50,12 @@ def read_lines(path: Path) -> list[str]:
 
 
 def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Path, Example]:
-    """What files say of each picture: its `caption`, `class_label` and so on, and files of maps.
+    """The annotations of each picture: its `caption`, `class_label` and so on, and files of maps.
 
-    paths: the pictures; those that are another one's maps are left out of the result. files: all
-    files of the folder. column: of the captions, in metadata. Raises ValueError, in one line, for
-    a file that can't be understood, and for a key other than the caption that some pictures lack.
+    paths: the pictures; those that are maps of other pictures are left out of the result. files:
+    all files of the folder. column: the column of captions in metadata. Raises a ValueError of one
+    line for a file that can't be parsed, and for a key other than the caption that only some
+    pictures have.
     """
     described: dict[Path, Example] = {}
     for name, read in _READERS.items():
@@ -80,12 +81,12 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
 
 
 def _composed(path: Path) -> str:
-    """The name with accents in one letter, which macOS writes as two."""
+    """The name with each accented letter as one character; macOS writes two."""
     return unicodedata.normalize("NFC", str(path))
 
 
 def _alike(entries: dict[Path, Example]) -> dict[Path, Example]:
-    """The entries with the same keys; pictures without a caption are counted, and one is named."""
+    """The entries, checked to have the same keys; a warning counts pictures without a caption."""
     captions = {path: entry.pop("caption", "") for path, entry in entries.items()}
     without = [path for path, text in captions.items() if not any(map(str.strip, flat([text])))]
     if len(without) < len(entries):
@@ -104,7 +105,7 @@ def _alike(entries: dict[Path, Example]) -> dict[Path, Example]:
 
 
 def _metadata(rows: Callable[[Path], Rows]) -> Callable[[Path, str], dict[Path, Example]]:
-    """A reader of files of which `rows` gives the rows."""
+    """The reader of a kind of metadata files. rows: yields the rows of such a file."""
 
     def read(file: Path, column: str) -> dict[Path, Example]:
         entries: dict[Path, Example] = {}
@@ -131,7 +132,7 @@ def _beside(file: Path, name: str) -> Path:
 
 
 def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
-    """What a row says of its picture; takes that out of the row."""
+    """The annotations that a row has for its picture; removes them from the row."""
     entry: Example = {}
     for name in (column,) if column else COLUMNS:
         if (caption := row.pop(name, None)) is not None and "caption" not in entry:

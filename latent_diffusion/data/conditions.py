@@ -1,4 +1,4 @@
-"""Conditions that are made of an example: small pictures, holes, layouts."""
+"""Make conditions from an example: small pictures, holes, layouts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,10 @@ from latent_diffusion.data.sources import Example
 
 
 def make_conditions(data_config: Any, train: bool) -> Callable[..., Example]:
-    """Return `conditions(example, image, crop, flip, rng)`: what `data_config` asks for beside.
+    """Return `conditions(example, image, crop, flip, rng)`, which makes those of `data_config`.
 
-    image: uint8 [S S 3] as it is trained on. crop, flip: how it came from the example. Pictures
-    come back as uint8.
+    image: uint8 [S S 3], cut and flipped for training. crop, flip: the part of the example's
+    picture that it shows, and whether it is flipped. Returns pictures as uint8.
     """
     low_res, mask = data_config.get("low_res", ""), data_config.get("mask", "")
     layout = dict(data_config.get("layout") or {})

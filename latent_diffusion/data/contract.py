@@ -1,4 +1,4 @@
-"""The contract of batches: every key has one meaning."""
+"""The contract of batches: the keys, and the dtype, shape and range of their values."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Key(NamedTuple):
 KEYS: dict[str, Key] = {
     "image": Key(np.float32, "B H W 3", -1, 1),
     "moments": Key(np.float32, "B h w c"),  # cached first-stage output
-    "codes": Key(np.int32, "B h w", 0),  # cached places in the first stage's codebook
+    "codes": Key(np.int32, "B h w", 0),  # cached indices into the first stage's codebook
     "class_label": Key(np.int32, "B", 0),
     "tokens": Key(np.int32, "B L", 0),
     "layout": Key(np.int32, "B L", 0),
@@ -30,20 +30,20 @@ KEYS: dict[str, Key] = {
     "neighbours": Key(np.float32, "B k D"),  # image embeddings of similar pictures
     "image_embedding": Key(np.float32, "B D"),
     # In pixels, height or top first (see `nets.conditioners.sizes`):
-    "original_size": Key(np.int32, "B 2", 1),  # of the picture as it was before
+    "original_size": Key(np.int32, "B 2", 1),  # of the picture before it was cut and resized
     "crop_top_left": Key(np.int32, "B 2", 0),  # of the window, in the picture resized for it
-    "target_size": Key(np.int32, "B 2", 1),  # of the picture that is trained on
-    "aesthetic_score": Key(np.float32, "B"),  # how people like it, usually 1 to 10
+    "target_size": Key(np.int32, "B 2", 1),  # of the training picture
+    "aesthetic_score": Key(np.float32, "B"),  # people's rating of the picture, usually 1 to 10
     "weight": Key(np.float32, "B", 0),  # 0 = padding
     "example_weight": Key(np.float32, "B", 0),  # a factor of the loss in training
 }
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the key, its fault and the expected dtype, shape or range.
+    """Raise a ValueError that names a wrong key, its fault and the expected dtype, shape or range.
 
-    Keys that are not in the contract pass if they are numbers, since a task may add keys; and so do
-    bytes where numbers of [-1, 1] are expected, since a compiled step scales them.
+    Keys that are not in the contract pass if they are numbers, since a task may add keys. Bytes
+    pass where numbers in [-1, 1] are expected, since a compiled step scales them.
     """
     for name, value in batch.items():
         array = np.asarray(value)

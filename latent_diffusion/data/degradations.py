@@ -1,4 +1,4 @@
-"""Small pictures from large ones, for super-resolution: resized, or with realistic faults.
+"""Make small pictures from large ones, for super-resolution: resized, or realistically degraded.
 
 "bsrgan" and "bsrgan_light" are the degradations of the released super-resolution model (Zhang et
 al. 2021, as changed for latent diffusion): two blurs, two resizings, noise and JPEG in random
@@ -29,8 +29,8 @@ class Strength:
     blurs: int = 2
     blur_divisor: float = 1.0  # divides the widths of the blur
     resize_share: float = 0.75  # probability that the first shrinking is a plain resizing
-    noise: tuple[int, int] = (2, 25)  # its standard deviation, in levels of 255
-    quality: tuple[int, int] = (30, 95)  # of JPEG
+    noise: tuple[int, int] = (2, 25)  # range of its standard deviation, in levels of 255
+    quality: tuple[int, int] = (30, 95)  # range of JPEG's quality
 
 
 FULL = Strength()
@@ -59,7 +59,7 @@ def bsrgan(image: Levels, factor: int, rng: np.random.Generator, strength: Stren
 
 
 def _order(names: list[str], rng: np.random.Generator) -> list[str]:
-    """A random order in which the random shrinking comes before the one to the final size."""
+    """A random order in which the random shrinking comes before that to the final size."""
     names = [names[i] for i in rng.permutation(len(names))]
     first, last = names.index("shrink"), names.index("shrink to size")
     if first > last:
@@ -72,7 +72,7 @@ def _interpolation(rng: np.random.Generator) -> str:
 
 
 def gaussian_kernel(size: int, covariance: np.ndarray, shift: float | int = 0) -> np.ndarray:
-    """Weights [size size] of a Gaussian, with sum 1. shift: of its centre, in pixels."""
+    """Weights [size size] of a Gaussian, with sum 1. shift: that of its centre, in pixels."""
     at = np.arange(size) - (size - 1) / 2 - shift
     x = np.stack(np.meshgrid(at, at), -1)
     weights = np.exp(-0.5 * np.einsum("ijk,kl,ijl->ij", x, np.linalg.inv(covariance), x))
@@ -106,7 +106,8 @@ def _shrink(image: Levels, factor: int, rng: np.random.Generator, resize_share: 
         height, width = (max(1, int(n * scale)) for n in image.shape[:2])
         return resample(image, height, width, _interpolation(rng))
     covariance = rng.uniform(0.1, 0.6 * factor) ** 2 * np.eye(2)
-    # Taking the first of `factor` pixels moves the picture by (factor - 1)/2; so does the kernel.
+    # Taking the first of `factor` pixels shifts the picture by (factor - 1)/2 pixels; the shifted
+    # kernel compensates for it.
     kernel = gaussian_kernel(25, covariance, shift=-(factor - 1) / 2)
     return _filter(image, kernel)[::factor, ::factor]
 

@@ -1,8 +1,8 @@
 """Frozen networks that turn a picture into a vector, for variations and for retrieval.
 
-Any network with an output [B D] serves, e.g. CLIP's image encoder; a model's config names its
-network. Embeddings have the length √D, so that their components are of order 1, as the projections
-of a U-Net expect.
+Any network with an output [B D] can be used, such as CLIP's image encoder; a model's config names
+its network. Embeddings have the length √D, so that their components are of order 1, as the
+projections of a U-Net expect.
 """
 
 import itertools
@@ -30,7 +30,7 @@ class Embedder:
 
 
 def make_alexnet(path: str | Path | None) -> Embedder:
-    """The five layers of LPIPS's AlexNet, each averaged over the picture and scaled to length √D.
+    """The outputs of the five layers of LPIPS's AlexNet, averaged over the picture and scaled.
 
     Early layers represent colour and texture, late layers objects. An installed package has the
     weights (see `load_lpips_params`), so that nothing is downloaded. path: other weights.
@@ -47,18 +47,18 @@ def make_alexnet(path: str | Path | None) -> Embedder:
 
 
 EMBEDDERS: dict[str, Callable[[str | Path | None], Embedder]] = {"alexnet": make_alexnet}
-SIZE = 96  # the side of the pictures that AlexNet sees, in pixels
+SIZE = 96  # side of AlexNet's input pictures, in pixels
 
 
 def make_embedder(name: str, path: str | Path | None = None) -> Embedder:
-    """Return the network `name` of EMBEDDERS. path: its weights; None: those of a package."""
+    """Return the network `name` of EMBEDDERS. path: its weights; None takes a package's."""
     return lookup(EMBEDDERS, name, "data.embedding")(path)
 
 
 def embed(
     embedder: Embedder, pictures: Iterable[UInt8[np.ndarray, "H W 3"]], batch_size: int = 64
 ) -> Float[np.ndarray, "N D"]:
-    """Embed many pictures of one size, which are read a batch at a time."""
+    """Embed many pictures of the same size; they are read one batch at a time."""
     apply, pictures, batches = jax.jit(embedder.apply), iter(pictures), []
     while part := list(itertools.islice(pictures, batch_size)):
         filled = np.stack(part + part[-1:] * (batch_size - len(part)))

@@ -1,9 +1,9 @@
 """Folders on this machine, or on a file system of fsspec ("gs://…", "s3://…"), and their files.
 
-A file appears under its name when it is complete. On this machine it is written under another name
-and moved. Elsewhere it is written to a temporary file here, sent under another name, measured, and
-moved by the file system: at once where that can rename, else by a copy, which stores of objects
-show when it is complete.
+A file appears under its name only when it is complete. On this machine it is written under another
+name and then renamed. For other file systems it is written to a temporary file on this machine,
+uploaded under another name, and moved there after a check of its size: by renaming, or else by a
+copy, which object stores show when it is complete.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from latent_diffusion.runtime import workdir
 
 
 def file_system(name: str) -> tuple[Any, str]:
-    """The file system of a path or URL, and the path there. Raises ValueError if there is none."""
+    """The fsspec file system of a path or URL, and the path in it. ValueError if there is none."""
     import fsspec
 
     try:
         system, root = fsspec.core.url_to_fs(name)
-    except (ImportError, ValueError) as error:  # its package isn't there; nobody knows it
+    except (ImportError, ValueError) as error:  # its package is absent; its protocol is unknown
         raise ValueError(f"{name}: {error}") from error
     return system, root
 
 
 class Folder:
-    """A folder by its path or URL; it need not exist. Raises ValueError for unknown URLs."""
+    """A folder by its path or URL; it may not exist yet. Raises ValueError for unknown URLs."""
 
     def __init__(self, name: str | os.PathLike):
         self.name = os.fspath(name)
@@ -43,7 +43,7 @@ class Folder:
         return Folder(f"{self.name.rstrip('/')}/{name}")
 
     def sizes(self) -> dict[str, int]:
-        """The names of the files in it, and their bytes."""
+        """The names of the files in it, and their sizes in bytes."""
         return {name: info["size"] for name, info in self._listed("file")}
 
     def folders(self) -> list[str]:
@@ -56,9 +56,9 @@ class Folder:
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
-        """A path of this machine, from which a complete file moves to `name`.
+        """A path on this machine; the file that is written there is then moved to `name`.
 
-        Raises OSError where it can't be sent.
+        Raises OSError where it can't be uploaded.
         """
         if self._path is not None:
             self._path.mkdir(parents=True, exist_ok=True)
@@ -75,14 +75,14 @@ class Folder:
                 if (sent := self._system.info(sent_as)["size"]) != size:
                     raise OSError(f"{sent:,} of {size:,} bytes were sent")
                 self._system.mv(sent_as, f"{self._root}/{name}")
-            except Exception as error:  # each file system has its own
+            except Exception as error:  # each file system raises other exceptions
                 raise OSError(f"{self}/{name}: {error}") from error
 
     def local(self, name: str, version: str) -> Path:
-        """The path of a file on this machine, to which it is copied when it is first asked for.
+        """The path of a file on this machine; other file systems' files are copied on first use.
 
-        version: of the folder; copies of other versions aren't taken. They lie in $XDG_CACHE_HOME
-        (or ~/.cache) under latent_diffusion/shards.
+        version: that of the folder; copies of other versions aren't used. Copies lie in
+        $XDG_CACHE_HOME (or ~/.cache) under latent_diffusion/shards.
         """
         if self._path is not None:
             return self._path / name
@@ -91,14 +91,15 @@ class Folder:
         path = caches / "latent_diffusion" / "shards" / digest / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may copy it, too
+            # Other processes may copy the same file at the same time.
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 copy = Path(folder) / name
                 self.fetch(name, copy)
                 os.replace(copy, path)
         return path
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy a file to a path of this machine."""
+        """Copy a file to a path on this machine."""
         self._system.get_file(f"{self._root}/{name}", str(target))
 
     def _listed(self, kind: str) -> Iterator[tuple[str, Any]]:

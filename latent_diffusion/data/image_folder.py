@@ -1,11 +1,12 @@
 """A folder of pictures (see `data.pictures`), with or without captions and classes.
 
-Pictures are searched for recursively. Captions and other facts come from files beside them (see
-`data.captions`); classes also from the first level of sub-folders, sorted by name, if every picture
-lies in one.
+Pictures are searched for recursively. Captions and other annotations come from files beside them
+(see `data.captions`). If every picture lies in a sub-folder, the first level of sub-folders, sorted
+by name, are the classes, unless annotations have classes.
 
-Splits are the sub-folders train/, test/ and val/, if there are any. Otherwise the split "test" is a
-share `test_fraction` of the files, by a hash of their paths, "train" the others, and "all" both.
+Splits are the sub-folders train/, test/ and val/, if any of them exists. Otherwise the split "test"
+is a share `test_fraction` of the files, chosen by a hash of their paths, "train" is the rest, and
+"all" is both.
 """
 
 import hashlib
@@ -36,9 +37,9 @@ from latent_diffusion.data.sources import Example, Readable, Remember, check_spl
 
 logger = logging.getLogger(__name__)
 
-LARGE = 10_000  # files; what a larger folder holds is remembered until a file changes
+LARGE = 10_000  # files; the index of a larger folder is stored until a file changes
 SPLIT_FOLDERS = ("train", "test", "val")
-# Pictures that would be missed silently, because Pillow or this reader doesn't read them.
+# Suffixes of pictures that Pillow or this reader doesn't read; a warning names them.
 _UNREAD = sorted({*Image.EXTENSION, ".avif", ".heic", ".heif", ".jxl", ".webp"} - SUFFIXES)
 _MAPS = {"mask": read_mask, "depth": read_depth, "segmentation": read_levels}
 
@@ -64,7 +65,7 @@ class ImageFolderSource(Readable):
         self.paths, self.annotations, self.class_names = paths, annotations, class_names
 
     def captions(self) -> list[str]:
-        """All captions, in order, without opening an image."""
+        """All captions, in order; no image is opened."""
         return flat([entry.get("caption", "") for entry in self.annotations])
 
     @property
@@ -75,7 +76,7 @@ class ImageFolderSource(Readable):
         )
 
     def shapes(self) -> np.ndarray:
-        """Height and width [N 2] of the pictures, by their headers."""
+        """Height and width [N 2] of the pictures, from their headers."""
         return self.sizes(lambda index: size_of(self.paths[index]))
 
     def name_of(self, index: int) -> Path:
@@ -90,9 +91,9 @@ class ImageFolderSource(Readable):
 
 
 def make(data_config: Any, split: str) -> Remember:
-    """Read a split of the folder `data_config.dir`; the module describes the files.
+    """Read a split of the folder `data_config.dir`; see the module's docstring for its files.
 
-    Raises ValueError for a folder, a split or a description that is missing or wrong.
+    Raises ValueError for a folder, a split or a file of annotations that is missing or wrong.
     """
     if not data_config.dir:
         raise ValueError("data.name='image_folder' needs data.dir, the folder of pictures")
@@ -118,7 +119,7 @@ def _stamp(name: str) -> str:
 
 
 def _packed(source: ImageFolderSource) -> dict[str, np.ndarray]:
-    """A source as arrays of a file."""
+    """A source as arrays, for a file."""
     entries = [{k: str(v) if k in MAPS else v for k, v in e.items()} for e in source.annotations]
     tree = {"paths": [str(path) for path in source.paths], "entries": entries}
     tree |= {"class_names": list(source.class_names)}
@@ -135,7 +136,7 @@ def _unpacked(index: dict[str, np.ndarray]) -> ImageFolderSource:
 
 
 def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageFolderSource:
-    """The split of a folder that has the files `every`."""
+    """The split of a folder. every: all files of the folder."""
     folders = [name for name in SPLIT_FOLDERS if (root / name).is_dir()]
     check_split(split, folders, root)
     base = root / split if folders else root
@@ -144,16 +145,16 @@ def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageF
     others = Counter(path.suffix.lower() for path in inside if not is_picture(path))
     unread = ", ".join(f"{others[suffix]} {suffix}" for suffix in _UNREAD if others[suffix])
     if not paths:
-        found = f"; it has {unread}, which isn't read" if unread else ""
-        raise ValueError(f"no images in {base} ({' '.join(sorted(SUFFIXES))}){found}")
+        hint = f"; it has {unread}, which isn't read" if unread else ""
+        raise ValueError(f"no images in {base} ({' '.join(sorted(SUFFIXES))}){hint}")
     if unread:
         logger.warning("%s: these files aren't read: %s", base, unread)
     examples = describe(paths, inside, data_config.get("caption_column", ""))
     class_names = _class_folders(base, [*examples])
     for name in folders:
-        there = [path for path in every if is_picture(path) and path.is_relative_to(root / name)]
-        theirs = _class_folders(root / name, there)
-        class_names = tuple(sorted({*class_names, *theirs})) if class_names and theirs else ()
+        pictures = [path for path in every if is_picture(path) and path.is_relative_to(root / name)]
+        more = _class_folders(root / name, pictures)
+        class_names = tuple(sorted({*class_names, *more})) if class_names and more else ()
     if class_names and not any("class_label" in entry for entry in examples.values()):
         for path, entry in examples.items():
             entry["class_label"] = class_names.index(path.relative_to(base).parts[0])

@@ -1,4 +1,4 @@
-"""Indices of large data sets, made once and read again until the data change.
+"""Stored indices of large data sets, which are made once and used until the data change.
 
 They lie in $XDG_CACHE_HOME (or ~/.cache) under latent_diffusion/indices, one file for each folder
 and way of reading it; a file can be deleted at any time.
@@ -22,10 +22,10 @@ Arrays = dict[str, np.ndarray]
 
 
 def remembered(kind: str, root: str, state: Any, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays that `make()` returns, from a file if it was written for the same `state`.
+    """The arrays of `make()`, read from a file instead if that was written for the same `state`.
 
-    kind, root: name the file. state: of the data, a sequence of texts that changes when they do.
-    A folder for indices that can't be written is no error.
+    kind, root: determine the file's name. state: a sequence of texts that changes when the data do.
+    If the file can't be written, a warning is logged.
     """
     digest = hashlib.sha256()
     for text in state:

@@ -1,8 +1,8 @@
 """Objects in boxes as tokens, as in the paper's layout-to-image models (taming-transformers).
 
-An object is three tokens: its class, the top left and the bottom right corner of its box. Classes
-and places share one vocabulary, and the position in the sentence tells them apart. Places lie on a
-square grid over the picture: the released models have 8192 tokens and 90×90 places.
+An object is three tokens: its class, the top left corner and the bottom right corner of its box.
+Classes and places share one vocabulary; the position in the sentence distinguishes them. Places lie
+on a square grid over the picture: the released models have 8192 tokens and 90×90 places.
 """
 
 import math
@@ -20,7 +20,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 class Object(NamedTuple):
-    """A class and where it is; a box without extent where only the centre is known."""
+    """A class and its box, which has no extent where only the centre is known."""
 
     label: int
     box: Box
@@ -28,11 +28,12 @@ class Object(NamedTuple):
 
 @dataclass(frozen=True)
 class LayoutTokens:
-    """Between objects and sentences of `length` tokens.
+    """Conversion between objects and sentences of `length` tokens.
 
-    vocab_size: the last token is "none". max_objects: more are cut off. encode_crop: two tokens at
-    the end say which part of the picture is seen, and boxes stay those of the whole picture;
-    without it boxes are those of the part. centres: two tokens an object, class and centre.
+    vocab_size: the last token is "none". max_objects: further objects are left out. encode_crop:
+    two tokens at the end are the visible part of the picture, and boxes are relative to the whole
+    picture; without it boxes are relative to the visible part. centres: an object is two tokens,
+    class and centre.
     """
 
     vocab_size: int = 8192
@@ -42,7 +43,7 @@ class LayoutTokens:
 
     @property
     def side(self) -> int:
-        """Places along each side of the grid."""
+        """The number of places along each side of the grid."""
         return math.isqrt(self.vocab_size)
 
     @property
@@ -52,16 +53,16 @@ class LayoutTokens:
 
     @property
     def per_object(self) -> int:
-        """Tokens of an object."""
+        """The number of tokens of an object."""
         return 2 if self.centres else 3
 
     @property
     def length(self) -> int:
-        """Tokens of a sentence."""
+        """The number of tokens of a sentence."""
         return self.per_object * self.max_objects + 2 * self.encode_crop
 
     def place(self, x: float | int, y: float | int) -> int:
-        """The token of a point; outside the picture, that of the nearest point in it."""
+        """The token of a point; for a point outside the picture, that of the nearest inside."""
         last = self.side - 1
         column, row = (round(min(max(v, 0.0), 1.0) * last) for v in (x, y))
         return row * self.side + column
@@ -77,7 +78,7 @@ class LayoutTokens:
         crop: Box = WHOLE,
         rng: np.random.Generator | None = None,
     ) -> Int[np.ndarray, " L"]:
-        """The sentence for what is seen of some objects, in random order with `rng`.
+        """The sentence for the objects that the crop shows; with `rng`, in random order.
 
         Raises ValueError for a class that isn't below "none".
         """
@@ -118,7 +119,7 @@ class LayoutTokens:
 
 
 def overlaps(box: Box, crop: Box) -> bool:
-    """Whether any of the box lies in the crop."""
+    """Whether any part of the box lies in the crop."""
     return box[0] < crop[2] and crop[0] < box[2] and box[1] < crop[3] and crop[1] < box[3]
 
 
@@ -144,7 +145,7 @@ def attribute_label(
     depiction: bool = False,
     inside: bool = False,
 ) -> int:
-    """A class with its attributes as one number, as the OpenImages model has them."""
+    """A class with its attributes as one number, as in the paper's OpenImages model."""
     marks = group + 2 * occluded + 4 * depiction + 8 * inside
     return label + num_classes * marks
 
@@ -152,7 +153,7 @@ def attribute_label(
 def plot(
     objects: Sequence[Object], size: int, names: Sequence[str] = ()
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """A picture of the boxes with the names (else numbers) of their classes; a colour a class."""
+    """A picture of the boxes with the names (else numbers) of their classes, a colour per class."""
     image = Image.new("RGB", (size, size), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(8, size // 14))
     for label, box in objects:
@@ -166,6 +167,6 @@ def plot(
 
 
 def as_objects(boxes: Float[np.ndarray, "N 4"], labels: Int[np.ndarray, " N"]) -> list[Object]:
-    """Objects from arrays."""
+    """The objects of arrays of boxes and classes."""
     corners = [[float(v) for v in box] for box in boxes]
     return [Object(int(n), (a, b, c, d)) for n, (a, b, c, d) in zip(labels, corners, strict=True)]

@@ -1,7 +1,7 @@
-"""Random holes for inpainting, as in LaMa (Suvorov et al. 2022; the paper's App. E.2.2).
+"""Random masks for inpainting, as in LaMa (Suvorov et al. 2022; the paper's App. E.2.2).
 
-They are one to five polylines of up to 105 pixels' width, or one to four boxes with sides of 30 to
-150 pixels. These sizes are for 256×256 pixels and scale with the picture.
+The holes are one to five polylines of up to 105 pixels' width, or one to four boxes with sides of
+30 to 150 pixels. These sizes are for 256×256 pixels and scale with the picture.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 
 from latent_diffusion.core.types import lookup
 
-REFERENCE = 256
+REFERENCE = 256  # side of the picture, in pixels, for which the sizes are
 
 
 def strokes(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """One to five polylines of one to five thick segments, which turn left and right in turn."""
+    """One to five polylines of one to five thick segments, which turn left and right by turns."""
     image = Image.new("L", (size, size))
     pen, scale = ImageDraw.Draw(image), size / REFERENCE
     for _ in range(rng.integers(1, 6)):

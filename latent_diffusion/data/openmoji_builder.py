@@ -1,4 +1,4 @@
-"""TFDS builders of OpenMoji and Twemoji, in a separate module: importing TFDS takes half a second.
+"""TFDS builders of OpenMoji and Twemoji, in a separate module since importing TFDS is slow.
 
 `tfds.data_source("openmoji/32px")` works, too, after this module is imported.
 """
@@ -32,7 +32,7 @@ def config(size: int) -> OpenmojiConfig:
 class Openmoji(tfds.core.GeneratorBasedBuilder):
     """RGBA pictures, whose alpha channel gives layouts and segmentations."""
 
-    VERSION = tfds.core.Version("1.0.0")  # to be raised when pictures, captions or split change
+    VERSION = tfds.core.Version("1.0.0")  # increase it when pictures, captions or split change
     BUILDER_CONFIGS = [config(size) for size in (16, 32, 64, 96, 128, 256)]  # noqa: RUF012 (TFDS's way)
     title, homepage, license = "OpenMoji", "https://openmoji.org", "CC BY-SA 4.0"
 
@@ -78,29 +78,29 @@ BUILDERS = {builder.name: builder for builder in (Openmoji, Twemoji)}
 def prepare(
     size: int, data_dir: str | None = None, style: str = "openmoji"
 ) -> tfds.core.DatasetBuilder:
-    """Return the style's builder at `size` pixels; what the cache lacks is drawn first.
+    """Return the style's builder at `size` pixels; absent data are drawn first.
 
     TFDS writes into a temporary directory beside the final one and renames it when it is complete,
     so that a killed preparation does no harm. If two processes prepare at once, the second one
     can't rename its directory and uses that of the first.
     """
 
-    def builder() -> tfds.core.DatasetBuilder:
-        ours = Openmoji.builder_configs.get(f"{size}px") or config(size)
-        return BUILDERS[style](config=ours, data_dir=data_dir, file_format="array_record")
+    def make_builder() -> tfds.core.DatasetBuilder:
+        settings = Openmoji.builder_configs.get(f"{size}px") or config(size)
+        return BUILDERS[style](config=settings, data_dir=data_dir, file_format="array_record")
 
-    ours = builder()
-    if ours.info.splits:
-        return ours
+    builder = make_builder()
+    if builder.info.splits:
+        return builder
     catalogue(style)  # raises for absent packages before anything is written
-    logger.info("drawing %s at %d px into %s, once", style, size, ours.data_path)
+    logger.info("drawing %s at %d px into %s, once", style, size, builder.data_path)
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # hides messages about downloads
-            ours.download_and_prepare()
+            builder.download_and_prepare()
     except OSError:
-        theirs = builder()
-        if not theirs.info.splits:
+        other = make_builder()  # another process may have prepared the same data
+        if not other.info.splits:
             raise
-        return theirs
-    return ours
+        return other
+    return builder

@@ -1,10 +1,10 @@
-"""Scenes pasted from OpenMoji drawings: pictures with boxes and label maps, from pip packages.
+"""Scenes that are composed of OpenMoji drawings: pictures with boxes and label maps.
 
 Scene i is a pure function of (split, i, image size): two to four of the drawings in `SUBJECTS`,
 each at a random place and size, later ones in front. `boxes` [N 4] (left, top, right, bottom, in
-shares of the side) enclose the visible parts of the drawings, `labels` [N] are their subjects, and
-`segmentation` is 0 on the ground and 1 + label on a drawing. The drawings' alpha channels determine
-boxes and segmentation.
+shares of the side) enclose the drawings without their transparent margins, `labels` [N] are their
+subjects, and `segmentation` is 0 on the ground and 1 + label on a drawing. The drawings' alpha
+channels determine boxes and segmentation.
 """
 
 import functools
@@ -25,13 +25,13 @@ SUBJECTS = (
 )  # fmt: skip
 GROUNDS = ((255, 255, 255), (222, 240, 255), (226, 245, 220), (250, 240, 214))
 NUM_OBJECTS = (2, 4)
-SIDES = (0.34, 0.6)  # of a drawing, as a share of the scene's side
+SIDES = (0.34, 0.6)  # least and largest side of a drawing, as a share of the scene's side
 DRAWN = 96  # the side of the drawings before they are pasted, in pixels
 _SPLITS = {"train": (0, 6000), "test": (1, 500)}  # seed, number of scenes
 
 
 class Placed(NamedTuple):
-    """A drawing in a scene: its subject, and the box around its visible part, in pixels."""
+    """A drawing in a scene: its subject, and the box around its opaque part, in pixels."""
 
     label: int
     ink: tuple[int, int, int, int]
@@ -79,7 +79,7 @@ class OpenMojiScenes:
         placed: list[Placed],
         rng: np.random.Generator,
     ) -> Placed:
-        """Draw one more: of twenty random places, at the one where it hides least of the others."""
+        """Draw one more drawing, at that of twenty random places where it hides least of others."""
         side = max(4, round(rng.uniform(*SIDES) * self.image_size))
         rgba = np.asarray(self.drawings[label].resize((side, side), Image.Resampling.BOX))
         alpha = rgba[..., 3:].astype(np.float32) / 255
@@ -107,7 +107,7 @@ def _shared(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 @functools.cache
 def drawings() -> tuple[Image.Image, ...]:
-    """Draw the subjects, RGBA. Needs the `openmoji` extra."""
+    """The drawings of the subjects, RGBA. Needs the `openmoji` extra."""
     hexcodes = {emoji.caption: emoji.hexcode for emoji in openmoji.catalogue()}
     missing = [subject for subject in SUBJECTS if subject not in hexcodes]
     if missing:

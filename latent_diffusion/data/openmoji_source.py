@@ -40,7 +40,7 @@ class OpenMojiSource:
 
 
 class TwoStyles:
-    """The pictures of both styles, one style after the other; a caption may name the style.
+    """The pictures of both styles, one style after the other, with captions that name the style.
 
     The captions of a picture are "twemoji red heart" and "red heart": training takes one of them at
     random, evaluation the first.
@@ -83,7 +83,7 @@ def make(data_config: Any, split: str) -> Remember:
 def of_styles(data_config: Any, split: str, styles: Sequence[str]) -> Remember:
     """Return the pictures of one style or of both, which are drawn once into `data_config.dir`.
 
-    They have the size `data_config.shorter_side`, from which crops are cut, if it is given, else
+    Their side is `data_config.shorter_side`, from which crops are cut, if that isn't 0, or else
     `data_config.image_size`.
 
     split: "train", "test", or an expression of TFDS ("train+test", "train[:100]"). Without a dir

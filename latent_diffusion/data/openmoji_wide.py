@@ -1,7 +1,7 @@
 """OpenMoji on canvases of three shapes: square, twice as wide, twice as high.
 
-The drawing lies in the middle. So square crops of the pictures cut most drawings, and the picture's
-original size tells those apart that aren't cut.
+The drawing lies in the middle. Square crops of the pictures therefore cut most drawings, and the
+picture's original size shows which drawings aren't cut.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ import numpy as np
 from latent_diffusion.data import openmoji_source
 from latent_diffusion.data.sources import Example, Remember
 
-CANVASES = ((0, 0), (0, 1), (1, 0))  # what is added to height and width, in sides of the drawing
+CANVASES = ((0, 0), (0, 1), (1, 0))  # additions to height and width, in sides of the drawing
 
 
 class OpenMojiWide:
-    """Another source's square `image` on a white canvas, whose shape follows from the `name`."""
+    """Square pictures of another source on white canvases, whose shapes depend on the `name`."""
 
     def __init__(self, source: Any):
         self.source, self.class_names = source, source.class_names

@@ -1,13 +1,13 @@
-"""Parquet files with the bytes of pictures, as Hugging Face's data sets have them.
+"""Parquet files with the bytes of pictures, as in Hugging Face's data sets.
 
-A row is an example: its picture in a column of bytes or of {bytes, path}, its caption and its
-class in columns that `data.features` names, or that have their usual names. Reading one row reads
-its whole row group; so pictures in random order want small groups, or shards of latents, which are
+A row is an example: its picture is in a column of bytes or of {bytes, path}; the caption and the
+class are in columns that `data.features` names, or that have the usual names. Reading one row reads
+its whole row group, so reading in random order needs small groups, or shards of latents, which are
 encoded in the order of the rows.
 
 Splits are the files train-*.parquet and test-*.parquet, or those in folders train/ and test/, if
-there are any. Otherwise "test" is a share `test_fraction` of the rows by chance, which a file's
-name decides, "train" the others, and "all" both.
+there are any. Otherwise "test" is a random share `test_fraction` of the rows, for which a file's
+name is the seed, "train" is the rest, and "all" is both.
 """
 
 import functools
@@ -26,7 +26,7 @@ GROUPS_IN_MEMORY = 16
 
 
 class ParquetSource(Readable):
-    """The rows of some files. groups: (file, number of the group, rows). rows: those that count."""
+    """Rows of files. groups: (file, number of the row group, its length). rows: of the split."""
 
     def __init__(
         self, system: Any, groups: list[tuple[str, int, int]], rows: np.ndarray, columns: dict
@@ -41,7 +41,7 @@ class ParquetSource(Readable):
         return type(self), (self.system, self._groups, self._rows, self.columns)
 
     def name_of(self, index: int) -> str:
-        """The file, the row group, and the row in it."""
+        """The file, the row group, and the row in the group."""
         number, row = self._place(index)
         return f"{self._groups[number][0]}, row group {self._groups[number][1]}, row {row}"
 
@@ -57,7 +57,7 @@ class ParquetSource(Readable):
         return self.texts(lambda i: self._values(i, ["caption"])["caption"])
 
     def shapes(self) -> np.ndarray:
-        """Height and width [N 2] of the pictures, by their headers."""
+        """Height and width [N 2] of the pictures, from their headers."""
         return self.sizes(lambda i: size_of(_bytes(self._values(i, ["image"])["image"])))
 
     def _place(self, index: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""The one reader of pictures: for training, sampling and evaluation.
+"""Read pictures, for training, sampling and evaluation alike.
 
-A picture is turned as its EXIF data says, its transparent parts are laid on white, 16 bits become
-8, and grey, palettes and CMYK become RGB. The first frame of an animation is the picture.
+A picture is rotated by its EXIF data, transparent parts become white, 16 bits become 8, and grey,
+palettes and CMYK become RGB. Of an animation the first frame is read.
 """
 
 import io
@@ -27,7 +27,7 @@ SUFFIXES = frozenset(
 )
 
 
-Source = str | Path | io.BytesIO  # messages call an open file by its str()
+Source = str | Path | io.BytesIO  # messages name it by its str()
 
 
 def files(folder: Path) -> list[Path]:
@@ -39,33 +39,33 @@ def files(folder: Path) -> list[Path]:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The same files as texts, in any order, which takes a tenth of the time."""
-    found: list[str] = []
-    seen: set[str] = set()
+    """The same files as texts and in any order, which takes a tenth of the time."""
+    paths: list[str] = []
+    visited: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link that leads back
+        if os.path.realpath(parent) in visited:  # a link leads back to this folder
             folders.clear()
             continue
-        seen.add(os.path.realpath(parent))
+        visited.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [f"{parent}{os.sep}{name}" for name in names if not name.startswith(".")]
-    return found
+        paths += [f"{parent}{os.sep}{name}" for name in names if not name.startswith(".")]
+    return paths
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's name says that it is a picture which this Pillow can read."""
+    """Whether a file has the suffix of pictures that the installed Pillow can read."""
     return path.suffix.lower() in SUFFIXES
 
 
 def read_image(path: Source) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture in RGB. Raises ValueError, in one line, for a file that can't be read."""
+    """The picture in RGB. Raises a ValueError of one line for a file that can't be read."""
     return _read(path, _turned(_as_rgb))
 
 
 def read_mask(path: Source) -> Float32[np.ndarray, "H W 1"]:
-    """A mask, 1 in its holes: where the picture is white, or else where it is transparent.
+    """A mask, 1 in its holes: where the picture is white, or transparent if it has transparency.
 
-    Of a picture in which all that can be seen is white, the visible part is the hole.
+    If all visible pixels of a picture with transparency are white, they are the hole instead.
     """
     return _read(path, _turned(_as_mask))
 
@@ -81,13 +81,13 @@ def read_depth(path: Source) -> Float32[np.ndarray, "H W 1"]:
 
 
 def size_of(path: Source) -> tuple[int, int]:
-    """Height and width by the file's header, as the picture is read."""
+    """Height and width of the picture as it would be read, from the file's header."""
     return _read(path, _size)
 
 
 def _read(path: Source, decode: Callable[[Image.Image], Any]) -> Any:
     if not isinstance(path, io.BytesIO) and not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")  # a pipe, which could be read for ever, is none
+        raise ValueError(f"{path}: no such file")  # also for a pipe, whose reading may never end
     try:
         with Image.open(path, formats=FORMATS) as file:
             return decode(file)
@@ -132,7 +132,7 @@ def _as_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _hidden(image: Image.Image) -> Bool[np.ndarray, "H W"]:
-    """The transparent pixels: of 16 bits, those of one level that the file names."""
+    """The transparent pixels; with 16 bits, those of the level that the file names."""
     if _is_deep(image):
         return np.asarray(image) == image.info.get("transparency", -1)
     return np.asarray(image.convert("RGBA"))[..., 3] <= 127

@@ -1,9 +1,9 @@
-"""From a source to batches, with Grain.
+"""Make batches from a source, with Grain.
 
 Batch number s is a pure function of (seed, s): examples s·B ... (s+1)·B − 1 of the endlessly
 repeated source, reshuffled every epoch. Process p of P takes the p-th contiguous block of every
-batch, so the position in the data is the step alone: resuming means `start_step`, and neither
-the number of processes nor those of threads and workers can change what step s sees.
+batch, so the position in the data is the step alone: a run resumes with `start_step`, and the
+numbers of processes, threads and workers don't change the batch of step s.
 """
 
 import os
@@ -19,7 +19,7 @@ from latent_diffusion.data.sources import Example, Source
 from latent_diffusion.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]
-MOST_AHEAD = 2**30  # bytes of batches that wait for their steps; one always may
+MOST_AHEAD = 2**30  # bytes of batches that wait for their steps; one batch may always wait
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -31,9 +31,9 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
 
 
 def _prefetched(batches: grain.MapDataset, workers: int = 0) -> Iterator[Batch]:
-    """Batches in order, a few threads ahead; the first one is held against the contract.
+    """Batches in order, made ahead by a few threads; the first one is checked by the contract.
 
-    workers: processes that make all further batches, the first of them the first, and so on.
+    workers: number of processes that take turns in making all further batches.
     """
     if not len(batches):
         return
@@ -49,7 +49,7 @@ def _prefetched(batches: grain.MapDataset, workers: int = 0) -> Iterator[Batch]:
     if not workers:
         yield from following
         return
-    if not flags.FLAGS.is_parsed():  # outside of a command; Grain asks for its own
+    if not flags.FLAGS.is_parsed():  # outside of commands; Grain reads its flags
         flags.FLAGS.mark_as_parsed()
     processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
     iterator = iter(following.mp_prefetch(processes, _worker_starts))
@@ -60,7 +60,7 @@ def _prefetched(batches: grain.MapDataset, workers: int = 0) -> Iterator[Batch]:
 
 
 def _worker_starts(index: int, count: int) -> None:
-    """A signal is for the run, which stops its workers after its last step."""
+    """Ignore SIGINT in workers: the main process handles it, and stops them after its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -79,9 +79,9 @@ def iterate(
 ) -> Iterator[Batch]:
     """Training batches from step `start_step` on: dicts of arrays [batch_size / process_count ...].
 
-    batch_size: of the global batch. transform: `(example, rng) -> example`, its generator
-    belonging to (seed, position). repeat: for ever; otherwise one epoch of whole batches. workers:
-    processes that make them, which get copies of source and transform; no batch depends on them.
+    batch_size: that of the global batch. transform: `(example, rng) -> example`; rng depends on
+    (seed, position). repeat: endlessly; otherwise one epoch of whole batches. workers: number of
+    processes that make batches, with copies of source and transform; batches don't depend on it.
     Raises ValueError for a batch size that the processes cannot share, or that exceeds the source.
     """
     local = _local_batch_size(batch_size, process_index, process_count)
@@ -96,12 +96,12 @@ def iterate(
     # Cut to whole global batches, so that every process sees the same number of them.
     examples = examples.repeat() if repeat else examples[: len(source) // batch_size * batch_size]
     batches = examples.random_map(transform).batch(local, drop_remainder=True)
-    own = batches[start_step * process_count + process_index :: process_count]
-    return _prefetched(own, workers)
+    local_batches = batches[start_step * process_count + process_index :: process_count]
+    return _prefetched(local_batches, workers)
 
 
 class _Padded:
-    """A source lengthened to `length` by repeating its last example with weight 0."""
+    """A source that is padded to `length` by its last example with weight 0."""
 
     def __init__(self, source: Source, length: int):
         self.source, self.length = source, length
@@ -122,9 +122,9 @@ def epoch(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every example once, in order. The last batch is filled up; `weight` [B] is 0 there, else 1.
+    """Every example once, in order. `weight` [B] is 1, or 0 for the padding of the last batch.
 
-    batch_size: of the global batch; each process gets its contiguous block of it.
+    batch_size: that of the global batch, of which each process gets a contiguous block.
     """
     local = _local_batch_size(batch_size, process_index, process_count)
     if len(source) == 0:

@@ -1,7 +1,7 @@
-"""Resizing as OpenCV, Pillow and MATLAB do it, which made the data of other models.
+"""Resizing as in OpenCV, Pillow and MATLAB, with which the data of other models were made.
 
 OpenCV doesn't antialias (except with "area"), Pillow and MATLAB do. The methods of OpenCV and
-MATLAB are a matrix for the rows and another for the columns.
+MATLAB are implemented as a matrix for the rows and another for the columns.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _kernel(
 ) -> np.ndarray:
     """The matrix [new old] of a kernel around half-pixel centres.
 
-    reach: half of the kernel's support. widen: a factor of its width. mirror: reflect the picture
+    reach: half of the kernel's support. widen: factor for its width. mirror: reflect the picture
     at the border instead of repeating the outermost pixel.
     """
     centre = (np.arange(new) + 0.5) * old / new - 0.5
@@ -56,7 +56,7 @@ _linear = partial(_kernel, kernel=lambda x: np.maximum(1 - np.abs(x), 0), reach=
 
 
 def _area(old: int, new: int) -> np.ndarray:
-    """The mean over the area of a new pixel; OpenCV interpolates linearly when it enlarges."""
+    """The mean over the area of a new pixel; for enlarging, linear interpolation as in OpenCV."""
     if new >= old:
         return _linear(old, new)
     edges = np.arange(new + 1) * old / new
@@ -66,7 +66,7 @@ def _area(old: int, new: int) -> np.ndarray:
 
 
 def _matlab(old: int, new: int) -> np.ndarray:
-    """imresize: Keys' cubic kernel with a = −1/2, widened when shrinking, mirrored at borders."""
+    """MATLAB's imresize: Keys' cubic kernel with a = −1/2, widened when shrinking, mirrored."""
     return _kernel(old, new, lambda x: keys_kernel(x, -0.5), 2, max(old / new, 1.0), mirror=True)
 
 

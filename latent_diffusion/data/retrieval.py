@@ -1,4 +1,4 @@
-"""Exact search for similar pictures, as conditions of retrieval-augmented models and variations.
+"""Exact search for similar pictures, for the conditions of retrieval-augmented models.
 
 A database is a table of embeddings. A search is one matrix product in blocks of queries, which is
 cheap enough up to about 20 million embeddings of 512 numbers (40 GB).
@@ -18,7 +18,7 @@ from latent_diffusion.data.embedders import Embedder, embed, make_embedder
 from latent_diffusion.data.sources import Around, Example
 from latent_diffusion.data.windows import cut, window
 
-ROWS = 1024  # queries in a block
+ROWS = 1024  # number of queries in a block
 PRECOMPUTED = "precomputed"
 
 
@@ -26,7 +26,7 @@ PRECOMPUTED = "precomputed"
 class Database:
     """Embeddings [N D], and the names of their pictures.
 
-    search_by: a method in SEARCHES; all methods give the same answers.
+    search_by: a method in SEARCHES; all methods have the same results.
     """
 
     embeddings: Float[np.ndarray, "N D"]
@@ -41,8 +41,8 @@ class Database:
     ) -> tuple[Int[np.ndarray, "M k"], Float[np.ndarray, "M k"]]:
         """Return the rows of the k most similar embeddings, best first, and cosine similarities.
 
-        exclude: for each query a row that is no answer, namely its own. Raises ValueError for a
-        database of fewer than k answers.
+        exclude: for each query a row that is left out, namely that of the query. Raises ValueError
+        for a database with fewer than k rows.
         """
         available = len(self.embeddings) - (exclude is not None)
         if not 0 < k <= available:
@@ -56,7 +56,7 @@ class Database:
         k: int,
         exclude: Int[np.ndarray, " M"] | None = None,
     ) -> Float[np.ndarray, "M k D"]:
-        """Return the embeddings of the k most similar entries, on which a model is conditioned."""
+        """Return the embeddings of the k most similar entries: the condition of a model."""
         return self.embeddings[self.search(queries, k, exclude)[0]]
 
     def save(self, path: str | Path) -> None:
@@ -92,7 +92,7 @@ def _by_numpy(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]
 
 
 def _by_faiss(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]:
-    """Brute-force search by the `faiss` extra, on all cores and without a table of similarities."""
+    """Brute-force search with the `faiss` extra, on all cores, without a table of similarities."""
     try:
         import faiss
     except ImportError as error:
@@ -102,7 +102,7 @@ def _by_faiss(table: Any, queries: Any, k: int, exclude: Any) -> tuple[Any, Any]
     if exclude is None:
         return places, scores
     others = places != exclude[:, None]
-    others[others.all(1), -1] = False  # where the query itself isn't among the nearest
+    others[others.all(1), -1] = False  # for queries that aren't among their nearest rows
     return places[others].reshape(-1, k), scores[others].reshape(-1, k)
 
 
@@ -119,15 +119,15 @@ class Embedded(Around):
         return {**self.source[index], **{key: c[index] for key, c in self.columns.items()}}
 
 
-_MADE: dict[tuple[Any, ...], Database] = {}  # of this process, by split and config
+_MADE: dict[tuple[Any, ...], Database] = {}  # databases of this process, by split and config
 
 
 def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
     """Embed every picture of a split, cut as in evaluation, by the network of `data_config`.
 
-    A process computes them once: training and its evaluation share those of the training set. The
-    network "precomputed" reads the files that `python -m latent_diffusion.training.embed` has
-    written to `data.embedding_path`.
+    A process computes the embeddings once: training and its evaluation share those of the training
+    set. The network "precomputed" reads the files that `python -m latent_diffusion.training.embed`
+    has written to `data.embedding_path`.
     """
     if data_config.embedding == PRECOMPUTED:
         return _precomputed(source, data_config, split)
@@ -139,7 +139,7 @@ def embeddings_of(source: Any, data_config: Any, split: str) -> Database:
 
 
 def database_of(source: Any, data_config: Any, embedder: Embedder) -> Database:
-    """Embed every picture of a source, cut as in evaluation, one batch after the other."""
+    """Embed every picture of a source, cut as in evaluation, batch by batch."""
     size, crop = (data_config.image_size,) * 2, data_config.crop
     crop = "center" if crop == "random" else crop
     names: list[str] = []
@@ -174,8 +174,8 @@ def _precomputed(source: Any, data_config: Any, split: str) -> Database:
 def with_embeddings(source: Any, split: str, database: Any, data_config: Any) -> Embedded:
     """Add embeddings by the network `data_config.embedding`, and `num_neighbours` neighbours.
 
-    split: "train" or "test". database: the training source, in which neighbours are searched; a
-    picture of it isn't a neighbour of itself.
+    split: "train" or "test". database: the training source, in which neighbours are searched. A
+    training picture isn't a neighbour of itself.
     """
     queries = embeddings_of(source, data_config, split).embeddings
     columns = {"image_embedding": queries}

@@ -1,10 +1,10 @@
-"""Folders of shards: examples that `python -m latent_diffusion.encode` cut and encoded once.
+"""Folders of shards: examples that `python -m latent_diffusion.encode` has cut and encoded.
 
     SPLIT/index.json          how the examples were made, by which first stage, and the shards
-    SPLIT/00000.array_record  examples, one a record
+    SPLIT/00000.array_record  examples, one per record
 
-A record has an example's values (`caption`, `class_label`, `original_size` ...) and `crops`: for
-each of its windows the arrays that belong to it, with `mirrors`: the latents of the cut picture
+A record has an example's values (`caption`, `class_label`, `original_size` ...) and `crops`. Each
+crop has the arrays for one window of the picture and `mirrors`: the latents of the cut picture
 and, where pictures are mirrored, those of its mirror image.
 """
 
@@ -23,12 +23,12 @@ from latent_diffusion.data.sources import Example, flat
 from latent_diffusion.files.reading import MAX_TEXT, read_json, reading
 
 INDEX = "index.json"
-MOST_OPEN = 512  # shards at a time, each with a file descriptor
+MOST_OPEN = 512  # open shards at a time, each with a file descriptor
 _OPTIONS = "readahead_buffer_size:0"  # examples are read one by one
 
 
 class Shard(NamedTuple):
-    """A file of examples. size: height and width of its pictures, where they differ by shard."""
+    """A file of examples. size: height and width of its pictures, if sizes differ by shard."""
 
     name: str
     examples: int
@@ -42,7 +42,7 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(folder: Folder, name: str, examples: Iterable[Example]) -> None:
-    """Write a file that appears when it is complete. Raises OSError where there is no room."""
+    """Write a file that appears when it is complete. Raises OSError where it can't be written."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with folder.whole(name) as partial:
@@ -51,12 +51,12 @@ def write_shard(folder: Folder, name: str, examples: Iterable[Example]) -> None:
             for example in examples:
                 writer.write(_packed(example))
             writer.close()
-        except RuntimeError as error:  # the writer's only one
+        except RuntimeError as error:  # the only exception of the writer
             raise OSError(f"{folder}/{name}: {str(error).partition(';')[0]}") from error
 
 
 def _packed(example: Example) -> bytes:
-    """The bytes of an example, which have lists in the place of tuples."""
+    """The bytes of an example, with lists in the place of tuples."""
     crops = [{**crop, "window": list(crop["window"])} for crop in example["crops"]]
     size = {"size": list(example["size"])} if "size" in example else {}
     packed: bytes = msgpack_serialize({**example, **size, "crops": crops})
@@ -71,14 +71,14 @@ def _unpacked(record: bytes) -> Example:
 
 
 def write_index(folder: Folder, made: Mapping[str, Any], shards: Iterable[Shard] | None) -> None:
-    """Write the index; shards: None until all are there. made: how the examples were made."""
+    """Write the index. made: how the examples were made. shards: None until all are written."""
     listed = None if shards is None else [list(shard) for shard in shards]
     with folder.whole(INDEX) as path:
         path.write_text(json.dumps({**made, "shards": listed}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_index(folder: Folder) -> tuple[dict[str, Any], list[Shard] | None]:
-    """How the examples of a folder were made, and its shards: None while they are written."""
+    """How the examples of a folder were made, and its shards (None while they are written)."""
     with reading(f"{folder}/{INDEX}"), tempfile.TemporaryDirectory() as copies:
         folder.fetch(INDEX, path := Path(copies) / INDEX)
         made = read_json(path, MAX_TEXT)
@@ -92,8 +92,8 @@ def read_index(folder: Folder) -> tuple[dict[str, Any], list[Shard] | None]:
 class ShardSource:
     """The examples of a folder of shards. `made` says how they were made.
 
-    Raises ValueError, in one line, where the folder isn't complete, or its files aren't those of
-    the index. Memory: 8 bytes an example, and little more for each of the shards that are open.
+    Raises a ValueError of one line where the folder isn't complete, or its files differ from the
+    index. Open shards take 8 bytes of memory per example, and little else.
     """
 
     def __init__(self, folder: Folder):
@@ -117,7 +117,7 @@ class ShardSource:
         self._reader = functools.lru_cache(MOST_OPEN)(self._open)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.folder,)  # a process opens its own files
+        return type(self), (self.folder,)  # each process opens the files anew
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -171,10 +171,10 @@ def make(data_config: Any, split: str) -> ShardSource:
             "data.name='latents' needs data.dir, which python -m latent_diffusion.encode wrote"
         )
     root = Folder(data_config.dir)
-    known = [name for name in root.folders() if INDEX in (root / name).sizes()]
-    if split not in known:
+    splits = [name for name in root.folders() if INDEX in (root / name).sizes()]
+    if split not in splits:
         raise ValueError(
-            f"no split {split!r} in data.dir={root}; known: {', '.join(known) or 'none'} "
+            f"no split {split!r} in data.dir={root}; known: {', '.join(splits) or 'none'} "
             "(data.train_split, data.test_split); python -m latent_diffusion.encode writes them"
         )
     return ShardSource(root / split)

@@ -34,7 +34,7 @@ class Source(Protocol):
 class ArraySource:
     """Arrays that are indexed together, e.g. cached first-stage moments and their class labels.
 
-    A list serves values without a common shape, e.g. several captions per example.
+    Values without a common shape, such as several captions per example, are in a list.
     """
 
     def __init__(self, arrays: Mapping[str, Sequence[Any] | np.ndarray]):
@@ -53,23 +53,23 @@ class ArraySource:
 
 
 def check_split(split: str, folders: Sequence[str], root: object) -> None:
-    """Raise ValueError for a split that data at `root` don't have: other than those of folders.
+    """Raise ValueError for a split that the data at `root` don't have. folders: their splits.
 
-    Without folders, examples are shared out, and "all" are both.
+    Without folders, examples are divided into "train" and "test", and "all" is both.
     """
-    known = list(folders) or ["all", "test", "train"]
-    if split not in known:
+    splits = list(folders) or ["all", "test", "train"]
+    if split not in splits:
         raise ValueError(
-            f"unknown split {split!r} of {root}; known: {', '.join(known)} "
+            f"unknown split {split!r} of {root}; known: {', '.join(splits)} "
             "(data.train_split, data.test_split)"
         )
 
 
 class Readable:
-    """A base of sources of files, which may be damaged: such an example is replaced by the next.
+    """The base of sources of files: an example that can't be read is replaced by the next.
 
-    It is named once in the log and added to `unreadable`, so that a bad file among a million
-    doesn't end a run. Subclasses have `read(index)`, which raises ValueError, and `name_of(index)`.
+    Its name is logged once and added to `unreadable`, so that a bad file among a million doesn't
+    end a run. Subclasses have `read(index)`, which raises ValueError, and `name_of(index)`.
     """
 
     def __init__(self, length: int):
@@ -80,7 +80,7 @@ class Readable:
         return self._length
 
     def read(self, index: int) -> Example:
-        """Example number `index` itself."""
+        """Example number `index`; ValueError if it can't be read."""
         raise NotImplementedError
 
     def name_of(self, index: int) -> Any:
@@ -107,28 +107,28 @@ class Readable:
             try:
                 return check_caption(caption_of(index)) or ""
             except ValueError:
-                return ""  # `read` names it
+                return ""  # `read` logs its name
 
-        found = [text(index) for index in range(len(self))]
-        if 0 < (empty := found.count("")) < len(found):
-            logger.warning("%d of %d pictures have no caption", empty, len(found))
-        return flat(found)
+        texts = [text(index) for index in range(len(self))]
+        if 0 < (empty := texts.count("")) < len(texts):
+            logger.warning("%d of %d pictures have no caption", empty, len(texts))
+        return flat(texts)
 
     def sizes(self, size_of: Callable[[int], tuple[int, int]]) -> np.ndarray:
-        """Height and width [N 2] of all pictures, by several threads; (1, 1) of the unreadable."""
+        """Height and width [N 2] of all pictures, (1, 1) where unreadable; uses several threads."""
 
         def size(index: int) -> tuple[int, int]:
             try:
                 return size_of(index)
             except ValueError:
-                return (1, 1)  # `read` names it
+                return (1, 1)  # `read` logs its name
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             return np.array(list(pool.map(size, range(len(self)))))
 
 
 class Around:
-    """A source made of another one, `source`, whose other attributes are its own."""
+    """A source that wraps another one, `source`, and has its other attributes."""
 
     source: Any
 
@@ -144,7 +144,7 @@ class Around:
 
 
 class Remember(Around):
-    """A source that keeps decoded examples in memory, up to `max_bytes`, and decodes others anew.
+    """A source that caches decoded examples in memory, up to `max_bytes`.
 
     4,000 pictures of 32×32 pixels are 16 MB; decoding them in every epoch would cost more than the
     rest of the input pipeline.
@@ -178,7 +178,7 @@ class Remember(Around):
 
 
 def check_caption(caption: Any, name: str = "caption") -> str | list[str]:
-    """The caption, a text or several; ValueError for anything else. name: in its message."""
+    """The caption, a text or a list of texts; ValueError for anything else. name: for messages."""
     try:
         "".join(caption if isinstance(caption, list) else [caption]).encode()
     except (TypeError, UnicodeEncodeError):  # half of a surrogate pair, which JSON can write
@@ -187,7 +187,7 @@ def check_caption(caption: Any, name: str = "caption") -> str | list[str]:
 
 
 def captions(source: Any) -> list[str]:
-    """Every caption of a source; images are decoded only if the source has no `captions` method."""
+    """All captions of a source; images are decoded only if it has no method `captions`."""
     if hasattr(source, "captions"):
         return source.captions()
     return flat([source[i].get("caption", "") for i in range(len(source))])

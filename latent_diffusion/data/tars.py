@@ -1,11 +1,13 @@
-"""Tars of pictures as img2dataset and webdataset write them: indexed once, read at random.
+"""Tars of pictures as img2dataset and webdataset write them: indexed once, with random access.
 
 The members KEY.jpg (or another format), KEY.txt, KEY.json and KEY.cls belong to one example: its
-picture, its caption, facts, and its class. Of the facts `caption` counts where there is no KEY.txt,
-and `original_width` and `original_height`. Tars may lie on any file system of fsspec ("gs://…").
+picture, its caption, an object of metadata, and its class. Of the metadata, `original_width` and
+`original_height` are used, and `caption` if there is no KEY.txt. Tars may lie on any file system of
+fsspec ("gs://…").
 
 Splits are the sub-folders train/ and test/, if there are any. Otherwise "test" is a share
-`test_fraction` of the examples, by a hash of their keys, "train" the others, and "all" both.
+`test_fraction` of the examples, chosen by a hash of their keys, "train" is the rest, and "all" is
+both.
 """
 
 import hashlib
@@ -25,13 +27,14 @@ from latent_diffusion.data.sources import Example, Readable, check_caption, chec
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("image", "txt", "json", "cls")  # of an example, each a member of the tar
+PARTS = ("image", "txt", "json", "cls")  # parts of an example, each a member of the tar
 
 
 class TarSource(Readable):
     """Examples by the places of their members. An example that can't be read is skipped.
 
-    index: `tar` [N], and of each part `NAME_start` and `NAME_size` [N], the size 0 where it lacks.
+    index: `tar` [N], the number of the tar, and for each part `NAME_start` and `NAME_size` [N] in
+    bytes; the size is 0 for an absent part.
     """
 
     def __init__(self, system: Any, tars: list[str], index: Arrays):
@@ -43,7 +46,7 @@ class TarSource(Readable):
         }
 
     def name_of(self, index: int) -> str:
-        """The tar, and where the picture begins in it."""
+        """The tar, and the picture's position in it."""
         return f"{self.tars[self._index['tar'][index]]}@{self._index['image_start'][index]}"
 
     def read(self, index: int) -> Example:
@@ -52,11 +55,11 @@ class TarSource(Readable):
         return {**example, "image": read_image(io.BytesIO(self._bytes(index, "image")))}
 
     def captions(self) -> list[str]:
-        """All captions, in order, without the pictures."""
+        """All captions, in order; pictures aren't read."""
         return self.texts(lambda i: self._facts(i).get("caption", ""))
 
     def shapes(self) -> np.ndarray:
-        """Height and width [N 2] of the pictures, by their headers."""
+        """Height and width [N 2] of the pictures, from their headers."""
         return self.sizes(lambda i: size_of(io.BytesIO(self._bytes(i, "image"))))
 
     def _facts(self, index: int) -> Example:
@@ -87,7 +90,7 @@ def _examples(file: Any) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     key, parts = "", dict[str, tuple[int, int]]()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # it would remember all
+            tar.members = []  # type: ignore[attr-defined]  # else all stay in memory
             folder, _, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
             part = "image" if f".{suffix.lower()}" in SUFFIXES else suffix.lower()
@@ -103,7 +106,7 @@ def _examples(file: Any) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
 
 
 def _index(system: Any, tars: list[str]) -> Arrays:
-    """Read the headers of all tars."""
+    """Make the index from the headers of all tars."""
     rows: list[tuple[int, ...]] = []
     hashes, broken = [], []
     for number, path in enumerate(tars):
@@ -132,8 +135,8 @@ def make(data_config: Any, split: str) -> TarSource:
     if not data_config.dir:
         raise ValueError("data.name='tars' needs data.dir, the folder of tars")
     system, root = file_system(data_config.dir)
-    found = system.find(root, detail=True)
-    tars = {path: info for path, info in sorted(found.items()) if path.endswith(".tar")}
+    files = system.find(root, detail=True)
+    tars = {path: info for path, info in sorted(files.items()) if path.endswith(".tar")}
     inside = {
         name: [p for p in tars if p.startswith(f"{root}/{name}/")] for name in ("train", "test")
     }
@@ -142,8 +145,8 @@ def make(data_config: Any, split: str) -> TarSource:
         raise ValueError(f"data.dir={data_config.dir}: no .tar files in this folder")
     check_split(split, folders, root)
     paths = inside[split] if folders else list(tars)
-    kept = ("size", "mtime", "etag", "ETag", "LastModified", "updated")
-    state = [f"{p} {[str(tars[p].get(key)) for key in kept]}" for p in paths]
+    stamps = ("size", "mtime", "etag", "ETag", "LastModified", "updated")
+    state = [f"{p} {[str(tars[p].get(key)) for key in stamps]}" for p in paths]
     index = remembered(
         "tars", f"{root} {split if folders else ''}", state, lambda: _index(system, paths)
     )

@@ -1,4 +1,4 @@
-"""Any prepared data set of TFDS by its name, "tfds:NAME" or "tfds:NAME/CONFIG:VERSION".
+"""Prepared data sets of TFDS, by the name "tfds:NAME" or "tfds:NAME/CONFIG:VERSION".
 
 It needs no TensorFlow. Only data sets in the ArrayRecord format have random access.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from latent_diffusion.data.sources import Example, Remember, flat
 from latent_diffusion.data.transforms import on_white
 
-# Our key → its usual names.
+# Our key → usual names of the feature.
 USUAL_FEATURES = {
     "image": ("image",),
     "class_label": ("label", "class_label"),
@@ -22,7 +22,7 @@ USUAL_FEATURES = {
 def records(builder: Any, split: str, name: str, encoded: Sequence[str] = ()) -> Any:
     """The random-access data source of one split; ValueError for an unknown split.
 
-    encoded: features that are left as they are stored, e.g. images as PNG bytes.
+    encoded: features that aren't decoded, such as images, which then are PNG bytes.
     """
     import tensorflow_datasets as tfds
 
@@ -59,7 +59,7 @@ def _open(name: str, data_dir: str | None) -> Any:
 
 
 def feature_map(features: Mapping[str, str], available: Any, name: str) -> dict[str, str]:
-    """Return the feature for each of our keys: `features`, or by the usual names if it is empty.
+    """Return {our key: feature}: `features`, or if it is empty, those with the usual names.
 
     available: the features of the data set `name`. Raises ValueError for a feature that it lacks.
     """
@@ -112,7 +112,7 @@ class TFDSSource:
         return example
 
     def captions(self) -> list[str]:
-        """All captions, in order, without decoding the images."""
+        """All captions, in order; images aren't decoded."""
         if "caption" not in self.features:
             raise ValueError(f"data.features: no caption; mapped: {', '.join(self.features)}")
         images = [feature for key, feature in self.features.items() if key == "image"]

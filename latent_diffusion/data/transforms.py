@@ -1,4 +1,4 @@
-"""From an example as stored to an example as trained on: NumPy in, NumPy out.
+"""Transform stored examples into training examples; both are dictionaries of NumPy arrays.
 
 All randomness comes from the generator that is passed in, which the pipeline derives from the
 seed and the example's position, so that a batch is a pure function of (seed, step).
@@ -17,7 +17,7 @@ from latent_diffusion.data.layout import WHOLE, mirrored
 from latent_diffusion.data.sources import Example
 from latent_diffusion.data.windows import CROPS, corner, cut, cut_depth, cut_labels, window
 
-_PICTURES = ("image", "segmentation", "mask", "depth")  # what a window cuts and a flip turns
+_PICTURES = ("image", "segmentation", "mask", "depth")  # keys that are cut and flipped
 Transform = Callable[[Example, np.random.Generator], Example]
 Tokenizer = Callable[[list[str]], Int[np.ndarray, "N L"]]
 
@@ -39,13 +39,13 @@ def on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def make_cut(data_config: Any, train: bool) -> Transform:
-    """Return `cut_out(example, rng)`: `image`, and the maps beside it, brought to size.
+    """Return `cut_out(example, rng)`, which cuts and resizes `image` and the maps beside it.
 
-    `window` [4] is then the part of the whole picture that they show: left, top, right, bottom in
-    [0, 1]. With `data_config.sizes`, `original_size` [2] is the height and width of the picture
-    before, unless the source knows better. An example is brought to its `size` (height, width), or
-    else to the square of `data_config.image_size`. What has a window was cut before (its picture
-    may be gone since) and stays as it is; of several `crops` one is drawn, in evaluation the first.
+    It adds `window` [4], the part of the whole picture that they show: left, top, right, bottom in
+    [0, 1]. With `data_config.sizes` it adds `original_size` [2], the height and width of the
+    picture before, unless the source has this key. The new size is the example's `size` (height,
+    width), or else the square of `data_config.image_size`. An example with a window was cut before
+    and stays as it is. Of several `crops`, training takes one at random, evaluation the first.
     """
     crop = "center" if data_config.crop == "random" and not train else data_config.crop
     lookup(CROPS, crop, "data.crop")
@@ -82,13 +82,13 @@ def make_transform(
 ) -> Callable[..., Example]:
     """Return `transform(example, rng=None)`: crop, resize, flip and scale; keep batch keys only.
 
-    Maps and boxes that the data brings follow the picture. From it are made, where `data_config`
-    names them, `low_res`, `mask`, `layout` and `crop_top_left` with `target_size`; with a
-    tokenizer, `tokens` [L] from `caption`. as_bytes: pictures stay levels of 0 ... 255, a quarter
-    of the memory, which a compiled step brings to [-1, 1] (`runtime.parallel.compile_step`).
+    Maps and boxes in the data are cropped and flipped like the picture. Where `data_config` names
+    them, `low_res`, `mask`, `layout` and `crop_top_left` with `target_size` are added; with a
+    tokenizer, `tokens` [L] from `caption`. as_bytes: pictures stay levels of 0 ... 255, which take
+    a quarter of the memory; a compiled step scales them (`runtime.parallel.compile_step`).
 
-    In evaluation (`train` false) nothing is cropped or flipped at random, and of several captions
-    the first is taken; masks and degradations come from the generator there, too.
+    In evaluation (`train` false) crops and flips aren't random, and the first of several captions
+    is taken; masks and degradations are random there, too.
     """
     cut_out = make_cut(data_config, train)
     conditions = make_conditions(data_config, train)

@@ -1,4 +1,4 @@
-"""Which part of a picture is seen, and how it is brought to size."""
+"""Choose the part of a picture that an example shows, cut it out and resize it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ Size = tuple[int, int]  # height and width
 def resize(
     image: UInt8[np.ndarray, "H W C"], height: int, width: int
 ) -> UInt8[np.ndarray, "h w C"]:
-    """Pillow's bicubic filter, which widens with the scale and so antialiases when shrinking."""
+    """Resize with Pillow's bicubic filter, which antialiases when shrinking."""
     if image.shape[:2] == (height, width):
         return image
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
@@ -26,7 +26,7 @@ def resize(
 def fit(
     image: UInt8[np.ndarray, "H W C"], size: tuple[int, int], mask: bool = False
 ) -> UInt8[np.ndarray, "h w C"]:
-    """The largest part in the middle that has the shape of size (height, width), resized to it.
+    """The largest central part with the aspect ratio of size (height, width), resized to it.
 
     mask: each pixel takes the nearest value.
     """
@@ -47,8 +47,8 @@ def _random(height: int, width: int, rng: np.random.Generator) -> tuple[int, int
     return int(rng.integers(height + 1)), int(rng.integers(width + 1))
 
 
-# Where a window lies, given how far it may lie from the top and from the left: "squash" has no
-# window, "none" neither, and takes squares alone.
+# Functions: largest distances of a window from top and left -> its distances. "squash" and "none"
+# have no window; "none" requires square pictures.
 CROPS: dict[str, Callable[[int, int, np.random.Generator], tuple[int, int]] | None] = {
     "none": None,
     "squash": None,
@@ -58,7 +58,7 @@ CROPS: dict[str, Callable[[int, int, np.random.Generator], tuple[int, int]] | No
 
 
 class Window(NamedTuple):
-    """The part of a picture that is seen: rows × columns of it, resized to height × width."""
+    """A part of a picture: rows × columns pixels of the picture resized to height × width."""
 
     height: int
     width: int
@@ -77,12 +77,12 @@ class Window(NamedTuple):
 def window(
     shape: tuple[int, ...], size: Size, crop: str, shorter_side: int, rng: np.random.Generator
 ) -> Window | None:
-    """Where a picture of a size comes from; None: from the whole picture.
+    """The window from which a picture of `size` is cut; None for the whole picture.
 
-    shape, size: (height, width). crop: a name in CROPS. shorter_side: pixels; the picture is first
-    resized to it and the window has the pixels of `size`, a square (the paper's OpenImages: 384 and
-    256). 0: the window is the largest of the shape of `size` (the paper's other sets), which is
-    then resized.
+    shape, size: (height, width). crop: a name in CROPS. shorter_side: in pixels; the picture is
+    first resized to it, and the window has exactly `size`, a square (the paper's OpenImages: 384
+    and 256). If it is 0, the window is the largest with the aspect ratio of `size` (the paper's
+    other data sets) and is resized later.
     """
     place = lookup(CROPS, crop, "data.crop")
     height, width = shape
@@ -107,7 +107,7 @@ def window(
 
 
 def corner(crop: Box, size: Size) -> tuple[int, int]:
-    """Top and left of a crop, in pixels of the picture in which the crop has `size`."""
+    """Top and left of a crop, in pixels of the picture resized so that the crop has `size`."""
     left, top, right, bottom = crop
     return round(top / (bottom - top) * size[0]), round(left / (right - left) * size[1])
 
@@ -115,7 +115,7 @@ def corner(crop: Box, size: Size) -> tuple[int, int]:
 def cut(
     image: UInt8[np.ndarray, "H W C"], where: Window | None, size: Size
 ) -> UInt8[np.ndarray, "h w C"]:
-    """The window's picture, brought to `size`."""
+    """The picture in the window, resized to `size`."""
     if where is None:
         return resize(image, *size)
     image = resize(image, where.height, where.width)
@@ -126,7 +126,7 @@ def cut(
 def cut_labels(
     labels: Num[np.ndarray, "H W *C"], where: Window | None, size: Size
 ) -> Num[np.ndarray, "h w *C"]:
-    """The window's labels, or its mask: as `cut`, but each pixel takes the nearest value."""
+    """Labels or a mask in the window: like `cut`, but each pixel takes the nearest value."""
     height, width = labels.shape[:2]
     left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
     at = [(np.arange(side) + 0.5) / side for side in size]
@@ -138,9 +138,9 @@ def cut_labels(
 def cut_depth(
     depth: Float[np.ndarray, "H W 1"], where: Window | None, size: Size
 ) -> Float[np.ndarray, "h w 1"]:
-    """The window's depths: as `cut`, but in any unit; the map may have another size."""
+    """The depth map in the window: like `cut`, but in any unit; the map may have another size."""
     height, width = depth.shape[:2]
     left, top, right, bottom = (0.0, 0.0, 1.0, 1.0) if where is None else where.crop
     box = (left * width, top * height, right * width, bottom * height)
-    seen = Image.fromarray(depth[..., 0].astype(np.float32))
-    return np.asarray(seen.resize(size[::-1], Image.Resampling.BICUBIC, box))[..., None]
+    image = Image.fromarray(depth[..., 0].astype(np.float32))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box))[..., None]

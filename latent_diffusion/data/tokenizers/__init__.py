@@ -1,7 +1,7 @@
-"""Tokenizers: captions to integers.
+"""Tokenizers: from captions to token ids.
 
-A tokenizer maps captions to int32 [N L] with a fixed L. It is saved beside the checkpoint, since
-its numbers mean nothing without it.
+A tokenizer maps captions to int32 [N L] with a fixed L. It is saved beside the checkpoint, whose
+embeddings have no meaning without it.
 """
 
 import json
@@ -43,7 +43,7 @@ TOKENIZERS: dict[str, Any] = {
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a saved tokenizer of any kind; ValueError names a file that holds none."""
+    """Read a saved tokenizer of any kind; a ValueError names a file without a tokenizer."""
     with reading_as(path, "not a tokenizer file"):
         data = json.loads(read_text(Path(path)))
         kind = data["kind"]

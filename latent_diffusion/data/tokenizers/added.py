@@ -1,4 +1,4 @@
-"""Words that a model gets after its training (textual inversion), beside a tokenizer's own."""
+"""Words that are added to a tokenizer after the model's training (textual inversion)."""
 
 import copy
 import functools
@@ -16,18 +16,18 @@ Words = Mapping[str, tuple[int, ...]]  # a word as prompts spell it -> the ids o
 def with_words(tokenizer: Any, words: Mapping[str, Sequence[int]]) -> Any:
     """The tokenizer with further words, each of which becomes one id or several.
 
-    A word stands for itself in a text, not within another word: "cat" isn't in "cats". Capitals
-    count. Raises ValueError for an empty word, and for one that the tokenizer knows already.
+    A word is recognised alone, not within another word: "cat" isn't in "cats". Capitals matter.
+    Raises ValueError for an empty word, and for a word that the tokenizer already has.
     """
-    known = dict(tokenizer.added)
+    added = dict(tokenizer.added)
     for word, ids in words.items():
         if not word or word != word.strip():
             raise ValueError(f"{word!r} is no word: it is empty, or spaces are around it")
-        if word in known or _is_token(tokenizer, word):
+        if word in added or _is_token(tokenizer, word):
             raise ValueError(f"the word {word!r} exists already; give the new one another name")
-        known[word] = tuple(int(i) for i in ids)
+        added[word] = tuple(int(i) for i in ids)
     more = copy.copy(tokenizer)
-    more.added = known
+    more.added = added
     return more
 
 
@@ -35,8 +35,8 @@ def read_added(path: Path, special: Collection[str]) -> dict[str, list[int]]:
     """The words that a tokenizer's files add to its vocabulary, with their ids.
 
     path: a folder of transformers, or one of its files. special: tokens that aren't words, such as
-    the start. Raises ValueError for a token with rules of its own about spaces or its neighbours,
-    for one with two ids, and for one without an id.
+    the start. Raises ValueError for a token with special rules for spaces or neighbours, with two
+    ids, or without an id.
     """
     entries: list[tuple[str, Any, Mapping[str, Any]]] = []
     names: list[Any] = []
@@ -71,7 +71,7 @@ def read_added(path: Path, special: Collection[str]) -> dict[str, list[int]]:
 
 
 def _is_token(tokenizer: Any, word: str) -> bool:
-    """Whether the word is a single token of the tokenizer's own, and not an unknown one."""
+    """Whether the word is a single token of the tokenizer's vocabulary."""
     pieces = tokenizer._pieces(word)
     alone = len(pieces) == 1 and pieces[0].text.removesuffix("</w>") == word.lower()
     return alone and not tokenizer.unknown_words(word)
@@ -80,31 +80,31 @@ def _is_token(tokenizer: Any, word: str) -> bool:
 def with_added(
     added: Words, pieces_of: Callable[[str], list[Piece]]
 ) -> Callable[[str], list[Piece]]:
-    """The function `pieces_of`, for texts that also have added words."""
+    """The function `pieces_of`, extended to texts with added words."""
     if not added:
         return pieces_of
     pattern = _pattern(tuple(sorted(added, key=len, reverse=True)))
 
     def pieces(caption: str) -> list[Piece]:
-        found = []
+        result = []
         for part in pattern.split(caption):
             if part in added:
-                found += [Piece(i, part) for i in added[part]]
+                result += [Piece(i, part) for i in added[part]]
             else:
-                found += pieces_of(part)
-        return found
+                result += pieces_of(part)
+        return result
 
     return pieces
 
 
 def without_added(added: Words, caption: str) -> str:
-    """The caption with a space in place of each added word."""
+    """The caption with a space in the place of each added word."""
     return _pattern(tuple(added)).sub(" ", caption) if added else caption
 
 
 @functools.lru_cache(maxsize=64)
 def _pattern(words: tuple[str, ...]) -> re.Pattern:
-    """A pattern of one group. A word that ends in a letter ends where the letters end."""
+    """A pattern of the words, as one group; no letter may follow a word that ends in a letter."""
     each = (
         (r"(?<!\w)" if re.match(r"\w", word) else "")
         + re.escape(word)

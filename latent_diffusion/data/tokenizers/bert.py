@@ -40,7 +40,7 @@ _CJK = (  # every ideograph is a word
 
 
 def _is_removed(character: str) -> bool:
-    """Whether it is a control or format character other than a tab or an end of line."""
+    """Whether it is a control or format character, other than tabs and line ends."""
     if character in "\t\n\r":
         return False
     return character == "�" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
@@ -66,8 +66,8 @@ class BertTokenizer:
     """[CLS], pieces, [SEP], padding …: the ids for a BERT-like encoder.
 
     vocabulary: the token of every id; pieces within a word begin with "##". max_length: L, with
-    [CLS] and [SEP]. A special token that is written out in a caption is that token. Attributes:
-    vocab_size, the number of ids; empty, the tokens of the empty prompt; pad_id, of its padding.
+    [CLS] and [SEP]. A special token's text in a caption becomes that token. Attributes: vocab_size,
+    the number of ids; empty, the tokens of the empty prompt; pad_id, the id of the padding.
     """
 
     kind = "bert"
@@ -84,7 +84,7 @@ class BertTokenizer:
         self.empty, self.pad_id = (self._ids[CLS], self._ids[SEP]), self._ids[PAD]
         special = [re.escape(token) for token in _SPECIAL if token in self._ids]
         self._special = re.compile(f"({'|'.join(special)})")
-        self._cut: set[str] = set()  # captions with a warning
+        self._cut: set[str] = set()  # captions for which a warning was logged
 
     @classmethod
     def read(cls, path: str | Path, max_length: int = 77) -> "BertTokenizer":
@@ -101,12 +101,12 @@ class BertTokenizer:
                 content = read_json(settings)
                 if not content.get("do_lower_case", True):
                     raise ValueError("it is cased; only uncased ones are supported")
-            own = cls(_read_vocabulary(path), max_length)
-            tokenizer: BertTokenizer = with_words(own, read_added(path, _SPECIAL))
+            plain = cls(_read_vocabulary(path), max_length)
+            tokenizer: BertTokenizer = with_words(plain, read_added(path, _SPECIAL))
             return tokenizer
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
+        """Token ids. A caption that is too long is cut, and a warning quotes the lost part."""
         return fill_rows(
             captions,
             with_added(self.added, self._pieces),
@@ -119,7 +119,7 @@ class BertTokenizer:
         )
 
     def unknown_words(self, caption: str) -> list[str]:
-        """The words of a caption that no pieces compose."""
+        """The words of a caption that can't be composed of pieces."""
         words, unknown = split_words(without_added(self.added, caption)), self._ids[UNK]
         return [word for word in words if self._word(word)[0].id == unknown]
 
@@ -133,7 +133,7 @@ class BertTokenizer:
         return pieces
 
     def _word(self, word: str) -> list[Piece]:
-        """Split a word into the longest pieces from its start on; unknown if that fails."""
+        """Split a word into the longest pieces, from its start on; [UNK] if that fails."""
         unknown, pieces, start = [Piece(self._ids[UNK], word)], [], 0
         if len(word) > _LONGEST_WORD:
             return unknown
@@ -167,7 +167,7 @@ class BertTokenizer:
 
 
 def _read_vocabulary(path: Path) -> list[str]:
-    """One token a line, or the ids of a tokenizer.json."""
+    """The tokens of vocab.txt, one per line, or of a tokenizer.json, by id."""
     if path.is_dir():
         path = path / ("vocab.txt" if (path / "vocab.txt").is_file() else "tokenizer.json")
     text = read_text(path)

@@ -1,9 +1,8 @@
-"""The normalisation in the files of a sentencepiece model: characters, and what replaces them.
+"""The normalisation in files of sentencepiece models: characters and their replacements.
 
 A charsmap is the length of a trie in bytes, the trie, and texts that end in a zero byte. The trie
-is a double array (Yata et al.'s darts-clone) whose values are places of texts. The rules for pieces
-of several characters are those of the tokenizers library, which reads such files as transformers
-does.
+is a double array (Yata et al.'s darts-clone) whose values are positions of texts. The rules for
+clusters of several characters are those of the tokenizers library, which transformers uses.
 """
 
 import itertools
@@ -12,15 +11,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_SHORT = 6  # bytes: shorter clusters of characters are looked up as a whole
+_SHORT = 6  # bytes; shorter clusters of characters are looked up as a whole
 _JOINERS = "\u200c\u200d"
-_SKIN = range(0x1F3FB, 0x1F400)  # modifiers of the character before
+_SKIN = range(0x1F3FB, 0x1F400)  # skin tones, which modify the character before
 
 
 class Charsmap:
-    """Replaces characters of a text; the empty file changes nothing.
+    """Replaces characters of a text; empty data change nothing.
 
-    Raises ValueError for a file that isn't as long as it says.
+    Raises ValueError for data that are shorter than their header says.
     """
 
     def __init__(self, data: bytes = b""):
@@ -46,7 +45,7 @@ class Charsmap:
         return "".join(parts)
 
     def _replacement(self, text: str) -> str | None:
-        """The text for the shortest known beginning of `text`; None where none is known."""
+        """The replacement of the shortest beginning of `text` in the trie; None without one."""
         units, place = self._units, _offset(self._units[0])
         for byte in text.encode("utf-8", "surrogatepass"):
             place ^= byte
@@ -65,7 +64,7 @@ def _offset(unit: int) -> int:
 
 
 def _clusters(text: str) -> Iterator[str]:
-    """Characters with the marks that follow them; a line's two ends are one."""
+    """Characters, each with the marks that follow it; "\\r\\n" is one cluster."""
     cluster = ""
     for character, following in itertools.pairwise([*text, ""]):
         cluster += character

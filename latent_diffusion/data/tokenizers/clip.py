@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding (Sennrich et al. 2016; Radford et al. 2021), which its weights need.
+"""CLIP's byte-pair encoding (Sennrich et al. 2016; Radford et al. 2021).
 
 Lower-case words become bytes, and neighbouring pieces are merged in the order in which the pairs
 were learned. The vocabulary comes from files: those of a `tokenizer` folder of diffusers
@@ -32,11 +32,11 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _END = "</w>"  # marks the last piece of a word
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-_NUM_MERGES = 49152 - 256 - 2  # the number of merges that CLIP uses of its file
+_NUM_MERGES = 49152 - 256 - 2  # CLIP uses this number of its file's merges
 _ROLES = ("bos", "eos", "unk", "pad")
 _LONGEST = 1 << 16  # a greater length in a file of settings means "unlimited"
 
-# Every byte as a printable character, in the order of the vocabulary's first rows.
+# A printable character for every byte, in the order of the vocabulary's first rows.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_CHARACTERS = {byte: chr(byte) for byte in _PRINTABLE}
@@ -45,7 +45,7 @@ _BYTE = {character: byte for byte, character in BYTE_CHARACTERS.items()}
 
 
 def _kind(character: str) -> str:
-    """The kind of a character (words don't mix them): letter "L", numeral "N" or sign "S"."""
+    """The kind of a character: letter "L", numeral "N" or sign "S". Words have one kind."""
     kind = unicodedata.category(character)[0]
     return kind if kind in "LN" else "S"
 
@@ -71,9 +71,9 @@ class ClipTokenizer:
 
     vocabulary: the token of every id. merges: pairs "a b" in the order in which they were learned.
     max_length: L, with start and end. pad: the token of the padding, the end token (CLIP, Stable
-    Diffusion 1) or "!" (Stable Diffusion 2). A start, end or padding that is written out in a
-    caption is that token; those in `any_case` are it in capitals, too. Attributes: vocab_size, the
-    number of ids; empty, the tokens of the empty prompt; pad_id, the id of its padding.
+    Diffusion 1) or "!" (Stable Diffusion 2). The text of the start, end or padding token in a
+    caption becomes that token; for tokens in `any_case`, also in capitals. Attributes: vocab_size,
+    the number of ids; empty, the tokens of the empty prompt; pad_id, the id of the padding.
     """
 
     kind = "clip"
@@ -99,10 +99,11 @@ class ClipTokenizer:
         self._ranks = {tuple(pair.split(" ")): i for i, pair in enumerate(self.merges)}
         self.any_case = tuple(sorted({BOS, EOS, pad} & set(any_case)))
         exact = {BOS, EOS, pad} - set(self.any_case)
-        # In a text as it is, and in lower case, where a start or an end is at least a word.
-        self._exact, self._lower = _one_of(exact), _one_of({BOS, EOS, *self.any_case})
-        self._cut: set[str] = set()  # captions with a warning
-        self._merged: dict[str, list[Piece]] = {}  # of earlier words
+        # Tokens to find in the text as it is, and in the lower-case text, where the texts of start
+        # and end separate words even if they don't become the tokens.
+        self._exact, self._lower = _any_of(exact), _any_of({BOS, EOS, *self.any_case})
+        self._cut: set[str] = set()  # captions for which a warning was logged
+        self._merged: dict[str, list[Piece]] = {}  # the pieces of earlier words
 
     @classmethod
     def read(
@@ -120,12 +121,12 @@ class ClipTokenizer:
             length, padding, any_case = _read_settings(path)
             added = read_added(path, {BOS, EOS, pad or padding})
             vocabulary, merges = _read_files(path, added)
-            own = cls(vocabulary, merges, max_length or length, pad or padding, any_case)
-            tokenizer: ClipTokenizer = with_words(own, added)
+            plain = cls(vocabulary, merges, max_length or length, pad or padding, any_case)
+            tokenizer: ClipTokenizer = with_words(plain, added)
             return tokenizer
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
+        """Token ids. A caption that is too long is cut, and a warning quotes the lost part."""
         return fill_rows(
             captions,
             with_added(self.added, self._pieces),
@@ -138,7 +139,7 @@ class ClipTokenizer:
         )
 
     def chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
-        """Tokens with their weights (see `weights`), in chunks that fit between start and end."""
+        """Tokens with weights (see module `weights`), in chunks that fit between start and end."""
         chunks, room = [], self.max_length - 2
         pieces_of = with_added(self.added, self._pieces)
         for section in parse(prompt):
@@ -163,7 +164,7 @@ class ClipTokenizer:
         return tokens.reshape(len(prompts), -1), weights.reshape(len(prompts), -1)
 
     def unknown_words(self, caption: str) -> list[str]:
-        """No words: every text has bytes, and every byte has an id."""
+        """No word is unknown: every text consists of bytes, and every byte has an id."""
         return []
 
     def _pieces(self, caption: str) -> list[Piece]:
@@ -172,7 +173,7 @@ class ClipTokenizer:
             if self._exact.fullmatch(part):
                 pieces.append(Piece(self._ids[part], part))
                 continue
-            # Each letter alone is made lower-case, so that a final sigma stays a sigma.
+            # Letters are made lower-case one by one, so that a final sigma becomes a plain sigma.
             lower = "".join(c.lower() for c in unicodedata.normalize("NFC", part))
             for text in self._lower.split(lower):
                 if text in self.any_case:
@@ -215,28 +216,28 @@ class ClipTokenizer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ClipTokenizer":
         """The inverse of `to_dict`."""
-        own = (data["max_length"], data["pad"], data.get("any_case", ()))
-        return cls(data["vocabulary"], data["merges"], *own)
+        settings = (data["max_length"], data["pad"], data.get("any_case", ()))
+        return cls(data["vocabulary"], data["merges"], *settings)
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
         write_json(self, path)
 
 
-def _one_of(tokens: Iterable[str]) -> re.Pattern:
-    """A pattern of one group, so that `split` keeps the tokens; of none, it matches nothing."""
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """A pattern of the tokens, as a group, so that `split` returns them, too."""
     return re.compile("(" + ("|".join(map(re.escape, sorted(tokens))) or r"(?!)") + ")")
 
 
 def _as_text(symbols: Sequence[str]) -> str:
-    """The text of some pieces; bytes that are no characters become replacement characters."""
+    """The text of pieces; bytes that aren't UTF-8 become replacement characters."""
     spaced = "".join(f" {s} " if s in (BOS, EOS) else s.replace(_END, " ") for s in symbols)
     data = b"".join(bytes([_BYTE[c]]) if c in _BYTE else c.encode() for c in spaced)
     return data.decode(errors="replace").strip()
 
 
 def _read_files(path: Path, added: Container[str]) -> tuple[list[str], list[str]]:
-    """Vocabulary, without the added words, and merges."""
+    """The vocabulary, without the added words, and the merges."""
     if path.name.endswith(".gz"):
         return _from_merges(read_gzip(path).split("\n"))
     single = path if path.is_file() else path / "tokenizer.json"
@@ -253,7 +254,7 @@ def _read_files(path: Path, added: Container[str]) -> tuple[list[str], list[str]
 
 
 def _from_merges(lines: list[str]) -> tuple[list[str], list[str]]:
-    """CLIP's vocabulary by its merges: bytes, bytes at the end of a word, merged pairs."""
+    """CLIP's vocabulary (bytes, bytes at the end of a word, merged pairs), and its merges."""
     merges = [line for line in lines[1:] if line][:_NUM_MERGES]
     single = list(BYTE_CHARACTERS.values())
     joined = [pair.replace(" ", "") for pair in merges]
@@ -268,7 +269,7 @@ def _by_id(ids: dict[str, int]) -> list[str]:
 
 
 def _read_settings(path: Path) -> tuple[int, str, list[str]]:
-    """max_length, pad and any_case by the files beside the vocabulary, or 77, the end, none."""
+    """max_length, pad and any_case in files beside the vocabulary; default: 77, the end, none."""
     config, special = (
         read_json(path / name) if (path / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
@@ -280,7 +281,7 @@ def _read_settings(path: Path) -> tuple[int, str, list[str]]:
     single = path if path.suffix == ".json" else path / "tokenizer.json"
     if not tokens and single.is_file():
         tokens = read_json(single, MAX_TEXT).get("added_tokens", [])
-    roles = {**config, **special}  # the last file wins
+    roles = {**config, **special}  # the last file takes precedence
     pad = roles.get("pad_token") or EOS
     tokens = tokens or [roles[f"{role}_token"] for role in _ROLES if roles.get(f"{role}_token")]
     any_case: dict[str, bool] = {}
@@ -292,7 +293,7 @@ def _read_settings(path: Path) -> tuple[int, str, list[str]]:
 
 
 def _flagged(token: str | Mapping[str, Any]) -> tuple[str, bool]:
-    """A token of a file of settings, and whether it is looked for in the lower-case text."""
+    """A token in a file of settings, and whether it is searched for in the lower-case text."""
     if isinstance(token, str):
         return token, False
     return token["content"], bool(token.get("normalized", False))

@@ -1,4 +1,4 @@
-"""The tokenizers of Stable Diffusion 3: CLIP's row of a caption, then T5's."""
+"""The tokenizers of Stable Diffusion 3: a row of CLIP's tokens, then T5's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ class ClipT5Tokenizer:
     """[start, pieces, end, padding …] of CLIP, [pieces, end, padding …] of T5.
 
     Attributes: max_length, L of both rows together; vocab_size, empty and pad_id, those of CLIP
-    (`of_encoder` gives each encoder's own).
+    (`of_encoder` returns the tokenizer of each encoder).
     """
 
     kind = "clip_t5"
@@ -35,7 +35,7 @@ class ClipT5Tokenizer:
     def read(cls, path: str | Path, max_length: int | None = None) -> "ClipT5Tokenizer":
         """Read the folders tokenizer and tokenizer_3 of a pipeline of diffusers.
 
-        max_length: of both rows; T5's is what CLIP's leaves. ValueError names a path without them.
+        max_length: that of both rows together. A ValueError names a path without them.
         """
         clip = ClipTokenizer.read(Path(path) / "tokenizer")
         rest = None if max_length is None else max_length - clip.max_length
@@ -51,7 +51,7 @@ class ClipT5Tokenizer:
         return np.concatenate([self.clip(captions), self.t5(captions)], axis=1)
 
     def unknown_words(self, caption: str) -> list[str]:
-        """The texts of a caption that T5 doesn't know."""
+        """The texts of a caption that are unknown to T5's tokenizer."""
         return self.t5.unknown_words(caption)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class ClipT5Tokenizer:
 
 
 def of_encoder(tokenizer: Any, name: str) -> Any:
-    """The tokenizer whose numbers the text encoder `name` reads."""
+    """The tokenizer whose token ids the text encoder `name` reads."""
     if not isinstance(tokenizer, ClipT5Tokenizer):
         return tokenizer
     return tokenizer.t5 if name == "t5_text" else tokenizer.clip

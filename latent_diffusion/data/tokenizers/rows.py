@@ -1,4 +1,4 @@
-"""Shared by all tokenizers: rows of fixed length, a warning for a caption that is cut, and JSON."""
+"""Functions of all tokenizers: rows of fixed length, warnings for captions that are cut, JSON."""
 
 import json
 import logging
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 class reading_as:
-    """Turn whatever a wrong file makes fail into a ValueError of one line: PATH is KIND: …
+    """Turn the exceptions of reading a wrong file into a ValueError of one line: PATH is KIND: …
 
-    kind: "no CLIP tokenizer", for example.
+    kind: such as "no CLIP tokenizer".
     """
 
     def __init__(self, path: str | Path, kind: str):
@@ -50,8 +50,8 @@ def fill_rows(
 ) -> Int[np.ndarray, "N L"]:
     """Return rows [start, caption, end, pad …]; a caption that is too long loses its last tokens.
 
-    cut: the captions with an earlier warning; this call adds its own. join: makes the text of the
-    lost pieces, for the warning.
+    cut: captions for which a warning was logged; this call adds others to it. join: makes the text
+    of the lost pieces, for the warning.
     """
     if isinstance(captions, str):
         raise TypeError(f"expected a list of captions, got the string {captions!r}")
@@ -74,7 +74,7 @@ def fill_rows(
 
 
 def check_length(max_length: int, least: int) -> None:
-    """Raise ValueError for rows that are too short for the tokens that every row has."""
+    """Raise ValueError for rows that are too short for the tokens of every row."""
     if max_length < least:
         raise ValueError(f"max_length must be at least {least}, got {max_length}")
 

@@ -1,4 +1,4 @@
-"""T5's tokenizer: the likeliest pieces of each word (Kudo 2018), as sentencepiece writes them."""
+"""T5's tokenizer: the likeliest pieces of each word (Kudo 2018), from sentencepiece's files."""
 
 import base64
 import re
@@ -23,9 +23,10 @@ from latent_diffusion.data.tokenizers.rows import (
 from latent_diffusion.files.reading import MAX_TEXT, read_json
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
-SPACE = "▁"  # begins every word
-_PENALTY = 10.0  # of an unknown character, below the least score of a piece
-_STEPS = ("Precompiled", "Strip", "Replace", "WhitespaceSplit", "Metaspace")  # before the pieces
+SPACE = "▁"  # the beginning of every word
+_PENALTY = 10.0  # score of an unknown character, below the least score of a piece
+# Steps of normalisation and splitting that files may name.
+_STEPS = ("Precompiled", "Strip", "Replace", "WhitespaceSplit", "Metaspace")
 _LENGTH = 256
 
 
@@ -33,10 +34,10 @@ class T5Tokenizer:
     """[pieces, end, padding …]: the ids for a T5 text encoder.
 
     vocabulary: (piece, logarithm of its probability) of every id. charsmap: the normalisation, in
-    base64; "" is none. special: tokens that stand for themselves wherever a caption has them; the
-    spaces before or behind belong to those that are in `before` or `behind`. max_length: L, with
-    the end. Attributes: vocab_size, the number of ids; empty, the tokens of the empty prompt;
-    pad_id, of its padding.
+    base64; "" is none. special: tokens whose text in a caption becomes the token, with the spaces
+    before or behind it for tokens that are in `before` or `behind`. max_length: L, with the end.
+    Attributes: vocab_size, the number of ids; empty, the tokens of the empty prompt; pad_id, the id
+    of the padding.
     """
 
     kind = "t5"
@@ -70,7 +71,7 @@ class T5Tokenizer:
             for t in sorted(special, key=len, reverse=True)
         ]
         self._special = re.compile(f"({'|'.join(patterns) or '(?!)'})")
-        self._cut: set[str] = set()  # captions with a warning
+        self._cut: set[str] = set()  # captions for which a warning was logged
 
     @classmethod
     def read(cls, path: str | Path, max_length: int | None = None) -> "T5Tokenizer":
@@ -91,7 +92,7 @@ class T5Tokenizer:
             return cls(max_length=max_length or _LENGTH, **_read(read_json(single, MAX_TEXT)))
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        """Token ids. A caption that is too long is cut, with one warning that quotes the loss."""
+        """Token ids. A caption that is too long is cut, and a warning quotes the lost part."""
         return fill_rows(
             captions,
             with_added(self.added, self._pieces),
@@ -103,7 +104,7 @@ class T5Tokenizer:
         )
 
     def unknown_words(self, caption: str) -> list[str]:
-        """The texts of a caption that no pieces compose."""
+        """The texts of a caption that can't be composed of pieces."""
         pieces = with_added(self.added, self._pieces)(caption)
         return [piece.text for piece in pieces if piece.id == self._ids[UNK]]
 
@@ -122,8 +123,11 @@ class T5Tokenizer:
         return pieces
 
     def _likeliest(self, text: str) -> list[Piece]:
-        """The pieces with the largest sum of scores (Viterbi's algorithm); unknown ones join."""
-        # For each end: the sum of the best pieces up to there, and the start of the last one.
+        """The pieces with the largest sum of scores (Viterbi's algorithm).
+
+        Neighbouring unknown pieces become one piece.
+        """
+        # For each end: the sum of scores of the best pieces up to it, and the last piece's start.
         best: list[tuple[float, int] | None] = [(0.0, 0)] + [None] * len(text)
         for start in range(len(text)):
             sofar = best[start]
@@ -132,18 +136,18 @@ class T5Tokenizer:
                 score = self._scores.get(text[start:end])
                 if score is None and end == start + 1:
                     score = self._unknown
-                known = best[end]
-                if score is not None and (known is None or sofar[0] + score > known[0]):
+                previous = best[end]
+                if score is not None and (previous is None or sofar[0] + score > previous[0]):
                     best[end] = (sofar[0] + score, start)
         pieces: list[Piece] = []
         end, unknown = len(text), self._ids[UNK]
         while end:
             start = best[end][1]  # type: ignore[index]
-            found = Piece(self._ids.get(text[start:end], unknown), text[start:end])
-            if found.id == unknown and pieces and pieces[-1].id == unknown:
-                pieces[-1] = Piece(unknown, found.text + pieces[-1].text)
+            piece = Piece(self._ids.get(text[start:end], unknown), text[start:end])
+            if piece.id == unknown and pieces and pieces[-1].id == unknown:
+                pieces[-1] = Piece(unknown, piece.text + pieces[-1].text)
             else:
-                pieces.append(found)
+                pieces.append(piece)
             end = start
         return pieces[::-1]
 
@@ -171,7 +175,7 @@ class T5Tokenizer:
 
 
 def _read(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `T5Tokenizer` but max_length, in a tokenizer.json."""
+    """The arguments of `T5Tokenizer`, except max_length, from the content of a tokenizer.json."""
     model = data["model"]
     if model.get("type") != "Unigram" or model.get("byte_fallback"):
         raise ValueError(f"a model {model.get('type')!r}; supported: Unigram without byte_fallback")
@@ -205,4 +209,4 @@ def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if step is None:
         return []
     inner = step.get("normalizers") or step.get("pretokenizers")
-    return [step] if inner is None else [one for part in inner for one in _steps(part)]
+    return [step] if inner is None else [single for part in inner for single in _steps(part)]

@@ -1,7 +1,7 @@
-r"""Prompts with weights, as Stable Diffusion's user interfaces write them.
+r"""Prompts with weights, in the syntax of Stable Diffusion's user interfaces.
 
-`(words)` multiplies the weight of what it encloses by 1.1 and `[words]` divides it by 1.1;
-`(words:1.3)` multiplies it by 1.3. Brackets nest; one that is never closed reaches to the end.
+`(words)` multiplies the weight of the enclosed words by 1.1 and `[words]` divides it by 1.1;
+`(words:1.3)` multiplies it by 1.3. Brackets nest; a bracket that isn't closed reaches to the end.
 `\(`, `\)`, `\[`, `\]` and `\\` are literal. `BREAK` ends a section of the prompt.
 """
 
@@ -13,23 +13,23 @@ _SIGNS = re.compile(
     r"|(?P<section>\s*\bBREAK\b\s*)"
 )
 Fragment = tuple[str, float]  # a text and its weight
-Spans = dict[int, tuple[int, float]]  # by the fragment where a bracket begins: its end, its factor
+Spans = dict[int, tuple[int, float]]  # first fragment in a bracket → its end, its factor
 
 
 def parse(prompt: str) -> list[list[Fragment]]:
     """The sections of a prompt, each as texts with their weights."""
-    texts = [""]  # the fragments; BREAK is one of them
+    texts = [""]  # the fragments; BREAK is a fragment, too
     add = texts.append
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where brackets begin
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # first fragments of open brackets
     closed: dict[str, Spans] = {"(": {}, "[": {}}
 
     def close(kind: str, factor: float) -> None:
         closed[kind][opened[kind].pop()] = len(texts), factor
 
     end = 0
-    for found in _SIGNS.finditer(prompt):
-        add(prompt[end : found.start()])
-        kind, text, end = found.lastgroup, found.group(), found.end()
+    for sign in _SIGNS.finditer(prompt):
+        add(prompt[end : sign.start()])
+        kind, text, end = sign.lastgroup, sign.group(), sign.end()
         if kind == "weight" and opened["("]:
             close("(", float(text[1:-1]))
         elif kind == "weight":
@@ -53,7 +53,7 @@ def parse(prompt: str) -> list[list[Fragment]]:
 
 
 def _products(spans: Spans, count: int) -> list[float]:
-    """The product of the factors around each of `count` fragments, for spans that nest."""
+    """For each of `count` fragments, the product of the factors of the brackets around it."""
     around, products = [(count, 1.0)], []
     for i in range(count):
         while around[-1][0] <= i:
@@ -66,7 +66,7 @@ def _products(spans: Spans, count: int) -> list[float]:
 
 
 def _joined(texts: list[str], weights: list[float]) -> list[list[Fragment]]:
-    """Sections, in which neighbours of one weight are one text."""
+    """The sections, in which neighbouring texts of the same weight are joined."""
     sections: list[list[Fragment]] = [[]]
     for text, weight in zip(texts, weights, strict=True):
         section = sections[-1]

@@ -1,4 +1,4 @@
-"""Whole words, numbered by how frequent they are in the training captions."""
+"""A tokenizer of whole words, numbered by their frequency in the training captions."""
 
 import re
 import unicodedata
@@ -15,12 +15,12 @@ from latent_diffusion.data.tokenizers.added import Words, with_added, without_ad
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
 
 PAD, UNK = 0, 1
-_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*]")  # the two signs that tell keycaps apart are words
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*]")  # # and * are words: captions of keycaps
 _APOSTROPHES = re.compile(r"['’`]")
 
 
 def words(caption: str) -> list[str]:
-    """Lower-case words of letters and digits, accents and apostrophes dropped.
+    """Lower-case words of letters and digits, without accents and apostrophes.
 
     "São Tomé & Príncipe" -> sao tome principe; "man’s shoe" -> mans shoe; "e-mail" -> e mail.
     """
@@ -37,10 +37,10 @@ def _ranked(captions: Iterable[str]) -> list[str]:
 
 
 class WordTokenizer:
-    """One row per word, the most frequent first; 0 pads, 1 stands for every unknown word.
+    """One id per word, the most frequent first; 0 is the padding, 1 is for every unknown word.
 
-    vocabulary: the words of rows 2, 3, ... vocab_size: rows of the table, fixed by the
-    config whether or not the vocabulary fills them. max_length: tokens per caption, L.
+    vocabulary: the words of ids 2, 3, ... vocab_size: number of rows of the embedding table, which
+    the vocabulary need not fill. max_length: tokens per caption, L.
     """
 
     kind = "word"
@@ -55,16 +55,16 @@ class WordTokenizer:
         self.vocabulary = tuple(vocabulary)
         self.vocab_size = vocab_size
         self.max_length = max_length
-        self._cut: set[str] = set()  # captions warned about
+        self._cut: set[str] = set()  # captions for which a warning was logged
         self._ids = {word: i for i, word in enumerate(vocabulary, start=2)}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int) -> "WordTokenizer":
-        """Number the words by falling frequency, ties by alphabet; the rarest find no row."""
+        """Number the words by falling frequency, ties by alphabet; the rarest words get no id."""
         return cls(_ranked(captions)[: max(vocab_size - 2, 0)], vocab_size, max_length)
 
     def extended(self, captions: Iterable[str], num_words: int) -> "WordTokenizer":
-        """This tokenizer with the most frequent `num_words` other words, in rows after its own."""
+        """This tokenizer with the `num_words` most frequent other words, in further rows."""
         others = [word for word in _ranked(captions) if word not in self._ids]
         vocabulary = (*self.vocabulary, *others[:num_words])
         vocab_size = max(self.vocab_size, len(vocabulary) + 2)
@@ -72,18 +72,18 @@ class WordTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids, padded with 0 on the right. Longer captions are cut, with one warning each."""
-        own = (self.max_length, PAD, self._cut)
-        return fill_rows(captions, with_added(self.added, self._pieces), *own)
+        pieces_of = with_added(self.added, self._pieces)
+        return fill_rows(captions, pieces_of, self.max_length, PAD, self._cut)
 
     def _pieces(self, caption: str) -> list[Piece]:
         return [Piece(self._ids.get(word, UNK), word) for word in words(caption)]
 
     def unknown_words(self, caption: str) -> list[str]:
-        """The caption's words that have no row of their own."""
+        """The caption's words that aren't in the vocabulary."""
         return [word for word in words(without_added(self.added, caption)) if word not in self._ids]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` needs, ready for JSON."""
+        """The arguments of `from_dict`, for JSON."""
         return {
             "kind": self.kind,
             "vocab_size": self.vocab_size,
