@@ -1,1 +1,1 @@
-"""Reading others' files: tensors, and pickles whose code is never executed."""
+"""Read files of other programs: tensors, and pickles, whose code is never executed."""

@@ -1,7 +1,7 @@
-"""Pickles as data: an interpreter of the few instructions with which torch describes its files.
+"""A safe interpreter of pickles, for the few instructions that torch uses in its files.
 
-A pickle is a program. This interpreter builds containers, numbers and strings, mentions and calls
-only what the reader allows, and takes neither more time nor more memory than the program is long.
+A pickle is a program. This interpreter builds containers, numbers and strings, refers to and calls
+only names that the reader allows, and its time and memory are bounded by the program's length.
 """
 
 import pickletools
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_OPERATIONS = 1_000_000  # of one program; that of a model with 10⁴ tensors has half as many
+MAX_OPERATIONS = 1_000_000  # instructions of a program; a model with 10⁴ tensors has half as many
 
-short = reprlib.repr  # the full text of an object that a file made could fill the memory
+short = reprlib.repr  # the full repr of an object from a file could fill the memory
 
 
 class Name(NamedTuple):
-    """A global that a pickle may mention, and that does nothing: a dtype, a storage type …"""
+    """A global to which a pickle may refer, but which can't be called: a dtype, a storage type …"""
 
     name: str
 
@@ -30,7 +30,7 @@ class Call(NamedTuple):
     function: Callable[..., Any]
 
 
-_KEYS = (str, int, float, bool, type(None), bytes, Name)  # whose hash takes no time
+_KEYS = (str, int, float, bool, type(None), bytes, Name)  # types that are fast to hash
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = {
@@ -43,10 +43,10 @@ _VALUES = {
 def run(
     program: bytes, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Return what a pickle describes.
+    """Return the object that a pickle describes.
 
-    allowed: a `Name` or a `Call` for each global. persistent: resolves the file's references to
-    data outside the pickle. Raises UnpicklingError, and whatever a damaged program makes fail.
+    allowed: a `Name` or a `Call` for each allowed global. persistent: resolves references to data
+    outside the pickle. Raises UnpicklingError, or any other exception for a damaged program.
     """
     machine = _Machine(allowed, persistent)
     for count, (operation, argument, _) in enumerate(pickletools.genops(program)):
@@ -59,7 +59,7 @@ def run(
 
 
 class _Machine:
-    """The stack and the memory of a program that runs."""
+    """The stack and the memory of a running program."""
 
     def __init__(self, allowed: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
         self.stack: list[Any] = []
@@ -68,7 +68,7 @@ class _Machine:
         self._allowed, self._persistent = allowed, persistent
 
     def step(self, name: str, argument: Any) -> None:
-        """Follow one instruction."""
+        """Execute one instruction."""
         if name in _VALUES:
             if isinstance(argument, int) and argument.bit_length() > 64:
                 raise UnpicklingError(f"a number of {argument.bit_length():,} bits")
@@ -81,7 +81,7 @@ class _Machine:
             raise UnpicklingError(f"refused the instruction {name}")
 
     def since_mark(self) -> list[Any]:
-        """Take the values above the last mark off the stack, and the mark."""
+        """Take the last mark and the values above it off the stack; returns the values."""
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
@@ -100,7 +100,7 @@ class _Machine:
         return values
 
     def set_items(self, values: list[Any]) -> None:
-        """Add keys and values, in turn, to the dictionary on the stack."""
+        """Add alternating keys and values to the dictionary on the stack."""
         target = self.stack[-1]
         for key, value in zip(values[::2], values[1::2], strict=True):
             if type(key) not in _KEYS:
@@ -116,7 +116,7 @@ class _Machine:
         self.stack[-1].extend(values)
 
     def find(self, qualified: str) -> None:
-        """Mention a global."""
+        """Push a global, by its qualified name, on the stack."""
         if qualified not in self._allowed:
             raise UnpicklingError(
                 f"refused to load {qualified!r}; allowed: {', '.join(sorted(self._allowed))}"
@@ -134,7 +134,7 @@ class _Machine:
         self.stack.append(function.function(*arguments))
 
     def build(self) -> None:
-        """Give the object on the stack its state, which is that of nothing we need."""
+        """Check and ignore the state for the object on the stack; no object needs it here."""
         (state,) = self.take(1)
         target = self.stack[-1]
         if isinstance(target, np.dtype):

@@ -1,8 +1,8 @@
-"""The boundary around files of others: whatever is wrong with one is an error of one line.
+"""Read files of other programs, such that any fault of a file is an error of one line.
 
-A file can be damaged in as many ways as the code that reads it can fail, and a hostile one can ask
-for more memory than there is. So a size is checked before a file is read, and any exception becomes
-a ValueError that begins with the path.
+A damaged file can make the code that reads it fail in many ways, and a hostile file can ask for
+more memory than there is. So sizes are checked before a file is read, and any exception becomes a
+ValueError that begins with the path.
 """
 
 import gzip
@@ -13,14 +13,14 @@ import stat
 from pathlib import Path
 from typing import Any
 
-# Bytes of a vocabulary, an index or a header, and of settings, of which several files are in memory
-# at a time: JSON takes up to 24 times its length.
+# Largest numbers of bytes: of a vocabulary, an index or a header; of a file of settings, of which
+# several are in memory at a time, where JSON takes up to 24 times its length.
 MAX_TEXT, MAX_SETTINGS = 8 << 20, 1 << 20
-_LONGEST = 2000  # characters of a message
+_LONGEST = 2000  # most characters of a message
 
 
 class reading:
-    """Turn any error within into a ValueError of one line that begins with `path`."""
+    """A context manager that turns any error into a ValueError that begins with `path`."""
 
     def __init__(self, path: str | os.PathLike):
         self._path = str(path)
@@ -44,7 +44,7 @@ def _message(path: str, error: Exception) -> str:
 
 
 def read_bytes(path: Path, most: int = MAX_TEXT) -> bytes:
-    """Read a small file; ValueError for one that is larger, or no file (a pipe, a device …)."""
+    """Read a small file; ValueError for a larger one, or no regular file (a pipe, a device …)."""
     with reading(path):
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -59,18 +59,18 @@ def read_bytes(path: Path, most: int = MAX_TEXT) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file at once, even a pipe into which nobody writes."""
+    """Open a file without blocking, even a pipe into which nobody writes."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path: Path, most: int = MAX_TEXT) -> str:
-    """Read a small text in UTF-8; see `read_bytes`."""
+    """Read a small UTF-8 text; see `read_bytes`."""
     with reading(path):
         return read_bytes(path, most).decode("utf-8")
 
 
 def read_gzip(path: Path) -> str:
-    """Read a small compressed text; ValueError where it would become too large."""
+    """Read a small compressed text; ValueError if it is too large when decompressed."""
     with reading(path):
         with gzip.open(io.BytesIO(read_bytes(path))) as file:
             data = file.read(MAX_TEXT + 1)
@@ -80,9 +80,9 @@ def read_gzip(path: Path) -> str:
 
 
 def read_json(path: Path, most: int = MAX_SETTINGS) -> dict[str, Any]:
-    """Read a JSON object; ValueError names the file where it can't be read or isn't an object.
+    """Read a JSON object; a ValueError names a file that can't be read or has no object.
 
-    most: its bytes; `MAX_TEXT` is for vocabularies and indices.
+    most: the largest number of bytes; `MAX_TEXT` is for vocabularies and indices.
     """
     with reading(path):
         content = json.loads(read_text(path, most), parse_constant=_infinity)

@@ -1,4 +1,4 @@
-"""Arrays that lie in files or elsewhere: of known shape and dtype, read when they are needed."""
+"""Arrays in files or elsewhere, whose shape and dtype are available before they are read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-DTYPES = {  # by the names of safetensors
+DTYPES = {  # by their names in safetensors
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -23,13 +23,13 @@ DTYPES = {  # by the names of safetensors
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-MAX_RANK = 32  # dimensions of an array, of which numpy allows no more
+MAX_RANK = 32  # most dimensions of an array; numpy allows no more
 _SMALL = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
-    """An array that isn't in memory yet.
+    """An array that may not be in memory yet.
 
     `read()` returns it, possibly as a view of a file, and reads it anew each time. NumPy functions
     accept the tensor in place of the array.
@@ -54,10 +54,10 @@ class Tensor:
 
         name: for the ValueError that reading raises where a number is beyond the range of dtype.
         """
-        wanted = np.dtype(dtype)
-        if wanted == self.dtype or not is_float(self.dtype):
+        target = np.dtype(dtype)
+        if target == self.dtype or not is_float(self.dtype):
             return self
-        return Tensor(self.shape, wanted, lambda: _cast(self.read(), wanted, name))
+        return Tensor(self.shape, target, lambda: _cast(self.read(), target, name))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read(), dtype, copy=copy)
@@ -78,7 +78,7 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def in_memory(array: Any) -> Tensor:
-    """A Tensor of an array of any library; reading copies an array on a device to the host."""
+    """A Tensor from any library's array; reading copies an array on a device to the host."""
     return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
 
 

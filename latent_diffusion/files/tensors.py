@@ -17,11 +17,11 @@ from latent_diffusion.files.reading import MAX_TEXT, read_json, reading
 from latent_diffusion.files.tensor import DTYPES, MAX_RANK, Tensor, TensorFile, mapped
 from latent_diffusion.files.torch_zip import open_torch_zip
 
-LONGEST_EMPTY = 1 << 20  # the longest side of a tensor without entries, whose bytes don't bound it
+LONGEST_EMPTY = 1 << 20  # longest side of an empty tensor, which the file's size doesn't bound
 
 
 def open_tensors(path: str | os.PathLike) -> TensorFile:
-    """Open a weight file of any kind. Raises ValueError with the reason for refusing it."""
+    """Open a weight file of any kind. Raises ValueError with the reason if it can't be read."""
     path = Path(path)
     with reading(path):
         if not path.is_file():
@@ -130,7 +130,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors one at a time, in the order of the mapping.
 
-    In the file they lie in the order of their names. The file appears complete or not at all.
+    In the file, tensors lie in the order of their names. The file appears when it is complete.
     progress: is called with the number of elements of each tensor that is written.
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
@@ -169,9 +169,10 @@ def _write(file: Any, tensor: Tensor) -> None:
 
 
 def find_weights(folder: Path, stems: Iterable[str], variant: str | None = None) -> Path | None:
-    """The weight file in a component's folder: full precision first, safetensors before torch's.
+    """The weight file in a component's folder, or None.
 
-    stems: file names without ending. variant: "fp16" or "non_ema", to accept only such a file.
+    Full precision is preferred to fp16, and safetensors to torch's files. stems: file names without
+    ending. variant: "fp16" or "non_ema", to accept only such a file.
     """
     for tag in (f".{variant}",) if variant else ("", ".fp16"):
         for stem in stems:

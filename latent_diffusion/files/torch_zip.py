@@ -1,7 +1,7 @@
-"""torch's zip files without torch: a pickle of structure, and one stored entry per storage.
+"""Read torch's zip files without torch: a pickle of the structure, and an entry for each storage.
 
-The interpreter of pickles gets stand-ins for the few names that tensors need; they only describe
-where a tensor lies, and no other name can be reached.
+The interpreter of pickles gets stand-ins for the few names that tensors need. They only describe
+where a tensor lies in the file; all other names are refused.
 """
 
 import math
@@ -20,7 +20,7 @@ from latent_diffusion.files.reading import MAX_TEXT
 from latent_diffusion.files.tensor import DTYPES, MAX_RANK, Tensor, TensorFile, mapped
 
 _LOCAL_HEADER = 30  # bytes before an entry's name
-MAX_PICKLE = 16 << 20  # bytes; that of a model with 10⁴ tensors has about one million
+MAX_PICKLE = 16 << 20  # bytes; the pickle of a model with 10⁴ tensors has about one million
 _DIRECTORY_END, _DIRECTORY_END_64 = 22, 56 + 20  # bytes of the records after the list of entries
 
 
@@ -41,7 +41,7 @@ _TORCH_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", 
 def _tensor(
     storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> Tensor:
-    """A view of a storage. rest: gradient flags and hooks, which are ignored."""
+    """A tensor as a view of a storage. rest: gradient flags and hooks, which are ignored."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError(f"a tensor of {short(storage)}, which is no storage")
     flat, shape, stride = storage.flat, tuple(shape), tuple(stride)
@@ -71,7 +71,7 @@ def _tensor(
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """A numpy scalar, as Lightning's callbacks save them."""
+    """A numpy scalar, which Lightning's callbacks save."""
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
         raise pickle.UnpicklingError(f"a numpy scalar of {short(dtype)}")
     return np.frombuffer(data, dtype)[0]
@@ -83,7 +83,7 @@ def _dtype(name: str, *flags: Any) -> np.dtype:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How pickles of protocol 2 spell bytes."""
+    """The bytes of a text; pickles of protocol 2 express bytes by this call."""
     return text.encode(encoding)
 
 
@@ -104,9 +104,9 @@ ALLOWED: dict[str, Any] = {
 
 
 def open_torch_zip(path: Path) -> TensorFile:
-    """Open a file that torch.save wrote. Raises ValueError with the reason for refusing it.
+    """Open a file that torch.save wrote. Raises ValueError with the reason if it can't be read.
 
-    The tensors of a training checkpoint are those of its `state_dict`; plain data beside it becomes
+    The tensors of a training checkpoint are those of its `state_dict`; plain data beside it become
     metadata.
     """
     _check_directory(path)
@@ -135,7 +135,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def _check_directory(path: Path) -> None:
-    """Refuse a list of entries that would fill the memory, before it is read."""
+    """Raise ValueError for a list of entries that is too large for memory, before it is read."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16) - _DIRECTORY_END - _DIRECTORY_END_64))
         tail = file.read()
@@ -150,7 +150,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _check_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The entries by name; refuses kinds of entries that torch.save never writes."""
+    """The entries by name; ValueError for kinds of entries that torch.save never writes."""
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
@@ -199,7 +199,7 @@ def _unpickle(path: Path, program: bytes, root: str, entries: Mapping[str, zipfi
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """The position of an entry's bytes; its local header has the lengths of name and padding."""
+    """The position of an entry's bytes, by the lengths of name and padding in its header."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER)

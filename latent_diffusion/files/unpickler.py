@@ -1,4 +1,4 @@
-"""Reading pickles that others wrote, without running code from them."""
+"""Read pickles of other programs without running code from them."""
 
 import io
 import pickle
@@ -23,8 +23,8 @@ NUMPY_GLOBALS: dict[str, Any] = {
 class RestrictedUnpickler(pickle.Unpickler):
     """An unpickler that builds containers, numbers, strings and the globals in `allowed`.
 
-    A pickle is a program; it asks for every callable by its name `module.name`. This unpickler
-    answers from `allowed` and refuses any other name with a message. persistent: resolves the
+    A pickle is a program; it requests every callable by its name `module.name`. This unpickler
+    looks names up in `allowed` and refuses any other name with a message. persistent: resolves the
     file's references to data outside the pickle; without it they are refused, too.
     """
 
