@@ -1,7 +1,7 @@
-"""Randomness that belongs to the example and the step, never to the device.
+"""Random numbers that depend on the example and the step, never on the device.
 
 Every training step derives one key per example from (seed, step, global example index), so the
-noise that example i meets at step s is the same on 1 device and on 256.
+noise of example i at step s is the same on 1 device and on 256.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from latent_diffusion.core.types import Array, Bool, Float, Int, Key, Keys
 
 
 def seed_key(seed: int) -> Key[Array, ""]:
-    """The key of a seed, of which all 64 bits count; ValueError for one of another size.
+    """The key of a seed of 64 bits; ValueError for a seed outside this range.
 
-    `jax.random.key` takes 32 bits, and gives the same key to seeds that fit into them.
+    For seeds of 32 bits it is the key of `jax.random.key`, which takes no larger ones.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} must lie in [0, 2^64)")
@@ -30,11 +30,11 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
 
 def init_key(seed: int) -> Key[Array, ""]:
-    """A key for the first parameters of networks, whose draws compile fast.
+    """A key for the initial parameters of networks, whose draws compile fast.
 
-    A network draws hundreds of arrays once. XLA compiles as many draws of JAX's generators for
-    longer than a training step: a draw by `threefry2x32` or `rbg` is hundreds of operations, and
-    a draw by this hash of (key, index) is twenty.
+    A network draws hundreds of arrays once. Compiling as many draws of JAX's generators takes XLA
+    longer than compiling a training step: a draw by `threefry2x32` or `rbg` is hundreds of
+    operations, and a draw by this hash of (key, index) is twenty.
     """
     return jax.random.key(seed, impl=_HASHED)
 
@@ -51,7 +51,7 @@ def _hashed_seed(seed: jax.Array) -> jax.Array:
 
 
 def _hashed_fold_in(key: jax.Array, data: Any) -> jax.Array:
-    """Data changes one half of the key, which changes the other half."""
+    """The data change the first half of the key, which then changes the second half."""
     first = _mixed(key[0] ^ _mixed(jnp.asarray(data).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     return jnp.stack([first, _mixed(key[1] + first)])
 
@@ -79,9 +79,9 @@ _HASHED = define_prng_impl(
 
 
 class SamplingKeys(NamedTuple):
-    """The keys [B] of everything that a sampling call draws, all different."""
+    """The keys [B] of all random draws of a sampling call, which are all different."""
 
-    start: Keys  # the noise at which sampling starts
+    start: Keys  # the noise from which sampling starts
     steps: Keys  # the noise of the sampler's steps
     hole: Keys  # the noise of a picture around its holes
     conditions: Keys  # the noise of conditions

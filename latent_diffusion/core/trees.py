@@ -1,4 +1,4 @@
-"""Leaves of trees by their paths: '/'-joined names, which rules, messages and files share."""
+"""Leaves of trees by their paths: '/'-joined names, as in rules, messages and files."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from latent_diffusion.core.types import PyTree
 
 
 def path_string(path: Any) -> str:
-    """The '/'-joined form of a tree path: rules over paths search in this text."""
+    """The '/'-joined form of a tree path, in which rules for paths search."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """{path: leaf} of a tree, in its order."""
+    """{path: leaf} of a tree, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_string(path): leaf for path, leaf in leaves}
 
 
 def difference(expected: PyTree, got: PyTree, shown: int = 3) -> str | None:
-    """A line about the paths at which the shapes of two trees differ; None if they are equal."""
+    """A line that lists paths at which the shapes of two trees differ; None if they are equal."""
     want, have = (
         {path: tuple(leaf.shape) for path, leaf in leaves_by_path(tree).items()}
         for tree in (expected, got)
@@ -33,7 +33,7 @@ def difference(expected: PyTree, got: PyTree, shown: int = 3) -> str | None:
 
 
 def check_same_tree(expected: PyTree, got: PyTree, source: str) -> None:
-    """Raise ValueError that names the first leaf with another shape. source: of `got`."""
+    """Raise a ValueError that names the first leaf with another shape. source: that of `got`."""
     if wrong := difference(expected, got, shown=1):
         raise ValueError(f"{source} holds another architecture: {wrong}")
 

@@ -21,26 +21,26 @@ Keys = Key[Array, " B"]  # one typed PRNG key per example
 Axis = str | None  # the name of the mapped axis under pmap; None where arrays are global
 Params = PyTree[Any]
 Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
-KeysAndValues = Sequence[tuple[Any, Any]]  # of tokens [B S C], from several sources
+KeysAndValues = Sequence[tuple[Any, Any]]  # attention's keys and values [B S C], by source
 Number = Any  # a Python number, or an array [] as the input of a program
 Config = Any  # an ml_collections ConfigDict, or a mapping with the same fields
 
 
 @flax.struct.dataclass
 class Conditioning:
-    """The output of a conditioner, by its three routes into the U-Net.
+    """The output of conditioners, by its routes into the network.
 
     concat: [B h w c'] channels appended to the noisy latent.
     context: [B L D] tokens attended to by cross-attention.
     vector: [B D] added to the timestep embedding.
-    tokens: [B P] int32 in front of a prior's codes; token_maps: [B n h w] the same, of the size of
-        the codes' grid.
+    tokens: [B P] int32 in front of a prior's codes; token_maps: [B n h w] int32 on the codes' grid.
     guidance: [B] guidance scales minus one, for a U-Net with `guidance_dim`.
-    residuals: of control nets, [B h w c] for each skip of the U-Net and for its middle: they join
-        the way up. features: of T2I-Adapters, the same places or None: they join the way down.
+    residuals: outputs of control nets, [B h w c] for each skip connection of the U-Net and for its
+        middle; they are added on the upward path. features: outputs of T2I-Adapters for the same
+        places, or None; they are added on the downward path.
     controls: inputs of the control nets of a `nets.control.Controlled`, which makes the residuals.
-    image_context: of IP-Adapters, by the names of an attention of the U-Net and of its block:
-        further keys and values of the cross-attention, [B S C], a pair for each adapter.
+    image_context: further keys and values [B S C] for the U-Net's cross-attention, from
+        IP-Adapters: a pair for each adapter, by the names of the attention's block and module.
     """
 
     concat: jax.Array | None = None
@@ -60,7 +60,7 @@ class Control:
     """The input of a control net.
 
     hint: [B h w F] the embedding of its picture. scales: [B n] factors of the n residuals.
-    window: [B 2] timesteps (as the network sees them) after which, and until which, it counts.
+    window: [B 2] the network's timesteps between which the control net is used.
     """
 
     hint: jax.Array
@@ -69,14 +69,14 @@ class Control:
 
 
 def module_fields(config: Config) -> dict[str, Any]:
-    """The fields of a module from those of a config, where the dtype is a name or None."""
+    """The fields of a module from those of a config, in which the dtype is a name or None."""
     fields = dict(config)
     fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
     return fields
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """`table[name]`; ValueError, which lists the names in the table, for another name.
+    """`table[name]`; for an unknown name, a ValueError that lists the names in the table.
 
     what: a word for the names, such as "sampler".
     """
