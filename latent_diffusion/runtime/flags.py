@@ -1,6 +1,4 @@
-"""Flags that several commands share. Nothing here loads JAX before a run starts, so that --help is
-quick.
-"""
+"""Flags that several commands share. JAX isn't imported before a run starts: --help is fast."""
 
 import re
 import sys
@@ -16,11 +14,11 @@ flags.disclaim_key_flags()  # --help lists a flag with the command that defines 
 
 
 def run(main: Callable[[list[str]], None], config: bool = True, positional: bool = False) -> None:
-    """`app.run` of a command, whichever file starts it: --help shows the module of `main`.
+    """`app.run` of a command; --help shows the module of `main`, whichever file starts it.
 
-    config: it has the flag --config. Then whatever is wrong in its flags is said in one line, and
-    configs/X.py is the package's own where the working directory has no such file. positional: it
-    takes arguments without dashes, which are refused otherwise.
+    config: it has the flag --config. Then a fault in the flags is reported in one line, and
+    configs/X.py is that of the package where the working directory has no such file. positional:
+    it takes arguments without dashes, which are refused otherwise.
     """
     module = sys.modules[main.__module__]
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
@@ -43,19 +41,19 @@ def run(main: Callable[[list[str]], None], config: bool = True, positional: bool
 def _configs() -> Path:
     """The folder of the experiments, which import each other from `configs`.
 
-    That is a folder of the repository; an installation keeps it inside the package.
+    This is a folder of the repository; in an installation it lies inside the package.
     """
     try:
-        found = find_spec("configs.default") is not None
+        in_path = find_spec("configs.default") is not None
     except ModuleNotFoundError:
-        found = False
-    if not found:
+        in_path = False
+    if not in_path:
         sys.modules["configs"] = import_module("latent_diffusion.configs")
     return Path(import_module("configs").__path__[0])
 
 
 def _installed(argument: str, folder: Path) -> str:
-    """The argument, where configs/X.py that isn't here is the experiment in `folder`."""
+    """The argument, in which configs/X.py is replaced by that in `folder` if it doesn't exist."""
     written = re.fullmatch(r"(--?config=)?configs/(\w+\.py)(:.*)?", argument)
     if not written or Path("configs", written[2]).exists() or not (folder / written[2]).exists():
         return argument
@@ -65,9 +63,9 @@ def _installed(argument: str, folder: Path) -> str:
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest: list[str] = flags.FLAGS(argv)
-        config = flags.FLAGS["config"].value  # a file that can't be read fails where it is used
+        config = flags.FLAGS["config"].value
         if config is not None:
-            config.is_locked  # noqa: B018
+            config.is_locked  # noqa: B018  # a file that can't be read fails on the first use
         return rest
     except (AttributeError, LookupError, TypeError) as error:
         reason = _unknown_field(argv) or str(error)
@@ -79,19 +77,19 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _unknown_field(argv: list[str]) -> str:
-    """What is wrong with the first --config.NAME that the config doesn't have."""
+    """A message about the first --config.NAME that the config doesn't have; "" without one."""
     files = [argument for argument in argv if argument.lstrip("-").startswith("config=")]
-    sys.argv = [argv[0], *files]  # where the config's flag looks for its fields
+    sys.argv = [argv[0], *files]  # the config's flag searches here for fields
     flags.FLAGS(sys.argv)
     for argument in argv[1:]:
         path = argument.lstrip("-").partition("=")[0]
         part: Any = flags.FLAGS["config"].value
         above = "the config"
         for name in path.split(".")[1:] if path.startswith("config.") else ():
-            known = list(part) if hasattr(part, "keys") else []
-            if name.partition("[")[0] not in known:
+            names = list(part) if hasattr(part, "keys") else []
+            if name.partition("[")[0] not in names:
                 return (
-                    f"--{path}: {above} has no field {name!r}; known: {', '.join(known) or 'none'}"
+                    f"--{path}: {above} has no field {name!r}; known: {', '.join(names) or 'none'}"
                 )
             part, above = part[name.partition("[")[0]], name
     return ""
@@ -117,8 +115,10 @@ def cluster() -> Callable[[], None]:
 
 
 def model() -> Callable[[], tuple[str, dict[str, Any]]]:
-    """Define the flags by which a command loads a model; returns a reader of its path and of more
-    arguments of `load`. It raises UsageError unless there is one path.
+    """Define the flags by which a command loads a model.
+
+    Returns a reader of the model's path and of further arguments of `load`, which raises UsageError
+    unless exactly one path is given.
     """
     workdir = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
     other = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
@@ -139,7 +139,7 @@ def model() -> Callable[[], tuple[str, dict[str, Any]]]:
 def define(options: Mapping[str, Any], fallback: str = "") -> Callable[[], dict[str, Any]]:
     """Define a flag for every option (`process.options.Option`); returns a reader of their values.
 
-    fallback: words for help texts: whose values replace missing flags, before an option's default.
+    fallback: for help texts, the source of an absent flag's value before the option's default.
     """
     holders = {name: _define(name, made, fallback) for name, made in options.items() if made.flag}
 

@@ -1,6 +1,6 @@
-"""The output of a run: numbers, pictures, a progress bar, and the reason for its end.
+"""The output of a run: numbers, pictures, a progress bar, and the error for NaN.
 
-Only process 0 writes; on the others every method does nothing.
+Only process 0 writes; on other processes the methods do nothing.
 """
 
 import functools
@@ -25,8 +25,8 @@ from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.core.types import Array, PyTree
 from latent_diffusion.runtime import processes
 
-GRID_PADDING = 2  # pixels of white between the images of a grid
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+GRID_PADDING = 2  # white pixels between the images of a grid
+PLAIN_INTERVAL = 10.0  # seconds between progress lines without a terminal
 
 
 # ---------------------------------------------------------------------------- files
@@ -35,15 +35,15 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 class Writer:
     """Writes `metrics.jsonl`, TensorBoard events and `images/` of one workdir; a context manager.
 
-    step: the step from which the run starts or goes on. Lines of an earlier run beyond it are
-    removed from metrics.jsonl and hidden in TensorBoard, so steps are unique and increase.
+    step: the step from which the run starts or resumes. Later lines of an earlier run are removed
+    from metrics.jsonl and hidden in TensorBoard, so that steps are unique and increase.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        import tensorboardX  # takes 0.3 s, which sampling shouldn't wait for
+        import tensorboardX  # takes 0.3 s, which sampling doesn't need
 
         self.workdir = Path(workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,10 @@ class Writer:
 
 
 def _cut_after(lines: Any, step: int) -> tuple[dict[str, Any], int]:
-    """Truncate a JSONL file behind its last good line up to `step`: (its record, its start)."""
+    """Truncate a JSONL file after the last good line up to `step`.
+
+    Returns the record of this line, and the line's position.
+    """
     last: dict[str, Any] = {"step": -1}
     start = end = 0
     for line in lines:
@@ -141,9 +144,9 @@ def _cut_after(lines: Any, step: int) -> tuple[dict[str, Any], int]:
 def to_uint8(
     images: Num[Array | np.ndarray, "*B H W C"],
 ) -> UInt8[np.ndarray, "*B H W C"]:
-    """Images in [-1, 1] as bytes, clipped and *rounded*; uint8 images pass through; NaN is black.
+    """Images in [-1, 1] as bytes, clipped and *rounded*; uint8 images stay as they are; NaN is 0.
 
-    The original system truncates, which darkens pictures by half a level on average.
+    The original code truncates, which darkens pictures by half a level on average.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
@@ -155,7 +158,7 @@ def to_uint8(
 def image_grid(
     images: Num[Array | np.ndarray, "N H W 3"], columns: int
 ) -> UInt8[np.ndarray, "GH GW 3"]:
-    """Images side by side, row by row, with white between them and at the end of the last row."""
+    """A grid of images, row by row, with white between them and at the end of the last row."""
     pixels = to_uint8(images)
     num, height, width, _ = pixels.shape
     columns = max(1, min(columns, num))
@@ -182,11 +185,11 @@ def image_log_steps(step: int, every: int) -> bool:
 
 
 class NonFiniteError(RuntimeError):
-    """Training has produced NaN or infinity; the message says at which step and where."""
+    """Training has produced NaN or infinity; the message names the step, metrics and parameter."""
 
 
 def non_finite_paths(tree: PyTree) -> list[str]:
-    """Paths of the floating-point leaves that hold NaN or infinity."""
+    """Paths of floating-point leaves with NaN or infinity."""
     return [
         path
         for path, leaf in leaves_by_path(tree).items()
@@ -196,7 +199,7 @@ def non_finite_paths(tree: PyTree) -> list[str]:
 
 
 def flagged(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A training step whose metrics have one more, `finite`: whether all the others are finite."""
+    """The training step with a further metric `finite`: whether all other metrics are finite."""
 
     @functools.wraps(step)
     def function(*args: Any, **options: Any) -> Any:
@@ -210,7 +213,7 @@ def flagged(step: Callable[..., Any]) -> Callable[..., Any]:
 def check_finite(step: int, metrics: Mapping[str, Any], params: PyTree = None) -> None:
     """Raise NonFiniteError, which names metrics that aren't finite and the first such parameter.
 
-    Of metrics with `finite` (see `flagged`), it reads this one number unless it is false.
+    If the metric `finite` (see `flagged`) is true, no other metric is read.
     """
     if "finite" in metrics and bool(metrics["finite"]):
         return
@@ -230,7 +233,7 @@ def check_finite(step: int, metrics: Mapping[str, Any], params: PyTree = None) -
 
 
 class Throughput:
-    """Images per second between two readings, compilation and pauses excluded."""
+    """Images per second between two readings, without compilation and pauses."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -238,7 +241,7 @@ class Throughput:
         self._images = 0
 
     def add(self, num_images: int) -> None:
-        """Count a step, of which metrics have arrived. The first starts the clock and doesn't."""
+        """Count a step whose metrics have arrived. The first step only starts the clock."""
         if self._since is None:
             self._since = self._clock()
         else:
@@ -254,12 +257,12 @@ class Throughput:
         return rate
 
     def skip(self) -> None:
-        """Don't count the time since the last reading (of evaluation, pictures, a save)."""
+        """Ignore the time since the last reading, which was for evaluation, pictures or a save."""
         self._since, self._images = None, 0
 
 
 def peak_memory() -> float:
-    """The peak of memory in GiB: of the fullest local device, or of this process on CPUs."""
+    """The peak memory in GiB: that of the fullest local device, or of this process on CPUs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if not peaks:
@@ -271,7 +274,7 @@ def peak_memory() -> float:
 class Progress:
     """A bar with ETA, loss and images/s in a terminal; a plain line every 10 seconds elsewhere.
 
-    total: the last step. start: the step from which the run goes on. A context manager.
+    total: the last step. start: the step from which the run resumes. A context manager.
     """
 
     def __init__(
@@ -297,7 +300,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def report(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Show numbers by name (loss, images/s ...) beside the bar, or as a line."""
+        """Show numbers by name (loss, images/s ...) beside the bar, or in a line."""
         shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown)
@@ -314,14 +317,14 @@ class Progress:
         print("  ".join(words), file=sys.stderr, flush=True)
 
     def write(self, line: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         elif self._active:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and go to a new line."""
+        """Leave the bar as it is and begin a new line."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,8 +1,9 @@
-"""How a process of several ends when another one has died: soon, and with one line.
+"""End a process of several soon, and with a message of one line, when another process has died.
 
-JAX's runtime notices a death in three ways: a collective fails at once; a process that loses the
-coordinator is aborted at once; and one that misses another's heartbeats is aborted after
-`TIMEOUT` seconds, wherever it is. Its reports are pages, so they are held back here.
+JAX's runtime detects a death in three ways: a collective fails at once; a process that loses the
+coordinator is aborted at once; and a process that misses another's heartbeats is aborted after
+`TIMEOUT` seconds, whatever it is doing. The runtime's reports are pages long, so this module
+suppresses them.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead
+TIMEOUT = 60  # seconds without a heartbeat after which a process is taken for dead
 MESSAGE = "error: another process of this run has ended or can't be reached; see its last words"
 _SIGNS = re.compile(
     r"gloo \w+ failed|remote process exited|connection (closed|reset) by peer|socket closed"
@@ -23,22 +24,22 @@ _SIGNS = re.compile(
     r"|retrieve preemption notice|barrier (failed|timed out)",
     re.IGNORECASE,
 )
-_mute = threading.Event()  # set by the first sign of a death in what JAX's runtime writes
-_handler: Any = None  # what C calls must not be collected
+_mute = threading.Event()  # set by the first sign of a death in the output of JAX's runtime
+_handler: Any = None  # a reference, since Python must not delete the function that C calls
 
 
 def is_death(error: object) -> bool:
-    """Whether an error, or its text, comes of the end of another process."""
+    """Whether an error, or its text, is a consequence of the end of another process."""
     return bool(_SIGNS.search(str(error)))
 
 
 def watch() -> None:
-    """From now on this process ends with one line where another one dies.
+    """Make this process end with one line when another one dies.
 
-    What libraries write to the standard error passes through a thread, which holds back the
-    runtime's reports of a death; an abort that follows them, and an exception that comes of a
-    death, end the process with `MESSAGE`. Any other exception ends it at once after its traceback,
-    without the shutdown for which the others would have to be there.
+    Output of libraries to the standard error passes through a thread, which suppresses the
+    runtime's reports of a death. An abort after such reports, and an exception that is due to a
+    death, end the process with `MESSAGE`. Any other exception ends it right after its traceback,
+    without the shutdown that would wait for the other processes.
     """
     global _handler
     reading, writing = os.pipe()
@@ -62,8 +63,8 @@ def _pass_on(reading: int, stderr: int) -> None:
 
 
 def _aborted(signum: int) -> None:
-    """Called by C, on whichever thread has aborted."""
-    time.sleep(0.2)  # the thread that passes on may not have read the last words yet
+    """Handle SIGABRT; C calls this in the thread that has aborted."""
+    time.sleep(0.2)  # the thread of `_pass_on` may not have read the last lines yet
     if _mute.is_set():
         end()
 
@@ -76,6 +77,6 @@ def _end_by(kind: type[BaseException], error: BaseException, traceback: Any) -> 
 
 
 def end() -> None:
-    """Say that another process has died, and end at once."""
+    """Print that another process has died, and end at once."""
     print(MESSAGE, file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,6 +1,6 @@
-"""Several processes (hosts) as one run: how they find each other, and how they agree.
+"""Connect the processes (hosts) of a run, and let them agree.
 
-All processes call them in the same order; only `exit_with` and `preempted` are a process's own.
+All processes must call these functions in the same order, except `exit_with` and `preempted`.
 """
 
 import json
@@ -26,25 +26,25 @@ def connect(
     process_id: int | None = None,
     timeout: int = 300,
 ) -> None:
-    """Join the processes of this run, if it has several; before anything else touches JAX.
+    """Join the processes of this run, if it has several; call it before any other use of JAX.
 
-    distributed: recognise the cluster: TPU pods, GKE, Slurm, Open MPI. Anywhere else all of
-    coordinator ("host:port" of process 0), num_processes and process_id are needed.
-    timeout: seconds to wait for the others; then the process ends with a message.
-    Raises ValueError where it isn't known who the others are, or their numbers of devices differ.
-    A process whose partner dies later ends with one line (see `partners`).
+    distributed: recognise the cluster (TPU pods, GKE, Slurm, Open MPI). Elsewhere coordinator
+    ("host:port" of process 0), num_processes and process_id are all needed.
+    timeout: seconds to wait for the other processes; then this process ends with a message.
+    Raises ValueError where the other processes can't be identified, or their numbers of devices
+    differ. If another process dies later, this one ends with one line (see `partners`).
     """
-    given = (coordinator, num_processes, process_id)
-    if not distributed and all(value is None for value in given):
+    addresses = (coordinator, num_processes, process_id)
+    if not distributed and all(value is None for value in addresses):
         return
     if coordinator is not None and num_processes is not None and process_id is not None:
         if not 0 <= process_id < num_processes:
             raise ValueError(f"--process_id={process_id} is not below {num_processes} processes")
         if ":" not in coordinator:
             raise ValueError(f"--coordinator={coordinator} must be HOST:PORT")
-    elif any(value is not None for value in given):
+    elif any(value is not None for value in addresses):
         raise ValueError("--coordinator, --num_processes and --process_id go together")
-    # The runtime's own time-out aborts the process with a stack trace: be faster.
+    # The runtime's time-out aborts the process with a stack trace, so this one is shorter.
     watchdog = threading.Timer(timeout, _give_up, (f"at {coordinator or 'the cluster'}", timeout))
     watchdog.daemon = True
     watchdog.start()
@@ -74,12 +74,12 @@ def connect(
 
 
 def exit_with(message: str) -> NoReturn:
-    """End with an error; at once for one of several processes, so that none waits for it."""
+    """End with an error; one of several processes ends at once, so that no other waits for it."""
     if jax.distributed.is_initialized():
         message = partners.MESSAGE if partners.is_death(message) else message
         print(message, file=sys.stderr, flush=True)
         if jax.process_index() == 0:
-            time.sleep(2)  # the others depend on this process, and have something to say, too
+            time.sleep(2)  # so that the others, which depend on it, can print messages, too
         os._exit(1)
     sys.exit(message)
 
@@ -96,16 +96,17 @@ def barrier(name: str) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process: all must take the same step."""
+    """Whether `flag` is set on any process, so that all processes act alike."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def preempted(step: int) -> bool:
-    """Whether to stop after `step`, because some process got SIGTERM: all get the same answer.
+    """Whether to stop after `step`, because some process got SIGTERM; equal on all processes.
 
-    Not a collective: call it after every step, and the runtime picks one that all will reach.
+    This isn't a collective: call it after every step; the runtime chooses a step that all processes
+    will reach.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
@@ -115,27 +116,27 @@ def from_first(text: str) -> str:
     if jax.process_count() == 1:
         return text
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
-    own = text.encode()[:size].ljust(size)
-    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8))).decode()
+    padded = text.encode()[:size].ljust(size)
+    return bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))).decode()
 
 
 def check_same(settings: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError, on all processes, where one has other `settings` than process 0.
+    """Raise ValueError on all processes where the `settings` of any differ from process 0's.
 
-    settings: nested mappings of what JSON can hold.
+    settings: nested mappings of values that JSON can hold. what: a word for them, for messages.
     """
     if jax.process_count() == 1:
         return
-    own = _flat(json.loads(json.dumps(settings, default=str)))
-    first = json.loads(from_first(json.dumps(own)))
-    other = sorted(key for key in own.keys() | first.keys() if own.get(key) != first.get(key))
+    here = _flat(json.loads(json.dumps(settings, default=str)))
+    first = json.loads(from_first(json.dumps(here)))
+    other = sorted(key for key in here.keys() | first.keys() if here.get(key) != first.get(key))
     if not any_process(bool(other)):
         return
     if other:
         key = other[0]
         raise ValueError(
             f"process {jax.process_index()} has another {what} than process 0: "
-            f"{key}={own.get(key)!r} instead of {first.get(key)!r}"
+            f"{key}={here.get(key)!r} instead of {first.get(key)!r}"
         )
     raise ValueError(f"the processes of this run don't have the same {what}; see their messages")
 

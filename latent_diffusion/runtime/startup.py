@@ -1,4 +1,4 @@
-"""What the commands set before they start: a compilation cache, and fewer log lines."""
+"""Settings of all commands before they start: a compilation cache, and fewer log lines."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ import jax
 
 
 def seconds_since_start() -> float:
-    """Wall-clock age of this process; where the system doesn't tell, the time it has computed."""
+    """Wall-clock age of this process; where the system doesn't provide it, its CPU time."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -19,7 +19,7 @@ def seconds_since_start() -> float:
 
 
 def quiet_and_cached() -> None:
-    """Keep compiled programs on disk, so that the second start is fast; hide JAX's chatter.
+    """Cache compiled programs on disk, so that the second start is fast; hide JAX's log messages.
 
     The cache lies in $JAX_COMPILATION_CACHE_DIR, else in $XDG_CACHE_HOME (or ~/.cache) under
     latent_diffusion/jax.

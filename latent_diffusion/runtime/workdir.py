@@ -1,16 +1,16 @@
-"""The folder of a run: the names of its files, and how they are written and read.
+"""The folder of a run: the names of its files, and functions to write and read them.
 
     config.json            the resolved experiment
-    tokenizer.json         the vocabulary, where there is one
+    tokenizer.json         the tokenizer, if the model has one
     first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
     conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
     teacher.safetensors    the teacher's network (distillation)
     moments-IDENTITY.npy   the training set's latents, where they are encoded once; or codes-…
-    texts-IDENTITY.npy     the same of its captions
+    texts-IDENTITY.npy     the same for its captions
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
-A denoiser's workdir has copies of all frozen parts, so it can be moved, and changes of the
-originals don't matter.
+A denoiser's workdir has copies of all frozen parts, so that it can be moved, and later changes of
+the originals have no effect.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ TEACHER = "teacher.safetensors"
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path, from which a complete file moves to `path`; else it is removed."""
+    """A temporary path; the file there moves to `path` when it is complete, else it is removed."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -45,14 +45,14 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears when it is complete, even if the process is killed."""
+    """Write a file that only appears when it is complete, even if the process is killed."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def together(workdir: Path) -> Iterator[Path]:
-    """A folder for new files, which move into `workdir` together when all of them are written."""
+    """A folder for new files, which move into `workdir` when all of them are written."""
     folder = workdir / ".partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -68,11 +68,11 @@ def frozen_files(workdir: Path) -> list[Path]:
     """The files that loading a workdir needs beside its checkpoints."""
     kinds = (".json", ".safetensors")
     paths = (path for path in workdir.iterdir() if path.suffix in kinds)
-    return sorted(path for path in paths if path.name != TEACHER)  # training alone reads it
+    return sorted(path for path in paths if path.name != TEACHER)  # only training reads it
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
-    """Write the resolved experiment; process 0 only."""
+    """Write the resolved experiment; only process 0 writes."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=2)
@@ -80,7 +80,7 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
 
 
 def load_run(workdir: Path) -> ConfigDict | None:
-    """The experiment of the run in a workdir; None where no checkpoint is saved."""
+    """The experiment of the run in a workdir; None where it has no checkpoint."""
     checkpoints = (workdir / "checkpoints").glob("*")
     return load_config(workdir) if any(path.name.isdigit() for path in checkpoints) else None
 
@@ -94,7 +94,7 @@ def load_config(workdir: Path) -> ConfigDict:
 
 
 def load_entry(workdir: Path, entry: str) -> Any:
-    """One entry of the state in a workdir's latest good checkpoint; CheckpointError without any."""
+    """An entry of the state in a workdir's latest good checkpoint; CheckpointError without any."""
     with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(only=[entry])
     if restored is None:
@@ -103,7 +103,7 @@ def load_entry(workdir: Path, entry: str) -> Any:
 
 
 def open_entry(workdir: Path, entry: str) -> Any:
-    """As `load_entry`, but a tree of `Tensor`, which should be read in the tree's order."""
+    """Like `load_entry`, but a tree of `Tensor`, which should be read in the tree's order."""
     checkpoints = Checkpointer(
         workdir / "checkpoints", read_only=True
     )  # stays open for the tensors

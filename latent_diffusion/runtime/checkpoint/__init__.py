@@ -3,7 +3,7 @@
 A checkpoint is a directory `<step>/` with two items: `state`, any pytree of arrays, and `metadata`,
 JSON, which also holds a fingerprint of every array. Orbax writes it under a temporary name, renames
 it when it is complete, and removes old checkpoints after that. So a failed save leaves the previous
-checkpoint, and restoring notices later damage on disk.
+checkpoint intact, and restoring detects later damage on disk.
 """
 
 from latent_diffusion.runtime.checkpoint.checkpointer import Checkpointer, Restored

@@ -37,8 +37,8 @@ from latent_diffusion.runtime.checkpoint.leaves import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = "latent_diffusion"  # marks a checkpoint as ours
-GROUP = 1 << 27  # bytes that `open` reads at once
+FORMAT = "latent_diffusion"  # marks checkpoints of this package
+GROUP = 1 << 27  # bytes that `open` reads at a time
 TEMPORARY = ".orbax-checkpoint-tmp"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -56,8 +56,8 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores the checkpoints of one directory; a context manager.
 
-    directory: created if it doesn't exist. keep: the newest `keep` checkpoints stay on disk,
-    all of them if it is None.
+    directory: created if it doesn't exist. keep: number of newest checkpoints that stay on disk;
+    None keeps all.
     read_only: for readers beside a running training; changes nothing on disk. lazy: save trees of
     `Tensor` leaf by leaf. Raises CheckpointError where the directory can't be written (or read).
     """
@@ -96,14 +96,14 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any] | None = None) -> None:
-        """Start to save; returns when `state` may be donated or changed. The rest is asynchronous.
+        """Start to save asynchronously; returns when `state` may be donated or changed.
 
-        metadata: JSON values; "step", "versions" and "format" are added. A step that is on disk
-        already is not saved again. Raises CheckpointError where this save can't begin or the
-        previous save failed.
+        metadata: JSON values; "step", "versions" and "format" are added. A step that is already on
+        disk is not saved again. Raises CheckpointError where this save can't begin or the previous
+        save failed.
         """
         self.wait()
-        # Processes agree about a save under a name that all of Orbax's savers share.
+        # Processes synchronise a save under a name that all Orbax managers share.
         for other in _CHECKPOINTERS if jax.process_count() > 1 else ():
             if other._saving is not None:
                 other.wait()
@@ -134,7 +134,7 @@ class Checkpointer:
             raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Block until the save under way is on disk; raises CheckpointError if it failed."""
+        """Wait until the current save is on disk; raises CheckpointError if it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -148,15 +148,15 @@ class Checkpointer:
         only: Sequence[str] | None = None,
         step: int | None = None,
     ) -> Restored | None:
-        """Restore the latest good checkpoint; None where there is none at all.
+        """Restore the latest good checkpoint; None where there are no checkpoints at all.
 
         abstract_state: arrays or ShapeDtypeStructs. Leaves with a sharding are restored with it,
-        others as numpy. None: nested dicts and lists of numpy.
+        others as numpy arrays. None: restore nested dicts and lists of numpy arrays.
         only: names of top-level entries to read ("ema_params"); the rest stays on disk.
-        step: this step, good or not, in place of the latest good one.
+        step: a step to restore, good or not, in place of the latest good one.
 
-        Steps that are damaged or not ours are skipped with a logged reason. Raises
-        CheckpointError where no step is good, ArchitectureMismatch where a good step holds another
+        Steps that are damaged or from other programs are skipped with a logged reason. Raises
+        CheckpointError where no step is good, ArchitectureMismatch where a good step has another
         tree than `abstract_state`.
         """
         self.wait()
@@ -168,14 +168,14 @@ class Checkpointer:
         """A top-level entry of the latest checkpoint, nested dicts of `Tensor`; None without any.
 
         Leaves are read in groups of GROUP bytes, and the latest group stays in memory: read them in
-        the tree's order, before this is closed. Steps whose description can't be read are skipped,
-        as in `restore`. Reading a damaged leaf raises CheckpointError, since it is too late to take
-        another step.
+        the tree's order, and before the checkpointer is closed. Steps whose description can't be
+        read are skipped, as in `restore`. Reading a damaged leaf raises CheckpointError, since then
+        it is too late to choose another step.
         """
         return self._of_latest(lambda step: self._open_step(step, entry))
 
     def _of_latest(self, read: Callable[[int], Any]) -> Any:
-        """`read(step)` of the latest step that can be read; None where there is no step."""
+        """`read(step)` for the latest step that can be read; None where there is no step."""
         reasons = []
         for step in reversed(self.all_steps()):
             try:
@@ -243,12 +243,12 @@ class Checkpointer:
         return None
 
     def all_steps(self) -> list[int]:
-        """The steps on disk, ascending; some of them may turn out to be damaged."""
+        """The steps on disk, ascending; some of them may be damaged."""
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def close(self) -> None:
-        """Wait for the save under way, and free Orbax's threads."""
+        """Wait for the current save, and free Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -261,7 +261,7 @@ class Checkpointer:
         if error is None:
             return self.close()
         if jax.process_count() > 1 and partners.is_death(error):
-            return None  # the save under way would wait for a dead process
+            return None  # the current save would wait for a dead process
         try:
             self.close()
         except CheckpointError as failure:  # don't hide the first error
@@ -270,7 +270,7 @@ class Checkpointer:
     def _failed(self, error: Exception) -> CheckpointError:
         """Clean up after a failed save and describe it."""
         step, self._saving = self._saving, None
-        if jax.process_index() == 0:  # half of a checkpoint only fills the disk
+        if jax.process_index() == 0:  # an incomplete checkpoint only takes disk space
             for path in self.directory.glob(f"{step}{TEMPORARY}*"):
                 # Threads may still write other files; the next start removes them.
                 with contextlib.suppress(OSError):
@@ -283,7 +283,7 @@ class Checkpointer:
         )
 
     def _set_rejected_aside(self) -> None:
-        """Rename the steps `restore` has skipped, so that they can be saved again."""
+        """Rename the steps that `restore` has skipped, so that they can be saved again."""
         if not self._rejected:
             return
         if jax.process_index() == 0:
@@ -301,7 +301,7 @@ class Checkpointer:
     def _restore_step(
         self, step: int, abstract_state: PyTree | None, only: Sequence[str] | None
     ) -> Restored:
-        """One step, or CheckpointError on all processes if any of them can't read it."""
+        """Restore one step; CheckpointError on all processes if any of them can't read it."""
         problem = failure = None
         try:
             metadata = self._read_metadata(step)
@@ -347,7 +347,7 @@ class Checkpointer:
         return {name: tree[name] for name in only}
 
     def _read_state(self, step: int, saved: PyTree, abstract_state: PyTree | None) -> PyTree:
-        """The arrays, PRNG keys as their data."""
+        """The arrays of the state; PRNG keys are plain arrays."""
         if abstract_state is None:
             item = saved
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
@@ -359,7 +359,7 @@ class Checkpointer:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries a checkpoint's contents may depend on."""
+    """Versions of the libraries on which a checkpoint's contents may depend."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 

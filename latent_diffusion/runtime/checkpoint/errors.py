@@ -1,4 +1,4 @@
-"""Errors about checkpoints, whose messages are one line."""
+"""Errors about checkpoints, with messages of one line."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ class CheckpointError(RuntimeError, ValueError):
 
 
 class ArchitectureMismatch(CheckpointError):
-    """The checkpoint is intact, but the state has another tree."""
+    """The checkpoint is intact, but its tree differs from that of the state."""
 
 
 class WorkdirInUse(RuntimeError):
@@ -20,11 +20,11 @@ class WorkdirInUse(RuntimeError):
 
 
 def reason(error: Exception) -> str:
-    """The gist of an error in one line."""
+    """The reason of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    # TensorStore's messages are pages of specs, with the operating system's error at their end.
+    # TensorStore's messages are pages of specs that end with the operating system's error.
     if match := re.search(r"os_error_code='(\d+)'", text):
         return os.strerror(int(match[1]))
     first = text.strip().partition("\n")[0] or type(error).__name__
@@ -34,8 +34,8 @@ def reason(error: Exception) -> str:
 def silence_orbax() -> None:
     """Hide Orbax's reports of failures, since this package raises or logs them.
 
-    Five threads log a traceback each. After a failed read or write, TensorStore's other operations
-    meet Orbax's closed event loop, and Python reports every one as unraisable.
+    Otherwise five threads log a traceback each. After a failed read or write, TensorStore's other
+    operations fail on Orbax's closed event loop, and Python reports each as unraisable.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_from_orbax)

@@ -1,4 +1,4 @@
-"""How Orbax writes trees: states of arrays, and trees larger than memory, leaf by leaf."""
+"""Handlers by which Orbax writes trees: states, and leaf by leaf trees larger than memory."""
 
 import asyncio
 import math
@@ -16,8 +16,8 @@ from latent_diffusion.files.tensor import Tensor
 def state_handler() -> ocp.PyTreeCheckpointHandler:
     """The handler of states.
 
-    By default all devices write a part of an array that each of them holds. On a single host this
-    saves no time, and cutting takes a compilation for every shape.
+    By default Orbax has every device write a part of a replicated array. On a single host this
+    saves no time, and slicing needs a compilation for every shape.
     """
     if jax.process_count() > 1:
         return ocp.PyTreeCheckpointHandler()
@@ -43,15 +43,15 @@ def grouped(leaves: Sequence[Any], limit: int) -> list[range]:
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-    """A handler of numpy arrays that reads an array, writes it, and goes on with the next.
+    """A handler of numpy arrays that reads and writes one array after the other.
 
-    Orbax's handler reads all arrays before it writes the first.
+    Orbax's handler reads all arrays before it writes the first one.
     """
 
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
-        """Begin to write; the returned future is done when the last array is on disk."""
+        """Start to write; the returned future is done when the last array is on disk."""
         args = args or [ocp.SaveArgs()] * len(values)
         write = super().serialize
 

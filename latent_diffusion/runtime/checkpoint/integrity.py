@@ -1,9 +1,9 @@
-"""Fingerprints of arrays: they show whether a restored array equals the saved array.
+"""Fingerprints of arrays, which show whether a restored array equals the saved array.
 
 The fingerprint of an array is Σ_i (2i + 1) · bits_i mod 2³² over its elements in C order. Sums of
 integers don't depend on their order, so every device can add up its part, however an array is cut
-over devices and processes. Odd factors are invertible mod 2³²: every change of a single element
-changes the sum. Larger damage leaves it unchanged by chance in one of four billion cases.
+over devices and processes. Odd factors are invertible mod 2³², so every change of a single element
+changes the sum. Larger damage leaves the sum unchanged in one of four billion cases, by chance.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ CHUNK = 1 << 20  # elements that numpy sums at once
 
 
 def fingerprints(tree: PyTree) -> dict[str, str]:
-    """ "dtype[shape]:sum" of every array by its path. The tree holds no typed PRNG keys."""
+    """ "dtype[shape]:sum" of every array, by path. The tree must not have typed PRNG keys."""
     leaves = leaves_by_path(tree)
     # All sums are dispatched before the first result is needed.
     sums = {path: _sum(leaf) for path, leaf in leaves.items()}
@@ -31,7 +31,7 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
 
 
 def check_kinds(tree: PyTree, saved: Mapping[str, str], parts: Any) -> None:
-    """Raise CheckpointError where the paths, shapes or dtypes of a tree aren't the saved ones.
+    """Raise CheckpointError where the paths, shapes or dtypes of a tree differ from the saved ones.
 
     saved: fingerprints. parts: names of the top-level entries in `tree`; None is all.
     """
@@ -51,7 +51,7 @@ def check_values(state: PyTree, saved: Mapping[str, str]) -> None:
     for path, value in fingerprints(state).items():
         kind, _, total = value.rpartition(":")
         saved_kind, _, saved_total = saved[path].rpartition(":")
-        if kind == saved_kind and total != saved_total:  # another dtype was asked for
+        if kind == saved_kind and total != saved_total:  # kinds differ if arrays were converted
             raise CheckpointError(f"its contents are damaged at {path}")
 
 

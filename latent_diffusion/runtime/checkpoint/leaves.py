@@ -11,7 +11,7 @@ from latent_diffusion.core.types import PyTree
 
 
 def keys_to_data(tree: PyTree) -> tuple[dict[str, str], PyTree]:
-    """({path of a typed PRNG key: its kind}, the tree with uint32 arrays in place of the keys)."""
+    """({path of a typed PRNG key: its generator}, the tree with uint32 arrays for the keys)."""
     impls = {
         path: str(jax.random.key_impl(leaf))
         for path, leaf in leaves_by_path(tree).items()

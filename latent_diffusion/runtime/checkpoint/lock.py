@@ -1,4 +1,4 @@
-"""The lock of a workdir: a single run at a time trains there."""
+"""The lock of a workdir: only one run at a time trains there."""
 
 import fcntl
 import os
@@ -19,9 +19,9 @@ class WorkdirLock:
         self._file = file
 
     def release(self) -> None:
-        """Let others have the workdir."""
+        """Unlock the workdir for other runs."""
         if self._file is not None:
-            self._file.truncate(0)  # an empty file says that nobody holds the lock
+            self._file.truncate(0)  # an empty file means that no process holds the lock
             self._file.close()
             self._file = None
 
@@ -35,8 +35,8 @@ class WorkdirLock:
 def acquire_lock(workdir: str | os.PathLike) -> WorkdirLock:
     """Lock `workdir` for this run; process 0 locks for all processes.
 
-    Raises WorkdirInUse with the holder's pid, or CheckpointError where the lock can't be written;
-    on all processes.
+    On all processes, raises WorkdirInUse with the holder's pid, or CheckpointError where the lock
+    can't be written.
     """
     lock, error = WorkdirLock(), None
     if jax.process_index() == 0 and "://" not in os.fspath(workdir):  # object stores have no locks

@@ -22,8 +22,8 @@ def save_tree(
 ) -> None:
     """Write a tree of arrays to one safetensors file, with JSON metadata and its hash.
 
-    The file appears under `path` when it is complete. Process 0 writes; the arrays must be whole on
-    every process. Raises CheckpointError where the file can't be written.
+    The file appears under `path` when it is complete. Process 0 writes it; every process must have
+    whole arrays. Raises CheckpointError where the file can't be written.
     """
     if jax.process_index() != 0:
         return
@@ -43,8 +43,8 @@ def save_tree(
 def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a file of `save_tree`: (nested dicts of numpy arrays, metadata).
 
-    Tuples, lists and dataclasses come back as dicts keyed by position or field. Raises
-    CheckpointError for a missing, damaged or foreign file.
+    Tuples, lists and dataclasses become dicts by position or field. Raises CheckpointError for a
+    file that is missing, damaged or from another program.
     """
     tree: dict[str, Any] = {}
     if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
@@ -68,7 +68,7 @@ def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def tree_hash(tree: PyTree) -> str:
-    """SHA-256 over sorted paths, dtypes, shapes and bytes; kinds of containers don't matter."""
+    """SHA-256 of sorted paths, dtypes, shapes and bytes; types of containers don't matter."""
     digest = hashlib.sha256()
     for name, array in sorted(_flat_arrays(tree), key=lambda pair: pair[0]):
         digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())

@@ -1,19 +1,19 @@
-"""Running a step on devices in three modes. No other package mentions pmap, Mesh or NamedSharding.
+"""Run a step on devices, in three modes. No other package uses pmap, Mesh or NamedSharding.
 
 A step is `step(state, constants, batch, rng, *, axis_name=None) -> (state, metrics)`:
 
     single  `jax.jit` on one device
     pmap    every device runs the step on its part of the batch; the step averages over `axis_name`
-    mesh    `jax.jit` over a (data, fsdp, tensor) mesh; arrays are global, rules over parameter
-            paths say how the state is cut
+    mesh    `jax.jit` over a (data, fsdp, tensor) mesh; arrays are global, and rules for parameter
+            paths determine how the state is cut
 
 The state has the same shapes in all modes (no device axis), so checkpoints don't depend on them.
 
     modes      the mode, the mesh, and the process's part of a batch
-    rules      from paths of the state to the cuts of its arrays
+    rules      rules that map paths of the state to shardings
     placement  putting states and batches on their devices
-    steps      compiling
-    rows       calls for which each device takes its rows of a batch
+    steps      compiling steps
+    rows       functions that each device applies to its rows of a batch
     flops, hlo counting a step's operations, and the bytes that its compiled program sends
 """
 

@@ -1,4 +1,4 @@
-"""Accelerators that may be absent: their peak rates, and how to compile for them."""
+"""Accelerators that may be absent: their peak rates, and compiling for them."""
 
 import importlib.util
 import math
@@ -10,9 +10,9 @@ from latent_diffusion.core.types import lookup
 
 
 class Chip(NamedTuple):
-    """Published peaks: dense bfloat16 TFLOP/s, GiB of memory, GB/s of memory, GB/s out of the chip.
+    """Published peaks: dense bfloat16 TFLOP/s, GiB of memory, GB/s of memory, GB/s of the network.
 
-    The last is one direction of all links together.
+    The network's rate is that of one direction, of all the chip's links together.
     """
 
     platform: str
@@ -31,7 +31,7 @@ CHIPS = {
     "h100": Chip("cuda", 989, 80, 3350, 450),
     "h200": Chip("cuda", 989, 141, 4800, 450),
 }
-# XLA can't query an absent GPU: (compute capability, cores, L2, shared memory a block).
+# XLA can't query an absent GPU: (compute capability, cores, bytes of L2, of a block's memory).
 _GPUS = {
     "a100": ((8, 0), 108, 41943040, 166912),
     "h100": ((9, 0), 132, 52428800, 232448),
@@ -43,8 +43,8 @@ def parse_topology(text: str) -> tuple[str, Chip, str]:
     """("v5e", its peaks, "4x4") from "v5e:4x4"; ValueError for anything else."""
     name, _, shape = text.partition(":")
     chip = lookup(CHIPS, name, "chip")
-    wanted = r"\d+" if chip.platform == "cuda" else r"\d+x\d+(x\d+)?"
-    if not re.fullmatch(wanted, shape):
+    pattern = r"\d+" if chip.platform == "cuda" else r"\d+x\d+(x\d+)?"
+    if not re.fullmatch(pattern, shape):
         example = f"{name}:8" if chip.platform == "cuda" else f"{name}:2x2"
         raise ValueError(f"--topology={text} must look like {example}")
     return name, chip, shape
@@ -58,10 +58,10 @@ def num_chips(text: str) -> int:
 def topology_devices(text: str) -> list[Any]:
     """The chips of a topology, as JAX devices for compilation; they can't run programs.
 
-    Raises ValueError, in one line, where the compiler isn't installed or doesn't know the topology.
+    Raises a ValueError of one line where the compiler is absent or doesn't know the topology.
     """
     name, chip, shape = parse_topology(text)
-    # libtpu asks no metadata server then, and several processes may load it at once.
+    # With these, libtpu queries no metadata server, and several processes may load it at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     alone = {"SKIP_MDS_QUERY": "1", "WORKER_ID": "0", "WORKER_HOSTNAMES": "localhost"}
     for key, value in {**alone, "ACCELERATOR_TYPE": "v5litepod-4"}.items():
@@ -69,12 +69,12 @@ def topology_devices(text: str) -> list[Any]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"topology_name": f"{name}:{shape}"}
-    if name == "v4":  # one device a chip, as its memory is shared by both cores
+    if name == "v4":  # one device per chip, since both cores share the memory
         options["chip_config_name"] = "megacore"
     if chip.platform == "cuda":
         options = {
             "topology_name": name,
-            "topology": f"1x1x{shape}",  # partitions, hosts, devices a host
+            "topology": f"1x1x{shape}",  # partitions, hosts, devices per host
             "target_config": _gpu_target(name, chip),
         }
     try:

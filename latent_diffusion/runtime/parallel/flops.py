@@ -1,4 +1,4 @@
-"""Floating-point operations of a function, counted in its jaxpr: no device, no compilation."""
+"""Count the floating-point operations of a function in its jaxpr, without device or compiler."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
 
     args: arrays or ShapeDtypeStructs. The body of a `scan` counts as often as it runs, that of
     another loop once; of several branches the most expensive counts; recomputation counts again.
-    Results that nobody uses don't count, since compilers remove them.
+    Unused results don't count, since compilers remove them.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
@@ -33,7 +33,7 @@ def _count_equation(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
         _, in_features, *window = (kernel[i] for i in numbers.rhs_spec)
-        # Most elements of a dilated input are zeros, which no implementation multiplies.
+        # Most elements of a dilated input are zeros, whose products implementations skip.
         taps = math.prod(window) / math.prod(params["lhs_dilation"])
         return round(2 * _size(equation.outvars[0]) * in_features * taps)
     inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]

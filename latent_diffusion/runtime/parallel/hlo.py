@@ -1,4 +1,4 @@
-"""Reading compiled programs: the collectives, which cross the network."""
+"""Read the collectives, which cross the network, in compiled programs."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# "%x = f32[8]{0} all-reduce(%y), channel_id=1 ..."; asynchronous ones come as "-start" and "-done"
+# "%x = f32[8]{0} all-reduce(%y), channel_id=1 ..."; asynchronous ones are "-start" and "-done"
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _HEADER = re.compile(r"^\s*(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
@@ -30,7 +30,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of a compiled program (`compiled.as_text()`), those in loops multiplied."""
+    """All collectives of a compiled program. text: `compiled.as_text()`."""
     computations, entry = _computations(text)
     operations: list[Collective] = []
 
@@ -49,7 +49,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def total_bytes(text: str) -> dict[str, int]:
-    """Bytes that every kind of collective leaves on a device in one run of the program."""
+    """Bytes of results on a device, by kind of collective, in one run of the program."""
     totals: dict[str, int] = {}
     for kind, num_bytes, times in collectives(text):
         totals[kind] = totals.get(kind, 0) + num_bytes * times
@@ -57,7 +57,7 @@ def total_bytes(text: str) -> dict[str, int]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation, and the name of the first one to run."""
+    """The lines of every computation, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():

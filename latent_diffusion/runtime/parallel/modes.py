@@ -1,4 +1,4 @@
-"""The mode and mesh of a run, and a process's part of a batch."""
+"""The parallel mode and the mesh of a run, and a process's part of a batch."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ BATCH_SPEC = P(("data", "fsdp"))
 def resolve_mode(mode: str, over: Sequence[Any] | None = None) -> str:
     """Return "single", "pmap" or "mesh"; "auto" means single on one device, pmap on several.
 
-    over: other devices than those of this run.
+    over: devices, by default those of this run.
     """
     over = jax.devices() if over is None else over
     names = {"single": "single", "pmap": "pmap", "mesh": "mesh"}
@@ -35,7 +35,7 @@ def resolve_mode(mode: str, over: Sequence[Any] | None = None) -> str:
 
 
 def resolve(mode: str, mesh: Mesh | None) -> tuple[str, Mesh | None]:
-    """The mode, and the mesh in mode "mesh" (by default: all devices on "data")."""
+    """The mode, and the mesh for mode "mesh" (by default: all devices on "data")."""
     mode = resolve_mode(mode)
     return mode, (mesh or make_mesh()) if mode == "mesh" else None
 
@@ -45,8 +45,8 @@ def make_mesh(
 ) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices of all processes.
 
-    axis_sizes: sizes by axis name; missing axes have size 1, and a single size may be -1 (the rest
-    of the devices). None means {"data": -1}. over: devices, by default those of this run. They are
+    axis_sizes: sizes by axis name; missing axes have size 1, and one size may be -1, for the rest
+    of the devices. None means {"data": -1}. over: devices, by default those of this run. They are
     sorted by process, so that a process loads neighbouring rows of a batch, and the parts of an
     array that is cut over "tensor" or "fsdp" lie on neighbouring devices.
     Raises ValueError where the product isn't the number of devices.
@@ -73,13 +73,13 @@ def make_mesh(
             f"a mesh needs equally many devices on all processes, not {sorted(per_process)}"
         )
     ordered = sorted(over, key=lambda device: (device.process_index, device.id))
-    # Explicit axes would put shardings into the types of the model's arrays.
+    # With explicit axes, shardings would be part of the types of the model's arrays.
     auto = (AxisType.Auto,) * 3
     return Mesh(np.asarray(ordered).reshape(tuple(sizes.values())), MESH_AXES, axis_types=auto)
 
 
 def devices(settings: Any, over: Sequence[Any] | None = None) -> tuple[str, Mesh | None]:
-    """(mode, mesh) from a config with the fields `mode` and `mesh` (sizes, used by "mesh" only)."""
+    """(mode, mesh) of a config with the fields `mode` and `mesh` (sizes, for mode "mesh" only)."""
     mode = resolve_mode(settings["mode"], over)
     return mode, make_mesh(dict(settings["mesh"]), over) if mode == "mesh" else None
 
@@ -89,21 +89,21 @@ def process_shard(
 ) -> tuple[int, int]:
     """(index, count): a process loads block `index` of `count` equal blocks of a global batch.
 
-    Processes that share a tensor axis load the same block, which holds the rows of all of them.
-    process_index: of the process; None is this process.
+    Processes that share a tensor axis load the same block, which has the rows of all of them.
+    process_index: that of the process; None is this process.
     """
     mode, mesh = resolve(mode, mesh)
     process = jax.process_index() if process_index is None else process_index
     if mesh is None:
         return process, jax.process_count()
     num_local = mesh.size // len({device.process_index for device in mesh.devices.flat})
-    # The fewest devices in the mesh's order that are whole processes and whole rows.
+    # The least number of devices, in the mesh's order, with whole processes and whole rows.
     block = math.lcm(num_local, mesh.shape["tensor"])
     return process * num_local // block, mesh.size // block
 
 
 def process_rows(batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
-    """The rows of this process in a global batch that all processes hold."""
+    """The rows of this process in a global batch that all processes have."""
     index, count = process_shard(mode, mesh)
     return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], batch)
 
@@ -111,7 +111,7 @@ def process_rows(batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTree:
 def num_parts(mode: str, mesh: Mesh | None = None, over: Sequence[Any] | None = None) -> int:
     """The number of parts into which the devices divide a global batch.
 
-    over: other devices than those of this run, for modes without a mesh.
+    over: devices for modes without a mesh, by default those of this run.
     """
     if mode == "mesh":
         mesh = mesh or make_mesh(over=over)

@@ -1,4 +1,4 @@
-"""Putting states and batches on the devices of a compiled step."""
+"""Put states and batches on the devices of a compiled step."""
 
 import functools
 from typing import Any
@@ -27,19 +27,19 @@ def _local_mesh() -> Mesh:
 
 
 def local_rows() -> Sharding:
-    """Rows cut over the devices of this process."""
+    """The sharding of rows over the devices of this process."""
     return NamedSharding(_local_mesh(), P(AXIS_NAME))
 
 
 def replicated(mode: str, mesh: Mesh | None) -> Sharding:
-    """A whole copy on every device that a compiled step sees."""
+    """The sharding with a whole copy on every device of a compiled step."""
     if mode == "single":
         return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(mesh or _local_mesh(), P())
 
 
 def state_shardings(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
-    """The sharding of every leaf of a compiled step's state. Rules count in mode "mesh" alone."""
+    """The sharding of every leaf of a compiled step's state. Rules are for mode "mesh" alone."""
     mode, mesh = resolve(mode, mesh)
     if mesh is not None:
         return infer_shardings(tree, mesh, rules)
@@ -49,10 +49,10 @@ def state_shardings(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Ru
 def place(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
     """Put a fresh or restored state (or constants) on the devices of a compiled step.
 
-    Python scalars become arrays, so that all steps see the same types. An array that occurs twice
-    (at the start the averaged parameters are the parameters) becomes two, so that both can be
+    Python scalars become arrays, so that all steps get the same types. An array that occurs twice
+    (at the start the averaged parameters are the parameters) is copied, so that both can be
     donated. The result may share memory with `tree`, and a step that donates its state deletes
-    both: use the result alone.
+    both: use only the result afterwards.
     """
     seen: set[int] = set()
 
@@ -66,7 +66,7 @@ def place(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) 
 
 
 def abstract(tree: PyTree, mode: str, mesh: Mesh | None = None, rules: Rules = ()) -> PyTree:
-    """ShapeDtypeStructs with shardings, for restoring a checkpoint; `place` comes after that."""
+    """ShapeDtypeStructs with shardings, for restoring a checkpoint; then `place` the result."""
     tree = shapes_of(tree)
     shardings = state_shardings(tree, mode, mesh, rules)
     if mode == "pmap" and jax.process_count() > 1:
@@ -82,7 +82,7 @@ def place_batch(host_batch: PyTree, mode: str, mesh: Mesh | None = None) -> PyTr
     """Put this process's part of a global batch (numpy, leading axis B) on its devices.
 
     Raises ValueError where B doesn't divide over the devices. Batches of JAX arrays stay as they
-    are, so a loader may place the next batch while a step runs.
+    are, so that a loader may place the next batch while a step runs.
     """
     mode, mesh = resolve(mode, mesh)
     leaves = jax.tree.leaves(host_batch)
@@ -122,12 +122,12 @@ def to_global(tree: PyTree, mode: str) -> PyTree:
 
 
 def _everywhere() -> Sharding:
-    """Replicated over the devices of all processes."""
+    """The sharding with a copy on every device of all processes."""
     return NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS_NAME,)), P())
 
 
 def _relabel(leaf: jax.Array, sharding: Sharding) -> jax.Array:
-    """The same buffers of this process under another replicated sharding."""
+    """The array with this process's buffers, under another replicated sharding."""
     if is_key(leaf):
         data = _relabel(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -136,15 +136,15 @@ def _relabel(leaf: jax.Array, sharding: Sharding) -> jax.Array:
 
 
 def _strong(leaf: Any) -> Any:
-    """An array without weak type: a step returns strong types, and would be compiled again."""
+    """The leaf as an array without weak type, for which steps would be compiled once more."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
     return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
 def put(leaf: Any, sharding: Sharding) -> jax.Array:
-    """An array, or a value that numpy turns into an array, under a sharding."""
-    # A step returns committed arrays, and would be compiled again after uncommitted ones.
+    """The leaf, an array or a value for numpy, as an array under a sharding."""
+    # Steps return committed arrays; for uncommitted ones they would be compiled once more.
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
     local = getattr(leaf, "is_fully_addressable", True)
@@ -152,7 +152,7 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
         return _relabel(leaf, sharding)
     if sharding.is_fully_addressable or not local:
         return jax.device_put(leaf, sharding)
-    # device_put would compare the values of all processes first, by a collective for every leaf.
+    # device_put would first compare the values of all processes by a collective for every leaf.
     if is_key(leaf):
         data = put(np.asarray(jax.random.key_data(leaf)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

@@ -1,4 +1,4 @@
-"""Calls for which each device takes its rows of a batch."""
+"""Functions that each device applies to its rows of a batch."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from latent_diffusion.runtime.parallel.modes import BATCH_SPEC
 def on_rows(
     function: Callable[..., Array], otherwise: Callable[..., Array]
 ) -> Callable[..., Array]:
-    """A function of arrays [B …] that maps rows to rows, for each device's rows of a mesh.
+    """A function of arrays [B …] that maps rows to rows, applied to each device's rows in a mesh.
 
-    The compiler cuts no foreign kernel over a mesh, and no loop over a batch. Outside of a step for
-    a mesh it is the function itself; where B doesn't divide over the devices it is `otherwise`.
+    The compiler divides neither custom kernels nor loops over a batch among the devices of a mesh.
+    Outside of a step for a mesh, the result is the function itself; where B doesn't divide over the
+    devices it calls `otherwise`.
     """
 
     def call(*arrays: Array) -> Array:

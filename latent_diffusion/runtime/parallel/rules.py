@@ -1,4 +1,4 @@
-"""Sharding rules: from the paths of a state to the cuts of its arrays over a mesh."""
+"""Sharding rules, which map the paths of a state to the cuts of its arrays over a mesh."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ def _replicate(leaf: Any, mesh: Mesh) -> P:
 
 
 def _tensor(leaf: Any, mesh: Mesh, axis: int) -> P:
-    """Cut `axis` over "tensor"; scalars that share the path (step counts) are replicated."""
+    """Cut `axis` over "tensor"; scalars with the same path (step counts) are replicated."""
     if not leaf.shape:
         return P()
     if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] % mesh.shape["tensor"]:
@@ -71,10 +71,10 @@ def _parse_layout(spec: str) -> Callable[[Any, Mesh], P]:
 def infer_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs).
 
-    rules: (regex, layout) pairs. The first rule whose regex occurs in the '/'-joined path counts.
-    The paths of optimiser moments and averaged parameters end like the parameter's, so they have
-    its rule. Layouts: "replicate", "tensor(axis)", "fsdp(min_mb=4)". Without rules every leaf is
-    replicated.
+    rules: (regex, layout) pairs. The first rule whose regex occurs in the '/'-joined path applies.
+    The paths of optimiser moments and averaged parameters end like the parameter's, so the same
+    rule applies to them. Layouts: "replicate", "tensor(axis)", "fsdp(min_mb=4)". Without rules
+    every leaf is replicated.
 
     Raises ValueError for a leaf that no rule matches, and for a rule that matches no leaf.
     """
@@ -123,7 +123,7 @@ def describe(shardings: PyTree, tree: PyTree) -> str:
 
 
 def num_bytes(tree: PyTree, shardings: PyTree = None) -> int:
-    """Bytes of a tree on a device; without shardings, of the whole tree."""
+    """The number of bytes of a tree on a device, or without shardings, of the whole tree."""
     leaves = jax.tree.leaves(shapes_of(tree))
     wholes = [leaf.shape for leaf in leaves]
     if shardings is not None:

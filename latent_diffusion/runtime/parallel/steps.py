@@ -1,4 +1,4 @@
-"""Compiling a step for its devices."""
+"""Compile steps for their devices."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ from latent_diffusion.runtime.parallel.placement import (
 from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
 
 Step = Callable[..., Any]
-# On CPUs JAX 0.10 gives products, reductions and convolutions to YNNPACK. Eigen is faster with
-# convolutions, above all backwards: a step of perceptual compression takes a quarter less time
+# On CPUs JAX 0.10 computes products, reductions and convolutions by YNNPACK. Eigen is faster for
+# convolutions, above all for gradients: a step of perceptual compression takes a quarter less time
 # (docs/benchmarks.md).
 _NO_YNN_CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
@@ -39,8 +39,8 @@ class CompiledStep:
     """A step bound to its devices: `compiled(state, constants, host_batch, rng)`."""
 
     run: Callable[..., Any]
-    arguments: Callable[..., Any]  # the same arguments -> the inputs of the program, in place
-    lower: Callable[..., Any]  # the same arguments -> jax.stages.Lowered, to look at the HLO
+    arguments: Callable[..., Any]  # the same arguments -> the program's inputs, on the devices
+    lower: Callable[..., Any]  # the same arguments -> jax.stages.Lowered, to inspect the HLO
 
     def __call__(self, state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> Any:
         """Place the process-local numpy batch and run."""
@@ -57,7 +57,7 @@ def compile_init(
 ) -> Any:
     """Jit `init(rng) -> (state, constants)`; the results have the shardings of compiled steps.
 
-    The state is born sharded: a device holds its share, and at most a single whole array beside it.
+    The state is created sharded: a device has its share, and at most one whole array beside it.
     """
     state, constants = jax.eval_shape(init, rng)
     shardings = state_shardings(state, mode, mesh, rules), state_shardings(constants, mode, mesh)
@@ -76,8 +76,8 @@ def compile_step(
 
     host_batch: this process's part of the global batch, numpy with leading axis B; pictures may be
     bytes, 0 ... 255, which become [-1, 1] on the devices. rng: a typed key, the same on all
-    processes. The state is donated: the caller's arrays are deleted. Metrics must be the same on
-    all devices (the step averages them over `axis_name`).
+    processes. donate_state: the caller's arrays of the state are deleted. Metrics must be the same
+    on all devices (the step averages them over `axis_name`).
     """
     mode, mesh = resolve(mode, mesh)
     donate = (0,) if donate_state else ()
@@ -85,7 +85,8 @@ def compile_step(
     def build(state: PyTree) -> Any:
         if mode == "pmap":
             return _pmap(step, out_axes=None, donate_argnums=donate)
-        # Outputs have the inputs' layout: donation reuses memory, and step 2 isn't compiled again.
+        # With the inputs' shardings for outputs, donation reuses memory, and the next step has the
+        # same program.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         out = (shardings, replicated(mode, mesh))
         return _jit(step, mesh, out_shardings=out, donate_argnums=donate)
@@ -99,7 +100,7 @@ def compile_eval(
     """Compile a step whose outputs all have a leading axis B: one value, image... per example.
 
     `f(state, constants, host_batch, rng)` returns them as numpy arrays for the whole global batch,
-    in its order, on every process. The state is not donated. Serves evaluation and sampling.
+    in its order, on every process. The state is not donated. This is for evaluation and sampling.
     """
     mode, mesh = resolve(mode, mesh)
 
@@ -131,7 +132,8 @@ def lower_for(
     """Lower a step for devices that may be absent: a `jax.stages.Lowered` to compile.
 
     mode: "pmap" or "mesh", with a mesh over `devices`. args: (state, constants, batch, rng), arrays
-    or ShapeDtypeStructs, the batch global. evaluate: as `compile_eval` does, else `compile_step`.
+    or ShapeDtypeStructs; the batch is global. evaluate: lower like `compile_eval`, else like
+    `compile_step`.
     """
     state, constants, batch, rng = args
     donate = () if evaluate else (0,)
@@ -155,12 +157,12 @@ def lower_for(
     state = jax.tree.map(laid_out, state, shardings)
     rest = (laid_out(constants, whole), laid_out(batch, rows), laid_out(rng, whole))
     out = rows if evaluate else (shardings, whole)
-    function = _flat(_rows_kept(step, mesh))
+    function = _flat(_cut_by_rows(step, mesh))
     return jax.jit(function, out_shardings=out, donate_argnums=donate).lower(state, rest)
 
 
 def _flat(step: Step, **options: Any) -> Step:
-    """A step of (state, (constants, batch, rng)), whose pictures may be bytes."""
+    """The step as a function of (state, (constants, batch, rng)), where pictures may be bytes."""
 
     def scaled(x: Any) -> Any:
         return x.astype(np.float32) / np.float32(127.5) - 1 if x.dtype == np.uint8 else x
@@ -173,8 +175,8 @@ def _flat(step: Step, **options: Any) -> Step:
     return function
 
 
-def _rows_kept(step: Step, mesh: Mesh) -> Step:
-    """The step, whose embeddings (`nn.Embed`) and kernels (`on_rows`) are cut along the batch.
+def _cut_by_rows(step: Step, mesh: Mesh) -> Step:
+    """The step with embeddings (`nn.Embed`) and kernels (`on_rows`) that are cut along the batch.
 
     Otherwise XLA cuts them and all later activations along features, as the table is cut: under
     FSDP a text transformer would send its activations, many times the bytes of its parameters.
@@ -197,8 +199,8 @@ def _rows_kept(step: Step, mesh: Mesh) -> Step:
 def compile_local(function: Callable[[PyTree, PyTree], PyTree], constants: PyTree) -> Any:
     """Compile `function(constants, batch)` for the devices of this process; returns `f(batch)`.
 
-    Every device has its part of the rows, and no other process takes part. batch: numpy with a
-    leading axis that the local devices divide.
+    Every device computes its part of the rows; no other process takes part. batch: numpy arrays
+    whose leading axis divides over the local devices.
     """
     whole, rows = replicated("pmap", None), local_rows()
     compiled = jax.jit(
@@ -217,12 +219,12 @@ def _compiler_options() -> dict[str, Any] | None:
 
 
 def _jit(step: Step, mesh: Mesh | None, **options: Any) -> Any:
-    step = _rows_kept(step, mesh) if mesh else step
+    step = _cut_by_rows(step, mesh) if mesh else step
     return jax.jit(_flat(step), compiler_options=_compiler_options(), **options)
 
 
 def _pmap(step: Step, **options: Any) -> Any:
-    # in_axes is nested, since JAX 0.10 reads a flat tuple as an entry for each *leaf* where the
+    # in_axes is nested, since JAX 0.10 takes a flat tuple as an entry for each *leaf* if the
     # arguments have as many leaves as there are arguments.
     in_axes = (None, (None, 0, None))
     return jax.pmap(_flat(step, axis_name=AXIS_NAME), AXIS_NAME, in_axes=in_axes, **options)
@@ -235,10 +237,10 @@ def _bind(
     mesh: Mesh | None,
     rules: Rules,
 ) -> CompiledStep:
-    """A step that places its arguments. build: compiles for the layout of the first state."""
+    """A step that places its arguments. build: compiles for the shardings of the first state."""
     function: Any = None
-    met: set[Any] = set()  # shapes of batches, each of which has a program
-    constants_seen: list[PyTree] = []  # [the caller's, the same in place]
+    compiled: set[Any] = set()  # shapes of batches that have a program
+    placed: list[PyTree] = []  # [the caller's constants, the same on the devices]
 
     def arguments(state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> tuple:
         nonlocal function
@@ -246,18 +248,18 @@ def _bind(
         if function is None:
             state = place(state, mode, mesh, rules)
             function = build(state)
-        if not constants_seen or constants_seen[0] is not constants:
-            constants_seen[:] = [constants, _place_constants(constants, mode, mesh)]
-        return state, (constants_seen[1], batch, put(rng, replicated(mode, mesh)))
+        if not placed or placed[0] is not constants:
+            placed[:] = [constants, _place_constants(constants, mode, mesh)]
+        return state, (placed[1], batch, put(rng, replicated(mode, mesh)))
 
     def run(*args: Any) -> Any:
         args = arguments(*args)
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args[1][1]))
-        # Hosts aren't equally fast to compile, and collectives don't wait for long.
-        if jax.process_count() > 1 and shapes not in met:
-            function.lower(*args).compile()  # the call below finds it
+        # Some hosts compile faster than others, and collectives soon time out.
+        if jax.process_count() > 1 and shapes not in compiled:
+            function.lower(*args).compile()  # cached for the call below
             processes.barrier("compiled")
-            met.add(shapes)
+            compiled.add(shapes)
         return finish(function(*args))
 
     def lower(*args: Any) -> Any:
@@ -268,7 +270,7 @@ def _bind(
 
 
 def _place_constants(constants: PyTree, mode: str, mesh: Mesh | None) -> PyTree:
-    """Replicate leaves that aren't on all devices; leave the layout of the others."""
+    """Replicate leaves that aren't on all devices; the others keep their shardings."""
     target = replicated(mode, mesh)
 
     def replicate(leaf: Any) -> Any:
