@@ -4,7 +4,7 @@
     python -m latent_diffusion.convert SRC --dry_run
 
 SRC is anything that `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for
-compvis. Tensors pass one at a time, so that the largest one determines the memory. `lora` and
+compvis. Tensors are converted one by one, so that the largest determines the memory. `lora` and
 `kohya` write the adaptation of a workdir that has one, and nothing else.
 """
 

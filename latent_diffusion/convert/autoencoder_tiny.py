@@ -69,7 +69,7 @@ def meaning(config: Mapping[str, Any]) -> Any:
 
 
 def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bundle:
-    """Read diffusers' folder."""
+    """Read the component in diffusers' folder."""
     fields, values = fields_from_diffusers(config), _SETTINGS.complete(config, NAME)
     bundle = _read(where, fields, tensors)
     scale = {"scale_factor": values["scaling_factor"], "shift": values["shift_factor"]}

@@ -60,7 +60,7 @@ class Clip:
 def load_clip(path: str | Path) -> Clip:
     """Read the folder of a CLIPModel of transformers, with its tokenizer.
 
-    Raises ValueError that says in one line what the folder lacks.
+    Raises a ValueError of one line that names an absent part.
     """
     path = Path(path)
     if not path.is_dir():

@@ -42,7 +42,7 @@ _read_config, _write_config = encoder_settings(
     # Only the pooled embedding needs these; pipelines that use it set its fields.
     harmless=("projection_dim", "pad_token_id", "is_decoder", "add_cross_attention"),
 )
-WHOLE = Settings(  # of a CLIPModel, which holds the configs of both encoders
+WHOLE = Settings(  # those of a CLIPModel, whose config has the configs of both encoders
     optional={f"{half}_config{end}": {} for half in ("text", "vision") for end in ("", "_dict")},
     defaults={"projection_dim": 512},
     harmless={*GENERAL, "logit_scale_init_value"},

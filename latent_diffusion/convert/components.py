@@ -125,7 +125,7 @@ def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bund
 
 
 def read_text_encoder(name: str, path: Path, variant: str | None, chosen: Fields) -> Bundle:
-    """Read an encoder's folder as the conditioner `name`. chosen: fields that override its own."""
+    """Read an encoder's folder as the conditioner `name`. chosen: fields that have priority."""
     config = read_json(path / "config.json")
     weights, tensors = open_weights(path, variant)
     with reading(path):

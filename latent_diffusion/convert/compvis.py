@@ -49,7 +49,7 @@ from latent_diffusion.process.schedules import BETAS, make_schedule
 
 log = logging.getLogger(__name__)
 
-MAX_YAML = 256 << 10  # bytes; the released ones have a few thousand
+MAX_YAML = 256 << 10  # bytes; the released models' files have a few thousand
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SAMPLING = {"sampler": "ddim", "num_steps": 50, "spacing": "original"}
 # Tensors that are not read: schedules are computed anew; losses and averages are for training.

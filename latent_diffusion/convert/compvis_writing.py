@@ -56,7 +56,7 @@ def write_compvis(
     if bundle.dit is not None:  # DiT's files have no yaml
         write_safetensors(path, dit.as_dit(bundle, path), progress=progress)
         return
-    if bundle.mmdit is not None:  # nor have those of Stable Diffusion 3
+    if bundle.mmdit is not None:  # Stable Diffusion 3's files have no yaml either
         write_safetensors(path, sd3.as_single(bundle), progress=progress)
         return
     alone = bundle.autoencoder if bundle.unet is None and bundle.prior is None else None

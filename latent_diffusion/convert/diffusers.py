@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 LCM = "LatentConsistencyModelPipeline"
 UPSCALE, UNCLIP = "StableDiffusionUpscalePipeline", "StableUnCLIPImg2ImgPipeline"
 DIT = "DiTPipeline"
-# The default guidance scale of pipelines; it is 7.5 for others of Stable Diffusion, 1 elsewhere.
+# Default guidance scales of pipelines; other pipelines of Stable Diffusion have 7.5, the rest 1.
 _GUIDANCE = {UPSCALE: 9.0, UNCLIP: 10.0, DIT: 4.0, LCM: 8.5, sdxl.BASE: 5.0, sdxl.REFINER: 5.0}
 _GUIDANCE |= dict.fromkeys((sd3.BASE, sd3.IMG2IMG), sd3.GUIDANCE)
 # Components without weights, and those that are read with the component that they serve.

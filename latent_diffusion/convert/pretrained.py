@@ -29,7 +29,7 @@ def _read(name: str, path: Path, chosen: Mapping[str, Any]) -> Part:
     if name == "code_map":
         return _code_map(path, chosen)
     settings = path / workdir.CONFIG
-    if settings.is_file() and "task" in read_json(settings):  # others' config.json have no task
+    if settings.is_file() and "task" in read_json(settings):  # other libraries' have no task
         conditioners = read_orbax(path).conditioners
         if name not in conditioners:
             raise ValueError(

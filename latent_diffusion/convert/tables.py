@@ -97,7 +97,11 @@ def joint_qkv(names: Sequence[str], num_heads: int, interleaved: bool) -> Kind:
 
 
 class Rule(NamedTuple):
-    """ours: a regular expression for paths of our modules. theirs: the template of their names."""
+    """Pairs modules of ours with modules in files.
+
+    ours: a regular expression for paths of our modules. theirs: the template of the names in files,
+    which may refer to groups of `ours`. kind: that of the layer, or its name in KINDS.
+    """
 
     ours: str
     theirs: str

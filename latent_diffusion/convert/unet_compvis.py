@@ -110,7 +110,7 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
 
 
 def _is_late_res_block(name: str) -> bool:
-    """Whether a residual block is not the first module of an output block: it then upsamples."""
+    """Whether a tensor is of a residual block that upsamples: not the first of its output block."""
     parts = name.split(".")
     return parts[0] == "output_blocks" and parts[2] != "0" and parts[3] == "in_layers"
 

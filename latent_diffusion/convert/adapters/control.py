@@ -64,7 +64,7 @@ class ControlWeights(Adapter):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """diffusers' names of the blocks that the residuals come from."""
+        """diffusers' names of the blocks from which the residuals come."""
         return tuple(residual_names(ControlNet(**self.fields)))
 
     def net(self, module: Any, params: Params, downsampling: int) -> ControlNet:
@@ -79,7 +79,7 @@ class ControlWeights(Adapter):
             if path.startswith((HINT, "zero_convs", "middle_block_out")):
                 continue
             if path not in unet_params:
-                raise ValueError(f"{self.path}: the U-Net has no {path}; it is another one's")
+                raise ValueError(f"{self.path}: the U-Net has no {path}; it is for another one")
             if path == _CONV_IN and parameter.shape != unet_params[path].shape:
                 concat = False  # as in diffusers, for U-Nets whose input is more than the latent
                 sides, unet_sides = (np.delete(x.shape, 2) for x in (parameter, unet_params[path]))
@@ -136,7 +136,7 @@ def is_control(names: Any) -> bool:
 
 
 def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
-    """A file of the original's: `control_model.…`, alone or beside a whole model."""
+    """Read a file of the original's: `control_model.…`, alone or beside a whole model."""
     if "controlnet_cond_embedding.conv_in.weight" in tensors:
         raise ValueError(f"{path} is diffusers' control net without settings: give its folder")
     net_tensors = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
@@ -160,7 +160,7 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
 
 
 def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
-    """A folder of diffusers' with a ControlNetModel."""
+    """Read a folder of diffusers' with a ControlNetModel."""
     fields, widths, further = from_diffusers(config)
     weights, tensors = open_weights(path, None)
     table = _diffusers(fields, further["linear"], further["time_width"] is not None)

@@ -84,7 +84,7 @@ class ImagePrompt(Adapter):
         return unflatten_dict(dict(self.params), sep="/")
 
     def attentions(self, module: Any, params: Params) -> tuple[Attention, ...]:
-        """The attentions of a U-Net with these parameters; ValueError where it is another one."""
+        """The attentions of a U-Net with these parameters; ValueError if they don't fit."""
         if not isinstance(module, UNet):
             raise ValueError(f"{self.path}: an IP-Adapter is for a U-Net, which this model isn't")
         places, unet_params = tuple(cross_attentions(module)), flat(params)

@@ -92,7 +92,7 @@ def is_t2i(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_original(path: Path, tensors: Mapping[str, Tensor]) -> T2IWeights:
-    """A file of the original's."""
+    """Read a file of the original's."""
     light = "body.0.out_conv.weight" in tensors
     if light:
         count = len({name.split(".")[1] for name in tensors})
@@ -113,7 +113,7 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> T2IWeights:
 
 
 def read_folder(path: Path, config: Mapping[str, Any]) -> T2IWeights:
-    """A folder of diffusers' with a T2IAdapter."""
+    """Read a folder of diffusers' with a T2IAdapter."""
     fields = fields_from_diffusers(config)
     weights, tensors = open_weights(path, None)
     adapter = _read(path, weights, fields, _diffusers(), tensors)

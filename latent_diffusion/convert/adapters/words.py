@@ -67,7 +67,7 @@ def tables_of(bundle: Bundle) -> list[tuple[str, Part, str]]:
 
 
 def is_words(file: TensorFile) -> bool:
-    """Whether a file holds textual inversion."""
+    """Whether a file has embeddings of textual inversion."""
     names, shapes = [*file.tensors], [t.shape for t in file.tensors.values()]
     marks = {*_A1111, *_SDXL, *tables(CONDITIONERS)}
     if all(n in marks or n.startswith("string_to_param.") for n in names):
