@@ -48,7 +48,7 @@ class LayoutTokens:
 
     @property
     def none(self) -> int:
-        """The token that stands for no object."""
+        """The token for "no object"."""
         return self.vocab_size - 1
 
     @property

@@ -58,7 +58,7 @@ def mixed_or_all(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 
 
 
 def at_most_half(size: int, rng: np.random.Generator) -> Float[np.ndarray, "S S 1"]:
-    """`mixed`, drawn again until at most half is missing, as in LaMa's evaluation sets."""
+    """`mixed`, drawn again until the holes are at most a half, as in LaMa's evaluation sets."""
     while (mask := mixed(size, rng)).mean() > 0.5:
         pass
     return mask

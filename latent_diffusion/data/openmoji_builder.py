@@ -30,7 +30,7 @@ def config(size: int) -> OpenmojiConfig:
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
-    """RGBA pictures, whose alpha channel gives layouts and segmentations."""
+    """RGBA pictures, whose alpha channels determine layouts and segmentations."""
 
     VERSION = tfds.core.Version("1.0.0")  # increase it when pictures, captions or split change
     BUILDER_CONFIGS = [config(size) for size in (16, 32, 64, 96, 128, 256)]  # noqa: RUF012 (TFDS's way)

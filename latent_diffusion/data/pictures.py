@@ -87,7 +87,7 @@ def size_of(path: Source) -> tuple[int, int]:
 
 def _read(path: Source, decode: Callable[[Image.Image], Any]) -> Any:
     if not isinstance(path, io.BytesIO) and not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")  # also for a pipe, whose reading may never end
+        raise ValueError(f"{path}: no such file")  # also for pipes, whose reading may never end
     try:
         with Image.open(path, formats=FORMATS) as file:
             return decode(file)

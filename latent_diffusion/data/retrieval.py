@@ -1,4 +1,4 @@
-"""Exact search for similar pictures, for the conditions of retrieval-augmented models.
+"""Exact search for similar pictures, for conditions of retrieval-augmented models and variations.
 
 A database is a table of embeddings. A search is one matrix product in blocks of queries, which is
 cheap enough up to about 20 million embeddings of 512 numbers (40 GB).

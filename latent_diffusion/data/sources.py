@@ -20,7 +20,7 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples; an example is the same each time it is read."""
+    """Random access to examples; every reading of an example has the same result."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -194,6 +194,6 @@ def captions(source: Any) -> list[str]:
 
 
 def flat(captions: Sequence[str | Sequence[str]]) -> list[str]:
-    """One list of captions from entries that are one caption or several."""
+    """A flat list of captions, from entries that are a caption or a list of captions."""
     entries = ([entry] if isinstance(entry, str) else entry for entry in captions)
     return [caption for entry in entries for caption in entry]
