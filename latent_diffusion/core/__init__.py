@@ -1,1 +1,1 @@
-"""Names that every room uses: types of arrays, keys of random numbers, paths of trees."""
+"""Names that every subpackage uses: types of arrays, keys of random numbers, paths of trees."""

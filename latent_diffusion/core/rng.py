@@ -18,7 +18,7 @@ from latent_diffusion.core.types import Array, Bool, Float, Int, Key, Keys
 def seed_key(seed: int) -> Key[Array, ""]:
     """The key of a seed of 64 bits; ValueError for a seed outside this range.
 
-    For seeds of 32 bits it is the key of `jax.random.key`, which takes no larger ones.
+    For seeds of 32 bits it is the key of `jax.random.key`, which takes 32 bits only.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} must lie in [0, 2^64)")
@@ -114,12 +114,12 @@ def split_per_example(keys: Keys, num: int) -> tuple[Keys, ...]:
 
 
 def normal_per_example(keys: Keys, shape: Sequence[int]) -> Float[Array, "B ..."]:
-    """Standard normal noise [B *shape], each example from its own key."""
+    """Standard normal noise [B *shape]; each example's noise comes from its key."""
     return jax.vmap(lambda key: jax.random.normal(key, tuple(shape)))(keys)
 
 
 def uniform_per_example(keys: Keys, shape: Sequence[int] = ()) -> Float[Array, "B ..."]:
-    """Uniform noise in [0, 1) of shape [B *shape], each example from its own key."""
+    """Uniform noise in [0, 1) of shape [B *shape]; each example's noise comes from its key."""
     return jax.vmap(lambda key: jax.random.uniform(key, tuple(shape)))(keys)
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
-Rng = jax.Array  # one typed PRNG key
-Keys = Key[Array, " B"]  # one typed PRNG key per example
+Rng = jax.Array  # a typed PRNG key
+Keys = Key[Array, " B"]  # a typed PRNG key per example
 Axis = str | None  # the name of the mapped axis under pmap; None where arrays are global
 Params = PyTree[Any]
 Batch = Mapping[str, Any]  # key -> array [B ...], on the host or traced
