@@ -100,8 +100,8 @@ def cluster() -> Callable[[], None]:
     holders = (
         flags.DEFINE_bool("distributed", False, "Join a cluster: docs/devices.md."),
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; else it is looked up."),
-        flags.DEFINE_integer("num_processes", None, "How many; else it is looked up."),
-        flags.DEFINE_integer("process_id", None, "Of this process; else it is looked up."),
+        flags.DEFINE_integer("num_processes", None, "Their number; else it is looked up."),
+        flags.DEFINE_integer("process_id", None, "This process's number; else it is looked up."),
         flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes."),
     )
 
@@ -124,8 +124,10 @@ def model() -> Callable[[], tuple[str, dict[str, Any]]]:
     other = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
     more = (
         flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file."),
-        flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, but for the first stage."),
-        flags.DEFINE_bool("scan", None, "Transformers are loops: they compile faster, see load."),
+        flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, not for the first stage."),
+        flags.DEFINE_bool(
+            "scan", None, "Compile transformers as loops, which is faster; see load."
+        ),
     )
 
     def read() -> tuple[str, dict[str, Any]]:

@@ -65,7 +65,7 @@ def together(workdir: Path) -> Iterator[Path]:
 
 
 def frozen_files(workdir: Path) -> list[Path]:
-    """The files that loading a workdir needs beside its checkpoints."""
+    """The files that are needed to load a workdir, beside its checkpoints."""
     kinds = (".json", ".safetensors")
     paths = (path for path in workdir.iterdir() if path.suffix in kinds)
     return sorted(path for path in paths if path.name != TEACHER)  # only training reads it

@@ -268,7 +268,7 @@ class Checkpointer:
             log.error("%s", failure)
 
     def _failed(self, error: Exception) -> CheckpointError:
-        """Clean up after a failed save and describe it."""
+        """Clean up after a failed save; returns an error that describes it."""
         step, self._saving = self._saving, None
         if jax.process_index() == 0:  # an incomplete checkpoint only takes disk space
             for path in self.directory.glob(f"{step}{TEMPORARY}*"):

@@ -30,7 +30,7 @@ def key_as_data(leaf: Any) -> Any:
 
 
 def as_keys(tree: PyTree, impls: Mapping[str, str]) -> PyTree:
-    """Undo `keys_to_data`."""
+    """The inverse of `keys_to_data`."""
 
     def wrap(path: Any, leaf: Any) -> Any:
         impl = impls.get(path_string(path))

@@ -13,7 +13,7 @@ from latent_diffusion.runtime.checkpoint.errors import CheckpointError, WorkdirI
 
 
 class WorkdirLock:
-    """Held from `acquire_lock` until `release`, or until the process ends."""
+    """A lock, which is held from `acquire_lock` until `release` or the end of the process."""
 
     def __init__(self, file: Any = None):
         self._file = file

@@ -31,7 +31,8 @@ CHIPS = {
     "h100": Chip("cuda", 989, 80, 3350, 450),
     "h200": Chip("cuda", 989, 141, 4800, 450),
 }
-# XLA can't query an absent GPU: (compute capability, cores, bytes of L2, of a block's memory).
+# Facts that XLA would query of a present GPU: compute capability, number of cores, bytes of the L2
+# cache, bytes of shared memory per block.
 _GPUS = {
     "a100": ((8, 0), 108, 41943040, 166912),
     "h100": ((9, 0), 132, 52428800, 232448),
