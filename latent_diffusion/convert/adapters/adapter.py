@@ -92,13 +92,9 @@ class LowRank(Adapter):
 
     def changes(self, bundle: Bundle) -> dict[str, Any]:
         """See `Adapter`."""
-        module_places = places(bundle)
-        idle = {
-            name for name in self.modules if name not in module_places and is_idle(bundle, name)
-        }
-        if unknown := [
-            name for name in self.modules if name not in module_places and name not in idle
-        ]:
+        by_name = places(bundle)
+        idle = {name for name in self.modules if name not in by_name and is_idle(bundle, name)}
+        if unknown := [name for name in self.modules if name not in by_name and name not in idle]:
             some = ", ".join(unknown[:4]) + (" …" if len(unknown) > 4 else "")
             if any(name.startswith("lora_te") for name in unknown):
                 some += "; lora_te_ is a model's only text encoder, lora_te1_ the first of two"
@@ -109,7 +105,7 @@ class LowRank(Adapter):
             if name in idle:
                 continue
             for array, factors in arrays.items():
-                place = module_places[name].get(array)
+                place = by_name[name].get(array)
                 if place is None:
                     raise ValueError(f"{self.path}: {name} has no {array} in this model")
                 layout = place_of.get(place.path, place).layout  # differs if q, k and v are joined

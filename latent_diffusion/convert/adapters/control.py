@@ -79,7 +79,7 @@ class ControlWeights(Adapter):
             if path.startswith((HINT, "zero_convs", "middle_block_out")):
                 continue
             if path not in unet_params:
-                raise ValueError(f"{self.path}: the U-Net has no {path}; it is for another one")
+                raise ValueError(f"{self.path}: the U-Net has no {path}; the net is for another")
             if path == _CONV_IN and parameter.shape != unet_params[path].shape:
                 concat = False  # as in diffusers, for U-Nets whose input is more than the latent
                 sides, unet_sides = (np.delete(x.shape, 2) for x in (parameter, unet_params[path]))
@@ -139,23 +139,20 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
     """Read a file of the original's: `control_model.…`, alone or beside a whole model."""
     if "controlnet_cond_embedding.conv_in.weight" in tensors:
         raise ValueError(f"{path} is diffusers' control net without settings: give its folder")
-    net_tensors = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
-    fields: dict[str, Any] = unet_compvis.fields_from_shapes(net_tensors)
-    context = unet_compvis.context_dim(net_tensors)
+    weights = within(tensors, _PREFIX) or {k: t for k, t in tensors.items() if k != _DIFFERENCE}
+    fields: dict[str, Any] = unet_compvis.fields_from_shapes(weights)
+    context = unet_compvis.context_dim(weights)
     # A net is used with its U-Net's number of heads, which the file doesn't state.
     released = all(mult * fields["model_channels"] % 64 == 0 for mult in fields["channel_mult"])
     heads = {"num_head_channels": 64} if released else {"num_heads": 1}
     fields |= {"num_heads": 8} if context == 768 else heads
-    hints = sorted(int(name.split(".")[1]) for name in net_tensors if name.startswith(f"{HINT}."))[
-        ::2
-    ]
-    widths = [net_tensors[f"{HINT}.{i}.weight"].shape[0] for i in hints[:-1]]
+    hints = sorted(int(name.split(".")[1]) for name in weights if name.startswith(f"{HINT}."))[::2]
+    widths = [weights[f"{HINT}.{i}.weight"].shape[0] for i in hints[:-1]]
     fields["hint_channels"] = tuple(widths[::2])
-    projection = net_tensors.get("middle_block.1.proj_in.weight")
+    projection = weights.get("middle_block.1.proj_in.weight")
     linear = projection is not None and len(projection.shape) == 2
-    part = _part(
-        path, fields, _original(fields, linear), net_tensors, unet_compvis.widths(net_tensors, {})
-    )
+    widths_of_inputs = unet_compvis.widths(weights, {})
+    part = _part(path, fields, _original(fields, linear), weights, widths_of_inputs)
     return _weights(path, part, linear=linear, difference=_DIFFERENCE in tensors)
 
 
