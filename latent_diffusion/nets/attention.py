@@ -18,7 +18,7 @@ def _tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B L C"]:
 
 
 class SingleHeadAttention2D(nn.Module):
-    """The autoencoder's self-attention over positions: a head of full width, separate q, k, v."""
+    """The autoencoder's self-attention over positions: one head, separate maps to q, k and v."""
 
     num_groups: int = 32
     attention: str = "auto"
@@ -79,11 +79,10 @@ class AttentionBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of tokens, all of whose maps have biases, as in CLIP and BERT.
+    """Multi-head self-attention of tokens. All maps have biases, as in CLIP and BERT.
 
     A joint map gives all of q, then k, then v.
-    causal: a token attends to itself and earlier tokens. mask: false for tokens that nobody attends
-    to.
+    causal: a token attends to itself and earlier tokens. mask: false for tokens to ignore.
     """
 
     num_heads: int
@@ -107,8 +106,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens x to `context`, or to themselves without a context.
 
-    images: keys and values [B S C], all heads side by side, that are attended to beside the
-    context, each pair by a softmax of its own (Ye et al. 2023).
+    images: further keys and values [B S C], all heads side by side, that x attends to; each pair
+    has a separate softmax, and the results are added to the context's (Ye et al. 2023).
     zero_init: the last map starts as zero, so that the attention adds nothing at first.
     """
 
@@ -168,7 +167,7 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; each pre-normalised and residual.
 
     self_attention: False makes the first attention a cross-attention, too, as in some released
-    models at high resolutions. images: see `CrossAttention`; of the second attention.
+    models at high resolutions. images: see `CrossAttention`; for the second attention.
     """
 
     num_heads: int
@@ -201,7 +200,7 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, conditioned on `context` tokens.
 
     Section 3.3 of Rombach et al. 2022. The projections are 1×1 convolutions, which on tokens are
-    linear maps; released models store them as either. images: by name of the block.
+    linear maps; released models have either kind. images: for each block, by its name.
 
     scan: the blocks run as a loop, which is compiled once for all of them. Parameters keep their
     names; the loop reads them from stacked copies.
@@ -235,8 +234,8 @@ class SpatialTransformer(nn.Module):
             self.dtype,
         )
         names = [f"transformer_blocks_{i}" for i in range(self.depth)]
-        beside = [(images.get(name, ()),) for name in names]
-        h = through(self, block, names, h, context, scan=self.scan, own=beside)
+        images_of_blocks = [(images.get(name, ()),) for name in names]
+        h = through(self, block, names, h, context, scan=self.scan, own=images_of_blocks)
         h = Dense(x.shape[-1], zero_init=True, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(x.shape)
 

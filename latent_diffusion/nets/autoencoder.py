@@ -1,6 +1,6 @@
 """The first stage: encoder, regulariser, decoder (Rombach et al. 2022, section 3.1 and App. G).
 
-Submodules carry the names of the released checkpoints. Levels count from full resolution down.
+Submodules carry the names of the released checkpoints. Level 0 has the full resolution.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ class ResnetBlock(nn.Module):
 class Architecture(nn.Module):
     """The fields that encoder, decoder and autoencoder share.
 
-    attn_resolutions: where blocks carry attention, for images of size `resolution`; images of
-    another size have it at the same levels.
+    attn_resolutions: sizes of feature maps at which blocks carry attention, for images of size
+    `resolution`; images of another size have attention at the same levels.
     remat: recompute every block's activations in the backward pass (less memory, more time).
     """
 
@@ -198,10 +198,10 @@ class Autoencoder(Architecture):
             )
         shared = set(Architecture.__dataclass_fields__) - {"parent", "name"}
         fields = {name: getattr(self, name) for name in shared}
-        gaussian = 2 if self.regularization == "kl" else 1
-        self.encoder = Encoder(out_channels=gaussian * self.z_channels, **fields)
+        num_moments = 2 if self.regularization == "kl" else 1
+        self.encoder = Encoder(out_channels=num_moments * self.z_channels, **fields)
         self.decoder = Decoder(out_channels=self.image_channels, tanh_out=self.tanh_out, **fields)
-        self.quant_conv = Conv(gaussian * self.embed_dim, 1, dtype=self.dtype)
+        self.quant_conv = Conv(num_moments * self.embed_dim, 1, dtype=self.dtype)
         self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
         if self._has_codes:
             self.quantize = self._make_quantizer()
@@ -245,7 +245,7 @@ class Autoencoder(Architecture):
     def latents(
         self, moments: Float[Array, "B h w m"], keys: Keys | None = None
     ) -> Float[Array, "B h w c"]:
-        """Latents from their moments: samples, one key per example; modes without `keys`."""
+        """Latents from their moments: samples with one key per example, or modes without `keys`."""
         if self.regularization != "kl":
             return moments
         posterior = DiagonalGaussian.from_moments(moments)
@@ -258,16 +258,16 @@ class Autoencoder(Architecture):
     def decode_codes(
         self, z: Float[Array, "B h w c"], train: bool = False
     ) -> Float[Array, "B H W C"]:
-        """Pixels from latents as they are, without quantisation."""
+        """Pixels from latents, which are not quantised first."""
         return self.decoder(self.post_quant_conv(z), train)
 
     def encode_to_indices(self, x: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
-        """Places in the codebook of an image's latents. ValueError without a codebook."""
+        """Codebook indices of an image's latents. ValueError without a codebook."""
         self._need_codes()
         return self.quantize(self.encode(x)).indices
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
-        """Pixels from places in the codebook. ValueError without a codebook."""
+        """Pixels from codebook indices. ValueError without a codebook."""
         self._need_codes()
         return self.decode_codes(self.quantize.lookup(indices))
 
@@ -280,8 +280,9 @@ class Autoencoder(Architecture):
     ) -> Reconstruction:
         """Encode, regularise, decode.
 
-        keys: one per example, for random latents; None takes the likeliest. temperature: of the
-        Gumbel softmax. With `train`, moving averages of codes go to the collection `codebook`.
+        keys: one per example, for random latents; None takes the most likely latents. temperature:
+        the Gumbel softmax's. With `train`, moving averages of codes go to the collection
+        `codebook`.
         """
         z, regularization, metrics = self.regularize(
             self.encode(x, train), keys, train, temperature

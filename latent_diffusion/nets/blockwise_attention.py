@@ -2,9 +2,9 @@
 
 The whole matrix of scores is never in memory. The forward pass saves the output and the logarithm
 of each row's sum; from these the backward pass computes the probabilities of a block again (Rabe &
-Staats 2021; Dao et al. 2022). XLA does neither on CPUs, where sums along the last axis are slow and
-matrix products fast: therefore a column of ones beside the values gives the softmax's denominator,
-and the backward pass holds keys in rows, so that no product needs transposed scores.
+Staats 2021; Dao et al. 2022). XLA does neither on CPUs. There, sums along the last axis are slow
+and matrix products fast: so a column of ones beside the values gives the softmax's denominator, and
+the backward pass has keys in rows, so that no product needs transposed scores.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.core.types import Array, Float
 
-SCORES = 2**20  # in a block, at most about: 4 MB
+SCORES = 2**20  # a block has about this many scores at most: 4 MB
 
 
 def blockwise_attention(
@@ -39,12 +39,12 @@ def _head(q: Float[Array, "M C D"], k: Float[Array, "S D"], v: Float[Array, "S D
 
 
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
-    v_and_one = jnp.concatenate([v, jnp.ones_like(v[:, :1])], -1)
+    v_and_ones = jnp.concatenate([v, jnp.ones_like(v[:, :1])], -1)
 
     def block(q: Array) -> tuple[Array, Array]:
         scores = q @ k.T
         largest = scores.max(-1, keepdims=True)
-        out = jnp.exp(scores - largest) @ v_and_one
+        out = jnp.exp(scores - largest) @ v_and_ones
         total = out[:, -1:]
         return out[:, :-1] / total, (largest + jnp.log(total))[:, 0]
 

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class ClipLayer(nn.Module):
     """Pre-norm self-attention and a two-layer map, both residual (Radford et al. 2021).
 
-    mlp_width: inner width of the map; None is 4 times the tokens'.
+    mlp_width: inner width of the map; None is 4 times the width of the tokens.
     """
 
     num_heads: int

@@ -1,7 +1,7 @@
 """Control nets (Zhang et al. 2023): copies of a U-Net's way down, steered by a picture, the hint.
 
-Their outputs, through convolutions that start from zero, join the skips and middle of the U-Net,
-whose own parameters stay as they are. Names are those of the original's files.
+Their outputs pass through convolutions that are zero at first, and are added to the skips and the
+middle of the U-Net, whose parameters don't change. Parameters have the names of released files.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ HINT = "input_hint_block"  # the parameters of the `HintNet`, beside those of th
 class HintNet(nn.Module):
     """A hint [B H W 3] in [0, 1] as features [B h w features] of the latent's size.
 
-    channels: of the levels; each but the first one halves the size.
+    channels: widths of the levels; each level but the first halves the size.
     """
 
     features: int
@@ -43,10 +43,10 @@ class HintNet(nn.Module):
 
 
 class ControlNet(UNet):
-    """The way down of a U-Net with its fields; see `control_net`.
+    """The way down of a U-Net, with the U-Net's fields; see `control_net`.
 
-    hint_channels: of its `HintNet`. global_pooling: its residuals are means over all places, as in
-    the original's net for shuffled pictures. takes_concat: whether it sees `conditioning.concat`.
+    hint_channels: widths of the `HintNet`. global_pooling: residuals are means over all positions,
+    as in the released net for shuffled pictures. takes_concat: the net sees `conditioning.concat`.
     """
 
     hint_channels: Sequence[int] = (16, 32, 96, 256)
@@ -55,7 +55,7 @@ class ControlNet(UNet):
 
     @property
     def hint_net(self) -> HintNet:
-        """The net that makes its fourth input of a hint."""
+        """The net that embeds a hint as the argument `hint` of `__call__`."""
         return HintNet(self.model_channels, self.hint_channels, self.dtype, parent=None)
 
     @nn.compact
@@ -67,17 +67,17 @@ class ControlNet(UNet):
         hint: Float[Array, "B h w F"],
         train: bool = False,
     ) -> tuple[Float[Array, "B ..."], ...]:
-        """The residuals of each skip and of the middle."""
+        """The residual of each skip, then of the middle."""
         if hint.shape[1:3] != z_t.shape[1:3]:
             raise ValueError(
                 f"a control net's hint is embedded as {hint.shape[1]}×{hint.shape[2]}, the latent "
                 f"is {z_t.shape[1]}×{z_t.shape[2]}"
             )
-        alone = dataclasses.replace(conditioning, residuals=(), features=(), controls=())
-        alone = dataclasses.replace(alone, image_context=None)
+        uncontrolled = dataclasses.replace(conditioning, residuals=(), features=(), controls=())
+        uncontrolled = dataclasses.replace(uncontrolled, image_context=None)
         if not self.takes_concat:
-            alone = dataclasses.replace(alone, concat=None)
-        skips, h, _ = self._way_down(z_t, t, alone, train, hint)
+            uncontrolled = dataclasses.replace(uncontrolled, concat=None)
+        skips, h, _ = self._way_down(z_t, t, uncontrolled, train, hint)
 
         def zero_conv(name: str, x: Array) -> Array:
             return Conv(x.shape[-1], 1, zero_init=True, dtype=self.dtype, name=name)(x)
@@ -89,16 +89,16 @@ class ControlNet(UNet):
         return tuple(outputs)
 
 
-def control_net(unet: UNet, downsampling: int = 8, **own: Any) -> ControlNet:
-    """The control net of a U-Net. downsampling: pixels of a hint for each place of the latent.
+def control_net(unet: UNet, downsampling: int = 8, **overrides: Any) -> ControlNet:
+    """The control net of a U-Net. downsampling: pixels of a hint per position of the latent.
 
-    own: further fields of the `ControlNet`.
+    overrides: fields of the `ControlNet` that differ from the U-Net's or their defaults.
     """
     names = [f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")]
     fields = {name: getattr(unet, name) for name in names}
     levels = 1 + round(math.log2(downsampling))
     channels = (16, 32, 96, 256, 256)[:levels]
-    return ControlNet(**{**fields, "hint_channels": channels, "pool": "", **own}, parent=None)
+    return ControlNet(**{**fields, "hint_channels": channels, "pool": "", **overrides}, parent=None)
 
 
 def init_control(
@@ -109,7 +109,7 @@ def init_control(
     conditioning: Conditioning,
     image_channels: int = 3,
 ) -> dict[str, Any]:
-    """Parameters of a control net that changes nothing yet: those of the U-Net, and fresh ones."""
+    """Copies of the U-Net's parameters and fresh ones: a control net that changes nothing yet."""
     size = 2 ** (len(net.hint_channels) - 1)
     hint = jnp.zeros((1, size * z_t.shape[1], size * z_t.shape[2], image_channels))
     key_h, key_n = jax.random.split(rng)
@@ -120,14 +120,14 @@ def init_control(
 
 
 class Controlled(nn.Module):
-    """A U-Net with control nets: takes their inputs from `conditioning.controls`, in this order."""
+    """A U-Net with control nets, whose inputs are `conditioning.controls`, in the same order."""
 
     unet: UNet
     nets: tuple[ControlNet, ...]
 
     @property
     def guidance_dim(self) -> int | None:
-        """That of the U-Net."""
+        """The U-Net's `guidance_dim`."""
         return self.unet.guidance_dim
 
     @nn.compact

@@ -46,7 +46,7 @@ def conv2d(
 def _without_stride(x: Array, kernel: Array, stride: int) -> tuple[Array, Array]:
     """An equal convolution of stride 1: blocks of stride² pixels become channels."""
     blocks = [-(-k // stride) for k in kernel.shape[:2]]
-    sizes = [  # of the input, in whole blocks, as far as the outputs see it
+    sizes = [  # of the part of the input that outputs depend on, in whole blocks
         ((n - k) // stride + b) * stride
         for n, k, b in zip(x.shape[1:3], kernel.shape[:2], blocks, strict=True)
     ]
@@ -67,7 +67,7 @@ def _resized(array: Array, shape: tuple[int, ...]) -> Array:
 def upsample_conv2d(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C F"]
 ) -> Float[Array, "B H2 W2 F"]:
-    """A 3×3 convolution, zeros around, of the image at twice its size (nearest neighbour).
+    """A 3×3 convolution, with zero padding, of the image at twice its size (nearest neighbour).
 
     CPUs compute it from the small image. An output depends on 2×2 of its pixels, whose weights are
     sums of kernel weights; the sums differ for the four positions of an output in its block of 2×2.

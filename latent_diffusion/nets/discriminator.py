@@ -63,9 +63,9 @@ class _Conv(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """A stack of 4x4 convolutions that judges overlapping patches; no sigmoid at the end.
+    """A stack of 4x4 convolutions that judges overlapping patches; its outputs are logits.
 
-    channels: width of the first layer, doubled by each of the `num_layers` others up to 8 times.
+    channels: width of the first layer; each of the `num_layers` others doubles it, up to 8 times.
     num_layers: 3 sees patches of 70 pixels (256² -> 30x30 logits), 2 of 34 (256² -> 62x62).
     norm: "batch" or "actnorm" (whose convolutions then have biases, as in the original).
     axis_name: the mapped axis over which batch statistics are averaged under pmap.

@@ -24,8 +24,8 @@ FREQUENCIES = 256  # width of the timestep's sinusoids
 def positions_2d(height: int, width: int, features: int, base: int) -> Float[Array, "L D"]:
     """Fixed positions of a grid of patches, row by row: [sin x, cos x, sin y, cos y] (MAE's).
 
-    base: the side of the trained grid, in patches; a grid of another size spans the same range, so
-    that its positions lie between the trained ones. features: D, a multiple of 4.
+    base: the side of the training grid, in patches; a grid of another size spans the same range, so
+    that its positions lie between those of training. features: D, a multiple of 4.
     """
     omega = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
     y, x = np.meshgrid(
@@ -48,7 +48,7 @@ def modulated(
 
 
 def to_patches(z: Float[Array, "B h w c"], side: int) -> Float[Array, "B L D"]:
-    """The patches of `side`², row by row, each with its values row by row, channels last."""
+    """Patches of side×side positions, row by row; within a patch, values in the same order."""
     batch, height, width, channels = z.shape
     rows, columns = height // side, width // side
     patches = z.reshape(batch, rows, side, columns, side, channels).swapaxes(2, 3)
@@ -76,7 +76,7 @@ def embedded_patches(
     width: int,
     dtype: Any,
 ) -> Float[Array, "B L D"]:
-    """The patches of the latent and of what stands beside it, within a compact module."""
+    """Embed the patches of the latent, with `concat` as further channels, in a compact module."""
     z_t = z_t if concat is None else jnp.concatenate([z_t, concat], -1)
     return xavier("x_embedder_proj", width, dtype)(to_patches(z_t, side))
 
@@ -89,21 +89,21 @@ def final_layer(
     size: Sequence[int],
     dtype: Any,
 ) -> Float[Array, "B h w k"]:
-    """The prediction, zero at the start, within a compact module. size: (h, w)."""
+    """The prediction, in a compact module; it is zero before training. size: (h, w)."""
     shift, scale = Modulation(h.shape[-1], 2, dtype, name="final_layer_adaLN_modulation")(emb)
     out = Dense(side * side * channels, zero_init=True, dtype=dtype, name="final_layer_linear")
     return from_patches(out(modulated(h, shift, scale)), side, size)
 
 
 def embedded(name: str, x: Float[Array, "B D"], width: int, dtype: Any) -> Float[Array, "B E"]:
-    """x through two linear maps to `width`, within a compact module. name: of the maps."""
+    """Pass x through two linear maps to `width`, in a compact module. name: prefix of the maps."""
     normal = nn.initializers.normal(0.02)
     h = Dense(width, kernel_init=normal, dtype=dtype, name=f"{name}_mlp_0")(x)
     return Dense(width, kernel_init=normal, dtype=dtype, name=f"{name}_mlp_2")(nn.silu(h))
 
 
 class Modulation(nn.Module):
-    """`count` vectors of width `features` for a block, from the embedding of t and condition."""
+    """`count` vectors of width `features` for a block, from the embedding of t and vector."""
 
     features: int
     count: int
@@ -111,7 +111,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, emb: Float[Array, "B E"]) -> list[Array]:
-        # Zeros at the start: every block is the identity (adaLN-Zero).
+        # Zero weights make every block the identity before training (adaLN-Zero).
         dense = Dense(self.count * self.features, zero_init=True, dtype=self.dtype, name="1")
         out = precomputed(self, "of_timestep", lambda: dense(nn.silu(emb)))
         return jnp.split(out, self.count, axis=-1)
@@ -165,17 +165,17 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Predicts eps, x0, v or the flow's velocity from a noisy latent, its t and a `Conditioning`.
 
-    A transformer over patches. `conditioning.vector` [B width] joins the embedding of t, `context`
-    is attended to by every block, `concat` stands beside the latent.
+    A transformer over patches. `conditioning.vector` [B width] is added to the embedding of t,
+    every block attends to `context`, and `concat` is concatenated with the latent.
 
-    out_channels: channels of the prediction. base_size: side of the trained latent, for positions.
-    mlp_norm_eps: of the norm before the feed-forward (1e-5 in some of diffusers' folders).
-    frequency_shift: of `timestep_embedding`; 0 in the code of DiT, 1 in diffusers.
+    out_channels: channels of the prediction. base_size: side of training latents, for positions.
+    mlp_norm_eps: epsilon of the norm before the feed-forward (1e-5 in some diffusers folders).
+    frequency_shift: `shift` of `timestep_embedding`; 0 in the code of DiT, 1 in diffusers.
     sit: the convention of SiT (Ma et al. 2024): the network sees the share of data 1 − (t + 1)/1000
     instead of t, and its velocity points to the data, so that its negative is the "flow" here.
     learned_variance: the network also predicts as many channels of an interpolation between the
-    bounds of the variance (Nichol & Dhariwal 2021), which `with_variance` alone returns.
-    remat: as the U-Net's. scan: the blocks run as a loop, see `blocks.through`.
+    bounds of the variance (Nichol & Dhariwal 2021); only `with_variance` returns them.
+    remat: as in the U-Net. scan: the blocks run as a loop, see `blocks.through`.
     """
 
     out_channels: int = 4

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ / √D) v by the implementation that serves a machine, a dtype and the sizes best."""
+"""softmax(q kᵀ / √D) v by the implementation that is best for a machine, a dtype and the sizes."""
 
 import contextlib
 import functools
@@ -15,9 +15,9 @@ from latent_diffusion.nets.splash_attention import splash_attention
 from latent_diffusion.runtime.parallel import on_rows
 
 LONG_ON_CPU = 400  # with this many tokens, blocks make a CPU faster
-LONG_ON_TPU = 4096  # below, XLA serves; others who measured both draw the line here, too
-LARGE = 4096**2  # scores of a head: 64 MB in float32, which no machine should write down
-CUDNN_MULTIPLE = 8  # of tokens (some lengths fail backwards) and numbers; padded to it
+LONG_ON_TPU = 4096  # XLA computes shorter sequences; others who measured both chose this limit, too
+LARGE = 4096**2  # scores of a head: 64 MB in float32, which no machine should store
+CUDNN_MULTIPLE = 8  # tokens (some lengths fail backwards) and channels are padded to multiples
 
 
 class Machine(NamedTuple):
@@ -41,7 +41,7 @@ _traced_for: list[Machine] = []
 
 @contextlib.contextmanager
 def traced_for(machine: Machine) -> Iterator[None]:
-    """What is traced inside will run on another machine, for which "auto" chooses."""
+    """Make "auto" choose for `machine`, on which the functions traced inside will run."""
     _traced_for.append(machine)
     try:
         yield
@@ -64,9 +64,9 @@ def choose(
 
     cuDNN takes 16-bit numbers and heads of at most 128 numbers, 256 on Hopper and later: all of
     Stable Diffusion's on an H100, and on an A100 all but the 160-wide ones of its 256 and 64
-    positions. Splash pads a head to a multiple of 128 numbers, which pays for long self-attention
-    alone. On CPUs heads stand before tokens, the layout of matrix products, and long sequences go
-    by blocks: up to twice as fast, and 5 times at 1,024 tokens.
+    positions. Splash pads a head to a multiple of 128 numbers, which only pays for long
+    self-attention. On CPUs the axis of heads comes before that of tokens, as in matrix products,
+    and long sequences go by blocks: up to twice as fast, and 5 times at 1,024 tokens.
     """
     platform, capability = machine
     if masked:
@@ -96,12 +96,12 @@ def attend(
 ) -> Float[Array, "B L N D"]:
     """softmax(q kᵀ / √D) v for N heads; the softmax runs in float32.
 
-    causal: position i attends to positions up to i. mask: false for positions that nobody attends
-    to. implementation: "auto" (see `choose`) or a name in `IMPLEMENTATIONS`; XLA computes masked
+    causal: position i attends to positions up to i. mask: false for positions to ignore.
+    implementation: "auto" (see `choose`) or a name in `IMPLEMENTATIONS`; XLA computes masked
     attention in any case, and causal attention where cuDNN doesn't.
     """
     machine = _traced_for[-1] if _traced_for else this_machine()
-    if q.dtype == jnp.float16 and machine.platform != "gpu":  # JAX has products of it on GPUs
+    if q.dtype == jnp.float16 and machine.platform != "gpu":  # JAX multiplies float16 on GPUs only
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
         return attend(q, k, v, implementation, causal=causal, mask=mask).astype(jnp.float16)
     masked = mask is not None
@@ -134,7 +134,7 @@ def _heads_first(q: Array, k: Array, v: Array) -> Array:
 
 
 def _cudnn(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
-    """cuDNN's kernel, which gets whole multiples of tokens and numbers; it skips added keys."""
+    """cuDNN's kernel, for padded tokens and channels; it ignores the keys of the padding."""
     batch, length, _, width = q.shape
     keys = k.shape[1]
 

@@ -1,4 +1,4 @@
-"""Weights in eight bits: whole numbers, and a scale for each output.
+"""Weights in eight bits: integers, and a scale for each output channel.
 
 A kernel [... out] takes a quarter of the memory that it has in float32. Layers read it in the
 floating-point type in which they compute; nothing is trained in eight bits.
@@ -14,13 +14,13 @@ import numpy as np
 from latent_diffusion.core.types import Array, Params
 
 COMPUTE = "bfloat16"  # the dtype of activations, and of parameters that are no kernels
-_LARGEST = 127  # of the whole numbers; -128 isn't used, so that a weight and its negative fit alike
+_LARGEST = 127  # the largest integer; -128 isn't used, so that integers are symmetric around 0
 
 
 class EightBits(flax.struct.PyTreeNode):
     """A kernel [... out] as values int8 [... out] times scale float32 [out].
 
-    dtype: of the weights that a layer reads. NumPy functions accept the kernel in place of them.
+    dtype: of the weights that a layer reads. NumPy functions accept the kernel as an array.
     """
 
     values: Any
@@ -29,7 +29,7 @@ class EightBits(flax.struct.PyTreeNode):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """The kernel's shape."""
         return tuple(self.values.shape)
 
     def weights(self) -> Array:
@@ -43,7 +43,7 @@ class EightBits(flax.struct.PyTreeNode):
 def in_eight_bits(path: str, array: Any, dtype: Any = COMPUTE) -> Any:
     """A parameter for inference: a kernel in eight bits, all other floats in `dtype`.
 
-    The scale of an output makes its largest weight 127, so a weight is off by 1/254 of it at most.
+    An output's scale makes its largest weight 127: errors are at most 1/254 of that weight.
     """
     if not np.issubdtype(array.dtype, np.floating):
         return jnp.asarray(array)
@@ -57,8 +57,8 @@ def in_eight_bits(path: str, array: Any, dtype: Any = COMPUTE) -> Any:
 def layer_params(params: Params, now: Array | None = None) -> Params:
     """The parameters as layers read them.
 
-    now: an array that a loop computes anew in each turn. With it the weights are made in each turn,
-    layer by layer, and aren't all in memory for the whole loop.
+    now: an array that a loop computes anew in each step. With it, the weights are converted in each
+    step, layer by layer, and aren't all in memory for the whole loop.
     """
     if not any(map(_is_kernel, jax.tree.leaves(params, is_leaf=_is_kernel))):
         return params

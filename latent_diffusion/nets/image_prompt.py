@@ -52,12 +52,12 @@ class Resampler(nn.Module):
         x = linear("proj_in", tokens, self.inner, True)
         width = 64 * self.num_heads
         for layer in (f"layers_{i}" for i in range(self.depth)):
-            own = layer_norm(f"{layer}_0_norm2")(h)
-            seen = jnp.concatenate([layer_norm(f"{layer}_0_norm1")(x), own], axis=1)
-            q = linear(f"{layer}_0_to_q", own, width)
-            k, v = jnp.split(linear(f"{layer}_0_to_kv", seen, 2 * width), 2, axis=-1)
-            answer = attend(in_heads(q), in_heads(k), in_heads(v)).reshape(q.shape)
-            h = h + linear(f"{layer}_0_to_out", answer, self.inner)
+            queries = layer_norm(f"{layer}_0_norm2")(h)
+            sources = jnp.concatenate([layer_norm(f"{layer}_0_norm1")(x), queries], axis=1)
+            q = linear(f"{layer}_0_to_q", queries, width)
+            k, v = jnp.split(linear(f"{layer}_0_to_kv", sources, 2 * width), 2, axis=-1)
+            attended = attend(in_heads(q), in_heads(k), in_heads(v)).reshape(q.shape)
+            h = h + linear(f"{layer}_0_to_out", attended, self.inner)
             wide = linear(f"{layer}_1_1", layer_norm(f"{layer}_1_0")(h), 4 * self.inner)
             h = h + linear(f"{layer}_1_3", nn.gelu(wide, approximate=False), self.inner)
         return layer_norm("norm_out")(linear("proj_out", h, self.width, True))

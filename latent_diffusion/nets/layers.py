@@ -62,7 +62,7 @@ class UpsampleConv(Conv):
 class Dense(nn.Module):
     """Linear map of the last axis, initialised as the reference networks are.
 
-    kernel_init: another initialiser of the kernel, beside a bias of zeros.
+    kernel_init: another initialiser of the kernel; the bias is then zero at first.
     """
 
     features: int
@@ -118,9 +118,9 @@ def layer_norm(name: str, epsilon: float = 1e-5) -> nn.LayerNorm:
 
 
 def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) -> Any:
-    """The value that the module's variables in `collection` hold, else `compute()`.
+    """The value in the module's variables of `collection` if there is one, else `compute()`.
 
-    Applying the network with a mutable `collection` returns such values. A sampler does it once,
+    Applying the network with a mutable `collection` returns such values. A sampler does so once,
     before its loop, for all values that don't depend on the latent; see `Denoiser.prepare`.
     """
     if module.has_variable(collection, "value") and not module.is_mutable_collection(collection):
@@ -134,7 +134,8 @@ def precomputed(module: nn.Module, collection: str, compute: Callable[[], Any]) 
 def guidance_embedding(w: Float[Array, " B"], dim: int) -> Float[Array, "B D"]:
     """[sin(1000·w·ω_i), cos(1000·w·ω_i)] with ω_i = 10⁴^(−i/(half − 1)), half = dim // 2.
 
-    w: guidance scales minus one. Luo et al. 2023 (latent consistency models) embed them so.
+    w: guidance scales minus one. This is the embedding of latent consistency models (Luo et al.
+    2023).
     """
     half = dim // 2
     cos_and_sin = timestep_embedding(1000 * w, 2 * half, shift=1)

@@ -32,10 +32,11 @@ Heads = Float[Array, "B L N K"]  # of N heads, K wide
 
 
 class JointBlock(nn.Module):
-    """Pictures ("x") and texts ("context") have maps of their own, and attend to each other.
+    """Pictures ("x") and texts ("context") have separate maps, and attend to each other.
 
-    qk_norm: root-mean-square norms of each head's queries and keys. dual: the picture also attends
-    to itself alone. last: the context isn't needed any more, so only its keys and values count.
+    qk_norm: root-mean-square norms of each head's queries and keys. dual: a second attention of
+    the picture only to itself. last: the block doesn't update the context, which isn't needed
+    after it.
     """
 
     num_heads: int
@@ -67,9 +68,9 @@ class JointBlock(nn.Module):
             strict=True,
         )
         q, k, v = (jnp.concatenate(pair, 1) for pair in pairs)
-        both = attend(q, k, v, self.attention).reshape(x.shape[0], -1, width)
+        h = attend(q, k, v, self.attention).reshape(x.shape[0], -1, width)
 
-        change = of_x[2][:, None] * xavier("x_block_attn_proj", width, self.dtype)(both[:, :length])
+        change = of_x[2][:, None] * xavier("x_block_attn_proj", width, self.dtype)(h[:, :length])
         if self.dual:
             q, k, v = self._heads("x_block_attn2", modulated(x, of_x[6], of_x[7]))
             alone = attend(q, k, v, self.attention).reshape(x.shape)
@@ -78,7 +79,7 @@ class JointBlock(nn.Module):
         if self.last:
             return x, context
         proj = xavier("context_block_attn_proj", width, self.dtype)
-        context = context + of_context[2][:, None] * proj(both[:, length:])
+        context = context + of_context[2][:, None] * proj(h[:, length:])
         return x, self._feed_forward("context_block", context, of_context[3:])
 
     def _heads(self, name: str, h: Float[Array, "B L D"]) -> tuple[Heads, Heads, Heads]:
@@ -104,15 +105,15 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
     """Predicts the flow's velocity (or eps, x0, v) from a noisy latent, its t and a `Conditioning`.
 
-    `conditioning.context` [B S C], which is needed, are the tokens beside those of the latent;
-    `vector` [B V] joins the embedding of t, `concat` stands beside the latent. The network sees
-    t + 1: of 1,000 timesteps of a rectified flow, that is 1,000 sigma.
+    `conditioning.context` [B S C] is required: its tokens run beside those of the latent. An
+    embedding of `vector` [B V] is added to that of t; `concat` is concatenated with the latent. The
+    network sees t + 1, which is 1,000 sigma for a rectified flow of 1,000 timesteps.
 
-    out_channels: channels of the prediction. qk_norm, dual_attention: see `JointBlock`; the numbers
-    of the blocks whose pictures attend twice. max_positions: side of the table of positions, in
-    patches, from whose middle those of a picture are cut. base_size: side of the trained latent,
-    by which a fresh table is scaled. The table isn't trained. remat: as the U-Net's. scan: blocks
-    that are alike run as a loop, see `blocks.through`.
+    out_channels: channels of the prediction. qk_norm: see `JointBlock`. dual_attention: indices of
+    the blocks with `dual`. max_positions: side of the table of positions, in patches; a picture
+    takes its positions from the middle. base_size: side of training latents, by which a fresh table
+    is scaled. The table isn't trained. remat: as in the U-Net. scan: blocks that are alike run as a
+    loop, see `blocks.through`.
     """
 
     out_channels: int = 16
@@ -165,13 +166,13 @@ class MMDiT(nn.Module):
         return out.astype(jnp.float32)
 
     def _positions(self, rows: int, columns: int) -> Float[Array, "L D"]:
-        """The middle of the table of positions."""
+        """The positions of rows×columns patches: the middle of the table."""
         side, trained = self.max_positions, self.base_size // self.patch_size
 
         def fresh(key: jax.Array) -> Float[Array, "1 P D"]:
-            of_axis = positions_2d(1, side, self.width, trained)[:, : self.width // 2]
+            axis_positions = positions_2d(1, side, self.width, trained)[:, : self.width // 2]
             shape = (side, side, self.width // 2)
-            axes = [jnp.broadcast_to(x, shape) for x in (of_axis, of_axis[:, None])]
+            axes = [jnp.broadcast_to(x, shape) for x in (axis_positions, axis_positions[:, None])]
             return jnp.concatenate(axes, -1).reshape(1, side * side, self.width)
 
         table = jax.lax.stop_gradient(self.param("pos_embed", fresh))

@@ -12,11 +12,11 @@ from latent_diffusion.core.types import Array, Float, lookup
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import Dense, GroupNorm
 
-HIDDEN = 2048  # of the spatial poolings
+HIDDEN = 2048  # width of the hidden layer of spatial poolings
 
 
 class Pooling(nn.Module):
-    """Logits [B features] from the last feature map h and the means of all of them.
+    """Logits [B features] from the last feature map h and the means of all feature maps.
 
     kind: "adaptive" averages h over the positions; in "attention" their mean attends to them;
     "spatial" and "spatial_v2" have a hidden layer on the means of all blocks, without and with a

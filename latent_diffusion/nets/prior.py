@@ -1,8 +1,8 @@
-"""The transformer over the codes of a first stage: causal, or of masked codes.
+"""The transformer over the codes of a first stage: causal, or masked.
 
-Causal: the GPT of Esser et al. 2021 (github.com/CompVis/taming-transformers), whose names the
-submodules bear. Masked: the same blocks, where every position sees all others (MaskGIT, Chang et
-al. 2022). A sequence is the tokens of the conditions, then those of their maps, then the codes.
+The causal transformer is the GPT of Esser et al. 2021 (github.com/CompVis/taming-transformers);
+submodules have its names. The masked transformer has the same blocks, but every position sees all
+others (MaskGIT, Chang et al. 2022). A sequence has the conditions' tokens, their maps, the codes.
 """
 
 from typing import Any
@@ -53,9 +53,9 @@ class CodeAttention(nn.Module):
             )
             cache = (k, v)
             rows, columns = jnp.arange(x.shape[1]), jnp.arange(k.shape[1])
-            seen = columns <= start + rows[:, None]
+            visible = columns <= start + rows[:, None]
             h = jax.nn.dot_product_attention(
-                q, k.astype(q.dtype), v.astype(q.dtype), mask=seen[None, None]
+                q, k.astype(q.dtype), v.astype(q.dtype), mask=visible[None, None]
             )
         elif train and self.dropout:
             rng, mask = self.make_rng("dropout"), nn.make_causal_mask(x[..., 0])
@@ -156,7 +156,7 @@ class CodeTransformer(nn.Module):
         train: bool = False,
         at: Int[Array, ""] | None = None,
     ) -> Float[Array, "B n K"]:
-        """Logits whose position i predicts code i; of position `at` alone if it is given.
+        """Logits whose position i predicts code i; with `at`, those of that position only.
 
         Raises ValueError for more tokens than positions, and for a causal transformer without a
         token in front of the codes.
@@ -178,9 +178,9 @@ class CodeTransformer(nn.Module):
         cache: Cache,
         context: Float[Array, "B S D"] | None,
     ) -> tuple[Float[Array, "B K"], Cache]:
-        """Logits of what follows n tokens at the positions from `start` on, and the longer cache.
+        """Logits of the code after n tokens at positions from `start` on, and the extended cache.
 
-        cache: keys and values of all tokens before, see `empty_cache`.
+        cache: keys and values of all earlier tokens, see `empty_cache`.
         """
         x, cache = self._states(tokens, context, False, cache, start)
         return self.head(x[:, -1]).astype(jnp.float32), cache
@@ -224,7 +224,7 @@ class CodeTransformer(nn.Module):
 def front_of(conditioning: Conditioning, batch_size: int) -> Int[Array, "B P"]:
     """The tokens in front of the codes: those of sentences, then those of maps, row by row.
 
-    Raises ValueError where the conditioning is of another number of examples.
+    Raises ValueError where the conditioning has another number of examples.
     """
     for x in (conditioning.tokens, conditioning.token_maps, conditioning.context):
         if x is not None and x.shape[0] != batch_size:

@@ -14,7 +14,7 @@ class Quantized:
     """The result of a quantiser.
 
     codes: [B h w c] quantised latents, through which gradients reach the encoder.
-    indices: [B h w] int32, the codes' places in the codebook.
+    indices: [B h w] int32, the codes' rows in the codebook.
     loss: the loss of codebook and encoder, a mean over all elements.
     perplexity: exp(−Σ p log p) of the batch's code frequencies p; num_codes if all are equal.
     usage: number of different codes in the batch.
@@ -28,7 +28,7 @@ class Quantized:
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each latent vector by the nearest of `num_codes` codes, straight through.
+    """Replaces each latent vector by the nearest of `num_codes` codes; gradients pass unchanged.
 
     beta: weight of one of two squared errors. In the paper (eq. 3) it is the commitment
         mean((sg[e] − z)²); in the original code, and so in every released model, it is the codebook
@@ -39,7 +39,7 @@ class VectorQuantizer(nn.Module):
         commitment. With `train=True` the new codes, their sums and uses are in the collection
         `codebook`; `with_moved_codes` puts the codes into the parameters after an update.
     restart_below: with `ema_decay`, a latent of the batch replaces a code whose moving average of
-        uses per batch falls below this. 0 is never; 0.1 is after about 230 unused batches at 0.99.
+        uses per batch falls below this. 0: never; 0.1: after about 230 unused batches at 0.99.
     axis_name: the mapped axis over which statistics and metrics are averaged under pmap.
     """
 
@@ -70,7 +70,7 @@ class VectorQuantizer(nn.Module):
     def __call__(
         self, z: Float[Array, "B h w c"], train: bool = False, key: Key[Array, ""] | None = None
     ) -> Quantized:
-        """Quantise z. With `train` averaged codes move; restarts need one key for all devices."""
+        """Quantise z. `train` moves averaged codes; restarts need the same key on all devices."""
         if z.shape[-1] != self.dim:
             raise ValueError(f"the codebook has codes of width {self.dim}, got {z.shape[-1]}")
         z = self._on_sphere(z.astype(jnp.float32))
@@ -86,7 +86,7 @@ class VectorQuantizer(nn.Module):
                 loss = self.beta * commitment + codebook
         if train and self.ema_decay and not self.is_initializing():
             self._move_codes(z.reshape(-1, self.dim), indices.ravel(), key)
-        # z + (e − z) is e up to rounding, but its derivative is that of z.
+        # z + (e − z) is e up to rounding, but has the derivative of z.
         return _quantized(
             z + jax.lax.stop_gradient(e - z), indices, loss, self.num_codes, self.axis_name
         )
@@ -139,8 +139,8 @@ class VectorQuantizer(nn.Module):
             return z[jax.random.randint(key, (self.num_codes,), 0, len(z))]
         devices, device = jax.lax.psum(1, self.axis_name), jax.lax.axis_index(self.axis_name)
         place = jax.random.randint(key, (self.num_codes,), 0, devices * len(z))
-        mine = (place // len(z) == device)[:, None]
-        return jax.lax.psum(jnp.where(mine, z[place % len(z)], 0.0), self.axis_name)
+        is_local = (place // len(z) == device)[:, None]
+        return jax.lax.psum(jnp.where(is_local, z[place % len(z)], 0.0), self.axis_name)
 
 
 def with_moved_codes(params: Params, codebook: Params) -> Params:
@@ -177,7 +177,7 @@ class GumbelQuantizer(nn.Module):
         keys: Keys | None = None,
         temperature: float | Float[Array, ""] = 1.0,
     ) -> Quantized:
-        """Quantise features z of any width. keys: one per example; None takes the likeliest."""
+        """Quantise features z of any width. keys: per example; None takes the likeliest codes."""
         logits = self.proj(z.astype(jnp.float32))
         q = jax.nn.softmax(logits)
         kl = jnp.mean(jnp.sum(q * jnp.log(q * self.num_codes + 1e-10), -1))
@@ -209,13 +209,13 @@ def _quantized(
 def to_used(
     indices: Int[Array, "..."], used: Int[Array, " n"], unknown: int | None = None
 ) -> Int[Array, "..."]:
-    """Replace codebook indices by their places in `used`, which ascends without repetition.
+    """Replace codebook indices by their positions in `used`, which ascends without repetition.
 
-    unknown: the number of indices outside `used`; None is n.
+    unknown: the position that stands for indices outside `used`; None is n.
     """
-    place = jnp.clip(jnp.searchsorted(used, indices), 0, len(used) - 1)
-    is_used = used[place] == indices
-    return jnp.where(is_used, place, len(used) if unknown is None else unknown).astype(jnp.int32)
+    position = jnp.clip(jnp.searchsorted(used, indices), 0, len(used) - 1)
+    is_used = used[position] == indices
+    return jnp.where(is_used, position, len(used) if unknown is None else unknown).astype(jnp.int32)
 
 
 def to_all(indices: Int[Array, "..."], used: Int[Array, " n"]) -> Int[Array, "..."]:

@@ -1,4 +1,4 @@
-"""Choices of the activations that a backward pass recomputes: less memory for more time."""
+"""Which activations a backward pass recomputes: less memory for more time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax
 
 from latent_diffusion.core.types import lookup
 
-# "full" stores the inputs of blocks alone, "dots_saveable" matrix products, too.
+# "full" stores only the inputs of blocks; "dots_saveable" also stores matrix products.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": None,
@@ -18,9 +18,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 
 
 def rematerialised(block: Any, remat: str, field: str, **options: Any) -> Any:
-    """The module class `block`, with its activations recomputed as `remat`, a name of REMAT, says.
+    """The module class `block`, whose activations are recomputed by `remat`, a name of REMAT.
 
-    field: the config's field, for the message. options: of `nn.remat`.
+    field: the config field, for the error message. options: arguments of `nn.remat`.
     """
     policy = lookup(REMAT, remat, field)
     return block if remat == "none" else nn.remat(block, policy=policy, **options)

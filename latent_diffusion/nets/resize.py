@@ -18,7 +18,7 @@ def keys_kernel(x: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def cubic(old: int, new: int, align_corners: bool = False) -> np.ndarray:
-    """[new old]: bicubic interpolation as torch has it: no antialiasing, borders repeated.
+    """The matrix [new old] of torch's bicubic interpolation: no antialiasing, borders repeated.
 
     align_corners: first and last samples meet, instead of the edges of the first and last pixels.
     """

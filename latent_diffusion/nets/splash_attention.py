@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from latent_diffusion.core.types import Array, Float
 
-MULTIPLE = 128  # the kernel wants whole multiples of this many tokens and numbers
-BLOCK = 512  # tokens of queries, and of keys, that the kernel holds at a time, at most
+MULTIPLE = 128  # the kernel needs multiples of this many tokens and channels
+BLOCK = 512  # at most this many queries, and keys, are in the kernel at a time
 
 
 def splash_attention(
@@ -34,7 +34,7 @@ def _padded(x: Float[Array, "B N L D"]) -> Float[Array, "B N M E"]:
 
 
 def _block(tokens: int) -> int:
-    """The largest number of tokens that divides all of them into blocks."""
+    """The largest block size that divides `tokens`."""
     return next(size for size in range(BLOCK, 0, -MULTIPLE) if tokens % size == 0)
 
 
@@ -45,18 +45,18 @@ def _kernel(heads: int, length: int, keys: int, interpret: bool):
     )
 
     mask = splash_attention_mask.FullMask((length, keys))
-    of_queries, of_keys = _block(length), _block(keys)
+    query_block, key_block = _block(length), _block(keys)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=of_queries,
-            block_kv=of_keys,
-            block_q_dkv=of_queries,
-            block_kv_dkv=of_keys,
-            block_q_dq=of_queries,
-            block_kv_dq=of_keys,
+            block_q=query_block,
+            block_kv=key_block,
+            block_q_dkv=query_block,
+            block_kv_dkv=key_block,
+            block_q_dq=query_block,
+            block_kv_dq=key_block,
         ),
         interpret=interpret,
     )

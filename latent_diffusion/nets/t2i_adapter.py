@@ -1,6 +1,6 @@
-"""T2I-Adapters (Mou et al. 2023): small nets whose features of a hint join a U-Net's way down.
+"""T2I-Adapters (Mou et al. 2023): small nets that add features of a hint to a U-Net's way down.
 
-They depend neither on the latent nor on the timestep, so they are computed once a call.
+The features depend on neither the latent nor the timestep: they are computed once per call.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ KINDS = ("full", "full_xl", "light")
 class T2IAdapter(nn.Module):
     """A hint [B H W 3] in [0, 1] as features, one for each entry of `channels`.
 
-    kind: "full" halves the size before each level but the first; "full_xl" before the third alone;
-    "light" as "full", with narrow levels. downscale: pixels for each place of the first features.
-    in_channels: 3, or 1 for a net that sees the brightness of the hint alone (edges, sketches).
+    kind: "full" halves the size before each level but the first; "full_xl" before the third only;
+    "light" is as "full", with narrow levels. downscale: pixels per position of the first features.
+    in_channels: 3, or 1 for a net that sees only the brightness of the hint (edges, sketches).
     """
 
     kind: str = "full"
@@ -33,7 +33,7 @@ class T2IAdapter(nn.Module):
 
     @property
     def shrinks(self) -> tuple[int, ...]:
-        """Pixels for each place of the features of each level."""
+        """For each level, the pixels per position of its features, along each side."""
         halves = [i == 2 if self.kind == "full_xl" else i > 0 for i in range(len(self.channels))]
         return tuple(self.downscale * 2 ** sum(halves[: i + 1]) for i in range(len(halves)))
 
@@ -64,7 +64,7 @@ class T2IAdapter(nn.Module):
 
 
 def _unshuffled(x: Float[Array, "B H W C"], side: int) -> Float[Array, "B h w D"]:
-    """Squares of pixels as channels: of the first channel all pixels, then of the next."""
+    """Move squares of pixels to channels: all pixels of the first channel, then of the next."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // side, width // side, -1)

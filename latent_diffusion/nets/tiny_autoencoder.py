@@ -1,7 +1,7 @@
 """A tiny autoencoder for previews: TAESD's architecture (github.com/madebyollin/taesd).
 
 It maps pictures to the *scaled* latents of another first stage and back, by convolutions and ReLUs
-without norms, at a small part of the cost. Layers are numbered as in its files.
+without norms, at a small part of the cost. Layers are numbered as in TAESD's files.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Pixels in [-1, 1] to latents. num_blocks: of every level, from full resolution down."""
+    """Pixels in [-1, 1] to latents. num_blocks: blocks of each level, from full resolution down."""
 
     out_channels: int
     features: int
@@ -58,7 +58,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents to pixels, nominally in [-1, 1]. num_blocks: of every level, down to full size."""
+    """Latents to pixels, nominally in [-1, 1]. num_blocks: blocks of each level, full size last."""
 
     out_channels: int
     features: int
@@ -95,7 +95,7 @@ class TinyAutoencoder(nn.Module):
     embed_dim: int = 4
     image_channels: int = 3
     dtype: Any = None
-    regularization: str = "tiny"  # as other autoencoders say theirs
+    regularization: str = "tiny"  # a name, as the field of other autoencoders
 
     @property
     def downsampling(self) -> int:

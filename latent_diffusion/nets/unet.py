@@ -68,7 +68,7 @@ class ResBlock(nn.Module):
 
 
 def _added(h: Array, more: Array | None) -> Array:
-    """The features with those of an adapter added, in the dtype of the network."""
+    """The features h plus an adapter's, if any, in the dtype of the network."""
     return h if more is None else h + more.astype(h.dtype)
 
 
@@ -80,16 +80,16 @@ class UNet(nn.Module):
     num_heads, num_head_channels: number or width of heads; the width counts if both are set.
     transformer_depth: 0 means plain self-attention (no context), else blocks per transformer; one
     number, or one for each level (Stable Diffusion XL).
-    middle_depth: the same in the middle; None is as the last level.
+    middle_depth: the same for the middle; None takes the last level's depth.
     disable_self_attentions: per level, replace self-attention by a second cross-attention.
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.
-    guidance_dim: width of the sinusoid of `conditioning.guidance`, which a map adds to that of the
-    timestep: guidance is distilled into the network (Luo et al. 2023), which isn't run twice.
+    guidance_dim: width of the sinusoid of `conditioning.guidance`, which a linear map adds to the
+    timestep's: guidance is distilled into the network (Luo et al. 2023), which isn't run twice.
     num_codes: predict logits over codebook entries instead of a latent.
     pool: a kind of `Pooling`: only the way down, and `out_channels` class scores [B k] at its end.
-    What adapters add (`conditioning.residuals`, `.features`) has one entry for each skip, in the
-    order of the blocks, and one for the middle.
-    remat: a name of `nets.remat.REMAT`: the backward pass recomputes activations.
+    Adapters' additions (`conditioning.residuals`, `.features`) have an entry for each skip, in the
+    order of the blocks, and an entry for the middle.
+    remat: a name of `nets.remat.REMAT`: the activations that the backward pass recomputes.
     scan: deep transformers run as loops over their blocks, whose forward pass compiles faster and
     reads copies of the blocks' parameters.
     """
@@ -151,7 +151,7 @@ class UNet(nn.Module):
     def _attention(self, name: str, channels: int, level: int):
         """Attention of width `channels` as a function of (h, conditioning).
 
-        level: that of the resolution; the number of levels stands for the middle.
+        level: index of the resolution; the number of levels stands for the middle.
         """
         if self.num_head_channels:
             num_heads, head_dim = channels // self.num_head_channels, self.num_head_channels
@@ -208,11 +208,11 @@ class UNet(nn.Module):
             return pooling(h, means)
 
         if conditioning.residuals:
-            *beside, last = conditioning.residuals
-            skips = [_added(skip, x) for skip, x in zip(skips, beside, strict=True)]
+            *skip_residuals, last = conditioning.residuals
+            skips = [_added(skip, x) for skip, x in zip(skips, skip_residuals, strict=True)]
             h = _added(h, last)
 
-        # Up: a block more per level, each with a skip.
+        # The way up has one more block per level; each block takes a skip.
         index = -1
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             channels = mult * self.model_channels
@@ -243,9 +243,9 @@ class UNet(nn.Module):
         train: bool,
         hint: Float[Array, "B h w F"] | None = None,
     ) -> tuple[list[Array], Array, Float[Array, "B E"]]:
-        """Every block's output, which is a skip for the way up; the middle's; the embedding.
+        """Every block's output (the skips of the way up), the middle's output and the embedding.
 
-        hint: is added to the output of the first convolution (see `nets.control`).
+        hint: added to the output of the first convolution (see `nets.control`).
         """
         levels = len(self.channel_mult)
         factor = 2 ** (levels - 1)
@@ -294,8 +294,8 @@ class UNet(nn.Module):
     ) -> Float[Array, "B E"]:
         width = 4 * self.model_channels
         emb = timestep_embedding(t, self.model_channels)
-        given = guidance is not None or self.is_initializing()
-        if self.guidance_dim is not None and given:
+        has_guidance = guidance is not None or self.is_initializing()
+        if self.guidance_dim is not None and has_guidance:
             w = jnp.zeros(t.shape) if guidance is None else guidance
             project = Dense(
                 self.model_channels,
@@ -327,7 +327,7 @@ class UNet(nn.Module):
     def _upsample(
         self, name: str, h: Array, emb: Array, train: bool, size: tuple[int, ...]
     ) -> Array:
-        """h at the `size` of the next skip: twice its own, or one less where that is odd."""
+        """h at the `size` of the next skip: twice h's size, or one less where the skip's is odd."""
         if self.resblock_updown:
             return self._res_block(name, h.shape[-1], "up")(h, emb, train)
         name = f"{name}_conv"

@@ -3,7 +3,7 @@
 A conditioner is a Linen module `__call__(batch, drop: Bool[B]) -> Conditioning`. It names the batch
 `keys` that it reads, and it defines its null condition: an example whose `drop` is true becomes
 unconditional, so that conditioning dropout in training and classifier-free guidance share one path.
-Work that needs the frozen first stage or a random key comes before, in the conditioner's `prepare`.
+Work that needs the frozen first stage or a random key is done before, in the method `prepare`.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ _ENCODED = ("context", "vector")  # outputs that a batch may hold, see `encoded_
 def combine(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings: `concat` along channels, `context` along tokens, `vector` along width.
 
-    The tokens of a prior follow each other, and so do their maps.
+    A prior's `tokens` are joined along their length, and so are its `token_maps`.
     """
 
     def join(field: str, axis: int) -> Array | None:
@@ -90,7 +90,7 @@ def combine(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def _widened(part: Conditioning, width: int) -> Conditioning:
-    """The conditioning with zeros behind each token of its context, up to `width`."""
+    """The conditioning with the tokens of its context padded by zeros to `width`."""
     context = part.context
     assert context is not None
     if context.shape[-1] > width:
@@ -102,10 +102,9 @@ def _widened(part: Conditioning, width: int) -> Conditioning:
 class Conditioner(nn.Module):
     """Joins any number of conditioners; without any, the model is unconditional.
 
-    config: {name of a conditioner: its fields}. Two encoders of one text are one context: that of
-    "clip_text_2" joins the other's along the width of each token. Beside "t5_text", as in
-    Stable Diffusion 3, that context is as wide as T5's, with zeros, and `tokens` are CLIP's, then
-    T5's.
+    config: {name of a conditioner: its fields}. The contexts of "clip_text" and "clip_text_2", two
+    encoders of the same text, are joined along the width of each token. Beside "t5_text", as in
+    Stable Diffusion 3, zeros pad this context to T5's width, and `tokens` are CLIP's, then T5's.
     """
 
     config: Mapping[str, Mapping[str, Any]]
@@ -117,7 +116,7 @@ class Conditioner(nn.Module):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Batch keys that the conditioners read, but draw where they are missing."""
+        """Batch keys that the conditioners read, and whose values they draw if they are missing."""
         return tuple(key for part in self.parts() for key in getattr(part, "optional", ()))
 
     @nn.nowrap
@@ -126,7 +125,7 @@ class Conditioner(nn.Module):
     ) -> Batch:
         """Add to the batch the latents, noise and resized maps that conditioners read.
 
-        It comes before `__call__`, once for a batch. first_stage: the frozen `FirstStage`. size:
+        Call it before `__call__`, once per batch. first_stage: the frozen `FirstStage`. size:
         (h, w) of the latent. rng: one key for each example, for conditioners that add noise.
         """
         self._check(batch)
@@ -146,8 +145,8 @@ class Conditioner(nn.Module):
 
         batch_spec: arrays or ShapeDtypeStructs of a batch. first_stage, size: as in `prepare`.
         """
-        one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
-        entries = self.prepare(one, first_stage, size, rng[None])
+        example = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
+        entries = self.prepare(example, first_stage, size, rng[None])
         conditioning, variables = self.init_with_output(rng, entries, jnp.zeros(1, bool))
         return conditioning, variables.get("params", {})
 
@@ -156,10 +155,12 @@ class Conditioner(nn.Module):
         self._check(batch)
         parts: dict[str, Any] = {}
         for name, fields in self.config.items():
-            part, own = CONDITIONERS[name](**fields, name=name), self.read_by(name, batch)
+            part, inputs = CONDITIONERS[name](**fields, name=name), self.read_by(name, batch)
             encoded = {f: batch[f"{name}.{f}"] for f in _ENCODED if f"{name}.{f}" in batch}
-            parts[name] = _of_encoded(part, encoded, own, drop) if encoded else part(own, drop)
-        if parts.keys() >= {"clip_text", "clip_text_2"}:  # both saw the same tokens
+            parts[name] = (
+                _of_encoded(part, encoded, inputs, drop) if encoded else part(inputs, drop)
+            )
+        if parts.keys() >= {"clip_text", "clip_text_2"}:  # both read the same tokens
             first, second = parts["clip_text"], parts["clip_text_2"]
             context = jnp.concatenate([first.context, second.context], -1)
             parts["clip_text"] = dataclasses.replace(first, context=context)
@@ -170,7 +171,7 @@ class Conditioner(nn.Module):
 
     @nn.nowrap
     def read_by(self, name: str, batch: Batch) -> Batch:
-        """The batch as a conditioner reads it: tokens of CLIP go before those of T5."""
+        """The batch as a conditioner reads it: without T5's tokens for all conditioners but T5."""
         t5 = self._t5()
         if name == T5 or t5 is None or t5.absent or "tokens" not in batch:
             return batch
@@ -197,18 +198,18 @@ class Conditioner(nn.Module):
 def encoded_apart(
     conditioner: Conditioner, params: Mapping[str, Params], batch: Batch
 ) -> dict[str, Array]:
-    """Outputs of some conditioners with nothing dropped, as batch entries that stand for them.
+    """Outputs of some conditioners, without dropping conditions, as batch entries.
 
     params: by the names of the conditioners. An entry is named "clip_text.context", for example;
-    `Conditioner` reads it in place of what the conditioner reads.
+    `Conditioner` takes such an entry instead of running the conditioner.
     """
     entries: dict[str, Array] = {}
     drop = jnp.zeros(next(iter(batch.values())).shape[0], bool)
-    for name, own in params.items():
+    for name, part_params in params.items():
         part = CONDITIONERS[name](**conditioner.config[name], parent=None)
-        out = part.apply({"params": own}, conditioner.read_by(name, batch), drop)
-        found = {f"{name}.{field}": getattr(out, field) for field in _ENCODED}
-        entries |= {key: value for key, value in found.items() if value is not None}
+        out = part.apply({"params": part_params}, conditioner.read_by(name, batch), drop)
+        outputs = {f"{name}.{field}": getattr(out, field) for field in _ENCODED}
+        entries |= {key: value for key, value in outputs.items() if value is not None}
     return entries
 
 
@@ -216,8 +217,8 @@ def _of_encoded(
     part: nn.Module, encoded: Mapping[str, Array], batch: Batch, drop: Bool[Array, " B"]
 ) -> Conditioning:
     """The conditioning from cached outputs, with the null condition where `drop` is true."""
-    one = {key: jnp.zeros_like(batch[key][:1]) for key in part.keys}
-    null = part(one, jnp.ones(1, bool))
+    example = {key: jnp.zeros_like(batch[key][:1]) for key in part.keys}
+    null = part(example, jnp.ones(1, bool))
     joined: dict[str, Any] = {
         field: jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), getattr(null, field), x)
         for field, x in encoded.items()
@@ -226,12 +227,12 @@ def _of_encoded(
 
 
 def tables(config: Mapping[str, Any]) -> dict[str, str]:
-    """The conditioners that read words, by name, and the paths of their tables of words."""
+    """The paths of the word embedding tables, by the names of the conditioners that have such."""
     return {n: CONDITIONERS[n].table for n in config if hasattr(CONDITIONERS[n], "table")}
 
 
 def rows_of_words(config: Mapping[str, Any]) -> int:
-    """The number of rows of every table of words; ValueError where they differ."""
+    """The number of rows of all word embedding tables; ValueError where the numbers differ."""
     rows = {CONDITIONERS[name](**config[name]).vocab_size for name in tables(config)}
     if len(rows) != 1:
         raise ValueError(f"conditioners: vocab_size is {sorted(rows)}; a word needs one for all")
@@ -239,7 +240,7 @@ def rows_of_words(config: Mapping[str, Any]) -> int:
 
 
 def with_rows(config: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The config of conditioners whose tables of words have `count` rows more."""
+    """The config with `count` more rows in the word embedding tables of all conditioners."""
     modules = {name: CONDITIONERS[name](**fields) for name, fields in config.items()}
     rows = {name: {"vocab_size": modules[name].vocab_size + count} for name in tables(config)}
     return {name: {**fields, **rows.get(name, {})} for name, fields in config.items()}
@@ -248,8 +249,8 @@ def with_rows(config: Mapping[str, Any], count: int) -> dict[str, Any]:
 def make_conditioner(config: Config) -> Conditioner:
     """The conditioners that `config` names; ValueError for unknown names or fields.
 
-    They come in the order of the alphabet, as a ConfigDict has them: a text's vector, for example,
-    before that of sizes.
+    They are in alphabetical order, as a ConfigDict's entries are: a text's vector, for example,
+    precedes the vector of sizes.
     """
     for name, fields in config.items():
         module = lookup(CONDITIONERS, name, "conditioner")

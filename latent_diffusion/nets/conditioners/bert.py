@@ -18,14 +18,14 @@ class Bert(nn.Module):
     """Bidirectional post-norm transformer over `tokens` [B L] (Devlin et al. 2019).
 
     The defaults are MiniLM-L6 (Wang et al. 2020). In contrast to the other text encoders, padding
-    is not attended to.
+    is masked.
 
     max_positions: rows of the table of positions, the largest L.
     mlp_width: inner width of the feed-forward maps; None is 4·width.
     pooling: "tokens" gives the states of all tokens as the context [B L width]; "mean" gives their
     mean over the prompt, by which sentences are compared, as one token [B 1 width].
-    empty, pad_id: an example that is dropped reads the empty prompt: the tokens `empty` ([CLS] and
-    [SEP]), then `pad_id`.
+    empty, pad_id: a dropped example reads the empty prompt: the tokens `empty` ([CLS] and [SEP]),
+    then `pad_id`.
     """
 
     vocab_size: int = 30522

@@ -22,7 +22,7 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def mean_picture(side: int) -> Float[np.ndarray, "1 S S 3"]:
-    """The picture that the network sees as zeros."""
+    """The picture that becomes zeros when the network standardises it."""
     return np.broadcast_to(2 * _MEAN - 1, (1, side, side, 3))
 
 
@@ -36,8 +36,8 @@ class ClipImage(nn.Module):
     projection_dim: D.
     num_levels: the number of noise levels; 0 is no noise. With levels, the embedding is
     standardised by the parameters `mean` and `std`, noised to the batch's `noise_level` (or to a
-    random one) of a cosine schedule, and joined with the level's sinusoids: a vector [B 2·D]. This
-    is Stable Diffusion's unCLIP (Ramesh et al. 2022).
+    random level) of a cosine schedule, and joined with the level's sinusoids: a vector [B 2·D].
+    This is Stable Diffusion's unCLIP (Ramesh et al. 2022).
     """
 
     image_size: int = 224
@@ -56,12 +56,12 @@ class ClipImage(nn.Module):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Keys that are drawn where the batch doesn't have them."""
+        """Keys whose values are drawn at random if the batch lacks them."""
         return ("noise_level",) if self.num_levels else ()
 
     @property
     def max_noise_level(self) -> int:
-        """The bound below which levels are drawn."""
+        """The bound below which random levels lie."""
         return self.num_levels
 
     @nn.nowrap

@@ -17,22 +17,22 @@ class ClipText(nn.Module):
     """Causal transformer: `tokens` [B L] → context [B L width], the states of all its tokens.
 
     The defaults are OpenAI's ViT-L/14 (Radford et al. 2021); OpenCLIP's ViT-H/14 has width 1024,
-    depth 24, 16 heads and activation "gelu". As in the released models, padding is attended to.
+    depth 24, 16 heads and activation "gelu". As in the released models, padding isn't masked.
 
     mlp_width: inner width of the feed-forward maps; None is 4·width.
     activation: "quick_gelu" or "gelu".
-    skip_last: the number of last layers that the context doesn't see; Stable Diffusion 2 has 1, so
-    it takes the states of the penultimate layer. final_norm: whether the final norm follows, as it
-    does not in Stable Diffusion XL.
+    skip_last: the number of last layers that don't affect the context; with 1, as in Stable
+    Diffusion 2, it is the states of the penultimate layer. final_norm: apply the final norm to the
+    context; Stable Diffusion XL doesn't.
     With `tokens_weights` [B L], L is any multiple of max_length: each chunk of max_length tokens is
-    encoded alone, and a token's state x becomes e + weight·(x − e), where e is the state at its
-    place in the empty prompt. The vector is that of the first chunk.
-    empty, pad_id: an example that is dropped reads the empty prompt: the tokens `empty` (begin and
-    end), then `pad_id` (Stable Diffusion 2: 0). zero_null: it gets zeros instead.
+    encoded separately, and a token's state x becomes e + weight·(x − e), where e is the state at
+    the same position of the empty prompt. The vector is that of the first chunk.
+    empty, pad_id: a dropped example reads the empty prompt: the tokens `empty` (begin and end),
+    then `pad_id` (Stable Diffusion 2: 0). zero_null: it gets zeros instead.
     projection_dim: also give a vector [B projection_dim], a linear map of the last layer's state at
-    the end of the text, behind the final norm (Stable Diffusion XL's second encoder).
-    repad: what follows the end of the text becomes `pad_id`, for tokens that another encoder reads,
-    too, with another padding.
+    the end of the text, after the final norm (Stable Diffusion XL's second encoder).
+    repad: replace tokens after the end of the text by `pad_id`; another encoder of the same tokens
+    may need another padding.
     """
 
     vocab_size: int = 49408
@@ -70,12 +70,12 @@ class ClipText(nn.Module):
         x = embed(tokens) + self.param("position_embedding", init, (self.max_length, self.width))
         x = x if self.dtype is None else x.astype(self.dtype)
         layer = functools.partial(ClipLayer, self.num_heads, self.mlp_width, self.activation)
-        seen, states = self.depth - self.skip_last, [x]
-        for i in range(seen if self.projection_dim is None else self.depth):
+        used, states = self.depth - self.skip_last, [x]
+        for i in range(used if self.projection_dim is None else self.depth):
             states.append(layer(causal=True, dtype=self.dtype, name=f"layers_{i}")(states[-1]))
         if self.final_norm or self.projection_dim is not None:
             norm = layer_norm("final_layer_norm")
-        context = norm(states[seen]) if self.final_norm else states[seen]
+        context = norm(states[used]) if self.final_norm else states[used]
         vector = None
         if self.projection_dim is not None:
             first = jnp.argmax(ends, axis=1)
@@ -96,7 +96,7 @@ class ClipText(nn.Module):
     def _chunks(
         self, tokens: Int[Array, "B nL"], drop: Bool[Array, " B"]
     ) -> tuple[Batch, Bool[Array, " C"]]:
-        """The chunks of the prompts, one below the other, and an empty prompt above them."""
+        """A batch of an empty prompt and all chunks of the prompts, and which rows are empty."""
         chunks = tokens.reshape(-1, self.max_length)
         drop = jnp.repeat(drop, len(chunks) // len(tokens))
         tokens = jnp.concatenate([chunks[:1], chunks])

@@ -8,7 +8,7 @@ from latent_diffusion.nets.conditioners.null import zeros_where
 
 
 def _routed(name: str, route: str, vector: Float[Array, "B D"]) -> Conditioning:
-    """The vector as it is, or as a context of a single token. name: of the conditioner."""
+    """The vector as `vector`, or as a context of one token. name: the conditioner's, for errors."""
     if route == "vector":
         return Conditioning(vector=vector)
     if route == "context":

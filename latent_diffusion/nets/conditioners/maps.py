@@ -1,4 +1,4 @@
-"""Conditions that are drawn as maps of the latent's size: labels of pixels, words, objects."""
+"""Conditions as maps of the latent's size: labels of pixels, words, objects in boxes."""
 
 import math
 from typing import Any
@@ -18,8 +18,8 @@ class SpatialRescaler(nn.Module):
     """`segmentation` [B H W] → concat [B H/2ⁿ W/2ⁿ C] (Rombach et al. 2022, App. E.2.2).
 
     The one-hot maps of `num_classes` labels are halved n = `num_stages` times (means of 2×2
-    pixels), and a 1×1 convolution maps them to C = `out_channels`; out_channels=0 leaves this map
-    out. A label outside the classes belongs to none of them. The null condition is zeros.
+    pixels), and a 1×1 convolution maps them to C = `out_channels`; with out_channels=0 there is no
+    convolution. Labels outside the classes count as no class. The null condition is zeros.
     """
 
     num_classes: int = 182
@@ -50,8 +50,8 @@ class WordMap(nn.Module):
 
     Cross-attention takes long to learn where the colours and shapes of a word belong. A linear map
     learns it in the first steps of a short training on a few thousand captions. Beside a text
-    transformer it makes a hybrid of concatenation and cross-attention. height, width: of the
-    latent. Padding (token 0) has no map, so the null condition is zeros.
+    transformer it makes a hybrid of concatenation and cross-attention. height, width: the latent's
+    size. Padding (token 0) has no map, so the null condition is zeros.
     """
 
     vocab_size: int = 2048
@@ -66,7 +66,7 @@ class WordMap(nn.Module):
     def prepare(
         self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
-        """Refuse a latent of another size than the maps'."""
+        """Raise ValueError unless the latent has the maps' size."""
         _check_size("word_map", (self.height, self.width), size)
         return batch
 
@@ -81,12 +81,12 @@ class WordMap(nn.Module):
 
 
 class LayoutMap(nn.Module):
-    """`layout` [B L] (see `data.layout`) → concat [B height width channels]: objects in places.
+    """`layout` [B L] (see `data.layout`) → concat [B height width channels]: filled boxes.
 
     Every class has a learned vector, which fills the boxes of its objects; where boxes overlap, the
-    vectors are added. It stands beside `Layout` as `WordMap` stands beside a text transformer. A
-    layout has three tokens for each object, and two more for a crop. height, width: of the latent.
-    The null condition is the map without objects: zeros.
+    vectors are added. Use it beside `Layout`, as `WordMap` beside a text transformer. A layout has
+    three tokens for each object, and two more for a crop. height, width: the latent's size. The
+    null condition is the map without objects: zeros.
     """
 
     vocab_size: int = 8192
@@ -101,7 +101,7 @@ class LayoutMap(nn.Module):
     def prepare(
         self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
-        """Refuse a latent of another size than the maps'."""
+        """Raise ValueError unless the latent has the maps' size."""
         _check_size("layout_map", (self.height, self.width), size)
         return batch
 
@@ -111,9 +111,7 @@ class LayoutMap(nn.Module):
         count = tokens.shape[1] // 3
         labels, first, last = jnp.moveaxis(tokens[:, : 3 * count].reshape(-1, count, 3), 2, 0)
         corners = [self._point(first), self._point(last)]
-        if (
-            tokens.shape[1] % 3 == 2
-        ):  # boxes are relative to the whole picture, of which we see the crop
+        if tokens.shape[1] % 3 == 2:  # move boxes in the whole picture to boxes in the crop
             start, end = self._point(tokens[:, -2:-1]), self._point(tokens[:, -1:])
             size = jnp.maximum(end - start, 1e-3)
             corners = [(corner - start) / size for corner in corners]
@@ -125,17 +123,17 @@ class LayoutMap(nn.Module):
         return Conditioning(concat=jnp.einsum("bnh,bnw,bnc->bhwc", rows, columns, vectors))
 
     def _point(self, token: Int[Array, "B n"]) -> Float[Array, "B n 2"]:
-        """The (x, y) in [0, 1] that a token of a place stands for."""
+        """The point (x, y) in [0, 1]² that a token stands for."""
         side = math.isqrt(self.vocab_size)
         return jnp.stack([token % side, token // side], -1) / (side - 1)
 
 
-def _check_size(name: str, own: tuple[int, int], size: tuple[int, ...]) -> None:
-    if own != tuple(size):
+def _check_size(name: str, map_size: tuple[int, int], size: tuple[int, ...]) -> None:
+    if map_size != tuple(size):
         raise ValueError(
-            f"{name} has maps of {own[0]}×{own[1]}, but the latent is {size[0]}×{size[1]}: a "
-            "trained model draws pictures of its size alone; a new one needs "
-            f"conditioners.{name}.height={size[0]} and conditioners.{name}.width={size[1]}"
+            f"{name} has maps of {map_size[0]}×{map_size[1]}, but the latent is "
+            f"{size[0]}×{size[1]}: a trained model only draws pictures of its size; a new model "
+            f"needs conditioners.{name}.height={size[0]} and conditioners.{name}.width={size[1]}"
         )
 
 

@@ -18,7 +18,7 @@ def empty_where(
     """Replace tokens by the empty prompt in the examples that are dropped.
 
     empty: the tokens of the empty prompt before its padding, e.g. begin and end. Raises ValueError
-    where L is less.
+    if there are more than L.
     """
     row = [*empty, *[pad_id] * (tokens.shape[1] - len(empty))]
     if len(row) != tokens.shape[1]:
@@ -31,7 +31,7 @@ def prompts(
 ) -> Int[Array, "B L"]:
     """`empty_where` of the batch's `tokens`; ValueError unless their number L is `length`.
 
-    name: of the conditioner.
+    name: the conditioner, for the error message.
     """
     tokens = batch["tokens"]
     if tokens.shape[1] != length:

@@ -1,4 +1,4 @@
-"""Pictures as conditions, concatenated to the latent: small ones, ones with holes, depth maps."""
+"""Pictures concatenated to the latent: low resolutions, pictures with holes, depth maps."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ from latent_diffusion.process.schedules import make_schedule
 class LowRes(nn.Module):
     """`low_res` [B h w 3] → concat: super-resolution (Rombach et al. 2022, App. E.2.2).
 
-    The picture has the latent's size and is concatenated as it is; the null condition is zeros.
+    The picture has the latent's size and is concatenated unchanged; the null condition is zeros.
 
-    num_levels: the number of noise levels; 0 is no noise. With levels, the picture is noised to the
-    batch's `noise_level`, or to a random level below max_noise_level. An embedding of the level
+    num_levels: the number of noise levels; 0 means no noise. With levels, the picture is noised to
+    the batch's `noise_level`, or to a random level below max_noise_level. An embedding of the level
     [B width] becomes the vector: it tells the denoiser how far to trust the picture (Ho et al.
     2021). The default schedule is from Stable Diffusion v2's ×4 upscaler.
-    keep: the picture stays where conditions are dropped, so guidance depends on the others alone.
+    keep: the picture stays where conditions are dropped, so guidance depends only on the others.
     """
 
     num_levels: int = 0
@@ -38,7 +38,7 @@ class LowRes(nn.Module):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Keys that are drawn where the batch doesn't have them."""
+        """Keys whose values are drawn at random if the batch lacks them."""
         return ("noise_level",) if self.num_levels else ()
 
     @nn.nowrap
@@ -76,7 +76,7 @@ def level_and_noise(
 ) -> tuple[Array, Array]:
     """The level [B] and the noise [B *shape] of a condition; a random level in [0, end) by default.
 
-    Raises ValueError, which names the conditioner, without a key for each example.
+    Without `rng` (a key for each example) raises ValueError, which names the conditioner.
     """
     if rng is None:
         raise ValueError(f"{name}: noise needs a key for each example")
@@ -90,7 +90,7 @@ def level_and_noise(
 class MaskedImage(nn.Module):
     """`image` and `mask` [B H W 1] (1 = hole) → concat: the masked image's latents and the mask.
 
-    The defaults are those of the paper's inpainting model: pixels in holes are −1; the mask is 1 in
+    The defaults are from the paper's inpainting model: pixels in holes are −1; the mask is 1 in
     holes and −1 elsewhere, and comes after the latents. Stable Diffusion has mask_first=True,
     known_mask=0.0, hole=0.0 (grey) and keep=True: image and mask stay where conditions are dropped.
     The null condition is zeros.
@@ -107,7 +107,7 @@ class MaskedImage(nn.Module):
     def prepare(
         self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
-        """Encode the picture without its holes, since `__call__` has no first stage."""
+        """Encode the picture with its holes filled by `hole`; `__call__` has no first stage."""
         mask = batch["mask"] > 0.5
         if mask.shape[1:3] != batch["image"].shape[1:3]:
             raise ValueError(
@@ -127,7 +127,7 @@ class MaskedImage(nn.Module):
 
 
 def pick_nearest(x: Float[Array, "B H W C"], size: tuple[int, ...]) -> Float[Array, "B h w C"]:
-    """Resize: pixel i is pixel ⌊i·H/h⌋, as for the masks of released models."""
+    """Resize: output pixel i is input pixel ⌊i·H/h⌋, as for the masks of released models."""
     old = x.shape[1:3]
     rows, columns = (jnp.arange(n) * o // n for n, o in zip(size, old, strict=True))
     return x[:, rows][:, :, columns]
@@ -136,8 +136,9 @@ def pick_nearest(x: Float[Array, "B H W C"], size: tuple[int, ...]) -> Float[Arr
 class Depth(nn.Module):
     """`depth` [B H W 1], in any unit and of any size → concat [B h w 1] in [-1, 1].
 
-    As in Stable Diffusion v2's depth-to-image: bicubic to the latent's size, then every map from
-    its minimum to its maximum. keep: the map stays where conditions are dropped. Null: zeros.
+    As in Stable Diffusion v2's depth-to-image, maps are resized to the latent (bicubic), and each
+    is scaled from its minimum and maximum to [-1, 1]. keep: the map stays where conditions are
+    dropped. The null condition is zeros.
     """
 
     keep: bool = False

@@ -1,8 +1,8 @@
 """Conditions that are tokens in front of a prior's codes.
 
 They share one table with the codes. `offset` is the first token of a condition: 0 in the models of
-taming-transformers (Esser et al. 2021), where a class and a code have one row, else the number of
-codes or more. `null` is the token of the null condition; None where a model has learned none.
+taming-transformers (Esser et al. 2021), where a class and a code share a row, else the number of
+codes or more. `null` is the token of the null condition; None if a model has not learned it.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def _dropped(drop: Bool[Array, " B"], tokens: Any, null: int | None) -> Array:
 
 
 class Start(nn.Module):
-    """One token that says nothing: that of an unconditional prior."""
+    """The constant first token of an unconditional prior."""
 
     token: int = 0
 
@@ -43,7 +43,7 @@ class Start(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """`class_label` [B] as one token; a label that is no class is the null condition."""
+    """`class_label` [B] as one token; labels outside the classes are the null condition."""
 
     num_classes: int = 1000
     offset: int = 0
@@ -77,7 +77,7 @@ class LayoutTokens(nn.Module):
 
     @property
     def null(self) -> int | None:
-        """The token of no object."""
+        """The token that stands for no object."""
         return self.end - 1 if self.has_null else None
 
     @property
@@ -117,10 +117,10 @@ class SegmentationTokens(nn.Module):
 
 
 class Coordinates(nn.Module):
-    """Where in the picture each code lies, as a map of tokens: its place in reading order.
+    """The position of each code in the picture, in reading order, as a map of tokens.
 
-    num_places: the picture's pixels in reading order have the tokens 0 … num_places. factor: the
-    side of a code's square, in pixels.
+    num_places: the tokens of the picture's pixels run from 0 to num_places, in reading order.
+    factor: the side of a code's square, in pixels.
     """
 
     num_places: int = 1024
@@ -138,7 +138,7 @@ class Coordinates(nn.Module):
     def prepare(
         self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
-        """Add the places in a picture with a latent of `size`: those of the squares' means."""
+        """Add the positions for a latent of `size`: the mean of each code's square of pixels."""
         rows, columns = (np.arange(n * self.factor).reshape(n, -1).mean(1) for n in size[:2])
         height, width = (n * self.factor for n in size[:2])
         share = (rows[:, None] * width + columns) / (height * width)
@@ -153,8 +153,8 @@ class Coordinates(nn.Module):
 class CodeMap(nn.Module):
     """The codes of a first stage of depth or segmentation maps, as a map of tokens.
 
-    key: "depth" (each map is scaled to [-1, 1], and repeated where that first stage has several
-    channels) or "segmentation" (one-hot). autoencoder: the fields of that first stage, which is
+    key: "depth" (each map is scaled to [-1, 1], and repeated if the first stage has several
+    channels) or "segmentation" (one-hot). autoencoder: the fields of this first stage, which is
     trained before and frozen here.
     """
 

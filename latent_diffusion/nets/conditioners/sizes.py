@@ -10,19 +10,19 @@ from latent_diffusion.nets.layers import timestep_embedding
 
 SIZES = ("original_size", "crop_top_left", "target_size", "aesthetic_score")  # batch keys
 AESTHETIC_SCORE = 6.0  # the default of a sampling call, as in diffusers
-NEGATIVE_SCORE = 2.5  # the same for the unconditional
+NEGATIVE_SCORE = 2.5  # the default for the unconditional prediction
 
 
 class Sizes(nn.Module):
     """Numbers of a picture as a vector [B n·width] of their sinusoids (Podell et al. 2023, 2.2).
 
-    The numbers are `original_size` [B 2] before the picture was resized, `crop_top_left` [B 2] of
-    the training crop and `target_size` [B 2] of the picture that is trained on: pixels, height or
-    top first. So a denoiser may learn from small and from cut pictures without drawing such ones.
-    Where conditions are dropped the numbers stay.
+    The numbers are the `original_size` [B 2] of a picture before it was resized, `crop_top_left`
+    [B 2] of the training crop and `target_size` [B 2] of the picture in training: pixels, height or
+    top first. So a denoiser can learn from small and from cropped pictures without drawing such
+    pictures. Where conditions are dropped the numbers stay.
 
     aesthetic_score: `aesthetic_score` [B] takes the place of the target size, as in the refiner.
-    width: of each number's sinusoid, which is that of timesteps.
+    width: width of each number's sinusoid, which is computed as for timesteps.
     """
 
     aesthetic_score: bool = False
@@ -36,14 +36,14 @@ class Sizes(nn.Module):
 
     @nn.nowrap
     def defaults(self, size: tuple[int, int]) -> dict[str, Any]:
-        """The values of a sampling call for pictures of `size`: whole ones that have this size."""
+        """The values of a sampling call: whole pictures, of which originals have `size`, too."""
         values: dict[str, Any] = dict.fromkeys(("original_size", "target_size"), size)
         values |= {"crop_top_left": (0, 0), "aesthetic_score": AESTHETIC_SCORE}
         return {key: values[key] for key in self.keys}
 
     @property
     def opposites(self) -> dict[str, Any]:
-        """Values of the unconditional that differ from those of the condition."""
+        """Values for the unconditional prediction that differ from those of the condition."""
         return {"aesthetic_score": NEGATIVE_SCORE} if self.aesthetic_score else {}
 
     @nn.compact

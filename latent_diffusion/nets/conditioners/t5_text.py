@@ -15,13 +15,13 @@ from latent_diffusion.nets.layers import Dense
 class T5Text(nn.Module):
     """Bidirectional transformer: `tokens` [B L] → context [B L width] (Raffel et al. 2020).
 
-    The defaults are version 1.1's XXL: gated feed-forward maps, norms without mean and bias, and a
-    bias of attention for each distance, which all layers share. As in Stable Diffusion 3, padding
-    is attended to. Where tokens of several encoders follow each other, its own are the last.
+    The defaults are version 1.1's XXL: gated feed-forward maps, norms without mean and bias, and an
+    attention bias for each distance, which all layers share. As in Stable Diffusion 3, padding
+    isn't masked. Where `tokens` are of several encoders, the last max_length are T5's.
 
-    buckets, max_distance: the rows of the table of biases, and the distance from which there is one
-    row for all. empty, pad_id: an example that is dropped reads the empty prompt, which is `empty`,
-    then `pad_id`. absent: a model without this encoder; its context is zeros.
+    buckets, max_distance: the rows of the table of biases, and the distance from which all
+    distances share a row. empty, pad_id: a dropped example reads the empty prompt: `empty`, then
+    `pad_id`. absent: for a model without this encoder; the context is zeros.
     """
 
     vocab_size: int = 32128
@@ -50,8 +50,8 @@ class T5Text(nn.Module):
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
         if self.absent:
             return Conditioning(context=jnp.zeros((len(drop), self.max_length, self.width)))
-        own = {"tokens": batch["tokens"][:, -self.max_length :]}
-        tokens = prompts("t5_text", own, drop, self.max_length, self.empty, self.pad_id)
+        t5_batch = {"tokens": batch["tokens"][:, -self.max_length :]}
+        tokens = prompts("t5_text", t5_batch, drop, self.max_length, self.empty, self.pad_id)
         init = nn.initializers.normal(1.0)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="shared")(tokens)
         x = x if self.dtype is None else x.astype(self.dtype)

@@ -15,9 +15,9 @@ from latent_diffusion.nets.layers import Dense, layer_norm
 class TextTransformer(nn.Module):
     """Bidirectional pre-norm transformer: `tokens` [B L] → context [B L width] (App. E.2.1).
 
-    As in the released models, padding is attended to, and an example that is dropped reads the
-    empty prompt: the tokens `empty`, then `pad_id`. `empty` is () with the word tokenizer, and
-    (101, 102) with BERT's. The inner width of attention is num_heads·head_dim, for any width.
+    As in the released models, padding isn't masked, and a dropped example reads the empty prompt:
+    the tokens `empty`, then `pad_id`. `empty` is () with the word tokenizer, and (101, 102) with
+    BERT's. The inner width of attention is num_heads·head_dim, for any width.
     """
 
     vocab_size: int = 30522
@@ -51,7 +51,7 @@ class TextTransformer(nn.Module):
 
 
 def sentences(name: str, batch: Batch, max_length: int) -> Int[Array, "B L"]:
-    """The batch's `layout`; ValueError, which names the conditioner, for another length."""
+    """The batch's `layout`. Raises ValueError, with the conditioner's name, for another length."""
     tokens = batch["layout"]
     if tokens.shape[1] != max_length:
         raise ValueError(f"{name}: {tokens.shape[1]} tokens, expected max_length={max_length}")
@@ -61,8 +61,8 @@ def sentences(name: str, batch: Batch, max_length: int) -> Int[Array, "B L"]:
 class Layout(nn.Module):
     """Objects in boxes: `layout` [B L] (see `data.layout`) → context [B L width].
 
-    The released model has 8192 tokens and 92 places: 30 objects of three tokens, and the crop.
-    The null condition is the last token everywhere, which is the layout without objects.
+    The released model has 8192 tokens and 92 positions: 30 objects of three tokens, and the crop.
+    The null condition is the last token at all positions, which is the layout without objects.
     """
 
     vocab_size: int = 8192

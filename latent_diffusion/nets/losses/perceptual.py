@@ -20,7 +20,7 @@ from latent_diffusion.files.unpickler import load_pickle
 from latent_diffusion.nets.convolution import max_pool
 from latent_diffusion.nets.layers import Conv
 
-# Mean and deviation of ImageNet, moved from [0, 1] to [-1, 1] and rounded as LPIPS v0.1 has them.
+# Mean and deviation of ImageNet, moved from [0, 1] to [-1, 1] and rounded as in LPIPS v0.1.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
@@ -96,7 +96,7 @@ class LPIPS(nn.Module):
 
 
 def standardize(x: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Images in [-1, 1] as the classifiers want them: ImageNet's mean 0 and deviation 1."""
+    """Images in [-1, 1] as the classifiers expect them: ImageNet's mean 0 and deviation 1."""
     return (x.astype(jnp.float32) - jnp.array(SHIFT)) / jnp.array(SCALE)
 
 
