@@ -1,6 +1,6 @@
 """Consistency models: f(z_t, t) jumps to the start of the path on which z_t lies.
 
-Song et al. 2023; of latents, Luo et al. 2023, whose constants are the defaults here.
+Song et al. 2023; for latents, Luo et al. 2023, whose constants are the defaults here.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from latent_diffusion.process.schedules import NoiseSchedule, Timestep
 def boundary(
     t: Timestep, timestep_scaling: Number = 10.0, sigma_data: Number = 0.5
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The shares (skip, out) of z_t and of the estimate of z_0 in f(z_t, t); at t = 0, (1, 0)."""
+    """The factors (skip, out) of z_t and of the estimate of z_0 in f(z_t, t); (1, 0) at t = 0."""
     scaled = t * timestep_scaling
     skip = sigma_data**2 / (scaled**2 + sigma_data**2)
     return skip, scaled / jnp.sqrt(scaled**2 + sigma_data**2)

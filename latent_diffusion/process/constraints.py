@@ -17,18 +17,18 @@ def constrained(
     nearest: Callable[[Array], Array] | None,
     recompute_eps: bool,
 ) -> Denoiser:
-    """The denoiser with the constraints on z_0 that planned options ask for.
+    """The denoiser with the constraints on z_0 that the planned options choose.
 
     nearest: see `quantize`. recompute_eps: see `_change_z_0`.
     """
-    follow = {"recompute_eps": recompute_eps}
+    kwargs = {"recompute_eps": recompute_eps}
     if (bound := options.clip_x0) is not None:
-        denoise = clip(denoise, schedule, -bound, bound, **follow)
+        denoise = clip(denoise, schedule, -bound, bound, **kwargs)
     if (ratio := options.dynamic_threshold) is not None:
         limit = jnp.inf if options.threshold_limit is None else options.threshold_limit
-        denoise = dynamic_threshold(denoise, schedule, ratio, limit, **follow)
+        denoise = dynamic_threshold(denoise, schedule, ratio, limit, **kwargs)
     if nearest is not None:
-        denoise = quantize(denoise, schedule, nearest, **follow)
+        denoise = quantize(denoise, schedule, nearest, **kwargs)
     return denoise
 
 
@@ -50,7 +50,7 @@ def dynamic_threshold(
     limit: Number = jnp.inf,
     recompute_eps: bool = True,
 ) -> Denoiser:
-    """Clip |z_0| at its own `ratio` quantile per example, then scale to [−1, 1] (Imagen, §2.3).
+    """Clip |z_0| at each example's `ratio` quantile, then scale to [−1, 1] (Imagen, §2.3).
 
     The threshold is at least 1 and at most `limit`. ratio: in (0, 1].
     """
@@ -83,7 +83,7 @@ def quantize(
 ) -> Denoiser:
     """Replace z_0 by `nearest(z_0)`, the closest entries of a VQ model's codebook.
 
-    The original LDM leaves eps as it was, hence the default.
+    The original LDM doesn't change eps, hence the default.
     """
     return _change_z_0(denoise, nearest, schedule, recompute_eps)
 
@@ -94,7 +94,7 @@ def _change_z_0(
     schedule: NoiseSchedule,
     recompute_eps: bool,
 ) -> Denoiser:
-    """recompute_eps: whether eps follows, so that alpha_t z_0 + sigma_t eps is z_t again."""
+    """recompute_eps: whether eps changes, too, so that alpha_t z_0 + sigma_t eps stays z_t."""
 
     def changed(z_t: Array, t: Array) -> Prediction:
         pred = denoise(z_t, t)

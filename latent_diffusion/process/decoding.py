@@ -1,7 +1,7 @@
-"""Drawing codes from logits: what a prior does in place of a sampler.
+"""Drawing codes from logits, which takes the place of a sampler for a prior.
 
-Noise is given as Gumbel variables, the largest of logits + temperature · Gumbel being a draw from
-softmax(logits / temperature); so temperature 0 takes the likeliest, and a test can give its noise.
+Noise is an argument, as Gumbel variables: the largest of logits + temperature · Gumbel is a draw
+from softmax(logits / temperature). So temperature 0 takes the likeliest code.
 """
 
 import jax
@@ -20,22 +20,23 @@ def guided(
 def filtered(
     logits: Float[Array, "... K"], temperature: Number, top_k: Number, top_p: Number
 ) -> Float[Array, "... K"]:
-    """The logits, −∞ for codes that can't be drawn.
+    """The logits, −∞ for codes that are excluded from the draw.
 
-    top_k: how many of the likeliest can; None is all. top_p: then, the likeliest that together have
-    this probability at the temperature (Holtzman et al. 2020), at least one; None is all.
+    top_k: the number of likeliest codes that stay; None is all. top_p: of these, the likeliest that
+    together have this probability at the temperature stay (Holtzman et al. 2020), at least one;
+    None is all.
     """
     if top_k is None and top_p is None:
         return logits
     ordered = -jnp.sort(-logits, axis=-1)
-    kept = jnp.ones(ordered.shape, bool)
+    allowed = jnp.ones(ordered.shape, bool)
     if top_k is not None:
-        kept = jnp.broadcast_to(jnp.arange(logits.shape[-1]) < top_k, ordered.shape)
+        allowed = jnp.broadcast_to(jnp.arange(logits.shape[-1]) < top_k, ordered.shape)
     if top_p is not None:
         tempered = ordered / jnp.maximum(temperature, 1e-6)
-        share = jax.nn.softmax(jnp.where(kept, tempered, -jnp.inf))
-        kept &= jnp.cumsum(share, -1) - share < top_p
-    least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        share = jax.nn.softmax(jnp.where(allowed, tempered, -jnp.inf))
+        allowed &= jnp.cumsum(share, -1) - share < top_p
+    least = jnp.min(jnp.where(allowed, ordered, jnp.inf), -1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
@@ -47,7 +48,7 @@ def drawn(
 
 
 def masked_share(progress: Number) -> Number:
-    """The share of codes that stays masked once `progress` ∈ [0, 1] of the steps are done: cosine.
+    """The cosine share of codes that are still masked after a share `progress` of the steps.
 
     Chang et al. 2022, section 3.3.
     """
@@ -61,10 +62,11 @@ def remasked(
     count: Int[Array, " B"],
     temperature: Number,
 ) -> Bool[Array, "B L"]:
-    """Which codes are masked again: the `count` of the unknown ones that are least certain.
+    """Which codes are masked again: the `count` least certain of those that were masked.
 
-    log_probs: of the codes that were drawn. temperature: of the noise in their order (Chang et al.
-    2022, appendix). At least one stays masked, and at least one does not.
+    log_probs: log-probabilities of the drawn codes. unknown: which codes were masked. temperature:
+    factor of the noise in the order of certainty (Chang et al. 2022, appendix). At least one code
+    is masked again, and at least one isn't.
     """
     confidence = jnp.where(unknown, log_probs + temperature * gumbel, jnp.inf)
     count = jnp.maximum(1, jnp.minimum(jnp.sum(unknown, 1) - 1, count))
@@ -73,10 +75,10 @@ def remasked(
 
 
 def local_place(place: Int[Array, ""] | int, size: int, window: int) -> Int[Array, ""]:
-    """Where a code of a row of `size` lies in the window in which it is drawn.
+    """The position of code `place`, in a row of `size`, within the window in which it is drawn.
 
-    As in taming-transformers' scripts: codes before are seen, half a window of them, except near
-    the start and the end, where the window stops (Esser et al. 2021, section 3.3).
+    As in taming-transformers' scripts, half a window lies before the code, except near the start
+    and the end of the row, where the window stops (Esser et al. 2021, section 3.3).
     """
     half, left = window // 2, size - place
     return jnp.where(place <= half, place, jnp.where(left < half, window - left, half))

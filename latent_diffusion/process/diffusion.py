@@ -16,8 +16,8 @@ from latent_diffusion.process.schedules import NoiseSchedule, Timestep
 class Prediction(NamedTuple):
     """A denoiser's estimates of the clean latent and of the noise in z_t.
 
-    variance: of a step, as a network learned it: its logarithm lies between that of the smallest,
-    that of q(z_s | z_t, z_0), at −1, and that of the largest, of q(z_t | z_s), at 1.
+    variance: a learned variance of the step from t to s. Its logarithm is interpolated from that of
+    q(z_s | z_t, z_0), the smallest variance, at −1, to that of q(z_t | z_s), the largest, at 1.
     """
 
     z_0: Float[Array, "B ..."]
@@ -32,8 +32,8 @@ PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array | float, Array | flo
     "eps": lambda alpha, sigma: (0.0, 1.0),
     "x0": lambda alpha, sigma: (1.0, 0.0),
     "v": lambda alpha, sigma: (-sigma, alpha),  # Salimans & Ho 2022
-    # The answer of a network within Karras' preconditioning, table 1 of Karras et al. 2022, as a
-    # function of alpha = 1/√(s² + d²) and sigma = s/√(s² + d²), of which d is the spread of z_0.
+    # The network within Karras' preconditioning (table 1 of Karras et al. 2022), as a function of
+    # alpha = 1/√(s² + d²) and sigma = s/√(s² + d²), where d is the standard deviation of z_0.
     "edm": lambda alpha, sigma: (
         alpha * sigma / jnp.sqrt(1 - sigma**2),
         -jnp.sqrt(1 - sigma**2),
@@ -89,7 +89,7 @@ def to_z_0_and_eps(
 
 
 def variance_factor(variance: Array, log_range: Array) -> Array:
-    """A learned variance over the smallest; log_range: the logarithm of the largest over it."""
+    """A learned variance / the smallest variance. log_range: log(largest / smallest variance)."""
     return jnp.exp((variance + 1) / 2 * log_range)
 
 

@@ -2,7 +2,7 @@
 
 A *network* is `network(z_t [B h w c], t [B], conditioning) -> raw prediction`. A *denoiser*, which
 samplers take, is `denoise(z_t, t scalar) -> Prediction(z_0, eps)`. Guidance makes a denoiser of a
-network and combines raw predictions, as the field does; everything else wraps a denoiser.
+network and combines raw predictions, as is usual; everything else wraps a denoiser.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,17 +33,17 @@ def guided(
     weights: Sequence[Number] = (),
     negative: Any = None,
 ) -> Denoiser:
-    """The denoiser with the guidance that planned options ask for, of which there is one kind.
+    """The denoiser with the kind of guidance that the planned options choose.
 
-    conditionings: null, the first one, and one for each of the weights. negative: of
-    `perpendicular`. Raises ValueError for options that exclude each other.
+    conditionings: the null, the first, and one for each of the weights. negative: the conditioning
+    that `perpendicular` avoids. Raises ValueError for options that exclude each other.
     """
     options = jax.tree.map(jnp.asarray, options)
     null, first, *others = conditionings
     scale: Any = options.guidance_scale
     if scale is not None and scale.ndim:
         scale = per_step(scale, timesteps)
-    one = 1.0 if scale is None else scale  # only plain guidance can do without the null
+    number = 1.0 if scale is None else scale  # only `classifier_free` takes None
     interval, rescale = options.guidance_interval, options.guidance_rescale
     kinds = {
         "more_prompts": bool(others),
@@ -55,35 +55,35 @@ def guided(
         raise ValueError(f"{' and '.join(chosen)} don't go together")
     if chosen and (interval is not None or rescale is not None):
         raise ValueError(f"{chosen[0]} knows no guidance_interval or guidance_rescale")
-    given = (network, schedule, kind)
-    own: dict[str, Any] = {"channels": options.guidance_channels}
+    model = (network, schedule, kind)
+    more: dict[str, Any] = {"channels": options.guidance_channels}
     if others:
-        return composed(*given, [first, *others], [1.0, *weights], null, one, **own)
+        return composed(*model, [first, *others], [1.0, *weights], null, number, **more)
     if options.perpendicular is not None:
-        return perpendicular(*given, first, negative, null, one, options.perpendicular, **own)
+        return perpendicular(*model, first, negative, null, number, options.perpendicular, **more)
     if options.cfg_pp:
-        return classifier_free_pp(*given, first, null, one, **own)
-    own |= {"interval": interval, "rescale": rescale}
-    return classifier_free(*given, first, null, scale, **own)
+        return classifier_free_pp(*model, first, null, number, **more)
+    more |= {"interval": interval, "rescale": rescale}
+    return classifier_free(*model, first, null, scale, **more)
 
 
-# The timesteps that the network sees, of those of the sampler.
+# From the sampler's timesteps to those that the network gets.
 ROUNDINGS: dict[str, Callable[[Array], Array]] = {
     "exact": lambda t: t,
     "round": jnp.round,
-    "floor": lambda t: jnp.floor(t + 1e-3),  # whole ones may lie below by rounding
+    "floor": lambda t: jnp.floor(t + 1e-3),  # rounding errors may make integers smaller
 }
 
 
 def at_timesteps(network: Network, rounded: Callable[[Array], Array]) -> Network:
-    """The network, which sees `rounded` timesteps; levels of noise stay those of the sampler."""
+    """The network, called with `rounded` timesteps; noise levels stay those of the sampler."""
     return lambda z_t, t, conditioning: network(z_t, rounded(t), conditioning)
 
 
 def from_prediction(network: Network, schedule: NoiseSchedule, kind: str) -> Callable:
     """Turn a network into `denoise(z_t, t, conditioning=None) -> Prediction`.
 
-    kind: what the network predicts, a name in `diffusion.PREDICTIONS`.
+    kind: the quantity that the network predicts, a name in `diffusion.PREDICTIONS`.
     """
 
     def denoise(z_t: Array, t: Array, conditioning: Any = None) -> Prediction:
@@ -110,12 +110,12 @@ def classifier_free(
     conditioning, null_conditioning: pytrees of arrays [B ...] (the null's may be [1 ...]); a
     negative prompt is just another null. Both are evaluated in one batch, null first.
     scale: a number, an array [] or [B], or a function of the timestep (see `per_step`). None
-    evaluates the network on the conditioning alone, which is what 1 amounts to.
+    evaluates the network only on the conditioning, which gives the same result as 1.
     interval: (low, high) timesteps; outside, only the conditional prediction is computed
     (Kynkäänniemi et al. 2024). rescale: in [0, 1], how far to pull each example's standard
     deviation back to the conditional prediction's (Lin et al. 2023, §3.4).
-    channels: as many are guided, from the first; the others are those of the condition. None is
-    all of the latent's; a learned variance is never guided.
+    channels: the number of channels that are guided, from the first; the others are those of the
+    conditional prediction. None: all channels of the latent; a learned variance is never guided.
     """
     plain = from_prediction(network, schedule, kind)
 
@@ -132,7 +132,7 @@ def classifier_free(
         null, cond = evaluate(z_t, t)
         pred = null + _scale_at(scale, t, null) * (cond - null)
         if rescale is not None:
-            size = z_t.shape[-1]  # behind it lies a learned variance
+            size = z_t.shape[-1]  # further channels are a learned variance
             spread = _std(cond[..., :size]) / _std(pred[..., :size])
             pred = pred.at[..., :size].multiply(1 + rescale * (spread - 1))
         return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
@@ -154,7 +154,7 @@ def classifier_free_pp(
 ) -> Denoiser:
     """CFG++ (Chung et al. 2024): guided z_0, but the null's eps; scale in [0, 1].
 
-    For samplers that step once with both (ddim, euler, euler_ancestral).
+    It is for samplers whose step is a combination of both (ddim, euler, euler_ancestral).
     """
     evaluate = _several(network, [null_conditioning, conditioning], channels)
 
@@ -206,7 +206,7 @@ def perpendicular(
     negative_scale: Number = 1.0,
     channels: int | None = None,
 ) -> Denoiser:
-    """Perp-Neg (Armandpour et al. 2023): steer away only from what the prompt doesn't share.
+    """Perp-Neg (Armandpour et al. 2023): avoid only the part perpendicular to the prompt.
 
     negative: the conditioning to avoid; its component along the prompt's direction is ignored.
     """
@@ -224,7 +224,7 @@ def perpendicular(
 
 
 def per_step(values: Float[Array, " S"], timesteps: Timesteps) -> Callable[[Array], Array]:
-    """A guidance scale for each step: values[i] holds from timesteps[i] down to the next one."""
+    """A guidance scale for each step: values[i] holds from timesteps[i] down to the next."""
     if len(values) != len(timesteps) - 1:
         raise ValueError(f"{len(values)} guidance scales for {len(timesteps) - 1} steps")
     return lambda t: values[jnp.minimum(jnp.sum(timesteps[1:] >= t), len(values) - 1)]
@@ -233,10 +233,10 @@ def per_step(values: Float[Array, " S"], timesteps: Timesteps) -> Callable[[Arra
 def _several(
     network: Network, conditionings: Sequence[Any], channels: int | None
 ) -> Callable[..., list[Array]]:
-    """Evaluate the network under several conditionings in one batch: the null and the first, ...
+    """Evaluate the network under several conditionings in one batch: the null, the first, ...
 
-    All but `channels`, of which None is the latent's, are the first's in all predictions, so that
-    no combination of them is guided there.
+    Only the first `channels` (None: those of the latent) differ between predictions. The other
+    channels are the first conditioning's in all of them, so combinations don't guide these.
     """
     shapes = {jax.tree.structure(c) for c in conditionings}
     if len(shapes) > 1:
@@ -295,12 +295,12 @@ def inpaint(
 ) -> Denoiser:
     """Fill the hole (mask 1): before each evaluation, the rest becomes `known`, noised to level t.
 
-    known: latents. rng: one key per image, others than the sampler's. Finish with `paste`, since
-    the sampler's result holds its own version of the known part.
+    known: latents. rng: one key per image, different from the sampler's. Finish with `paste`, since
+    the sampler also changes the part outside the hole.
     """
 
     def filled(z_t: Array, t: Array) -> Prediction:
-        # Each timestep has its noise, whatever the sampler: fold in the bits of t.
+        # The noise depends on the timestep, whatever the sampler: fold in the bits of t.
         bits = jax.lax.bitcast_convert_type(jnp.asarray(t, jnp.float32), jnp.uint32)
         keys = jax.vmap(jax.random.fold_in, (0, None))(rng, bits)
         noised = q_sample(schedule, known, t, normal_per_example(keys, known.shape[1:]))
@@ -326,7 +326,7 @@ def observed(
 ) -> Denoiser:
     """Call functions on the host at each evaluation, without leaving the compiled loop.
 
-    progress(t) is called before it, preview(t, z_0) with its estimate of the clean latents.
+    progress(t) is called before, preview(t, z_0) afterwards with the estimate of the clean latents.
     """
 
     def with_calls(z_t: Array, t: Array) -> Prediction:

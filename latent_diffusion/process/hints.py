@@ -7,11 +7,11 @@ import numpy as np
 
 from latent_diffusion.core.types import Array, Float
 
-THRESHOLD = 0.1  # of a change of brightness from one pixel to the next, where black to white is 1
+THRESHOLD = 0.1  # least change of brightness per pixel for an edge; from black to white is 1
 
 
 def edges(image: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """White lines on black, where the brightness of a picture in [-1, 1] changes (Sobel 1968)."""
+    """White lines on black where the brightness of a picture in [-1, 1] changes (Sobel 1968)."""
     grey = (image + 1) / 2 @ jnp.array([0.299, 0.587, 0.114])
     wide = jnp.pad(grey, ((0, 0), (1, 1), (1, 1)), mode="edge")
     across = wide[:, :, 2:] - wide[:, :, :-2]

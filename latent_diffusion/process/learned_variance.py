@@ -1,4 +1,4 @@
-"""The bound that trains a network's variance of a step (Nichol & Dhariwal 2021, §3.1)."""
+"""The variational bound that trains the predicted variance (Nichol & Dhariwal 2021, §3.1)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from latent_diffusion.process import objectives
 from latent_diffusion.process.diffusion import expand, to_z_0_and_eps, variance_factor
 from latent_diffusion.process.schedules import NoiseSchedule
 
-_BIN = 1 / 255  # half of a bin: values of [−1, 1] are rounded to 256 levels
+_BIN = 1 / 255  # half a bin: values in [−1, 1] are rounded to 256 levels
 
 
 def bound(
@@ -22,9 +22,9 @@ def bound(
 ) -> Float[Array, " B"]:
     """The term of timestep t of the variational bound, in bits per dimension.
 
-    It is the KL divergence of a step from the truth, and at t = 0 the surprise at z_0 among 256
-    levels, as DiT's code has it for latents, too. It trains the variance alone: pred, which gives
-    the step's mean, has no gradient.
+    It is the KL divergence of a sampling step from the true posterior, and at t = 0 the negative
+    log-likelihood of z_0 among 256 levels (also for latents, as in DiT's code). It trains only the
+    variance: pred, which gives the step's mean, gets no gradient.
     """
     levels = schedule.alpha_t(t), schedule.sigma_t(t)
     mean = to_z_0_and_eps(kind, jax.lax.stop_gradient(pred), *levels, z_t).z_0
@@ -39,7 +39,7 @@ def bound(
 
 
 def _surprise(x: Array, mean: Array, spread: Array) -> Array:
-    """−log of the share of a normal distribution in the level of x; the outer levels have tails."""
+    """−log of a normal distribution's mass in the bin of x; the outer bins include the tails."""
     below, above = (jax.scipy.stats.norm.cdf((x - mean + side * _BIN) / spread) for side in (-1, 1))
     share = jnp.where(x > 0.999, 1 - below, jnp.where(x < -0.999, above, above - below))
     return -jnp.log(jnp.maximum(share, 1e-12))

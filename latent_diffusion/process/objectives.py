@@ -1,6 +1,6 @@
 """The objective of latent denoising: errors, their weights, random timesteps and noise.
 
-Weights are arrays [T], factors of the error of the network's prediction, whatever it predicts.
+Weights are arrays [T], factors of the error of the predicted quantity, whichever that is.
 """
 
 import functools
@@ -38,7 +38,7 @@ LOSSES: dict[str, Callable[..., Array]] = {"l1": l1, "l2": l2, "pseudo_huber": p
 
 
 def make_loss(name: str, huber_c: float) -> Callable[[Array, Array], Array]:
-    """The loss `name` of LOSSES. huber_c: of pseudo_huber."""
+    """The loss `name` of LOSSES. huber_c: c of pseudo_huber."""
     loss = lookup(LOSSES, name, "loss")
     return functools.partial(loss, c=huber_c) if loss is pseudo_huber else loss
 
@@ -67,7 +67,7 @@ def elbo(schedule: NoiseSchedule, kind: str) -> Float[Array, " T"]:
 def elbo_original(
     schedule: NoiseSchedule, kind: str, v_posterior: float = 0.0
 ) -> Float[Array, " T"]:
-    """LDM's lvlb_weights, for parity: "x0" with its slip (2 − ᾱ for 2(1 − ᾱ)), v and flow 1."""
+    """LDM's lvlb_weights, with LDM's slip for "x0" (2 − ᾱ for 2(1 − ᾱ)); 1 for v and flow."""
     variance = posterior_variance(schedule, v_posterior)[1:]
     betas, alpha_bar = schedule.betas[1:], schedule.alphas_cumprod[1:]
     if kind == "eps":
@@ -81,7 +81,7 @@ def elbo_original(
 
 def min_snr(schedule: NoiseSchedule, kind: str, gamma: float = 5.0) -> Float[Array, " T"]:
     """min(SNR, gamma) on the error in z_0, whatever the network predicts (Hang et al. 2023)."""
-    bounded = jnp.minimum(1.0, gamma * jnp.exp(-schedule.log_snr))  # over SNR
+    bounded = jnp.minimum(1.0, gamma * jnp.exp(-schedule.log_snr))  # min(SNR, gamma) / SNR
     return bounded * _signal_in_error(schedule, kind)
 
 
@@ -124,7 +124,7 @@ def logit_normal(
 
 
 def mode(keys: Keys, schedule: NoiseSchedule, scale: float = 1.29) -> Int[Array, " B"]:
-    """T · f(u) with u uniform: the middle more often, the ends not never (Esser et al. 2024, §3.1).
+    """T · f(u), u uniform: the middle more often, but also the ends (Esser et al. 2024, §3.1).
 
     f(u) = 1 − u − scale · (cos²(πu/2) − 1 + u).
     """
@@ -158,7 +158,7 @@ TIMESTEP_SAMPLING: dict[str, Callable[..., Array]] = {
 def shift_timesteps(
     t: Int[Array, " B"], schedule: NoiseSchedule, shift: float | int
 ) -> Int[Array, " B"]:
-    """Timesteps whose share of noise is the shifted one of t; see `spacings.shifted`."""
+    """Timesteps with the shifted share of the noise of t; see `spacings.shifted`."""
     total = schedule.num_timesteps
     moved = jnp.round(total * shifted((t + 1) / total, shift)) - 1
     return _below(jnp.maximum(moved, 0), schedule)

@@ -1,8 +1,8 @@
-"""Every option of a sampling call, beside its conditions: default, type, range, effect and help.
+"""Every option of a sampling call except its conditions: default, type, range, effect and help.
 
 `Model.sample`, the `sampling` fields of a config, the flags of `sample.py` and of `evaluate`, and
-the table in docs/samplers.md are made of `SamplingOptions`; `process.plan` checks values by it.
-This module needs nothing but Python, so that a command can explain its flags at once.
+the table in docs/samplers.md are made from `SamplingOptions`; `process.plan` checks values by it.
+This module needs nothing but Python, so that a command can quickly explain its flags.
 """
 # ruff: noqa: RUF009 (the functions that make fields return fields)
 
@@ -19,9 +19,9 @@ class Option:
 
     kind: the type of a value, or of each of several values; `object` for a function. count: how
     many values there are; None means one, or a list of any length. traced: whether a compiled
-    program takes the value as its input, so that another value runs the same program. range: of
-    numbers, such as "(0, 1]". off: the value that asks for nothing. needs: the argument without
-    which the option has no meaning. flag: whether commands have a flag for it.
+    program takes the value as an input, so that another value runs the same program. range: allowed
+    numbers, such as "(0, 1]". off: the value that has no effect. needs: the argument without which
+    the option has no meaning. flag: whether commands have a flag for it.
     """
 
     default: Any
@@ -67,7 +67,7 @@ class Option:
 
 
 def in_range(value: float | int, range: str) -> bool:
-    """Whether a finite number lies in a range such as "[0, 1)"; the empty text has no bounds."""
+    """Whether a finite number lies in a range such as "[0, 1)"; an empty range has no bounds."""
     if not math.isfinite(value):
         return False
     if not range:
@@ -78,7 +78,7 @@ def in_range(value: float | int, range: str) -> bool:
 
 
 def _choice(default: Any, kind: type, help: str, **fields: Any) -> Any:
-    """A field of a dataclass of options; `fields` are further ones of `Option`."""
+    """A field of a dataclass of options; `fields` are further fields of `Option`."""
     made = Option(default, kind, help, **fields)
     return dataclasses.field(default=default, metadata={"option": made})
 
@@ -104,7 +104,7 @@ def _number(default: Any, range: str, help: str, **fields: Any) -> Any:
     return _choice(default, float, help, traced=True, range=range, **fields)
 
 
-# A test compares them with the tables, which need JAX.
+# A test compares these names with the tables, whose modules need JAX.
 SAMPLER_NAMES = (
     "ddpm, ddim, plms, euler, euler_ancestral, heun, dpm2, dpm2_ancestral, ipndm, lms, "
     "dpm_solver_2m, dpm_solver_3m, dpm_solver_pp_2s_ancestral, dpm_solver_pp_sde, "
@@ -121,9 +121,9 @@ SPACING_NAMES = (
 class SamplingOptions:
     """Numbers are inputs of the compiled program, choices are part of it.
 
-    None stands for the default of the sampler or of the spacing, or for nothing where they have
-    none. `process.plan` also turns numbers that ask for nothing into None, so that a program
-    without guidance, say, doesn't compute it.
+    None stands for the default of the sampler or of the spacing, if it has the option.
+    `process.plan` also turns numbers without effect into None, so that a program without guidance,
+    for example, doesn't compute guidance.
     """
 
     sampler: Any = _choice("ddim", str, f"how steps are taken: {SAMPLER_NAMES}")
@@ -138,10 +138,17 @@ class SamplingOptions:
     sigma_min: Any = _choice(
         None, float, "least sigma/alpha of karras, exponential and beta", range="(0, inf)"
     )
-    sigma_max: Any = _choice(None, float, "largest sigma/alpha of them", range="(0, inf)")
-    distilled_steps: Any = _choice(None, int, "steps that an lcm was made of", range="[1, inf)")
+    sigma_max: Any = _choice(
+        None, float, "largest sigma/alpha of karras, exponential and beta", range="(0, inf)"
+    )
+    distilled_steps: Any = _choice(
+        None, int, "steps of the solver from which an lcm was distilled", range="[1, inf)"
+    )
     shift: Any = _choice(
-        None, float, "of the shifted spacing: above 1, steps lie closer to noise", range="(0, inf)"
+        None,
+        float,
+        "strength of the shifted spacing: above 1, steps lie closer to noise",
+        range="(0, inf)",
     )
     timesteps: Any = _choice(
         None, float, "the timesteps of the given spacing", count=None, range="[0, inf)"
@@ -157,7 +164,7 @@ class SamplingOptions:
         None, "[0, inf)", "low,high: timesteps (not shares of them) that are guided", count=2
     )
     guidance_rescale: Any = _number(
-        0.0, "[0, 1]", "how far guided predictions get back their spread", off=0.0
+        0.0, "[0, 1]", "how far guided predictions are rescaled to the condition's spread", off=0.0
     )
     guidance_channels: Any = _choice(
         None,
@@ -174,10 +181,10 @@ class SamplingOptions:
         needs="negative_prompts",
     )
     network_timesteps: Any = _choice(
-        None, str, "exact, round or floor: timesteps that the network sees, as some of diffusers"
+        None, str, "exact, round or floor: how the network's timesteps are rounded"
     )
     spread: Any = _choice(
-        None, str, "unit or sigma: the spread of the first noise; k-diffusion has its sigma"
+        None, str, "unit or sigma: the spread of the start noise; sigma in k-diffusion"
     )
     start: Any = _choice(
         1.0,
@@ -204,10 +211,10 @@ class SamplingOptions:
     )
     quantize_x0: Any = _choice(False, bool, "estimates of z_0 become their closest codes")
     strength: Any = _number(
-        1.0, "[0, 1]", "share of the steps, which change image", off=1.0, needs="image"
+        1.0, "[0, 1]", "share of the steps, the last, that change image", off=1.0, needs="image"
     )
     eta: Any = _number(
-        None, "[0, inf)", "share of fresh noise, of ddim, tcd and the ancestral and SDE samplers"
+        None, "[0, inf)", "share of fresh noise in ddim, tcd and the ancestral and SDE samplers"
     )
     temperature: Any = _number(None, "[0, inf)", "factor of the noise of ddim, ddpm and priors")
     noise_dropout: Any = _number(None, "[0, 1)", "share of ddim's noise that is dropped", off=0.0)
@@ -215,7 +222,7 @@ class SamplingOptions:
         None, "[0, 1]", "ddpm's variance between the posterior's (0) and beta (1)"
     )
     learned_variance: Any = _choice(
-        None, bool, "ddpm's variance is the one that the network learned (dit.learned_variance)"
+        None, bool, "whether ddpm's variance is the network's (dit.learned_variance)"
     )
     timestep_scaling: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
     sigma_data: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
@@ -232,7 +239,7 @@ class SamplingOptions:
     disable_corrector: Any = _choice(
         None,
         int,
-        "steps of unipc, counted from 0, that nothing corrects",
+        "steps of unipc, counted from 0, without correction",
         count=None,
         range="[0, inf)",
     )
@@ -258,7 +265,11 @@ class SamplingOptions:
         None, int, "pixels: large pictures are made in overlapping tiles", range="[1, inf)"
     )
     tile_overlap: Any = _choice(
-        None, int, "pixels that tiles share; else a quarter", range="[0, inf)", needs="tile_size"
+        None,
+        int,
+        "pixels that neighbouring tiles share; by default a quarter",
+        range="[0, inf)",
+        needs="tile_size",
     )
     progress: Any = _choice(
         None,
@@ -276,11 +287,11 @@ class SamplingOptions:
 class PriorOptions:
     """The options of a prior over codes, which has no sampler."""
 
-    temperature: Any = _number(1.0, "[0, inf)", "of the drawing; 0 takes the likeliest", off=1.0)
+    temperature: Any = _number(1.0, "[0, inf)", "of the draw; 0 takes the likeliest code", off=1.0)
     top_k: Any = _choice(
         0,
         int,
-        "codes that can be drawn by a prior, the likeliest; 0 is all",
+        "number of likeliest codes that a prior draws from; 0 is all",
         range="[1, inf)",
         off=0.0,
         traced=True,
@@ -288,7 +299,7 @@ class PriorOptions:
     top_p: Any = _number(
         1.0,
         "(0, 1]",
-        "probability of the likeliest codes, which a prior can draw; 1 is all",
+        "total probability of the likeliest codes, from which a prior draws; 1 is all",
         off=1.0,
     )
     guidance_scale: Any = _number(
@@ -302,11 +313,11 @@ class PriorOptions:
 
 OPTIONS = options_of(SamplingOptions)
 PRIOR_OPTIONS = options_of(PriorOptions)
-ALL_OPTIONS = {**PRIOR_OPTIONS, **OPTIONS}  # of one name: the flag explains the denoiser's
+ALL_OPTIONS = {**PRIOR_OPTIONS, **OPTIONS}  # for a shared name, the flag explains the denoiser's
 
 
 def check_needs(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option without the argument that gives it a meaning."""
+    """Raise ValueError for an option without the argument that it needs."""
     for name, made in OPTIONS.items():
         if made.needs and given.get(name) is not None and given.get(made.needs) is None:
             raise ValueError(f"{name} needs {made.needs}: give both")

@@ -1,4 +1,4 @@
-"""From options to what a sampler needs: the timesteps, and every option checked by name."""
+"""Plans a sampling call: checks its options and computes its timesteps."""
 
 import dataclasses
 import inspect
@@ -21,9 +21,9 @@ from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 from latent_diffusion.process.spacings import SPACINGS, spacing
 
-# Habits of some schedulers of diffusers, which a file's default sampler brings with it.
+# Options that belong to the default sampler of a diffusers folder, as its scheduler has them.
 OF_SCHEDULERS = ("network_timesteps", "spread")
-# CFG++ tells z_0 from eps, so it is for samplers that take one step with both.
+# CFG++ changes z_0 but not eps, so it is for samplers whose step combines both.
 CFG_PP_SAMPLERS = ("ddim", "euler", "euler_ancestral")
 
 for cls, table in ((SamplingOptions, OPTIONS), (PriorOptions, PRIOR_OPTIONS)):
@@ -58,13 +58,13 @@ SHARED = OPTIONS.keys() - {
 def plan(
     schedule: NoiseSchedule, prediction: str, defaults: Config, given: Mapping[str, Any]
 ) -> tuple[Timesteps, SamplingOptions]:
-    """The timesteps of a sampling call and its options, `given` over a model's `defaults`.
+    """The timesteps of a sampling call and its options: `given` overrides a model's `defaults`.
 
-    None stands for an option that isn't set. Defaults of a sampler or spacing that `given` replaces
-    by another one don't count. The timesteps are the ones that `strength` leaves. Numbers are
-    arrays, None where they ask for nothing; options that the timesteps say already are None.
-    Raises ValueError for an option that neither sampling, nor the sampler, nor the spacing has,
-    and for a value that is out of its range or doesn't fit the others.
+    None stands for an option that isn't set. If `given` replaces the default sampler or spacing,
+    the defaults of its options don't count. Of the timesteps, `strength` leaves the last ones.
+    Numbers become arrays, or None where they have no effect; options that only determine the
+    timesteps become None. Raises ValueError for an option that neither sampling, nor the sampler,
+    nor the spacing has, and for a value that is out of its range or doesn't fit the others.
     """
     values = _values(defaults, given)
     options = SamplingOptions(**values)
@@ -79,23 +79,23 @@ def plan(
     _check_start(timesteps, schedule, prediction)
     traced = [name for name, option in OPTIONS.items() if option.traced]
     numbers = {name: _number(name, getattr(options, name)) for name in traced}
-    told = dict.fromkeys(["spacing", "num_steps", *of_spacing])
-    return jnp.asarray(timesteps), dataclasses.replace(options, **numbers, **told)
+    in_timesteps = dict.fromkeys(["spacing", "num_steps", *of_spacing])
+    return jnp.asarray(timesteps), dataclasses.replace(options, **numbers, **in_timesteps)
 
 
 def plan_prior(defaults: Config, given: Mapping[str, Any], causal: bool) -> PriorOptions:
-    """The options of a prior, `given` over the model's `defaults`, checked; numbers as in `plan`.
+    """The checked options of a prior: `given` overrides the model's `defaults`.
 
-    Raises ValueError for an option that a prior of this kind doesn't have.
+    Numbers are as in `plan`. Raises ValueError for an option that this kind of prior doesn't have.
     """
     given = {name: value for name, value in given.items() if value is not None}
     masked_only = ("num_steps", "choice_temperature")
-    known = [name for name in PRIOR_OPTIONS if not (causal and name in masked_only)]
+    allowed = [name for name in PRIOR_OPTIONS if not (causal and name in masked_only)]
     for name in given:
-        if name not in known:
+        if name not in allowed:
             kind = "causal" if causal else "masked"
             raise ValueError(
-                f"unknown option {name!r} for a {kind} prior; known: {', '.join(sorted(known))}"
+                f"unknown option {name!r} for a {kind} prior; known: {', '.join(sorted(allowed))}"
             )
     values = {name: option.default for name, option in PRIOR_OPTIONS.items()}
     values |= {name: value for name, value in defaults.items() if name in PRIOR_OPTIONS}
@@ -109,16 +109,16 @@ def plan_prior(defaults: Config, given: Mapping[str, Any], causal: bool) -> Prio
 
 
 def own_options(options: SamplingOptions) -> dict[str, Any]:
-    """The keyword arguments of the sampler's table."""
+    """The options of the sampler, as keyword arguments of its `table`."""
     values = {name: getattr(options, name) for name in options_of_sampler(options.sampler)}
-    if options.end is not None:  # another call takes the last step, where the order may fall
+    if options.end is not None:  # the order may fall only in the last step, of another call
         values |= {name: False for name in values.keys() & {"lower_order_final", "euler_at_final"}}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _values(defaults: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option that is set, by name, checked; a sampler's numbers are set in any case."""
-    given = {name: value for name, value in given.items() if value is not None}
+def _values(defaults: Config, requested: Mapping[str, Any]) -> dict[str, Any]:
+    """All options that are set, checked, by name, and the numbers of the sampler in any case."""
+    requested = {name: value for name, value in requested.items() if value is not None}
     usual = {"sampler": SamplingOptions.sampler, "spacing": SamplingOptions.spacing}
     defaults = {**usual, **{k: value for k, value in defaults.items() if value is not None}}
     parts: list[tuple[str, Any, Callable[[str], dict[str, Any]], tuple[str, ...]]] = [
@@ -127,25 +127,25 @@ def _values(defaults: Config, given: Mapping[str, Any]) -> dict[str, Any]:
     ]
     for part, table, options_of, more in parts:
         default = defaults[part]
-        if given.get(part, default) != default:  # files name samplers that aren't here
+        if requested.get(part, default) != default:  # files may name samplers that are missing here
             replaced = {*more, *(options_of(default) if default in table else ())}
             defaults = {k: value for k, value in defaults.items() if k not in replaced}
-    values = {**defaults, **given}
+    values = {**defaults, **requested}
     sampler, name = values["sampler"], values["spacing"]
     of_sampler = options_of_sampler(sampler)
-    known = SHARED | {*of_sampler, *options_of_spacing(name)}
+    allowed = SHARED | {*of_sampler, *options_of_spacing(name)}
     for option in values:
-        if option not in known:
+        if option not in allowed:
             raise ValueError(
                 f"unknown option {option!r} for sampler {sampler!r} with spacing {name!r}; "
-                f"known: {', '.join(sorted(known))}"
+                f"known: {', '.join(sorted(allowed))}"
             )
     numbers = {name: value for name, value in of_sampler.items() if OPTIONS[name].traced}
     return {name: OPTIONS[name].checked(name, v) for name, v in {**numbers, **values}.items()}
 
 
 def _number(name: str, value: Any, table: Mapping[str, Option] = OPTIONS) -> Any:
-    """The value as an input of a program; None where it asks for nothing."""
+    """The value as an input of a program; None if it has no effect."""
     return None if value is None or value == table[name].off else np.asarray(value, np.float32)
 
 
@@ -157,13 +157,13 @@ def _check_guidance(
         raise ValueError(f"{len(scales)} guidance scales for {len(timesteps) - 1} steps")
     if options.cfg_pp:
         if options.sampler not in CFG_PP_SAMPLERS:
-            known = ", ".join(CFG_PP_SAMPLERS)
-            raise ValueError(f"cfg_pp works with {known}, not {options.sampler}")
+            samplers = ", ".join(CFG_PP_SAMPLERS)
+            raise ValueError(f"cfg_pp works with {samplers}, not {options.sampler}")
         if wrong := [scale for scale in scales if not 0 <= scale <= 1]:
             raise ValueError(f"the guidance scale of CFG++ must lie in [0, 1], got {wrong[0]:g}")
     if options.guidance_interval is not None:
         low, high = options.guidance_interval
-        if low > high or high <= 1 < schedule.num_timesteps - 1:  # shares of the noise, say
+        if low > high or high <= 1 < schedule.num_timesteps - 1:  # probably shares of the noise
             raise ValueError(
                 "guidance_interval must be (low, high), timesteps of 0 … "
                 f"{schedule.num_timesteps - 1} and no shares of them, got ({low:g}, {high:g})"
@@ -173,7 +173,7 @@ def _check_guidance(
 def _last_share(
     timesteps: np.ndarray, options: SamplingOptions
 ) -> tuple[np.ndarray, SamplingOptions]:
-    """What `strength` leaves of the timesteps, and of guidance scales by step."""
+    """The last timesteps, and options with the last guidance scales, as `strength` chooses."""
     total, strength = len(timesteps) - 1, options.strength
     skipped = 0 if strength is None else total - int(strength * total + 1e-6)
     if isinstance(options.guidance_scale, tuple):
@@ -184,10 +184,10 @@ def _last_share(
 def _between(
     timesteps: np.ndarray, options: SamplingOptions, total: int
 ) -> tuple[np.ndarray, SamplingOptions]:
-    """The timesteps between `start` and `end`, as diffusers divides them, and their scales.
+    """The timesteps between `start` and `end`, as in diffusers, and options with their scales.
 
-    The network is evaluated at those below `start` and not below `end`, in timesteps of the
-    schedule; the latents that `end` leaves are those at the first timestep below it.
+    The network is evaluated at timesteps below `start` · T that aren't below `end` · T; the result
+    then has the noise of the first timestep below `end` · T.
     """
     start, end = options.start, options.end
     if start == OPTIONS["start"].off and end == OPTIONS["end"].off:
@@ -206,8 +206,8 @@ def _between(
     if isinstance(options.guidance_scale, tuple):
         scales = options.guidance_scale[first:count]
         options = dataclasses.replace(options, guidance_scale=scales)
-    kept = [x if x != OPTIONS[name].off else None for name, x in (("start", start), ("end", end))]
-    options = dataclasses.replace(options, start=kept[0], end=kept[1])
+    bounds = [x if x != OPTIONS[name].off else None for name, x in (("start", start), ("end", end))]
+    options = dataclasses.replace(options, start=bounds[0], end=bounds[1])
     return timesteps[first : count + 1], options
 
 

@@ -36,7 +36,7 @@ class NoiseSchedule:
     alphas: Float[Array, " T"]
     sigmas: Float[Array, " T"]
     log_snr: Float[Array, " T"]  # log(alpha² / sigma²), finite also where alpha is 0
-    times: Float[Array, " T"] | None = None  # what the network is told; None is t itself
+    times: Float[Array, " T"] | None = None  # the network's time input; None is t itself
     straight: bool = flax.struct.field(pytree_node=False, default=False)  # alpha + sigma = 1
 
     @property
@@ -66,7 +66,7 @@ class NoiseSchedule:
         return jnp.where(jnp.asarray(t) < 0, jnp.inf, between)
 
     def time_t(self, t: Timestep) -> Timestep:
-        """What the network is told of t, same shape as t."""
+        """The network's time input at t, same shape as t."""
         if self.times is None:
             return t
         return jnp.interp(t, jnp.arange(self.num_timesteps, dtype=self.times.dtype), self.times)
@@ -74,11 +74,11 @@ class NoiseSchedule:
     def timestep_at(self, log_snr: Float[Array, "..."]) -> Float[Array, "..."]:
         """The fractional timestep in [0, T−1] of a log-SNR (inverse of `log_snr_t`)."""
         steps = jnp.arange(self.num_timesteps, dtype=self.log_snr.dtype)
-        found = jnp.interp(-log_snr, -self.log_snr, steps)
+        timestep = jnp.interp(-log_snr, -self.log_snr, steps)
         if self.straight:
             exact = jnp.interp(jax.nn.sigmoid(-log_snr / 2), self.sigmas, steps)
-            found = jnp.where(self._ends(jnp.floor(found)), found, exact)
-        return found
+            timestep = jnp.where(self._ends(jnp.floor(timestep)), timestep, exact)
+        return timestep
 
     def _locate(self, t: Timestep) -> tuple[Array, Array]:
         t = jnp.clip(jnp.asarray(t), 0, self.num_timesteps - 1)
@@ -86,7 +86,7 @@ class NoiseSchedule:
         return low, (t - low).astype(self.log_snr.dtype)
 
     def _at(self, t: Timestep, table: Array, share: Callable[[Array], Array]) -> Array:
-        """table[t]; for a fractional t from its energy: share(interpolated log-SNR)."""
+        """table[t]; for fractional t, interpolated: √share(log-SNR) of the total amplitude."""
         low, weight = self._locate(t)
         scale = jnp.hypot(self.alphas, self.sigmas)  # 1 for variance-preserving schedules
         high = jnp.minimum(low + 1, self.num_timesteps - 1)
@@ -98,7 +98,7 @@ class NoiseSchedule:
         return jnp.where(weight == 0, table[low], between)
 
     def _ends(self, low: Array) -> Array:
-        """Whether a flow's alpha falls to 0 behind `low`, where float32 can't say how straight."""
+        """Whether a flow's alpha falls to 0 after `low`, where float32 has too few digits."""
         return low >= self.num_timesteps - 2
 
     def _between(self, table: Array, low: Array, weight: Array) -> Array:
@@ -108,7 +108,7 @@ class NoiseSchedule:
 
 
 def _cosine(num: int, start: float, end: float, offset: float) -> np.ndarray:
-    """The cosine schedule (Nichol & Dhariwal 2021, eq. 17); it has no start and end."""
+    """The cosine schedule (Nichol & Dhariwal 2021, eq. 17), which ignores start and end."""
     tau = (np.arange(num + 1) / num + offset) / (1 + offset)
     alpha_bar = np.cos(np.pi / 2 * tau) ** 2
     return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
@@ -140,8 +140,8 @@ def make_schedule(
     curve.
     zero_terminal_snr: shift and stretch √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023, algorithm 1). This
     needs a network that predicts x0, v or flow, since eps determines no z_0 there.
-    Raises ValueError for an unknown name, for no timesteps or more than a million, and for betas
-    beyond 0 and 1.
+    Raises ValueError for an unknown name, for no timesteps or more than a million, and for
+    beta_start or beta_end outside [0, 1].
     """
     if not 1 <= num_timesteps <= MAX_TIMESTEPS:
         raise ValueError(f"num_timesteps={num_timesteps}; expected 1 to {MAX_TIMESTEPS:,}")
@@ -151,8 +151,8 @@ def make_schedule(
     if betas is None and name in _OF_DIFFUSERS:
         return _OF_DIFFUSERS[name](num_timesteps, beta_start, beta_end)
     if betas is None:
-        known = {**BETAS, "rectified_flow": None, **_OF_DIFFUSERS}
-        curve = lookup(known, name, "noise schedule")
+        curves = {**BETAS, "rectified_flow": None, **_OF_DIFFUSERS}
+        curve = lookup(curves, name, "noise schedule")
         if not (0 <= beta_start <= 1 and 0 <= beta_end <= 1):
             raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}; expected 0 to 1")
         betas = curve(num_timesteps, beta_start, beta_end, cosine_s)
@@ -165,7 +165,7 @@ def make_schedule(
 def _edm(num: int, low: float, high: float, sigma_data: float) -> NoiseSchedule:
     """(z_0 + s eps) / √(s² + sigma_data²), even in log s from `low` to `high` (Karras et al. 2022).
 
-    The network is told 0.25 log s.
+    The network's time input is 0.25 log s.
     """
     s = np.geomspace(low, high, num)
     scale = np.hypot(s, sigma_data)
@@ -173,14 +173,14 @@ def _edm(num: int, low: float, high: float, sigma_data: float) -> NoiseSchedule:
 
 
 def _ipndm(num: int, low: float, high: float) -> NoiseSchedule:
-    """sigma = sin²(π/2 · (t+1)/T); the network is told the angle of (alpha, sigma) over π/2."""
+    """sigma = sin²(π/2 · (t+1)/T); the time input is the angle of (alpha, sigma) over π/2."""
     sigmas = np.sin(np.pi / 2 * np.arange(1, num + 1) / num) ** 2
     alphas = np.sqrt(1 - sigmas**2)
     return _tabulate(alphas, sigmas, np.arctan2(sigmas, alphas) / np.pi * 2)
 
 
-# (T, beta_start, beta_end) -> schedules of some schedulers of diffusers. Of "edm", the ends are
-# those of sigma, and sigma_data is 0.5; "edm_unit" has 1.
+# (T, beta_start, beta_end) -> schedules of some schedulers of diffusers. For "edm", the ends are
+# those of sigma, and sigma_data is 0.5; for "edm_unit", it is 1.
 _OF_DIFFUSERS: dict[str, Callable[[int, float, float], NoiseSchedule]] = {
     "edm": lambda num, low, high: _edm(num, low, high, 0.5),
     "edm_unit": lambda num, low, high: _edm(num, low, high, 1.0),

@@ -1,8 +1,8 @@
 """Spacings: the timesteps at which a sampler visits a noise schedule.
 
-A spacing takes the log-SNR table [T] (float64), S, and the timestep where sampling ends, and
-returns the S timesteps of the network in either order; `spacing` sorts and bounds them and appends
-the end.
+A spacing takes the log-SNR table [T] (float64), S, and the final timestep, and returns the S
+timesteps of the network in either order; `spacing` sorts and bounds them and appends the final
+timestep.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,9 +36,9 @@ def _quad(log_snr: np.ndarray, num: int, end: int) -> np.ndarray:
 def _curve(ramp: Callable[[float, float, int, int], np.ndarray]) -> Callable[..., np.ndarray]:
     """The spacing whose sigma/alpha are ramp(highest, lowest, S, end).
 
-    Its options: `within`, the spacing between whose first and last timesteps (`offset` is its own)
-    the curve lies, and both are evaluated; without it the curve takes the whole schedule.
-    `sigma_min` and `sigma_max` replace these ends.
+    `within` names a spacing (with its `offset`) whose first and last timesteps are the ends of the
+    curve, and are both evaluated; without it the curve spans the whole schedule. `sigma_min` and
+    `sigma_max` replace these ends.
     """
 
     def along(
@@ -53,8 +53,8 @@ def _curve(ramp: Callable[[float, float, int, int], np.ndarray]) -> Callable[...
         sigmas = np.exp(-0.5 * log_snr)
         high, low = sigmas[-1], sigmas[0]
         if within is not None:
-            own = {"offset": offset} if within in ("leading", "open_leading") else {}
-            ends = lookup(SPACINGS, within, "spacing")(log_snr, num, CLEAN, **own)
+            offsets = {"offset": offset} if within in ("leading", "open_leading") else {}
+            ends = lookup(SPACINGS, within, "spacing")(log_snr, num, CLEAN, **offsets)
             ends = np.clip(np.round(ends), 0, len(sigmas) - 1).astype(int)
             high, low, end = sigmas[ends.max()], sigmas[ends.min()], CLEAN
         for name, sigma in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
@@ -98,7 +98,7 @@ def _beta(high: float, low: float, num: int, end: int) -> np.ndarray:
 def _listed(
     log_snr: np.ndarray, num: int, end: int, timesteps: Sequence[float | int]
 ) -> np.ndarray:
-    """The timesteps of a list; where it has another length, its log-SNR is interpolated.
+    """The timesteps of a list; if it has another length than S, its log-SNR is interpolated.
 
     Sabour et al. 2024, section 4.
     """
@@ -113,7 +113,7 @@ def _listed(
 
 
 def _lcm(log_snr: np.ndarray, num: int, end: int, distilled_steps: int = 50) -> np.ndarray:
-    """Some of the timesteps of the solver that was distilled (Luo et al. 2023)."""
+    """S of the timesteps of the solver that was distilled (Luo et al. 2023)."""
     if num > distilled_steps:
         raise ValueError(f"num_steps must lie in 1 … {distilled_steps} (distilled), got {num}")
     trained = distilled_timesteps(len(log_snr), distilled_steps)
@@ -136,7 +136,7 @@ def shifted(share: Any, shift: Any) -> Any:
 
 
 def _shifted(log_snr: np.ndarray, num: int, end: int, shift: float = 1.0) -> np.ndarray:
-    """Shifted shares of a flow's noise, which are even before: those of Stable Diffusion 3.
+    """Even shares of a flow's noise, shifted, as for Stable Diffusion 3.
 
     As in diffusers, the least share is shifted twice.
     """
@@ -155,7 +155,7 @@ SPACINGS: dict[str, Callable[..., np.ndarray]] = {
     "original": lambda x, num, end: np.arange(num) * len(x) // num + 1,
     "original_quad": _original_quad,
     "uniform": lambda x, num, end: np.round(_ramp(len(x) - 1, 0, num, end)),
-    "linspace": lambda x, num, end: np.linspace(len(x) - 1, 0, num),  # t = 0 whatever the end
+    "linspace": lambda x, num, end: np.linspace(len(x) - 1, 0, num),  # includes 0 for every end
     # DPM-Solver's "open" spacings don't evaluate t = 0 even where sampling ends at clean data.
     "open": lambda x, num, end: np.round(_ramp(len(x) - 1, 0, num, 0)),
     "leading": lambda x, num, end, offset=0: np.arange(num) * (len(x) // num) + offset,
@@ -177,10 +177,10 @@ SPACINGS: dict[str, Callable[..., np.ndarray]] = {
 def spacing(
     name: str, schedule: NoiseSchedule, num_steps: int, *, last: int | None = None, **options: Any
 ) -> Timesteps:
-    """Timesteps [S+1], descending: the S at which the network is evaluated, and the final one.
+    """Timesteps [S+1], descending: the S at which the network is evaluated, then the final one.
 
     last: the final timestep: −1 (clean data) or 0 (the noise of ᾱ_0, where the original LDM stops);
-    None is 0 for the "original" spacings and −1 for the others. options: those of one spacing:
+    None is 0 for the "original" spacings and −1 for the others. options: those of the spacing:
     `offset` (leading, open_leading), `rho` (karras), `distilled_steps` (lcm), `shift` (shifted),
     `timesteps` (given: a list, whose log-SNR is interpolated if its length is not num_steps), and
     for karras, exponential and beta `within`, `offset`, `sigma_min` and `sigma_max` (see `_curve`).

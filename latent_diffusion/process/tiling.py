@@ -22,10 +22,10 @@ def tiled(
     """`function` applied to overlapping tiles of x, their outputs blended.
 
     function: maps [B tile tile C] to [B s s C2] with the same ratio s / tile everywhere, such as a
-    first stage's `moments` or `decode`. tile, overlap: pixels of x along each side; neighbours
-    share at least `overlap`, across which one fades into the other. Sides smaller than the tile
-    take one tile of their own size. Raises ValueError where overlap is not in [0, tile), or where
-    sizes are scaled to fractions of a pixel.
+    first stage's `moments` or `decode`. tile, overlap: pixels of x along each side; neighbouring
+    tiles share at least `overlap`, across which they fade into each other. A side smaller than
+    `tile` takes one tile of the side's size. Raises ValueError unless overlap is in [0, tile), and
+    for sizes that are scaled to fractions of a pixel.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"tile overlap {overlap} must lie in [0, tile size {tile})")
@@ -61,20 +61,20 @@ def tiled(
 
 
 def pad_to_multiple(x: Float[Array, "B H W C"], multiple: int) -> Float[Array, "B H2 W2 C"]:
-    """Repeat the last row and column until both sides are multiples."""
+    """Repeat the last row and column until both sides are multiples of `multiple`."""
     below, right = (-x.shape[1] % multiple, -x.shape[2] % multiple)
     return jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge")
 
 
 def _starts(length: int, side: int, overlap: int) -> np.ndarray:
-    """Where tiles begin: every `side − overlap`, the last one moved back to end at the edge."""
+    """Where tiles begin: every `side − overlap`; the last tile is moved back to end at the edge."""
     if length == side:
         return np.zeros(1, int)
     return np.minimum(np.arange(0, length - overlap, side - overlap), length - side)
 
 
 def _ramps(length: int, overlap: int) -> np.ndarray:
-    """Weights along a side: rising over the overlap, 1, falling; never 0, so that borders count."""
+    """Weights along a side: they rise over the overlap, are 1, then fall; never 0, for borders."""
     rise = np.minimum(np.arange(1, length + 1) / (overlap + 1), 1.0)
     return np.minimum(rise, rise[::-1])
 

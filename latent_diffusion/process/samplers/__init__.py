@@ -1,9 +1,9 @@
 """Samplers: `sampler(denoise, z_T, timesteps, schedule, rng, **options) -> z_0`.
 
-denoise: `(z_t [B h w c], t scalar) -> Prediction(z_0, eps)`; guidance and everything else that
-varies wraps it (`process.guidance`). z_T: the latent at timesteps[0], standard normal noise as a
-rule. timesteps: [S+1], descending, from `spacings.spacing`. rng: one key per image, which
-determines the noise of this image alone; deterministic samplers ignore it. A sampler can be traced
+denoise: `(z_t [B h w c], t scalar) -> Prediction(z_0, eps)`; wrappers add guidance and everything
+else that varies (`process.guidance`). z_T: the latent at timesteps[0], usually standard normal
+noise. timesteps: [S+1], descending, from `spacings.spacing`. rng: one key per image, which
+determines the noise of only this image; deterministic samplers ignore it. A sampler can be traced
 and runs as one `lax.scan`.
 """
 
@@ -26,7 +26,7 @@ class Sampler:
     """A sampler, made of the function that tabulates its coefficients.
 
     table: (schedule, timesteps, **options) -> Table, whose `t` are the timesteps at which the
-    network will be evaluated. by_eps: the result depends on eps alone, so a wrapper that changes
+    network will be evaluated. by_eps: the result depends only on eps, so a wrapper that changes
     the estimate of z_0 must change eps with it (`constraints.clip` and the like).
     """
 

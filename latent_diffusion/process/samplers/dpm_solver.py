@@ -1,8 +1,8 @@
-"""DPM-Solver (Lu et al. 2022a) and DPM-Solver++ (2022b), one evaluation a step.
+"""DPM-Solver (Lu et al. 2022a) and DPM-Solver++ (2022b), one evaluation per step.
 
-lam is log(alpha/sigma), h a step in it. DPM-Solver extrapolates eps and DPM-Solver++ z_0; of
-x = h for eps and x = −h for z_0 the weights are the same functions. Steps without enough past are
-of lower order, and so are the last ones: see `_orders`.
+lam is log(alpha/sigma), and h the length of a step in lam. DPM-Solver extrapolates eps and
+DPM-Solver++ z_0; their weights are the same functions of x, which is h for eps and −h for z_0.
+Steps without enough earlier evaluations have a lower order, and so have the last: see `_orders`.
 """
 
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def dpm_solver_3m(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Table:
-    """DPM-Solver of third order, multistep. solver_type: of its second-order steps."""
+    """DPM-Solver of third order, multistep. solver_type: for its second-order steps."""
     return _noise_multistep(schedule, timesteps, 3, solver_type, lower_order_final, euler_at_final)
 
 
@@ -84,8 +84,8 @@ def dpm_solver_pp_3m_sde(
 ) -> Table:
     """SDE-DPM-Solver++(3M) (k-diffusion). eta scales the noise.
 
-    solver_type: of the second-order steps; diffusers' is "midpoint".
-    The second difference has the published weight, half of what third order would need.
+    solver_type: for the second-order steps; diffusers has "midpoint".
+    The second difference has the published weight, half of the weight that third order needs.
     """
     ends = (lower_order_final, euler_at_final)
     return _data_multistep(schedule, timesteps, 3, eta, solver_type, *ends)
@@ -100,10 +100,10 @@ def dpm_solver_pp_singlestep(
     solver_type: str = "midpoint",
     lower_order_final: bool = True,
 ) -> Table:
-    """DPM-Solver++(2S), or with `order` 3 (3S): groups of steps from the start of their group.
+    """DPM-Solver++(2S), or with `order` 3 (3S): groups of steps that begin at the group's start.
 
-    The first step of a group is straight, the next ones use the evaluations of their group.
-    eta scales the noise. lower_order_final: whether the last step is straight even where it
+    The first step of a group is of first order; the others use the evaluations of their group. eta
+    scales the noise. lower_order_final: whether the last step is of first order even if it
     completes a group and doesn't end at clean data.
     """
     weight = lookup(_SLOPE_WEIGHTS, solver_type, "solver_type")
@@ -119,8 +119,8 @@ def dpm_solver_pp_singlestep(
     whole = -jnp.expm1(x)
     to_here, to_middle = ratio(h, here.lam - start.lam), ratio(h, past[1].lam - start.lam)
     second = _columns(weight(x) * to_here, whole - weight(x) * to_here)
-    far = _columns(to_here, 0.0, -to_here)  # the slopes from the group's start: to here,
-    near = _columns(0.0, to_middle, -to_middle)  # and to the evaluation between
+    far = _columns(to_here, 0.0, -to_here)  # slope from the group's start to here
+    near = _columns(0.0, to_middle, -to_middle)  # slope from there to the evaluation between
     slope, curve = far, jnp.zeros_like(far)
     if solver_type == "heun":
         apart = (to_middle - to_here)[:, None]
@@ -146,7 +146,7 @@ def _noise_multistep(
     h = there.lam - here.lam
     orders = _orders(there, order, lower_order_final, euler_at_final)
     weights = _multistep(h, h, orders, order, solver_type)
-    # sigma there, but that it is not quite 0 where h stands for infinity.
+    # Sigma at the step's end, but slightly above 0 where h stands for infinity.
     sigma = there.alpha * jnp.exp(-there.lam)
     return Table(here.t, scale=there.alpha / here.safe_alpha, eps=sigma[:, None] * weights)
 
@@ -170,7 +170,7 @@ def _data_multistep(
 def _orders(
     there: Levels, order: int, lower_order_final: bool, euler_at_final: bool
 ) -> Int[Array, " S"]:
-    """The order of each step; 1 in a last one to clean data, where h is infinite."""
+    """The order of each step; it is 1 in a last step to clean data, where h is infinite."""
     orders = multistep_orders(len(there.t), order, lower_order_final)
     last = jnp.arange(len(orders)) == len(orders) - 1
     return jnp.where(last & ((there.t < 0) | euler_at_final), 1, orders)
@@ -193,7 +193,7 @@ def _multistep(
 
 
 def _by_order(orders: Int[Array, " S"], first: Array, second: Array, third: Array) -> Array:
-    """Row by row the entry for the order of its step."""
+    """Each row from `first`, `second` or `third`, by the order of its step."""
     orders = orders.reshape(-1, *[1] * (first.ndim - 1))
     return jnp.where(orders == 1, first, jnp.where(orders == 2, second, third))
 

@@ -1,4 +1,4 @@
-"""Samplers with one evaluation and one straight step: DDPM, DDIM, Euler, consistency models."""
+"""Samplers with one evaluation per step, of first order: DDPM, DDIM, Euler, consistency models."""
 
 import jax.numpy as jnp
 
@@ -20,13 +20,13 @@ def ddpm(
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the timesteps.
 
     large_variance: 0 takes the posterior variance, 1 takes beta_t, and values between mix them
-    (LDM's v_posterior). temperature: a factor of the noise. learned_variance: between the two, each
-    element has the one of `Prediction.variance` (Nichol & Dhariwal 2021, eq. 15).
+    (LDM's v_posterior). temperature: a factor of the noise. learned_variance: each element has the
+    variance between the two that `Prediction.variance` gives (Nichol & Dhariwal 2021, eq. 15).
     """
     here, there = steps(schedule, timesteps)
     lost = -jnp.expm1(2 * (here.lam - there.lam))  # 1 − SNR_t / SNR_s
     small, large = there.sigma**2 * lost, here.sigma**2 * lost
-    large = jnp.where(there.t < 0, 0.0, large)  # nothing is added to the final answer
+    large = jnp.where(there.t < 0, 0.0, large)  # the final result gets no noise
     variance = (1 - large_variance) * small + large_variance * large
     return Table(
         here.t,
@@ -76,8 +76,8 @@ def ddim_inversion(
 ) -> Float[Array, "B *latent"]:
     """The latent at timesteps[0] from which deterministic DDIM leads (nearly) back to z_0.
 
-    timesteps: those of the sampler, descending. The network is evaluated at the timestep to which a
-    step leads, since the first step starts from clean data (or ᾱ_0), which has no timestep.
+    timesteps: those of the sampler, descending. The network is evaluated at the timestep where a
+    step ends, since the first step starts from clean data (or ᾱ_0), which has no timestep.
     """
     here, there = steps(schedule, timesteps[::-1])
     scale = there.alpha / here.alpha
@@ -94,7 +94,7 @@ def euler(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
 
 
 def euler_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0) -> Table:
-    """Euler's step below the next noise level, then noise up to it (k-diffusion): DDIM, eta 1."""
+    """Euler's step to below the next noise level, then fresh noise (k-diffusion): DDIM, eta 1."""
     return ddim(schedule, timesteps, eta=eta)
 
 
@@ -107,7 +107,7 @@ def lcm(
 ) -> Table:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3): denoise, then noise again.
 
-    It is for networks that are distilled to jump to z_0; their boundary condition, with
+    It is for networks that are distilled to predict z_0 in one step; their boundary condition, with
     timestep_scaling and sigma_data, mixes the input into z_0. The last step adds no noise.
     """
     here, there = steps(schedule, timesteps)
@@ -123,7 +123,7 @@ def lcm(
 def tcd(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 0.3) -> Table:
     """Strategic stochastic sampling of trajectory consistency (Zheng et al. 2024, algorithm 4).
 
-    Each step goes straight to the timestep s = (1 − eta) t of the next one t, then noise leads up
+    For the next timestep t, each step goes directly to s = (1 − eta) t, then fresh noise leads up
     to t; eta is the paper's gamma, and 0 is deterministic. The last step adds no noise.
     """
     here, there = steps(schedule, timesteps)

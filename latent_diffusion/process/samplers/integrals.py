@@ -48,10 +48,10 @@ def interpolation_weights(
 def past_nodes(
     x: Float[Array, " S"], step: Float[Array, " S"], order: Array, count: int
 ) -> tuple[list[Array], list[Bool[Array, " S"]]]:
-    """The places of the last `count` evaluations in units of the step, and whether to use them.
+    """Positions of the last `count` evaluations in units of the step, and whether to use them.
 
-    x: the coordinate of the evaluations. order: the largest number of them to use. A timestep that
-    occurs twice ends the usable past, since no polynomial passes through both.
+    x: the coordinate of the evaluations. order: the largest number of them to use. Evaluations
+    before a repeated timestep aren't used, since no polynomial passes through both.
     """
     step = jnp.where(step == 0, 1.0, step)
     nodes = [(lagged(x, k) - x) / step for k in range(count)]
@@ -64,7 +64,7 @@ def past_nodes(
 
 
 def multistep_orders(count: int, order: int, lower_order_final: bool) -> Int[Array, " S"]:
-    """The orders of `count` steps: they rise with the past and fall in the last of under 15."""
+    """The orders of `count` steps: they rise at the start and, for count < 15, fall at the end."""
     row = jnp.arange(count)
     orders = jnp.minimum(order, row + 1)
     return jnp.minimum(orders, count - row) if lower_order_final and count < 15 else orders

@@ -1,4 +1,4 @@
-"""Linear multistep methods (PLMS, LMS, DEIS, UniPC): one evaluation a step, and earlier ones."""
+"""Linear multistep methods (PLMS, LMS, DEIS, UniPC): a step also uses earlier evaluations."""
 
 import math
 from collections.abc import Callable
@@ -44,28 +44,28 @@ _HALF_B: dict[str, Callable[[Array], Array]] = {
 
 
 def plms(schedule: NoiseSchedule, timesteps: Timesteps, *, extrapolated: str = "eps") -> Table:
-    """PLMS, also PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as the original.
+    """PLMS, or PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as in the original.
 
-    extrapolated: "eps", or "v" as in diffusers for networks that predict it: eps = alpha v +
-    sigma z of a step then has its v from several evaluations, and its z where the step starts.
+    extrapolated: "eps", or "v" as in diffusers for networks that predict v: in eps = alpha v +
+    sigma z, v is then extrapolated from several evaluations, and z is that at the step's start.
     """
     count = len(timesteps) - 1
-    every = levels(schedule, timesteps)
+    all_levels = levels(schedule, timesteps)
     row = jnp.arange(count + 1)
     begin, end = jnp.maximum(row - 1, 0), jnp.maximum(row, 1)
-    here, there = Levels(*(x[begin] for x in every)), Levels(*(x[end] for x in every))
-    # The second evaluation lies at the end of the first step; with one step, at its start again.
+    here, there = Levels(*(x[begin] for x in all_levels)), Levels(*(x[end] for x in all_levels))
+    # The second evaluation is at the end of the first step, or at its start if there is one step.
     t = jnp.where((row == 1) & (count > 1), there.t, here.t)
     span = there.alpha * (there.rho - here.rho)
     scale = there.alpha / here.safe_alpha
     weights = span[:, None] * jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)]
     again = jnp.where(row == 1, 1.0, 0.0)
     if lookup({"eps": False, "v": True}, extrapolated, "extrapolated prediction"):
-        seen = levels(schedule, t)
+        evaluated = levels(schedule, t)
         v = here.alpha[:, None] * weights  # v = alpha eps − sigma z_0 at each evaluation
         alphas, sigmas = (
             jnp.stack([lagged(x, k) for k in range(v.shape[1])], axis=1)
-            for x in (seen.alpha, seen.sigma)
+            for x in (evaluated.alpha, evaluated.sigma)
         )
         scale = scale + span * here.sigma
         return Table(t, scale, -v * sigmas, v * alphas, restart=1 - again, keep=again)
@@ -99,7 +99,7 @@ def deis(
 ) -> Table:
     """DEIS (Zhang & Chen 2023, tAB): eps as a polynomial in log-SNR, integrated exactly.
 
-    order: up to 4; 1 in a step to clean data. lower_order_final: see `multistep_orders`.
+    order: up to 4; a step to clean data has order 1. lower_order_final: see `multistep_orders`.
     """
     here, there = steps(schedule, timesteps)
     h = there.lam - here.lam
@@ -121,10 +121,10 @@ def unipc(
 ) -> Table:
     """UniPC on z_0 (Zhao et al. 2023, algorithms 5 and 6).
 
-    Each evaluation first corrects the latent it was made at, then predicts the next one.
-    order: of the predictor, up to 3; `lower_order_final` lets it fall to 1 in the last steps.
+    Each evaluation first corrects the latent at which it was made, then predicts the next latent.
+    order: the predictor's, up to 3; with `lower_order_final` it falls to 1 in the last steps.
     solver_type: "bh1" for B(h) = h, "bh2" for B(h) = e^h − 1. disable_corrector: steps, counted
-    from 0, to whose ends no correction is made.
+    from 0, whose ends aren't corrected.
     """
     here, there = steps(schedule, timesteps)
     h = there.lam - here.lam

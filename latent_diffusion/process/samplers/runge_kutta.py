@@ -1,7 +1,7 @@
-"""Methods with two evaluations a step: the second lies where the first leads.
+"""Methods with two evaluations per step: the second is at the point to which the first leads.
 
-The last step has one evaluation, so S steps cost 2S − 1. rho is sigma/alpha, in which
-d(z/alpha)/d(rho) = eps.
+The last step has one evaluation, so S steps cost 2S − 1. rho is sigma/alpha: d(z/alpha)/d(rho) is
+eps.
 """
 
 import jax
@@ -22,12 +22,12 @@ def heun(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
 
 
 def dpm2(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
-    """The midpoint method, its midpoint in log-SNR (k-diffusion's after DPM-Solver-2)."""
+    """The midpoint method with the midpoint of log-SNR (k-diffusion, after DPM-Solver-2)."""
     return dpm2_ancestral(schedule, timesteps, eta=0.0)
 
 
 def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0) -> Table:
-    """`dpm2` down to a lower noise level, then noise up (k-diffusion)."""
+    """`dpm2` down to a lower noise level, then fresh noise (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = _middle(schedule, here, down)
@@ -41,7 +41,7 @@ def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number
 def dpm_solver_pp_2s_ancestral(
     schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0
 ) -> Table:
-    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1) down, then noise up (k-diffusion)."""
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1), then fresh noise (k-diffusion)."""
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = _middle(schedule, here, down)
@@ -55,8 +55,8 @@ def dpm_solver_pp_2s_ancestral(
 def dpm_solver_pp_sde(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number = 1.0) -> Table:
     """SDE-DPM-Solver++ of two stages, along one Brownian path (k-diffusion's DPM++ SDE).
 
-    The path is one of rho, so that the noise of a step is that of its first stage, which the
-    latent in the middle holds, and more.
+    The path is a function of rho: the noise of a step is the noise of its first stage, which is in
+    the middle latent, and a further part.
     """
     here, there = steps(schedule, timesteps)
     last = jnp.arange(len(here.t)) == len(here.t) - 1
@@ -95,7 +95,7 @@ def _middle(schedule: NoiseSchedule, here: Levels, down: Array) -> Levels:
 
 
 def _ancestral(here: Levels, there: Levels, eta: Number) -> tuple[Array, Array]:
-    """Split a step to `there` into a deterministic one, down to a lower rho, and noise up."""
+    """Split a step to `there`: a deterministic step down to a lower rho, and fresh noise up."""
     up = jnp.minimum(1.0, eta * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam))))
     return there.rho * jnp.sqrt(1 - up**2), there.rho * up
 
@@ -110,9 +110,9 @@ def _two_stages(
     eps: tuple[Array, ...] = (),
     up: Array | None = None,
 ) -> Table:
-    """A straight step to `middle`, then from the start again to rho = `down`, then noise `up`.
+    """A first-order step to `middle`, then from the start to rho = `down`, then noise `up`.
 
-    scale, z_0, eps: the second stage. The last step is straight, and has no second stage.
+    scale, z_0, eps: the second stage. The last step is of first order, without a second stage.
     """
     zeros, ones = jnp.zeros_like(scale), jnp.ones_like(scale)
 

@@ -1,16 +1,16 @@
-"""The loop of all samplers, and the table of coefficients by which a sampler directs it.
+"""The loop of all samplers, and the table of coefficients that defines a sampler.
 
-Each evaluation of the network gives estimates of z_0 and eps at the current latent z. Its row of
-the table combines them with earlier estimates and with `base`, the latent at which the current step
+Each evaluation of the network gives estimates of z_0 and eps at the current latent z. A row of the
+table combines them with earlier estimates and with `base`, the latent at which the current step
 started, into the next latent:
 
     base ← restart · z + keep · base + Σ_k correction_k · z_0[k]
     z    ← scale · base + Σ_k z_0_k · z_0[k] + Σ_k eps_k · eps[k] + noise · n,   n ~ N(0, 1)
 
 where [k] is the estimate of k evaluations ago, and `dropout` zeroes a share of n. With `log_range`,
-`noise` is the smallest amplitude, and each element has a larger one, as the network learned it. So
-the loop is a single `lax.scan` that contains the network once, and a sampler is the formula of its
-coefficients, vectorised over the steps.
+`noise` is the smallest amplitude, and each element's learned variance enlarges it. So the loop is a
+single `lax.scan` that contains the network once, and a sampler is the formula of its coefficients,
+vectorised over the steps.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from latent_diffusion.core.types import Array, Float, Keys, Number
 from latent_diffusion.process.diffusion import Denoiser, variance_factor
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 
-_CLEAN_LAM = 50.0  # stands for the infinite log-SNR of clean data: exp(−50) is 0 beside 1
+_CLEAN_LAM = 50.0  # for clean data, where it is infinite; exp(−50) is negligible beside 1
 
 
 class Levels(NamedTuple):
@@ -76,7 +76,7 @@ class Table(NamedTuple):
 def run(
     table: Table, denoise: Denoiser, z: Float[Array, "B *latent"], rng: Keys | None = None
 ) -> Float[Array, "B *latent"]:
-    """Apply a table to the latent z. Image b's noise at row i depends on rng[b] and i alone."""
+    """Apply a table to the latent z. Image b's noise at row i depends only on rng[b] and i."""
     if table.noise is not None and rng is None:
         raise ValueError("this sampler draws noise: give it rng, one key per image")
     z = z.astype(jnp.float32)
@@ -128,5 +128,5 @@ def _weighted(*terms: tuple[Array | None, Array]) -> Array | float:
 
 
 def is_zero(number: Number) -> bool:
-    """Whether a number is certainly 0; an input of a program may have any value."""
+    """Whether a number is certainly 0; a traced input of a program may have any value."""
     return not isinstance(number, jax.core.Tracer) and bool(number == 0)
