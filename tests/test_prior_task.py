@@ -88,11 +88,11 @@ def test_so_many_codes_are_kept_and_all_are_asked_for(pkeep):
     task, *_ = setup(("prior.pkeep", pkeep))
     keys = jax.random.split(RNG, 50)
     codes = jnp.zeros((50, LENGTH), jnp.int32)
-    seen, asked = task._seen(codes, keys, True)
+    seen, asked = task._inputs(codes, keys, True)
     assert asked.all() and int(seen.max()) < CODES
     share = float(jnp.mean(seen == 0))
     assert share == pytest.approx(pkeep + (1 - pkeep) / CODES, abs=0.03)
-    assert (task._seen(codes, keys, False)[0] == 0).all()
+    assert (task._inputs(codes, keys, False)[0] == 0).all()
 
 
 def counts(least, train, number=4000):
@@ -121,7 +121,7 @@ def test_a_masked_prior_is_asked_for_masked_codes_alone():
     keys = jax.vmap(jax.random.fold_in, (None, 0))(RNG, jnp.arange(BATCH))
     k_seen = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
     codes = jnp.asarray(batch["codes"].reshape(BATCH, -1))
-    seen, asked = task._seen(codes, k_seen, False)
+    seen, asked = task._inputs(codes, k_seen, False)
     prior = task.prior.replace(params=state.ema_params)
     bits = bits_of(prior.logits(seen, prior.condition(batch, jnp.zeros(BATCH, bool))), codes)
     want = [bits[i][np.asarray(asked[i])].mean() for i in range(BATCH)]

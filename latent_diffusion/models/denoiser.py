@@ -60,7 +60,7 @@ class Denoiser(flax.struct.PyTreeNode):
     """Modules, schedule and parameters {name, "conditioner"} of a trained (or training) model.
 
     prediction: the quantity that the network predicts: "eps", "x0", "v", "flow" or "edm". name: the
-    network's in BACKBONES, the key of its parameters and of its fields in a config.
+    network's name in BACKBONES, and the key of its parameters and of its fields in a config.
     """
 
     params: Params
@@ -96,9 +96,9 @@ class Denoiser(flax.struct.PyTreeNode):
         return out
 
     def with_variance(self, field: str) -> "Denoiser":
-        """The denoiser whose network also returns its learned variance, as the last half.
+        """The denoiser whose network also returns its learned variance, in the last half.
 
-        field: the one that asks for it, for the error where the network has learned none.
+        field: the option that needs it, for the ValueError if the network has not learned it.
         """
         if not getattr(self.network, "learned_variance", False):
             raise ValueError(f"{field} needs a network with dit.learned_variance")
@@ -114,8 +114,8 @@ class Denoiser(flax.struct.PyTreeNode):
         """Compute everything that doesn't depend on the latent once, for all timesteps t.
 
         Returns a network that takes a `Prepared` in place of a conditioning, and a `Prepared` for
-        every conditioning. All of the network is traced to compute them; the compiler removes the
-        parts whose results nobody uses.
+        every conditioning. The whole network is traced to compute them; the compiler removes the
+        parts whose results are unused.
         """
         params = self.params[self.name]
 
@@ -125,26 +125,26 @@ class Denoiser(flax.struct.PyTreeNode):
             z_t = jnp.zeros((leaves[0].shape[0] if leaves else 1, *shape))
             t = jnp.broadcast_to(self.schedule.time_t(t), z_t.shape[:1])
             variables = {"params": layer_params(params)}
-            _, seen = self.network.apply(variables, z_t, t, conditioning, mutable=[collection])
-            return seen.get(collection, {})
+            _, stored = self.network.apply(variables, z_t, t, conditioning, mutable=[collection])
+            return stored.get(collection, {})
 
         def of_timesteps(conditioning: Conditioning) -> Any:
             return jax.vmap(lambda t: compute("of_timestep", t, conditioning), out_axes=1)(t)
 
-        # Where no vector joins the timestep's embedding, its projections serve all examples.
+        # If no vector is added to the timestep's embedding, all examples share its projections.
         alike = all(c.vector is None and c.guidance is None for c in conditionings)
         shared = of_timesteps(jax.tree.map(lambda x: x[:1], conditionings[0])) if alike else None
 
         def network(z_t: Array, now: Array, prepared: Prepared) -> Array:
             row = jnp.argmin(jnp.abs(t - now[0]))
             of_timestep = shared if alike else prepared.of_timestep
-            known = {
+            stored = {
                 "of_context": prepared.of_context,
                 "of_timestep": jax.tree.map(lambda x: x[:, row], of_timestep),
             }
-            told = self.schedule.time_t(now)
-            variables = {"params": layer_params(params, z_t), **known}
-            out: Any = self.network.apply(variables, z_t, told, prepared.conditioning)
+            time = self.schedule.time_t(now)
+            variables = {"params": layer_params(params, z_t), **stored}
+            out: Any = self.network.apply(variables, z_t, time, prepared.conditioning)
             return out
 
         return network, tuple(
@@ -172,21 +172,21 @@ class Denoiser(flax.struct.PyTreeNode):
     ) -> Float[Array, "B h w c"]:
         """Scaled latents by a whole sampling loop; traceable, so that it compiles as one program.
 
-        keys: of `sampling_keys`; an image's noise depends on its keys alone. null: the
-        unconditional conditioning. timesteps, options: of `process.plan.plan`. shape: (h, w, c).
-        negative: replaces null, or stands beside it with the weight `options.perpendicular`. more:
+        keys: from `sampling_keys`; an image's noise depends only on its keys. null: the
+        unconditional conditioning. timesteps, options: from `process.plan.plan`. shape: (h, w, c).
+        negative: replaces null, or is avoided with the weight `options.perpendicular`. more:
         further conditionings and their weights, beside the first of weight 1. nearest: replaces
         estimates of z_0 by their closest codes. z_T: start noise instead of fresh noise. z_0: a
-        picture, of which `options.strength` keeps the coarse part, and mask (1 = hole) the rest.
-        guide: wraps the denoiser, see `steering`. tile: (side, overlap) of the parts of the latent
-        that the network sees, None for the whole.
+        picture's latents; with `options.strength` its coarse part stays, with mask (1 = hole) the
+        part outside holes. guide: wraps the denoiser, see `steering`. tile: (side, overlap) of the
+        tiles of the latent on which the network runs; None: it runs on the whole.
         """
         if options.learned_variance:
             self = self.with_variance("learned_variance")
         if (count := options.guidance_channels or 0) > shape[-1]:
             raise ValueError(f"guidance_channels={count}: the latent has {shape[-1]} channels")
         if getattr(self.network, "guidance_dim", None) is not None:
-            conditioning, options = _guidance_told(conditioning, options, negative, more)
+            conditioning, options = _with_guidance_input(conditioning, options, negative, more)
         if options.guidance_scale is not None and not jax.tree.leaves(null):
             raise ValueError("guidance_scale needs a condition: this model has none, so it is 1")
         if options.perpendicular is None and negative is not None:
@@ -202,17 +202,17 @@ class Denoiser(flax.struct.PyTreeNode):
             z = q_sample(self.schedule, picture, timesteps[0], z)
             if len(timesteps) == 1:
                 return z
-        elif not late:  # else z_T has the noise of the first timestep already
+        elif not late:  # if late, z_T already has the noise of the first timestep
             spread = {"unit": lambda t: 1.0, "sigma": self.schedule.sigma_t}
             z = lookup(spread, options.spread or "unit", "spread")(timesteps[0]) * z
         run = SAMPLERS[options.sampler]
-        own = own_options(options)
-        evaluated = run.table(self.schedule, timesteps, **own).t
+        sampler_options = own_options(options)
+        evaluated = run.table(self.schedule, timesteps, **sampler_options).t
         rounded = lookup(
             guidance.ROUNDINGS, options.network_timesteps or "exact", "network_timesteps"
         )
-        beside = [c for c, _ in more] + ([] if negative is None else [negative])
-        network, prepared = self.prepare(rounded(evaluated), shape, null, conditioning, *beside)
+        others = [c for c, _ in more] + ([] if negative is None else [negative])
+        network, prepared = self.prepare(rounded(evaluated), shape, null, conditioning, *others)
         network = guidance.at_timesteps(network, rounded)
         denoise = guidance.guided(
             network if tile is None else in_tiles(network, *tile),
@@ -230,19 +230,19 @@ class Denoiser(flax.struct.PyTreeNode):
         denoise = guidance.observed(denoise, options.progress, options.preview)
         if mask is not None:
             denoise = guidance.inpaint(denoise, self.schedule, picture, mask, keys.hole)
-        of_steps = keys.steps
-        if late:  # other noise than that of the call which stopped here
-            of_steps = jax.vmap(jax.random.fold_in, (0, None))(of_steps, timesteps[0].astype(int))
-        z = run(denoise, z, timesteps, self.schedule, of_steps, **own)
+        step_keys = keys.steps
+        if late:  # draw other noise than the call that stopped here
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys, timesteps[0].astype(int))
+        z = run(denoise, z, timesteps, self.schedule, step_keys, **sampler_options)
         if mask is None or options.end is not None:
             return z
         return guidance.paste(z, picture, mask)
 
 
-def _guidance_told(
+def _with_guidance_input(
     conditioning: Conditioning, options: SamplingOptions, negative: Any, more: Sequence[Any]
 ) -> tuple[Conditioning, SamplingOptions]:
-    """The conditioning with the guidance scale, which such a network takes as an input.
+    """The conditioning with the guidance scale as an input of the network, and options without it.
 
     Raises ValueError for options that need a second evaluation of the network.
     """
@@ -257,14 +257,15 @@ def _guidance_told(
         raise ValueError(f"this network has its guidance in it, which rules out {chosen[0]}")
     leaves = jax.tree.leaves(conditioning)
     count = leaves[0].shape[0] if leaves else 1
-    told = dataclasses.replace(conditioning, guidance=jnp.broadcast_to(scale - 1, (count,)))
-    return told, dataclasses.replace(options, guidance_scale=None)
+    conditioning = dataclasses.replace(conditioning, guidance=jnp.broadcast_to(scale - 1, (count,)))
+    return conditioning, dataclasses.replace(options, guidance_scale=None)
 
 
 def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Network:
     """`network` on overlapping tiles of the latent, its concatenated condition and hints, blended.
 
-    For pictures whose activations don't fit. Norms and self-attention see a tile, not the whole.
+    It is for pictures whose activations don't fit into memory. Norms and self-attention see a tile
+    instead of the whole.
     """
 
     def over_tiles(z_t: Array, now: Array, prepared: Prepared) -> Array:
@@ -276,11 +277,11 @@ def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Net
         ends = np.cumsum([x.shape[-1] for x in maps])[:-1]
 
         def on_tile(x: Array) -> Array:
-            z_tile, *beside = jnp.split(x, ends, -1)
-            own: dict[str, Any] = {"concat": beside.pop(0)} if concat else {}
-            hints = zip(conditioning.controls, beside, strict=True)
+            z_tile, *others = jnp.split(x, ends, -1)
+            fields: dict[str, Any] = {"concat": others.pop(0)} if concat else {}
+            hints = zip(conditioning.controls, others, strict=True)
             controls = tuple(dataclasses.replace(c, hint=hint) for c, hint in hints)
-            part = dataclasses.replace(conditioning, **own, controls=controls)
+            part = dataclasses.replace(conditioning, **fields, controls=controls)
             return network(z_tile, now, prepared.replace(conditioning=part))
 
         return tiled(on_tile, jnp.concatenate(maps, -1), side, overlap)
@@ -289,7 +290,7 @@ def in_tiles(network: guidance.Network, side: int, overlap: int) -> guidance.Net
 
 
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:
-    """A denoiser without parameters yet, from a config: its backbone's and `diffusion` fields."""
+    """A denoiser without parameters, from a config's fields of the backbone and of `diffusion`."""
     diffusion, name = config["diffusion"], config["backbone"]
     lookup(BACKBONES, name, "backbone")
     network = make_network(name, config[name], out_channels=out_channels)
@@ -298,7 +299,7 @@ def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -
 
 
 def make_network(name: str, config: Config, **more: Any) -> Any:
-    """The network `name` of BACKBONES with the fields of a config, where a dtype is a name."""
+    """The network `name` of BACKBONES with the fields of a config, in which dtypes are names."""
     return BACKBONES[name](**module_fields(config), **more)
 
 

@@ -47,7 +47,7 @@ class FirstStage(flax.struct.PyTreeNode):
     def latents(
         self, moments: Float[Array, "B h w m"], keys: Keys | None = None
     ) -> Float[Array, "B h w c"]:
-        """Scaled latents: samples of the posterior with `keys` [B], its modes without."""
+        """Scaled latents: samples of the posterior, or its modes without `keys` [B]."""
         z = self._apply("latents", moments, keys)
         return (z - self.shift) * self.scale_factor
 
@@ -61,13 +61,13 @@ class FirstStage(flax.struct.PyTreeNode):
         return self._apply("decode", z / self.scale_factor + self.shift)
 
     def indices(self, batch: Batch) -> Int[Array, "B h w"]:
-        """Places in the codebook: a batch's cached `codes` if there are any, else of `image`."""
+        """Codebook indices: a batch's cached `codes` if it has them, else those of `image`."""
         if "codes" in batch:
             return batch["codes"]
         return self._apply("encode_to_indices", batch["image"])
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
-        """Pixels from places in the codebook."""
+        """Pixels from codebook indices."""
         return self._apply("decode_indices", indices)
 
     def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
@@ -85,14 +85,14 @@ class FirstStage(flax.struct.PyTreeNode):
 def make_autoencoder(config: Config) -> nn.Module:
     """The autoencoder that `config` describes.
 
-    regularization "identity" keeps the pixels, "tiny" is TAESD's architecture.
+    regularization "identity" is no compression, "tiny" is TAESD's architecture.
     """
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
     if config["regularization"] == "tiny":
         fields = module_fields(config)
         blocks = {half: tuple(fields[half]) for half in ("encoder_blocks", "decoder_blocks")}
-        return TinyAutoencoder(**{**fields, **blocks})  # a file has lists, which have no hash
+        return TinyAutoencoder(**{**fields, **blocks})  # lists from a file aren't hashable
     return Autoencoder(**module_fields(config))
 
 
@@ -102,8 +102,8 @@ def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> Fir
     return FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
 
 
-# (mean [c], mean square [c]) of the latents -> (shift, standard deviation). The paper has "scalar":
-# one deviation over all elements of the latents, which are not centred.
+# (mean [c], mean square [c]) of the latents -> (shift, standard deviation). "scalar", as in the
+# paper, is one standard deviation over all elements, without a shift.
 NORMALIZATIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "scalar": lambda m, m2: (np.zeros(()), np.asarray(np.sqrt(np.mean(m2) - np.mean(m) ** 2))),
     "channel": lambda m, m2: (m, np.sqrt(m2 - m**2)),

@@ -51,7 +51,7 @@ class Prior(flax.struct.PyTreeNode):
         rngs: dict[str, jax.Array] | None = None,
         at: Array | None = None,
     ) -> Float[Array, "B n K"]:
-        """Logits whose position i predicts code i; of position `at` alone if it is given."""
+        """Logits whose position i predicts code i; with `at`, those of that position only."""
         out: Any = self.transformer.apply(
             {"params": self.params["transformer"]}, codes, conditioning, train, at, rngs=rngs
         )
@@ -69,10 +69,10 @@ class Prior(flax.struct.PyTreeNode):
     ) -> Int[Array, "B h w"]:
         """Codes by a whole loop of drawing; traceable, so that it compiles as one program.
 
-        keys: one per image, on which its codes depend alone. null: the unconditional conditioning.
-        size: (h, w) of the codes. window: side of the grid that was trained; a causal prior draws a
-        larger one through windows. known: codes, and where they stay. Raises ValueError for a size
-        that the prior can't draw.
+        keys: one per image, the only source of its randomness. null: the unconditional
+        conditioning. size: (h, w) of the codes. window: side of the grid in training; a causal
+        prior draws a larger grid through windows. known: codes, and a mask of those that stay.
+        Raises ValueError for a size that the prior can't draw.
         """
         check_size(self.transformer, size, window)
         shape = (keys.shape[0], size[0] * size[1])
@@ -92,7 +92,7 @@ class Prior(flax.struct.PyTreeNode):
     def _in_order(
         self, keys: Keys, conditioning: Conditioning, options: PriorOptions, known: Known
     ) -> Int[Array, "B L"]:
-        """Code by code, each with the keys and values of those before it."""
+        """Draw code by code, with a cache of the keys and values of earlier codes."""
         codes, length = known[0], known[0].shape[1]
         front = front_of(conditioning, _rows(codes, options))
         self.transformer.check_length(front.shape[1], length)
@@ -100,13 +100,15 @@ class Prior(flax.struct.PyTreeNode):
         extend = functools.partial(apply, method="extend")
         cache = self.transformer.empty_cache(front.shape[0], front.shape[1] + length - 1)
         # The keys and values of a text are the same at every position.
-        first, seen = extend(params, front, 0, cache, conditioning.context, mutable=["of_context"])
+        first, stored = extend(
+            params, front, 0, cache, conditioning.context, mutable=["of_context"]
+        )
 
         def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
             logits, cache = carry
-            code = _one(keys, i, logits[:, None], options, known)
+            code = _one_code(keys, i, logits[:, None], options, known)
             logits, cache = extend(
-                {**params, **seen},
+                {**params, **stored},
                 _twice(code[:, None], options),
                 front.shape[1] + i,
                 cache,
@@ -115,7 +117,7 @@ class Prior(flax.struct.PyTreeNode):
             return (logits, cache), code
 
         (logits, _), made = jax.lax.scan(step, first, jnp.arange(length - 1))
-        last = _one(keys, jnp.asarray(length - 1), logits[:, None], options, known)
+        last = _one_code(keys, jnp.asarray(length - 1), logits[:, None], options, known)
         return jnp.concatenate([made.T, last[:, None]], 1)
 
     def _in_windows(
@@ -127,7 +129,7 @@ class Prior(flax.struct.PyTreeNode):
         size: tuple[int, int],
         window: int,
     ) -> Int[Array, "B L"]:
-        """Code by code, each from the window around it; maps of tokens are cut alike."""
+        """Draw code by code from the window around each; maps of tokens are cut to it, too."""
         maps = conditioning.token_maps
         if maps is not None and maps.shape[-2:] != size:
             raise ValueError(
@@ -147,17 +149,18 @@ class Prior(flax.struct.PyTreeNode):
                 rows = jax.lax.dynamic_slice_in_dim(x, corner[0], window, -2)
                 return jax.lax.dynamic_slice_in_dim(rows, corner[1], window, -1)
 
-            seen = cut(codes.reshape(-1, *size)).reshape(codes.shape[0], -1)
-            told = dataclasses.replace(conditioning, token_maps=None if maps is None else cut(maps))
-            logits = self.logits(_twice(seen, options), told, at=row * window + column)
-            return codes.at[:, i].set(_one(keys, i, logits, options, known))
+            part = cut(codes.reshape(-1, *size)).reshape(codes.shape[0], -1)
+            part_maps = None if maps is None else cut(maps)
+            condition = dataclasses.replace(conditioning, token_maps=part_maps)
+            logits = self.logits(_twice(part, options), condition, at=row * window + column)
+            return codes.at[:, i].set(_one_code(keys, i, logits, options, known))
 
         return jax.lax.fori_loop(0, size[0] * size[1], step, known[0])
 
     def _in_steps(
         self, keys: Keys, conditioning: Conditioning, options: PriorOptions, known: Known
     ) -> Int[Array, "B L"]:
-        """All codes in each step, of which the least certain are masked again."""
+        """Draw all codes in each step, then mask the least certain of them again."""
         codes, fixed = known
         mask, steps = self.transformer.mask_token, options.num_steps
         missing = jnp.sum(~fixed, 1)
@@ -183,7 +186,7 @@ class Prior(flax.struct.PyTreeNode):
 
 
 def make_prior(transformer: Config, conditioners: Config, autoencoder: nn.Module) -> Prior:
-    """A prior without parameters yet, over the codes of `autoencoder`.
+    """A prior without parameters, over the codes of `autoencoder`.
 
     transformer, conditioners: the fields of a config. Raises ValueError where parts don't fit.
     """
@@ -210,7 +213,7 @@ def make_prior(transformer: Config, conditioners: Config, autoencoder: nn.Module
 
 
 def check_null(conditioner: Conditioner, asked: str) -> None:
-    """Raise ValueError where a prior has no null condition. asked: the setting that needs one."""
+    """Raise ValueError if a prior has no null condition. asked: the setting that needs it."""
     if not conditioner.keys:
         raise ValueError(f"{asked} needs a condition: this prior has none")
     for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
@@ -222,7 +225,7 @@ def check_null(conditioner: Conditioner, asked: str) -> None:
 
 
 def check_size(transformer: CodeTransformer, size: tuple[int, int], window: int) -> None:
-    """Raise ValueError for a grid of codes that is no window, or many, of the trained one."""
+    """Raise ValueError for a grid of codes that the prior can't draw in windows of training."""
     if min(size) < window:
         raise ValueError(
             f"a picture of {size[0]}×{size[1]} codes is smaller than the prior's window of "
@@ -240,7 +243,7 @@ def _rows(codes: Array, options: PriorOptions) -> int:
 
 
 def _twice(x: Array, options: PriorOptions) -> Array:
-    """The rows of the conditional, and again for the unconditional where there is guidance."""
+    """x for the conditional prediction, and again for the unconditional if there is guidance."""
     return x if options.guidance_scale is None else jnp.concatenate([x, x])
 
 
@@ -262,8 +265,8 @@ def _drawn(logits: Array, gumbel: Array, options: PriorOptions) -> Array:
     return decoding.drawn(allowed, gumbel, temperature)
 
 
-def _one(keys: Keys, i: Array, logits: Array, options: PriorOptions, known: Known) -> Array:
-    """Code i [B] from its logits [B 1 K], or what is known of it."""
+def _one_code(keys: Keys, i: Array, logits: Array, options: PriorOptions, known: Known) -> Array:
+    """Code i [B], drawn from its logits [B 1 K], or the known code."""
     logits = _guided(logits, options)[:, 0]
     made = _drawn(logits, _gumbel(keys, i, logits.shape[1:]), options)
     codes, fixed = (jnp.take(x, i, axis=1) for x in known)

@@ -1,8 +1,8 @@
 """The trainings of latent diffusion, each a frozen dataclass of static parts.
 
 A task has `init(rng, batch_spec) -> (state, constants)` and the steps `train_step`, `eval_step`
-and `show`, all called as `step(state, constants, batch, rng, *, axis_name=None)`. It knows
-diffusion; devices, disks and loggers it doesn't.
+and `show`, all called as `step(state, constants, batch, rng, *, axis_name=None)`. It doesn't depend
+on devices, disks or loggers.
 """
 
 from latent_diffusion.tasks.autoencoding import make_autoencoding

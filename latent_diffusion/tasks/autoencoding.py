@@ -1,21 +1,22 @@
 """Perceptual compression: train the first stage (Rombach et al. 2022, section 3.1 and App. G).
 
-One step updates both players from one generator forward and one generator backward. With x̂ the
-reconstruction and W the last decoder kernel:
+A step updates generator and discriminator with one forward and one backward pass of the generator.
+With x̂ the reconstruction and W the last decoder kernel:
 
     L_G = rec(x̂) + reg_weight·reg + gate_adv · λ · (−mean D(x̂)),
     λ = adversarial_weight · ‖∂rec/∂W‖ / (‖∂adv/∂W‖ + 1e-4),
     L_D = gate_disc · D_loss(D(x), D(x̂)).
 
 The adaptive weight averages the last-layer gradients over all devices before it takes norms, so it
-doesn't depend on the number of devices. The discriminator sees this step's reconstructions; the
-original recomputes them after the generator has moved.
+doesn't depend on the number of devices. The discriminator is trained on this step's
+reconstructions; the original recomputes them after the generator's update.
 
 A preview has a frozen first stage: its decoder learns to decode the scaled latents z of that first
-stage, and its encoder E learns them; reg is then mean over images of ‖E(x) − z‖².
+stage, and its encoder E learns to predict z; reg is then the mean over images of ‖E(x) − z‖².
 
 With `grad_accumulation` encoder, decoder and LPIPS run on a part of the batch at a time. The
-discriminator, whose batch norm wants all of it, and the regulariser stay whole: they are small.
+discriminator, whose batch norm needs the whole batch, and the regulariser run on all of it: they
+are small.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class State(flax.struct.PyTreeNode):
 class Constants(flax.struct.PyTreeNode):
     """Everything that training reads and never changes.
 
-    lpips: None without a perceptual loss. first_stage: of a preview alone.
+    lpips: None without a perceptual loss. first_stage: None except for a preview.
     """
 
     lpips: Params | None
@@ -99,7 +100,7 @@ class Autoencoding:
     ema_decay: float = 0.0
     grad_accumulation: int = 1
     num_steps: int = 1
-    first_stage: nn.Module | None = None  # whose latents a preview decodes
+    first_stage: nn.Module | None = None  # a preview decodes its latents
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -107,10 +108,10 @@ class Autoencoding:
         batch_spec: arrays or ShapeDtypeStructs of one batch.
         """
         key_g, key_d, key_p = jax.random.split(rng, 3)
-        one = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
-        image = one["image"]
+        example = {key: jnp.zeros((1, *x.shape[1:]), x.dtype) for key, x in batch_spec.items()}
+        image = example["image"]
         generator = self.autoencoder.init(key_g, image)
-        disc = self.discriminator.init(key_d, self._beside_condition(image, one), train=True)
+        disc = self.discriminator.init(key_d, self._beside_condition(image, example), train=True)
         params = {"autoencoder": generator["params"], "logvar": jnp.full((), self.logvar_init)}
         lpips = None
         if self.perceptual is not None:
@@ -151,7 +152,7 @@ class Autoencoding:
         discriminator = self.discriminator.clone(axis_name=axis_name)
 
         def discriminate(params: Params, stats: Params, image: jax.Array):
-            """Patch logits in training mode, and the moved batch statistics."""
+            """Patch logits in training mode, and the updated batch statistics."""
             variables = {"params": params, "batch_stats": stats}
             logits, moved = discriminator.apply(
                 variables, self._beside_condition(image, batch), train=True, mutable=["batch_stats"]
@@ -174,7 +175,7 @@ class Autoencoding:
         g_loss, d_adv = jax.value_and_grad(adversarial_loss)(x_rec)
 
         def last_layer(d_image: jax.Array) -> jax.Array:
-            # Only this kernel's gradient is used, so the compiler drops the rest of the backward.
+            # Only this kernel's gradient is used, so the compiler removes the rest of the pass.
             (grads,) = generator_vjp((d_image, jnp.zeros_like(reg)))
             return grads["decoder"][self.autoencoder.last_layer]["kernel"]
 
@@ -188,7 +189,7 @@ class Autoencoding:
         grads = {"autoencoder": g_grads, "logvar": d_logvar * self.learn_logvar}
 
         def disc_loss(disc_params: Params):
-            # Real and fake pass separately: batch statistics don't mix.
+            # Real and fake images run separately, so that batch statistics don't mix.
             real, stats = discriminate(disc_params, state.disc_stats, x)
             fake, stats = discriminate(disc_params, stats, x_rec)
             loss = lookup(D_LOSSES, self.disc_loss, "disc_loss")(real, fake)
@@ -228,14 +229,14 @@ class Autoencoding:
         rng: jax.Array,
         axis_name: str | None,
     ):
-        """((x_rec, reg), (metrics, moved codebook)) of a training forward pass.
+        """((x_rec, reg), (metrics, updated codebook)) of a training forward pass.
 
-        Encoder and decoder run in micro-batches; the regulariser between them has the whole batch.
+        Encoder and decoder run in micro-batches; the regulariser runs on the whole batch.
         """
 
         def network(method: str):
             def run(params: Params, x: jax.Array, keys: Keys):
-                rngs = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
+                rngs = {"dropout": keys[0]}  # one mask per device and micro-batch
                 return self.autoencoder.apply({"params": params}, x, True, method=method, rngs=rngs)
 
             return in_parts(run, self.grad_accumulation)
@@ -274,7 +275,7 @@ class Autoencoding:
     def show(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
-        """Images to look at: inputs above their reconstructions."""
+        """Images for the log: inputs above their reconstructions."""
         x = batch["image"]
         return {"inputs": x, "reconstructions": self.reconstruct(state, constants, x)}
 
@@ -298,7 +299,7 @@ class Autoencoding:
         return jnp.concatenate([image, batch[self.disc_condition].astype(image.dtype)], -1)
 
     def _temperature(self, step: jax.Array) -> jax.Array:
-        """The Gumbel softmax's temperature at a step; all steps change it by the same factor."""
+        """The Gumbel softmax's temperature at a step; each step changes it by the same factor."""
         first, last = self.gumbel_temperature
         return first * (last / first) ** jnp.minimum(step / max(self.num_steps - 1, 1), 1.0)
 

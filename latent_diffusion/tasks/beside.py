@@ -1,6 +1,6 @@
-"""What trains beside a model that stays as it is: a control net, or the vectors of a new word.
+"""Trainings that add to a frozen model: a control net, or the vectors of a new word.
 
-base: the model's parameters {name of the network, "conditioner"}, which take part as constants.
+base: the model's parameters {name of the network, "conditioner"}, which are constants.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from latent_diffusion.process.hints import HINTS
 
 
 def hint_of(config: Config) -> str:
-    """The field `control`; ValueError for an unknown hint, and for what doesn't go with one."""
+    """The field `control`; ValueError for an unknown hint, and for fields that exclude hints."""
     if not config["control"]:
         return ""
     lookup(HINTS, config["control"], "control")
@@ -34,29 +34,30 @@ def hint_of(config: Config) -> str:
 
 
 def new_vectors(config: Config, conditioners: Config) -> int:
-    """The number of vectors of the word `textual_inversion.word`; ValueError where it can't be."""
-    own = config["textual_inversion"]
-    if not own["word"]:
+    """The number of vectors of `textual_inversion.word`; ValueError if it can't be trained."""
+    fields = config["textual_inversion"]
+    if not fields["word"]:
         return 0
-    said = f"textual_inversion.word={own['word']!r}"
+    setting = f"textual_inversion.word={fields['word']!r}"
     if not tables(conditioners):
-        raise ValueError(f"{said} needs a conditioner that reads words")
+        raise ValueError(f"{setting} needs a conditioner that reads words")
     if config["lora"]["rank"] or config["control"]:
-        raise ValueError(f"{said} trains its vectors alone: set lora.rank=0 and control=''")
-    if own["num_vectors"] < 1:
-        raise ValueError(f"textual_inversion.num_vectors={own['num_vectors']} must be at least 1")
-    return int(own["num_vectors"])
+        raise ValueError(f"{setting} trains its vectors alone: set lora.rank=0 and control=''")
+    count = int(fields["num_vectors"])
+    if count < 1:
+        raise ValueError(f"textual_inversion.num_vectors={count} must be at least 1")
+    return count
 
 
 def fresh_words(conditioners: Params, count: int) -> Params:
-    """Vectors [count, width] of zeros for every table of words."""
-    every = flatten_dict(conditioners, sep="/")
-    widths = {n: every[f"{n}/{t}"].shape[1] for n, t in tables(conditioners).items()}
+    """Zeros [count, width] for every word embedding table, by conditioner."""
+    flat = flatten_dict(conditioners, sep="/")
+    widths = {n: flat[f"{n}/{t}"].shape[1] for n, t in tables(conditioners).items()}
     return {name: jnp.zeros((count, width)) for name, width in widths.items()}
 
 
 def with_words(denoiser: Denoiser, words: Params, base: Params) -> Denoiser:
-    """The denoiser, whose tables of words have further rows."""
+    """The denoiser with further rows in its word embedding tables."""
     config, flat = denoiser.conditioner.config, flatten_dict(base["conditioner"], sep="/")
     for name, table in tables(config).items():
         path = f"{name}/{table}"
@@ -76,11 +77,11 @@ def with_control(denoiser: Denoiser, net: ControlNet, control: Params, base: Par
 def hinted(
     conditioning: Conditioning, net: ControlNet, control: Params, hint: Float[Array, "B H W 3"]
 ) -> Conditioning:
-    """The conditioning with the inputs of a control net that counts fully at every step."""
+    """The conditioning with the inputs of a control net, which has scale 1 at every step."""
     blocks = [name for name in control if name.startswith("zero_convs")]
-    own = Control(
+    inputs = Control(
         hint=net.hint_net.apply({"params": control[HINT]}, hint),  # type: ignore
         scales=jnp.ones((len(hint), len(blocks) + 1)),
         window=jnp.broadcast_to(jnp.array([-jnp.inf, jnp.inf]), (len(hint), 2)),
     )
-    return dataclasses.replace(conditioning, controls=(own,))
+    return dataclasses.replace(conditioning, controls=(inputs,))

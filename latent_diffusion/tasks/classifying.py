@@ -3,8 +3,8 @@
     L = E over z_0, eps, t of  −log p(label | z_t, t)
 
 `first_stage.path` names the workdir of the denoiser that the classifier will guide: both share its
-latents, their scale and the noise. Training draws every timestep. At the last ones hardly anything
-is left of the image, so evaluation reports the accuracy at several timesteps.
+latents, their scale and the noise. Training draws every timestep. The last timesteps hardly leave
+anything of the image, so evaluation reports the accuracy at several timesteps.
 """
 
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.tasks.denoising import Constants, Metrics, State
 
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of the timesteps, at which evaluation asks for the class
+SHARES = (0.0, 0.25, 0.5, 0.75)  # evaluation is at these shares of the timesteps
 
 
 @dataclass(frozen=True)
 class Classifying:
     """The static parts of noisy classification."""
 
-    classifier: NoisyClassifier  # without parameters: those are the state's
+    classifier: NoisyClassifier  # without parameters, which are in the state
     autoencoder: nn.Module
     tx: optax.GradientTransformation
     image_shape: tuple[int, int, int]
@@ -78,13 +78,13 @@ class Classifying:
         t = (uniform_per_example(k_t) * num_timesteps).astype(jnp.int32)
 
         def loss_fn(params: Params, z_0: Array, t: Array, keys: Keys, labels: Array):
-            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
-            seen = self._scores(params, z_0, t, keys, labels, dropout)
-            return jnp.mean(seen["loss"]), seen
+            dropout = {"dropout": keys[0]}  # one mask per device and micro-batch
+            values = self._scores(params, z_0, t, keys, labels, dropout)
+            return jnp.mean(values["loss"]), values
 
         value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
-        (_, seen), grads = value_and_grad(state.params, z_0, t, k_eps, batch["class_label"])
-        metrics = pmean({name: jnp.mean(value) for name, value in seen.items()}, axis_name)
+        (_, values), grads = value_and_grad(state.params, z_0, t, k_eps, batch["class_label"])
+        metrics = pmean({name: jnp.mean(value) for name, value in values.items()}, axis_name)
         grads = pmean(grads, axis_name)
         state = state.updated(self.tx, grads, self.ema_decay)
         return state, {**metrics, "grad_norm": global_norm(grads)}
@@ -100,14 +100,14 @@ class Classifying:
         for share in SHARES:
             at = int(share * self.classifier.schedule.num_timesteps)
             t = jnp.full(labels.shape, at)
-            seen = self._scores(state.ema_params, z_0, t, keys, labels)
-            values |= {f"{name}_{at}": value for name, value in seen.items()}
+            scores = self._scores(state.ema_params, z_0, t, keys, labels)
+            values |= {f"{name}_{at}": value for name, value in scores.items()}
         return values
 
     def show(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
-        """Images to look at: inputs, and the inputs with half of the noise."""
+        """Images for the log: inputs, and the inputs noised to the middle timestep."""
         keys = example_keys(rng, batch["class_label"].shape[0], axis_name)
         z_0 = constants.first_stage.encode(batch)
         t = jnp.full(z_0.shape[:1], self.classifier.schedule.num_timesteps // 2)
@@ -124,14 +124,14 @@ class Classifying:
         labels: Array,
         dropout: dict[str, jax.Array] | None = None,
     ) -> Metrics:
-        """Cross-entropy, and whether the label is the best, and among the best five."""
+        """Cross-entropy, and whether the label has the best score, or one of the best five."""
         noise = normal_per_example(keys, z_0.shape[1:])
         z_t = q_sample(self.classifier.schedule, z_0, t, noise)
         classifier = self.classifier.replace(params=params["unet"])
         logits = classifier.logits(z_t, t, dropout is not None, dropout)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = jnp.take_along_axis(logits, labels[:, None], 1)
-        rank = jnp.sum(logits > right, axis=1)
+        label_logit = jnp.take_along_axis(logits, labels[:, None], 1)
+        rank = jnp.sum(logits > label_logit, axis=1)
         hits = {"accuracy": rank < 1, "accuracy_5": rank < 5}
         return {"loss": loss, **{name: hit.astype(jnp.float32) for name, hit in hits.items()}}
 

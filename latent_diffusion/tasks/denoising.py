@@ -3,7 +3,7 @@
     L = E over z_0 = E(x), t, eps of  w_t · ‖ target(z_0, eps, t) − network(z_t, t, conditioning) ‖²
 
 The first stage and pretrained conditioners are frozen. They are part of `constants`, so they have
-neither a gradient nor an optimiser slot nor a moving average.
+no gradient, no optimiser state and no moving average.
 """
 
 from dataclasses import dataclass
@@ -55,10 +55,10 @@ Metrics = dict[str, jax.Array]
 class State(flax.struct.PyTreeNode):
     """Everything that training changes.
 
-    params: {the backbone's name, "conditioner"}, of an adaptation {"lora": the same keys}; and
-    "logvar" [T] where it is learned. squares: [T] average squared objective (with all its weights)
-    of each timestep, where importance sampling follows the loss; else None. target: of a
-    distillation, another average of the parameters, which makes the targets; else None.
+    params: {the backbone's name, "conditioner"}, or for an adaptation {"lora": the same keys}; and
+    "logvar" [T] if it is learned. squares: [T] average squared objective (with all its weights) of
+    each timestep, if importance sampling follows the loss; else None. target: in a distillation,
+    another average of the parameters, which makes the targets; else None.
     """
 
     step: Any
@@ -85,9 +85,9 @@ class State(flax.struct.PyTreeNode):
 class Constants(flax.struct.PyTreeNode):
     """Everything that training reads and never changes.
 
-    conditioner: pretrained parts, by name. base: the adapted parameters of a low-rank adaptation,
-    which trains its factors alone. teacher: the backbone's parameters of a distillation; None
-    where they are those of `base`.
+    conditioner: parameters of pretrained conditioners, by name. base: the parameters that an
+    adaptation builds on; it trains only its own. teacher: the backbone's parameters of a
+    distillation's teacher; None if they are those of `base`.
     """
 
     first_stage: FirstStage
@@ -100,7 +100,7 @@ class Constants(flax.struct.PyTreeNode):
 class Denoising:
     """The static parts of latent denoising; see `configs/default.py` for the fields."""
 
-    denoiser: Denoiser  # without parameters: those are the state's
+    denoiser: Denoiser  # without parameters, which are in the state
     autoencoder: nn.Module
     tx: optax.GradientTransformation
     image_shape: tuple[int, int, int]
@@ -119,10 +119,10 @@ class Denoising:
     grad_accumulation: int = 1
     huber_c: float = 1e-3
     max_noise: float | int = 1.0  # the share of the timesteps, from the clean end, that are drawn
-    control: str = ""  # a name of HINTS: a control net is trained, and nothing else
-    new_vectors: int = 0  # of a new word, which are trained, and nothing else
-    shift: float | int = 1.0  # of the drawn timesteps, towards noise
-    variance_weight: float = 0.0  # of the bound that trains the network's variance
+    control: str = ""  # a name of HINTS: only a control net is trained
+    new_vectors: int = 0  # only so many vectors of a new word are trained
+    shift: float | int = 1.0  # strength of a shift of the drawn timesteps towards noise
+    variance_weight: float = 0.0  # weight of the bound that trains the network's variance
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -171,8 +171,8 @@ class Denoising:
         if constants.base is None:
             parts = {"denoiser": state.params[name], "conditioner": state.params["conditioner"]}
         else:
-            own = next(iter(state.params.keys() - {"logvar"}))
-            parts = {own: state.params[own], "denoiser (frozen)": constants.base[name]}
+            trained = next(iter(state.params.keys() - {"logvar"}))
+            parts = {trained: state.params[trained], "denoiser (frozen)": constants.base[name]}
             parts["conditioner (frozen)"] = constants.base["conditioner"]
         parts |= {f"{name} (frozen)": tree for name, tree in constants.conditioner.items()}
         return {**parts, "first stage (frozen)": constants.first_stage.params}
@@ -185,33 +185,33 @@ class Denoising:
         keys = example_keys(rng, batch_size(batch), axis_name)
 
         def loss_fn(params: Params, batch: Batch, keys: Keys):
-            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
+            dropout = {"dropout": keys[0]}  # one mask per device and micro-batch
             per_example = self._loss(params, state.squares, constants, batch, keys, dropout)
             return jnp.mean(per_example["loss"]), per_example
 
         value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
-        (loss, seen), grads = value_and_grad(state.params, batch, keys)
+        (loss, values), grads = value_and_grad(state.params, batch, keys)
         loss, grads = pmean((loss, grads), axis_name)
-        squares = self._update_squares(state.squares, seen, axis_name)
+        squares = self._update_squares(state.squares, values, axis_name)
         state = state.updated(self.tx, grads, self.ema_decay).replace(squares=squares)
-        simple = pmean(jnp.mean(seen["simple"]), axis_name)
+        simple = pmean(jnp.mean(values["simple"]), axis_name)
         return state, {"loss": loss, "simple": simple, "grad_norm": global_norm(grads)}
 
     def eval_step(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
-        """Per-example [B] losses of the averaged parameters, conditioning never dropped.
+        """Per-example [B] losses of the averaged parameters; no conditions are dropped.
 
-        prior_bits: bits per dimension that z_T still holds about the image.
+        prior_bits: the bits per dimension of information about the image that are left in z_T.
         """
         keys = example_keys(rng, batch_size(batch), axis_name)
-        seen = self._loss(state.ema_params, state.squares, constants, batch, keys)
-        return {name: seen[name] for name in ("loss", "simple", "prior_bits")}
+        values = self._loss(state.ema_params, state.squares, constants, batch, keys)
+        return {name: values[name] for name in ("loss", "simple", "prior_bits")}
 
     def show(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
-        """Images to look at: samples for the batch's conditions, by the averaged parameters."""
+        """Images for the log: samples for the batch's conditions, by the averaged parameters."""
         size = batch_size(batch)
         denoiser = self.with_params(state.ema_params, constants)
         keys = sampling_keys(example_keys(rng, size, axis_name))
@@ -246,14 +246,14 @@ class Denoising:
         return self.denoiser.replace(params=model)
 
     def _control_net(self, latent_height: int) -> ControlNet:
-        """The net that is trained; latent_height: of the latent of a trained picture."""
+        """The control net. latent_height: height of a training picture's latent."""
         unet: Any = self.denoiser.network
         return control_net(unet, self.image_shape[0] // latent_height)
 
     def _hinted(
         self, conditioning: Conditioning, params: Params, constants: Constants, batch: Batch
     ) -> Conditioning:
-        """The conditioning with the hints of the pictures, where a control net is trained."""
+        """The conditioning, with the hints of the pictures if a control net is trained."""
         if not self.control:
             return conditioning
         net = self._control_net(self._latent(constants)[0])
@@ -262,7 +262,7 @@ class Denoising:
         )
 
     def _latent(self, constants: Constants) -> tuple[int, int, int]:
-        """(h, w, c) of the latent of a trained picture."""
+        """(h, w, c) of the latent of a training picture."""
         image = jnp.zeros((1, *self.image_shape))
         _, *shape = jax.eval_shape(constants.first_stage.encode, {"image": image}).shape
         h, w, c = shape
@@ -279,8 +279,8 @@ class Denoising:
     ) -> dict[str, Array]:
         """Eq. 3 of the paper, per example. dropout: the keys of training; None in evaluation.
 
-        Training minimises "loss", into which the `example_weight` of a batch enters; "simple" is
-        the error without weights.
+        Training minimises "loss", which includes the batch's `example_weight`; "simple" is the
+        error without weights.
         """
         first_stage, train = constants.first_stage, dropout is not None
         schedule, kind = self.denoiser.schedule, self.denoiser.prediction
@@ -314,8 +314,8 @@ class Denoising:
             weight = self.variance_weight * schedule.num_timesteps
             loss = loss + weight * bound(schedule, kind, pred, variance, z_0, z_t, t)
         weighted = unbias * loss * batch.get("example_weight", 1.0)
-        seen = {"loss": weighted, "objective": loss, "simple": simple, "t": t}
-        return {**seen, "prior_bits": prior_bits_per_dim(schedule, z_0)}
+        values = {"loss": weighted, "objective": loss, "simple": simple, "t": t}
+        return {**values, "prior_bits": prior_bits_per_dim(schedule, z_0)}
 
     def timesteps(self, keys: Keys, squares: Array | None) -> tuple[Array, Array | float]:
         """Timesteps [B], and the factor [B] that keeps the mean of their losses unbiased."""
@@ -338,12 +338,12 @@ class Denoising:
         return t, objectives.importance_weights(density)[t]
 
     def _update_squares(
-        self, squares: Array | None, seen: dict[str, Array], axis_name: str | None
+        self, squares: Array | None, values: dict[str, Array], axis_name: str | None
     ) -> Array | None:
-        """Add the losses of the global batch to the average that the next timesteps depend on."""
+        """Add the global batch's losses to the averages by which further timesteps are drawn."""
         if squares is None:
             return None
-        t, losses = seen["t"], seen["objective"]
+        t, losses = values["t"], values["objective"]
         if axis_name is not None:
             t, losses = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (t, losses))
         return objectives.update_squares(squares, t, losses)
@@ -361,13 +361,13 @@ def make_denoising(config: Config) -> Denoising:
     size = config["data"]["image_size"]
     names = Denoising.__dataclass_fields__.keys()
     denoiser = make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels)
-    # Bad options are refused now.
+    # Raise errors for bad options now, not during training.
     _, options = plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})
-    for field, asked in (
+    for field, value in (
         ("diffusion.variance_weight", config["diffusion"]["variance_weight"]),
         ("sampling.learned_variance", options.learned_variance),
     ):
-        if asked:
+        if value:
             denoiser.with_variance(field)
     return Denoising(
         denoiser=denoiser,

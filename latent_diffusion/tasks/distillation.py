@@ -1,15 +1,15 @@
-"""Distillation: a student learns in few evaluations what its teacher makes with many.
+"""Distillation: a student learns to do in few evaluations what its teacher does in many.
 
-Two methods. "guidance" (Meng et al. 2023, stage 1): one evaluation of the student is the guided
-prediction of the teacher, which takes two. "consistency" (Luo et al. 2023): the student f jumps to
-the start of the teacher's guided path,
+There are two methods. "guidance" (Meng et al. 2023, stage 1): the student predicts in one
+evaluation the teacher's guided prediction, which takes two. "consistency" (Luo et al. 2023): the
+student f jumps to the start of the teacher's guided path,
 
     L = E over z_t, n of  d( f(z_{t_{n+1}}, t_{n+1}),  f⁻(z_{t_n}, t_n) )
 
 where one step of DDIM by the teacher leads from z_{t_{n+1}} to z_{t_n}, and f⁻ is a moving average
-of f. With several `phases` (Wang et al. 2024), f jumps to the end of the phase in which t lies, so
-that as many steps of DDIM by the student follow the teacher's path. Teacher and student share the
-teacher's conditioners, which are frozen as the teacher is.
+of f. With several `phases` (Wang et al. 2024), f jumps to the end of the phase in which t lies, and
+one DDIM step of the student per phase follows the teacher's path. Teacher and student share the
+teacher's conditioners, which are frozen like the teacher.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ from latent_diffusion.tasks.denoising import (
 )
 
 METHODS = ("consistency", "guidance")
-OF_DENOISING = (  # fields of the loss of latent denoising, which this one lacks
+OF_DENOISING = (  # fields for the loss of latent denoising that distillation doesn't have
     "drop_rate", "offset_noise", "input_perturbation", "elbo_weight", "learn_logvar",
     "variance_weight",
 )  # fmt: skip
@@ -63,15 +63,15 @@ OF_DENOISING = (  # fields of the loss of latent denoising, which this one lacks
 class Distillation:
     """The static parts of a distillation; see `configs/default.py` for the fields.
 
-    student: its network, optimiser, loss and pictures, as in latent denoising. The network takes
-    the guidance scale as an input if it has a `guidance_dim`.
+    student: the student's network, optimiser, loss and pictures, as in latent denoising. The
+    network takes the guidance scale as an input if it has a `guidance_dim`.
     """
 
     student: Denoising
     method: str = "consistency"
     guidance_scales: tuple[float, float] = (1.0, 1.0)  # the least and the largest
     distilled_steps: int = 50
-    target_decay: float = 0.95  # 0: the student itself makes the targets
+    target_decay: float = 0.95  # 0: the targets are the student's
     phases: int = 1  # equal parts of the path, along each of which the student is consistent
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
@@ -151,7 +151,7 @@ class Distillation:
         with_scale = conditioning
         if getattr(student.network, "guidance_dim", None) is not None:
             with_scale = dataclasses.replace(conditioning, guidance=scale - 1)
-        of_teacher = (self._teacher(params, constants), conditioning, null, scale)
+        teacher = (self._teacher(params, constants), conditioning, null, scale)
         train, distance = dropout is not None, objectives.make_loss(task.loss, task.huber_c)
 
         if self.method == "guidance":
@@ -160,10 +160,8 @@ class Distillation:
             weights = lookup(objectives.LOSS_WEIGHTS, task.loss_weight, "loss_weight")(
                 schedule, kind
             )
-            wanted = jax.lax.stop_gradient(self._guided(*of_teacher, z_t, t))
-            return weights[t] * distance(
-                student.denoise(z_t, t, with_scale, train, dropout), wanted
-            )
+            goal = jax.lax.stop_gradient(self._guided(*teacher, z_t, t))
+            return weights[t] * distance(student.denoise(z_t, t, with_scale, train, dropout), goal)
 
         grid = jnp.asarray(distilled_timesteps(schedule.num_timesteps, self.distilled_steps))
         index = jnp.minimum(uniform_per_example(k_t) * len(grid), len(grid) - 1).astype(jnp.int32)
@@ -172,17 +170,17 @@ class Distillation:
         steps_of_phase = self.distilled_steps // self.phases
         end = jnp.append(0, grid)[index // steps_of_phase * steps_of_phase]
         z_t = q_sample(schedule, z_0, t, eps)
-        guided = self._guided(*of_teacher, z_t, t)
+        guided = self._guided(*teacher, z_t, t)
         z_before = consistency.step(schedule, _estimate(student, guided, z_t, t), before)
         z_before = jax.lax.stop_gradient(z_before)
         average = task.with_params(jax.lax.stop_gradient(target), constants)
-        wanted = average.denoise(z_before, before, with_scale)
-        wanted = _jump(average, wanted, z_before, before, end)
+        goal = average.denoise(z_before, before, with_scale)
+        goal = _jump(average, goal, z_before, before, end)
         pred = student.denoise(z_t, t, with_scale, train, dropout)
-        return distance(_jump(student, pred, z_t, t, end), wanted)
+        return distance(_jump(student, pred, z_t, t, end), goal)
 
     def _teacher(self, params: Params, constants: Constants) -> Denoiser:
-        """The teacher, whose parameters are the constants' own or the base of an adaptation."""
+        """The teacher: the constants' `teacher`, or the `base` of an adaptation."""
         name = self.student.denoiser.name
         frozen = constants.base[name] if constants.teacher is None else constants.teacher
         return self.student.denoiser.replace(params={name: frozen})
@@ -200,12 +198,12 @@ class Distillation:
         pred = teacher.denoise(z_t, t, conditioning)
         if self.guidance_scales == (1.0, 1.0):
             return pred
-        without = teacher.denoise(z_t, t, null)
-        return without + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (pred - without)
+        null_pred = teacher.denoise(z_t, t, null)
+        return null_pred + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (pred - null_pred)
 
 
 def without_guidance(params: Params) -> Params:
-    """The parameters of a network without those of its guidance's embedding."""
+    """The parameters of a network without those of its guidance embedding."""
     return {name: tree for name, tree in params.items() if not name.endswith("guidance")}
 
 
@@ -216,7 +214,7 @@ def _estimate(denoiser: Denoiser, pred: Array, z_t: Array, t: Array) -> Predicti
 
 
 def _jump(denoiser: Denoiser, pred: Array, z_t: Array, t: Array, end: Array) -> Array:
-    """f(z_t, t) of a raw prediction: a step of DDIM to timesteps `end` [B], or the start at 0."""
+    """f(z_t, t) of a raw prediction: DDIM to timesteps `end` [B], or z_0 where `end` is 0."""
     estimate = _estimate(denoiser, pred, z_t, t)
     at_end = consistency.step(denoiser.schedule, estimate, end)
     start = consistency.consistent(estimate.z_0, z_t, t)
@@ -225,7 +223,7 @@ def _jump(denoiser: Denoiser, pred: Array, z_t: Array, t: Array, end: Array) -> 
 
 def make_distillation(config: Config) -> Distillation:
     """Build the task from a resolved experiment config; ValueError for fields that don't fit."""
-    own, names = config["distillation"], frozenset(config["conditioners"])
+    fields, names = config["distillation"], frozenset(config["conditioners"])
     other = {
         "control": config["control"],
         "textual_inversion.word": config["textual_inversion"]["word"],
@@ -235,34 +233,34 @@ def make_distillation(config: Config) -> Distillation:
         if value:
             raise ValueError(f"a distillation has no {name}, which is {value!r}: turn it off")
     student = dataclasses.replace(make_denoising(config), pretrained=names)
-    if own["method"] not in METHODS:
-        raise ValueError(f"distillation.method={own['method']!r}; known: {', '.join(METHODS)}")
-    low, high = allowed = (float(own["guidance_scales"][0]), float(own["guidance_scales"][1]))
+    if fields["method"] not in METHODS:
+        raise ValueError(f"distillation.method={fields['method']!r}; known: {', '.join(METHODS)}")
+    low, high = scales = (float(fields["guidance_scales"][0]), float(fields["guidance_scales"][1]))
     if low > high:
-        raise ValueError(f"distillation.guidance_scales={allowed} must be the least, the largest")
-    if allowed != (1.0, 1.0) and not student.denoiser.conditioner.keys:
-        raise ValueError(f"distillation.guidance_scales={allowed}, but there is no condition")
+        raise ValueError(f"distillation.guidance_scales={scales} must be the least, the largest")
+    if scales != (1.0, 1.0) and not student.denoiser.conditioner.keys:
+        raise ValueError(f"distillation.guidance_scales={scales}, but there is no condition")
     if student.lora and getattr(student.denoiser.network, "guidance_dim", None) is not None:
         raise ValueError("an adaptation (lora.rank) has no guidance_dim: fix the scale")
-    distilled_timesteps(student.denoiser.schedule.num_timesteps, own["distilled_steps"])
-    phases, steps = own["phases"], own["distilled_steps"]
+    distilled_timesteps(student.denoiser.schedule.num_timesteps, fields["distilled_steps"])
+    phases, steps = fields["phases"], fields["distilled_steps"]
     if phases < 1 or steps % phases:
         raise ValueError(f"distillation.phases={phases} must divide distilled_steps={steps}")
-    if phases > 1 and own["method"] != "consistency":
+    if phases > 1 and fields["method"] != "consistency":
         raise ValueError(f"distillation.phases={phases} are of the method consistency")
     objectives.make_loss(student.loss, student.huber_c)
     return Distillation(
         student=student,
-        method=own["method"],
-        guidance_scales=allowed,
-        distilled_steps=own["distilled_steps"],
-        target_decay=own["target_decay"],
+        method=fields["method"],
+        guidance_scales=scales,
+        distilled_steps=fields["distilled_steps"],
+        target_decay=fields["target_decay"],
         phases=phases,
     )
 
 
 def guidance_range(config: Config) -> tuple[float, float]:
-    """The scales that a distilled network takes: those of its training, or 1 without the input."""
+    """The guidance scales that a distilled network accepts: those of training, or only 1."""
     low, high = config["distillation"]["guidance_scales"]
-    embedded = config[config["backbone"]].get("guidance_dim") is not None
-    return (low, high) if embedded else (1.0, 1.0)
+    is_input = config[config["backbone"]].get("guidance_dim") is not None
+    return (low, high) if is_input else (1.0, 1.0)

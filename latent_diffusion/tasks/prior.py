@@ -5,7 +5,7 @@
 
 The share of masked codes is cos(π/2 · u), u uniform. A masked prior's evaluation draws |M|
 uniformly from 1 … L instead: then the mean is a bound on the negative log-likelihood per code
-(Uria et al. 2014), so that the bits per code of both kinds can be compared.
+(Uria et al. 2014), so that the bits per code of both kinds are comparable.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from latent_diffusion.tasks.denoising import Constants, Metrics, State
 class PriorTraining:
     """The static parts of training a prior; see `configs/default.py` for the fields."""
 
-    prior: Prior  # without parameters: those are the state's
+    prior: Prior  # without parameters, which are in the state
     autoencoder: nn.Module
     tx: optax.GradientTransformation
     image_shape: tuple[int, int, int]
@@ -91,13 +91,13 @@ class PriorTraining:
         keys = example_keys(rng, codes.shape[0], axis_name)
 
         def loss_fn(params: Params, batch: Batch, codes: Array, keys: Keys):
-            dropout = {"dropout": keys[0]}  # masks belong to the device and the micro-batch
-            seen = self._loss(params, constants, batch, codes, keys, dropout)
-            return jnp.mean(seen["loss"]), seen
+            dropout = {"dropout": keys[0]}  # one mask per device and micro-batch
+            values = self._loss(params, constants, batch, codes, keys, dropout)
+            return jnp.mean(values["loss"]), values
 
         value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
-        (_, seen), grads = value_and_grad(state.params, batch, codes, keys)
-        metrics = pmean({name: jnp.mean(value) for name, value in seen.items()}, axis_name)
+        (_, values), grads = value_and_grad(state.params, batch, codes, keys)
+        metrics = pmean({name: jnp.mean(value) for name, value in values.items()}, axis_name)
         grads = pmean(grads, axis_name)
         metrics["perplexity"] = jnp.exp2(metrics["bits_per_code"])
         state = state.updated(self.tx, grads, self.ema_decay)
@@ -106,7 +106,7 @@ class PriorTraining:
     def eval_step(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
-        """Per-example [B] losses of the averaged parameters, conditioning never dropped."""
+        """Per-example [B] losses of the averaged parameters; no conditions are dropped."""
         codes = constants.first_stage.indices(batch)
         keys = example_keys(rng, codes.shape[0], axis_name)
         return self._loss(state.ema_params, constants, batch, codes, keys)
@@ -114,15 +114,15 @@ class PriorTraining:
     def show(
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> dict[str, jax.Array]:
-        """Images to look at: samples for the batch's conditions, by the averaged parameters."""
+        """Images for the log: samples for the batch's conditions, by the averaged parameters."""
         codes = constants.first_stage.indices(batch)
         count, size = codes.shape[0], codes.shape[1:]
         prior = self._with_params(state.ema_params, constants)
         keys = sampling_keys(example_keys(rng, count, axis_name))
         options = plan_prior(self.sampling, {}, prior.transformer.causal)
-        told = prior.conditioner.prepare(batch, constants.first_stage, size, keys.conditions)
-        conditioning = prior.condition(told, jnp.zeros(count, bool))
-        null = prior.condition(told, jnp.ones(count, bool))
+        entries = prior.conditioner.prepare(batch, constants.first_stage, size, keys.conditions)
+        conditioning = prior.condition(entries, jnp.zeros(count, bool))
+        null = prior.condition(entries, jnp.ones(count, bool))
         grid = (size[0], size[1])
         made = prior.sample(keys.steps, conditioning, null, grid, size[0], options)
         images = {"samples": constants.first_stage.decode_indices(made)}
@@ -141,18 +141,18 @@ class PriorTraining:
         keys: Keys,
         dropout: dict[str, jax.Array] | None = None,
     ) -> Metrics:
-        """Per example: the smoothed cross-entropy of what is predicted, and its bits per code.
+        """Per example: the smoothed cross-entropy of the predicted codes, and their bits per code.
 
         dropout: the keys of training; None in evaluation.
         """
         train = dropout is not None
-        k_seen, k_drop, k_cond = split_per_example(keys, 3)
+        k_inputs, k_drop, k_cond = split_per_example(keys, 3)
         prior = self._with_params(params, constants)
-        told = prior.conditioner.prepare(batch, constants.first_stage, codes.shape[1:], k_cond)
+        entries = prior.conditioner.prepare(batch, constants.first_stage, codes.shape[1:], k_cond)
         drop = bernoulli_per_example(k_drop, self.drop_rate if train else 0.0)
         codes = codes.reshape(codes.shape[0], -1)
-        seen, predicted = self._seen(codes, k_seen, train)
-        logits = prior.logits(seen, prior.condition(told, drop), train, dropout)
+        inputs, predicted = self._inputs(codes, k_inputs, train)
+        logits = prior.logits(inputs, prior.condition(entries, drop), train, dropout)
         log_probs = jax.nn.log_softmax(logits)
         nats = -jnp.take_along_axis(log_probs, codes[..., None], -1)[..., 0]
         smoothing = self.label_smoothing if train else 0.0
@@ -163,10 +163,10 @@ class PriorTraining:
 
         return {"loss": mean(loss), "bits_per_code": mean(nats) / jnp.log(2.0)}
 
-    def _seen(
+    def _inputs(
         self, codes: Int[Array, "B L"], keys: Keys, train: bool
     ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-        """The codes as the transformer sees them, and which of them its loss is of."""
+        """The transformer's input: noised or masked codes; and the codes that the loss counts."""
         transformer, shape = self.prior.transformer, codes.shape[1:]
         k_where, k_what = split_per_example(keys, 2)
         draws = uniform_per_example(k_where, shape)
@@ -186,7 +186,7 @@ class PriorTraining:
 
 def make_prior_training(config: Config) -> PriorTraining:
     """Build the task from a resolved experiment config; ValueError for parts that don't fit."""
-    own, size = config["prior"], config["data"]["image_size"]
+    fields, size = config["prior"], config["data"]["image_size"]
     if "code_map" in config["conditioners"] and "code_map" not in config["pretrained"]:
         raise ValueError(
             "conditioners.code_map needs pretrained.code_map: the first stage of its maps, trained "
@@ -196,21 +196,21 @@ def make_prior_training(config: Config) -> PriorTraining:
     prior = make_prior(config["transformer"], config["conditioners"], autoencoder)
     side = size // autoencoder.downsampling
     check_size(prior.transformer, (side, side), side)
-    options = plan_prior(own["sampling"], {}, prior.transformer.causal)  # refuses bad ones now
+    options = plan_prior(fields["sampling"], {}, prior.transformer.causal)  # or raises errors
     if (scale := options.guidance_scale) is not None:
         check_null(prior.conditioner, f"prior.sampling.guidance_scale={scale:g}")
-    if own["drop_rate"]:
-        check_null(prior.conditioner, f"prior.drop_rate={own['drop_rate']}")
+    if fields["drop_rate"]:
+        check_null(prior.conditioner, f"prior.drop_rate={fields['drop_rate']}")
     return PriorTraining(
         prior=prior,
         autoencoder=autoencoder,
         tx=make_optimizer(config["optimizer"], config["num_steps"]),
         image_shape=(size, size, config["autoencoder"]["image_channels"]),
-        sampling=own["sampling"],
-        pkeep=own["pkeep"],
-        label_smoothing=own["label_smoothing"],
-        min_masked=own["min_masked"],
-        drop_rate=own["drop_rate"],
+        sampling=fields["sampling"],
+        pkeep=fields["pkeep"],
+        label_smoothing=fields["label_smoothing"],
+        min_masked=fields["min_masked"],
+        drop_rate=fields["drop_rate"],
         ema_decay=config["ema_decay"],
         pretrained=frozenset(config["pretrained"]),
         grad_accumulation=config["grad_accumulation"],
