@@ -1,8 +1,8 @@
 """Averages of parameters whose width is chosen after the training (Karras et al. 2024, section 3).
 
 The average of width s at step t weighs the parameters of step τ ≤ t by the profile
-p(τ) = (γ + 1)/t · (τ/t)^γ, where s is the standard deviation of p divided by t. Training holds a
-few such averages. A sum of their snapshots comes close to the average of any other width.
+p(τ) = (γ + 1)/t · (τ/t)^γ, where s is the standard deviation of p divided by t. Training computes a
+few such averages. A weighted sum of their snapshots approximates the average of any other width.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import optax
 
 from latent_diffusion.core.types import Array, Int, Params, PyTree
 
-WIDEST = 0.288  # that of γ = 0, the mean of all steps, is 12^(-1/2)
+WIDEST = 0.288  # γ = 0, the mean of all steps, has the width 12^(-1/2)
 
 
 class PowerAverages(NamedTuple):
@@ -27,7 +27,7 @@ class PowerAverages(NamedTuple):
 
 
 def exponent(width: float) -> float:
-    """The γ of a relative width; ValueError for a width outside of (0, WIDEST].
+    """The γ of a relative width; ValueError for a width outside (0, WIDEST].
 
     width² = (γ + 1) / ((γ + 2)² (γ + 3)), a cubic equation with one root that isn't negative.
     """
@@ -41,7 +41,7 @@ def exponent(width: float) -> float:
 def with_power_averages(
     tx: optax.GradientTransformation, widths: Sequence[float]
 ) -> optax.GradientTransformation:
-    """The same optimiser, whose state has the average of each width in addition."""
+    """The same optimiser, whose state also has an average for each width."""
     exponents = {str(width): exponent(width) for width in widths}
 
     def init(params: Params) -> PowerAverages:
@@ -66,24 +66,24 @@ def with_power_averages(
 
 
 def averages_of(opt_state: PyTree) -> dict[str, Params]:
-    """The averages in an optimiser's state, by width; {} where it has none."""
+    """The averages in an optimiser's state, by width; {} if it has no averages."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PowerAverages))
     states = [node for node in nodes if isinstance(node, PowerAverages)]
     return states[0].averages if states else {}
 
 
 def weights(snapshots: Sequence[tuple[int, float]], step: int, width: float) -> np.ndarray:
-    """The weight of each snapshot in the sum whose profile is nearest to that of (step, width).
+    """The weights of snapshots whose sum has the profile nearest to that of (step, width).
 
-    snapshots: the step and the width of each. The weights minimise the squared distance of the
-    profiles, whose inner products are known: solve (p_i · p_j) x = (p_i · p) (Karras et al. 2024,
+    snapshots: (step, width) of each. The weights minimise the squared distance of the profiles,
+    by a closed form of their inner products: solve (p_i · p_j) x = (p_i · p) (Karras et al. 2024,
     appendix C).
     """
     t = np.asarray([at for at, _ in snapshots], np.float64)
-    gamma = np.asarray([exponent(given) for _, given in snapshots])
+    gamma = np.asarray([exponent(own_width) for _, own_width in snapshots])
     gram = _inner_product(t[:, None], gamma[:, None], t[None], gamma[None])
-    wanted = _inner_product(t, gamma, float(step), exponent(width))
-    return np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    target = _inner_product(t, gamma, float(step), exponent(width))
+    return np.linalg.lstsq(gram, target, rcond=None)[0]
 
 
 def _inner_product(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Any:

@@ -1,25 +1,25 @@
-"""The change of a weight that a few small factors describe: LoRA and its kinds.
+"""Changes of a weight that are computed from small factors: LoRA and its variants.
 
 A weight is [out in …], with the positions of a convolution last, and so are all factors. The
-formulas are those of LyCORIS (Yeh et al. 2024; github.com/KohakuBlueleaf/LyCORIS); they consist of
-operators alone, so that NumPy arrays and traced arrays pass.
+formulas are those of LyCORIS (Yeh et al. 2024; github.com/KohakuBlueleaf/LyCORIS); they use only
+operators, so that they accept NumPy arrays and traced arrays.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Array = Any  # of NumPy or of JAX
-Factors = Mapping[str, Any]  # arrays by their names in KINDS; "scale" []; "magnitude" of DoRA
+Factors = Mapping[str, Any]  # arrays by their names in KINDS; "scale" []; "magnitude" for DoRA
 
 _TINY = 1e-14  # keeps the norm of a row of zeros, and its gradient, finite
 
 
 def delta(weight: Array, factors: Factors) -> Array:
-    """What is to be added to `weight` [out in …].
+    """The change to add to `weight` [out in …].
 
     With a "magnitude" (DoRA, Liu et al. 2024) of each output, or "magnitude_in" of each input, the
-    sum is rescaled to have norms of these sizes. Raises ValueError or TypeError for factors that
-    don't fit the weight.
+    sum is rescaled to have these norms. Raises ValueError or TypeError for factors that don't fit
+    the weight.
     """
     change = KINDS[kind_of(factors)].change(weight, factors)
     if len(change) != len(weight):
@@ -33,13 +33,13 @@ def delta(weight: Array, factors: Factors) -> Array:
 
 
 def kind_of(factors: Mapping[str, Any]) -> str:
-    """The name of the kind in KINDS; ValueError for factors of none, or not complete."""
+    """The name of the kind in KINDS; ValueError for factors of no kind and for missing factors."""
     for name, kind in KINDS.items():
-        if known := [factor for factor in factors if factor in kind.names]:
+        if present := [factor for factor in factors if factor in kind.names]:
             for choice in kind.choices:
                 if not any(set(names) <= factors.keys() for names in choice):
                     lacking = " or ".join(" and ".join(names) for names in choice)
-                    raise ValueError(f"{name} with {', '.join(known)} lacks {lacking}")
+                    raise ValueError(f"{name} with {', '.join(present)} lacks {lacking}")
             return name
     raise ValueError(f"no change of a weight: {', '.join(factors)}")
 
@@ -56,7 +56,7 @@ def rank_of(factors: Mapping[str, Any]) -> int | None:
 
 
 def norms(weight: Array) -> Array:
-    """The norm [out] of each output's weights, where a DoRA starts."""
+    """The norm [out] of each output's weights, the initial magnitude of a DoRA."""
     return ((weight.reshape(len(weight), -1) ** 2).sum(1) + _TINY) ** 0.5
 
 
@@ -78,7 +78,7 @@ def _tucker(core: Array, up: Array, down: Array) -> Array:
 
 
 def _lora(weight: Array, f: Factors) -> Array:
-    """B·A; with the core of a convolution between them (LoCon with Tucker decomposition)."""
+    """B·A, or with a convolution's core between them (LoCon with Tucker decomposition)."""
     up, down = f["lora_up"], f["lora_down"]
     return _tucker(f["lora_mid"], up, down) if "lora_mid" in f else _product(up, down)
 
@@ -94,7 +94,7 @@ def _loha(weight: Array, f: Factors) -> Array:
 
 
 def _lokr(weight: Array, f: Factors) -> Array:
-    """The Kronecker product of two matrices, each of them whole or a product."""
+    """The Kronecker product of two matrices, each of which may be a product of two factors."""
     left = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
     if "lokr_w2" in f:
         right = f["lokr_w2"]
@@ -122,11 +122,11 @@ def _full(weight: Array, f: Factors) -> Array:
     return f["diff"]
 
 
-Choice = tuple[tuple[str, ...], ...]  # groups of names, of which one must be there, whole
+Choice = tuple[tuple[str, ...], ...]  # groups of names; all names of a group must be present
 
 
 class Kind(NamedTuple):
-    """A formula, the factors that it needs (one group of each choice), those that it may have."""
+    """A formula, the factors that it needs (one group of each choice), and optional factors."""
 
     change: Callable[[Array, Factors], Array]
     choices: tuple[Choice, ...]

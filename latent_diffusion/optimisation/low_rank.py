@@ -1,8 +1,8 @@
 """Low-rank adaptation (Hu et al. 2022): train W + (α/r)·A·B for frozen W, with narrow A and B.
 
-A tree of factors stands beside a tree of parameters, under the path of every adapted kernel
-[… in out]: {"down": A [… in r], "up": B [r out], [1 1 r out] for a convolution}. Of kind "dora"
-(Liu et al. 2024) the norm of each output's weights is trained as well: {"magnitude": [out]}.
+A tree has the factors of every adapted kernel [… in out] under the kernel's path: {"down":
+A [… in r], "up": B [r out], or [1 1 r out] for a convolution}. The kind "dora" (Liu et al. 2024)
+also trains the norm of each output's weights: {"magnitude": [out]}.
 """
 
 import re
@@ -19,9 +19,9 @@ KINDS = ("lora", "dora")
 
 
 def init(rng: jax.Array, params: Params, config: Config) -> Params:
-    """Factors for every kernel whose path matches `targets`; A is random and B zero, so W stays.
+    """Factors for every kernel whose path matches `targets`; A is random, B zero, so W + A·B is W.
 
-    config: `rank`, `kind`, and `targets` (regular expressions). Raises ValueError where no kernel
+    config: `rank`, `kind`, and `targets` (regular expressions). Raises ValueError if no kernel
     matches.
     """
     if config["kind"] not in KINDS:
@@ -48,31 +48,31 @@ def init(rng: jax.Array, params: Params, config: Config) -> Params:
 def merge(params: Params, factors: Params, alpha: float | int) -> Params:
     """The parameters with (α/r)·A·B added to the adapted kernels."""
     flat = flatten_dict(params, sep="/")
-    for path, own in flatten_factors(factors).items():
-        flat[path] = adapted(flat[path], own, alpha)
+    for path, kernel_factors in flatten_factors(factors).items():
+        flat[path] = adapted(flat[path], kernel_factors, alpha)
     return unflatten_dict(flat, sep="/")
 
 
 def adapted(kernel: Array, factors: dict[str, Any], alpha: Number) -> Array:
-    """One kernel [… in out] with its change."""
+    """A kernel [… in out] with its change added."""
     rank = factors["down"].shape[-1]
-    own = {"lora_down": _rows(factors["down"]), "lora_up": _rows(factors["up"])}
-    own |= {"magnitude": factors["magnitude"]} if "magnitude" in factors else {}
-    return kernel + delta(_rows(kernel), {**own, "scale": alpha / rank}).T.reshape(kernel.shape)
+    by_name = {"lora_down": _rows(factors["down"]), "lora_up": _rows(factors["up"])}
+    by_name |= {"magnitude": factors["magnitude"]} if "magnitude" in factors else {}
+    return kernel + delta(_rows(kernel), {**by_name, "scale": alpha / rank}).T.reshape(kernel.shape)
 
 
 def magnitude(kernel: Array) -> Array:
-    """The norms [out] of a kernel, with which a DoRA changes nothing."""
+    """The norms [out] of a kernel; a DoRA with this magnitude changes nothing at first."""
     return norms(_rows(kernel))
 
 
 def _rows(kernel: Array) -> Array:
-    """[out fan-in]."""
+    """The kernel as a matrix [out fan-in]."""
     return kernel.reshape(-1, kernel.shape[-1]).T
 
 
 def flatten_factors(factors: Params) -> dict[str, dict[str, Any]]:
-    """The factors by the path of their kernel."""
+    """The factors by the path of the adapted kernel."""
     by_kernel: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten_dict(factors, sep="/").items():
         kernel, _, name = path.rpartition("/")

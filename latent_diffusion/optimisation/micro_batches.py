@@ -1,7 +1,7 @@
-"""Micro-batches: a batch part by part, for less memory and the same numbers.
+"""Micro-batches: a batch is computed part by part, with less memory and the same results.
 
-Part j of n holds the examples j, j + n, j + 2n … Devices hold contiguous blocks of a batch, so each
-of them has a share of every part, and nothing moves between devices.
+Part j of n has the examples j, j + n, j + 2n … Devices hold contiguous blocks of a batch, so each
+device has a share of every part, and nothing moves between devices.
 """
 
 import functools

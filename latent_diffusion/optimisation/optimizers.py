@@ -47,12 +47,11 @@ def path_mask(patterns: Sequence[str]) -> Callable[[Params], Params]:
 
 
 def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled weight decay, learning rate; frozen paths rest.
-
-    Its state has the averages of the widths in `averages`.
+    """Clipping by global norm, Adam, decoupled weight decay, learning rate; no update if frozen.
 
     config: the `optimizer` fields of configs/default.py. As in the reference, `adamw` decays every
-    parameter, norms and biases too, except paths that match `no_decay`.
+    parameter, norms and biases too, except paths that match `no_decay`. The optimiser's state has
+    the averages of the widths in `averages`.
     """
     adam = lookup(OPTIMIZERS, config["name"], "optimizer.name")
     parts = [optax.clip_by_global_norm(config["grad_clip"])] if config["grad_clip"] else []
@@ -74,7 +73,7 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
 def _at_rest(
     tx: optax.GradientTransformation, frozen: Callable[[Params], Params]
 ) -> optax.GradientTransformation:
-    """The same optimiser for all leaves but those for which the mask `frozen` is true."""
+    """The same optimiser, which doesn't change leaves for which the mask `frozen` is true."""
 
     def labels(tree: Params) -> Params:
         return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(tree))

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/X.py[:variant] --workdir=DIR [--config.key=value]
 
-The same workdir again resumes. --dry_run prints what the run would be: config, parameters,
-sharding, memory and FLOPs. On several hosts: --distributed, see docs/devices.md.
+The same command with the same workdir resumes. --dry_run describes the run without starting it:
+config, parameters, sharding, memory and FLOPs. On several hosts: --distributed, see
+docs/devices.md.
 """
 
 import sys
@@ -20,7 +21,7 @@ connect = shared_flags.cluster()
 
 
 def main(argv: list[str]) -> None:
-    """Parse nothing, decide nothing: the work is `latent_diffusion.training.loop`."""
+    """Run `latent_diffusion.training.loop`, and print errors that a user can fix in one line."""
     from latent_diffusion.runtime import processes
     from latent_diffusion.runtime.startup import quiet_and_cached
     from latent_diffusion.training import loop

@@ -2,7 +2,7 @@
 
     python -m latent_diffusion.training.averages --workdir=RUN --width=0.1 --out=FOLDER
 
-writes a workdir with the parameters alone, for sampling and evaluation. The run needs
+writes a workdir with only the parameters, for sampling and evaluation. The run needs
 `optimizer.averages` and `checkpoint.averages_every_steps`.
 """
 
@@ -26,13 +26,13 @@ FOLDER = "averages"
 
 
 class Snapshots:
-    """Saves the averages in the optimiser's state, all of them for good; a context manager."""
+    """Saves the averages in the optimiser's state, and never deletes them; a context manager."""
 
     def __init__(self, run: Path, wanted: bool):
         self._checkpoints = Checkpointer(run / FOLDER, keep=None) if wanted else None
 
     def save(self, step: int, state: Any, mode: str) -> None:
-        """Save those of this step, if the run wants them."""
+        """Save the averages of this step if the run has such snapshots."""
         if self._checkpoints is None:
             return
         averages = averages_of(state.opt_state)
@@ -47,10 +47,10 @@ class Snapshots:
 
 
 def rebuild(run: Path, width: float, out: Path, step: int | None = None) -> None:
-    """Write a workdir with the average of a width, at the step of a snapshot, perhaps the last.
+    """Write a workdir with the average of a width, at the step of a snapshot (None: the last).
 
-    Raises ValueError and CheckpointError, in one line, where the run has no such snapshot, the
-    width isn't possible, or `out` has something in it.
+    Raises ValueError and CheckpointError, in one line, if the run has no such snapshot, the width
+    isn't possible, or `out` isn't empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; --out names a new folder")
@@ -59,29 +59,29 @@ def rebuild(run: Path, width: float, out: Path, step: int | None = None) -> None
         saved = snapshots.all_steps()
         step = saved[-1] if step is None and saved else step
         if step not in saved:
-            known = ", ".join(map(str, saved)) or "none"
-            raise ValueError(f"{run / FOLDER} has no snapshot of step {step}; known: {known}")
+            names = ", ".join(map(str, saved)) or "none"
+            raise ValueError(f"{run / FOLDER} has no snapshot of step {step}; known: {names}")
         steps = [at for at in saved if at <= step]
         params = _sum(snapshots, steps, step, width)
     out.mkdir(parents=True, exist_ok=True)
     for path in workdir.frozen_files(run):
         shutil.copy(path, out)
-    live_alone = config.task == "autoencoding" and not config.ema_decay
+    without_ema = config.task == "autoencoding" and not config.ema_decay
     with Checkpointer(out / "checkpoints") as checkpoints:
-        checkpoints.save(step, {"params" if live_alone else "ema_params": params})
+        checkpoints.save(step, {"params" if without_ema else "ema_params": params})
 
 
 def _sum(snapshots: Checkpointer, steps: list[int], step: int, width: float) -> Params:
-    """The weighted sum of all snapshots, of which one is in memory at a time."""
+    """The weighted sum of all snapshots; only one is in memory at a time."""
     widths = [float(name) for name in (snapshots.metadata() or {})["widths"]]
-    pairs = [(saved, given) for saved in steps for given in widths]
+    pairs = [(saved, own_width) for saved in steps for own_width in widths]
     weight = dict(zip(pairs, weights(pairs, step, width), strict=True))
     total: Params | None = None
     for saved in steps:
         snapshot = snapshots.restore(step=saved)
         assert snapshot is not None
-        for given in widths:
-            w, averages = weight[saved, given], snapshot.state[str(given)]
+        for own_width in widths:
+            w, averages = weight[saved, own_width], snapshot.state[str(own_width)]
             part = jax.tree.map(lambda x, w=w: np.float32(w) * x, averages)
             total = part if total is None else jax.tree.map(np.add, total, part)
     return total
@@ -99,6 +99,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     RUN = flags.DEFINE_string("workdir", None, "A run with averages.", required=True)
     WIDTH = flags.DEFINE_float("width", None, "Relative to the step, e.g. 0.1.", required=True)
-    STEP = flags.DEFINE_integer("step", None, "Of a snapshot, where it ends; default: the last.")
+    STEP = flags.DEFINE_integer("step", None, "Step of a snapshot; default: the last.")
     OUT = flags.DEFINE_string("out", None, "A new folder.", required=True)
     app.run(main)

@@ -1,4 +1,4 @@
-"""The shapes of a run's batches, from its config alone."""
+"""The shapes of a run's batches, computed only from its config."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype
 
 
 def check_classes(config: ConfigDict, source: Any) -> None:
-    """Raise ValueError where the data have classes that the model lacks, which would be null."""
+    """Raise ValueError if the data have more classes than the model, which would be the null."""
     counts = {}
     if config.task == "classifying":
         counts["classifier"] = config.classifier.num_classes
@@ -46,12 +46,12 @@ def check_classes(config: ConfigDict, source: Any) -> None:
             if "class_label" in part.keys:
                 counts[f"conditioners.{name}"] = part.num_classes
     if not counts:
-        return  # without a look at all examples
-    found = getattr(source, "num_classes", len(getattr(source, "class_names", ())))
+        return  # before counting, which may read all examples
+    in_data = getattr(source, "num_classes", len(getattr(source, "class_names", ())))
     for section, count in counts.items():
-        if found > count:
+        if in_data > count:
             raise ValueError(
-                f"the data have {found} classes, and {section}.num_classes={count}: give it more"
+                f"the data have {in_data} classes, and {section}.num_classes={count}: give it more"
             )
 
 

@@ -1,4 +1,4 @@
-"""The batches of a run, a function of its seed and the step."""
+"""The batches of a run, which depend on its seed and the step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +19,9 @@ def train_batches(
 ) -> Iterator[dict[str, Any]]:
     """This process's part of every batch from `start_step` on; pictures are bytes.
 
-    source: the training examples; `data.Bucketed` has an order of its own. transform: by default
-    that of the config, without texts. parts: sources that share a batch equally. workers: as of
-    `data.iterate`.
+    source: the training examples; `data.Bucketed` decides their order. transform: by default that
+    of the config, without texts. parts: number of sources that share a batch equally. workers: as
+    in `data.iterate`.
     """
     mode, mesh = parallel.devices(config.parallel)
     index, count = parallel.process_shard(mode, mesh)

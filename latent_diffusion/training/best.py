@@ -1,6 +1,6 @@
 """The best checkpoint of a run by a number of its evaluation, beside the newest checkpoints.
 
-`best/` in a workdir serves as a workdir itself: `sample.py --workdir=runs/x/best`. It holds the
+`best/` in a workdir can be used as a workdir: `sample.py --workdir=runs/x/best`. It has the
 parameters, and in `best.json` their step and the number.
 """
 
@@ -45,7 +45,7 @@ class Best:
     def offer(self, step: int, state: Any, values: dict[str, float]) -> bool:
         """Save the parameters of `state` if their value is the best so far; returns whether it is.
 
-        Returns before they are on disk. Raises ValueError where the evaluation has no such number.
+        Returns before they are on disk. Raises ValueError if the evaluation lacks the metric.
         """
         if self._checkpoints is None:
             return False
@@ -64,7 +64,7 @@ class Best:
         return True
 
     def settle(self) -> None:
-        """Write best.json if its checkpoint is on disk; never waits."""
+        """Write best.json if its checkpoint is on disk; doesn't wait for it."""
         checkpoints = self._directory / "checkpoints"
         if not self._pending or not (checkpoints / str(self._record["step"])).exists():
             return
@@ -79,9 +79,9 @@ class Best:
         workdir.write_whole(self._directory / RECORD, text)
 
     def _last(self) -> dict[str, Any]:
-        """The record of the checkpoint on disk, the same on all processes; {} without any.
+        """The record of the checkpoint on disk, the same on all processes; {} if there is none.
 
-        best.json has it, unless the process was killed before it wrote the file. Then it is the
+        It is in best.json, unless the process was killed before it wrote the file. Then it is the
         checkpoint's metadata, whose metric may be older: a step is saved only once.
         """
         assert self._checkpoints is not None

@@ -1,5 +1,5 @@
 """Prior preservation (Ruiz et al. 2023, DreamBooth): while a model learns a subject from few
-pictures, it also trains on pictures of the subject's class that it drew itself before.
+pictures, it also trains on pictures of the subject's class that it drew before the training.
 
     class-IDENTITY.npy  uint8 [N H W C] in the workdir: the pictures of a run, drawn once
 
@@ -23,13 +23,13 @@ from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.metrics import to_uint8
 
 Batches = Iterator[dict[str, np.ndarray]]
-Show = Callable[[Any, jax.Array], Any]  # of a batch and a key
+Show = Callable[[Any, jax.Array], Any]  # (batch, key) -> pictures
 
 
 def check(config: ConfigDict) -> None:
-    """Raise ValueError where a run can't draw pictures of the class `dreambooth.class_prompt`."""
-    own, half = config.dreambooth, config.batch_size // 2
-    if not own.class_prompt:
+    """Raise ValueError if a run can't draw pictures of the class `dreambooth.class_prompt`."""
+    fields, half = config.dreambooth, config.batch_size // 2
+    if not fields.class_prompt:
         return
     faults = {
         "a model to draw with: name it by init_from": not config.init_from,
@@ -40,24 +40,25 @@ def check(config: ConfigDict) -> None:
         "cache_texts=False": config.cache_texts,
         "data.bucket_step=0": config.data.bucket_step > 0,
         "an even batch_size: half of a batch is of the class": config.batch_size % 2 == 1,
-        f"dreambooth.num_images of at least {half}, half a batch": own.num_images < half,
-        "dreambooth.prior_weight of at least 0": not own.prior_weight >= 0,
+        f"dreambooth.num_images of at least {half}, half a batch": fields.num_images < half,
+        "dreambooth.prior_weight of at least 0": not fields.prior_weight >= 0,
     }
     for need, absent in faults.items():
         if absent:
-            raise ValueError(f"dreambooth.class_prompt={own.class_prompt!r} needs {need}")
+            raise ValueError(f"dreambooth.class_prompt={fields.class_prompt!r} needs {need}")
 
 
 def with_class(
     config: ConfigDict, batches: Batches, of_class: Batches
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of which a half is of the subject and a half of the class.
+    """Batches of which one half is of the subject and the other of the class.
 
-    `example_weight` makes the mean loss of a batch that of the subject plus that of the class times
-    `dreambooth.prior_weight`.
+    By `example_weight`, the mean loss of a batch is the subject's loss plus
+    `dreambooth.prior_weight` times the class's loss.
     """
-    for own, other in zip(batches, of_class, strict=False):
-        joint = {key: np.concatenate([own[key], other[key]]) for key in own.keys() & other.keys()}
+    for subject, other in zip(batches, of_class, strict=False):
+        keys = subject.keys() & other.keys()
+        joint = {key: np.concatenate([subject[key], other[key]]) for key in keys}
         weights = np.array([2.0, 2.0 * config.dreambooth.prior_weight], np.float32)
         yield {**joint, "example_weight": np.repeat(weights, len(other["tokens"]))}
 
@@ -69,19 +70,19 @@ def make_source(
     tokenizer: Any,
     show: Show,
 ) -> data.ArraySource:
-    """The pictures of the class with their caption, which are drawn where the workdir has none.
+    """The pictures of the class with their captions; a new run draws them if they are missing.
 
-    show: the task's, compiled, with the state of the beginning; a run that goes on has its
-    pictures. Raises ValueError where they are gone.
+    show: the task's compiled `show`, with the initial state. Raises ValueError if the pictures of a
+    resumed run are gone.
     """
-    own, there = config.dreambooth, sorted(directory.glob("class-*.npy"))
+    count, there = config.dreambooth.num_images, sorted(directory.glob("class-*.npy"))
     path = directory / f"class-{_identity(config)}.npy"
     if goes_on:  # fields may have changed since
         if len(there) != 1:
             raise ValueError(f"{directory} has lost its class-*.npy: start in another workdir")
         path = there[0]
     elif processes.any_process(not path.exists()):
-        captions = data.ArraySource({"caption": _captions(config, own.num_images)})
+        captions = data.ArraySource({"caption": _captions(config, count)})
         drawn = _drawn(config, captions, tokenizer, show)
         if jax.process_index() == 0:
             for other in there:
@@ -95,8 +96,8 @@ def make_source(
 
 def _captions(config: ConfigDict, count: int) -> list[str]:
     """The captions of `dreambooth.class_prompt`, in turn."""
-    each = (caption.strip() for caption in config.dreambooth.class_prompt.split(";"))
-    return list(itertools.islice(itertools.cycle(each), count))
+    captions = (caption.strip() for caption in config.dreambooth.class_prompt.split(";"))
+    return list(itertools.islice(itertools.cycle(captions), count))
 
 
 def _identity(config: ConfigDict) -> str:
@@ -109,12 +110,12 @@ def _identity(config: ConfigDict) -> str:
 def _drawn(
     config: ConfigDict, captions: data.ArraySource, tokenizer: Any, show: Show
 ) -> np.ndarray:
-    """A picture for each caption, uint8; all processes help."""
+    """A picture for each caption, uint8; all processes share the work."""
     transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
     shard = parallel.process_shard(*parallel.devices(config.parallel))
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-    found = []
+    pictures = []
     for i, batch in enumerate(data.epoch(captions, transform, config.batch_size, *shard)):
         batch.pop("weight")
-        found.append(to_uint8(show(batch, jax.random.fold_in(rng, i))["samples"]))
-    return np.concatenate(found)[: len(captions)]
+        pictures.append(to_uint8(show(batch, jax.random.fold_in(rng, i))["samples"]))
+    return np.concatenate(pictures)[: len(captions)]

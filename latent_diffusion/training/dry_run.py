@@ -1,4 +1,4 @@
-"""The description of a run, without allocating it."""
+"""The description of a run, which is not allocated."""
 
 import json
 

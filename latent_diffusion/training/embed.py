@@ -21,13 +21,13 @@ from latent_diffusion.runtime.startup import quiet_and_cached
 
 
 def embed_data(data_config: Any, clip_path: str | Path, out: Path) -> None:
-    """Embed both splits. Raises ValueError, in one line, where CLIP or the data isn't usable."""
+    """Embed both splits. Raises ValueError, in one line, if CLIP or the data isn't usable."""
     clip = load_clip(clip_path)
     embedder = Embedder(clip.image.projection_dim, clip.params, clip.of_images)
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        bare = ConfigDict({**data_config, "embedding": ""})
-        pictures = data.make_source(bare, split)
+        without_embedding = ConfigDict({**data_config, "embedding": ""})
+        pictures = data.make_source(without_embedding, split)
         database = database_of(pictures, data_config, embedder)
         database.save(out / f"{split}.npz")
         print(f"{out / split}.npz: {len(database.names)} embeddings of {embedder.width} numbers")
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "Whose data.", lock_config=True)
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Names the data.", lock_config=True)
     CLIP = flags.DEFINE_string("clip", None, "A CLIPModel's folder.", required=True)
     OUT = flags.DEFINE_string("out", None, "Folder of the embeddings.", required=True)
     app.run(main)

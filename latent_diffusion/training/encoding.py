@@ -1,4 +1,4 @@
-"""Pictures encoded once, into shards: the work of `python -m latent_diffusion.encode`."""
+"""Encodes pictures once, into shards, for `python -m latent_diffusion.encode`."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ from latent_diffusion.training import frozen, init_from, moments, start, texts
 from latent_diffusion.training.settings import flat
 
 Example = dict[str, Any]
-# What belongs to a window of a picture; all other values belong to the picture.
+# Values that belong to a window of a picture; all others belong to the whole picture.
 _OF_CROPS = ("window", "image", "segmentation", "mask", "depth")
 
 
@@ -35,10 +35,10 @@ def encode(
     shard_size: int = 4096,
     splits: Sequence[str] = ("train", "test"),
 ) -> None:
-    """Write DIR/SPLIT for the splits; see `data.shards`. The flags have the arguments' meanings.
+    """Write out/SPLIT for the splits; see `data.shards`. The command's flags are the arguments.
 
-    Raises ValueError, in one line, for bad input and where the folder has other shards; OSError
-    where there is no room: then all shards before are whole.
+    Raises ValueError, in one line, for bad input and if the folder has other shards; OSError if the
+    disk is full: then all earlier shards are complete.
     """
     lookup(dict.fromkeys(["float32", "bfloat16"]), dtype, "dtype")
     if crops < 1 or (crops > 1 and config.data.crop != "random"):
@@ -63,7 +63,7 @@ def _encode_split(
 ) -> None:
     """Write the shards of this process; process 0 also writes the index.
 
-    train: None for a split whose pictures stay as they are, cut as in evaluation.
+    train: None for a split whose pictures aren't encoded, and are cropped as in evaluation.
     """
     latents = None if train is None else _Latents(config, train["dtype"])
     captions = None
@@ -77,9 +77,9 @@ def _encode_split(
         _begin(folder, made)
     processes.barrier("the index is there")
     names = [shards.shard_name(number) for number in range(len(plan))]
-    own = range(jax.process_index(), len(plan), jax.process_count())
+    of_process = range(jax.process_index(), len(plan), jax.process_count())
     there = folder.sizes()
-    todo = [number for number in own if names[number] not in there]
+    todo = [number for number in of_process if names[number] not in there]
     prepare, done = _prepare(config, source, made), itertools.count(1)
     total = sum(len(plan[number][1]) for number in todo)
     with metrics.Progress(total, unit="picture") as progress:
@@ -108,7 +108,7 @@ def _encode_split(
 
 
 def _plan(config: ConfigDict, source: Any, shard_size: int, train: bool) -> Iterator[Any]:
-    """The size (None: the square) and the examples of every shard: of one bucket each."""
+    """The size (None: the square) and the examples of every shard, all of one bucket."""
     parts: list[tuple[Any, Any]] = [(None, np.arange(len(source)))]
     if train and config.data.bucket_step:
         buckets.check(config.data)
@@ -121,8 +121,8 @@ def _plan(config: ConfigDict, source: Any, shard_size: int, train: bool) -> Iter
 
 
 def _made(config: ConfigDict, source: Any, latents: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """How the examples are made: a run compares it, and so does the command that goes on."""
-    place = ("dir", "embedding_path", "search", "workers")  # of the same data
+    """How the examples are made, for runs and resumed commands, which compare it."""
+    ignored = ("dir", "embedding_path", "search", "workers")  # they don't change the data
     return {
         "kind": "pictures" if latents is None else latents.kind,
         "first_stage": None if latents is None else latents.hash,
@@ -130,15 +130,15 @@ def _made(config: ConfigDict, source: Any, latents: Any, asked: dict[str, Any]) 
         "mirrors": latents is not None and config.data.flip,
         **asked,
         "seed": config.seed,
-        "data": {k: v for k, v in config.data.to_dict().items() if k not in place},
+        "data": {k: v for k, v in config.data.to_dict().items() if k not in ignored},
         "sample": moments.sample_hash(source),
     }
 
 
 def _begin(folder: Folder, made: dict[str, Any]) -> None:
-    """Write an index without shards; remove shards that are cut short.
+    """Write an index without shards; remove incomplete shards.
 
-    Raises ValueError where the folder has shards that were made otherwise.
+    Raises ValueError if the folder has shards that were made with other settings.
     """
     there = folder.sizes()
     if shards.INDEX in there:
@@ -156,7 +156,7 @@ def _begin(folder: Folder, made: dict[str, Any]) -> None:
 
 
 def _prepare(config: ConfigDict, source: Any, made: dict[str, Any]) -> Callable[..., Example]:
-    """Return `prepare(i, size)`: example i with its crops, drawn from the seed and i alone."""
+    """Return `prepare(i, size)`: example i with its crops, which depend only on the seed and i."""
     cut_out = data.make_cut(config.data, train=made["kind"] != "pictures")
 
     def prepare(index: Any, size: Any) -> Example:
@@ -172,13 +172,13 @@ def _prepare(config: ConfigDict, source: Any, made: dict[str, Any]) -> Callable[
 
 
 def _in_order(prepare: Callable[[int], Example], indices: Any) -> Iterator[Example]:
-    """The examples of some indices, in order, a few threads ahead."""
+    """The examples of some indices, in order, which threads prepare ahead."""
     examples = grain.MapDataset.source(indices).map(prepare)
     return iter(examples.to_iter_dataset(grain.ReadOptions(prefetch_buffer_size=64)))
 
 
 def _counted(records: Iterator[Example], done: Iterator[int], progress: Any) -> Iterator[Example]:
-    """The records, of which each is counted when it is written."""
+    """The records; each is counted when it is written."""
     for record in records:
         yield record
         count = next(done)
@@ -200,9 +200,10 @@ class _Latents:
 
         def latents(first_stage: Any, image: jax.Array) -> jax.Array:
             image = image.astype(jnp.float32) / 127.5 - 1
-            seen = [image, image[:, :, ::-1]] if mirrored else [image]
+            images = [image, image[:, :, ::-1]] if mirrored else [image]
             made = [
-                first_stage.indices({"image": x}) if codes else first_stage.moments(x) for x in seen
+                first_stage.indices({"image": x}) if codes else first_stage.moments(x)
+                for x in images
             ]
             return jnp.stack(made, 1).astype(jnp.int32 if codes else dtype)
 
@@ -210,7 +211,7 @@ class _Latents:
         self._rows = config.batch_size + -config.batch_size % jax.local_device_count()
 
     def added(self, examples: Iterator[Example], with_pictures: bool) -> Iterator[Example]:
-        """The examples, whose crops get `mirrors`, with or without their pictures."""
+        """The examples with `mirrors` in their crops, with or without their pictures."""
         for group in iter(lambda: list(itertools.islice(examples, self._rows)), []):
             crops = [crop for example in group for crop in example["crops"]]
             for crop, latents in zip(crops, self._of([c["image"] for c in crops]), strict=True):

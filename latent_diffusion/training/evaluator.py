@@ -1,4 +1,4 @@
-"""Evaluation within a run: means of losses, a distance of sets, and pictures to look at."""
+"""Evaluation within a run: means of losses, a distance of sets, and pictures for the log."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -52,8 +52,8 @@ class Evaluator:
         """Means of the per-example values over `log.eval_batches` batches, and the distance.
 
         The distance is the Fréchet distance between test images and reconstructions or samples by
-        the averaged parameters. Padding doesn't count. Returns None as soon as `stopped()`, which
-        is called before every batch, is true.
+        the averaged parameters. Padding doesn't count. `stopped()` is called before every batch;
+        if it is true, the result is None.
         """
         config = self._config
         values = self._outputs(
@@ -77,7 +77,7 @@ class Evaluator:
     def draw(self, state: Any, rng: jax.Array) -> dict[str, np.ndarray]:
         """A grid with a row for each kind of images that the task shows."""
         num = self._config.log.num_images
-        batch = next(self._batches(num + -num % self._parts))  # a whole number for every device
+        batch = next(self._batches(num + -num % self._parts))  # a multiple of the devices
         batch.pop("weight")
         images = self._show(state, self._constants, batch, rng)
         rows = np.concatenate([kind[:num] for kind in images.values()])
@@ -94,7 +94,7 @@ class Evaluator:
     ) -> dict[str, np.ndarray] | None:
         """The outputs [N ...] of a step for the test examples of `count` batches, without padding.
 
-        None where `stopped()` is true before a batch.
+        Returns None if `stopped()` is true before a batch.
         """
         parts: dict[str, list[np.ndarray]] = {}
         batches = itertools.islice(self._batches(self._config.batch_size), count)
@@ -114,7 +114,7 @@ class Evaluator:
 def _with_weight(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, with the weights of the examples among its outputs.
 
-    A process has the weights of its rows alone, but needs the weights of the global batch.
+    A process only has the weights of its rows, but needs the weights of the global batch.
     """
 
     def weighted(state: Any, constants: Any, batch: Any, rng: Any, **options: Any) -> Any:

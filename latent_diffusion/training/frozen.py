@@ -32,7 +32,7 @@ def load_constants(
     """Replace the random weights in a task's `constants` by the real weights.
 
     source: the training examples, over which the latent scale is measured. run: the workdir of a
-    run that goes on, which has copies; None where the run begins. start: the model of `init_from`.
+    run that is resumed, which has copies; None for a new run. start: the model of `init_from`.
     """
     if config.task == "autoencoding":
         net, path = config.autoencoding.perceptual, config.autoencoding.perceptual_path
@@ -51,7 +51,7 @@ def load_constants(
 def load_conditioners(
     config: ConfigDict, fresh: Mapping[str, Params], run: Path | None
 ) -> dict[str, Params]:
-    """The pretrained conditioners by name. fresh: of their shapes. run: as of `load_constants`."""
+    """The pretrained conditioners by name. fresh: gives their shapes. run: see `load_constants`."""
     conditioner: dict[str, Params] = {}
     for name, path in config.pretrained.items() if config.task != "classifying" else ():
         if run is not None:
@@ -64,9 +64,9 @@ def load_conditioners(
 
 
 def save(config: ConfigDict, constants: Any, folder: Path) -> None:
-    """Write the run's copies of the constants; `load_constants` reads them when it goes on."""
+    """Write the run's copies of the constants; `load_constants` reads them when it is resumed."""
     if config.task == "autoencoding":
-        if constants.first_stage is not None:  # of a preview; training alone reads it
+        if constants.first_stage is not None:  # of a preview; only training reads it
             frozen_parts.save_first_stage(
                 folder, constants.first_stage, config.first_stage.path, TEACHER
             )
@@ -90,8 +90,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
                 f"pretrained.{name} is none of the conditioners: {', '.join(config.conditioners)}"
             )
         part = _read(config, name, path)
-        own = flatten_dict({"conditioners": {name: dict(part.fields)}}, sep=".")
-        config = settings.decided(config, own, f"pretrained.{name}={path}")
+        fields = flatten_dict({"conditioners": {name: dict(part.fields)}}, sep=".")
+        config = settings.decided(config, fields, f"pretrained.{name}={path}")
     return config
 
 
@@ -101,7 +101,7 @@ def _read(config: ConfigDict, name: str, path: str) -> Part:
     if not Path(path).exists():
         raise ValueError(f"pretrained.{name}={path} does not exist")
     if config.task == "distillation" and path == config.distillation.teacher:
-        return read(path).conditioners[name]  # also of files from which no other task takes parts
+        return read(path).conditioners[name]  # other tasks don't take parts of all these files
     return read_pretrained(name, path, config.conditioners[name].to_dict())
 
 
@@ -117,15 +117,15 @@ def _first_stage(
 def read_first_stage(
     config: ConfigDict, fresh: FirstStage, start: Bundle | None
 ) -> tuple[FirstStage, bool]:
-    """The first stage on which a run begins, and whether it comes with its latent scale.
+    """The first stage of a new run, and whether its latent scale is known.
 
-    fresh: has its shapes. start: the model of `init_from`.
+    fresh: gives its shapes. start: the model of `init_from`.
     """
     path = config.first_stage.path
-    theirs = init_from.first_stage_of(config, start)
-    if theirs is not None:
-        check_same_tree(fresh.params, theirs.params, str(path))
-        return theirs, True
+    loaded = init_from.first_stage_of(config, start)
+    if loaded is not None:
+        check_same_tree(fresh.params, loaded.params, str(path))
+        return loaded, True
     if config.autoencoder.regularization != "identity":
         params = frozen_parts.load_autoencoder_params(Path(path))
         check_same_tree(fresh.params, params, path)
@@ -134,7 +134,7 @@ def read_first_stage(
 
 
 def encodable(batch: Batch) -> Batch:
-    """The entry of a batch that a first stage encodes: cached moments, or else the pictures."""
+    """The entry of a batch that a first stage encodes: cached moments if any, else pictures."""
     key = "moments" if "moments" in batch else "image"
     return {key: batch[key]}
 

@@ -2,7 +2,7 @@
 
 It names any model that `latent_diffusion.load` reads, whole or in part. The config fields that
 belong to the parameters come with them: `facts` lists the fields. The moving average starts from
-the loaded parameters, too; the optimiser starts afresh.
+the loaded parameters, too; the optimiser's state is new.
 """
 
 import logging
@@ -31,12 +31,12 @@ from latent_diffusion.training import settings
 log = logging.getLogger(__name__)
 
 CONV_IN = "unet/input_blocks_0_0/kernel"
-# Tables with a row for each word. Rows of words that the file lacks come last.
+# Word embedding tables. Rows of words that the file lacks come last.
 _WORDS = r"conditioner/(\w+/token_emb|word_map/embedding)/embedding"
-# Parameters that start afresh where the file lacks them: those of the objective, and of the
-# guidance as an input, which is zero at first.
+# Parameters that may be missing in the file and then are new: those of the objective, and of the
+# guidance as an input, which are zero at first.
 _FRESH = r"logvar|.*_guidance/kernel"
-# Fields of a module that its parameters don't depend on: the run's values stay.
+# Fields of modules that don't affect parameters: the run's values stay.
 _OF_THE_RUN = {"attention", "axis_name", "dropout", "dtype", "name", "out_channels", "parent"}
 _OF_THE_RUN |= {"pool", "remat", "scan", "codebook_beta", "codebook_legacy", "codebook_ema_decay"}
 _OF_THE_RUN |= {"codebook_restart_below", "gumbel_kl_weight", "gumbel_straight_through"}
@@ -44,7 +44,7 @@ _NOISE = ("schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_
 
 
 def read(config: ConfigDict) -> convert.Bundle | None:
-    """The model at `config.init_from`, its tensors unread; None where the field is empty."""
+    """The model at `config.init_from`, its tensors unread; None if the field is empty."""
     if not config.init_from:
         if config.lora.rank:
             raise ValueError("lora.rank adapts a trained model: name it by init_from")
@@ -61,7 +61,7 @@ def read(config: ConfigDict) -> convert.Bundle | None:
 def resolve(config: ConfigDict) -> ConfigDict:
     """The config with the fields that belong to the parameters of `init_from`.
 
-    Fields that `init_from_changes` names keep their values. Raises ValueError for other names.
+    Fields listed in `init_from_changes` don't change. Raises ValueError if it lists other fields.
     """
     bundle = read(config)
     if bundle is None:
@@ -78,8 +78,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> dict[str, Any]:
     """The fields that belong to the parameters, by dotted name: networks, noise, words, latents.
 
-    A part of the model brings its fields if the run takes all of its parameters.
-    every: also the fields in `init_from_changes`.
+    A part of the model contributes its fields if the run takes all of its parameters.
+    every: also return the fields in `init_from_changes`.
     """
     fields: dict[str, Any] = {}
     if config.task == "autoencoding":
@@ -124,7 +124,7 @@ def _fields(section: str, module: Any, part: convert.Part) -> dict[str, Any]:
 
 
 def first_stage_of(config: ConfigDict, bundle: convert.Bundle | None) -> FirstStage | None:
-    """The first stage of `init_from` with its latent scale, where the run takes it from there."""
+    """The first stage of `init_from` with its latent scale, if the run uses it; else None."""
     if bundle is None:
         return None
     pixels = config.autoencoder.regularization == "identity"
@@ -139,12 +139,12 @@ def first_stage_of(config: ConfigDict, bundle: convert.Bundle | None) -> FirstSt
 
 
 def adapts(config: ConfigDict) -> bool:
-    """Whether the run trains something beside the model of `init_from`, which stays as it is."""
+    """Whether the run trains an addition to the model of `init_from`, which is frozen."""
     return bool(config.lora.rank or config.control or config.textual_inversion.word)
 
 
 def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None) -> Any:
-    """The constants, in which the model of `config.init_from` is the base of an adaptation."""
+    """The constants; an adaptation's base becomes the model of `config.init_from`."""
     if bundle is None or config.task not in DENOISERS or not adapts(config):
         return constants
     theirs = parameters_of(bundle, config.task)
@@ -154,10 +154,10 @@ def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None)
 def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) -> Any:
     """The fresh state with the parameters of `bundle`, the model at `config.init_from`.
 
-    config.init_from_only: a regular expression over parameter paths; "" takes all of them, and the
-    file must have each. Input channels that the file lacks start from zero, so that at first they
-    change nothing; words that it lacks start at random. Raises ValueError that names parameters
-    that don't fit.
+    config.init_from_only: a regular expression over parameter paths; "" takes all parameters, which
+    must all be in the file. Input channels that the file lacks have zero weights, so that at first
+    they change nothing; words that it lacks start at random. Raises ValueError, with their names,
+    if parameters don't fit.
     """
     if bundle is None:
         return state
@@ -186,34 +186,38 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
 
 
 def _first_vectors(config: ConfigDict, fresh: Any, bundle: convert.Bundle) -> Any:
-    """The rows of the word `textual_inversion.start` for the new one, repeated where they end."""
-    own, tokenizer = config.textual_inversion, bundle.tokenizer
+    """The rows of the word `textual_inversion.start`, repeated to fill those of the new word."""
+    start, tokenizer = config.textual_inversion.start, bundle.tokenizer
     if tokenizer is None:
         raise ValueError(
             f"textual_inversion.word needs a tokenizer, and {config.init_from} has none"
         )
-    if not own.start or tokenizer.unknown_words(own.start):
-        raise ValueError(f"textual_inversion.start={own.start!r} is no word of {config.init_from}")
-    pieces = [i for i in tokenizer([own.start])[0] if i not in (*tokenizer.empty, tokenizer.pad_id)]
-    ids = [int(pieces[k % len(pieces)]) for k in range(own.num_vectors)]
-    found = {}
+    if not fields.start or tokenizer.unknown_words(fields.start):
+        raise ValueError(
+            f"textual_inversion.start={fields.start!r} is no word of {config.init_from}"
+        )
+    pieces = [
+        i for i in tokenizer([fields.start])[0] if i not in (*tokenizer.empty, tokenizer.pad_id)
+    ]
+    ids = [int(pieces[k % len(pieces)]) for k in range(fields.num_vectors)]
+    words = {}
     for name, table in tables(fresh).items():
         rows = np.asarray(bundle.conditioners[name].params[table].read(), np.float32)[ids]
-        found[name] = _in_place_of(fresh[name], rows)
-    return found
+        words[name] = _in_place_of(fresh[name], rows)
+    return words
 
 
 def _with_copies(params: Any, theirs: Mapping[str, Tensor]) -> Any:
     """A fresh control net with copies of the U-Net's parameters."""
-    own = flatten_dict(params["control"], sep="/")
-    for path, fresh in own.items():
+    control = flatten_dict(params["control"], sep="/")
+    for path, fresh in control.items():
         if (tensor := theirs.get(f"unet/{path}")) is not None:
-            own[path] = _in_place_of(fresh, tensor.read())
-    return {**params, "control": unflatten_dict(own, sep="/")}
+            control[path] = _in_place_of(fresh, tensor.read())
+    return {**params, "control": unflatten_dict(control, sep="/")}
 
 
 def _with_norms(params: Any, theirs: Mapping[str, Tensor]) -> Any:
-    """Fresh factors with the norms of the kernels that they adapt, where they have norms."""
+    """Fresh factors; their magnitudes, if any, become the norms of the adapted kernels."""
     factors = flatten_dict(params["lora"], sep="/")
     for path, fresh in factors.items():
         kernel, _, name = path.rpartition("/")
@@ -223,7 +227,7 @@ def _with_norms(params: Any, theirs: Mapping[str, Tensor]) -> Any:
 
 
 def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:
-    """A bundle's parameters by their paths in the state of a task; float32, still unread."""
+    """A bundle's parameters by their paths in the state of a task: float32, still unread."""
     parts: dict[str, convert.Part | None] = {"autoencoder": bundle.autoencoder}
     if task != "autoencoding":
         parts = dict([bundle.denoiser] if bundle.denoiser else [])
@@ -237,7 +241,7 @@ def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:
 
 
 def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -> Any:
-    """The tree with the parameters of `theirs`, where `only` matches their paths."""
+    """The tree with the parameters of `theirs` whose paths match `only`."""
     ours = flatten_dict(params, sep="/")
     wanted = [path for path in ours if _is_wanted(path, only, path in theirs)]
     if not wanted:
@@ -266,7 +270,7 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
         ours[path] = _in_place_of(ours[path], array)
     log.info("init_from: %d of %d parameters from %s", len(wanted), len(ours), source)
     filled = unflatten_dict(ours, sep="/")
-    return {name: filled.get(name, {}) for name in params}  # parts without parameters, too
+    return {name: filled.get(name, {}) for name in params}  # also parts without parameters
 
 
 def _is_wanted(path: str, only: str, there: bool) -> bool:
@@ -287,11 +291,11 @@ def _in_place_of(fresh: Any, array: Any) -> Any:
         copy = parallel.put(array, fresh.sharding).copy()
         fresh.delete()
         return copy
-    return jnp.asarray(array)  # a run that goes on has a shape in place of the fresh array
+    return jnp.asarray(array)  # in a resumed run, `fresh` is only a shape
 
 
 def _enlarged(path: str, theirs: np.ndarray, ours: Any) -> Any:
-    """The file's array, with zeros for the input channels that it lacks, or our rows for words."""
+    """The file's array, filled up by zeros for missing input channels or by our rows for words."""
     if ours.shape == theirs.shape:
         return theirs
     fresh = jnp.zeros(ours.shape, ours.dtype) if path == CONV_IN else ours
@@ -299,7 +303,7 @@ def _enlarged(path: str, theirs: np.ndarray, ours: Any) -> Any:
 
 
 def _restarted(codebook: Any, params: Any) -> Any:
-    """Moving averages of codes, as if every loaded code had been used once."""
+    """New moving averages of codes, as if every loaded code had been used once."""
     if "embedding" not in codebook:
         return {name: _restarted(part, params[name]) for name, part in codebook.items()}
     codes = params["embedding"]

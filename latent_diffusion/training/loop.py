@@ -19,7 +19,7 @@ from latent_diffusion.training.best import Best
 from latent_diffusion.training.start import Start, resolve, start
 from latent_diffusion.training.stop import Interrupted, Stop
 
-# The errors that a user can cause and mend: the commands print them as one line.
+# Errors that a user can cause and fix: the commands print them as one line.
 USER_ERRORS = (
     ValueError,
     ModuleNotFoundError,
@@ -65,11 +65,11 @@ def _steps(
     writer: metrics.Writer,
     progress: metrics.Progress,
 ) -> Any:
-    """The steps that are left: each is logged, then saved, then evaluated, then drawn.
+    """The remaining steps; after each come the log, the checkpoint, the evaluation, the pictures.
 
     The device never waits for the host: while it takes a step, a thread fetches the next batch, and
-    the host looks at the metrics of the step before; at those of the same step only before a save,
-    an evaluation or pictures.
+    the host reads the metrics of the step before; it waits for those of the same step only before a
+    checkpoint, an evaluation or pictures.
     """
     state, step, log = run.state, run.step, _Log(config, run.step, writer, progress)
     if step:  # an earlier run may have been stopped between this step and its evaluation
@@ -110,7 +110,7 @@ def _steps(
 
 
 class _Log:
-    """What a run says of its steps. start: the number of steps before the first."""
+    """The log of a run's steps. start: the number of steps before the first."""
 
     def __init__(
         self, config: ConfigDict, start: int, writer: metrics.Writer, progress: metrics.Progress
@@ -119,9 +119,9 @@ class _Log:
         self.speed = metrics.Throughput()
 
     def look(self, step: int, values: Any, params: Any, ends: bool = False) -> None:
-        """Wait for the metrics of a step, stop the run if one isn't finite, log what is due.
+        """Wait for the metrics of a step, and log them if that is due.
 
-        params: of this step, or of a later one. Raises NonFiniteError.
+        params: of this step, or of a later step. Raises NonFiniteError if a metric isn't finite.
         """
         metrics.check_finite(step, values, params)
         self.speed.add(self.config.batch_size)
@@ -146,7 +146,7 @@ def _look_at(
     stop: Stop,
     writer: metrics.Writer,
 ) -> bool:
-    """Evaluate, then draw, where it is due at this step and not done yet; never after a signal.
+    """Evaluate, then draw, if it is due at this step and not done yet; never after a signal.
 
     Returns whether anything was due.
     """
@@ -155,7 +155,7 @@ def _look_at(
         return False
     done = writer.logged(step)
     measured = {name: value for name, value in done.items() if name.startswith("eval_")}
-    # The metric of the best state may be another one than when this step was evaluated.
+    # `checkpoint.best` may have named another metric when this step was evaluated.
     complete = measured and config.checkpoint.best in ("", *measured)
     if evaluates and not complete and not stop.signum:
         measured = run.evaluator.measure(state, run.rng, stop.poll) or {}

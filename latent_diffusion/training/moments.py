@@ -1,11 +1,11 @@
 """Latents encoded once: a file in the workdir with the moments of all training examples.
 
     moments-IDENTITY.npy  float32 [N h w 2C], read by memory map
-    codes-IDENTITY.npy    int32 [N h w], the places in the codebook on which a prior is trained
+    codes-IDENTITY.npy    int32 [N h w], the codebook indices on which a prior is trained
 
 The identity is a hash of the first stage, of `config.data`, and of the number and a sample of the
-examples. A run that goes on finds its file and doesn't encode again. The training set may be larger
-than memory.
+examples. A resumed run has its file and doesn't encode again. The training set may be larger than
+memory.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import tree_hash
 
 SAMPLE = 16  # examples whose pixels enter the identity
-EXAMPLE_KEYS = {*data.KEYS, "caption", "boxes", "labels", "window"}  # which the transform reads
-# Of `data`, which decide what is encoded
+EXAMPLE_KEYS = {*data.KEYS, "caption", "boxes", "labels", "window"}  # the transform reads these
+# Fields of `data` that affect the encoded pictures
 SHARD_FIELDS = ("image_size", "crop", "shorter_side", "bucket_step")
 
 
 def with_moments(
     config: ConfigDict, directory: Path, first_stage: FirstStage, source: data.Source
 ) -> data.ArraySource:
-    """A source of `moments` beside the other entries of the examples in `source`, already cut.
+    """A source of `moments` beside the other entries of the examples in `source`, already cropped.
 
-    Pictures stay where a condition needs them. directory: the run's workdir, which all processes
-    see. For a prior, `codes` are in the place of moments. Raises ValueError where images are
-    augmented at random, since all epochs would then have the same augmentation.
+    Pictures stay if a condition needs them. directory: the run's workdir, which all processes
+    share. A prior gets `codes` instead of moments. Raises ValueError if images are augmented at
+    random, since all epochs would then have the same augmentation.
     """
     if config.data.flip or config.data.crop == "random" or config.data.bucket_step:
         raise ValueError(
@@ -61,13 +61,13 @@ def with_moments(
 
 
 def pictures_are_seen(config: ConfigDict) -> bool:
-    """Whether a condition is made of the pictures themselves, beside their latents."""
-    seen = "image" in make_conditioner(config.conditioners).keys
-    return seen or bool(config.data.low_res) or bool(config.control)
+    """Whether a condition is computed from the pictures, not from their latents."""
+    is_read = "image" in make_conditioner(config.conditioners).keys
+    return is_read or bool(config.data.low_res) or bool(config.control)
 
 
 def check_shards(config: ConfigDict, source: ShardSource) -> None:
-    """Raise ValueError, in one line, where a run asks for other examples than shards have."""
+    """Raise ValueError, in one line, if a run needs other examples than the shards have."""
     made, folder, kind = source.made, source.folder, kind_of(config)
     if config.task == "autoencoding":
         raise ValueError("data.name='latents' has no pictures, which autoencoding is trained on")
@@ -79,12 +79,12 @@ def check_shards(config: ConfigDict, source: ShardSource) -> None:
         have, had = config.data[field], made["data"][field]
         if have != had:
             raise ValueError(f"data.{field}={have!r}, but {folder} was made with {had!r}")
-    for field, needed, given in (
+    for field, needed, present in (
         ("data.flip=True", config.data.flip, made["mirrors"]),
         ("data.sizes=True", config.data.sizes, made["data"]["sizes"]),
         ("a condition made of pictures", pictures_are_seen(config), made["pictures"]),
     ):
-        if needed and not given:
+        if needed and not present:
             raise ValueError(f"{field} was not asked for when {folder} was made: encode anew")
 
 
@@ -99,7 +99,7 @@ def check_first_stage(config: ConfigDict, source: ShardSource, first_stage: Firs
 
 
 def kind_of(config: ConfigDict) -> str:
-    """What is stored of a picture, by its key in batches."""
+    """The batch key of the stored form of a picture: "codes" or "moments"."""
     return "codes" if config.task == "prior" else "moments"
 
 
@@ -142,7 +142,7 @@ def _encoded(
 def write_rows(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
     """Write KIND-IDENTITY.npy of `length` rows, and remove other files of this kind.
 
-    Process 0 writes, while the others help to encode.
+    Only process 0 writes; the others take part in encoding.
     """
     if jax.process_index() != 0:
         for _ in batches:
@@ -151,9 +151,9 @@ def write_rows(path: Path, batches: Iterator[np.ndarray], length: int) -> None:
     with workdir.whole(path) as partial, partial.open("wb") as file:
         left = length
         for batch in batches:
-            if left == length:  # the first one tells the shape
+            if left == length:  # the first batch determines the shape
                 dtype = np.dtype("<i4" if batch.dtype.kind == "i" else "<f4")
-                if batch.dtype.names:  # arrays side by side
+                if batch.dtype.names:  # a structured array
                     dtype = batch.dtype
                 header: dict[str, Any] = {"shape": (length, *batch.shape[1:])}
                 header |= {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}

@@ -1,14 +1,14 @@
-"""Plan a large run: which part binds, and how long it takes, from counts and published rates.
+"""Plan a large run: which part limits it, and how long it takes, from counts and published rates.
 
     python -m latent_diffusion.training.plan --config=configs/X.py --topology=v5e:16x16 \
         --images=170000000
 
 Nothing is compiled, and no accelerator is needed. Every time is a lower bound: arithmetic at the
 chip's peak, state and gradients once through memory and network, pictures decoded by all cores of
-the hosts, at the rate that this machine measures on one of its cores, and read at --storage_rate.
-What recomputation (`remat`), activations in memory and waiting cost comes on top of it, so a run
-takes longer. `compile_check` says what the compiler makes of a step. --facts=FILE remembers what
-was counted, which takes a minute for the largest networks. See docs/scale.md.
+the hosts, at the rate of one core of this machine, and read at --storage_rate. Recomputation
+(`remat`), activations in memory and waiting cost extra time, so a run takes longer. `compile_check`
+shows the compiler's result for a step. --facts=FILE stores the counts, which take a minute for the
+largest networks. See docs/scale.md.
 """
 
 import sys
@@ -23,11 +23,11 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", l
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 ...")
 IMAGES = flags.DEFINE_integer("images", None, "Pictures of the data set.", lower_bound=1)
 PER_CORE = flags.DEFINE_float(
-    "images_per_core", None, "Pictures a second that a core prepares; measured if not given."
+    "images_per_core", None, "Pictures per second that a core prepares; by default measured."
 )
-PICTURE = flags.DEFINE_float("picture_kb", 107.0, "Of a stored picture: that of ImageNet's JPEGs.")
+PICTURE = flags.DEFINE_float("picture_kb", 107.0, "Size of a stored picture, as ImageNet's JPEGs.")
 STORAGE = flags.DEFINE_float("storage_rate", 1.0, "GB/s that a host reads from its storage.")
-FACTS = flags.DEFINE_string("facts", None, "JSON file that remembers what was counted.")
+FACTS = flags.DEFINE_string("facts", None, "JSON file that stores the counts.")
 
 
 def main(_: list[str]) -> None:
@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
         facts = planning.known_facts(config, name, FACTS.value)
         if PER_CORE.value:
             facts = facts._replace(images_per_core=PER_CORE.value)
-        one = planning.plan(
+        run = planning.plan(
             facts,
             str(TOPOLOGY.value),
             batch_size=config.batch_size,
@@ -56,7 +56,7 @@ def main(_: list[str]) -> None:
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(planning.report(one, str(TOPOLOGY.value), config.batch_size))
+    print(planning.report(run, str(TOPOLOGY.value), config.batch_size))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What binds a large run, from counts and published rates: the work of `training.plan`."""
+"""Lower bounds for a large run, from counts and published rates, for `training.plan`."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from latent_diffusion.runtime.parallel.chips import num_chips, parse_topology
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
 
-# Of the hosts of several in Google's cloud: chips, and cores (two of their vCPUs each).
+# Hosts in Google's cloud: their chips, and their cores (two vCPUs each).
 HOSTS = {
     "v4": (4, 120),
     "v5e": (4, 56),
@@ -29,14 +29,15 @@ HOSTS = {
     "h100": (8, 104),
     "h200": (8, 112),
 }
-MEASURED = 6  # pictures
+MEASURED = 6  # the number of pictures whose decoding is measured
 
 
 class Facts(NamedTuple):
-    """What a train step is made of. flops: of an image, without recomputation; else bytes.
+    """Costs of a train step, in bytes unless noted.
 
-    state: parameters, averages, moments; gradients: of one device; latent: moments of a picture in
-    bfloat16, both mirrors; images_per_core: a second, on the machine that counted.
+    flops: operations for an image, without recomputation; state: parameters, averages and moments;
+    gradients: of one device; latent: moments of a picture and its mirror image in bfloat16;
+    images_per_core: images per second and core of the machine that counted.
     """
 
     flops: float
@@ -48,19 +49,19 @@ class Facts(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run. seconds: of a step at least, by part; bytes of what is stored and of a checkpoint."""
+    """A run. seconds: of a step at least, by part. pictures, latents, checkpoint: bytes."""
 
     seconds: dict[str, float]
     chips: int
     hosts: int
-    cores: float  # of all hosts, that the step at its fastest needs
-    memory: float  # bytes a chip, at least
+    cores: float  # of all hosts, needed to feed the chips at full speed
+    memory: float  # bytes per chip, at least
     days: float
     epochs: float
     pictures: float
     latents: float
     checkpoint: float
-    written: float  # bytes a second, of checkpoints
+    written: float  # bytes of checkpoints per second
 
     @property
     def binds(self) -> str:
@@ -69,7 +70,7 @@ class Plan(NamedTuple):
 
 
 def count(config: Any) -> Facts:
-    """The facts of an experiment, from shapes alone, and one measurement on this machine."""
+    """The facts of an experiment, from shapes and a measurement on this machine."""
     config = config.copy_and_resolve_references().unlock()
     config.batch_size = config.grad_accumulation = 1
     for part in (config[config.backbone], config.autoencoder):
@@ -100,7 +101,7 @@ def _latent_bytes(config: Any) -> int:
 
 
 def measure(config: Any) -> float:
-    """Pictures a second that a core decodes, crops and resizes for an experiment."""
+    """Pictures per second that a core decodes, crops and resizes for an experiment."""
     side = max(config.data.image_size, config.data.shorter_side or 0) * 5 // 4
     levels = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
     file = io.BytesIO()
@@ -125,11 +126,11 @@ def plan(
     picture: float = 107e3,
     storage_rate: float = 1e9,
 ) -> Plan:
-    """The lower bounds of a run. shares: into which the state is cut; picture: bytes of one.
+    """The lower bounds of a run. shares: number of shards of the state. picture: bytes per picture.
 
     Raises ValueError for an unknown chip and for a batch that the chips can't share. An all-reduce
-    sends gradients twice over each chip's links, but for one share of n; with FSDP the reduced
-    shares and the gathered parameters are as many bytes.
+    over n chips sends 2 (n − 1)/n of the gradients over each chip's links; FSDP sends as many bytes
+    of gradients and parameters together.
     """
     name, chip, _ = parse_topology(topology)
     chips = num_chips(topology)
@@ -164,7 +165,7 @@ def plan(
 
 
 def num_shares(settings: Any, topology: str) -> int:
-    """Into how many parts `config.parallel` cuts the state over the chips of a topology."""
+    """The number of shards of the state, by `config.parallel`, over a topology's chips."""
     if settings.mode != "mesh":
         return 1
     sizes = dict(settings.mesh)
@@ -172,27 +173,27 @@ def num_shares(settings: Any, topology: str) -> int:
     return math.prod(rest if sizes[axis] < 0 else sizes[axis] for axis in ("fsdp", "tensor"))
 
 
-def report(one: Plan, topology: str, batch_size: int) -> str:
+def report(run: Plan, topology: str, batch_size: int) -> str:
     """A paragraph on a plan."""
     name, chip, _ = parse_topology(topology)
-    step = max(one.seconds.values())
-    parts = ", ".join(f"{part} {1e3 * s:,.2f}" for part, s in one.seconds.items())
+    step = max(run.seconds.values())
+    parts = ", ".join(f"{part} {1e3 * s:,.2f}" for part, s in run.seconds.items())
     room = chip.memory * 2**30
-    fits = "" if one.memory < room else " DOES NOT FIT: cut the state (docs/devices.md)"
-    memory = f"{one.memory / 2**30:.1f} of {chip.memory:g} GiB a chip, and activations{fits}"
+    fits = "" if run.memory < room else " DOES NOT FIT: cut the state (docs/devices.md)"
+    memory = f"{run.memory / 2**30:.1f} of {chip.memory:g} GiB a chip, and activations{fits}"
     row = "  {:<12s}{}".format
     lines = [
-        f"{topology}: {one.chips} chips, {one.hosts} hosts; global batch {batch_size}",
+        f"{topology}: {run.chips} chips, {run.hosts} hosts; global batch {batch_size}",
         row("a step", f"at least {1e3 * step:,.2f} ms (ms by part: {parts})"),
-        row("bound by", one.binds),
+        row("bound by", run.binds),
         row("at most", f"{1 / step:,.2f} steps/s, {batch_size / step:,.0f} images/s"),
         row("memory", memory),
         row(
-            "input", f"{one.cores:,.0f} of {one.hosts * HOSTS[name][1]:,} cores keep the chips busy"
+            "input", f"{run.cores:,.0f} of {run.hosts * HOSTS[name][1]:,} cores keep the chips busy"
         ),
-        row("the run", f"{one.days:,.1f} days at least, {one.epochs:,.1f} epochs"),
-        row("storage", f"pictures {_size(one.pictures)}, or latents {_size(one.latents)}"),
-        row("checkpoint", f"{_size(one.checkpoint)} each, {_size(3600 * one.written)} an hour"),
+        row("the run", f"{run.days:,.1f} days at least, {run.epochs:,.1f} epochs"),
+        row("storage", f"pictures {_size(run.pictures)}, or latents {_size(run.latents)}"),
+        row("checkpoint", f"{_size(run.checkpoint)} each, {_size(3600 * run.written)} an hour"),
     ]
     return "\n".join(lines)
 
@@ -202,12 +203,12 @@ def _size(num_bytes: int | float) -> str:
 
 
 def known_facts(config: Any, name: str, path: str | None) -> Facts:
-    """The facts under a name in a JSON file; counted, and added to the file, if it lacks them."""
+    """The facts under a name in a JSON file; if they are missing, count and add them."""
     file = Path(path) if path else None
-    known = json.loads(file.read_text()) if file and file.exists() else {}
-    if name not in known:
-        known[name] = count(config)._asdict()
+    facts = json.loads(file.read_text()) if file and file.exists() else {}
+    if name not in facts:
+        facts[name] = count(config)._asdict()
         if file:
-            lines = (f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known))
+            lines = (f"{json.dumps(key)}: {json.dumps(facts[key])}" for key in sorted(facts))
             file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    return Facts(**known[name])
+    return Facts(**facts[name])

@@ -1,7 +1,7 @@
 """The first stage of a preview: a tiny autoencoder learns the latents of a frozen first stage.
 
 With `autoencoder.regularization="tiny"`, `first_stage.path` names any model that
-`latent_diffusion.load` reads, whose scaled latents a denoiser makes. The run keeps a copy of it.
+`latent_diffusion.load` reads and whose scaled latents a denoiser makes. The run has a copy of it.
 """
 
 from pathlib import Path
@@ -29,40 +29,40 @@ def resolve(config: ConfigDict) -> ConfigDict:
         return config
     path = config.first_stage.path
     if config.autoencoder.regularization != "tiny":
-        return config  # a first stage of its own, which reads no other
+        return config  # the run needs no other first stage
     if not path:
         raise ValueError(
             "a tiny autoencoder learns the latents of a trained model: name it by first_stage.path"
         )
-    theirs = convert.read(path)
-    part = theirs.autoencoder
+    bundle = convert.read(path)
+    part = bundle.autoencoder
     if part is None or part.fields["regularization"] in ("identity", "tiny"):
         raise ValueError(f"first_stage.path={path} holds no first stage that a preview could learn")
-    if theirs.denoiser is None and np.all(theirs.scale_factor == 1) and np.all(theirs.shift == 0):
+    if bundle.denoiser is None and np.all(bundle.scale_factor == 1) and np.all(bundle.shift == 0):
         raise ValueError(
             f"first_stage.path={path} doesn't know the scale of its latents: name the workdir of a "
             "denoiser"
         )
-    ours, frozen = make_autoencoder(config.autoencoder), make_autoencoder(part.fields)
+    tiny, frozen = make_autoencoder(config.autoencoder), make_autoencoder(part.fields)
     for name in ("downsampling", "latent_channels", "image_channels"):
-        have, want = getattr(ours, name), getattr(frozen, name)
+        have, want = getattr(tiny, name), getattr(frozen, name)
         if have != want:
             raise ValueError(f"first_stage.path={path} has {name} {want}, the preview has {have}")
-    decided = {f"first_stage.autoencoder.{name}": value for name, value in part.fields.items()}
-    return settings.decided(config, decided, f"first_stage.path={path}")
+    fields = {f"first_stage.autoencoder.{name}": value for name, value in part.fields.items()}
+    return settings.decided(config, fields, f"first_stage.path={path}")
 
 
 def load(config: ConfigDict, constants: Any, run: Path | None) -> Any:
     """The constants with the parameters of a preview's first stage.
 
-    run: the workdir of a run that goes on, which has a copy; None where the run begins.
+    run: the workdir of a run that is resumed, which has a copy; None for a new run.
     """
     if config.task != "autoencoding" or constants.first_stage is None:
         return constants
     fresh = constants.first_stage
     if run is None:
         bundle = convert.read(config.first_stage.path)
-        assert bundle.autoencoder is not None  # as `resolve` has seen
+        assert bundle.autoencoder is not None  # `resolve` has checked it
         scale, shift = (jnp.asarray(x, jnp.float32) for x in (bundle.scale_factor, bundle.shift))
         first_stage = FirstStage(convert.as_params(bundle.autoencoder), scale, shift, fresh.module)
     else:

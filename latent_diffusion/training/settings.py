@@ -1,8 +1,8 @@
-"""Fields of a config that files decide, and fields that may change when a run goes on.
+"""Fields of a config that files decide, and fields that may change when a run is resumed.
 
-Where a run begins, files decide some fields: for example, a first stage brings its architecture.
-The section `asked` of config.json has the values that the user's config had before. A run goes on
-with these values or with those of the files, and it never reads the files again.
+For a new run, files decide some fields: for example, a first stage determines its architecture. The
+section `asked` of config.json has the values that the user's config had before. To resume the run,
+a config may have these values or those of the files, which are never read again.
 """
 
 import json
@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 log = logging.getLogger(__name__)
 
-# Fields that may change when a run goes on, and why. Its parameters depend on all others.
+# Fields that may change when a run is resumed, and why. Its parameters depend on all others.
 MAY_CHANGE = {
     "num_steps": "the run may be longer or shorter",
-    "seed": "it draws only the steps to come",
+    "seed": "it only affects later steps",
     "batch_size|grad_accumulation": "the state has no trace of the batch",
     "ema_decay": "the average may follow faster or slower",
     r"(log|checkpoint|sampling)\..*": "training doesn't read them",
@@ -39,7 +39,7 @@ MAY_CHANGE = {
     r"data\.(flip|search|workers)": "the pictures are the same",
 }
 _PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
-_MAY_MOVE = r"data\.(dir|embedding_path)"  # the data is the same in another place
+_MAY_MOVE = r"data\.(dir|embedding_path)"  # the same data may be in another folder
 _FREE = r"(conditioners|pretrained|data\.features)\..*"  # sections without default entries
 
 
@@ -54,7 +54,7 @@ def flat(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def decided(config: ConfigDict, fields: Mapping[str, Any], source: str) -> ConfigDict:
     """The config with the values of `fields`, by dotted name, which a file decides.
 
-    source: the file. The log names every field for which the config had another value.
+    source: the file. The log lists every field for which the config had another value.
     """
     tree, now = config.to_dict(), flat(config)
     asked = flatten_dict(tree.get("asked", {}), sep=".")
@@ -70,10 +70,10 @@ def decided(config: ConfigDict, fields: Mapping[str, Any], source: str) -> Confi
 
 
 def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDict:
-    """The config with which the run in `directory` goes on. run: its config so far.
+    """The config with which the run in `directory` is resumed. run: its config so far.
 
     Raises ValueError for the first field that differs from the run's and isn't in `MAY_CHANGE`, or
-    that the run has and this version lacks.
+    that is in the run's config but unknown to this version.
     """
     asked = flatten_dict(run.get("asked", ConfigDict()).to_dict(), sep=".")
     asked = {name: _as_json(value) for name, value in asked.items()}
@@ -85,7 +85,7 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
         if name in asked and have == asked[name]:
             _set(tree, name, had)
         elif name not in before and not re.fullmatch(_FREE, name):
-            continue  # an older program lacked it
+            continue  # an older version didn't have the field
         elif not _is_free(name, have, had):
             if name not in now and not re.fullmatch(_FREE, name):
                 raise ValueError(
@@ -102,7 +102,7 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
 
 
 def _is_free(name: str, have: Any, had: Any) -> bool:
-    """Whether a run may go on with the value `have` of a field in place of the value `had`."""
+    """Whether a run may be resumed with a field's value `have` instead of `had`."""
     if any(re.fullmatch(pattern, name) for pattern in MAY_CHANGE):
         return True
     if not (re.fullmatch(_PATHS, name) and have and had):

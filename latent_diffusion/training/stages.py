@@ -20,17 +20,17 @@ _BUILDS_ON = {
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the architecture of the earlier run; a classifier also takes its noise.
+    """The config with the architecture of the earlier run, and for a classifier also its noise.
 
-    Raises ValueError, with a command that trains an earlier run, where there is no usable run.
+    If there is no usable run, raises ValueError with a command that trains one.
     """
     if config.task not in _BUILDS_ON:
         return config
     if config.task in DENOISERS and config.autoencoder.regularization == "identity":
         return config
     if config.task in DENOISERS and config.init_from == config.first_stage.path != "":
-        return config  # its architecture came with the parameters
-    wanted, example = _BUILDS_ON[config.task]
+        return config  # `init_from` has already set the architecture
+    earlier_task, example = _BUILDS_ON[config.task]
     hint = (
         f"train one with: python train.py --config=configs/{example} "
         f"--workdir={config.first_stage.path or 'runs/first_stage'}, "
@@ -40,16 +40,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"first_stage.path is empty, but {config.task} needs one; {hint}")
     path = Path(config.first_stage.path)
     try:
-        theirs = read_config(path)
+        earlier = read_config(path)
     except ValueError as error:
         raise ValueError(f"first_stage.path={path} is not usable: {error}; {hint}") from error
-    if theirs.task != wanted:
-        raise ValueError(f"first_stage.path={path} holds a run of {theirs.task!r}; {hint}")
+    if earlier.task != earlier_task:
+        raise ValueError(f"first_stage.path={path} holds a run of {earlier.task!r}; {hint}")
     sections = ("autoencoder", "diffusion")[: 2 if config.task == "classifying" else 1]
     fields = {
         f"{section}.{name}": value
         for section in sections
-        for name, value in theirs[section].items()
+        for name, value in earlier[section].items()
         if name in config[section]
     }
     return settings.decided(config, fields, f"first_stage.path={path}")

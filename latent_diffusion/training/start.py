@@ -1,4 +1,4 @@
-"""The start of a run: frozen parts, state, data, compiled steps."""
+"""The start of a run, with its frozen parts, state, data and compiled steps."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -37,8 +37,8 @@ from latent_diffusion.training.tokenizer import make_tokenizer
 class Start:
     """A run before its next step, `train_step(state, constants, next(batches), rng)`.
 
-    step: the number of finished steps. batches: on their devices. The metrics have `finite`
-    (see `metrics.flagged`).
+    step: the number of finished steps. batches: already on their devices. The metrics include
+    `finite` (see `metrics.flagged`).
     """
 
     step: int
@@ -52,10 +52,10 @@ class Start:
 
 
 def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
-    """The config with all fields that files decide; it is checked, and nothing is written.
+    """The checked config with all fields that files decide; nothing is written.
 
-    directory: the run's workdir, whose config counts where a run goes on. Raises ValueError, in one
-    line, where a file isn't usable, the workdir holds another run, or processes differ.
+    directory: the run's workdir; if it has a run, that run's config counts. Raises ValueError, in
+    one line, if a file isn't usable, the workdir has another run, or processes differ.
     """
     lookup(TASKS, config.task, "task")
     if config.checkpoint.averages_every_steps and not config.optimizer.averages:
@@ -72,13 +72,13 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
 
 
 def with_files(config: ConfigDict) -> ConfigDict:
-    """The config of a run that begins, with all fields that files decide."""
+    """The config of a new run, with all fields that files decide."""
     config = init_from.resolve(teacher.resolve(preview.resolve(config)))
     return frozen.resolve(stages.resolve(config))
 
 
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
-    """Begin the run of a resolved config in its workdir, or go on from its latest checkpoint.
+    """Begin the run of a resolved config in its workdir, or resume from its latest checkpoint.
 
     Nothing is written before everything is read and checked.
     """
@@ -122,14 +122,15 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     sources = [train_source]
     if config.dreambooth.class_prompt:
         show = parallel.compile_eval(task.show, mode, **layout)
-        own = (tokenizer, functools.partial(show, state, constants))
-        sources.append(class_pictures.make_source(config, directory, run is not None, *own))
+        show = functools.partial(show, state, constants)
+        resumed = run is not None
+        sources.append(class_pictures.make_source(config, directory, resumed, tokenizer, show))
     _write(config, directory, run, constants, tokenizer)
 
-    how = (transform, step, len(sources), config.data.workers)
-    batches, *of_class = (train_batches(config, s, *how) for s in sources)
-    if of_class:
-        batches = class_pictures.with_class(config, batches, *of_class)
+    options = (transform, step, len(sources), config.data.workers)
+    batches, *class_batches = (train_batches(config, s, *options) for s in sources)
+    if class_batches:
+        batches = class_pictures.with_class(config, batches, *class_batches)
     return Start(
         step=step,
         state=state,
@@ -150,7 +151,7 @@ def _encoded_once(
     state: Any,
     constants: Any,
 ) -> tuple[Any, Any]:
-    """The examples of training and their transform, with what the run encodes beforehand."""
+    """The training examples and their transform, with latents and texts that are encoded once."""
     transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
     inner = getattr(source, "source", source)  # within buckets
     shards = inner if isinstance(inner, ShardSource) else None
@@ -166,8 +167,9 @@ def _encoded_once(
         if with_texts is not None:
             transform = texts.from_shards(config, encoders, with_texts, tokenizer, transform)
         else:
-            given = (encoders, source, tokenizer, transform)
-            transform = texts.with_encoded(config, directory, *given)
+            transform = texts.with_encoded(
+                config, directory, encoders, source, tokenizer, transform
+            )
     if shards is not None:
         moments.check_first_stage(config, shards, constants.first_stage)
     elif config.task != "autoencoding" and config.first_stage.cache:
@@ -180,14 +182,14 @@ def _encoded_once(
 def _write(
     config: ConfigDict, directory: Path, run: Path | None, constants: Any, tokenizer: Any
 ) -> None:
-    """Write the files of the workdir, all of them or none; process 0 alone writes."""
-    goes_on = run is not None
-    unchanged = goes_on and settings.flat(config) == settings.flat(workdir.load_config(directory))
+    """Write the files of the workdir, all of them or none; only process 0 writes."""
+    resumed = run is not None
+    unchanged = resumed and settings.flat(config) == settings.flat(workdir.load_config(directory))
     if unchanged or jax.process_index() != 0:
         return
     with workdir.together(directory) as folder:
         workdir.save_config(config, folder)
-        if not goes_on:
+        if not resumed:
             frozen.save(config, constants, folder)
             if tokenizer is not None:
                 tokenizer.save(folder / workdir.TOKENIZER)

@@ -40,7 +40,7 @@ class Stop:
     def poll(self) -> int | None:
         """Look for a signal: after every step, before every batch of an evaluation.
 
-        All processes must call it equally often, since they agree about the number of a call.
+        All processes must call it equally often, since they agree on a signal by counting calls.
         """
         if self.signum is None:
             self._polls += 1

@@ -1,7 +1,7 @@
 """The teacher of a distillation: the model from which its student starts.
 
 `distillation.teacher` names any model that `latent_diffusion.load` reads. The student starts from
-its parameters, so `init_from` becomes the same path; its conditioners are frozen and serve both.
+its parameters, so `init_from` becomes the same path; both use its conditioners, which are frozen.
 """
 
 import os
@@ -19,7 +19,7 @@ from latent_diffusion.training import settings
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """The config with the fields that the teacher decides, beside those of `init_from`.
+    """The config with the fields that the teacher decides, except those of `init_from`.
 
     Raises ValueError, in one line, for a teacher that doesn't fit.
     """
@@ -36,11 +36,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"{source} holds no denoiser")
     if bundle.denoiser[1].fields.get("guidance_dim") is not None:
         raise ValueError(f"{source} takes its guidance as an input: it is distilled already")
-    theirs, ours = sorted(bundle.conditioners), sorted(config.conditioners)
-    if theirs != ours:
+    have, want = sorted(bundle.conditioners), sorted(config.conditioners)
+    if have != want:
         raise ValueError(
-            f"{source} is conditioned by {', '.join(theirs) or 'nothing'}, but conditioners are "
-            f"{', '.join(ours) or 'none'}"
+            f"{source} is conditioned by {', '.join(have) or 'nothing'}, but conditioners are "
+            f"{', '.join(want) or 'none'}"
         )
     first_stage = config.first_stage.path
     if first_stage and bundle.autoencoder is not None and not _same(first_stage, path):
@@ -49,18 +49,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
             "field empty"
         )
     fields = {"init_from": path}
-    fields |= {f"pretrained.{name}": path for name in theirs if bundle.conditioners[name].params}
+    fields |= {f"pretrained.{name}": path for name in have if bundle.conditioners[name].params}
     if config.distillation.method == "consistency" and config.sampling.spacing == "lcm":
         fields["sampling.distilled_steps"] = config.distillation.distilled_steps
     return settings.decided(config, fields, source)
 
 
-def _same(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
+def _same(first: str, second: str) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def load(config: ConfigDict, constants: Any, run: Path | None, start: Any) -> Any:
-    """The constants with the teacher's parameters. run, start: as of `frozen.load_constants`."""
+    """The constants with the teacher's parameters. run, start: as in `frozen.load_constants`."""
     if config.task != "distillation" or constants.teacher is None:
         return constants
     params = convert.as_params(start.denoiser[1]) if run is None else frozen_parts.load_teacher(run)

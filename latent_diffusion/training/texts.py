@@ -1,13 +1,13 @@
-"""Texts encoded once: a file in the workdir with what frozen encoders make of all captions.
+"""Texts encoded once: a file in the workdir with the outputs of frozen encoders for all captions.
 
     texts-IDENTITY.npy   a row for each text: `tokens` int32 [L], and the encoders' outputs
                          float32, such as "clip_text.context" [L D] and "clip_text_2.vector" [D]
 
-The identity is a hash of the encoders, of the tokenizer's work on a sample, and of the captions.
+The identity is a hash of the encoders, of the tokenizer's result on a sample, and of the captions.
 The encoders' outputs may be larger than memory.
 
-Or, by `python -m latent_diffusion.encode`, the shards of latents have them: `texts` of an example
-is the list of such rows for its captions.
+Alternatively, shards of latents have them, from `python -m latent_diffusion.encode`: the entry
+`texts` of an example is the list of such rows for its captions.
 """
 
 import functools
@@ -39,9 +39,9 @@ Transform = Any  # as `data.make_transform` returns it
 
 
 def frozen_encoders(config: ConfigDict, state: Any, constants: Any) -> Encoders:
-    """The conditioners that read tokens alone and that the run doesn't train.
+    """The conditioners that read only tokens and that the run doesn't train.
 
-    Raises ValueError, in one line, where there are none.
+    Raises ValueError, in one line, if there are none.
     """
     if config.task not in DENOISERS or config.textual_inversion.word:
         raise ValueError(
@@ -56,12 +56,12 @@ def frozen_encoders(config: ConfigDict, state: Any, constants: Any) -> Encoders:
     conditioner = make_conditioner(config.conditioners)
     parts = zip(conditioner.config, conditioner.parts(), strict=True)
     readers = [name for name, part in parts if part.keys == ("tokens",)]
-    if not (found := {name: frozen[name] for name in readers if name in frozen}):
+    if not (encoders := {name: frozen[name] for name in readers if name in frozen}):
         raise ValueError(
             "cache_texts=True: none of the conditioners is a frozen text encoder (see pretrained): "
             f"{', '.join(config.conditioners) or 'there are none'}"
         )
-    return found
+    return encoders
 
 
 def with_encoded(
@@ -72,9 +72,9 @@ def with_encoded(
     tokenizer: Any,
     transform: Transform,
 ) -> Transform:
-    """The transform, to whose `tokens` are added the outputs of the encoders.
+    """The transform, which adds the outputs of the encoders to an example's `tokens`.
 
-    directory: the run's workdir, which all processes see. source: examples with captions.
+    directory: the run's workdir, which all processes share. source: examples with captions.
     """
     texts = sorted({*data.captions(source), ""})
     path = directory / f"texts-{_identity(config, encoders, texts, tokenizer)}.npy"
@@ -95,7 +95,7 @@ def with_encoded(
 
 
 def encoded(config: ConfigDict, encoders: Encoders, tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows of the texts with these tokens [N L], in order, on every process, batch by batch.
+    """Rows for the texts with these tokens [N L], in order, on every process, batch by batch.
 
     The last batch is padded.
     """
@@ -122,7 +122,7 @@ def encoded(config: ConfigDict, encoders: Encoders, tokens: np.ndarray) -> Itera
 class ForShards:
     """The frozen text encoders of a config, which `encode` runs on the devices of this process.
 
-    made: what the index of the shards says of them. Raises ValueError where there are none.
+    made: their description in the index of the shards. Raises ValueError if there are none.
     """
 
     def __init__(self, config: ConfigDict, source: data.Source, dtype: str):
@@ -136,7 +136,7 @@ class ForShards:
         state, constants = jax.eval_shape(init, init_key(config.seed))
         params = frozen.load_conditioners(config, constants.conditioner, None)
         constants = constants.replace(conditioner=params)
-        if constants.base is not None:  # of an adaptation; its network isn't needed
+        if constants.base is not None:  # for an adaptation; its network isn't needed
             base = {"conditioner": constants.base["conditioner"]}
             constants = init_from.base_from(config, constants.replace(base=base), bundle)
         encoders = frozen_encoders(config, state, constants)
@@ -170,8 +170,8 @@ class ForShards:
             filled = np.concatenate([part, np.repeat(part[-1:], self._rows - len(part), 0)])
             out = self._run({"tokens": filled})
             rows += [
-                {"tokens": one, **{name: array[i] for name, array in out.items()}}
-                for i, one in enumerate(part)
+                {"tokens": text, **{name: array[i] for name, array in out.items()}}
+                for i, text in enumerate(part)
             ]
         return rows
 
@@ -183,14 +183,14 @@ def from_shards(
     tokenizer: Any,
     transform: Transform,
 ) -> Transform:
-    """The transform, to whose `tokens` are added the outputs that the shards have.
+    """The transform, which adds the outputs in the shards to an example's `tokens`.
 
     Raises ValueError, in one line, for outputs of other encoders or of another tokenizer.
     """
-    there = dict(source.made["texts"])
-    for name, own in _hashes(config, encoders):
-        if there.get(name) != own:
-            others = ", ".join(sorted(there.keys() - {"tokenizer"}))
+    in_shards = dict(source.made["texts"])
+    for name, hash_of_encoder in _hashes(config, encoders):
+        if in_shards.get(name) != hash_of_encoder:
+            others = ", ".join(sorted(in_shards.keys() - {"tokenizer"}))
             raise ValueError(
                 f"{source.folder} has texts of {others}, but not of this run's {name}: encode anew "
                 "with its encoders, or set cache_texts=False"
@@ -213,14 +213,14 @@ def from_shards(
     def transform_and_add(example: data.Example, rng: Any = None) -> data.Example:
         out = transform(example, rng)
         row = row_of(example, out["tokens"])
-        own = {key: x for key, x in row.items() if key.partition(".")[0] in encoders}
-        return {**out, **{key: x.astype(np.float32) for key, x in own.items()}}
+        outputs = {key: x for key, x in row.items() if key.partition(".")[0] in encoders}
+        return {**out, **{key: x.astype(np.float32) for key, x in outputs.items()}}
 
     return transform_and_add
 
 
 def _some(source: data.Source) -> list[int]:
-    """A few places, evenly over the source."""
+    """The indices of a few examples, evenly over the source."""
     return np.linspace(0, len(source) - 1, moments.SAMPLE).astype(int).tolist()
 
 
@@ -233,19 +233,19 @@ def _texts_of(example: data.Example) -> list[str]:
 
 
 def _hashes(config: ConfigDict, encoders: Encoders) -> list[list[str]]:
-    """Name and hash of each encoder: of its parameters and its fields."""
-    found = []
+    """Each encoder's name, and a hash of its parameters and fields."""
+    hashes = []
     for name, params in sorted(encoders.items()):
         fields = json.dumps(config.conditioners[name].to_dict(), sort_keys=True, default=str)
         digest = hashlib.sha256(f"{name} {tree_hash(params)}{fields}".encode())
-        found.append([name, digest.hexdigest()])
-    return found
+        hashes.append([name, digest.hexdigest()])
+    return hashes
 
 
 def _identity(config: ConfigDict, encoders: Encoders, texts: Sequence[str], tokenizer: Any) -> str:
     digest = hashlib.sha256()
-    for name, own in _hashes(config, encoders):
-        digest.update(f"{name} {own}".encode())
+    for name, hash_of_encoder in _hashes(config, encoders):
+        digest.update(f"{name} {hash_of_encoder}".encode())
     sample = texts[:: -(-len(texts) // moments.SAMPLE)]
     digest.update(np.ascontiguousarray(tokenizer(sample)).tobytes())
     digest.update("\0".join(texts).encode())

@@ -24,10 +24,10 @@ from latent_diffusion.training import init_from, settings
 def make_tokenizer(
     config: ConfigDict, source: Any, run: Path | None, start: Bundle | None
 ) -> tuple[ConfigDict, Tokenizer | None]:
-    """The tokenizer of a run, and the config, whose text encoders get a row for each word.
+    """The config, with a row for each word in text encoders, and the tokenizer of a run.
 
-    source: the training examples. run: the workdir of a run that goes on, which has a tokenizer;
-    None where the run begins. start: the model of `init_from`, whose tokenizer belongs to it.
+    source: the training examples. run: the workdir of a run that is resumed, which has a
+    tokenizer; None for a new run. start: the model of `init_from`, perhaps with a tokenizer.
     """
     if config.tokenizer.name == "none":
         return config, None
@@ -44,10 +44,11 @@ def make_tokenizer(
 
 
 def _with_new_word(config: ConfigDict, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the word `textual_inversion.word`, whose rows follow the tables' own."""
-    own = config.textual_inversion
+    """The tokenizer with the word `textual_inversion.word`, whose rows are after all others."""
+    fields = config.textual_inversion
     first = rows_of_words(make_conditioner(config.conditioners).config)
-    more: Tokenizer = with_words(tokenizer, {own.word: range(first, first + own.num_vectors)})
+    rows = range(first, first + fields.num_vectors)
+    more: Tokenizer = with_words(tokenizer, {fields.word: rows})
     return more
 
 
@@ -63,10 +64,10 @@ def _new(fields: ConfigDict, source: Any) -> Tokenizer:
 def _from_parameters(
     config: ConfigDict, source: Any, tokenizer: Tokenizer
 ) -> tuple[ConfigDict, Tokenizer]:
-    """The words of the loaded model keep their rows; other words of the captions get new rows."""
+    """The loaded model's tokenizer; words of the captions that it lacks get new rows."""
     frozen = init_from.adapts(config) or config.task == "distillation"
     if not isinstance(tokenizer, WordTokenizer) or frozen:
-        return config, tokenizer  # rows can't be added, or nothing would train them
+        return config, tokenizer  # rows can't be added, or wouldn't be trained
     more = tokenizer.extended(data.captions(source), config.tokenizer.vocab_size)
     rows = {"tokenizer.vocab_size": more.vocab_size}
     for name, part in zip(
@@ -78,18 +79,18 @@ def _from_parameters(
 
 
 def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for a text encoder that would misread this tokenizer's numbers."""
+    """Raise ValueError for a text encoder that doesn't fit this tokenizer's numbers."""
     for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
         if "tokens" not in part.keys:
             continue
-        own = of_encoder(tokenizer, name)
-        if part.vocab_size < own.vocab_size:
+        encoder_tokenizer = of_encoder(tokenizer, name)
+        if part.vocab_size < encoder_tokenizer.vocab_size:
             raise ValueError(
                 f"conditioners.{name}.vocab_size={part.vocab_size}, "
-                f"but the tokenizer has {own.vocab_size} tokens"
+                f"but the tokenizer has {encoder_tokenizer.vocab_size} tokens"
             )
         for field in ("empty",) if getattr(part, "repad", False) else ("empty", "pad_id"):
-            wanted = getattr(own, field)
+            wanted = getattr(encoder_tokenizer, field)
             value = getattr(part, field, wanted)
             value = tuple(value) if isinstance(value, list) else value  # a list comes from JSON
             if value != wanted:
