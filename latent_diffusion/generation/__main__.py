@@ -14,18 +14,18 @@ from latent_diffusion.runtime import flags as shared_flags
 
 read_model = shared_flags.model()
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge: FILE or FILE:WEIGHT; repeatable.")
-ADAPTER = flags.DEFINE_multi_string("adapter", [], "To sample with: FILE:WEIGHT; repeatable.")
+ADAPTER = flags.DEFINE_multi_string("adapter", [], "An adapter: FILE:WEIGHT; repeatable.")
 CONTROL = flags.DEFINE_multi_string(
     "control", [], "A control net, its hint, a weight: FILE:PICTURE:WEIGHT; repeatable."
 )
 REFINER = flags.DEFINE_string(
-    "refiner", None, "A model that goes on at a share of the noise: PATH:0.2."
+    "refiner", None, "A model that continues at a share of the noise: PATH:0.2."
 )
 IMAGE_PROMPT = flags.DEFINE_multi_string(
     "image_prompt", [], "An IP-Adapter, its picture, a weight: FILE:PICTURE:WEIGHT; repeatable."
 )
 IMAGE_ENCODER = flags.DEFINE_string(
-    "image_encoder", None, "Of the IP-Adapters; by default the folder image_encoder beside them."
+    "image_encoder", None, "IP-Adapters' encoder; by default the folder image_encoder beside them."
 )
 OUT = flags.DEFINE_string("out", None, "Where the images go.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "Prompts, separated by semicolons.")
@@ -34,17 +34,17 @@ CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Class ids, separated by 
 NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images per prompt or class.")
 SEED = flags.DEFINE_integer("seed", 0, "Image i depends on the seed and i only; below 2^64.")
 NEGATIVE_PROMPTS = flags.DEFINE_string(
-    "negative_prompts", None, "One for all, or one a prompt: a;b"
+    "negative_prompts", None, "One text for all prompts, or one for each: a;b"
 )
 MORE_PROMPTS = flags.DEFINE_string("more_prompts", None, "Texts and weights: a:0.5;b:-0.3")
 HEIGHT = flags.DEFINE_integer(
-    "height", None, "Of the images, in pixels. Default: as trained.", lower_bound=1
+    "height", None, "Height of the images in pixels. Default: as in training.", lower_bound=1
 )
 WIDTH = flags.DEFINE_integer(
-    "width", None, "Of the images, in pixels. Default: as trained.", lower_bound=1
+    "width", None, "Width of the images in pixels. Default: as in training.", lower_bound=1
 )
 PROMPT_WEIGHTS = flags.DEFINE_bool(
-    "prompt_weights", False, "Prompts have weights: (word:1.3), [word], BREAK; and any length."
+    "prompt_weights", False, "Prompts may have weights, (word:1.3), [word], BREAK, and any length."
 )
 IMAGE = flags.DEFINE_string(
     "image",
@@ -56,21 +56,21 @@ MASK = flags.DEFINE_string("mask", None, "A picture, white or transparent where 
 LAYOUT = flags.DEFINE_string("layout", None, "JSON: [[class, [left, top, right, bottom]], ...].")
 SEGMENTATION = flags.DEFINE_string("segmentation", None, "A picture whose levels are classes.")
 LOW_RES = flags.DEFINE_string("low_res", None, "A small picture, to be enlarged.")
-NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_res is given.")
+NOISE_LEVEL = flags.DEFINE_integer("noise_level", None, "How much noise --low_res gets.")
 DEPTH = flags.DEFINE_string("depth", None, "A picture, light where things are near.")
 NEIGHBOURS = flags.DEFINE_string("neighbours", None, "NumPy file of embeddings [N k D] or [k D].")
 IMAGE_EMBEDDING = flags.DEFINE_string("image_embedding", None, "NumPy file [N D] or [D].")
 SIZES = [
     flags.DEFINE_list("original_size", None, "Height,width of the picture before resizing (SDXL)."),
     flags.DEFINE_list("crop_top_left", None, "Top,left of its crop (SDXL)."),
-    flags.DEFINE_list("target_size", None, "Height,width of the picture as trained on (SDXL)."),
-    flags.DEFINE_list("negative_original_size", None, "The same of the unconditional (SDXL)."),
-    flags.DEFINE_list("negative_crop_top_left", None, "The same of the unconditional (SDXL)."),
-    flags.DEFINE_list("negative_target_size", None, "The same of the unconditional (SDXL)."),
+    flags.DEFINE_list("target_size", None, "Height,width of the picture in training (SDXL)."),
+    flags.DEFINE_list("negative_original_size", None, "The same for the unconditional (SDXL)."),
+    flags.DEFINE_list("negative_crop_top_left", None, "The same for the unconditional (SDXL)."),
+    flags.DEFINE_list("negative_target_size", None, "The same for the unconditional (SDXL)."),
 ]
 SCORES = [
-    flags.DEFINE_float("aesthetic_score", None, "How it should be liked (SDXL's refiner)."),
-    flags.DEFINE_float("negative_aesthetic_score", None, "The same of the unconditional."),
+    flags.DEFINE_float("aesthetic_score", None, "Intended rating, 1 to 10 (SDXL's refiner)."),
+    flags.DEFINE_float("negative_aesthetic_score", None, "The same for the unconditional."),
 ]
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once, at most.")
 PROGRESS = flags.DEFINE_bool("progress", False, "Show a bar that counts network evaluations.")

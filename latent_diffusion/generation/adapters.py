@@ -1,4 +1,4 @@
-"""Adapters that are given to a sampling call: read, found in the model, and placed once."""
+"""Adapters of a sampling call: read from files, matched to the model, placed on devices once."""
 
 import os
 from collections.abc import Sequence
@@ -23,25 +23,25 @@ def load_adapter(
     """The adapter in a file or a folder: any kind that docs/adapters.md lists.
 
     It is a pytree, for the arguments `adapters`, `controls` or `image_prompts` of `Model.sample`.
-    word: the name in prompts of a textual inversion, in place of that of its file. image_encoder:
-    folder of an IP-Adapter's image encoder, in place of that beside its file. Raises ValueError, in
-    one line that begins with the path and names the kind and the tensor, for what can't be read.
+    word: a textual inversion's name in prompts, instead of that in its file. image_encoder: folder
+    of an IP-Adapter's image encoder, instead of that beside its file. If the file can't be read,
+    raises ValueError, in one line that begins with the path and names the kind and the tensor.
     """
     adapter: Adapter = jax.tree.map(jnp.asarray, read_adapter(path, word, image_encoder))
     return adapter
 
 
 def bound(model: Any, adapters: Sequence[Any], mode: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """What each adapter changes in the model, on the devices of a mode, and with which weights.
+    """The changes of the model by each adapter, on the devices of a mode, and their weights.
 
     adapters: pairs of an `Adapter` and its `Weight`. Raises ValueError for an adapter of another
-    model, and for prefixes of weights without a module.
+    model, and for prefixes of weights that match no module.
     """
     changes, weights = [], []
     for adapter, weight in sorted(checked(adapters), key=lambda entry: isinstance(entry[0], Words)):
-        own = _changes(model, adapter)
-        weights.append(weights_of(own, weight, adapter.path))
-        changes.append(program.placed(adapter, own, mode))
+        of_adapter = _changes(model, adapter)
+        weights.append(weights_of(of_adapter, weight, adapter.path))
+        changes.append(program.placed(adapter, of_adapter, mode))
     return changes, weights
 
 
@@ -58,7 +58,7 @@ def checked(adapters: Sequence[Any]) -> list[tuple[Adapter, Any]]:
 
 
 def with_words(model: Any, adapters: Sequence[Any]) -> Any:
-    """The model, whose prompts may have the words of the adapters.
+    """The model, with the words of the adapters in its tokenizer.
 
     Its text encoders expect tables with further rows, which `program` adds for a call.
     """
@@ -85,7 +85,7 @@ def with_words(model: Any, adapters: Sequence[Any]) -> Any:
 
 
 def _changes(model: Any, adapter: Adapter) -> dict[str, Any]:
-    """The adapter's changes; they stay with it for further calls with models of this shape."""
+    """The adapter's changes, which it stores for further calls with models of this shape."""
     denoiser = model.denoiser
     shapes = [leaf.shape for leaf in jax.tree.leaves(denoiser.params)]
     key = (denoiser.network, denoiser.conditioner, model.origin.get("linear_projections"), shapes)

@@ -1,4 +1,4 @@
-"""A sampling call of a prior: what it is asked, and the images of one batch."""
+"""A sampling call of a prior: its arguments, and the images of a batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from latent_diffusion.process.options import PriorOptions
 from latent_diffusion.process.plan import plan_prior
 from latent_diffusion.runtime import parallel
 
-# Arguments of `Model.sample` that a denoiser alone has a use for.
+# Arguments of `Model.sample` that only denoisers use.
 _OTHERS = (
     *("negative_prompts", "more_prompts", "z_T", "classifier", "classifier_labels", "target"),
     *("adapters", "controls", "image_prompts"),
@@ -35,8 +35,8 @@ def draw(
 ) -> np.ndarray:
     """Images [N H W C] of a `Model` with a prior. batch: the entries [N ...] of the conditions.
 
-    latent: height and width of the codes, and the side of the window that was trained. call: the
-    other arguments and options of `Model.sample`. Raises ValueError for what doesn't fit.
+    latent: height and width of the codes, and the side of the window in training. call: the other
+    arguments and options of `Model.sample`. Raises ValueError for arguments that don't fit.
     """
     prior, first_stage, options = model.prior, model.first_stage, dict(call)
     for name in _OTHERS:
@@ -67,18 +67,18 @@ def images_of(
 ) -> Array:
     """Prepare the conditions, draw codes, decode them, and paste them into their picture.
 
-    latent: height and width of the codes, and the side of the window that was trained.
+    latent: height and width of the codes, and the side of the window in training.
     """
     prior, first_stage = networks["prior"], networks["first_stage"]
     size, count = latent[:2], batch["index"].shape[0]
     keys = sampling_keys(image_keys)
     entries = prior.conditioner.prepare(batch, first_stage, size, keys.conditions)
-    told, null = (prior.condition(entries, jnp.full(count, drop)) for drop in (False, True))
+    cond, null = (prior.condition(entries, jnp.full(count, drop)) for drop in (False, True))
     known = None
     if "known" in batch:
         f = first_stage.module.downsampling
         hole = nn.max_pool(batch["hole"], (f, f), (f, f))[..., 0]
         known = (first_stage.indices({"image": batch["known"]}), hole == 0)
-    codes = prior.sample(keys.steps, told, null, size, latent[2], options, known)
+    codes = prior.sample(keys.steps, cond, null, size, latent[2], options, known)
     images = jnp.clip(first_stage.decode_indices(codes), -1.0, 1.0)
     return images if known is None else paste(images, batch["known"], batch["hole"])

@@ -1,7 +1,7 @@
 """From the conditions of a sampling call to batch entries; a ValueError names a bad condition.
 
 Arguments have the names of batch keys, except `prompts` (key tokens) and `class_labels` (key
-class_label). A condition describes either a single example, which then serves all, or every one.
+class_label). A condition has either a single example, which applies to all, or all examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,24 +24,24 @@ def argument(key: str) -> str:
 
 
 def check_names(conditioner: Conditioner, given: Mapping[str, Any]) -> None:
-    """Raise ValueError where the model lacks one of its conditions, or has no such condition."""
-    wanted = [argument(key) for key in conditioner.keys]
-    for name in wanted:
+    """Raise ValueError if a condition is missing, or if the model has no such condition."""
+    needed = [argument(key) for key in conditioner.keys]
+    for name in needed:
         if given.get(name) is None:
             key = next(key for key in conditioner.keys if argument(key) == name)
             raise ValueError(f"this model is conditioned on {key}: give {name}")
-    known = [*wanted, *(argument(key) for key in conditioner.optional)]
+    accepted = [*needed, *(argument(key) for key in conditioner.optional)]
     for name, value in given.items():
-        if value is not None and name not in known:
-            takes = ", ".join(known) or "no condition"
+        if value is not None and name not in accepted:
+            takes = ", ".join(accepted) or "no condition"
             raise ValueError(f"{name} given, but this model takes {takes}")
 
 
 def size_of(given: Mapping[str, Any], f: int) -> tuple[int, int] | None:
-    """Height and width of the picture that is implied, or None.
+    """Height and width of the picture that arguments imply, or None.
 
-    given: conditions, `z_T`, and `known`, the picture to start from. f: pixels for each position of
-    the latent.
+    given: conditions, `z_T`, and `known`, the picture to start from. f: pixels per latent position
+    along each side.
     """
     sized = (("segmentation", 1), ("mask", 1), ("low_res", f), ("z_T", f), ("known", 1))
     for name, factor in sized:
@@ -64,7 +64,7 @@ def batch_of(
 
     given: conditions by name. tokenize: turns prompts into `tokens` and so on. size, latent_size:
     (height, width) of the picture and of its latent. Raises ValueError for conditions that the
-    model doesn't have, lacks, or can't read.
+    model doesn't have or can't read, and for missing conditions.
     """
     given = _with_defaults(conditioner, given, size)
     check_names(conditioner, given)
@@ -88,12 +88,12 @@ def batch_of(
 def _with_defaults(
     conditioner: Conditioner, given: Mapping[str, Any], size: tuple[int, int]
 ) -> dict[str, Any]:
-    """The conditions, with the defaults of conditioners where nothing is given."""
+    """The conditions, completed by the defaults of conditioners."""
     values = dict(given)
     for part in conditioner.parts():
         if hasattr(part, "defaults"):
-            own = part.defaults(size)
-            values |= {key: value for key, value in own.items() if values.get(key) is None}
+            defaults = part.defaults(size)
+            values |= {key: value for key, value in defaults.items() if values.get(key) is None}
     return values
 
 
@@ -123,7 +123,7 @@ def numbers(
     low: float | int = -np.inf,
     high: float | int = np.inf,
 ) -> np.ndarray:
-    """The value [N …] as float32; ValueError for another shape, or numbers beyond a range."""
+    """The value [N …] as float32; ValueError for another shape, or numbers outside the range."""
     value = np.asarray(value, np.float32)
     value = _of_shape(name, value[None] if value.ndim == len(shape) else value, shape)
     if value.size and not (value.min() >= low and value.max() <= high):  # NaN fails too
@@ -144,17 +144,17 @@ def _of_shape(name: str, value: np.ndarray, shape: tuple[int | None, ...]) -> np
 
 
 def _layout(part: Any, value: Any) -> np.ndarray:
-    """Sentences [N L] as they are, or objects (label, box), for one example or a list of them."""
+    """Tokens [N L] from tokens, or from objects (label, box) of one example or of a list."""
     if isinstance(value, np.ndarray):
         value = value[None] if value.ndim == 1 else value
         value = _of_shape("layout", value, (part.max_length,))
         return _integers("layout", value, part.vocab_size)
-    one = bool(value) and not isinstance(value[0][0], Sequence)
+    single = bool(value) and not isinstance(value[0][0], Sequence)
     rest = part.max_length % 3
     if rest not in (0, 2):
         raise ValueError(f"layout: max_length={part.max_length} isn't 3·n or 3·n + 2; give tokens")
     tokens = LayoutTokens(part.vocab_size, part.max_length // 3, rest == 2)
-    return np.stack([tokens.build(_objects(example)) for example in ([value] if one else value)])
+    return np.stack([tokens.build(_objects(example)) for example in ([value] if single else value)])
 
 
 def _objects(example: Any) -> list[Object]:
@@ -188,7 +188,7 @@ def _image(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _pixels(name: str, value: Any, low: int) -> np.ndarray:
-    """(height, width) or (top, left), of one picture or of each: [N 2]."""
+    """(height, width) or (top, left), [N 2], for one picture or for each."""
     value = np.asarray(value)
     value = _of_shape(name, value[None] if value.ndim == 1 else value, (2,))
     if value.size and value.min() < low:
@@ -196,7 +196,7 @@ def _pixels(name: str, value: Any, low: int) -> np.ndarray:
     return _integers(name, value, 2**24)  # float32 has such integers exactly
 
 
-# batch key -> how its value is read: (conditioner, value, (height, width), that of the latent)
+# batch key -> function (conditioner, value, (height, width), size of the latent) -> batch entry
 _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "class_label": lambda part, x, *_: _integers(
         "class_labels", x, part.num_classes + (getattr(part, "null", 0) is not None)
@@ -220,9 +220,9 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
 def negative_sizes(
     conditioner: Conditioner, given: Mapping[str, Any], count: int
 ) -> dict[str, np.ndarray]:
-    """The sizes of the unconditional, [1 …] or [count …], with "negative_" before their names.
+    """The sizes of the unconditional, [1 …] or [count …], with the prefix "negative_".
 
-    given: by the names of sizes; None is as in the condition. Raises ValueError as `batch_of`.
+    given: by the names of sizes; None takes the condition's. Raises ValueError as `batch_of`.
     """
     part = next((part for part in conditioner.parts() if hasattr(part, "opposites")), None)
     entries = {} if part is None else dict(part.opposites)
@@ -239,14 +239,14 @@ def negative_sizes(
 
 
 def check_start(conditioner: Conditioner, image: Any, z_T: Any) -> None:
-    """Raise ValueError where a refiner, which only finishes pictures, has none to start from."""
+    """Raise ValueError if a refiner, which only finishes pictures, has no picture to start from."""
     refines = any(getattr(part, "aesthetic_score", False) for part in conditioner.parts())
     if refines and image is None and z_T is None:
         raise ValueError("this model is a refiner: give image with strength, or z_T of its base")
 
 
 def in_range(images: Array | np.ndarray) -> jax.Array:
-    """The images; ValueError where their range isn't [-1, 1]. Under jit only the dtype counts."""
+    """The images; ValueError unless their range is [-1, 1]. Under jit only the dtype is checked."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
@@ -303,14 +303,14 @@ def texts(name: str, value: str | Sequence[str]) -> list[str]:
 
 
 def array(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The value as an array; ValueError where it has another shape."""
+    """The value as an array; ValueError if it has another shape."""
     if np.shape(value) != shape:
         raise ValueError(f"{name} has shape {np.shape(value)}, expected {shape}")
     return np.asarray(value, np.float32)
 
 
 def repeated(batch: Mapping[str, np.ndarray], num_images: int) -> dict[str, np.ndarray]:
-    """Each example num_images times, and the index of every image."""
+    """Each example num_images times in turn, and the index of every image."""
     if num_images < 1:
         raise ValueError(f"num_images={num_images} must be at least 1")
     total = num_images * len(next(iter(batch.values()), np.zeros(1)))

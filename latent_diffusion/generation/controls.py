@@ -34,12 +34,12 @@ def checked(controls: Sequence[Any]) -> list[tuple[Any, Any, Any, dict[str, Any]
             raise ValueError(f"{adapter.path}: give this adapter as {adapter.argument}=")
         settings = dict(more[0]) if more else {}
         if unknown := sorted(set(settings) - set(SETTINGS)):
-            known = ", ".join(SETTINGS)
-            raise ValueError(f"{adapter.path}: unknown setting {unknown[0]!r}; known: {known}")
-        if isinstance(adapter, T2IWeights) and (own := sorted(settings.keys() - {"null"})):
+            names = ", ".join(SETTINGS)
+            raise ValueError(f"{adapter.path}: unknown setting {unknown[0]!r}; known: {names}")
+        if isinstance(adapter, T2IWeights) and (wrong := sorted(settings.keys() - {"null"})):
             raise ValueError(
-                f"{adapter.path}: {own[0]} is a setting of control nets; a T2I-Adapter's features "
-                "are the same at every step"
+                f"{adapter.path}: {wrong[0]} is a setting of control nets; a T2I-Adapter's "
+                "features are the same at every step"
             )
         settings = {**SETTINGS, **settings}
         if not 0 <= settings["start"] < settings["end"] <= 1:
@@ -52,31 +52,31 @@ def checked(controls: Sequence[Any]) -> list[tuple[Any, Any, Any, dict[str, Any]
 
 
 def size_of(controls: Sequence[Any]) -> tuple[int, int] | None:
-    """The size of the first hint, which that of the picture is by default."""
+    """The size of the first hint, which is the default size of the picture."""
     shapes = [np.shape(hint) for _, hint, _, _ in checked(controls)]
     return (shapes[0][-3], shapes[0][-2]) if shapes and len(shapes[0]) in (3, 4) else None
 
 
 def entries(controls: Sequence[Any], size: tuple[int, int], total: int) -> dict[str, np.ndarray]:
     """The batch entries "hint_0" … [total H W 3]."""
-    found = {}
+    batch = {}
     for i, (adapter, hint, _, _) in enumerate(checked(controls)):
         try:
             least = adapter.module.shrinks[-1] if isinstance(adapter, T2IWeights) else 1
             if size[0] % least or size[1] % least:
                 raise ValueError(f"hint of {size[0]}×{size[1]}: sides must be multiples of {least}")
-            own = {"hint": conditions.numbers("hint", hint, (*size, 3), 0, 1)}
-            rows = conditions.for_all(own, total)["hint"]
+            hints = {"hint": conditions.numbers("hint", hint, (*size, 3), 0, 1)}
+            rows = conditions.for_all(hints, total)["hint"]
             turned = isinstance(adapter, ControlWeights) and adapter.bgr
-            found[f"hint_{i}"] = rows[..., ::-1] if turned else rows
+            batch[f"hint_{i}"] = rows[..., ::-1] if turned else rows
         except ValueError as error:
             raise ValueError(f"{adapter.path}: {error}") from error
-    return found
+    return batch
 
 
 def numbers_of(controls: Sequence[Any]) -> list[dict[str, Any]]:
-    """What varies of each control without a new compilation: scales, null, start and end."""
-    found = []
+    """Each control's numbers, inputs of the compiled program: scales, null, start and end."""
+    numbers = []
     for adapter, _, weight, settings in checked(controls):
         count = len(adapter.blocks)
         if isinstance(weight, Sequence | np.ndarray):
@@ -90,12 +90,12 @@ def numbers_of(controls: Sequence[Any]) -> list[dict[str, Any]]:
             scales = scales * np.logspace(-1, 0, count, dtype=np.float32)
         null = settings["null"] and not settings["guess"] and not pooled
         ends = {name: np.float32(settings[name]) for name in ("start", "end")}
-        found.append({"scales": scales, "null": np.float32(null), **ends})
-    return found
+        numbers.append({"scales": scales, "null": np.float32(null), **ends})
+    return numbers
 
 
 class Extractor(flax.struct.PyTreeNode):
-    """A T2I-Adapter, and the places of the U-Net that its features join."""
+    """A T2I-Adapter, and the indices of the U-Net's blocks to which its features are added."""
 
     params: Params
     module: T2IAdapter = flax.struct.field(pytree_node=False)
@@ -104,31 +104,31 @@ class Extractor(flax.struct.PyTreeNode):
 
 def bound(model: Any, controls: Sequence[Any]) -> list[tuple[Adapter, ControlNet | None, Any]]:
     """Each adapter, its net for the model, and its parameters (or an `Extractor`)."""
-    found: list[tuple[Adapter, ControlNet | None, Any]] = []
+    nets: list[tuple[Adapter, ControlNet | None, Any]] = []
     f = model.first_stage.module.downsampling
     for adapter, *_ in checked(controls):
-        unet, own = model.denoiser.network, model.denoiser.params[model.denoiser.name]
+        unet, params = model.denoiser.network, model.denoiser.params[model.denoiser.name]
         if isinstance(adapter, T2IWeights):
             places = adapter.places(unet, f)
-            found.append((adapter, None, Extractor(adapter.tree(), adapter.module, places)))
+            nets.append((adapter, None, Extractor(adapter.tree(), adapter.module, places)))
         else:
-            found.append((adapter, adapter.net(unet, own, f), adapter.tree(own)))
-    return found
+            nets.append((adapter, adapter.net(unet, params, f), adapter.tree(params)))
+    return nets
 
 
 def with_nets(denoiser: Denoiser, nets: tuple[ControlNet, ...]) -> Denoiser:
-    """The denoiser, whose network has the control nets as well, but no parameters of them yet."""
+    """The denoiser with control nets in its network, but without their parameters."""
     unet: Any = denoiser.network
     return denoiser.replace(network=Controlled(unet, nets)) if nets else denoiser
 
 
 def with_params(denoiser: Denoiser, params: Sequence[Any]) -> Denoiser:
     """The denoiser of `with_nets` with the parameters of the nets."""
-    params = [own for own in params if not isinstance(own, Extractor)]
+    params = [tree for tree in params if not isinstance(tree, Extractor)]
     if not params:
         return denoiser
-    own = controlled_params(denoiser.params[denoiser.name], params)
-    return denoiser.replace(params={**denoiser.params, denoiser.name: own})
+    controlled = controlled_params(denoiser.params[denoiser.name], params)
+    return denoiser.replace(params={**denoiser.params, denoiser.name: controlled})
 
 
 def inputs(
@@ -139,41 +139,41 @@ def inputs(
     timesteps: Timesteps,
     options: SamplingOptions,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a `Conditioning`, and of the null one; hints are embedded once.
+    """The fields of the `Conditioning`, and of the null `Conditioning`; hints are embedded once.
 
-    params: of each control. numbers: of `numbers_of`.
+    params: of each control. numbers: from `numbers_of`.
     """
     rounded = guidance.ROUNDINGS[options.network_timesteps or "exact"]
-    given: list[Control] = []
+    conditional: list[Control] = []
     null: list[Control] = []
     features: list[dict[int, Array]] = [{}, {}]
     nets = iter(getattr(denoiser.network, "nets", ()))
-    for i, (own, number) in enumerate(zip(params, numbers, strict=True)):
-        if isinstance(own, Extractor):
-            made: Any = own.module.apply({"params": own.params}, batch[f"hint_{i}"])
-            for place, scale, x in zip(own.places, number["scales"], made, strict=True):
+    for i, (tree, number) in enumerate(zip(params, numbers, strict=True)):
+        if isinstance(tree, Extractor):
+            made: Any = tree.module.apply({"params": tree.params}, batch[f"hint_{i}"])
+            for place, scale, x in zip(tree.places, number["scales"], made, strict=True):
                 for total, factor in zip(features, (1.0, number["null"]), strict=True):
                     total[place] = total.get(place, 0.0) + factor * scale * x
             continue
         net: Any = next(nets)
-        hint: Any = net.hint_net.apply({"params": own[HINT]}, batch[f"hint_{i}"])
+        hint: Any = net.hint_net.apply({"params": tree[HINT]}, batch[f"hint_{i}"])
         window: Any = _window(number["start"], number["end"], timesteps)
         window = denoiser.schedule.time_t(rounded(window))
         window = window + 1e-4 * (1 + jnp.abs(window))  # equal timesteps may differ by rounding
         window = jnp.broadcast_to(window, (len(hint), 2))
         scales = jnp.broadcast_to(number["scales"], (len(hint), len(number["scales"])))
-        given.append(Control(hint, scales, window))
+        conditional.append(Control(hint, scales, window))
         null.append(Control(hint, number["null"] * scales, window))
-    listed = [tuple(map(own.get, range(1 + max(own, default=-1)))) for own in features]
-    with_hints = {"controls": tuple(given), "features": listed[0]}
+    listed = [tuple(map(x.get, range(1 + max(x, default=-1)))) for x in features]
+    with_hints = {"controls": tuple(conditional), "features": listed[0]}
     return with_hints, {"controls": tuple(null), "features": listed[1]}
 
 
 def _window(start: Array, end: Array, timesteps: Timesteps) -> Array:
-    """The timesteps after which, and until which, a control counts.
+    """The timesteps after which, and until which, a control is used.
 
-    Of S steps, those count that begin at the share `start` of all or later, and end at `end` or
-    before, as in diffusers.
+    As in diffusers, it is used in steps that begin at the share `start` of all steps or later, and
+    that end at the share `end` or before.
     """
     steps = len(timesteps) - 1
     first = jnp.ceil(start * steps - 1e-3).astype(jnp.int32)

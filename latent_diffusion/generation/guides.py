@@ -28,13 +28,13 @@ DISTANCES = {"l2": None, "lpips": "alex"}
 def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
     """Raise ValueError for a classifier that was trained with other noise than the denoiser."""
     if classifier is not None:
-        theirs, ours = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
-        if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-6):
+        alphas, wanted = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
+        if alphas.shape != wanted.shape or not np.allclose(alphas, wanted, atol=1e-6):
             raise ValueError("the classifier was trained with another noise schedule")
 
 
 def warn_of_scale(origin: Mapping[str, Any], options: SamplingOptions) -> None:
-    """Log a warning where a distilled model gets guidance scales that it wasn't distilled for."""
+    """Log a warning if a distilled model gets guidance scales for which it wasn't distilled."""
     low, high = origin.get("guidance_range", (-np.inf, np.inf))
     scales = np.atleast_1d(1.0 if options.guidance_scale is None else options.guidance_scale)
     if wrong := [scale for scale in scales if not low <= scale <= high]:
@@ -63,7 +63,7 @@ def entries(
 
 
 def load_distance(name: str) -> Params | None:
-    """The parameters of a distance, None where it has none."""
+    """The parameters of a distance; None for a distance without parameters."""
     net = lookup(DISTANCES, name, "target_distance")
     return None if net is None else jax.tree.map(jnp.asarray, load_lpips_params(net))
 
@@ -76,9 +76,9 @@ def guide(
     distance: Params | None,
     options: SamplingOptions,
 ) -> Callable[[Denoiser], Denoiser] | None:
-    """A function that adds to a denoiser the guides of a batch (see `entries`); None without any.
+    """A function that adds the guides of a batch (see `entries`) to a denoiser; None without any.
 
-    options: hold the strengths of both guides, and the name of the distance to the target.
+    options: have the strengths of both guides, and the name of the distance to the target.
     """
     if not {"guide_label", "target"} & set(batch):
         return None

@@ -1,4 +1,4 @@
-"""Image prompts of a sampling call: pictures, their embeddings, the tokens that are attended to."""
+"""Image prompts of a sampling call: pictures, their embeddings, and tokens for cross-attention."""
 
 import functools
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def checked(image_prompts: Sequence[Any]) -> list[tuple[ImagePrompt, Any, Any]]:
 
 
 class Bound(flax.struct.PyTreeNode):
-    """The parameters of an IP-Adapter, and the attentions of the U-Net that it is given to."""
+    """The parameters of an IP-Adapter, and the attentions of the U-Net that use its tokens."""
 
     params: Params
     module: ImageProjection | Resampler = flax.struct.field(pytree_node=False)
@@ -46,7 +46,7 @@ class Bound(flax.struct.PyTreeNode):
 
 
 def bound(model: Any, image_prompts: Sequence[Any]) -> list[tuple[ImagePrompt, Bound]]:
-    """Each adapter, and what the compiled program takes of it; ValueError for another U-Net."""
+    """Each adapter, and its inputs of the compiled program; ValueError for another U-Net."""
     denoiser = model.denoiser
     return [
         (
@@ -63,7 +63,7 @@ def bound(model: Any, image_prompts: Sequence[Any]) -> list[tuple[ImagePrompt, B
 
 def entries(image_prompts: Sequence[Any], total: int) -> dict[str, np.ndarray]:
     """The batch entries "image_prompt_0" … [total K …]: embeddings of K pictures for an image."""
-    found = {}
+    batch = {}
     for i, (adapter, pictures, _) in enumerate(checked(image_prompts)):
         listed = isinstance(pictures, list | tuple) and np.ndim(pictures[0]) > 0
         try:
@@ -72,29 +72,29 @@ def entries(image_prompts: Sequence[Any], total: int) -> dict[str, np.ndarray]:
         except ValueError as error:
             start = "" if str(error).startswith(adapter.path) else f"{adapter.path}: "
             raise ValueError(f"{start}{error}") from error
-        found[f"image_prompt_{i}"] = np.stack(rows, axis=1)
-    return found
+        batch[f"image_prompt_{i}"] = np.stack(rows, axis=1)
+    return batch
 
 
 def numbers_of(
     adapters: Sequence[tuple[ImagePrompt, Bound]], image_prompts: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """What varies without a new compilation: scales of all attentions, the null's embedding."""
-    found = []
-    for (adapter, own), (_, _, weight) in zip(adapters, image_prompts, strict=True):
-        names = [attention.name for attention in own.attentions]
+    """Inputs of the compiled program: scales of all attentions, the null's embedding."""
+    numbers = []
+    for (adapter, inputs), (_, _, weight) in zip(adapters, image_prompts, strict=True):
+        names = [attention.name for attention in inputs.attentions]
         null = _null(adapter)
-        found.append({"scales": weight_of_names(names, weight, adapter.path), "null": null})
-    return found
+        numbers.append({"scales": weight_of_names(names, weight, adapter.path), "null": null})
+    return numbers
 
 
-def _embedded(adapter: ImagePrompt, given: Any) -> np.ndarray:
-    """Embeddings [N E], or the encoder's tokens [N L E], of pictures or of themselves."""
-    given = np.asarray(given, np.float32)
-    if given.ndim not in (3, 4) or given.shape[-1] != 3:
+def _embedded(adapter: ImagePrompt, values: Any) -> np.ndarray:
+    """Embeddings [N E], or the encoder's tokens [N L E], of pictures or embeddings."""
+    values = np.asarray(values, np.float32)
+    if values.ndim not in (3, 4) or values.shape[-1] != 3:
         shape = (None, adapter.width) if adapter.plus else (adapter.width,)
-        return conditions.numbers("embeddings", given, shape)
-    pictures = conditions.numbers("pictures", given, (None, None, 3), -1, 1)
+        return conditions.numbers("embeddings", values, shape)
+    pictures = conditions.numbers("pictures", values, (None, None, 3), -1, 1)
     side = adapter.module.image_size
     if pictures.shape[1:3] != (side, side):
         pictures = np.stack([_cut(image, side) for image in to_uint8(pictures)])
@@ -102,7 +102,7 @@ def _embedded(adapter: ImagePrompt, given: Any) -> np.ndarray:
 
 
 def _cut(image: UInt8[np.ndarray, "H W 3"], side: int) -> Float[np.ndarray, "S S 3"]:
-    """The middle of a picture whose shorter side becomes `side` pixels, in [-1, 1]."""
+    """The middle square of a picture, resized to `side` pixels, in [-1, 1]."""
     where = windows.window(image.shape[:2], (side, side), "center", side, np.random.default_rng())
     return to_float(windows.cut(image, where, (side, side)))
 
@@ -118,39 +118,39 @@ def _null(adapter: ImagePrompt) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("module", "tokens"))
 def _encode(module: ClipImage, params: Params, pictures: Array, tokens: bool) -> Array:
     """The embeddings [N E] of pictures, or the tokens [N L E] of the last but one layer."""
-    never, variables = jnp.zeros(len(pictures), bool), {"params": params}
+    drop, variables = jnp.zeros(len(pictures), bool), {"params": params}
     out: Any
-    out, seen = module.apply(variables, {"image": pictures}, never, mutable=["intermediates"])
-    chosen: Array = seen["intermediates"]["penultimate"][0] if tokens else out.context[:, 0]
+    out, stored = module.apply(variables, {"image": pictures}, drop, mutable=["intermediates"])
+    chosen: Array = stored["intermediates"]["penultimate"][0] if tokens else out.context[:, 0]
     return chosen
 
 
 def inputs(
     adapters: Sequence[Bound], batch: Batch, numbers: Sequence[dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a `Conditioning`, and of the null one: keys and values of every attention."""
-    given: dict[str, Any] = {}
+    """The fields of the `Conditioning`, and of the null: keys and values of every attention."""
+    conditional: dict[str, Any] = {}
     null: dict[str, Any] = {}
-    for i, (own, number) in enumerate(zip(adapters, numbers, strict=True)):
+    for i, (adapter, number) in enumerate(zip(adapters, numbers, strict=True)):
         pictures = batch[f"image_prompt_{i}"]
         rows, several = pictures.shape[:2]
-        told = _tokens(own, pictures.reshape(-1, *pictures.shape[2:])).reshape(
-            rows, -1, own.module.width
+        prompt = _tokens(adapter, pictures.reshape(-1, *pictures.shape[2:])).reshape(
+            rows, -1, adapter.module.width
         )
-        without = jnp.tile(_tokens(own, number["null"][None]), (rows, several, 1))
-        for total, tokens in ((given, told), (null, without)):
+        without = jnp.tile(_tokens(adapter, number["null"][None]), (rows, several, 1))
+        for total, tokens in ((conditional, prompt), (null, without)):
             for j, (attention, scale) in enumerate(
-                zip(own.attentions, number["scales"], strict=True)
+                zip(adapter.attentions, number["scales"], strict=True)
             ):
-                maps = own.params[str(j)]
+                maps = adapter.params[str(j)]
                 key = tokens @ maps["to_k_ip"]["kernel"]
                 value = scale * (tokens @ maps["to_v_ip"]["kernel"])
                 inside = total.setdefault(attention.block, {})
                 inside[attention.inner] = (*inside.get(attention.inner, ()), (key, value))
-    return {"image_context": given or None}, {"image_context": null or None}
+    return {"image_context": conditional or None}, {"image_context": null or None}
 
 
-def _tokens(own: Bound, pictures: Array) -> Array:
-    """[N S D] of embeddings."""
-    tokens: Any = own.module.apply({"params": own.params[PROJECTION]}, pictures)
+def _tokens(adapter: Bound, embeddings: Array) -> Array:
+    """The tokens [N S D] of embeddings."""
+    tokens: Any = adapter.module.apply({"params": adapter.params[PROJECTION]}, embeddings)
     return tokens

@@ -1,4 +1,4 @@
-"""`load(path)`: a trained model from wherever it lies."""
+"""`load(path)`: a trained model from files of any supported format."""
 
 import functools
 import os
@@ -39,18 +39,18 @@ def load(
     dtype: Any = None,
     scan: bool | None = None,
 ) -> Model:
-    """The model in a workdir, a folder of diffusers, or a file of the original; whole or in part.
+    """The model, or its parts, in a workdir, a diffusers folder or a file of the original code.
 
     config: the yaml of a single file; None takes a yaml of the same name beside it, if any.
     ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
-    the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: of a file that has a
-    text encoder, since none is in it: a pipeline's folder, a tokenizer's, or its vocabulary; None
-    looks for them beside the file. lora: files to merge, with their weights. dtype: "bfloat16" or
+    the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: for a file with a text
+    encoder, which has no tokenizer: a pipeline's folder, a tokenizer's, or a vocabulary; None looks
+    for them beside the file. lora: files to merge, with their weights. dtype: "bfloat16" or
     "float16", in which the networks compute and have their parameters, except for the first stage,
     which stays in float32; None is float32 for all parameters. "int8": kernels in eight bits, see
     `nets/eight_bits.py`, and all else as with "bfloat16". scan: whether the denoiser's transformers
     are loops over their blocks, which compile faster and copy their parameters; None as saved.
-    Raises a ValueError of one line that begins with the path where there is no model.
+    If there is no model, raises ValueError in one line that begins with the path.
     """
     if dtype is not None:
         dtype = dtype if isinstance(dtype, str) else str(jnp.dtype(dtype))
@@ -67,7 +67,7 @@ def load(
 
 
 def _computing_in(dtype: str, bundle: convert.Bundle) -> convert.Bundle:
-    """The bundle whose networks, all but the first stage, compute in a dtype (or beside "int8")."""
+    """The bundle with all networks but the first stage computing in a dtype (bfloat16 for int8)."""
     compute = COMPUTE if dtype == "int8" else dtype
     for name, part in bundle.parts():
         module: Any = CONDITIONERS.get(name)
@@ -91,7 +91,7 @@ def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
 def as_model(bundle: convert.Bundle, dtype: Any = None) -> Model:
     """Read a bundle's parameters into memory and build its modules.
 
-    dtype: of all parameters but the first stage's, default float32.
+    dtype: of all parameters except the first stage's, by default float32.
     """
     first_stage = denoiser = prior = None
     read = functools.partial(convert.as_params, dtype=dtype or np.float32)

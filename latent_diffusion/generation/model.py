@@ -38,9 +38,9 @@ LARGEST = 1 << 16  # pixels of a side
 class Model(flax.struct.PyTreeNode):
     """First stage and denoiser (or prior) with their parameters: a pytree.
 
-    A half is a model, too; calls that need the other half raise ValueError. `defaults`: sampling
-    options of `sample` where the caller gives none. image_size: the side of a trained image, or its
-    height and width. origin: facts of the loaded file that `save` writes again (see
+    A model may have only one half; calls that need the other half raise ValueError. defaults:
+    options of `sample` that apply unless the caller sets them. image_size: the side of training
+    images, or (height, width). origin: facts of the loaded file that `save` writes again (see
     `convert.bundle`).
     """
 
@@ -63,9 +63,10 @@ class Model(flax.struct.PyTreeNode):
         """Scaled latents of images in [-1, 1]; rng None takes the posterior's mode.
 
         Sides that are not multiples of f are padded with their last pixels; `decode` crops them.
-        tile_size, tile_overlap: pixels; large images go through in tiles (see `tiling`). None:
-        the whole image at once; a quarter of the tile. Raises ValueError for images of another
-        range (but not for reconstructions, which reach a little beyond).
+        tile_size: encode large images in tiles of this side, in pixels (see `tiling`); None encodes
+        the whole image at once. tile_overlap: pixels, by default a quarter of the tile. Raises
+        ValueError for images of another range (but not for reconstructions, which may slightly
+        exceed it).
         """
         first_stage = self._need("first_stage")
         images = conditions.in_range(images)
@@ -89,16 +90,16 @@ class Model(flax.struct.PyTreeNode):
         return images if size is None else images[:, : size[0], : size[1]]
 
     def encode_to_indices(self, images: Num[Array | np.ndarray, "B H W C"]) -> Int[Array, "B h w"]:
-        """Places in the codebook of a vq first stage; ValueError for one without codebook."""
+        """Codebook indices of a vq first stage; ValueError for a first stage without codebook."""
         return _apply(self._need("first_stage"), "encode_to_indices", conditions.in_range(images))
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
-        """Images from places in the codebook."""
+        """Images from codebook indices."""
         return _apply(self._need("first_stage"), "decode_indices", indices)
 
     @property
     def trained_size(self) -> tuple[int, int]:
-        """Height and width of the pictures of training, in pixels."""
+        """Height and width of training pictures, in pixels."""
         size = self.image_size
         return size if isinstance(size, tuple) else (size, size)
 
@@ -110,16 +111,16 @@ class Model(flax.struct.PyTreeNode):
         prompt_weights: bool = False,
         image_size: tuple[int, int] | None = None,
         rng: jax.Array | None = None,
-        **given: Any,
+        **values: Any,
     ) -> Conditioning:
         """The conditioning for conditions of the model, as in `sample`, an example for each.
 
-        prompt_weights, given: as in `sample`, `image` and `mask` among them. rng: of the noise that
-        some conditions get; `sample` with the same rng adds the same noise.
+        prompt_weights, values: as in `sample`, including `image` and `mask`. rng: for the noise
+        that some conditions get; `sample` with the same rng adds the same noise.
         """
-        given |= {"prompts": prompts, "class_labels": class_labels}
+        values |= {"prompts": prompts, "class_labels": class_labels}
         tokenize = make_tokenize(self, prompt_weights, prompts)
-        batch, size = self._conditions(given, image_size, tokenize)
+        batch, size = self._conditions(values, image_size, tokenize)
         count = len(next(iter(batch.values()), np.zeros(1)))
         keys = None if rng is None else sampling_keys(example_keys(rng, count)).conditions
         entries: Any = {key: jnp.asarray(value) for key, value in batch.items()}
@@ -137,7 +138,7 @@ class Model(flax.struct.PyTreeNode):
         return self._need("denoiser").denoise(z_t, t, conditioning)
 
     def logits(self, codes: Int[Array, "B L"], conditioning: Conditioning) -> Float[Array, "B L K"]:
-        """Of a prior: logits whose position i predicts code i, codes row by row."""
+        """A prior's logits: position i predicts code i; codes are in row-major order."""
         return self._need("prior").logits(codes, conditioning)
 
     def sample(
@@ -182,68 +183,68 @@ class Model(flax.struct.PyTreeNode):
     ) -> np.ndarray:
         """Images [N H W C] in [-1, 1]: `num_images` for each condition, condition-major.
 
-        Image i depends on rng and i alone, not on batch_size or devices; or else rng holds the keys
-        [N] of the images. z_T: start noise [N h w c] instead of fresh noise. image_size: (H, W), by
-        default that of the conditions, of z_T or of `image`, or of trained images. batch_size: how
-        many images are sampled at once, at most.
+        Image i depends only on rng and i, not on batch_size or devices; alternatively, rng has the
+        keys [N] of the images. z_T: start noise [N h w c] instead of fresh noise. image_size:
+        (H, W), by default that of the conditions, of z_T or of `image`, or of training images.
+        batch_size: the largest number of images that are sampled at once.
 
-        Conditions: a model takes those that it was trained with, and needs each of them: `prompts`,
+        Conditions: a model takes the conditions of its training, and needs all of them: `prompts`,
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
         tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
         (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; unCLIP takes
         an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`;
         Stable Diffusion XL `original_size` (H, W), `crop_top_left` (y, x) and `target_size` (H, W),
         in pixels, its refiner `aesthetic_score` instead of the last: by default the sizes are the
-        picture's, nothing is cropped, and the score is 6. One example serves all. With `negative_`
-        before their names they are those of the unconditional, by default the same, and a score of
-        2.5.
+        picture's, nothing is cropped, and the score is 6. A single example applies to all images.
+        With the prefix `negative_` they are those of the unconditional prediction, by default the
+        same, with a score of 2.5.
 
         `start` and `end` are shares of the noise: with `end` the call returns the latents [N h w c]
-        there instead of images, which are the z_T of another call with this `start`, perhaps of
-        another model. `refiner`, a pair of this other model and the share of the noise at which it
-        takes over, makes both calls one (docs/sdxl.md).
+        at this share instead of images. They are the z_T of another call with this `start`, perhaps
+        of another model. `refiner`, a pair of such a model and the share of the noise at which it
+        takes over, joins both calls (docs/sdxl.md).
 
         Any model also takes: `negative_prompts`, which replace the unconditional, one for all or
         one for each prompt. `more_prompts`: (text, weight) pairs for every image, beside its prompt
-        of weight 1; a negative weight steers away. `prompt_weights`: all these texts are read with
-        `(word:1.3)`, `[word]` and `BREAK` (docs/samplers.md), and may have any length; for CLIP's
-        text encoders. `image` [N H W C] in [-1, 1], one for all or one for each image made, of
-        which the option `strength` says how much is made anew, or `mask` [N H W 1] where: 1 is a
-        hole, around which pixels stay as they are. `classifier` (see `load_classifier`), which
-        steers toward `classifier_labels`; `target` [N h w C], which pictures become when they are
-        reduced to its size (App. C of the paper). `adapters`: pairs of an adapter (see
-        `load_adapter`) and its weight, or weights by prefixes of diffusers' names such as
-        "unet.up_blocks"; the sum of their changes is added for this call, whatever the weights
-        with one compilation. `controls`: (control net, hint, weight), or with settings as a fourth;
-        hints are [N H W 3] in [0, 1], one for all or one for each image, and determine the size by
-        default. `image_prompts`: (IP-Adapter, pictures, weight); pictures are [N H W 3] in [-1, 1]
-        of any size, or embeddings [N D], one for all or one for each image, or a list of such
-        arrays, which are seen together (see docs/adapters.md).
+        of weight 1; a negative weight steers away. `prompt_weights`: all these texts may have
+        `(word:1.3)`, `[word]` and `BREAK` (docs/samplers.md), and any length; for CLIP's text
+        encoders. `image` [N H W C] in [-1, 1], one for all or one for each result: the option
+        `strength` sets how much of it changes, or `mask` [N H W 1] where (1 is a hole; other pixels
+        don't change). `classifier` (see `load_classifier`), which steers toward
+        `classifier_labels`; `target` [N h w C], which the results resemble when they are reduced to
+        its size (App. C of the paper). `adapters`: pairs of an adapter (see `load_adapter`) and its
+        weight, or weights by prefixes of diffusers' names such as "unet.up_blocks"; the sum of
+        their changes is added for this call, and other weights need no new compilation. `controls`:
+        (control net, hint, weight), or with settings as a fourth; hints are [N H W 3] in [0, 1],
+        one for all or one for each image, and determine the size by default. `image_prompts`:
+        (IP-Adapter, pictures, weight); pictures are [N H W 3] in [-1, 1] of any size, or embeddings
+        [N D], one for all or one for each image, or a list of such arrays, to which the network
+        attends together (see docs/adapters.md).
 
-        Of these, a prior takes `prompt_weights`, and `image` with `mask`, whose hole it draws anew;
-        it draws pictures larger than the trained ones through windows.
+        Of these, a prior takes `prompt_weights`, and `image` with `mask`, whose hole it draws
+        again; it draws pictures larger than those of training through windows.
 
-        options: see `process.options.SamplingOptions` and docs/samplers.md, and of a prior
-        `PriorOptions` and docs/priors.md; those that aren't given are the model's `defaults`.
-        Numbers among them may vary without a new compilation.
+        options: see `process.options.SamplingOptions` and docs/samplers.md, and for a prior
+        `PriorOptions` and docs/priors.md; all others are the model's `defaults`. Numbers among them
+        may vary without a new compilation.
 
-        Raises ValueError, in one line, for bad input, and where an image isn't finite.
+        Raises ValueError, in one line, for bad input, and if an image isn't finite.
         """
         if refiner is not None:
-            asked = {**locals(), **options}  # all arguments, by name
+            arguments = {**locals(), **options}  # all arguments, by name
             for name in ("self", "rng", "refiner", "options"):
-                del asked[name]
-            return refining.sample(self, refiner, rng, asked)
+                del arguments[name]
+            return refining.sample(self, refiner, rng, arguments)
         first_stage = self._need("first_stage")
-        given = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
-        given |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
-        given |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
-        given |= {"original_size": original_size, "crop_top_left": crop_top_left}
-        given |= {"target_size": target_size, "aesthetic_score": aesthetic_score}
+        values = {"prompts": prompts, "class_labels": class_labels, "layout": layout}
+        values |= {"segmentation": segmentation, "low_res": low_res, "noise_level": noise_level}
+        values |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
+        values |= {"original_size": original_size, "crop_top_left": crop_top_left}
+        values |= {"target_size": target_size, "aesthetic_score": aesthetic_score}
         if self.prior is not None:
             tokenize = make_tokenize(self, prompt_weights, prompts)
-            known = {"mask": mask, "known": image}
-            examples, size = self._conditions(given, image_size, tokenize, **known)
+            sized = {"mask": mask, "known": image}
+            examples, size = self._conditions(values, image_size, tokenize, **sized)
             batch = conditions.repeated(examples, num_images)
             call: dict[str, Any] = {"image": image, "mask": mask, "target": target, "z_T": z_T}
             call |= {"adapters": tuple(adapters), "controls": tuple(controls)}
@@ -262,15 +263,15 @@ class Model(flax.struct.PyTreeNode):
         guides.warn_of_scale(self.origin, chosen)
 
         pictures = {"image": image, "mask": mask}  # conditions of some models
-        given |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
-        hole = None if "mask" in given else mask
+        values |= {key: x for key, x in pictures.items() if key in denoiser.conditioner.keys}
+        hole = None if "mask" in values else mask
         varied = options.get("strength") is not None or (chosen.start is not None and z_T is None)
-        starts = "image" not in given or hole is not None or varied
-        known = {"mask": mask, "z_T": z_T, "known": image if starts else None}
+        starts = "image" not in values or hole is not None or varied
+        sized = {"mask": mask, "z_T": z_T, "known": image if starts else None}
         more_texts = [text for text, _ in more_prompts]
         tokenize = make_tokenize(model, prompt_weights, prompts, negative_prompts, more_texts)
-        size_asked = image_size or controlling.size_of(controls)
-        examples, size = model._conditions(given, size_asked, tokenize, **known)
+        preferred = image_size or controlling.size_of(controls)
+        examples, size = model._conditions(values, preferred, tokenize, **sized)
         batch = conditions.repeated(examples, num_images)
         total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
         latent = (*self._latent_size(size), first_stage.module.latent_channels)
@@ -305,14 +306,14 @@ class Model(flax.struct.PyTreeNode):
             evaluations = program.num_evaluations(denoiser.schedule, timesteps, chosen)
             chosen.progress.total = evaluations * program.num_calls(total, batch_size, mode)
         nets = controlling.bound(self, controls)
-        own = program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode)
+        on_devices = program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode)
         networks = {
             "adapters": adapted,
             "controls": [program.placed(adapter, tree, mode) for adapter, _, tree in nets],
             "image_prompts": [program.placed(adapter, tree, mode) for adapter, tree in prompting],
-            "first_stage": own["first_stage"],
+            "first_stage": on_devices["first_stage"],
             "denoiser": controlling.with_nets(
-                own["denoiser"], tuple(net for _, net, _ in nets if net)
+                on_devices["denoiser"], tuple(net for _, net, _ in nets if net)
             ),
             "classifier": None
             if classifier is None
@@ -331,8 +332,8 @@ class Model(flax.struct.PyTreeNode):
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:
         """Write the model to a folder (`diffusers`, `orbax`) or a file (`compvis`).
 
-        dtype: of the parameters there, by default as they are. Raises ValueError where the format
-        has no words for this model. `latent_diffusion.load` reads all three back.
+        dtype: of the written parameters, by default the model's. Raises ValueError if the format
+        can't describe this model. `latent_diffusion.load` reads all three formats.
         """
         convert.write(convert.bundle_of(self), path, format, dtype)
 
@@ -347,16 +348,16 @@ class Model(flax.struct.PyTreeNode):
 
     @property
     def conditioner(self) -> Conditioner:
-        """What reads the conditions, of the denoiser or of the prior."""
+        """The conditioner of the denoiser or of the prior."""
         conditioner: Conditioner = self._conditioned().conditioner
         return conditioner
 
     def _conditioned(self) -> Any:
-        """The prior or the denoiser, which draws by conditions."""
+        """The part that has conditions: the prior or the denoiser."""
         return self.prior or self._need("denoiser")
 
     def _downsampling(self) -> int:
-        """f; 8, the most common, where there is no first stage."""
+        """f; without a first stage 8, the most common value."""
         return 8 if self.first_stage is None else self.first_stage.module.downsampling
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -370,7 +371,7 @@ class Model(flax.struct.PyTreeNode):
 
     def _conditions(
         self,
-        given: Mapping[str, Any],
+        values: Mapping[str, Any],
         image_size: tuple[int, int] | None,
         tokenize: Tokenize,
         **sized: Any,
@@ -380,10 +381,10 @@ class Model(flax.struct.PyTreeNode):
         sized: other arguments of the call that imply the size, see `conditions.size_of`.
         """
         conditioner = self.conditioner
-        implied = conditions.size_of({**given, **sized}, self._downsampling())
+        implied = conditions.size_of({**values, **sized}, self._downsampling())
         size = image_size or implied or self.trained_size
         latent = self._latent_size(size)
-        return conditions.batch_of(conditioner, tokenize, given, size, latent), size
+        return conditions.batch_of(conditioner, tokenize, values, size, latent), size
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "overlap"))

@@ -55,8 +55,8 @@ def run(
     networks: "first_stage", "denoiser", the changes of "adapters", the parameters of "controls" and
     of "image_prompts", and "classifier" and "distance" (either may be None), on their devices.
     planned: timesteps, options, the weights of further prompts, the numbers of all adapters. batch:
-    [N ...] entries. latent: (h, w, c). rng: one key, or [N] those of the images. images_of: makes
-    the images of a batch; None is a denoiser's sampling. Raises ValueError, in one line, where an
+    [N ...] entries. latent: (h, w, c). rng: one key, or keys [N] of the images. images_of: computes
+    the images of a batch; None is a denoiser's sampling. Raises ValueError, in one line, if an
     image isn't finite.
     """
     total = len(batch["index"])
@@ -67,23 +67,22 @@ def run(
     step = _compiled(mode, latent, structure, jax.tree.structure(planned), images_of or _sample)
     images = []
     for start in range(0, total, rows):
-        index = np.minimum(np.arange(start, start + rows), total - 1)  # pad with the last
+        index = np.minimum(np.arange(start, start + rows), total - 1)  # repeat the last
         part = {key: value[index] for key, value in batch.items()}
         keys = rng[index] if rng.ndim else keys_of_examples(rng, jnp.asarray(part["index"]))
         part["keys"] = np.asarray(jax.random.key_data(keys))
         part = parallel.process_rows(part, mode)
         images.append(step(leaves, planned, part, rng if rng.ndim == 0 else rng[0]))
         _check_finite(images[-1], start, networks)
-    jax.effects_barrier()  # the last calls of `progress` and `preview` may be under way
+    jax.effects_barrier()  # wait for the last calls of `progress` and `preview`
     return np.concatenate(images)[:total]
 
 
 def batch_rows(total: int, batch_size: int, parts: int) -> int:
     """The number of images in each batch, chosen so that few programs serve calls of any size.
 
-    A device gets 1, 4, 16 … images, or its part of batch_size. If a batch of n images takes as long
-    as n + 1 images, the choice is the largest that takes at most a twentieth more than the least
-    time.
+    A device gets 1, 4, 16 … images, or its part of batch_size. If a batch of n images costs n + 1
+    units of time, the choice is the largest batch whose time is at most 5 % above the least.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -95,14 +94,14 @@ def batch_rows(total: int, batch_size: int, parts: int) -> int:
 
 
 def num_evaluations(schedule: NoiseSchedule, timesteps: Timesteps, options: SamplingOptions) -> int:
-    """How often one batch evaluates the network."""
+    """The number of evaluations of the network for a batch."""
     if len(timesteps) == 1:
         return 0
     return len(SAMPLERS[options.sampler].table(schedule, timesteps, **own_options(options)).t)
 
 
 def num_calls(total: int, batch_size: int, mode: str) -> int:
-    """How often `progress` is called at each evaluation of `total` images: by batch and device."""
+    """The number of calls of `progress` per evaluation of `total` images: by batch and device."""
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
     return -(-total // rows) * (jax.local_device_count() if mode == "pmap" else 1)
 
@@ -115,7 +114,7 @@ def decoded(first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] |
 
 
 def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
-    """A tile's side and overlap in the latent, from those in pixels."""
+    """A tile's side and overlap in the latent, from side and overlap in pixels."""
     if size is None:
         return None
     overlap = size // 4 // f * f if overlap is None else overlap
@@ -130,7 +129,7 @@ def _compiled(
 ) -> Any:
     """The program for a size of the latent and for the structures of its inputs.
 
-    Parameters are inputs, too, so the program doesn't keep them in memory.
+    Parameters are inputs, too, so the program has no copy of them.
     """
 
     def step(leaves, planned, batch, rng, *, axis_name=None):
@@ -149,7 +148,7 @@ def _sample(
 ) -> Array:
     """Prepare the conditions, sample latents, decode them, and paste them into their picture.
 
-    Where the option `end` stops the sampling, the result is the latents with their noise.
+    If the option `end` stops the sampling, the result is the noisy latents.
     """
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
     timesteps, options, weights, (of_adapters, of_controls, of_pictures) = planned
@@ -168,11 +167,11 @@ def _sample(
 
     def condition(tokens: str = "tokens", drop: bool = False) -> Any:
         names = {"tokens": tokens, "tokens_weights": f"{tokens}_weights"}
-        if drop or tokens == "negative":  # sizes may have others there
+        if drop or tokens == "negative":  # these may have other sizes
             names |= {key: f"negative_{key}" for key in SIZES}
-        own = {key: prepared[name] for key, name in names.items() if name in prepared}
+        entries = {key: prepared[name] for key, name in names.items() if name in prepared}
         hints = without if drop or tokens == "negative" else with_hints
-        conditioning = denoiser.condition({**prepared, **own}, jnp.full(size, drop))
+        conditioning = denoiser.condition({**prepared, **entries}, jnp.full(size, drop))
         return dataclasses.replace(conditioning, **hints)
 
     hole, picture = batch.get("hole"), batch.get("known")
@@ -198,7 +197,7 @@ def _sample(
     if options.end is not None:
         return z_0
     images = jnp.clip(decoded(first_stage, z_0, tile), -1.0, 1.0)
-    if "mask" in batch:  # a model of inpainting: the picture around the hole stays as it is
+    if "mask" in batch:  # a model of inpainting: the picture around the hole doesn't change
         return paste(images, batch["image"], batch["mask"])
     return images if hole is None else paste(images, batch["known"], hole)
 

@@ -1,4 +1,4 @@
-"""Prompts as batch entries: `tokens` [N L], and their weights where prompts have some."""
+"""Prompts as batch entries: `tokens` [N L], and their weights if prompts have weights."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ Tokenize = Callable[[Sequence[str]], dict[str, np.ndarray]]
 def make_tokenize(model: Any, weighted: bool, *texts: str | Sequence[str] | None) -> Tokenize:
     """The function that turns prompts into batch entries with the tokenizer of a `Model`.
 
-    weighted: whether prompts have weights, and any length. texts: all prompts of a call, which then
-    get equally many chunks. Raises ValueError where the model can't read weights.
+    weighted: whether prompts may have weights and any length. texts: all prompts of a call, which
+    then get the same number of chunks. Raises ValueError if the model can't read weights.
     """
     tokenizer = model.tokenizer
     if not weighted:
@@ -39,7 +39,7 @@ def make_tokenize(model: Any, weighted: bool, *texts: str | Sequence[str] | None
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts as the tokenizer writes them; words that it doesn't know are named."""
+    """The tokens of prompts; a warning lists words that the tokenizer doesn't know."""
     if tokenizer is None:
         raise ValueError("this model has no tokenizer: load it with tokenizer=PATH")
     for prompt in prompts:
@@ -56,8 +56,8 @@ def beside(
     num_images: int,
     total: int,
 ) -> dict[str, np.ndarray]:
-    """The batch entries [total ...] of negative and of further prompts."""
-    written = {f"more_{i}": tokenize([text]) for i, (text, _) in enumerate(more)}
+    """The batch entries [total ...] of negative and further prompts."""
+    entries = {f"more_{i}": tokenize([text]) for i, (text, _) in enumerate(more)}
     if negative is not None:
         texts, prompts = conditions.texts("negative_prompts", negative), total // num_images
         if len(texts) not in (1, prompts):
@@ -65,9 +65,9 @@ def beside(
                 f"{len(texts)} negative_prompts for {prompts} prompts; "
                 "give one for all, or one for each"
             )
-        written["negative"] = tokenize(texts)
+        entries["negative"] = tokenize(texts)
     return {
         key.replace("tokens", name): np.repeat(rows, total // len(rows), 0)
-        for name, entry in written.items()
+        for name, entry in entries.items()
         for key, rows in entry.items()
     }

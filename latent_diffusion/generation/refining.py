@@ -1,4 +1,4 @@
-"""A model and its refiner in one call: the second one goes on from the latents of the first one."""
+"""A model and its refiner in one call: the refiner continues from the model's latents."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,21 @@ from latent_diffusion.process.plan import plan
 
 
 def sample(model: Any, refiner: Any, rng: Any, call: Mapping[str, Any]) -> np.ndarray:
-    """What `model` and `refiner`, a pair of another model and a share of the noise, make together.
+    """Images by `model` and `refiner`, a pair of a second model and a share of the noise.
 
     call: the other arguments and options of `Model.sample`. Both models get the conditions that
-    they read, the picture around a `mask`, and whatever is no condition. `z_T`, an `image` without
-    mask, `adapters`, `controls` and `image_prompts` are the first one's alone.
-    Raises ValueError where the second one doesn't start where the first one stops.
+    they read, the picture around a `mask`, and all arguments that aren't conditions. Only the first
+    gets `z_T`, an `image` without mask, `adapters`, `controls` and `image_prompts`.
+    Raises ValueError if the second model doesn't start where the first stops.
     """
     other, share = _checked(refiner)
-    denoisers = [one._need("denoiser") for one in (model, other)]
-    mine, theirs = (
-        {argument(key) for key in (*one.conditioner.keys, *one.conditioner.optional)}
-        for one in denoisers
+    denoisers = [x._need("denoiser") for x in (model, other)]
+    of_first, of_second = (
+        {argument(key) for key in (*denoiser.conditioner.keys, *denoiser.conditioner.optional)}
+        for denoiser in denoisers
     )
-    first = {**_without(call, theirs - mine), "end": share}
-    second = {**_without(call, mine - theirs), "start": share, "z_T": None}
+    first = {**_without(call, of_second - of_first), "end": share}
+    second = {**_without(call, of_first - of_second), "start": share, "z_T": None}
     second |= {"adapters": (), "controls": (), "image_prompts": ()}
     if call["mask"] is None:
         second["image"] = None
@@ -50,7 +50,7 @@ def _checked(refiner: Any) -> tuple[Any, float]:
 
 
 def _without(call: Mapping[str, Any], conditions: set[str]) -> dict[str, Any]:
-    """The call without these conditions, also of the unconditional; pictures stay."""
+    """The call without these conditions and those with `negative_`; pictures stay."""
     left_out = {f"{start}{name}" for name in conditions for start in ("", "negative_")}
     return {name: x for name, x in call.items() if name not in left_out - {"image", "mask"}}
 
@@ -58,15 +58,15 @@ def _without(call: Mapping[str, Any], conditions: set[str]) -> dict[str, Any]:
 def _check_meeting(
     denoisers: list[Any], defaults: tuple[Any, Any], share: float, call: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError where the models have other noise at the end of one and the other's start.
+    """Raise ValueError if the noise at the first model's end isn't that at the second's start.
 
-    Files of models bring their own samplers, spacings and numbers of steps.
+    They may differ, since each model's file has a sampler, a spacing and a number of steps.
     """
     options = {name: call[name] for name in OPTIONS if call.get(name) is not None}
     parts = ({**options, "end": share, "start": None}, {**options, "start": share, "end": None})
     (stops, starts) = (
-        float(plan(one.schedule, one.prediction, own, part)[0][where])
-        for one, own, part, where in zip(denoisers, defaults, parts, (-1, 0), strict=True)
+        float(plan(denoiser.schedule, denoiser.prediction, usual, part)[0][where])
+        for denoiser, usual, part, where in zip(denoisers, defaults, parts, (-1, 0), strict=True)
     )
     levels = [float(d.schedule.alpha_t(t)) for d, t in zip(denoisers, (stops, starts), strict=True)]
     if not np.isclose(levels[0], levels[1], atol=1e-6):

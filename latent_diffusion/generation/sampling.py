@@ -1,4 +1,4 @@
-"""Checkpoint-based sampling to disk: the work of `sample.py`."""
+"""Samples from a trained model to disk, for `sample.py`."""
 
 import json
 import time
@@ -23,7 +23,7 @@ from latent_diffusion.runtime.metrics import image_grid, to_uint8
 
 
 def read_prompts(prompts: str | None, prompts_file: str | None) -> list[str] | None:
-    """Prompts from "a;b" or from the lines of a file; None where neither is given."""
+    """Prompts from "a;b" or from the lines of a file; None without both."""
     if prompts is not None and prompts_file is not None:
         raise ValueError("give --prompts or --prompts_file, not both")
     if prompts is not None:
@@ -72,12 +72,12 @@ def read_picture(path: str | None) -> np.ndarray | None:
 
 
 def read_hint(path: str) -> np.ndarray:
-    """[1 H W 3] in [0, 1] from a picture, whose size the samples will have."""
+    """[1 H W 3] in [0, 1] from a picture, which determines the size of the samples."""
     return pictures.read_image(path)[None].astype(np.float32) / 255
 
 
 def read_map(path: str | None, kind: str) -> np.ndarray | None:
-    """[1 H W 1] from the file of a "mask" or of "depth", [1 H W] from one of classes ("levels")."""
+    """[1 H W 1] from the file of a "mask" or "depth", [1 H W] from a file of classes ("levels")."""
     read = {"mask": pictures.read_mask, "depth": pictures.read_depth}.get(
         kind, pictures.read_levels
     )
@@ -90,7 +90,7 @@ class ProgressBar:
     def __init__(self) -> None:
         from tqdm import tqdm
 
-        # It was asked for, so it is shown in any environment.
+        # The user chose it, so it is shown in any environment.
         self._bar = tqdm(unit=" evaluations", disable=False)
 
     @property
@@ -130,7 +130,7 @@ def read_array(path: str | None) -> np.ndarray | None:
 def _fitted(
     keys: Sequence[str], size: tuple[int, int], options: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """See `fitted`; process 0 says what becomes of the picture."""
+    """See `fitted`; process 0 prints how the picture is changed."""
     image = options.get("image")
     entries = fitted(keys, size, image, options.get("mask"), options.get("strength"))
     if image is not None and entries and image.shape[1:3] != size and jax.process_index() == 0:
@@ -166,19 +166,19 @@ def sample_to_disk(
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
     tokenizer, lora, dtype, scan: see `load`. adapters: paths and weights, see `Model.sample`.
-    height, width: of the images, each by default the trained side. An `image` to start from, and
-    its `mask`, are cut in their middle and resized to this size. controls: paths of nets, pictures
+    height, width: of the images, by default those of training. An `image` to start from, and its
+    `mask`, are cropped to their middle and resized to this size. controls: paths of nets, pictures
     of hints, which have the size of the images, and weights. refiner: path and share of the noise,
     see `Model.sample`. image_prompts: paths of IP-Adapters, pictures and weights; image_encoder:
     see `load_adapter`.
-    Process 0 alone writes and prints.
+    Only process 0 writes and prints.
     """
     if options.get("mask") is not None and options.get("image") is None:
         raise ValueError("--mask says where a picture is made anew: give --image, too")
-    asked = {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
-    own = {name: value for name, value in options.items() if not callable(value)}
-    own |= {"adapters": [list(entry) for entry in adapters]}
-    own |= {
+    record = {name: value for name, value in options.items() if not callable(value)}
+    record |= {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
+    record |= {"adapters": [list(entry) for entry in adapters]}
+    record |= {
         "height": height,
         "width": width,
         "tokenizer": tokenizer,
@@ -186,15 +186,15 @@ def sample_to_disk(
         "scan": scan,
         "lora": {str(k): v for k, v in (lora or {}).items()},
     }
-    own |= {"controls": [list(entry) for entry in controls], "refiner": refiner}
-    own |= {"image_prompts": [list(entry) for entry in image_prompts]}
-    processes.check_same({"model": str(path), "seed": seed, **asked, **own}, "set of options")
+    record |= {"controls": [list(entry) for entry in controls], "refiner": refiner}
+    record |= {"image_prompts": [list(entry) for entry in image_prompts]}
+    processes.check_same({"model": str(path), "seed": seed, **record}, "set of options")
     rng = seed_key(seed)
-    how: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "scan": scan}
-    model = load(path, lora=lora, **how)
+    loading: dict[str, Any] = {"tokenizer": tokenizer, "dtype": dtype, "scan": scan}
+    model = load(path, lora=lora, **loading)
     options["adapters"] = [(load_adapter(file), weight) for file, weight in adapters]
     if refiner is not None:
-        options["refiner"] = (load(refiner[0], **how), refiner[1])
+        options["refiner"] = (load(refiner[0], **loading), refiner[1])
     options["controls"] = [
         (load_adapter(file), read_hint(hint), weight) for file, hint, weight in controls
     ]
@@ -202,8 +202,8 @@ def sample_to_disk(
         (load_adapter(file, image_encoder=image_encoder), read_picture(picture), weight)
         for file, picture, weight in image_prompts
     ]
-    trained = size_of(options["controls"]) or model.trained_size
-    size = (height or trained[0], width or trained[1])
+    usual = size_of(options["controls"]) or model.trained_size
+    size = (height or usual[0], width or usual[1])
     if height or width:
         options["image_size"] = size
     options |= _fitted(model.conditioner.keys, size, options)

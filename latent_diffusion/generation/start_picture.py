@@ -1,4 +1,4 @@
-"""The picture that is changed, brought to the size of the result."""
+"""The picture that a sampling call changes, resized to the result."""
 
 from collections.abc import Collection
 
@@ -10,7 +10,7 @@ from latent_diffusion.data.transforms import to_float, to_uint8
 
 
 def changes_pictures(keys: Collection[str]) -> bool:
-    """Whether a picture can be changed in part; an image that is a condition is none.
+    """Whether a model can change a picture; it can't if its `image` is a condition without mask.
 
     keys: batch entries that the model reads as conditions.
     """
@@ -24,11 +24,11 @@ def fitted(
     mask: Float[np.ndarray, "1 h w 1"] | None,
     strength: float | None,
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """The entries `image` and `mask`, cut in their middle and resized to `size` (H, W).
+    """The entries `image` and `mask`, cropped to their middle and resized to `size` (H, W).
 
     keys: batch entries that the model reads as conditions. An image that is only a condition is
-    left out, since it has any size. Values of a mask become 0 or 1. Raises ValueError for a mask
-    of another size than its image.
+    left out, since it may have any size. Values of a mask become 0 or 1. Raises ValueError for a
+    mask of another size than its image.
     """
     if image is None or (not changes_pictures(keys) and mask is None and strength is None):
         return {}

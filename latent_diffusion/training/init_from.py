@@ -192,14 +192,11 @@ def _first_vectors(config: ConfigDict, fresh: Any, bundle: convert.Bundle) -> An
         raise ValueError(
             f"textual_inversion.word needs a tokenizer, and {config.init_from} has none"
         )
-    if not fields.start or tokenizer.unknown_words(fields.start):
-        raise ValueError(
-            f"textual_inversion.start={fields.start!r} is no word of {config.init_from}"
-        )
-    pieces = [
-        i for i in tokenizer([fields.start])[0] if i not in (*tokenizer.empty, tokenizer.pad_id)
-    ]
-    ids = [int(pieces[k % len(pieces)]) for k in range(fields.num_vectors)]
+    if not start or tokenizer.unknown_words(start):
+        raise ValueError(f"textual_inversion.start={start!r} is no word of {config.init_from}")
+    pieces = [i for i in tokenizer([start])[0] if i not in (*tokenizer.empty, tokenizer.pad_id)]
+    count = config.textual_inversion.num_vectors
+    ids = [int(pieces[k % len(pieces)]) for k in range(count)]
     words = {}
     for name, table in tables(fresh).items():
         rows = np.asarray(bundle.conditioners[name].params[table].read(), np.float32)[ids]
