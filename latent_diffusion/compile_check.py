@@ -7,8 +7,8 @@ Compiles the real train step and, for latent denoising, the sampler, for all chi
 on any machine: `pip install latent_diffusion[aot]` for TPUs, `[aot-cuda]` for GPUs. Nothing runs.
 The compiler plans the memory; FLOPs and bytes on the network are counted; the time is a lower bound
 from published peaks. The config decides the parallel mode and the mesh. With --quick the compiler
-doesn't search the fastest program, which takes most of its time: the counts stay the same, and the
-memory changes by a few percent. --params=bfloat16 samples with the parameters of
+doesn't search for the fastest program, which takes most of its time: the counts are the same, and
+the memory changes by a few percent. --params=bfloat16 samples with the parameters of
 `load(dtype="bfloat16")`. --json=FILE adds the numbers to a list in that file.
 """
 
@@ -28,14 +28,14 @@ from latent_diffusion.runtime import flags as shared_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 ...")
-PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Which to compile.")
+PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "Programs to compile.")
 COMPILE = flags.DEFINE_bool("compile", True, "False: count bytes and FLOPs only.")
 QUICK = flags.DEFINE_bool("quick", False, "Compile in an eighth of the time.")
 PARAMS = flags.DEFINE_enum(
     "params",
     "float32",
     ["float32", "bfloat16", "int8"],
-    "Of the sampler's networks, but the first stage, as in `load`.",
+    "Type of the sampler's networks, except for the first stage, as in `load`.",
 )
 JSON = flags.DEFINE_string("json", None, "Add the numbers to this file.")
 
@@ -46,8 +46,8 @@ LOWEST_LEVEL = 9  # XLA's number for O0
 class Checked(NamedTuple):
     """Numbers of a program, per chip: bytes, FLOPs, seconds; and a `problem` if it doesn't fit.
 
-    arguments: bytes of its inputs, most of them the state. network: bytes of every kind of
-    collective in a run.
+    arguments: bytes of its inputs, mostly of the state. network: bytes of each kind of collective
+    per run.
     """
 
     program: str
@@ -70,9 +70,9 @@ def check(
 ) -> list[Checked]:
     """Compile the programs of an experiment for a topology; or only count, without `compile`.
 
-    quick: the compiler doesn't look for the fastest program. params: the dtype of the parameters
-    that the sampler reads, but those of the first stage.
-    Raises ValueError, in one line, for bad input and where the compiler is missing.
+    quick: the compiler doesn't search for the fastest program. params: the dtype of the sampler's
+    parameters, except those of the first stage.
+    Raises ValueError, in one line, for bad input and if the compiler is missing.
     """
     import jax
 
@@ -89,19 +89,19 @@ def check(
     memory = int(chip.memory * GIB)
     options = {"optimization_level": LOWEST_LEVEL} if quick else {}
     if chip.platform == "cuda":
-        options["xla_gpu_enable_triton_gemm"] = False  # XLA would time its tiles on the GPU
+        options["xla_gpu_enable_triton_gemm"] = False  # XLA would need a GPU to choose tiles
     devices = topology_devices(topology)
     config = config.copy_and_resolve_references().unlock()
     plain = config.copy_and_resolve_references()
     for part in (plain[plain.backbone], plain.autoencoder):
-        part.attention = "xla"  # no loops and kernels, which are hard to count
+        part.attention = "xla"  # it has no loops or kernels, which are hard to count
     if chip.platform == "cuda":
-        config = plain  # JAX lowers cuDNN's attention only where it finds cuDNN
+        config = plain  # JAX lowers cuDNN's attention only on machines with cuDNN
     mode, mesh = parallel.devices(config.parallel, devices)
     parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation, devices)
-    if mode == "single":  # a pmap of one
+    if mode == "single":  # pmap over a single device
         mode, devices = "pmap", devices[:1]
-    task, counted = (lookup(TASKS, config.task, "task")(one) for one in (config, plain))
+    task, counted = (lookup(TASKS, config.task, "task")(x) for x in (config, plain))
     batch, rng = batch_spec(config), jax.eval_shape(lambda: jax.random.key(0))
     state, constants = jax.eval_shape(task.init, rng, batch)
     layout = {"mesh": mesh, "rules": config.parallel.rules}
@@ -146,8 +146,8 @@ def _in_dtype(dtype: str, state: Any, constants: Any) -> tuple[Any, Any]:
     def cast(path: Any, leaf: Any) -> Any:
         if dtype == "int8":
             return jax.eval_shape(lambda x: in_eight_bits(path_string(path), x), leaf)
-        kept = dtype == "float32" or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf if kept else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        unchanged = dtype == "float32" or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if unchanged else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     state = state.replace(ema_params=jax.tree_util.tree_map_with_path(cast, state.ema_params))
     others = jax.tree_util.tree_map_with_path(cast, constants)
@@ -177,7 +177,7 @@ def _compile(lowered: Any, row: Checked, memory: int, options: dict[str, Any]) -
 
 
 def _needed_memory(error: str) -> str:
-    """The memory that a program needs, from the compiler's error; else its first line."""
+    """The memory that a program needs, from the compiler's error; or the error's first line."""
     line = error.partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].strip()
     size = r"([\d.]+[KMGT])"
     match = re.search(f"[Uu]sed {size} of {size} hbm", error) or re.search(
@@ -186,8 +186,8 @@ def _needed_memory(error: str) -> str:
     return f"needs {match[1]}iB of {match[2]}iB" if match else line
 
 
-def least_seconds(one: Checked, topology: str) -> dict[str, float]:
-    """Lower bounds of a run's seconds at published peaks, for compute, memory and network.
+def least_seconds(row: Checked, topology: str) -> dict[str, float]:
+    """Lower bounds of a program's seconds at published peaks, for compute, memory and network.
 
     memory: every argument is read once; those of a train step include the state.
     """
@@ -195,42 +195,44 @@ def least_seconds(one: Checked, topology: str) -> dict[str, float]:
 
     _, chip, _ = parse_topology(topology)
     # An all-reduce sends every byte about twice, the others about once.
-    sent = sum((2 if k == "all-reduce" else 1) * n for k, n in (one.network or {}).items())
+    sent = sum((2 if k == "all-reduce" else 1) * n for k, n in (row.network or {}).items())
     return {
-        "compute": one.flops / (chip.tflops * 1e12),
-        "memory": one.arguments / (chip.memory_rate * 1e9),
+        "compute": row.flops / (chip.tflops * 1e12),
+        "memory": row.arguments / (chip.memory_rate * 1e9),
         "network": sent / (chip.network_rate * 1e9),
     }
 
 
 def report(checked: Sequence[Checked], topology: str, batch_size: int) -> str:
-    """A paragraph for each program: its memory and that of the chip, work, and the least time."""
+    """A paragraph for each program: its memory and the chip's, its FLOPs, and the least time."""
     from latent_diffusion.runtime.parallel.chips import parse_topology
 
     _, chip, _ = parse_topology(topology)
     lines = []
-    for one in checked:
-        row = "  {:<22s}{}".format
-        lines.append(f"{one.program} on {topology}, {one.mode}, global batch {batch_size}")
-        if one.problem:
-            lines.append(row("memory", f"DOES NOT FIT: {one.problem}"))
-        elif not one.peak:
-            lines.append(row("state and constants", f"{one.arguments / GIB:.3g} GiB a chip"))
+    for row in checked:
+        line = "  {:<22s}{}".format
+        lines.append(f"{row.program} on {topology}, {row.mode}, global batch {batch_size}")
+        if row.problem:
+            lines.append(line("memory", f"DOES NOT FIT: {row.problem}"))
+        elif not row.peak:
+            lines.append(line("state and constants", f"{row.arguments / GIB:.3g} GiB a chip"))
         else:
-            share = 100 * one.peak / (chip.memory * GIB)
-            planned = f"{one.peak / GIB:.3g} of {chip.memory:g} GiB a chip ({share:.0f} %)"
-            lines.append(row("memory at peak", f"{planned}, arguments {one.arguments / GIB:.3g}"))
-        for kind, num_bytes in sorted((one.network or {}).items()):
-            lines.append(row(kind, f"{num_bytes / 1e6:,.2f} MB a chip"))
-        least = least_seconds(one, topology)
-        lines.append(row("work", f"{one.flops / 1e9:,.1f} GFLOP a chip"))
+            share = 100 * row.peak / (chip.memory * GIB)
+            planned = f"{row.peak / GIB:.3g} of {chip.memory:g} GiB a chip ({share:.0f} %)"
+            lines.append(line("memory at peak", f"{planned}, arguments {row.arguments / GIB:.3g}"))
+        for kind, num_bytes in sorted((row.network or {}).items()):
+            lines.append(line(kind, f"{num_bytes / 1e6:,.2f} MB a chip"))
+        least = least_seconds(row, topology)
+        lines.append(line("work", f"{row.flops / 1e9:,.1f} GFLOP a chip"))
         for what, seconds in least.items():
-            lines.append(row(f"{what} takes", f"{1e3 * seconds:,.2f} ms at published peaks"))
+            lines.append(line(f"{what} takes", f"{1e3 * seconds:,.2f} ms at published peaks"))
         rate = batch_size / max(least.values())
         lines.append(
-            row("so at most", f"{rate:.4g} images/s, bound by {max(least, key=lambda k: least[k])}")
+            line(
+                "so at most", f"{rate:.4g} images/s, bound by {max(least, key=lambda k: least[k])}"
+            )
         )
-        lines.append(row("compiled in", f"{one.seconds:.0f} s"))
+        lines.append(line("compiled in", f"{row.seconds:.0f} s"))
     return "\n".join(lines)
 
 
@@ -240,17 +242,17 @@ def write_json(
     """Add rows to the list in a file; they replace the rows of the same programs."""
     path = Path(path)
     rows = json.loads(path.read_text()) if path.exists() else []
-    for one in checked:
+    for row in checked:
         same = {"config": name, "topology": topology, "batch_size": config.batch_size}
         same |= {
             "micro_batches": config.grad_accumulation,
             "dtype": config[config.backbone].dtype or "float32",
         }
-        same |= {"program": one.program, "mode": one.mode}
-        same |= {"params": params if one.program == "sample" else "float32"}
+        same |= {"program": row.program, "mode": row.mode}
+        same |= {"params": params if row.program == "sample" else "float32"}
         others = [row for row in rows if {key: row[key] for key in same} != same]
-        if one.peak or one.problem or len(others) == len(rows):  # compiled is better than counted
-            rows = [*others, {**same, **one._asdict()}]
+        if row.peak or row.problem or len(others) == len(rows):  # prefer compiled rows to counts
+            rows = [*others, {**same, **row._asdict()}]
     rows.sort(key=lambda row: [str(row[k]) for k in ("config", "topology", "program", "mode")])
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f"[\n{lines}\n]\n")

@@ -1,11 +1,11 @@
-"""Encode the pictures of an experiment once, into a folder on which any number of runs may train.
+"""Encode the pictures of an experiment once, into a folder for any number of training runs.
 
     python -m latent_diffusion.encode --config=configs/X.py --out=DIR|gs://… [--config.key=value]
 
-The config is that of the training to come: its data, its first stage, and what conditions it. Then
-train with --config.data.name=latents --config.data.dir=DIR. Every process encodes the shards whose
-number belongs to it, on its own devices (--distributed: docs/devices.md). A shard appears when it
-is whole, and the same command goes on where it was stopped.
+The config is that of the later training: its data, first stage and conditions. Then train with
+--config.data.name=latents --config.data.dir=DIR. Every process encodes its share of the shards on
+its devices (--distributed: docs/devices.md). A shard appears when it is complete, and the same
+command resumes where it was stopped.
 """
 
 from absl import flags
@@ -15,12 +15,12 @@ from latent_diffusion.runtime import flags as shared_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", lock_config=True)
 OUT = flags.DEFINE_string(
-    "out", None, "Folder or URL (gs://…) of the shards, which all processes see."
+    "out", None, "Folder or URL (gs://…) of the shards, which all processes share."
 )
-DTYPE = flags.DEFINE_string("dtype", "float32", "Of moments and texts: float32 | bfloat16.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "Type of moments, texts: float32 | bfloat16.")
 CROPS = flags.DEFINE_integer("crops", 1, "Windows of each picture, for data.crop=random.")
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Pictures in a shard.")
-SPLITS = flags.DEFINE_list("splits", ["train", "test"], "Which to write; test keeps pictures.")
+SPLITS = flags.DEFINE_list("splits", ["train", "test"], "Splits to write; test has pictures.")
 connect = shared_flags.cluster()
 
 

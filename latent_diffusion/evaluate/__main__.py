@@ -5,8 +5,8 @@
     python -m latent_diffusion.evaluate --samples=DIR|npz --reference=DIR|npz|tfds:NAME@SPLIT
 
 The samples of a workdir are compared with its training data, or with --reference. Their features
-are written to its folder evaluations/, from which an interrupted evaluation goes on; --save_images
-keeps the samples, too. Results are printed and appended to evaluations.jsonl. On several hosts:
+are written to its folder evaluations/, from which an interrupted evaluation resumes; --save_images
+also writes the samples. Results are printed and appended to evaluations.jsonl. On several hosts:
 --distributed, see docs/devices.md.
 """
 
@@ -20,22 +20,24 @@ from latent_diffusion.runtime import flags as shared_flags
 
 _FLAGS: tuple[Any, ...] = (
     flags.DEFINE_string("workdir", None, "A workdir of either stage."),
-    flags.DEFINE_string("samples", None, "Instead: a folder, or an .npz with arr_0."),
+    flags.DEFINE_string("samples", None, "Instead of a workdir: a folder, or an .npz with arr_0."),
     flags.DEFINE_string(
         "reference", None, "A folder, an .npz (arr_0, or mu and sigma), or tfds:NAME@SPLIT."
     ),
     flags.DEFINE_list("metrics", None, "fid kid is fd kd pr dc clip | psnr ssim lpips rfid rfd."),
     flags.DEFINE_integer("num_images", 0, "0 = as many as there are, or 50000 samples."),
     flags.DEFINE_string("features", "inception", "inception | alexnet | vgg16."),
-    flags.DEFINE_string("features_path", None, "Their weights."),
+    flags.DEFINE_string("features_path", None, "Weights of --features."),
     flags.DEFINE_string(
         "filter", "bicubic", "Resizing: bicubic (clean-fid) | bilinear (pytorch-fid) | tensorflow."
     ),
-    flags.DEFINE_string("clip_path", None, "Of the metric clip: a CLIPModel's folder."),
+    flags.DEFINE_string("clip_path", None, "A CLIPModel's folder, for the metric clip."),
     flags.DEFINE_string("lpips", "alex", "Net of the metric lpips: alex | vgg."),
-    flags.DEFINE_string("split", None, "Of a workdir's data; first stages: test, else train."),
-    flags.DEFINE_integer("image_size", 0, "Cut and resize --samples, --reference to it."),
-    flags.DEFINE_integer("seed", 0, "Of samples, subsets and the order of conditions."),
+    flags.DEFINE_string(
+        "split", None, "Of a workdir's data; by default train, of first stages test."
+    ),
+    flags.DEFINE_integer("image_size", 0, "Crop and resize --samples, --reference to this side."),
+    flags.DEFINE_integer("seed", 0, "Seed of samples, subsets and the order of conditions."),
     flags.DEFINE_integer("batch_size", 64, "Images at once, over all devices."),
     flags.DEFINE_string("save_images", None, "Also write the samples to this folder."),
     flags.DEFINE_string("save_reference", None, "Write the reference's mu and sigma to this .npz."),
@@ -45,7 +47,7 @@ connect = shared_flags.cluster()
 
 
 def evaluate(**options: Any) -> dict[str, Any]:
-    """Score a workdir or pictures. options: values of the flags, by name; others have defaults.
+    """Score a workdir or pictures. options: values of the flags, by name; the rest are defaults.
 
     Returns the record that the command prints and logs. Raises ValueError, in one line, for input
     that can't be scored.

@@ -8,7 +8,7 @@ from latent_diffusion.evaluate.measured import Measured, check_count, mean_of
 def measure_clip_score(images: np.ndarray, captions: np.ndarray) -> Measured:
     """Mean of 100 · max(cos, 0) over pairs of embeddings [N D], from any CLIP.
 
-    error: the standard error of the mean. The paper's scale is 2.5 / 100 of this one.
+    error: the standard error of the mean. The paper's scores are these times 2.5 / 100.
     """
     check_count("clip", len(images), 2)
     if images.shape != captions.shape:

@@ -1,8 +1,8 @@
-"""From pictures to arrays of numbers, a chunk at a time, over all devices, and resumable.
+"""Computes arrays from pictures, a chunk at a time, on all devices; it can be resumed.
 
 The outputs of a step are written to memory-mapped `.npy` files after every chunk. So memory stays
-constant, and an interrupted evaluation goes on with the next chunk. Process 0 writes; the other
-processes hold the same arrays in memory.
+constant, and an interrupted evaluation resumes with the next chunk. Process 0 writes; the other
+processes have the same arrays in memory.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 from latent_diffusion.evaluate.features import FeatureNet, levels_of
 from latent_diffusion.runtime import parallel, processes
 
-CHUNK = 512  # pictures between two notes of progress; the noise of samples depends on it, too
+CHUNK = 512  # pictures between two records of progress; the noise of samples depends on it, too
 PROGRESS = "progress.json"
 
 Read = Callable[[int, int], np.ndarray]  # (start, stop) -> pictures
@@ -35,10 +35,10 @@ def collect(
 ) -> dict[str, np.ndarray]:
     """Run `step(state, constants, {"image": ...}, rng)` over `count` pictures: arrays [count ...].
 
-    directory: where the arrays lie; another call with the same directory must mean the same work
-    (see `cache_folder`). All processes must see it, unless it is empty. The last batch is filled up
-    by repetition; the outputs of repeated pictures are dropped. Every process reads all pictures,
-    and its devices work on their share.
+    directory: folder of the arrays; another call with the same directory must be the same work (see
+    `cache_folder`). All processes must share it, unless it is empty. The last batch is filled by
+    repeated pictures, whose outputs are dropped. Every process reads all pictures, and its devices
+    work on their share.
     """
     directory.mkdir(parents=True, exist_ok=True)
     batch_size += -batch_size % jax.device_count()
@@ -60,7 +60,7 @@ def collect(
 
 
 def _new(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """An array on disk; one in memory where another process writes."""
+    """An array on disk, or in memory on processes that don't write."""
     if jax.process_index() != 0:
         return np.empty(shape, dtype)
     return np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -79,7 +79,7 @@ def _resume(directory: Path) -> tuple[int, dict[str, Any]]:
         for name in progress["arrays"]:
             arrays[name] = np.lib.format.open_memmap(directory / f"{name}.npy", mode)
     except (OSError, ValueError, KeyError):
-        progress = {"done": 0}  # nothing yet, or the process was killed while it wrote the file
+        progress = {"done": 0}  # a new evaluation, or the process was killed while it wrote
     if processes.any_process(not progress["done"]):
         return 0, {}
     return progress["done"], arrays
@@ -101,7 +101,7 @@ def _run_chunk(
 def cache_folder(root: Path, work: Mapping[str, Any]) -> Path:
     """The folder under `root` for some work; equal work has the same folder.
 
-    work: everything that the numbers depend on. It is written beside them.
+    work: everything on which the results depend. It is written into the folder.
     """
     text = json.dumps(work, sort_keys=True, default=str)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Score a workdir or a set of pictures: `python -m latent_diffusion.evaluate` without its flags."""
+"""Scores a workdir or a set of pictures, for `python -m latent_diffusion.evaluate`."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ Options = Mapping[str, Any]  # the values of the command's flags, by name
 def evaluate(options: Options) -> dict[str, Any]:
     """Score a workdir or a set of pictures: the record that the command prints and logs.
 
-    On several processes all get the record, and process 0 alone writes. Raises ValueError, in one
+    On several processes all get the record, and only process 0 writes. Raises ValueError, in one
     line, for input that can't be scored.
     """
     if (options["workdir"] is None) == (options["samples"] is None):
@@ -64,20 +64,20 @@ def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
         step = max(checkpoints.all_steps(), default=0)
     usual = ["psnr", "ssim", "lpips"] if config.task == "autoencoding" else None
     metrics = options["metrics"] or usual or scores.DEFAULT
-    wanted = [name for name in metrics if name in reconstruction.METRICS]
-    if wanted and len(wanted) < len(metrics):
+    of_stage = [name for name in metrics if name in reconstruction.METRICS]
+    if of_stage and len(of_stage) < len(metrics):
         raise ValueError(f"metrics={','.join(metrics)} mixes reconstructions and samples")
-    if config.task == "autoencoding" and not wanted:
+    if config.task == "autoencoding" and not of_stage:
         raise ValueError(
             f"{directory} holds a first stage; its metrics: {', '.join(reconstruction.METRICS)}"
         )
-    score = _score_first_stage if wanted else _score_samples
+    score = _score_first_stage if of_stage else _score_samples
     cache = directory / "evaluations" / f"step_{step}"
     return {"step": step, **score({**options, "metrics": metrics}, cache, config)}
 
 
 def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dict[str, Any]:
-    """Reconstructions of the test split by posterior modes."""
+    """Score reconstructions of the test split by posterior modes."""
     metrics, net_name = options["metrics"], options["features"]
     if "rfid" in metrics and net_name != "inception":
         raise ValueError(f"rfid means Inception features, not {net_name!r}; rfd is the same")
@@ -100,7 +100,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
 
 
 def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> dict[str, Any]:
-    """Samples of a model (with its config), or a set of pictures, against a reference."""
+    """Score samples of a model (with its config), or pictures, against a reference."""
     metrics = options["metrics"] or scores.DEFAULT
     options = {**options, "metrics": metrics}
     scores.check_metrics(metrics, options["features"])
@@ -207,7 +207,7 @@ def _collected(
 ) -> dict[str, np.ndarray]:
     """The arrays of the first `count` images, with a progress bar; see `collect.collect`.
 
-    They lie in a folder of `cache` whose name depends on every option that decides the numbers.
+    They are in a folder of `cache` whose name depends on every option that affects the results.
     """
     relevant: tuple[str, ...] = ("samples", "features", "features_path", "filter", "image_size")
     if kind == "samples":

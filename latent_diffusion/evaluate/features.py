@@ -1,4 +1,4 @@
-"""Nets whose features represent a picture. Scores have the name of the net in their names."""
+"""Networks that compute features of pictures. The names of scores contain the network's name."""
 
 import functools
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from latent_diffusion.evaluate import inception
 from latent_diffusion.evaluate.resize import FILTERS, resize
 from latent_diffusion.nets.losses.perceptual import NETS, load_lpips_params, standardize
 
-CLASSIFIER_SIZE = 224  # pixels a side of the images that AlexNet and VGG16 were trained with
+CLASSIFIER_SIZE = 224  # pixels a side of the training images of AlexNet and VGG16
 
 
 @dataclass(frozen=True)
 class FeatureNet:
     """A frozen net. apply(params, levels [B H W 3] of 0 ... 255) gives arrays [B D] by name.
 
-    They are "features", and "logits" where there is a class score.
+    The names are "features" and, for a net with class scores, "logits".
     """
 
     name: str
@@ -79,7 +79,7 @@ def with_clip(net: FeatureNet | None, clip: Clip) -> FeatureNet:
 
 
 def levels_of(images: Num[Array, "B H W C"]) -> Float[Array, "B H W 3"]:
-    """Bytes as float levels; images in [-1, 1] as the levels that a PNG of them would hold."""
+    """Float levels from bytes, or from images in [-1, 1], which are rounded as for a PNG."""
     if images.dtype == jnp.uint8:
         levels = images.astype(jnp.float32)
     else:

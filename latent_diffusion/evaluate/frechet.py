@@ -1,4 +1,4 @@
-"""Fréchet distance of two sets of features, each summed up by a Gaussian (Heusel et al. 2017).
+"""Fréchet distance of two sets of features, each described by a Gaussian (Heusel et al. 2017).
 
     d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁^½ Σ₂ Σ₁^½)^½
 
@@ -17,12 +17,12 @@ from latent_diffusion.evaluate.measured import Measured, check_count
 
 GROUPS = 10  # of the jackknife
 MIN_IMAGES = 2 * GROUPS
-BLOCK = 4096  # rows turned to float64 at once
+BLOCK = 4096  # rows that are converted to float64 at once
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean [D] and covariance [D D] of `count` rows (0: the file doesn't say it)."""
+    """Mean [D] and covariance [D D] of `count` rows (0 if a file doesn't have the count)."""
 
     count: int
     mean: np.ndarray
@@ -36,7 +36,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
 
 
 def grouped(features: np.ndarray, groups: int = GROUPS) -> list[Gaussian]:
-    """The Gaussians of `groups` disjoint parts of nearly equal size, rows dealt out in turn."""
+    """The Gaussians of `groups` disjoint parts: every `groups`-th row."""
     return [gaussian(features[i::groups]) for i in range(groups)]
 
 
@@ -62,7 +62,7 @@ def _of_block(rows: np.ndarray) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """The squared distance above; 0 for equal Gaussians."""
+    """The squared distance d² (see the module); 0 for equal Gaussians."""
     return _distance(a, b, _root(b.covariance))
 
 
@@ -84,17 +84,17 @@ def _root(matrix: np.ndarray) -> np.ndarray:
 def measure_frechet(features: np.ndarray, reference: Gaussian, name: str) -> Measured:
     """Fréchet distance of features [N D] to a reference.
 
-    error: the jackknife's standard error over ten groups of the samples. The value of few samples
-    is biased upwards (Chong & Forsyth 2020), and the error doesn't show it: compare equal N.
+    error: the jackknife's standard error over ten groups of the samples. The value for few samples
+    is biased upwards (Chong & Forsyth 2020), which the error doesn't show: compare equal N.
     """
     check_count(name, len(features), MIN_IMAGES)
     parts = grouped(features)
     root = _root(reference.covariance)
     value = _distance(combined(parts), reference, root)
-    without = [
+    leave_one_out = [
         _distance(combined(parts[:i] + parts[i + 1 :]), reference, root) for i in range(len(parts))
     ]
-    spread = np.sum(np.square(np.array(without) - np.mean(without)))
+    spread = np.sum(np.square(np.array(leave_one_out) - np.mean(leave_one_out)))
     error = np.sqrt((len(parts) - 1) / len(parts) * spread)
     return Measured(value, float(error), len(features))
 

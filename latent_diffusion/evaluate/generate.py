@@ -1,4 +1,4 @@
-"""Sets of pictures: samples of a trained model, made while they are read; and its test data."""
+"""Sets of pictures: samples of a trained model, computed while they are read; and its data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from latent_diffusion.runtime.metrics import to_uint8
 
 
 class Rows:
-    """The values of a condition for some examples; a slice reads them."""
+    """The values of a condition for some examples, which are read when a slice is taken."""
 
     def __init__(self, rows: np.ndarray, read: Callable[[int], Any]):
         self._rows, self._read = rows, read
@@ -66,21 +66,21 @@ def samples(
     images_dir: Path | None = None,
     **options: Any,
 ) -> ImageSet:
-    """`count` samples; sample i depends on nothing but the seed, its condition and i.
+    """`count` samples; sample i depends only on the seed, its condition and i.
 
-    images_dir: also write them as NNNNN.png. options: of `Model.sample`.
+    images_dir: also write them as NNNNN.png. options: for `Model.sample`.
     """
 
     def read(start: int, stop: int) -> np.ndarray:
         if start % CHUNK:
             raise ValueError(f"samples are made in chunks of {CHUNK}, not from {start}")
         rng = jax.random.fold_in(seed_key(seed), start // CHUNK)
-        wanted: dict[str, Any] = {name: rows[start:stop] for name, rows in conditions.items()}
+        values: dict[str, Any] = {name: rows[start:stop] for name, rows in conditions.items()}
         images = model.sample(
             rng,
-            num_images=1 if wanted else stop - start,
+            num_images=1 if values else stop - start,
             batch_size=batch_size,
-            **wanted,
+            **values,
             **options,
         )
         pixels = to_uint8(images)
@@ -96,7 +96,7 @@ def samples(
 
 
 def of_data(config: Config, split: str) -> ImageSet:
-    """The pictures of a run's data as evaluation sees them: nothing is random; as uint8."""
+    """The pictures of a run's data as uint8, with evaluation's transform, which isn't random."""
     source = data.make_source(config.data, split)
     transform = data.make_transform(config.data, train=False)
 

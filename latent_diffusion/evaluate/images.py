@@ -31,8 +31,8 @@ class ImageSet:
 def open_images(spec: str, image_size: int = 0) -> ImageSet:
     """Open a folder, an .npz with `arr_0`, or "tfds:NAME[/CONFIG][@SPLIT]" (split: train).
 
-    image_size: cut every picture to its middle square and resize it to this side; 0 leaves
-    pictures, which must then have equal sizes. Raises ValueError where there is nothing to score.
+    image_size: crop every picture to its middle square and resize it to this side; 0 doesn't change
+    pictures, which must then have equal sizes. Raises ValueError if there is nothing to score.
     """
     if spec.startswith("tfds:"):
         return _open_tfds(spec, image_size)
@@ -84,23 +84,23 @@ def _open_folder(folder: Path, image_size: int) -> ImageSet:
 
 
 def _check_sizes(paths: list[Path], folder: Path) -> None:
-    """Compare the sizes in the files' headers, before an hour of work."""
-    seen: dict[tuple[int, int], Path] = {}
+    """Compare the sizes in the files' headers before the work begins."""
+    examples: dict[tuple[int, int], Path] = {}
     for path in paths:
         try:
-            seen.setdefault(pictures.size_of(path), path)
+            examples.setdefault(pictures.size_of(path), path)
         except ValueError as error:
             raise _unreadable(paths, folder, error) from None
-        if len(seen) > 1:
-            (a, one), (b, other) = seen.items()
+        if len(examples) > 1:
+            (a, first), (b, other) = examples.items()
             raise ValueError(
-                f"mixed image sizes in {folder}: {one.name} is {a[1]}×{a[0]}, {other.name} is "
+                f"mixed image sizes in {folder}: {first.name} is {a[1]}×{a[0]}, {other.name} is "
                 f"{b[1]}×{b[0]}; bring them to one with --image_size"
             )
 
 
 def _unreadable(paths: list[Path], folder: Path, error: ValueError) -> ValueError:
-    """The error for a folder with damaged files: it counts and names all of them."""
+    """The error for a folder with damaged files: it counts them, and names the first."""
     bad = []
     for path in paths:
         try:

@@ -29,9 +29,9 @@ WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 Layer = tuple[int, int, int]  # channels, rows and columns of the kernel
 PAIR: Layer = (384, 0, 0)  # two layers side by side, with kernels of 1×3 and 3×1
-# A block is (branches, pool, channels). The layers of a branch follow each other. The last branch
-# is the pooled input, convolved to `channels` where they aren't 0. Where the pool is "shrink", the
-# last layer of every branch has stride 2 and no padding.
+# A block is (branches, pool, channels). The layers of a branch run in sequence. The last branch is
+# the pooled input, convolved to `channels` unless that is 0. If the pool is "shrink", the last
+# layer of every branch has stride 2 and no padding.
 Block = tuple[dict[str, tuple[Layer, ...]], str, int]
 
 
@@ -111,7 +111,7 @@ class _ConvReLU(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """The block in `BLOCKS` that has the module's name."""
+    """The block in `BLOCKS` with the module's name."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
@@ -149,9 +149,9 @@ class InceptionV3(nn.Module):
     def __call__(
         self, levels: Float[Array, "B H W 3"]
     ) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"]]:
-        """levels: 0 ... 255, at least 75 a side (299 in every metric).
+        """levels: 0 ... 255, at least 75 pixels a side (299 in every metric).
 
-        Returns the last mean over positions, and the scores of the classes without their bias.
+        Returns the means of the last block over positions, and the class scores without bias.
         """
         x = (levels - 128.0) / 128.0
         x = _ConvReLU(32, 3, 3, 2, False, name="Conv2d_1a_3x3")(x)
@@ -170,7 +170,7 @@ class InceptionV3(nn.Module):
 def load_inception_params(path: str | Path | None) -> Params:
     """Read the parameters of `InceptionV3` from the usual file or its safetensors.
 
-    Raises ValueError in one line where the file is missing or holds something else.
+    Raises ValueError, in one line, if the file is missing or has other contents.
     """
     if not path or not Path(path).is_file():
         raise ValueError(
@@ -178,10 +178,10 @@ def load_inception_params(path: str | Path | None) -> Params:
             f"--features_path={WEIGHTS_FILE} (a release asset of pytorch-fid and of "
             "torch-fidelity), or its safetensors; or choose --features=alexnet"
         )
-    theirs = {name: tensor.read() for name, tensor in open_tensors(path).tensors.items()}
+    tensors = {name: tensor.read() for name, tensor in open_tensors(path).tensors.items()}
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, leaf in _leaves().items():
-        array = _folded(theirs, name, path)
+        array = _folded(tensors, name, path)
         if array.shape != leaf:
             raise ValueError(f"{path}: {'/'.join(name)} has shape {array.shape}, expected {leaf}")
         flat[name] = array
@@ -194,14 +194,14 @@ def _leaves() -> dict[tuple[str, ...], tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten_dict(tree).items()}
 
 
-def _folded(theirs: dict[str, np.ndarray], name: tuple[str, ...], path: str | Path) -> np.ndarray:
+def _folded(tensors: dict[str, np.ndarray], name: tuple[str, ...], path: str | Path) -> np.ndarray:
     """The array for a leaf of `InceptionV3`: batch normalisation is folded into its convolution."""
 
     def get(*parts: str) -> np.ndarray:
         full = ".".join(parts)
-        if full not in theirs:
+        if full not in tensors:
             raise ValueError(f"{path} is not the FID InceptionV3: it has no {full!r}")
-        return theirs[full].astype(np.float64)
+        return tensors[full].astype(np.float64)
 
     *module, leaf = name
     if module == ["fc"]:

@@ -13,10 +13,10 @@ def inception_score(logits: np.ndarray) -> float:
     log_p = logits - logits.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
     p = np.exp(log_p)
-    # The mean over x first: the marginal's entropy minus the mean conditional one.
+    # Averaging over x first gives the marginal's entropy minus the mean conditional entropy.
     marginal = p.mean(0)
-    seen = marginal > 0
-    entropy = -np.sum(marginal[seen] * np.log(marginal[seen]))
+    positive = marginal > 0
+    entropy = -np.sum(marginal[positive] * np.log(marginal[positive]))
     return float(np.exp(entropy + np.sum(p * log_p, 1).mean()))
 
 

@@ -15,7 +15,7 @@ class Measured:
 
 
 def mean_of(values: np.ndarray) -> Measured:
-    """The mean of values [N], one for each image; error: its standard error."""
+    """The mean of values [N], one per image; error: the standard error of the mean."""
     values = np.asarray(values, np.float64)
     return Measured(
         values.mean().item(), values.std(ddof=1).item() / len(values) ** 0.5, len(values)
@@ -23,6 +23,6 @@ def mean_of(values: np.ndarray) -> Measured:
 
 
 def check_count(metric: str, count: int, minimum: int) -> None:
-    """Raise ValueError where a metric has too few images."""
+    """Raise ValueError if a metric has too few images."""
     if count < minimum:
         raise ValueError(f"{metric} needs at least {minimum} images, got {count}")

@@ -1,13 +1,13 @@
-"""Precision and recall of samples, density and coverage: by distances between nearest features.
+"""Precision, recall, density and coverage of samples, by distances of nearest neighbours.
 
 Every point of a set has a ball that reaches to its k-th neighbour in the same set. Precision and
 recall (Kynkäänniemi et al., NeurIPS 2019) are the shares of samples inside real balls, and of real
 points inside the samples' balls. Density (Naeem et al., ICML 2020) counts the real balls around a
-sample; coverage is the share of real balls that hold a sample. Errors are standard errors over the
-points, for fixed balls.
+sample; coverage is the share of real balls that contain a sample. Errors are standard errors over
+the points, for fixed balls.
 
-Distances are computed block by block, with the rows spread over all devices. The memory for N
-points is O(N) and a block.
+Distances are computed block by block, with the rows distributed over all devices. The memory for N
+points is O(N) plus a block.
 """
 
 import functools
@@ -21,8 +21,8 @@ import numpy as np
 from latent_diffusion.evaluate.measured import Measured, check_count, mean_of
 from latent_diffusion.runtime import parallel
 
-ROWS = 1024  # a block, spread over the devices
-COLUMNS = 8192
+ROWS = 1024  # of a block, over all devices
+COLUMNS = 8192  # of a block
 
 
 def _squared(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -42,13 +42,13 @@ def _nearest_step(
 def _inside_step(
     state: Any, columns: Any, batch: Any, rng: Any, *, axis_name: Any = None
 ) -> jax.Array:
-    """The number of columns whose balls hold a row, for every row."""
+    """For every row, the number of columns whose balls contain it."""
     inside = _squared(batch["x"], columns["y"]) <= columns["radius"]
     return jnp.sum(inside & columns["real"], 1)
 
 
 def _blocks(rows: np.ndarray, size: int, centre: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of one size, centred; the last is filled up with zeros."""
+    """Blocks of the same size, centred; the last is padded with zeros."""
     for start in range(0, len(rows), size):
         block = np.asarray(rows[start : start + size], np.float32) - centre
         filled = np.pad(block, ((0, size - len(block)), (0, 0)))
@@ -71,8 +71,8 @@ def nearest(rows: np.ndarray, columns: np.ndarray, k: int, centre: np.ndarray) -
         real = np.arange(column_size) < at.stop - at.start
         constants = {"y": y, "real": real}
         for here, x in _blocks(rows, row_size, centre):
-            mine = {"x": parallel.process_rows(x, "auto")}
-            new = run({}, constants, mine, jax.random.key(0))[: here.stop - here.start]
+            local = {"x": parallel.process_rows(x, "auto")}
+            new = run({}, constants, local, jax.random.key(0))[: here.stop - here.start]
             smallest[here] = np.sort(np.concatenate([smallest[here], new], 1), 1)[:, :k]
     return smallest
 
@@ -80,26 +80,26 @@ def nearest(rows: np.ndarray, columns: np.ndarray, k: int, centre: np.ndarray) -
 def balls_around(
     rows: np.ndarray, columns: np.ndarray, radius: np.ndarray, centre: np.ndarray
 ) -> np.ndarray:
-    """The number of balls around columns, of squared radii `radius` [M], that hold each row [N]."""
+    """For each row [N], the number of columns' balls, of squared radii [M], that contain it."""
     run = parallel.compile_eval(_inside_step, "auto")
     row_size, column_size = _sizes(rows, columns)
     counts = np.zeros(len(rows), np.int64)
     for at, y in _blocks(columns, column_size, centre):
-        held = at.stop - at.start
+        count = at.stop - at.start
         constants = {
             "y": y,
-            "real": np.arange(column_size) < held,
-            "radius": np.pad(radius[at], (0, column_size - held)),
+            "real": np.arange(column_size) < count,
+            "radius": np.pad(radius[at], (0, column_size - count)),
         }
         for here, x in _blocks(rows, row_size, centre):
-            mine = {"x": parallel.process_rows(x, "auto")}
-            new = run({}, constants, mine, jax.random.key(0))
+            local = {"x": parallel.process_rows(x, "auto")}
+            new = run({}, constants, local, jax.random.key(0))
             counts[here] += new[: here.stop - here.start]
     return counts
 
 
 def _radii(features: np.ndarray, k: int, centre: np.ndarray) -> np.ndarray:
-    """Squared distance to the k-th neighbour: the nearest of all is the point itself."""
+    """Squared distances to the k-th neighbour, not counting the point itself."""
     return nearest(features, features, k + 1, centre)[:, k]
 
 
@@ -123,7 +123,7 @@ def measure_precision_recall(
 def measure_density_coverage(
     features: np.ndarray, reference: np.ndarray, k: int = 5
 ) -> dict[str, Measured]:
-    """Density: real balls around a sample ÷ k. Coverage: real balls that hold a sample."""
+    """Density: real balls around a sample ÷ k. Coverage: share of real balls with a sample."""
     check_count("dc", min(len(features), len(reference)), k + 2)
     centre = _centre(reference)
     radius = _radii(reference, k, centre)

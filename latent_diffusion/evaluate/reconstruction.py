@@ -1,4 +1,4 @@
-"""Errors of a first stage's reconstructions: PSNR, SSIM, LPIPS, and the r-FD of the whole set."""
+"""Errors of a first stage's reconstructions: PSNR, SSIM, LPIPS, and the set's Fréchet distance."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ def collect_reconstructions(
     """Errors [N] and features [N D] of pictures and their reconstructions by posterior modes.
 
     read(start, stop): uint8 pictures. lpips: (name of the net, its parameters) for the metric
-    "lpips". net: for "rfd". Reconstructions are clipped and rounded to bytes before, as in files.
+    "lpips". net: for "rfd". Reconstructions are first clipped and rounded to bytes, as in files.
     """
     for metric in metrics:
         lookup(METRICS, metric, "reconstruction metric")

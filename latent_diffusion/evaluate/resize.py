@@ -1,4 +1,4 @@
-"""Resizing as the reference evaluations do it: a matrix for the rows, another for the columns.
+"""Resizing as in the reference evaluations, by a matrix for the rows and one for the columns.
 
 Feature nets need images of a fixed size, and scores depend on the filter that resizes them (Parmar
 et al., CVPR 2022). So the filter is part of a metric's definition.
@@ -15,7 +15,7 @@ from latent_diffusion.nets.resize import keys_kernel
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """Pillow's: Keys' cubic with a = -1/2, widened by the scale when shrinking."""
+    """Pillow's bicubic filter: Keys' cubic with a = -1/2, wider by the scale when shrinking."""
     scale = old / new
     width = max(scale, 1.0)
     centre = (np.arange(new)[:, None] + 0.5) * scale
@@ -29,7 +29,7 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def _interpolate(source: np.ndarray, old: int) -> np.ndarray:
-    """Linear interpolation at the places `source`; places outside get the pixel at the border."""
+    """Linear interpolation at positions `source`; those outside get the pixel at the border."""
     source = np.clip(source, 0, old - 1)
     low = np.floor(source).astype(int)
     high = np.minimum(low + 1, old - 1)
@@ -41,12 +41,12 @@ def _interpolate(source: np.ndarray, old: int) -> np.ndarray:
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
-    """Half-pixel centres and no antialiasing: as in pytorch-fid."""
+    """Bilinear with half-pixel centres and no antialiasing, as in pytorch-fid."""
     return _interpolate((np.arange(new) + 0.5) * old / new - 0.5, old)
 
 
 def _tensorflow(old: int, new: int) -> np.ndarray:
-    """TensorFlow 1's: pixel 0 onto pixel 0; as in the original FID and torch-fidelity."""
+    """TensorFlow 1's bilinear: pixel 0 onto pixel 0, as in the original FID and torch-fidelity."""
     return _interpolate(np.arange(new) * (old / new), old)
 
 
@@ -62,7 +62,7 @@ def resize(
 ) -> Float[Array, "B S S C"]:
     """Resize images of levels 0 ... 255 to size × size; levels are clipped, but not rounded.
 
-    filter: a name in `FILTERS`. Images of the right size stay as they are.
+    filter: a name in `FILTERS`. Images of the right size aren't changed.
     """
     matrix = lookup(FILTERS, filter, "filter")
     if x.shape[1:3] == (size, size):

@@ -1,4 +1,4 @@
-"""The metrics over features by name, and the names of their results.
+"""The metrics by name, and the names of their results.
 
 Results over the features of `inception` are called `fid`, `kid`, `precision` ...; the name of any
 other net is appended: `fd_alexnet`, `kd_alexnet`, `precision_alexnet`.
@@ -30,11 +30,11 @@ class Reference:
     statistics: Gaussian | None = None
 
     def gaussian(self) -> Gaussian:
-        """The Gaussian, from the file or of the features."""
+        """The Gaussian from a file, or that of the features."""
         return gaussian(self.points("fd")) if self.statistics is None else self.statistics
 
     def points(self, metric: str) -> np.ndarray:
-        """The features themselves; ValueError where there are only statistics."""
+        """The features; ValueError if there are only statistics."""
         if self.features is None:
             raise ValueError(
                 f"{metric} needs reference images; an .npz of mu and sigma serves fid and fd only"
@@ -42,7 +42,7 @@ class Reference:
         return self.features
 
 
-Metric = Callable[[Arrays, Reference, str], dict[str, Measured]]  # the last: the net's name
+Metric = Callable[[Arrays, Reference, str], dict[str, Measured]]  # str: the net's name
 
 
 def _named(name: str, net: str) -> str:
@@ -87,7 +87,7 @@ METRICS: dict[str, Metric] = {
 }
 MINIMUM = {"fid": FRECHET, "fd": FRECHET, "kid": KERNEL, "kd": KERNEL, "is": SPLITS}
 MINIMUM |= {"pr": 5, "dc": 7, "clip": 2}  # pr and dc: a picture, its k neighbours, and one more
-OF_POINTS = ("kid", "kd", "pr", "dc")  # they need as many reference images
+OF_POINTS = ("kid", "kd", "pr", "dc")  # metrics with the same minimum of reference images
 DEFAULT = ["fd", "pr"]
 INCEPTION_ONLY = ("fid", "kid", "is")
 WITHOUT_REFERENCE = ("is", "clip")
@@ -106,7 +106,7 @@ def check_metrics(metrics: list[str], net: str) -> None:
 
 
 def check_counts(metrics: Sequence[str], count: int) -> None:
-    """Raise ValueError, before the work, for a metric that needs more than `count` images."""
+    """Raise ValueError for a metric that needs more than `count` images."""
     for metric in metrics:
         check_count(metric, count, MINIMUM[metric])
 
@@ -114,7 +114,7 @@ def check_counts(metrics: Sequence[str], count: int) -> None:
 def score(
     metrics: list[str], arrays: Arrays, reference: Reference, net: str
 ) -> dict[str, Measured]:
-    """All results of `metrics`. arrays: of samples, by the feature net whose name is `net`."""
+    """All results of `metrics`. arrays: outputs of the feature net `net` for samples."""
     check_metrics(metrics, net)
     results: dict[str, Measured] = {}
     for metric in metrics:

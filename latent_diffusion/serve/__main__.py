@@ -13,12 +13,12 @@ read_model = shared_flags.model()
 ADAPTER = flags.DEFINE_multi_string(
     "adapter", [], "An adapter that requests can name: NAME=FILE; repeatable."
 )
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is everybody's.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces.")
 PORT = flags.DEFINE_integer("port", 8188, "Port to listen on; 0 takes a free one.")
-TOKEN = flags.DEFINE_string("token", None, "Requests must bring it as a bearer token.")
+TOKEN = flags.DEFINE_string("token", None, "Bearer token that requests must have.")
 MAX_IMAGES = flags.DEFINE_integer("max_images", 16, "Images of one request, at most.")
 MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait; others get 503.")
-MAX_PIXELS = flags.DEFINE_integer("max_pixels", 2**22, "Of a picture, sent or made, at most.")
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", 2**22, "Pixels of any picture, at most.")
 MAX_STEPS = flags.DEFINE_integer("max_steps", 1000, "Steps of one request, at most.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images sampled at once, at most.")
 

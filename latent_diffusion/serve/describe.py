@@ -1,4 +1,4 @@
-"""The controls of a model, as JSON: its conditions, its options and its limits."""
+"""A description of a model in JSON: its conditions, options and limits."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from latent_diffusion.process.spacings import SPACINGS
 from latent_diffusion.serve.requests import Limits
 
 _CHOICES: dict[str, Iterable[str]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
-# Fields of conditioners that say which values a condition has.
+# Fields of conditioners that describe the values of a condition.
 _DETAILS = ("num_classes", "vocab_size", "max_length", "max_noise_level", "width")
 
 
 def describe(model: Model, name: str, limits: Limits, adapters: list[str]) -> dict[str, Any]:
-    """Facts that the page needs to make its controls, and that other clients may read."""
+    """Facts about a model, from which the page builds its controls; other clients may read them."""
     conditioner = model.conditioner
     conditions: dict[str, dict[str, Any]] = {}
     for part in conditioner.parts():

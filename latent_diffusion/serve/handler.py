@@ -6,10 +6,10 @@
 | GET /api/model | the model's conditions, options and limits |
 | POST /api/jobs | queues a request; its identifier and seed |
 | GET /api/jobs/ID | its state; ?after=VERSION waits up to 20 seconds for a change |
-| GET /api/jobs/ID/N.png | picture N, with its settings in it |
+| GET /api/jobs/ID/N.png | picture N, which contains its settings |
 | DELETE /api/jobs/ID | cancels it |
 | POST /api/settings | the settings in a PNG |
-| POST /v1/images/generations, /v1/images/edits | pictures, as OpenAI's API answers |
+| POST /v1/images/generations, /v1/images/edits | pictures, in the format of OpenAI's API |
 | GET /metrics | numbers for Prometheus |
 """
 
@@ -43,13 +43,13 @@ FILES = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
 }
 MAX_BODY = 64 * 2**20  # bytes
-IDLE_SECONDS = 30  # of a connection, before it is closed
+IDLE_SECONDS = 30  # before an idle connection is closed
 LONG_POLL_SECONDS = 20
 _JOB = re.compile(r"/api/jobs/([0-9a-f]{16})(?:/(\d{1,4})\.png)?")
 
 
 class Refused(Exception):
-    """An answer that is an error: a status and one line."""
+    """A request that gets an error: a status and one line."""
 
     def __init__(self, status: HTTPStatus, message: str):
         super().__init__(message)
@@ -70,12 +70,12 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def server_close(self) -> None:
-        """End the queue, too."""
+        """Close the server and the queue."""
         super().server_close()
         self.jobs.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has left is no error of the server."""
+        """Ignore clients that have left: it is no error of the server."""
 
 
 def make_server(
@@ -90,8 +90,8 @@ def make_server(
 ) -> Server:
     """A server that answers as soon as `serve_forever` runs.
 
-    name: of the model. address: host and port. adapters: those that requests can name. token: the
-    bearer token that requests must bring. Raises OSError for an address that can't be used.
+    name: of the model. address: host and port. adapters: by the names that requests can use. token:
+    the bearer token that requests must have. Raises OSError for an address that can't be used.
     """
     limits = Limits() if limits is None else limits
     jobs = Jobs(model, name, limits, batch_size)
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._delete)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests aren't logged; /metrics counts them."""
+        """Don't log requests; /metrics counts them."""
 
     # ---------------------------------------------------------------------------------- answers
 
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             self._error(HTTPStatus.BAD_REQUEST, str(error).partition("\n")[0])
         except (ConnectionError, TimeoutError):
             self.close_connection = True
-        except Exception:  # the others must go on
+        except Exception:  # other requests must be answered
             log.exception("%s %s", self.command, self.path[:200])
             self._error(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
 
@@ -188,15 +188,15 @@ class Handler(BaseHTTPRequestHandler):
     # ----------------------------------------------------------------------------------- checks
 
     def _check_token(self) -> None:
-        wanted = self.server.token
-        given = self.headers.get("Authorization", "")
-        if wanted is not None and not hmac.compare_digest(
-            given.encode(), f"Bearer {wanted}".encode()
+        token = self.server.token
+        header = self.headers.get("Authorization", "")
+        if token is not None and not hmac.compare_digest(
+            header.encode(), f"Bearer {token}".encode()
         ):
             raise Refused(HTTPStatus.UNAUTHORIZED, "this server needs its token")
 
     def _check_origin(self) -> None:
-        """Pages of other sites must not use a server that a browser can reach."""
+        """Refuse requests from pages of other sites that run in a user's browser."""
         origin = self.headers.get("Origin")
         if origin and urllib.parse.urlsplit(origin).netloc != self.headers.get("Host"):
             raise Refused(HTTPStatus.FORBIDDEN, f"a page of {origin[:100]} may not use this server")
@@ -289,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def _openai(self, edits: bool) -> None:
-        """Answer when the pictures are there; a client that leaves cancels its request."""
+        """Answer when the pictures are ready; a client that leaves cancels its request."""
         jobs = self.server.jobs
         if edits:
             fields = openai.read_form(self.headers.get("Content-Type", ""), self._read_body())

@@ -1,4 +1,4 @@
-"""The queue: equal requests share one program call, whose progress and previews can be watched."""
+"""The queue of requests. Similar requests share a program call, which has progress and previews."""
 
 import collections
 import logging
@@ -24,18 +24,18 @@ PREVIEW_SECONDS = 0.25  # between two previews
 
 
 class Busy(Exception):
-    """Too many requests wait."""
+    """Too many requests are waiting."""
 
 
 class Cancelled(Exception):
-    """Nobody waits for the pictures of a running call any more."""
+    """All requests of a running call have been cancelled."""
 
 
 class Job:
-    """A request on its way. state: waiting, running, done, failed or cancelled.
+    """A request and its progress. state: waiting, running, done, failed or cancelled.
 
-    evaluations: of the network by each device, so far. preview: the last one, PNG bytes. pictures:
-    PNG bytes of each image. version: grows with every change.
+    evaluations: the network's so far, per device. preview: PNG bytes of the last preview. pictures:
+    PNG bytes of each image. version: a number that grows with every change.
     """
 
     def __init__(self, request: Request):
@@ -52,14 +52,14 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the job won't change any more."""
         return self.state in ("done", "failed", "cancelled")
 
 
 class Jobs:
     """A model behind a queue, and the thread that samples.
 
-    batch_size: images of one program call, at most. `counts` are numbers since the start.
+    batch_size: the largest number of images of a program call. counts: events since the start.
     """
 
     def __init__(self, model: Model, name: str, limits: Limits, batch_size: int = 16):
@@ -91,11 +91,11 @@ class Jobs:
 
     @property
     def num_waiting(self) -> int:
-        """How many requests wait."""
+        """The number of waiting requests."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> Job:
-        """Queue a request. Raises Busy if as many wait as may."""
+        """Queue a request. Raises Busy if the queue is full."""
         with self.changed:
             if len(self._waiting) >= self.limits.max_waiting:
                 self.counts["refused"] += 1
@@ -109,11 +109,11 @@ class Jobs:
         return job
 
     def find(self, job_id: str) -> Job | None:
-        """The job of an identifier, or None if there is none (any more)."""
+        """The job with an identifier, or None if it is unknown or was removed."""
         return self._jobs.get(job_id)
 
     def cancel(self, job: Job) -> None:
-        """End a job. A call that nobody waits for stops at its next evaluation of the network."""
+        """End a job. A call whose jobs have all ended stops at the network's next evaluation."""
         with self.changed:
             if job.ended:
                 return
@@ -122,7 +122,7 @@ class Jobs:
             self._end(job, "cancelled")
 
     def wait(self, job: Job, seconds: float | int, version: int | None = None) -> bool:
-        """Wait until a job has ended or, with a version, has changed since; whether it has."""
+        """Wait until a job has ended or has another `version`; returns whether that happened."""
         with self.changed:
             return self.changed.wait_for(
                 lambda: job.ended or (version is not None and job.version != version), seconds
@@ -131,7 +131,7 @@ class Jobs:
     # ----------------------------------------------------------- called by the running program
 
     def progress(self, t: Any) -> None:
-        """An option of `Model.sample`: count an evaluation, and stop where nobody waits."""
+        """An option of `Model.sample`: count an evaluation; stop if all jobs have ended."""
         with self.changed:
             for job in self._running:
                 job.evaluations += 1 / self._devices
@@ -141,7 +141,7 @@ class Jobs:
                 raise Cancelled
 
     def preview(self, t: Any, z_0: Any) -> None:
-        """An option of `Model.sample`: remember the latest estimate of the latents."""
+        """An option of `Model.sample`: store the latest estimate of the latents."""
         with self.changed:
             self._latents = np.asarray(z_0)
             self.changed.notify_all()
@@ -164,7 +164,7 @@ class Jobs:
                 self._running, self._latents = [], None
 
     def _next(self) -> list[Job]:
-        """The job that has waited longest, and others that fit into its call."""
+        """The job that has waited longest, and others that can share its call."""
         first = self._waiting.popleft()
         batch, images = [first], first.request.num_images
         for job in list(self._waiting):
@@ -178,16 +178,16 @@ class Jobs:
     def _sample(self, batch: Sequence[Job]) -> None:
         try:
             pictures = self._pictures([job.request for job in batch])
-        except Exception as error:  # whatever it is, the next request must be answered
+        except Exception as error:  # after any error, the next request must be answered
             if all(job.ended for job in batch):
                 return
-            if len(batch) > 1:  # a request that can't be answered must not spoil the others
+            if len(batch) > 1:  # a request with an error must not affect the others
                 for job in batch:
                     self._running = [job]
                     self._sample([job])
                 return
-            known = isinstance(error, ValueError | OverflowError | MemoryError)
-            if not known:
+            expected = isinstance(error, ValueError | OverflowError | MemoryError)
+            if not expected:
                 log.exception("sampling failed")
             with self.changed:
                 batch[0].error = str(error).partition("\n")[0][:500] or type(error).__name__
@@ -195,14 +195,14 @@ class Jobs:
             return
         with self.changed:
             self.counts["calls"] += 1
-            for job, own in zip(batch, pictures, strict=True):
-                self.counts["images"] += len(own)
+            for job, of_job in zip(batch, pictures, strict=True):
+                self.counts["images"] += len(of_job)
                 if not job.ended:
-                    job.pictures = own
+                    job.pictures = of_job
                     self._end(job, "done")
 
     def _pictures(self, requests: Sequence[Request]) -> list[list[bytes]]:
-        """The PNGs of each request, which carry the settings that make them again."""
+        """The PNGs of each request, which contain the settings that reproduce them."""
         arguments = call(self.model, requests)
         if self.model.prior is None:
             arguments |= {"progress": self.progress, "preview": self.preview}
@@ -228,13 +228,13 @@ class Jobs:
         self.changed.notify_all()
 
     def _forget(self) -> None:
-        """Keep few of the jobs that have ended."""
+        """Remove the oldest jobs that have ended, if there are many."""
         ended = [job for job in self._jobs.values() if job.ended]
         for job in ended[: max(len(ended) - REMEMBERED, 0)]:
             del self._jobs[job.id]
 
     def _draw_previews(self) -> None:
-        """Decode the latest latents from time to time, beside the call that makes them."""
+        """Decode the latest latents from time to time, while the call runs."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self._latents is not None or self._closed)
@@ -246,9 +246,9 @@ class Jobs:
             time.sleep(PREVIEW_SECONDS)
 
     def _draw(self, latents: Any, running: Sequence[Job]) -> None:
-        """The first picture of each job as it is now, where the latents are those of all jobs.
+        """Set each job's preview to its first picture, if the latents include those of all jobs.
 
-        `Model.sample` may make the images of a call in parts, and each device has its share.
+        `Model.sample` may compute the images of a call in parts, and each device has its share.
         """
         if len(running) > 1 and len(latents) < sum(job.request.num_images for job in running):
             return
@@ -265,5 +265,5 @@ class Jobs:
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """A filter of JAX's messages about exceptions in callbacks, for those that are meant."""
+    """A filter for JAX's log of exceptions in callbacks, which drops intended cancellations."""
     return not (record.exc_info and record.exc_info[0] is Cancelled)

@@ -1,6 +1,6 @@
 """Requests and answers as in OpenAI's API for pictures, so that its clients work.
 
-Fields beside theirs are those of the project's own JSON (`requests`): seed, num_steps, and so on.
+Further fields are those of the project's JSON (`requests`): seed, num_steps, and so on.
 """
 
 import base64
@@ -11,14 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Fields that OpenAI's clients send, without a meaning here.
+# Fields of OpenAI's clients that have no meaning here.
 _IGNORED = ("model", "user", "quality", "style", "background", "moderation", "output_format")
 _INTEGERS = ("n", "seed", "num_steps")
 _FLOATS = ("guidance_scale", "strength")
 
 
 def request_of(fields: Any) -> dict[str, Any]:
-    """The project's JSON of a request's fields. Raises ValueError, in one line."""
+    """The project's JSON from the fields of a request. Raises ValueError, in one line."""
     if not isinstance(fields, dict):
         raise ValueError(f"a request is a JSON object, not {type(fields).__name__}")
     data = {name: value for name, value in fields.items() if name not in _IGNORED}
@@ -31,9 +31,9 @@ def request_of(fields: Any) -> dict[str, Any]:
         if match is None:
             raise ValueError(f"size={str(size)[:40]!r} must be WIDTHxHEIGHT")
         data["image_size"] = [int(match[2]), int(match[1])]
-    for theirs, ours in (("prompt", "prompts"), ("n", "num_images")):
-        if theirs in data:
-            data[ours] = data.pop(theirs)
+    for name, field in (("prompt", "prompts"), ("n", "num_images")):
+        if name in data:
+            data[field] = data.pop(name)
     return data
 
 

@@ -1,7 +1,7 @@
-"""A PNG carries the settings that make it again, in two chunks of text.
+"""A PNG contains the settings that reproduce it, in two chunks of text.
 
-"latent_diffusion" holds them as JSON. "parameters" is the text of A1111's web UI, which other
-programs read, and which is read here, too.
+"latent_diffusion" has them as JSON. "parameters" is the text of A1111's web UI, which other
+programs read; this module reads it, too.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 JSON_KEY, TEXT_KEY = "latent_diffusion", "parameters"
-# A1111's samplers, without the word for a spacing at the end -> ours
+# A1111's samplers, without the spacing's name at the end -> names of `process.samplers.SAMPLERS`
 SAMPLERS = {
     "Euler": "euler",
     "Euler a": "euler_ancestral",
@@ -55,13 +55,13 @@ def to_png(
 
 
 def to_text(settings: Mapping[str, Any], model: str) -> str:
-    """Settings in the words of A1111's web UI; the names of other settings are ours."""
+    """Settings as text of A1111's web UI; unknown samplers appear by their names here."""
     lines = [settings.get("prompts", "")]
     if "negative_prompts" in settings:
         lines.append(f"Negative prompt: {settings['negative_prompts']}")
-    names = {ours: theirs for theirs, ours in SAMPLERS.items()}
+    names = {name: foreign for foreign, name in SAMPLERS.items()}
     sampler = names.get(settings.get("sampler", ""), settings.get("sampler"))
-    spacing = {ours: theirs for theirs, ours in SPACINGS.items()}.get(settings.get("spacing", ""))
+    spacing = {name: foreign for foreign, name in SPACINGS.items()}.get(settings.get("spacing", ""))
     height, width = settings.get("image_size") or (None, None)
     pairs = {
         "Steps": settings.get("num_steps"),
@@ -78,7 +78,7 @@ def to_text(settings: Mapping[str, Any], model: str) -> str:
 
 
 def from_png(file: Any) -> dict[str, Any]:
-    """The settings in a PNG, as a request spells them. Raises ValueError where there are none.
+    """The settings in a PNG, as fields of a request. Raises ValueError if there are none.
 
     file: a path, or a file in binary mode.
     """
@@ -101,32 +101,32 @@ def from_png(file: Any) -> dict[str, Any]:
 
 
 def from_text(text: str) -> dict[str, Any]:
-    """The settings in a text of A1111's web UI; those that have no counterpart are left out."""
+    """The settings in a text of A1111's web UI; settings without counterpart are left out."""
     lines = text.strip().split("\n")
     last = lines.pop() if "Steps:" in lines[-1] else ""
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt:")
     if prompt.startswith("Negative prompt:"):
         prompt, negative = "", prompt.removeprefix("Negative prompt:")
     pairs = {match[1].strip(): match[2].strip().strip('"') for match in _PAIR.finditer(last)}
-    found: dict[str, Any] = {"prompts": prompt.strip()}
+    settings: dict[str, Any] = {"prompts": prompt.strip()}
     if negative.strip():
-        found["negative_prompts"] = negative.strip()
-    sampler, _, word = pairs.get("Sampler", "").rpartition(" ")
-    if word not in SPACINGS:
-        sampler, word = pairs.get("Sampler", ""), pairs.get("Schedule type", "")
-    found |= {"sampler": SAMPLERS.get(sampler, sampler)} if sampler else {}
-    found |= {"spacing": SPACINGS[word]} if word in SPACINGS else {}
+        settings["negative_prompts"] = negative.strip()
+    sampler, _, schedule = pairs.get("Sampler", "").rpartition(" ")
+    if schedule not in SPACINGS:
+        sampler, schedule = pairs.get("Sampler", ""), pairs.get("Schedule type", "")
+    settings |= {"sampler": SAMPLERS.get(sampler, sampler)} if sampler else {}
+    settings |= {"spacing": SPACINGS[schedule]} if schedule in SPACINGS else {}
     numbers = {
         "num_steps": ("Steps", int),
         "guidance_scale": ("CFG scale", float),
         "seed": ("Seed", int),
         "strength": ("Denoising strength", float),
     }
-    for name, (theirs, kind) in numbers.items():
+    for name, (key, kind) in numbers.items():
         try:
-            found |= {name: kind(pairs[theirs])} if theirs in pairs else {}
+            settings |= {name: kind(pairs[key])} if key in pairs else {}
         except ValueError:
-            raise ValueError(f"{theirs}: {pairs[theirs]!r} is no number") from None
+            raise ValueError(f"{key}: {pairs[key]!r} is no number") from None
     if size := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", "")):
-        found["image_size"] = [int(size[2]), int(size[1])]
-    return found
+        settings["image_size"] = [int(size[2]), int(size[1])]
+    return settings

@@ -1,4 +1,4 @@
-"""A request in JSON becomes arguments of `Model.sample`, or one line that says why not."""
+"""Reads requests in JSON as arguments of `Model.sample`, or raises errors of one line."""
 
 import base64
 import binascii
@@ -23,7 +23,7 @@ from latent_diffusion.process.plan import plan, plan_prior
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one client may ask for: images of a request, pixels of a picture, steps, waiting."""
+    """Limits: images of a request, pixels of a picture, steps, requests that wait."""
 
     max_images: int = 16
     max_pixels: int = 2**22
@@ -35,9 +35,9 @@ class Limits:
 class Request:
     """One condition, of which `num_images` pictures are made.
 
-    settings: the request's own JSON with its seed, without pictures: they fit into a PNG. values:
+    settings: the request's JSON with its seed, but without pictures, for the text in a PNG. values:
     the condition's arguments of `Model.sample`, each of one example. shared: arguments that all
-    images of a call have in common.
+    images of a call share.
     """
 
     settings: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Request:
 
 
 class Upload(io.BytesIO):
-    """A picture in a request; messages call it by the name of its field."""
+    """A picture in a request, with the name of its field, for error messages."""
 
     def __init__(self, content: bytes, name: str):
         super().__init__(content)
@@ -70,16 +70,16 @@ def read(
 ) -> Request:
     """A request from JSON. Raises ValueError, in one line, which names the field.
 
-    adapters: those that requests may name.
+    adapters: by the names that requests may use.
     """
     if not isinstance(data, dict):
         raise ValueError(f"a request is a JSON object, not {type(data).__name__}")
     data = {name: value for name, value in data.items() if value is not None}
     options = OPTIONS if model.prior is None else PRIOR_OPTIONS
     option_names = {name for name, option in options.items() if option.flag}
-    known = {*_CONDITIONS, *_SHARED, *option_names}
-    if unknown := sorted(set(data) - known):
-        raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    allowed = {*_CONDITIONS, *_SHARED, *option_names}
+    if unknown := sorted(set(data) - allowed):
+        raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(allowed))}")
     num_images = _integer("num_images", data.get("num_images", 1), 1, limits.max_images)
     seed = _integer("seed", data.get("seed", secrets.randbits(32)), 0, 2**64 - 1)
     steps = data.get("num_steps")
@@ -121,14 +121,14 @@ def _check_options(model: Model, options: Mapping[str, Any]) -> None:
 
 
 def call(model: Model, requests: Sequence[Request]) -> dict[str, Any]:
-    """Arguments of one `Model.sample` call for requests of one group, image after image."""
+    """Arguments of a `Model.sample` call for requests of the same group, image after image."""
     conditioner = model.conditioner
     conditions = {argument(key) for key in (*conditioner.keys, *conditioner.optional)}
     keys = [example_keys(seed_key(request.seed), request.num_images) for request in requests]
     joined: dict[str, Any] = {}
     for name in requests[0].values:
-        each = [request.values[name] for request in requests for _ in range(request.num_images)]
-        joined[name] = np.concatenate(each) if isinstance(each[0], np.ndarray) else each
+        rows = [request.values[name] for request in requests for _ in range(request.num_images)]
+        joined[name] = np.concatenate(rows) if isinstance(rows[0], np.ndarray) else rows
     if not conditions & joined.keys():
         joined["num_images"] = sum(request.num_images for request in requests)
     return {"rng": jnp.concatenate(keys), **joined, **requests[0].shared}
@@ -161,13 +161,13 @@ def _pairs(name: str, value: Any) -> list[tuple[str, float]]:
     return pairs
 
 
-def _adapters(value: Any, known: Mapping[str, Any]) -> list[tuple[Any, float]]:
+def _adapters(value: Any, loaded: Mapping[str, Any]) -> list[tuple[Any, float]]:
     pairs = _pairs("adapters", value)
     for name, _ in pairs:
-        if name not in known:
-            names = ", ".join(known) or "none was loaded"
+        if name not in loaded:
+            names = ", ".join(loaded) or "none was loaded"
             raise ValueError(f"adapters: unknown adapter {name!r}; known: {names}")
-    return [(known[name], weight) for name, weight in pairs]
+    return [(loaded[name], weight) for name, weight in pairs]
 
 
 def _text(name: str, value: Any, limits: Limits) -> str:
@@ -210,7 +210,7 @@ def _array(name: str, value: Any, limits: Limits) -> np.ndarray:
 
 
 def _upload(name: str, value: Any, limits: Limits) -> Upload:
-    """The bytes of a picture in base64, alone or as a data URL, which has few enough pixels."""
+    """The bytes of a picture in base64 or in a data URL; ValueError for too many pixels."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a picture in base64")
     _, comma, content = value.partition(",") if value.startswith("data:") else ("", ",", value)
