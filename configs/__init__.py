@@ -1,1 +1,1 @@
-"""Experiments: `configs/default.py` has every field, the others state their difference to it."""
+"""Experiments: `configs/default.py` has every field; the others change some of its values."""

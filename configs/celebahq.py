@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def faces(batch_size: int, num_steps: int, learning_rate: float) -> ConfigDict:
-    """The U-Net and recipe that CelebA-HQ, FFHQ and LSUN bedrooms have in common."""
+    """The U-Net and recipe that CelebA-HQ, FFHQ and LSUN bedrooms share."""
     c = default.paper_denoiser(vq_f4.get_config(), batch_size, num_steps)
     default.unconditional(c)
     c.data.flip = True
@@ -57,5 +57,5 @@ def compressed(variant: str) -> ConfigDict:
 
 
 def attended(variant: str) -> tuple[int, ...]:
-    """Downsampling factors with attention: at 32, 16 and 8 places, or the last three levels."""
+    """Downsampling factors with attention: at sizes 32, 16 and 8, or the last three levels."""
     return {"f1": (32, 16, 8), "f2": (16, 8, 4), "f4": (8, 4, 2)}.get(variant, (4, 2, 1))

@@ -15,7 +15,7 @@ from configs import default, openmoji_autoencoder
 
 
 def get_config(variant: str = "64") -> ConfigDict:
-    """The recipe of OpenMoji's first stage, for any folder; larger pictures take the paper's."""
+    """OpenMoji's recipe for any folder; for larger pictures, that of the paper."""
     variants = {"64": cpu_64, "128": gpu_128, "256": gpu_256, "smoke": lambda c: None}
     c = openmoji_autoencoder.get_config("smoke" if variant == "smoke" else "")
     c.data.name = "image_folder"
@@ -23,7 +23,7 @@ def get_config(variant: str = "64") -> ConfigDict:
 
 
 def steps(c: ConfigDict, num_steps: int) -> None:
-    """A run of this length: the discriminator's verdict arrives after its first 60 %."""
+    """A run of this length, with the adversarial loss from 60 % of it on."""
     c.num_steps = num_steps
     c.autoencoding.disc_start = num_steps // 2
     c.autoencoding.adversarial_start = num_steps * 3 // 5
@@ -31,7 +31,7 @@ def steps(c: ConfigDict, num_steps: int) -> None:
 
 
 def cpu_64(c: ConfigDict) -> None:
-    """The network and the number of steps of the demo, at twice its size."""
+    """The network and the number of steps of the demo, for pictures of twice the size."""
     c.data.image_size = c.autoencoder.resolution = 64
     steps(c, 3600)
 

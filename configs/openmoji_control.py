@@ -1,4 +1,4 @@
-"""Edges to OpenMoji: a control net of the demo's text model, which stays as it is.
+"""Edges to OpenMoji: a control net of the demo's text model, which is frozen.
 
 Command   python train.py --config=configs/openmoji_control.py --workdir=runs/control
           after configs/openmoji_text.py in runs/demo/denoiser; then
@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.first_stage.cache = False  # hints are computed from the pictures
     c.num_steps = 1500
     c.optimizer.learning_rate = 3e-4
-    c.diffusion.drop_rate = 0.5  # so that the hint says by itself what there is to be seen
+    c.diffusion.drop_rate = 0.5  # so that the net learns to draw from the hint without a text
     return default.apply_variant(c, variant, {"smoke": smoke})
 
 

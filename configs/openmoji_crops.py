@@ -1,14 +1,14 @@
 """OpenMoji from random crops, which samples don't show: Stable Diffusion XL's crop condition.
 
-The drawings lie on canvases of three shapes, two of which are cut at random places to squares. The
-denoiser works on pixels, so it needs no first stage. It knows of each picture the original size,
-the corner of the crop and the size in training; a sample is asked for a whole square by default.
+The drawings are on canvases of three shapes, two of which are cropped to squares at random. The
+denoiser works on pixels, so it needs no first stage. Its conditions are each picture's original
+size, the corner of the crop and the size in training; by default, samples are whole squares.
 
 Command   python train.py --config=configs/openmoji_crops.py --workdir=runs/crops/told
           python train.py --config=configs/openmoji_crops.py:untold --workdir=runs/crops/untold
           python -m demo.crops --workdir=runs/crops
 Cost      3 minutes of processor time each; 5 minutes on two cores that are busy with other programs
-Expected  the ink of samples lies 0.050 sides off the middle, and 0.134 without the condition
+Expected  the ink of samples is 0.050 sides off the middle, and 0.134 without the condition
 Variants  :untold (without the condition)
           :smoke (synthetic shapes, a few steps)
 """
@@ -36,6 +36,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def untold(c: ConfigDict) -> None:
-    """The same pictures without their numbers."""
+    """The same pictures without the condition."""
     c.data.sizes = False
     c.conditioners = ConfigDict()

@@ -1,6 +1,6 @@
 """Text to OpenMoji by a transformer over the latent's positions instead of the U-Net.
 
-Every block attends to the trained text encoder's tokens. All but the backbone is that of
+Every block attends to the trained text encoder's tokens. Everything but the backbone is as in
 configs/openmoji_text.py.
 
 Command   python train.py --config=configs/openmoji_dit.py --workdir=runs/backbones/dit
@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def of_classes(c: ConfigDict) -> None:
-    """A class vector beside the timestep, and no text."""
+    """A class vector, which is added to the timestep's embedding, and no text."""
     c.tokenizer.name = "none"
     classes = {"num_classes": 9, "width": c.dit.width, "route": "vector"}
     c.conditioners = ConfigDict({"class_label": classes})

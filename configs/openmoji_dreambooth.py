@@ -1,9 +1,8 @@
-"""A subject that the demo's text model learns from five pictures, and what else it drew stays.
+"""A subject that the demo's text model learns from five pictures without forgetting the others.
 
 The pictures are in the folder `data.dir`; the captions beside them (see `data.captions`) have a
-word of the subject, which may be new, and that of its class: "it face". Before training, the model
-draws pictures of the class and of other things itself, which half of each batch consists of (Ruiz
-et al. 2023).
+word for the subject, which may be new, and one for its class: "it face". Before training, the model
+draws pictures of the class and of other things, which are half of each batch (Ruiz et al. 2023).
 
 Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs/subject
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
@@ -18,8 +17,8 @@ from ml_collections import ConfigDict
 
 from configs import default, openmoji_text
 
-# What else the model draws, of every group. With pictures of its class alone, a model that is so
-# small keeps that class and forgets the others.
+# Further captions of every group. With pictures of only the subject's class, so small a model
+# remembers that class and forgets the others.
 OTHERS = (
     *("grinning face", "cat", "dog", "bird", "fish", "tree", "flower", "apple", "pizza", "cake"),
     *(
@@ -59,7 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def lora(c: ConfigDict) -> None:
-    """Factors alone are trained, of the text encoder as well."""
+    """Only factors are trained, also for the text encoder."""
     c.lora.rank = 8
     c.lora.alpha = 8.0
     c.lora.targets = (r"unet/.*attn\d/to_", r"conditioner/text/.*to_")

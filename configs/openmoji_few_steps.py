@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def scales(c: ConfigDict) -> None:
-    """The scale is an input; sampling takes that of the teacher's own samples."""
+    """The guidance scale is an input; sampling uses the teacher's."""
     c.unet.guidance_dim = 64
     c.distillation.guidance_scales = (1.0, 3.0)
     c.sampling.guidance_scale = 2.0
@@ -53,7 +53,7 @@ def phased(c: ConfigDict) -> None:
 
 
 def guidance(c: ConfigDict) -> None:
-    """As many steps as the teacher's, each of one evaluation."""
+    """As many steps as the teacher takes, each with one evaluation."""
     scales(c)
     c.distillation.method = "guidance"
     c.diffusion.loss = "l2"
@@ -62,7 +62,7 @@ def guidance(c: ConfigDict) -> None:
 
 
 def lora(c: ConfigDict) -> None:
-    """The student is a file of a few hundred kilobytes beside the teacher."""
+    """The student is the teacher with an adaptation of a few hundred kilobytes."""
     c.lora.rank = 16
     c.lora.alpha = 16.0
     c.lora.targets = (r"unet/.*kernel",)

@@ -32,7 +32,7 @@ def f8(c: ConfigDict) -> None:
 
 
 def vq(c: ConfigDict) -> None:
-    """A codebook of moving averages, all of whose codes are used from the first step on."""
+    """A codebook of moving averages, where restarts keep all codes in use."""
     c.autoencoder.update(
         {
             "regularization": "vq",

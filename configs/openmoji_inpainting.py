@@ -1,4 +1,4 @@
-"""Inpainting of OpenMoji pictures, whose holes are LaMa's strokes and boxes.
+"""Inpainting of OpenMoji pictures with holes as in LaMa: strokes and boxes.
 
 Command   python train.py --config=configs/openmoji_inpainting.py --workdir=runs/gallery/inpainting
           after configs/openmoji_autoencoder.py in runs/demo/first_stage

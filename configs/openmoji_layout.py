@@ -6,9 +6,9 @@ Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :smoke (a few steps)
 
-The layout of a scene is four objects of three tokens each, on a grid of 32×32 places. In a few
-minutes, cross-attention alone doesn't learn the places, so every box is also filled beside the
-latent.
+The layout of a scene is four objects of three tokens each, on a grid of 32×32 positions. In a few
+minutes, cross-attention alone doesn't learn the positions, so maps of filled boxes are also
+concatenated with the latent.
 """
 
 from ml_collections import ConfigDict

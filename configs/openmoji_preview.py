@@ -18,7 +18,7 @@ from configs import default, openmoji_autoencoder
 def get_config(variant: str = "") -> ConfigDict:
     c = openmoji_autoencoder.get_config("smoke" if variant == "smoke" else "")
     c.first_stage.path = "runs/demo/denoiser"  # it has the latents' scale, too
-    c.first_stage.autoencoder = c.autoencoder  # the path's own fields decide
+    c.first_stage.autoencoder = c.autoencoder  # the fields of the path's model replace it
     c.autoencoder = ConfigDict(
         {
             "regularization": "tiny",

@@ -4,10 +4,10 @@ Command   python train.py --config=configs/openmoji_prior.py:first_stage
           --workdir=runs/prior/first_stage
           then python train.py --config=configs/openmoji_prior.py --workdir=runs/prior/causal
 Variants  the default is causal, without a condition; :masked as well
-          :mirrored (causal; it also sees mirror images, and learns less by heart)
+          :mirrored (causal; also trained on mirror images, and memorises less)
           :class (causal, of nine groups, with guidance)
           :diffusion (latent diffusion in the same latents, for the comparison in docs/priors.md)
-          :layout :segmentation (causal, of scenes; after :first_stage_scenes, which goes on from
+          :layout :segmentation (causal, of scenes; after :first_stage_scenes, which continues
           runs/prior/first_stage, in runs/prior/first_stage_scenes)
           :smoke (causal, of classes, on synthetic shapes, a few steps)
 Cost      the first stage, each prior and :diffusion about 13 minutes on two CPU cores
@@ -40,11 +40,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.batch_size = 32
     c.num_steps = 2800
     c.conditioners = ConfigDict({"start": {"token": CODES}})
-    # One row more than the codes and the start: that of a masked code, where there is one.
+    # Rows for the codes, the start and the token of masked codes, which a causal prior ignores.
     c.transformer.update({"vocab_size": CODES + 2, "max_length": 64, "width": 128, "depth": 4})
     c.transformer.update({"num_heads": 4, "dropout": 0.1})
     c.optimizer.update({"learning_rate": 1e-3, "b1": 0.9, "b2": 0.95, "weight_decay": 0.01})
-    c.optimizer.no_decay = ("bias", "scale", "embedding", "pos_emb")  # as minGPT: linear maps alone
+    c.optimizer.no_decay = ("bias", "scale", "embedding", "pos_emb")  # as in minGPT
     c.optimizer.update({"schedule": "cosine", "warmup_steps": 100, "end_factor": 0.02})
     c.optimizer.grad_clip = 1.0
     c.ema_decay = 0.995
@@ -69,7 +69,7 @@ def first_stage() -> ConfigDict:
 
 
 def first_stage_scenes() -> ConfigDict:
-    """The first stage goes on with scenes."""
+    """Continue the training of the first stage on scenes."""
     c = first_stage()
     openmoji_autoencoder.scenes(c)
     c.init_from = "runs/prior/first_stage"
@@ -78,7 +78,7 @@ def first_stage_scenes() -> ConfigDict:
 
 
 def diffusion() -> ConfigDict:
-    """Latent diffusion in the same latent space, to be compared with the priors."""
+    """Latent diffusion in the same latent space, for the comparison with the priors."""
     c = openmoji_unconditional.get_config()
     c.autoencoder = first_stage().autoencoder
     c.first_stage.path = "runs/prior/first_stage"
@@ -94,14 +94,14 @@ def masked(c: ConfigDict) -> None:
 
 
 def mirrored(c: ConfigDict) -> None:
-    """Twice as many pictures, which are encoded anew at each step."""
+    """Also mirror images, so pictures are encoded in each step."""
     c.data.flip = True
     c.first_stage.cache = False
     c.transformer.dropout = 0.12
 
 
 def of_class(c: ConfigDict) -> None:
-    """A class in front, which a tenth of the examples drop."""
+    """A class token in front of the codes, which is dropped in a tenth of the examples."""
     c.conditioners = ConfigDict(
         {"class_token": {"num_classes": 9, "offset": CODES, "null": CODES + 9}}
     )
@@ -119,7 +119,7 @@ def of_scenes(c: ConfigDict) -> None:
 
 
 def layout(c: ConfigDict) -> None:
-    """Four objects of three tokens in front."""
+    """Four objects of three tokens in front of the codes."""
     of_scenes(c)
     c.conditioners = ConfigDict(
         {"layout_tokens": {"vocab_size": 1024, "max_length": 12, "offset": CODES}}
@@ -129,7 +129,7 @@ def layout(c: ConfigDict) -> None:
 
 
 def segmentation(c: ConfigDict) -> None:
-    """A class for each code in front: sixteen subjects and the ground."""
+    """A class token for each code, in front of the codes: sixteen subjects and the ground."""
     of_scenes(c)
     c.conditioners = ConfigDict(
         {

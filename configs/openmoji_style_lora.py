@@ -1,7 +1,7 @@
 """Another style for the demo's text model: a LoRA of a few drawings of Twemoji.
 
-The demo's model knows OpenMoji alone, which outlines its drawings in black; the pictures of the
-folder `data.dir` have flat colours. Their captions don't name the style: the adaptation is it.
+The demo's model only knows OpenMoji, whose drawings have black outlines; the pictures of the folder
+`data.dir` have flat colours. Their captions don't name the style: the adaptation adds it.
 
 Command   python -m demo.folders --out=runs/style/pictures --style=twemoji --count=200
           python train.py --config=configs/openmoji_style_lora.py --workdir=runs/style/lora

@@ -7,7 +7,7 @@ Cost      2 to 5 minutes on two CPU cores
 Expected  the pictures of docs/gallery.md
 Variants  :bsr (degraded as in BSRGAN instead of bicubic) :smoke (synthetic shapes, a few steps)
 
-With f=4 the small picture has the size of the latent and enters the U-Net beside it, unchanged.
+With f=4 the small picture has the size of the latent and is concatenated with it, unchanged.
 """
 
 from ml_collections import ConfigDict
@@ -24,5 +24,5 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def bsr(c: ConfigDict) -> None:
-    """Blur, noise and JPEG in random order, in their light form."""
+    """Light blur, noise and JPEG compression in random order."""
     c.data.low_res = "bsrgan_light"

@@ -1,7 +1,8 @@
 """Text to OpenMoji: a latent U-Net with cross-attention on a trained text transformer.
 
-In a few minutes, cross-attention alone doesn't learn which places 1,600 words refer to. Therefore
-every word also has a small learned map beside the latent (`word_map`).
+In a few minutes, cross-attention alone doesn't learn to which positions 1,600 words refer.
+Therefore every word also has a small learned map, which is concatenated with the latent
+(`word_map`).
 
 Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
           after configs/openmoji_autoencoder.py in runs/demo/first_stage

@@ -1,4 +1,4 @@
-"""A word for a subject: its vectors are trained for the demo's text model, which stays as it is.
+"""A word for a subject: its vectors are trained for the demo's text model, which is frozen.
 
 The pictures of the subject, five or so, are in the folder `data.dir`; the captions beside them
 (see `data.captions`) have the word: "a drawing of <it>".

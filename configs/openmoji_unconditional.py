@@ -37,7 +37,7 @@ def without_condition(variant: str, num_steps: int) -> ConfigDict:
 
 
 def with_context(variant: str, num_steps: int, name: str, **fields: object) -> ConfigDict:
-    """The same with one conditioner, to whose tokens the U-Net attends."""
+    """The text experiment with another conditioner, to whose tokens the U-Net attends."""
     c = without_condition(variant, num_steps)
     c.conditioners = ConfigDict({name: fields})
     c.unet.transformer_depth = 1

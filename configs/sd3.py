@@ -1,6 +1,6 @@
 """Stable Diffusion 3 medium: text to image at 1024² on 16-channel latents, f=8, by an MMDiT.
 
-The network learns a flow's velocity; its timesteps are drawn about the middle and moved towards
+The network learns a flow's velocity; timesteps are drawn around the middle and shifted towards
 noise. The three text encoders and the first stage are frozen (Esser et al. 2024).
 
 Command   python train.py --config=configs/sd3.py --workdir=runs/sd3
@@ -9,11 +9,11 @@ Command   python train.py --config=configs/sd3.py --workdir=runs/sd3
           --config.pretrained.clip_text=SD3
           --config.pretrained.clip_text_2=SD3 --config.pretrained.t5_text=SD3
           --config.parallel.mode=mesh --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1
-          SD3 is a folder of diffusers; without init_from the transformer starts afresh
-Variants  :medium (3.5 medium) :large (3.5 large) :lora (attention alone, from a few pictures)
+          SD3 is a diffusers folder; without init_from the transformer starts at random
+Variants  :medium (3.5 medium) :large (3.5 large) :lora (only attention, from a few pictures)
           :smoke (seconds on a CPU)
 Cost      2,028.33 M trained parameters; :medium 2,243.17 M, :large 8,056.63 M; the batch and the
-          length of training are a guess, since the paper doesn't tell those of the released models
+          length of training are a guess, since the paper doesn't state them for released models
 Expected  no number is published
 """
 
@@ -47,14 +47,14 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def flow(c: ConfigDict) -> None:
-    """A velocity, learned at timesteps about the middle that are then moved towards noise."""
+    """A flow's velocity, at timesteps that are drawn around the middle and shifted to noise."""
     c.diffusion.update({"schedule": "rectified_flow", "prediction": "flow"})
     c.diffusion.update({"timestep_sampling": "logit_normal", "shift": 3.0})
     c.sampling.update({"spacing": "shifted", "shift": 3.0})
 
 
 def medium(c: ConfigDict) -> None:
-    """Stable Diffusion 3.5 medium: pictures attend twice in the first half."""
+    """Stable Diffusion 3.5 medium: the first half of the blocks has dual attention."""
     c.mmdit.update({"qk_norm": True, "dual_attention": tuple(range(13)), "max_positions": 384})
 
 
@@ -64,10 +64,10 @@ def large(c: ConfigDict) -> None:
 
 
 def lora(c: ConfigDict) -> None:
-    """An adaptation of the attention; the rest, encoders too, comes from init_from."""
+    """An adaptation of the attention; everything else comes from init_from."""
     c.batch_size, c.num_steps = 4, 2000
     c.pretrained = ConfigDict()
-    c.mmdit.scan = False  # one device would hold the loops' copies of frozen parameters whole
+    c.mmdit.scan = False  # the loops would copy all frozen parameters, on one device
     c.lora.update({"rank": 16, "alpha": 16.0, "targets": (r"mmdit/.*attn2?_(qkv|proj)",)})
     c.optimizer.update({"warmup_steps": 100, "grad_clip": 1.0})
     c.ema_decay = 0.0
@@ -75,7 +75,7 @@ def lora(c: ConfigDict) -> None:
 
 
 def smoke() -> ConfigDict:
-    """All parts of a run, on drawn shapes and with a small text encoder, in seconds."""
+    """All parts of a run, on synthetic shapes and with a small text encoder, in seconds."""
     c = openmoji_text.get_config("smoke")
     c.backbone = "mmdit"
     c.mmdit.update({"width": 16, "depth": 2, "num_heads": 2, "max_positions": 8, "base_size": 8})

@@ -3,7 +3,7 @@
 Command   python train.py --config=configs/sd_v1.py --workdir=runs/sd_v1
           --config.data.dir=IMAGES_WITH_CAPTIONS --config.first_stage.path=WORKDIR_OF_kl_f8
           --config.pretrained.clip_text=CLIP_VIT_L14 --config.tokenizer.path=CLIP_VIT_L14
-Variants  :inpainting (mask and masked picture beside the latent)
+Variants  :inpainting (mask and masked picture concatenated with the latent)
 Cost      859.52 M parameters, 123.06 M frozen; v1.2: 515,000 batches of 2,048 (150,000 A100-hours)
 Expected  inpainting, Places: FID 1.00, LPIPS 0.141
 """

@@ -3,7 +3,7 @@
 Command   python train.py --config=configs/sd_v2.py --workdir=runs/sd_v2
           --config.data.dir=IMAGES_WITH_CAPTIONS --config.first_stage.path=WORKDIR_OF_kl_f8
           --config.pretrained.clip_text=OPENCLIP_VIT_H14 --config.tokenizer.path=ITS_TOKENIZER
-Variants  :768 (v-prediction, 768²) :inpainting :depth (a depth map beside the latent)
+Variants  :768 (v-prediction, 768²) :inpainting :depth (a depth map with the latent)
 Cost      865.91 M parameters and 340.39 M frozen; 850,000 batches of 2,048 at 512²
 Expected  no number is published
 """

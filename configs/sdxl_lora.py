@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = sdxl.get_config()
     c.batch_size, c.num_steps = 4, 2000
     c.pretrained = ConfigDict()  # the encoders come with the rest, which an adaptation freezes
-    c.unet.scan = False  # one device would hold the loops' copies of frozen parameters whole
+    c.unet.scan = False  # the loops would copy all frozen parameters, on one device
     c.lora.update({"rank": 16, "alpha": 16.0})
     c.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 100, "grad_clip": 1.0})
     c.ema_decay = 0.0

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
 
 
 def captions(c: ConfigDict, width: int) -> None:
-    """Captions in BERT's word pieces, read by the paper's transformer of 32 layers."""
+    """Captions in BERT's word pieces, encoded by the paper's transformer of 32 layers."""
     c.tokenizer.update({"name": "bert", "max_length": 77})
     c.conditioners = ConfigDict(
         {"text": {"width": width, "depth": 32, "empty": (101, 102), "dtype": "bfloat16"}}

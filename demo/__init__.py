@@ -1,1 +1,1 @@
-"""The OpenMoji demonstration: its judge, its numbers, and the gallery of trained tasks."""
+"""The OpenMoji demonstration: its judges, its numbers, and the gallery of trained tasks."""

@@ -1,18 +1,18 @@
-"""The numbers and the page of docs/adapters.md: adapters that were trained for the demo's model.
+"""The numbers and pictures of docs/adapters.md: adapters that were trained for the demo's model.
 
     python -m demo.adapters --base=runs/demo/denoiser --control=runs/control
     python -m demo.adapters --base=runs/demo/denoiser --subject=runs/subject --prompt="it face"
     python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
 
-Of a control net: the F1 of edges between samples and their hints, which are edges of held-out
-pictures, beside that of the uncontrolled model at the same prompts, and both with empty prompts,
-which say nothing of the picture; and the page control.png, which shows hint | samples | truth. Of a
-subject, learned as a word or by DreamBooth: the share of samples whose nearest neighbour in the
-features of LPIPS is a picture of the subject, among those and pictures of the training split; and
-the demo's judge on both models. Of a style: the share of samples that a judge takes for Twemoji's,
-and another judge's accuracy on their groups, for captions that the adapter wasn't trained on; both
-are fitted on real pictures of both styles. The page style.png shows a sample of the base | samples
-| Twemoji's. The numbers go to adapters.json in the workdir of the adapter.
+For a control net, it measures the F1 of edges between samples and their hints, which are edges of
+held-out pictures, also for the uncontrolled model at the same prompts, and for both with empty
+prompts. The sheet control.png shows hint | samples | truth. For a subject, learned as a word or by
+DreamBooth, it measures the share of samples whose nearest neighbour in the features of LPIPS is a
+picture of the subject, among these and pictures of the training split; and the demo's judge on both
+models. For a style, it measures the share of samples that a judge takes for Twemoji's, and another
+judge's accuracy on their groups, for captions that weren't in the adapter's training; both are
+fitted on real pictures of both styles. The sheet style.png shows a sample of the base | samples |
+Twemoji's. The numbers go to adapters.json in the workdir of the adapter.
 """
 
 import json
@@ -41,7 +41,7 @@ from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
-SAMPLES = 4  # of each hint or caption
+SAMPLES = 4  # per hint or caption
 STYLES = ("openmoji", "twemoji")
 HINTS = 64  # held-out pictures
 OTHERS = 200  # pictures of the training split beside those of the subject
@@ -52,26 +52,26 @@ Pictures = UInt8[np.ndarray, "N H W 3"]
 def edge_f1(
     samples: Float[np.ndarray, "N H W 3"], hints: Float[np.ndarray, "N H W 3"], reach: int = 1
 ) -> Float[np.ndarray, " N"]:
-    """The F1 of each picture's edges: of hits, no farther than `reach` pixels from an edge there.
+    """The F1 of each picture's edges; a hit is at most `reach` pixels from an edge of the hint.
 
     samples: in [-1, 1]. hints: white lines on black, in [0, 1].
     """
     side = 2 * reach + 1
-    found, wanted = edges(samples)[..., :1], jnp.asarray(hints)[..., :1]
-    near_found, near_wanted = (
-        nn.max_pool(x, (side, side), padding="SAME") for x in (found, wanted)
+    drawn, wanted = edges(samples)[..., :1], jnp.asarray(hints)[..., :1]
+    near_drawn, near_wanted = (
+        nn.max_pool(x, (side, side), padding="SAME") for x in (drawn, wanted)
     )
 
     def share(part: Any, of: Any) -> Any:
         return jnp.sum(part * of, (1, 2, 3)) / jnp.maximum(jnp.sum(part, (1, 2, 3)), 1)
 
-    precision, recall = share(found, near_wanted), share(wanted, near_found)
+    precision, recall = share(drawn, near_wanted), share(wanted, near_drawn)
     f1 = 2 * precision * recall / jnp.maximum(precision + recall, 1e-9)
     return np.asarray(f1)
 
 
 def evaluate_control(base: Path, control: Path) -> dict[str, float]:
-    """Measure a control net on held-out edges, and draw its page."""
+    """Measure a control net on held-out edges, and draw its sheet."""
     model, net = load(base), load_adapter(control)
     config = workdir.load_config(base)
     test = data.make_source(config.data, "test")
@@ -80,17 +80,17 @@ def evaluate_control(base: Path, control: Path) -> dict[str, float]:
     cut = data.make_transform(config.data, train=False)
     truth = np.stack([cut(example)["image"] for example in examples])
     prompts, hints = [example["caption"] for example in examples], np.asarray(edges(truth))
-    each = np.repeat(hints, SAMPLES, 0)
+    repeated = np.repeat(hints, SAMPLES, 0)
     options = {"num_images": SAMPLES, "batch_size": 64}
     numbers, drawn = {}, {}
     for suffix, texts in (("_empty_prompt", [""] * len(prompts)), ("", prompts)):
-        controls = [(net, each, 1.0)]
+        controls = [(net, repeated, 1.0)]
         plain = model.sample(jax.random.key(0), texts, **options)
         drawn[suffix] = model.sample(jax.random.key(0), texts, controls=controls, **options)
         for name, reach in (("edge_f1", 1), ("edge_f1_exact", 0)):
-            f1 = float(edge_f1(drawn[suffix], each, reach).mean())
+            f1 = float(edge_f1(drawn[suffix], repeated, reach).mean())
             numbers[f"{name}{suffix}"] = f1
-            numbers[f"{name}{suffix}_uncontrolled"] = float(edge_f1(plain, each, reach).mean())
+            numbers[f"{name}{suffix}_uncontrolled"] = float(edge_f1(plain, repeated, reach).mean())
     of_rows = to_uint8(drawn[""]).reshape(len(places), SAMPLES, *drawn[""].shape[1:])
     rows = [
         (to_uint8(2 * hint - 1), samples, to_uint8(picture))
@@ -101,33 +101,33 @@ def evaluate_control(base: Path, control: Path) -> dict[str, float]:
 
 
 def nearest(samples: Pictures, references: Pictures, params: Any) -> np.ndarray:
-    """The number of the reference that is nearest to each sample. params: of LPIPS("alex")."""
+    """The index of the reference nearest to each sample. params: of LPIPS("alex")."""
 
     @jax.jit
     def distances(sample: Any, references: Any) -> Any:
         repeated = jnp.broadcast_to(sample, references.shape)
         return LPIPS("alex").apply({"params": params}, repeated, references)
 
-    theirs = np.stack([to_float(reference) for reference in references])
-    return np.array([np.argmin(distances(to_float(sample), theirs)) for sample in samples])
+    scaled = np.stack([to_float(reference) for reference in references])
+    return np.array([np.argmin(distances(to_float(sample), scaled)) for sample in samples])
 
 
 def evaluate_subject(base: Path, subject: Path, prompt: str, count: int) -> dict[str, float]:
-    """Measure how often a model draws its subject, and whether it draws others as before."""
+    """Measure how often a model draws its subject, and how well others, before and after."""
     models = {"before": load(base), "after": load(subject)}
-    config, own = workdir.load_config(base), workdir.load_config(subject)
+    config, adapted = workdir.load_config(base), workdir.load_config(subject)
     train = data.make_source(config.data, "train")
     examples = [train[i] for i in range(len(train))]
     size = config.data.image_size
-    pictures = data.make_source(own.data, "train")
-    own_pictures = [pictures[i]["image"] for i in range(len(pictures))]
+    pictures = data.make_source(adapted.data, "train")
+    of_subject = [pictures[i]["image"] for i in range(len(pictures))]
     others = [examples[i]["image"] for i in np.linspace(0, len(examples) - 1, OTHERS).astype(int)]
-    references = np.stack([windows.fit(x, (size, size)) for x in [*own_pictures, *others]])
+    references = np.stack([windows.fit(x, (size, size)) for x in [*of_subject, *others]])
     samples = to_uint8(models["after"].sample(jax.random.key(0), [prompt], num_images=count))
     params = load_lpips_params("alex")
     of_base = to_uint8(models["before"].sample(jax.random.key(0), [prompt], num_images=count))
     numbers = {
-        name: float((nearest(drawn, references, params) < len(own_pictures)).mean())
+        name: float((nearest(drawn, references, params) < len(of_subject)).mean())
         for name, drawn in (("recognised", samples), ("recognised_before", of_base))
     }
     judged = Judged(examples)
@@ -139,7 +139,7 @@ def evaluate_subject(base: Path, subject: Path, prompt: str, count: int) -> dict
 
 
 def both_styles(config: Any, split: str) -> tuple[list[dict[str, Any]], Pictures, np.ndarray]:
-    """The examples of a split in the two styles, their pictures, their styles as numbers."""
+    """The examples of a split in both styles, their pictures, and their styles as numbers."""
     sources = [openmoji_source.of_styles(config, split, [style]) for style in STYLES]
     examples = [source[i] for source in sources for i in range(len(source))]
     pictures = np.stack([example["image"] for example in examples])
@@ -147,8 +147,8 @@ def both_styles(config: Any, split: str) -> tuple[list[dict[str, Any]], Pictures
 
 
 def evaluate_style(base: Path, style: Path) -> dict[str, float]:
-    """Measure how often samples are in Twemoji's style and still of their group; draw the page."""
-    config, own = workdir.load_config(base), workdir.load_config(style)
+    """Measure how often samples are in Twemoji's style and of their group; draw the sheet."""
+    config, adapted = workdir.load_config(base), workdir.load_config(style)
     examples, pictures, styles = both_styles(config.data, "train")
     held_out, real, real_styles = both_styles(config.data, "test")
     of_style = judge.fit(pictures, styles)
@@ -158,9 +158,9 @@ def evaluate_style(base: Path, style: Path) -> dict[str, float]:
         "style_accuracy_real": judge.balanced_accuracy(of_style, real, real_styles),
         "group_accuracy_real": judge.balanced_accuracy(of_group, real, real_groups),
     }
-    truth = {e["caption"]: e["image"] for e, one in zip(examples, styles, strict=True) if one}
-    unseen = truth.keys() - set(captions(data.make_source(own.data, "train")))
-    others = [e for e, one in zip(examples, styles, strict=True) if not one]
+    truth = {e["caption"]: e["image"] for e, s in zip(examples, styles, strict=True) if s == 1}
+    unseen = truth.keys() - set(captions(data.make_source(adapted.data, "train")))
+    others = [e for e, s in zip(examples, styles, strict=True) if s == 0]
     prompts, labels = training_captions([e for e in others if e["caption"] in unseen], PER_GROUP)
     drawn = {}
     for when, path in (("before", base), ("after", style)):
@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    BASE = flags.DEFINE_string("base", "runs/demo/denoiser", "The model that was adapted.")
+    BASE = flags.DEFINE_string("base", "runs/demo/denoiser", "Workdir of the adapted model.")
     CONTROL = flags.DEFINE_string("control", None, "Workdir of a control net.")
     SUBJECT = flags.DEFINE_string("subject", None, "Workdir of a model that learned a subject.")
     OF_STYLE = flags.DEFINE_string("style", None, "Workdir of a model that learned a style.")

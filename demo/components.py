@@ -1,10 +1,11 @@
-"""How many numbers for 4×4 pixels do colours need? A linear first stage of both styles.
+"""Measures how many latent channels colours need, with a linear first stage of both styles.
 
     python -m demo.components
 
 Principal components of blocks of 4×4 pixels, fitted on training pictures, are the best linear
-latents with f = 4. The rows of a Markdown table say, for each number of them, the PSNR of held-out
-pictures and the judge of `judged.Coloured` on reconstructed hearts, circles and squares.
+latents with f = 4. For each number of components, a row of a Markdown table has the PSNR of
+held-out pictures and the accuracy of `judged.Coloured` on reconstructed hearts, circles and
+squares.
 """
 
 import numpy as np
@@ -36,7 +37,7 @@ class Linear:
     def reconstruct(
         self, images: UInt8[np.ndarray, "N H W 3"], count: int
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Decode what `count` components encode."""
+        """The images' reconstructions from `count` components."""
         basis = self.components[:, :count]
         coded = (blocks(images) - self.mean) @ basis @ basis.T + self.mean
         n, h, w, _ = coded.shape

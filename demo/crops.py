@@ -1,9 +1,9 @@
-"""Do samples show the cuts of the training's crops? A table and a picture of two models.
+"""Measures whether samples look like random crops, with and without the condition on crops.
 
     python -m demo.crops --workdir=runs/crops
 
-The workdir holds the runs of configs/openmoji_crops.py: told/ knows of the crops, untold/ doesn't.
-Writes crops.json and crops.png into it.
+The workdir has the runs of configs/openmoji_crops.py: told/ has this condition, untold/ doesn't.
+Writes a table, crops.json, and a picture, crops.png, into it.
 """
 
 import json
@@ -32,9 +32,9 @@ def ink(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N H W"]:
 
 
 def off_centre(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, " N"]:
-    """Distance of the ink's centre of mass from the middle, in sides of the picture.
+    """Distance of the ink's centre of mass from the middle, as a share of the picture's side.
 
-    White pictures have no centre; they are left out.
+    White pictures have no centre and are left out.
     """
     amount = ink(images)
     amount = amount[amount.sum((1, 2)) > 0]
@@ -62,15 +62,17 @@ def evaluate(root: Path) -> dict[str, dict[str, float]]:
     examples = [source[int(i)] for i in order]
     whole = [e["image"] for e in examples if e["image"].shape[:2] == (side, side)][:COUNT]
     crops = [transform(e, np.random.default_rng(i)) for i, e in enumerate(examples[:COUNT])]
-    told, untold = (load(root / name) for name in ("told", "untold"))
+    informed, uninformed = (load(root / name) for name in ("told", "untold"))
     rng, wide = jax.random.key(0), {"original_size": (side, 2 * side)}
     rows = {
         "whole drawings": np.stack(whole),
         "training crops": to_uint8(np.stack([example["image"] for example in crops])),
-        "untold": untold.sample(rng, num_images=COUNT),
-        "told: whole": told.sample(rng, num_images=COUNT),
-        "told: left end": told.sample(rng, num_images=COUNT, crop_top_left=(0, 2), **wide),
-        "told: right end": told.sample(rng, num_images=COUNT, crop_top_left=(0, side - 2), **wide),
+        "untold": uninformed.sample(rng, num_images=COUNT),
+        "told: whole": informed.sample(rng, num_images=COUNT),
+        "told: left end": informed.sample(rng, num_images=COUNT, crop_top_left=(0, 2), **wide),
+        "told: right end": informed.sample(
+            rng, num_images=COUNT, crop_top_left=(0, side - 2), **wide
+        ),
     }
     rows = {name: x if x.dtype == np.uint8 else to_uint8(x) for name, x in rows.items()}
     numbers = {
@@ -95,5 +97,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", "runs/crops", "Holds told/ and untold/.")
+    WORKDIR = flags.DEFINE_string("workdir", "runs/crops", "Folder of told/ and untold/.")
     app.run(main)

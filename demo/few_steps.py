@@ -1,14 +1,14 @@
-"""The table and the pictures of docs/few_steps.md: a distilled student beside its teacher.
+"""The table and pictures of docs/few_steps.md, which compare a distilled student with its teacher.
 
     python -m demo.few_steps --teacher=runs/demo/denoiser --student=runs/demo/few_steps
         --phased=runs/demo/phased --preview=runs/demo/preview
 
 Writes few_steps.json and few_steps.png into the student's workdir. Fréchet distances are of the
 features of AlexNet, between samples for captions of the test split and the training pictures (fd)
-or the first stage's reconstructions of them (fd_reconstructed): a first stage's errors are the
-larger part of the first. Standard errors are a jackknife's. The judge of `demo.judge` measures
-accuracies. With --phased there is a student of four phases, too; with --preview, the students'
-samples are also decoded by that tiny decoder.
+or the first stage's reconstructions of these (fd_reconstructed); most of fd comes from the first
+stage's errors. Standard errors are by the jackknife. The judge of `demo.judge` measures accuracies.
+--phased adds a student of four phases; --preview also decodes the students' samples by a tiny
+decoder.
 """
 
 import json
@@ -34,10 +34,10 @@ from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
-SCALE = 2.0  # of the teacher's guidance
+SCALE = 2.0  # the teacher's guidance scale
 SHOWN = (*SEEN[:5], *HELD_OUT[:3])
 BATCH, SEEDS = 128, 4  # images at once; sets of samples for the judge
-# name of a row -> who draws, and how
+# name of a row -> the model that draws, and its options
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher, DDIM, 20 steps": ("teacher", {"sampler": "ddim", "num_steps": 20}),
     "phased student, 4": ("phased", {}),
@@ -69,19 +69,19 @@ def evaluate(
     net, cache = make_features("alexnet"), student / "evaluations"
     real = generate.of_data(config, "train")
     first_stage = models["teacher"].first_stage
-    assert first_stage is not None  # every workdir has one
-    seen = collect_reconstructions(
+    assert first_stage is not None  # every workdir has a first stage
+    arrays = collect_reconstructions(
         first_stage, real.read, real.count, ["rfd"], cache / "few_steps_train", net=net
     )
     references = {
-        "fd": gaussian(seen["features"]), "fd_reconstructed": gaussian(seen["features_rec"])
+        "fd": gaussian(arrays["features"]), "fd_reconstructed": gaussian(arrays["features_rec"])
     }  # fmt: skip
     numbers, drawn = {}, []
-    for row, (who, options) in ROWS.items():
-        if who not in models:
+    for row, (name_of_model, options) in ROWS.items():
+        if name_of_model not in models:
             continue
-        model, options = models[who], dict(options)
-        if who == "teacher":
+        model, options = models[name_of_model], dict(options)
+        if name_of_model == "teacher":
             options |= {"guidance_scale": SCALE}
         transform = data.make_transform(config.data, train=False)
         conditions = generate.conditions_of(model, test, transform, count, 0)
@@ -101,7 +101,7 @@ def evaluate(
         numbers[row] = {"images_per_second": rate}
         for name, distance in distances.items():
             numbers[row] |= {name: distance.value, f"{name}_error": distance.error}
-        accuracies = np.mean([judged.accuracies(each) for each in samples], 0)
+        accuracies = np.mean([judged.accuracies(images) for images in samples], 0)
         numbers[row] |= dict(zip(("tone", "group"), map(float, accuracies), strict=True))
         shown = to_uint8(model.sample(jax.random.key(2), SHOWN, **options))
         drawn.append((row, shown))
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate; the rows are printed while they are measured."""
+    """Evaluate; each row is printed when it is measured."""
     quiet_and_cached()
     try:
         phased, preview = (Path(v) if v else None for v in (PHASED.value, PREVIEW.value))

@@ -1,9 +1,9 @@
-"""First stages side by side: a Markdown table and a picture of held-out reconstructions.
+"""Compares first stages: a Markdown table and a picture of held-out reconstructions.
 
     python -m demo.first_stages --root=runs/first_stages
 
 Every folder in the root is the workdir of a first stage after `python -m latent_diffusion.evaluate
---workdir=...`. The standard deviation of the latents and the number of used codes are those of all
+--workdir=...`. The standard deviation of the latents and the number of used codes are over all
 held-out pictures.
 """
 
@@ -24,7 +24,7 @@ from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
-ROOT = flags.DEFINE_string("root", "runs/first_stages", "Holds the workdirs to compare.")
+ROOT = flags.DEFINE_string("root", "runs/first_stages", "Folder of the workdirs to compare.")
 
 COLUMNS = ("PSNR", "SSIM", "LPIPS", "latent std", "codes in use", "s/step", "parameters")
 SHOWN = 12
@@ -64,7 +64,7 @@ def row(directory: Path, model: Model, images: np.ndarray) -> list[str]:
 
 
 def compare(root: Path) -> str:
-    """The table; writes reconstructions.png into the root. ValueError if it holds no workdir."""
+    """The table; writes reconstructions.png into the root. ValueError if it has no workdir."""
     directories = sorted(path.parent for path in root.glob("*/config.json"))
     if not directories:
         raise ValueError(f"{root} holds no workdir")

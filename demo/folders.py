@@ -1,11 +1,11 @@
-"""Folders of a few pictures with captions, of a style or of a subject, for training adapters.
+"""Writes folders of a few pictures with captions, of a style or a subject, for training adapters.
 
     python -m demo.folders --out=runs/style/pictures --style=twemoji --count=200
     python -m demo.folders --out=runs/subject/pictures --style=twemoji --subject="lion" --word=it
 
-A style: training pictures of many subjects, evenly spread over the code points, with their
-captions. A subject: one drawing at other places and sizes and a little turned, whose captions are
-`word` and the class, "it face".
+For a style, it writes training pictures of many subjects, evenly spread over the code points, with
+their captions. For a subject, it writes one drawing at several positions, sizes and small
+rotations, with the caption of `word` and the class, "it face".
 """
 
 import csv
@@ -33,7 +33,7 @@ def write_style(out: Path, style: str, count: int) -> None:
 
 
 def write_subject(out: Path, style: str, subject: str, caption: str) -> None:
-    """Write a drawing five times: other turns, sizes and places.
+    """Write a drawing five times, with different rotations, sizes and positions.
 
     Raises ValueError for a subject that the style doesn't draw.
     """
@@ -64,7 +64,7 @@ def write(out: Path, pictures: list[tuple[Image.Image, str]]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Write one folder."""
+    """Write the folder."""
     out = Path(OUT.value)
     try:
         if SUBJECT.value:
@@ -78,9 +78,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     OUT = flags.DEFINE_string("out", None, "The folder.", required=True)
-    STYLE = flags.DEFINE_enum("style", "twemoji", ["openmoji", "twemoji"], "Who drew them.")
+    STYLE = flags.DEFINE_enum("style", "twemoji", ["openmoji", "twemoji"], "The drawings' source.")
     COUNT = flags.DEFINE_integer("count", 200, "Pictures of a style.", lower_bound=1)
     SUBJECT = flags.DEFINE_string("subject", None, "The caption of one drawing.")
-    WORD = flags.DEFINE_string("word", "it", "What the subject is called in the captions.")
-    CLASS = flags.DEFINE_string("class", "face", "The word of its class behind; may be empty.")
+    WORD = flags.DEFINE_string("word", "it", "The subject's word in the captions.")
+    CLASS = flags.DEFINE_string("class", "face", "The next word, for its class; may be empty.")
     app.run(main)

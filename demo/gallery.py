@@ -1,12 +1,12 @@
-"""One picture for each trained task: conditions, samples and ground truth.
+"""Draws a sheet for each trained task: conditions, samples and ground truth.
 
     python -m demo.gallery --workdir=runs/gallery
 
-Every folder in the workdir that holds a trained denoiser or prior becomes NAME.png beside it, with
-a row for each of some test examples: condition | samples | ground truth. A folder with a classifier
-(see configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each
-class. A model of text also draws image_to_image.png, and the unconditional one image_guiding.png. A
-denoiser whose conditions may have any size also draws NAME_larger.png, at twice the trained size.
+Every folder in the workdir with a trained denoiser or prior becomes NAME.png beside it, with a row
+for each of some test examples: condition | samples | ground truth. A folder with a classifier (see
+configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
+text model also draws image_to_image.png, and the unconditional model image_guiding.png. A denoiser
+whose conditions may have any size also draws NAME_larger.png, at twice the size of training.
 """
 
 import sys
@@ -37,10 +37,10 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; ui
 
 
 def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 1) -> Image.Image:
-    """The sheet of one trained denoiser or prior, on evenly spaced examples of its test split.
+    """The sheet of a trained denoiser or prior, for evenly spaced examples of its test split.
 
-    A model of classes draws a row for each class, whatever `rows` says. scale: the side of the
-    pictures over the trained one, for models whose condition determines the size.
+    A model of classes draws a row for each class and ignores `rows`. scale: the side of the
+    pictures ÷ that in training, for models whose condition determines the size.
     """
     config, model = workdir.load_config(directory), load(directory)
     config.data.image_size *= scale
@@ -122,7 +122,7 @@ def draw_image_to_image(directory: Path, rows: int, seed: int) -> Image.Image:
 
 
 def _spread(source: Any, rows: int) -> np.ndarray:
-    """The places of `rows` examples, evenly spaced."""
+    """The indices of `rows` examples, evenly spaced."""
     return np.linspace(0, len(source) - 1, rows).round().astype(int)
 
 
@@ -148,7 +148,7 @@ def _argument(key: str, examples: Sequence[Any], batch: Sequence[Any]) -> Any:
 
 
 def _condition(config: Any, source: Any, example: Any, made: Any, keys: Sequence[str]) -> Any:
-    """A picture of the conditions of one example."""
+    """A picture of the condition of an example."""
     pictures = {
         "tokens": lambda: text(first_caption(example)),
         "class_label": lambda: text(source.class_names[int(example["class_label"])]),
@@ -170,7 +170,7 @@ def _layout(config: Any, source: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(config: Any, embedding: np.ndarray) -> np.ndarray:
-    """The pictures whose embeddings are the condition, four in a square."""
+    """A square of the four pictures whose embeddings are the condition."""
     train = data.make_source(config.data, "train")
     database = retrieval.embeddings_of(train, config.data, "train")
     places, _ = database.search(embedding[None], min(4, config.data.num_neighbours))
@@ -260,9 +260,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string(
-        "workdir", "runs/gallery", "Holds a folder for each trained task."
+        "workdir", "runs/gallery", "It has a folder for each trained task."
     )
     ROWS = flags.DEFINE_integer("rows", 8, "Test examples.")
     SAMPLES = flags.DEFINE_integer("samples", 5, "Samples for each of them.")
-    SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
+    SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
     app.run(main)

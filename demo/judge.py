@@ -1,7 +1,7 @@
 """Judges of samples: of tones, groups and styles by classifiers, of colours by nearest pictures.
 
-The classifiers are fitted on real training pictures only. Their accuracy on real held-out pictures
-is reported beside their verdict on samples.
+The classifiers are fitted only on real training pictures. Their accuracy on real held-out pictures
+is reported beside that on samples.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def balanced_accuracy(
     images: UInt8[np.ndarray, "N H W 3"],
     labels: Int[np.ndarray, " N"],
 ) -> float:
-    """Mean over the classes of the share of pictures that the judge classifies rightly."""
+    """Mean over the classes of the share of pictures that the judge classifies correctly."""
     return float(balanced_accuracy_score(labels, judge.predict(features(images))))
 
 
@@ -58,12 +58,12 @@ def colour_accuracy(
 
     captions: "red heart" or "twemoji red heart", of each sample. real: the real picture of every
     caption. A sample's colour is right if, among the real pictures of its shape and style (the
-    caption without its last but one word), the one of its caption has the nearest colour.
+    caption without its last but one word), the picture of its caption has the nearest colour.
     """
     names = list(real)
     shapes = np.array([" ".join([*name.split()[:-2], name.split()[-1]]) for name in names])
     colours = middle_colours(np.stack([real[name] for name in names]))
-    asked = np.array([names.index(caption) for caption in captions])
+    index = np.array([names.index(caption) for caption in captions])
     distances = np.linalg.norm(middle_colours(samples)[:, None] - colours, axis=-1)
-    distances[shapes[asked][:, None] != shapes] = np.inf
-    return float((distances.argmin(1) == asked).mean())
+    distances[shapes[index][:, None] != shapes] = np.inf
+    return float((distances.argmin(1) == index).mean())

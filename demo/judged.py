@@ -1,4 +1,4 @@
-"""The judges of the demo: fitted on real pictures, with the prompts that they ask for."""
+"""The judges of the demo, which are fitted on real pictures, and the prompts of their tests."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
 
 PER_GROUP = 30
 PER_COLOUR = 6
-PER_SUBJECT = 4  # samples of a prompt without style, whose diversity is measured
+PER_SUBJECT = 4  # samples per prompt without style, for the measure of diversity
 SUBJECTS = 36
 _COLOURED = re.compile(
     r"(?:\w+moji )?(?:red|orange|yellow|green|blue|purple|brown|black|white|pink|grey) "
@@ -24,7 +24,7 @@ _COLOURED = re.compile(
 
 
 def first_caption(example: dict[str, Any]) -> str:
-    """The caption that names the style, where there are two."""
+    """The caption, or of two captions the first, which names the style."""
     caption = example["caption"]
     return caption if isinstance(caption, str) else caption[0]
 
@@ -43,9 +43,9 @@ def training_captions(
 
 
 class Judged:
-    """Judges of skin tones and groups, the prompts that they ask for, and the right answers.
+    """Judges of skin tones and groups, the prompts of their tests, and the right answers.
 
-    Where the examples have two styles, the prompts name one of them, in turn.
+    If the examples have two styles, the prompts name them in turn.
     """
 
     def __init__(self, examples: list[dict[str, Any]]):
@@ -69,20 +69,20 @@ class Judged:
         return np.array([self.styles.index(caption.split()[0]) for caption in captions])
 
     def tone_accuracy(self, images: np.ndarray, captions: list[str]) -> float:
-        """Of the pictures whose captions name a tone."""
+        """The accuracy of tones in pictures whose captions name a tone."""
         tones = np.array([openmoji.skin_tone(caption) for caption in captions])
         return judge.balanced_accuracy(self._tone, images[tones >= 0], tones[tones >= 0])
 
     def group_accuracy(self, images: np.ndarray, groups: list[int]) -> float:
-        """Of pictures of these groups."""
+        """The accuracy of groups in pictures of these groups."""
         return judge.balanced_accuracy(self._group, images, np.array(groups))
 
     def style_accuracy(self, images: np.ndarray, captions: list[str]) -> float:
-        """Of pictures whose captions name a style."""
+        """The accuracy of styles in pictures whose captions name a style."""
         return judge.balanced_accuracy(self._style, images, self._styles_of(captions))
 
     def accuracies(self, samples: np.ndarray) -> tuple[float, float]:
-        """Of samples for all prompts: tones of held-out combinations, groups of the others."""
+        """Accuracies of samples for all prompts: tones of held-out combinations, other groups."""
         count = len(self._held_out)
         tone = self.tone_accuracy(samples[:count], self._held_out)
         return tone, self.group_accuracy(samples[count:], self._groups)
@@ -101,12 +101,12 @@ class Coloured:
         self.prompts = [name for name in self.real for _ in range(PER_COLOUR)]
 
     def accuracy(self, samples: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str]) -> float:
-        """Share of the right colour among samples of the captions."""
+        """The share of samples that have the colour of their caption."""
         return judge.colour_accuracy(samples, captions, self.real)
 
 
 class Diverse:
-    """Prompts without a style, whose samples may differ as much as real pictures of two styles."""
+    """Prompts without a style, and the diversity of their samples relative to two real styles."""
 
     def __init__(self, examples: list[dict[str, Any]]):
         pictures: dict[str, list[np.ndarray]] = {}

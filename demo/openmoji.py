@@ -2,8 +2,8 @@
 
     python -m demo.openmoji --workdir=runs/demo
 
-Writes metrics.json, reconstructions.png, samples.png and losses.png into the workdir, which holds
-the trained first_stage/ and denoiser/.
+Writes metrics.json, reconstructions.png, samples.png and losses.png into the workdir, which has the
+trained first_stage/ and denoiser/.
 """
 
 import json
@@ -184,5 +184,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Holds first_stage/ and denoiser/.")
+    WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of first_stage/ and denoiser/.")
     app.run(main)

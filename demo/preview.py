@@ -1,4 +1,4 @@
-"""A tiny decoder beside the full one: PSNR of held-out pictures, and pictures a second.
+"""Compares a tiny decoder with the full decoder: PSNR of held-out pictures, pictures per second.
 
     python -m demo.preview --model=runs/demo/denoiser --preview=runs/demo/preview
 
@@ -24,9 +24,9 @@ BATCH, REPEATS = 128, 20
 
 
 def measure(model: Any, preview: Any, images: np.ndarray) -> dict[str, dict[str, float]]:
-    """PSNR in dB of images [N H W 3] in [-1, 1], and decoded pictures a second, by decoder.
+    """PSNR in dB of images [N H W 3] in [-1, 1], and decoded pictures per second, by decoder.
 
-    The speed is that of the fastest of many calls, which the decoders take in turns.
+    The speed is that of the fastest of many calls, in which the decoders alternate.
     """
     x = jnp.asarray(images)
     parts = [model.encode(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
