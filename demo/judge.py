@@ -1,7 +1,7 @@
 """Judges of samples: of tones, groups and styles by classifiers, of colours by nearest pictures.
 
 The classifiers are fitted only on real training pictures. Their accuracy on real held-out pictures
-is reported beside that on samples.
+is reported, too.
 """
 
 from collections.abc import Sequence

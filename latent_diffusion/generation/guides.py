@@ -28,8 +28,8 @@ DISTANCES = {"l2": None, "lpips": "alex"}
 def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
     """Raise ValueError for a classifier that was trained with other noise than the denoiser."""
     if classifier is not None:
-        alphas, wanted = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
-        if alphas.shape != wanted.shape or not np.allclose(alphas, wanted, atol=1e-6):
+        alphas, expected = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
+        if alphas.shape != expected.shape or not np.allclose(alphas, expected, atol=1e-6):
             raise ValueError("the classifier was trained with another noise schedule")
 
 

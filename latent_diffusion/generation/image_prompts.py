@@ -103,8 +103,8 @@ def _embedded(adapter: ImagePrompt, values: Any) -> np.ndarray:
 
 def _cut(image: UInt8[np.ndarray, "H W 3"], side: int) -> Float[np.ndarray, "S S 3"]:
     """The middle square of a picture, resized to `side` pixels, in [-1, 1]."""
-    where = windows.window(image.shape[:2], (side, side), "center", side, np.random.default_rng())
-    return to_float(windows.cut(image, where, (side, side)))
+    box = windows.window(image.shape[:2], (side, side), "center", side, np.random.default_rng())
+    return to_float(windows.cut(image, box, (side, side)))
 
 
 def _null(adapter: ImagePrompt) -> np.ndarray:

@@ -32,6 +32,6 @@ class NoisyClassifier(flax.struct.PyTreeNode):
     def log_prob(
         self, z_t: Float[Array, "B h w c"], t: Num[Array, ""], labels: Int[Array, " B"]
     ) -> Float[Array, " B"]:
-        """log p(label | z_t) in nats, all at one timestep, for `guidance.by_classifier`."""
+        """log p(label | z_t) in nats, all at the same timestep, for `steering.by_classifier`."""
         scores = self.logits(z_t, jnp.broadcast_to(t, z_t.shape[:1]))
         return jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], 1)[:, 0]

@@ -48,7 +48,7 @@ class Prepared(flax.struct.PyTreeNode):
     """A conditioning, and the network's intermediate results that don't depend on the latent.
 
     of_context: keys and values of the cross-attention, [B ...]. of_timestep: projections of the
-    timestep embedding at all N timesteps, [B N F]; None where all examples share them.
+    timestep embedding at all N timesteps, [B N F]; None if all examples share them.
     """
 
     conditioning: Conditioning

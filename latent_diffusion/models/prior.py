@@ -27,7 +27,7 @@ from latent_diffusion.nets.prior import CodeTransformer, front_of
 from latent_diffusion.process import decoding
 from latent_diffusion.process.options import PriorOptions
 
-Known = tuple[Array, Array]  # codes [B L] and where they are known [B L]
+Known = tuple[Array, Array]  # codes [B L] and which of them are known [B L]
 
 
 class Prior(flax.struct.PyTreeNode):
@@ -188,7 +188,7 @@ class Prior(flax.struct.PyTreeNode):
 def make_prior(transformer: Config, conditioners: Config, autoencoder: nn.Module) -> Prior:
     """A prior without parameters, over the codes of `autoencoder`.
 
-    transformer, conditioners: the fields of a config. Raises ValueError where parts don't fit.
+    transformer, conditioners: the fields of a config. Raises ValueError if parts don't fit.
     """
     if getattr(autoencoder, "regularization", "none") not in WITH_CODEBOOK:
         raise ValueError(

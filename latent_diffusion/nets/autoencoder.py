@@ -229,7 +229,7 @@ class Autoencoder(Architecture):
     def encode(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B h w m"]:
         """Moments of the latent: mean and log-variance (m = 2c) for kl, the latent (m = c) else.
 
-        Raises ValueError where height or width is not a multiple of f.
+        Raises ValueError if height or width is not a multiple of f.
         """
         if x.shape[-1] != self.image_channels:
             raise ValueError(

@@ -74,7 +74,7 @@ class CodeAttention(nn.Module):
 
 
 class CodeBlock(nn.Module):
-    """Self-attention, cross-attention where there is a context, two linear maps with a GELU."""
+    """Self-attention, cross-attention if there is a context, two linear maps with a GELU."""
 
     num_heads: int
     causal: bool = True
@@ -192,7 +192,7 @@ class CodeTransformer(nn.Module):
         return tuple((zeros, zeros) for _ in range(self.depth))
 
     def check_length(self, front: int, codes: int) -> None:
-        """Raise ValueError where a sequence of `front` tokens and `codes` codes doesn't fit."""
+        """Raise ValueError if a sequence of `front` tokens and `codes` codes doesn't fit."""
         if self.causal and not front:
             raise ValueError(
                 "a causal prior reads a token before the first code: "
@@ -224,7 +224,7 @@ class CodeTransformer(nn.Module):
 def front_of(conditioning: Conditioning, batch_size: int) -> Int[Array, "B P"]:
     """The tokens in front of the codes: those of sentences, then those of maps, row by row.
 
-    Raises ValueError where the conditioning has another number of examples.
+    Raises ValueError if the conditioning has another number of examples.
     """
     for x in (conditioning.tokens, conditioning.token_maps, conditioning.context):
         if x is not None and x.shape[0] != batch_size:

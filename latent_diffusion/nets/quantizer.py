@@ -92,7 +92,7 @@ class VectorQuantizer(nn.Module):
         )
 
     def nearest(self, z: Float[Array, "... c"]) -> Int[Array, "..."]:
-        """Indices of the codes at the smallest Euclidean distance; the first where several tie."""
+        """Indices of the codes at the smallest Euclidean distance; among ties the first."""
         codes = self._codes()
         # |z|² is the same for all codes. Full precision: rounded products choose other codes.
         product = jnp.matmul(self._on_sphere(z), codes.T, precision=jax.lax.Precision.HIGHEST)

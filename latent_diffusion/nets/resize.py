@@ -1,4 +1,4 @@
-"""The resizing of released networks, where `jax.image.resize` differs."""
+"""Resizing as in released networks, from which `jax.image.resize` differs."""
 
 import functools
 

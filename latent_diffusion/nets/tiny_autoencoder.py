@@ -120,7 +120,7 @@ class TinyAutoencoder(nn.Module):
         )
 
     def encode(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B h w c"]:
-        """Latents. Raises ValueError where height or width is not a multiple of f."""
+        """Latents. Raises ValueError if height or width is not a multiple of f."""
         f = self.downsampling
         if x.shape[1] % f or x.shape[2] % f:
             raise ValueError(

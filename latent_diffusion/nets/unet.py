@@ -78,8 +78,8 @@ class UNet(nn.Module):
     out_channels: channels of the prediction. model_channels: width at full resolution.
     attention_resolutions: downsampling *factors* (1, 2, 4 …) at which blocks carry attention.
     num_heads, num_head_channels: number or width of heads; the width counts if both are set.
-    transformer_depth: 0 means plain self-attention (no context), else blocks per transformer; one
-    number, or one for each level (Stable Diffusion XL).
+    transformer_depth: 0 means plain self-attention (no context), else blocks per transformer; a
+    number, or a number for each level (Stable Diffusion XL).
     middle_depth: the same for the middle; None takes the last level's depth.
     disable_self_attentions: per level, replace self-attention by a second cross-attention.
     vector_projection: pass `conditioning.vector` through a two-layer map to the embedding width.

@@ -66,7 +66,7 @@ def dynamic_threshold(
 def norm_threshold(
     denoise: Denoiser, schedule: NoiseSchedule, limit: float, recompute_eps: bool = True
 ) -> Denoiser:
-    """Scale z_0 down where an example's root mean square exceeds `limit` (for latents)."""
+    """Scale z_0 down if an example's root mean square exceeds `limit` (for latents)."""
 
     def threshold(z_0: Array) -> Array:
         rms = jnp.sqrt(jnp.mean(z_0**2, axis=tuple(range(1, z_0.ndim)), keepdims=True))

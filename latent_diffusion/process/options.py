@@ -151,7 +151,7 @@ class SamplingOptions:
         range="(0, inf)",
     )
     timesteps: Any = _choice(
-        None, float, "the timesteps of the given spacing", count=None, range="[0, inf)"
+        None, float, "the timesteps of the spacing given", count=None, range="[0, inf)"
     )
     guidance_scale: Any = _number(
         1.0,
@@ -169,7 +169,7 @@ class SamplingOptions:
     guidance_channels: Any = _choice(
         None,
         int,
-        "channels of the latent that are guided, from the first; DiT's own code guides 3 of 4",
+        "number of latent channels that are guided, from the first; DiT's code guides 3 of 4",
         range="[1, inf)",
     )
     cfg_pp: Any = _choice(False, bool, "CFG++: guidance_scale lies in [0, 1]")
@@ -211,7 +211,11 @@ class SamplingOptions:
     )
     quantize_x0: Any = _choice(False, bool, "estimates of z_0 become their closest codes")
     strength: Any = _number(
-        1.0, "[0, 1]", "share of the steps, the last, that change image", off=1.0, needs="image"
+        1.0,
+        "[0, 1]",
+        "share of the steps, counted from the end, that change image",
+        off=1.0,
+        needs="image",
     )
     eta: Any = _number(
         None, "[0, inf)", "share of fresh noise in ddim, tcd and the ancestral and SDE samplers"

@@ -27,15 +27,15 @@ class NoiseSchedule:
     """Tables over t = 0 … T−1 of z_t = alpha_t z_0 + sigma_t eps.
 
     Every method takes integer or float timesteps of any shape. A negative t stands for clean data;
-    a fractional t interpolates log(sigma/alpha) linearly, as in k-diffusion, or alpha and sigma
-    themselves where the path is `straight`, as a flow's is, up to T−2; t beyond T−1 is T−1.
+    a fractional t interpolates log(sigma/alpha) linearly, as in k-diffusion, or alpha and sigma if
+    the path is `straight`, as that of a flow, up to T−2; t beyond T−1 is T−1.
     """
 
     betas: Float[Array, " T"]  # 1 − ᾱ_t / ᾱ_{t−1}
     alphas_cumprod: Float[Array, " T"]  # ᾱ = alpha² / (alpha² + sigma²)
     alphas: Float[Array, " T"]
     sigmas: Float[Array, " T"]
-    log_snr: Float[Array, " T"]  # log(alpha² / sigma²), finite also where alpha is 0
+    log_snr: Float[Array, " T"]  # log(alpha² / sigma²), but finite if alpha is 0
     times: Float[Array, " T"] | None = None  # the network's time input; None is t itself
     straight: bool = flax.struct.field(pytree_node=False, default=False)  # alpha + sigma = 1
 

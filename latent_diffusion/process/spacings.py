@@ -108,8 +108,8 @@ def _listed(
     if len(listed) == num:
         return listed
     values = np.interp(listed, np.arange(len(log_snr)), log_snr)
-    wanted = np.interp(np.linspace(0, 1, num), np.linspace(0, 1, len(listed)), values)
-    return _timesteps_at(log_snr, wanted)
+    log_snrs = np.interp(np.linspace(0, 1, num), np.linspace(0, 1, len(listed)), values)
+    return _timesteps_at(log_snr, log_snrs)
 
 
 def _lcm(log_snr: np.ndarray, num: int, end: int, distilled_steps: int = 50) -> np.ndarray:
@@ -145,18 +145,18 @@ def _shifted(log_snr: np.ndarray, num: int, end: int, shift: float = 1.0) -> np.
     return total * shifted(even, shift) - 1
 
 
-def _timesteps_at(log_snr: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    return np.interp(-wanted, -log_snr, np.arange(len(log_snr)))
+def _timesteps_at(log_snr: np.ndarray, log_snrs: np.ndarray) -> np.ndarray:
+    return np.interp(-log_snrs, -log_snr, np.arange(len(log_snr)))
 
 
 _AYS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)  # of Stable Diffusion 1 (Sabour et al.)
 SPACINGS: dict[str, Callable[..., np.ndarray]] = {
-    # CompVis' range(0, T, T // S) + 1 where S divides T, and S timesteps for any other S, too.
+    # CompVis' range(0, T, T // S) + 1 if S divides T; S timesteps also for any other S.
     "original": lambda x, num, end: np.arange(num) * len(x) // num + 1,
     "original_quad": _original_quad,
     "uniform": lambda x, num, end: np.round(_ramp(len(x) - 1, 0, num, end)),
     "linspace": lambda x, num, end: np.linspace(len(x) - 1, 0, num),  # includes 0 for every end
-    # DPM-Solver's "open" spacings don't evaluate t = 0 even where sampling ends at clean data.
+    # DPM-Solver's "open" spacings don't evaluate t = 0 even if sampling ends at clean data.
     "open": lambda x, num, end: np.round(_ramp(len(x) - 1, 0, num, 0)),
     "leading": lambda x, num, end, offset=0: np.arange(num) * (len(x) // num) + offset,
     "open_leading": lambda x, num, end, offset=0: (
@@ -184,7 +184,7 @@ def spacing(
     `offset` (leading, open_leading), `rho` (karras), `distilled_steps` (lcm), `shift` (shifted),
     `timesteps` (given: a list, whose log-SNR is interpolated if its length is not num_steps), and
     for karras, exponential and beta `within`, `offset`, `sigma_min` and `sigma_max` (see `_curve`).
-    The result is int32 where every timestep is an integer, else float32. It is computed on the
+    The result is int32 if every timestep is an integer, else float32. It is computed on the
     host, not under jit. Raises ValueError for an unknown name or num_steps outside 1 … T.
     """
     total = schedule.num_timesteps

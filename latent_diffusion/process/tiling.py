@@ -1,8 +1,8 @@
 """Encode and decode images too large for memory: overlapping tiles, blended where they meet.
 
-All tiles have one size and go through the network one after the other, inside one compiled loop,
-so the network's activations take the memory of one tile. Group norms and attention see a tile
-instead of the whole, which is why the result is near the untiled one, not equal to it.
+All tiles have the same size and go through the network one after the other, in a compiled loop, so
+the network's activations take the memory of one tile. Group norms and attention see a tile instead
+of the whole, so the result isn't equal to the result without tiles, but similar.
 """
 
 from collections.abc import Callable

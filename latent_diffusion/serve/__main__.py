@@ -14,7 +14,7 @@ ADAPTER = flags.DEFINE_multi_string(
     "adapter", [], "An adapter that requests can name: NAME=FILE; repeatable."
 )
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces.")
-PORT = flags.DEFINE_integer("port", 8188, "Port to listen on; 0 takes a free one.")
+PORT = flags.DEFINE_integer("port", 8188, "Port to listen on; 0 takes a free port.")
 TOKEN = flags.DEFINE_string("token", None, "Bearer token that requests must have.")
 MAX_IMAGES = flags.DEFINE_integer("max_images", 16, "Images of one request, at most.")
 MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait; others get 503.")

@@ -120,7 +120,7 @@ def _plan(config: ConfigDict, source: Any, shard_size: int, train: bool) -> Iter
             yield size, indices[first : first + shard_size]
 
 
-def _made(config: ConfigDict, source: Any, latents: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _made(config: ConfigDict, source: Any, latents: Any, options: dict[str, Any]) -> dict[str, Any]:
     """How the examples are made, for runs and resumed commands, which compare it."""
     ignored = ("dir", "embedding_path", "search", "workers")  # they don't change the data
     return {
@@ -128,7 +128,7 @@ def _made(config: ConfigDict, source: Any, latents: Any, asked: dict[str, Any]) 
         "first_stage": None if latents is None else latents.hash,
         "pictures": latents is None or moments.pictures_are_seen(config),
         "mirrors": latents is not None and config.data.flip,
-        **asked,
+        **options,
         "seed": config.seed,
         "data": {k: v for k, v in config.data.to_dict().items() if k not in ignored},
         "sample": moments.sample_hash(source),

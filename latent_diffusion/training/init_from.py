@@ -113,8 +113,8 @@ def _comes_whole(config: ConfigDict, path: str, bundle: convert.Bundle) -> bool:
     name = path.removeprefix("conditioner/")
     if name in config.pretrained and config.task != "distillation":
         return False
-    theirs = [p for p in parameters_of(bundle, config.task) if p.startswith(f"{path}/")]
-    return all(re.search(config.init_from_only, p) for p in theirs)
+    paths = [p for p in parameters_of(bundle, config.task) if p.startswith(f"{path}/")]
+    return all(re.search(config.init_from_only, p) for p in paths)
 
 
 def _fields(section: str, module: Any, part: convert.Part) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None)
     """The constants; an adaptation's base becomes the model of `config.init_from`."""
     if bundle is None or config.task not in DENOISERS or not adapts(config):
         return constants
-    theirs = parameters_of(bundle, config.task)
-    return constants.replace(base=_filled(constants.base, theirs, "", str(config.init_from)))
+    tensors = parameters_of(bundle, config.task)
+    return constants.replace(base=_filled(constants.base, tensors, "", str(config.init_from)))
 
 
 def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) -> Any:
@@ -162,18 +162,18 @@ def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) ->
     if bundle is None:
         return state
     if config.task in DENOISERS and config.lora.rank:
-        theirs = parameters_of(bundle, config.task)
+        tensors = parameters_of(bundle, config.task)
         names = [n for n in ("params", "ema_params", "target") if getattr(state, n) is not None]
-        return state.replace(**{name: _with_norms(getattr(state, name), theirs) for name in names})
-    theirs = parameters_of(bundle, config.task)
+        return state.replace(**{name: _with_norms(getattr(state, name), tensors) for name in names})
+    tensors = parameters_of(bundle, config.task)
     if config.task in DENOISERS and config.control:
-        params, average = (_with_copies(t, theirs) for t in (state.params, state.ema_params))
+        params, average = (_with_copies(t, tensors) for t in (state.params, state.ema_params))
         return state.replace(params=params, ema_params=average)
     if config.task in DENOISERS and config.textual_inversion.word:
         rows = _first_vectors(config, state.params["words"], bundle)
         average = {**state.ema_params, "words": jax.tree.map(jnp.copy, rows)}
         return state.replace(params={**state.params, "words": rows}, ema_params=average)
-    params = _filled(state.params, theirs, config.init_from_only, str(config.init_from))
+    params = _filled(state.params, tensors, config.init_from_only, str(config.init_from))
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = jax.tree.map(_in_place_of, ema_params, params)
@@ -204,22 +204,22 @@ def _first_vectors(config: ConfigDict, fresh: Any, bundle: convert.Bundle) -> An
     return words
 
 
-def _with_copies(params: Any, theirs: Mapping[str, Tensor]) -> Any:
+def _with_copies(params: Any, tensors: Mapping[str, Tensor]) -> Any:
     """A fresh control net with copies of the U-Net's parameters."""
     control = flatten_dict(params["control"], sep="/")
     for path, fresh in control.items():
-        if (tensor := theirs.get(f"unet/{path}")) is not None:
+        if (tensor := tensors.get(f"unet/{path}")) is not None:
             control[path] = _in_place_of(fresh, tensor.read())
     return {**params, "control": unflatten_dict(control, sep="/")}
 
 
-def _with_norms(params: Any, theirs: Mapping[str, Tensor]) -> Any:
+def _with_norms(params: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Fresh factors; their magnitudes, if any, become the norms of the adapted kernels."""
     factors = flatten_dict(params["lora"], sep="/")
     for path, fresh in factors.items():
         kernel, _, name = path.rpartition("/")
         if name == "magnitude":
-            factors[path] = _in_place_of(fresh, low_rank.magnitude(theirs[kernel].read()))
+            factors[path] = _in_place_of(fresh, low_rank.magnitude(tensors[kernel].read()))
     return {**params, "lora": unflatten_dict(factors, sep="/")}
 
 
@@ -237,20 +237,20 @@ def parameters_of(bundle: convert.Bundle, task: str) -> dict[str, Tensor]:
     }
 
 
-def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -> Any:
-    """The tree with the parameters of `theirs` whose paths match `only`."""
-    ours = flatten_dict(params, sep="/")
-    wanted = [path for path in ours if _is_wanted(path, only, path in theirs)]
+def _filled(params: Any, tensors: Mapping[str, Tensor], only: str, source: str) -> Any:
+    """The tree with the parameters of `tensors` whose paths match `only`."""
+    flat = flatten_dict(params, sep="/")
+    wanted = [path for path in flat if _is_wanted(path, only, path in tensors)]
     if not wanted:
         raise ValueError(
             f"init_from_only={only!r} matches no parameter; they begin with "
-            f"{', '.join(sorted({'/'.join(path.split('/')[:2]) for path in ours}))}"
+            f"{', '.join(sorted({'/'.join(path.split('/')[:2]) for path in flat}))}"
         )
-    missing = [path for path in wanted if path not in theirs]
+    missing = [path for path in wanted if path not in tensors]
     wrong = [
-        f"{path}: ours {ours[path].shape}, there {theirs[path].shape}"
+        f"{path}: ours {flat[path].shape}, there {tensors[path].shape}"
         for path in wanted
-        if path in theirs and not _fits(path, ours[path].shape, theirs[path].shape)
+        if path in tensors and not _fits(path, flat[path].shape, tensors[path].shape)
     ]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}"
@@ -260,13 +260,13 @@ def _filled(params: Any, theirs: Mapping[str, Tensor], only: str, source: str) -
     if problems:
         hint = "take a part of it by init_from_only, or change the config"
         raise ValueError(f"init_from={source} does not fit: {'; '.join(problems)}; {hint}")
-    if left := sorted({path.split("/")[0] for path in theirs.keys() - ours.keys()}):
+    if left := sorted({path.split("/")[0] for path in tensors.keys() - flat.keys()}):
         log.info("init_from: %s of %s has no place in this model", ", ".join(left), source)
     for path in wanted:
-        array = _enlarged(path, theirs[path].read(), ours[path])
-        ours[path] = _in_place_of(ours[path], array)
-    log.info("init_from: %d of %d parameters from %s", len(wanted), len(ours), source)
-    filled = unflatten_dict(ours, sep="/")
+        array = _enlarged(path, tensors[path].read(), flat[path])
+        flat[path] = _in_place_of(flat[path], array)
+    log.info("init_from: %d of %d parameters from %s", len(wanted), len(flat), source)
+    filled = unflatten_dict(flat, sep="/")
     return {name: filled.get(name, {}) for name in params}  # also parts without parameters
 
 
@@ -274,12 +274,12 @@ def _is_wanted(path: str, only: str, there: bool) -> bool:
     return bool(re.search(only, path)) if only else there or not re.fullmatch(_FRESH, path)
 
 
-def _fits(path: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+def _fits(path: str, shape: tuple[int, ...], in_file: tuple[int, ...]) -> bool:
     if path == CONV_IN:  # [3 3 in out]
-        return ours[:2] == theirs[:2] and ours[3] == theirs[3] and ours[2] >= theirs[2]
+        return shape[:2] == in_file[:2] and shape[3] == in_file[3] and shape[2] >= in_file[2]
     if re.fullmatch(_WORDS, path):
-        return ours[1:] == theirs[1:] and ours[0] >= theirs[0]
-    return ours == theirs
+        return shape[1:] == in_file[1:] and shape[0] >= in_file[0]
+    return shape == in_file
 
 
 def _in_place_of(fresh: Any, array: Any) -> Any:
@@ -291,12 +291,12 @@ def _in_place_of(fresh: Any, array: Any) -> Any:
     return jnp.asarray(array)  # in a resumed run, `fresh` is only a shape
 
 
-def _enlarged(path: str, theirs: np.ndarray, ours: Any) -> Any:
-    """The file's array, filled up by zeros for missing input channels or by our rows for words."""
-    if ours.shape == theirs.shape:
-        return theirs
-    fresh = jnp.zeros(ours.shape, ours.dtype) if path == CONV_IN else ours
-    return fresh.at[tuple(slice(n) for n in theirs.shape)].set(theirs)
+def _enlarged(path: str, array: np.ndarray, fresh: Any) -> Any:
+    """The file's array, enlarged by zeros for missing input channels, or fresh rows for words."""
+    if fresh.shape == array.shape:
+        return array
+    base = jnp.zeros(fresh.shape, fresh.dtype) if path == CONV_IN else fresh
+    return base.at[tuple(slice(n) for n in array.shape)].set(array)
 
 
 def _restarted(codebook: Any, params: Any) -> Any:

@@ -28,10 +28,10 @@ class Stop:
         self.signum: int | None = None
         self._noted: int | None = None
         self._polls = 0
-        alone = jax.process_count() == 1
+        single = jax.process_count() == 1
         handlers = (
             {signal.SIGINT: self._note, signal.SIGTERM: self._note}
-            if alone
+            if single
             else {signal.SIGINT: self._pass_on}
         )
         self._before = {signum: signal.signal(signum, f) for signum, f in handlers.items()}

@@ -90,11 +90,11 @@ def check_reads(conditioner: Conditioner, tokenizer: Tokenizer) -> None:
                 f"but the tokenizer has {encoder_tokenizer.vocab_size} tokens"
             )
         for field in ("empty",) if getattr(part, "repad", False) else ("empty", "pad_id"):
-            wanted = getattr(encoder_tokenizer, field)
-            value = getattr(part, field, wanted)
+            expected = getattr(encoder_tokenizer, field)
+            value = getattr(part, field, expected)
             value = tuple(value) if isinstance(value, list) else value  # a list comes from JSON
-            if value != wanted:
+            if value != expected:
                 raise ValueError(
-                    f"conditioners.{name}.{field}={value}, but the tokenizer's is {wanted}: set "
+                    f"conditioners.{name}.{field}={value}, but the tokenizer's is {expected}: set "
                     "it, or dropped conditions aren't the empty prompt"
                 )

@@ -232,7 +232,7 @@ def tables(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rows_of_words(config: Mapping[str, Any]) -> int:
-    """The number of rows of all word embedding tables; ValueError where the numbers differ."""
+    """The number of rows of all word embedding tables; ValueError if the numbers differ."""
     rows = {CONDITIONERS[name](**config[name]).vocab_size for name in tables(config)}
     if len(rows) != 1:
         raise ValueError(f"conditioners: vocab_size is {sorted(rows)}; a word needs one for all")

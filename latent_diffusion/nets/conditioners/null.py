@@ -1,4 +1,4 @@
-"""Null conditions: zeros where nothing is learned, the empty prompt for texts."""
+"""Null conditions that aren't learned: zeros, or the empty prompt for texts."""
 
 from collections.abc import Sequence
 

@@ -36,7 +36,7 @@ class Sizes(nn.Module):
 
     @nn.nowrap
     def defaults(self, size: tuple[int, int]) -> dict[str, Any]:
-        """The values of a sampling call: whole pictures, of which originals have `size`, too."""
+        """The values of a sampling call: original and target have `size`, without a crop."""
         values: dict[str, Any] = dict.fromkeys(("original_size", "target_size"), size)
         values |= {"crop_top_left": (0, 0), "aesthetic_score": AESTHETIC_SCORE}
         return {key: values[key] for key in self.keys}

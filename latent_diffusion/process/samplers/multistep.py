@@ -73,7 +73,7 @@ def plms(schedule: NoiseSchedule, timesteps: Timesteps, *, extrapolated: str = "
 
 
 def ipndm(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
-    """PLMS whose first steps are of lower order: one evaluation a step (Zhang & Chen 2023)."""
+    """PLMS with first steps of lower order: one evaluation per step (Zhang & Chen 2023)."""
     here, there = steps(schedule, timesteps)
     span = there.alpha * (there.rho - here.rho)
     weights = jnp.asarray(_ADAMS)[jnp.minimum(jnp.arange(len(span)), len(_ADAMS) - 1)]

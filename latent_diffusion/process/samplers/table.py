@@ -37,7 +37,7 @@ class Levels(NamedTuple):
 
     @property
     def safe_alpha(self) -> Array:
-        """Alpha as a divisor: where alpha is 0, a positive number from the finite log-SNR."""
+        """Alpha as a divisor: instead of 0, a positive number from the finite log-SNR."""
         return jnp.hypot(self.alpha, self.sigma) / jnp.sqrt(1 + self.rho**2)
 
 

@@ -1,4 +1,4 @@
-// The page: controls made of the model's description, one request at a time, and a history.
+// The page: controls from the model's description, one request at a time, and a history.
 
 const $ = (id) => document.getElementById(id);
 const COMMON = ["sampler", "num_steps", "guidance_scale", "strength", "temperature", "top_k", "top_p"];
@@ -144,7 +144,7 @@ function addMaskedPicture(parent, needed) {
   let cursor = [width / 2, height / 2];
   const context = canvas.getContext("2d");
   const mask = paint.getContext("2d");
-  // Left, top, width and height of the picture's middle, which is what the server takes.
+  // Left, top, width and height of the picture's middle, to which the server crops it.
   const middle = () => {
     const scale = Math.max(width / picture.naturalWidth, height / picture.naturalHeight);
     const sides = [width / scale, height / scale];
