@@ -122,9 +122,9 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     sources = [train_source]
     if config.dreambooth.class_prompt:
         show = parallel.compile_eval(task.show, mode, **layout)
-        show = functools.partial(show, state, constants)
+        draw = functools.partial(show, state, constants)
         resumed = run is not None
-        sources.append(class_pictures.make_source(config, directory, resumed, tokenizer, show))
+        sources.append(class_pictures.make_source(config, directory, resumed, tokenizer, draw))
     _write(config, directory, run, constants, tokenizer)
 
     options = (transform, step, len(sources), config.data.workers)
