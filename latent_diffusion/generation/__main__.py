@@ -69,7 +69,7 @@ SIZES = [
     flags.DEFINE_list("negative_target_size", None, "The same for the unconditional (SDXL)."),
 ]
 SCORES = [
-    flags.DEFINE_float("aesthetic_score", None, "Intended rating, 1 to 10 (SDXL's refiner)."),
+    flags.DEFINE_float("aesthetic_score", None, "Intended aesthetic rating (SDXL's refiner)."),
     flags.DEFINE_float("negative_aesthetic_score", None, "The same for the unconditional."),
 ]
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images sampled at once, at most.")
