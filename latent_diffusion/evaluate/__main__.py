@@ -34,7 +34,7 @@ _FLAGS: tuple[Any, ...] = (
     flags.DEFINE_string("clip_path", None, "A CLIPModel's folder, for the metric clip."),
     flags.DEFINE_string("lpips", "alex", "Net of the metric lpips: alex | vgg."),
     flags.DEFINE_string(
-        "split", None, "Of a workdir's data; by default train, of first stages test."
+        "split", None, "Split of a workdir's data; default: train, but test for first stages."
     ),
     flags.DEFINE_integer("image_size", 0, "Crop and resize --samples, --reference to this side."),
     flags.DEFINE_integer("seed", 0, "Seed of samples, subsets and the order of conditions."),

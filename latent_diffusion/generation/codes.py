@@ -74,11 +74,11 @@ def images_of(
     keys = sampling_keys(image_keys)
     entries = prior.conditioner.prepare(batch, first_stage, size, keys.conditions)
     cond, null = (prior.condition(entries, jnp.full(count, drop)) for drop in (False, True))
-    known = None
+    preset = None
     if "known" in batch:
         f = first_stage.module.downsampling
         hole = nn.max_pool(batch["hole"], (f, f), (f, f))[..., 0]
-        known = (first_stage.indices({"image": batch["known"]}), hole == 0)
-    codes = prior.sample(keys.steps, cond, null, size, latent[2], options, known)
+        preset = (first_stage.indices({"image": batch["known"]}), hole == 0)
+    codes = prior.sample(keys.steps, cond, null, size, latent[2], options, preset)
     images = jnp.clip(first_stage.decode_indices(codes), -1.0, 1.0)
-    return images if known is None else paste(images, batch["known"], batch["hole"])
+    return images if preset is None else paste(images, batch["known"], batch["hole"])

@@ -27,7 +27,7 @@ from latent_diffusion.nets.prior import CodeTransformer, front_of
 from latent_diffusion.process import decoding
 from latent_diffusion.process.options import PriorOptions
 
-Known = tuple[Array, Array]  # codes [B L] and which of them are known [B L]
+Preset = tuple[Array, Array]  # codes [B L] and which of them are preset [B L]
 
 
 class Prior(flax.struct.PyTreeNode):
@@ -90,10 +90,10 @@ class Prior(flax.struct.PyTreeNode):
         return made.reshape(-1, *size)
 
     def _in_order(
-        self, keys: Keys, conditioning: Conditioning, options: PriorOptions, known: Known
+        self, keys: Keys, conditioning: Conditioning, options: PriorOptions, preset: Preset
     ) -> Int[Array, "B L"]:
         """Draw code by code, with a cache of the keys and values of earlier codes."""
-        codes, length = known[0], known[0].shape[1]
+        codes, length = preset[0], preset[0].shape[1]
         front = front_of(conditioning, _rows(codes, options))
         self.transformer.check_length(front.shape[1], length)
         params, apply = {"params": self.params["transformer"]}, self.transformer.apply
@@ -106,7 +106,7 @@ class Prior(flax.struct.PyTreeNode):
 
         def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], Array]:
             logits, cache = carry
-            code = _one_code(keys, i, logits[:, None], options, known)
+            code = _one_code(keys, i, logits[:, None], options, preset)
             logits, cache = extend(
                 {**params, **stored},
                 _twice(code[:, None], options),
@@ -117,7 +117,7 @@ class Prior(flax.struct.PyTreeNode):
             return (logits, cache), code
 
         (logits, _), made = jax.lax.scan(step, first, jnp.arange(length - 1))
-        last = _one_code(keys, jnp.asarray(length - 1), logits[:, None], options, known)
+        last = _one_code(keys, jnp.asarray(length - 1), logits[:, None], options, preset)
         return jnp.concatenate([made.T, last[:, None]], 1)
 
     def _in_windows(
@@ -125,7 +125,7 @@ class Prior(flax.struct.PyTreeNode):
         keys: Keys,
         conditioning: Conditioning,
         options: PriorOptions,
-        known: Known,
+        preset: Preset,
         size: tuple[int, int],
         window: int,
     ) -> Int[Array, "B L"]:
@@ -153,15 +153,15 @@ class Prior(flax.struct.PyTreeNode):
             part_maps = None if maps is None else cut(maps)
             condition = dataclasses.replace(conditioning, token_maps=part_maps)
             logits = self.logits(_twice(part, options), condition, at=row * window + column)
-            return codes.at[:, i].set(_one_code(keys, i, logits, options, known))
+            return codes.at[:, i].set(_one_code(keys, i, logits, options, preset))
 
-        return jax.lax.fori_loop(0, size[0] * size[1], step, known[0])
+        return jax.lax.fori_loop(0, size[0] * size[1], step, preset[0])
 
     def _in_steps(
-        self, keys: Keys, conditioning: Conditioning, options: PriorOptions, known: Known
+        self, keys: Keys, conditioning: Conditioning, options: PriorOptions, preset: Preset
     ) -> Int[Array, "B L"]:
         """Draw all codes in each step, then mask the least certain of them again."""
-        codes, fixed = known
+        codes, fixed = preset
         mask, steps = self.transformer.mask_token, options.num_steps
         missing = jnp.sum(~fixed, 1)
 
@@ -265,9 +265,9 @@ def _drawn(logits: Array, gumbel: Array, options: PriorOptions) -> Array:
     return decoding.drawn(allowed, gumbel, temperature)
 
 
-def _one_code(keys: Keys, i: Array, logits: Array, options: PriorOptions, known: Known) -> Array:
-    """Code i [B], drawn from its logits [B 1 K], or the known code."""
+def _one_code(keys: Keys, i: Array, logits: Array, options: PriorOptions, preset: Preset) -> Array:
+    """Code i [B], drawn from its logits [B 1 K], or the preset code."""
     logits = _guided(logits, options)[:, 0]
     made = _drawn(logits, _gumbel(keys, i, logits.shape[1:]), options)
-    codes, fixed = (jnp.take(x, i, axis=1) for x in known)
+    codes, fixed = (jnp.take(x, i, axis=1) for x in preset)
     return jnp.where(fixed, codes, made)
