@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     c.textual_inversion = ConfigDict()
     c.textual_inversion.word = ""  # a new word for init_from: only its vectors are trained
     c.textual_inversion.start = ""  # a word of the model, from whose vectors training starts
-    c.textual_inversion.num_vectors = 1  # of the new word; they follow each other in a prompt
+    c.textual_inversion.num_vectors = 1  # vectors of the new word, one after the other in a prompt
 
     c.dreambooth = ConfigDict()
     # Prior preservation: half of each batch is pictures of this caption, or of several ("cat;dog")
@@ -183,7 +183,7 @@ def autoencoder() -> ConfigDict:
     c.attn_type = "vanilla"  # "vanilla" | "linear" | "none"
     c.resolution = 256
     c.dropout = 0.0
-    c.num_groups = 32  # of every group norm
+    c.num_groups = 32  # groups of every group norm
     c.image_channels = 3
     c.z_channels = 4
     c.embed_dim = 4  # channels of the latent
@@ -260,7 +260,7 @@ def dit() -> ConfigDict:
     c.num_heads = 6
     c.mlp_ratio = 4.0
     c.mlp_norm_eps = 1e-6
-    c.frequency_shift = 0  # of the timestep's sinusoids: 0 in DiT's code, 1 in diffusers
+    c.frequency_shift = 0  # shift in the timestep's sinusoids: 0 in DiT's code, 1 in diffusers
     c.base_size = 32  # side of training latents; positions for other sizes are interpolated
     # Also predict the variance, as the released models do; diffusion.variance_weight trains it, and
     # sampling.learned_variance uses it
@@ -328,7 +328,7 @@ def distillation() -> ConfigDict:
     # scale as an input; any other student learns the guided prediction, and samples with scale 1
     c.guidance_scales = (1.0, 1.0)
     c.distilled_steps = 50  # steps of the teacher's DDIM, along which the student jumps
-    c.target_decay = 0.95  # of the average that makes the targets; 0 = the student makes them
+    c.target_decay = 0.95  # decay of the average that makes the targets; 0 = the student does
     # Equal parts of the path, at whose ends the jumps end; sample with as many steps of "ddim" and
     # the spacing "trailing". 1 = all jumps end at z_0, for "lcm" with any number of steps
     c.phases = 1
@@ -344,7 +344,7 @@ def transformer() -> ConfigDict:
     c.depth = 24
     c.num_heads = 16
     c.causal = True  # True: draws code after code; False: masked codes, several at once
-    c.dropout = 0.0  # of embeddings, attention and residuals
+    c.dropout = 0.0  # rate for embeddings, attention and residuals
     c.remat = False  # recompute activations in the backward pass
     c.attention = "auto"  # as unet.attention
     c.dtype = placeholder(str)  # None = float32 | "bfloat16" (compute; parameters stay float32)

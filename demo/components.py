@@ -16,7 +16,7 @@ from configs import openmoji_autoencoder
 from demo.judged import Coloured
 from latent_diffusion import data
 
-SIDE = 4  # of a block, in pixels
+SIDE = 4  # side of a block in pixels
 
 
 def blocks(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w D"]:

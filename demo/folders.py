@@ -21,7 +21,7 @@ from latent_diffusion.data.transforms import on_white
 
 SIZE = 32
 TURNS = (0, -8, 8, -15, 15)  # degrees
-SHARES = (1.0, 0.85, 0.9, 0.8, 0.95)  # of the side
+SHARES = (1.0, 0.85, 0.9, 0.8, 0.95)  # sizes of the drawing ÷ the picture's side
 
 
 def write_style(out: Path, style: str, count: int) -> None:

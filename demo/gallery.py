@@ -31,7 +31,7 @@ from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
 SIDE = 96  # pixels of a picture in the sheet
-STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.8)  # of image-to-image
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.8)  # strengths of image-to-image
 TITLES = ("condition", "samples", "ground truth")
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # condition, samples, truth; uint8
 

@@ -62,7 +62,7 @@ FEATURES: dict[str, Callable[[str | Path | None, str], FeatureNet]] = {
 
 
 def make_features(name: str, path: str | Path | None = None, filter: str = "bicubic") -> FeatureNet:
-    """The feature net `name` with its weights. filter: for resizing pictures to the net's size."""
+    """The feature net `name` with its weights. filter: resizes pictures to the net's input size."""
     lookup(FILTERS, filter, "filter")
     return lookup(FEATURES, name, "features")(path, filter)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from latent_diffusion.evaluate.measured import Measured, check_count
 
-GROUPS = 10  # of the jackknife
+GROUPS = 10  # groups of the jackknife
 MIN_IMAGES = 2 * GROUPS
 BLOCK = 4096  # rows that are converted to float64 at once
 

@@ -21,8 +21,8 @@ import numpy as np
 from latent_diffusion.evaluate.measured import Measured, check_count, mean_of
 from latent_diffusion.runtime import parallel
 
-ROWS = 1024  # of a block, over all devices
-COLUMNS = 8192  # of a block
+ROWS = 1024  # rows per block, over all devices
+COLUMNS = 8192  # columns per block
 
 
 def _squared(x: jax.Array, y: jax.Array) -> jax.Array:

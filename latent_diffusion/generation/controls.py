@@ -141,7 +141,7 @@ def inputs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the `Conditioning`, and of the null `Conditioning`; hints are embedded once.
 
-    params: of each control. numbers: from `numbers_of`.
+    params: parameters of each control. numbers: from `numbers_of`.
     """
     rounded = guidance.ROUNDINGS[options.network_timesteps or "exact"]
     conditional: list[Control] = []

@@ -91,7 +91,7 @@ def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
 def as_model(bundle: convert.Bundle, dtype: Any = None) -> Model:
     """Read a bundle's parameters into memory and build its modules.
 
-    dtype: of all parameters except the first stage's, by default float32.
+    dtype: type of all parameters except the first stage's, by default float32.
     """
     first_stage = denoiser = prior = None
     read = functools.partial(convert.as_params, dtype=dtype or np.float32)

@@ -332,8 +332,8 @@ class Model(flax.struct.PyTreeNode):
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:
         """Write the model to a folder (`diffusers`, `orbax`) or a file (`compvis`).
 
-        dtype: of the written parameters, by default the model's. Raises ValueError if the format
-        can't describe this model. `latent_diffusion.load` reads all three formats.
+        dtype: type of the written parameters, by default the model's. Raises ValueError if the
+        format can't describe this model. `latent_diffusion.load` reads all three formats.
         """
         convert.write(convert.bundle_of(self), path, format, dtype)
 

@@ -166,7 +166,7 @@ def sample_to_disk(
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
     tokenizer, lora, dtype, scan: see `load`. adapters: paths and weights, see `Model.sample`.
-    height, width: of the images, by default those of training. An `image` to start from, and its
+    height, width: size of the images, by default as in training. An `image` to start from, and its
     `mask`, are cropped to their middle and resized to this size. controls: paths of nets, pictures
     of hints, which have the size of the images, and weights. refiner: path and share of the noise,
     see `Model.sample`. image_prompts: paths of IP-Adapters, pictures and weights; image_encoder:

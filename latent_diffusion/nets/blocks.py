@@ -1,4 +1,4 @@
-"""Runs blocks that are alike one after the other, or as a loop, which is compiled once for all."""
+"""Runs similar blocks one after the other, or as a loop, which is compiled once for all blocks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

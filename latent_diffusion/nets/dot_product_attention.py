@@ -60,7 +60,7 @@ def choose(
 ) -> str:
     """The name in `IMPLEMENTATIONS` by which "auto" attends `length` queries to `keys` keys.
 
-    width: of a head. Masked sequences (texts) are short, and XLA computes them anywhere.
+    width: channels of a head. Masked sequences (texts) are short; XLA computes them on any machine.
 
     cuDNN takes 16-bit numbers and heads of at most 128 numbers, 256 on Hopper and later: all of
     Stable Diffusion's on an H100, and on an A100 all but the 160-wide ones of its 256 and 64

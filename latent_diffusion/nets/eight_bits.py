@@ -20,7 +20,7 @@ _LARGEST = 127  # the largest integer; -128 isn't used, so that integers are sym
 class EightBits(flax.struct.PyTreeNode):
     """A kernel [... out] as values int8 [... out] times scale float32 [out].
 
-    dtype: of the weights that a layer reads. NumPy functions accept the kernel as an array.
+    dtype: type of the weights that a layer reads. NumPy functions accept the kernel as an array.
     """
 
     values: Any

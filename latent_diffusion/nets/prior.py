@@ -114,7 +114,7 @@ class CodeTransformer(nn.Module):
 
     vocab_size: rows of the table of tokens: the codes, the tokens of conditions and, in a masked
     transformer, the token of a masked code, which is the last. num_codes: columns of the logits.
-    max_length: rows of the table of positions. dropout: of embeddings, attention and residuals.
+    max_length: rows of the table of positions. dropout: rate for embeddings, attention, residuals.
     remat: recompute the blocks' activations in the backward pass.
     """
 

@@ -8,7 +8,7 @@ operators, so that they accept NumPy arrays and traced arrays.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-Array = Any  # of NumPy or of JAX
+Array = Any  # a NumPy or a JAX array
 Factors = Mapping[str, Any]  # arrays by their names in KINDS; "scale" []; "magnitude" for DoRA
 
 _TINY = 1e-14  # keeps the norm of a row of zeros, and its gradient, finite

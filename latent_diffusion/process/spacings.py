@@ -149,7 +149,7 @@ def _timesteps_at(log_snr: np.ndarray, log_snrs: np.ndarray) -> np.ndarray:
     return np.interp(-log_snrs, -log_snr, np.arange(len(log_snr)))
 
 
-_AYS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)  # of Stable Diffusion 1 (Sabour et al.)
+_AYS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)  # Stable Diffusion 1 (Sabour et al.)
 SPACINGS: dict[str, Callable[..., np.ndarray]] = {
     # CompVis' range(0, T, T // S) + 1 if S divides T; S timesteps also for any other S.
     "original": lambda x, num, end: np.arange(num) * len(x) // num + 1,

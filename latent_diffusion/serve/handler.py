@@ -90,8 +90,9 @@ def make_server(
 ) -> Server:
     """A server that answers as soon as `serve_forever` runs.
 
-    name: of the model. address: host and port. adapters: by the names that requests can use. token:
-    the bearer token that requests must have. Raises OSError for an address that can't be used.
+    name: the model's name. address: host and port. adapters: loaded adapters, by the names that
+    requests can use. token: the bearer token that requests must have. Raises OSError for an address
+    that can't be used.
     """
     limits = Limits() if limits is None else limits
     jobs = Jobs(model, name, limits, batch_size)

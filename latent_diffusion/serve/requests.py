@@ -70,7 +70,7 @@ def read(
 ) -> Request:
     """A request from JSON. Raises ValueError, in one line, which names the field.
 
-    adapters: by the names that requests may use.
+    adapters: loaded adapters, by the names that requests may use.
     """
     if not isinstance(data, dict):
         raise ValueError(f"a request is a JSON object, not {type(data).__name__}")

@@ -36,7 +36,7 @@ class Facts(NamedTuple):
     """Costs of a train step, in bytes unless noted.
 
     flops: operations for an image, without recomputation; state: parameters, averages and moments;
-    gradients: of one device; latent: moments of a picture and its mirror image in bfloat16;
+    gradients: of a device; latent: moments of a picture and its mirror image in bfloat16;
     images_per_core: images per second and core of the machine that counted.
     """
 

@@ -49,7 +49,7 @@ def frozen_encoders(config: ConfigDict, state: Any, constants: Any) -> Encoders:
             f"task={config.task!r}, textual_inversion.word={config.textual_inversion.word!r}"
         )
     frozen = dict(constants.conditioner)
-    if constants.base is not None:  # of an adaptation, which may change some of them
+    if constants.base is not None:  # an adaptation may change some of the encoders
         adapted = state.params.get("lora", {}).get("conditioner", {})
         base = constants.base["conditioner"]
         frozen |= {name: params for name, params in base.items() if name not in adapted}
@@ -136,7 +136,7 @@ class ForShards:
         state, constants = jax.eval_shape(init, init_key(config.seed))
         params = frozen.load_conditioners(config, constants.conditioner, None)
         constants = constants.replace(conditioner=params)
-        if constants.base is not None:  # for an adaptation; its network isn't needed
+        if constants.base is not None:  # an adaptation's base, whose network isn't needed
             base = {"conditioner": constants.base["conditioner"]}
             constants = init_from.base_from(config, constants.replace(base=base), bundle)
         encoders = frozen_encoders(config, state, constants)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: from training captions, from files, or from `init_from`."""
+"""Makes the tokenizer of a run from training captions, from files, or from `init_from`."""
 
 from pathlib import Path
 from typing import Any

@@ -19,7 +19,7 @@ def psnr(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array,
 def ssim(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array, " B"]:
     """Structural similarity of every pair in [-1, 1] (Wang et al. 2004): the mean over windows.
 
-    Gaussian windows of 11 pixels that lie wholly inside, channels apart, population moments.
+    The Gaussian windows of 11 pixels lie wholly inside. Channels are separate; moments are not unbiased.
     Raises ValueError for images smaller than a window.
     """
     if min(x.shape[1:3]) < WINDOW:
@@ -35,7 +35,7 @@ def ssim(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array,
 
 
 def _blur(x: Array) -> Array:
-    """Means over windows, at all places that lie wholly inside."""
+    """Means over windows, at all positions where they lie wholly inside."""
     weights = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / SIGMA) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
     h, w = (n - WINDOW + 1 for n in x.shape[1:3])

@@ -39,7 +39,7 @@ def dpm_solver_3m(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Table:
-    """DPM-Solver of third order, multistep. solver_type: for its second-order steps."""
+    """DPM-Solver of third order, multistep. solver_type: kind of its second-order steps."""
     return _noise_multistep(schedule, timesteps, 3, solver_type, lower_order_final, euler_at_final)
 
 
@@ -84,7 +84,7 @@ def dpm_solver_pp_3m_sde(
 ) -> Table:
     """SDE-DPM-Solver++(3M) (k-diffusion). eta scales the noise.
 
-    solver_type: for the second-order steps; diffusers has "midpoint".
+    solver_type: kind of the second-order steps; diffusers has "midpoint".
     The second difference has the published weight, half of the weight that third order needs.
     """
     ends = (lower_order_final, euler_at_final)
