@@ -19,7 +19,7 @@ def psnr(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array,
 def ssim(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array, " B"]:
     """Structural similarity of every pair in [-1, 1] (Wang et al. 2004): the mean over windows.
 
-    The Gaussian windows of 11 pixels lie wholly inside. Channels are separate; moments are not unbiased.
+    Windows are Gaussian, 11 pixels wide and wholly inside. Moments are population moments.
     Raises ValueError for images smaller than a window.
     """
     if min(x.shape[1:3]) < WINDOW:
