@@ -99,7 +99,9 @@ def counts(least, train, number=4000):
     """How many of 64 codes are masked, in so many draws."""
     task, *_ = setup(("transformer.causal", False), ("prior.min_masked", least))
     codes = jnp.arange(LENGTH)[None].repeat(number, 0) % CODES
-    seen, asked = jax.jit(task._inputs, static_argnums=2)(codes, jax.random.split(RNG, number), train)
+    seen, asked = jax.jit(task._inputs, static_argnums=2)(
+        codes, jax.random.split(RNG, number), train
+    )
     mask = task.prior.transformer.mask_token
     np.testing.assert_array_equal(seen, jnp.where(asked, mask, codes))
     return np.asarray(asked.sum(1))
