@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] = (
 # it, a program with independent collectives can wait for ever.
 os.environ["NPROC"] = "32"
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # programs needn't name the lines they are from
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
@@ -32,6 +33,7 @@ SLOWEST = (
 )  # fmt: skip
 
 
+gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects, few of them garbage
 MANY_MAPS = 15_000  # of a process's memory; Linux allows 65,530, and XLA crashes beyond
 
 

@@ -46,6 +46,7 @@ SMALL = {
     "data.image_size": 8,
     "batch_size": 2,
     "autoencoder.channels": 4,
+    "autoencoder.channel_mult": (1,),
     "autoencoder.num_res_blocks": 1,
     "autoencoding.discriminator.channels": 4,
     "autoencoding.perceptual": "none",
@@ -96,6 +97,7 @@ def with_fields(task, fields):
     config = make_config(task)
     if task == wiring.DENOISER:
         config.conditioners.text.depth = 0
+        config.autoencoder.regularization = "identity"
     with config.unlocked():
         for path, value in {**SMALL, **fields}.items():
             *parents, name = path.split(".")

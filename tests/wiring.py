@@ -22,7 +22,7 @@ LORA = {"lora.rank": 1}
 DIT = {"backbone": "dit", "dit.width": 8, "dit.depth": 1, "dit.num_heads": 2}
 VARIANCE = {**DIT, "dit.learned_variance": True}
 MMDIT = {"backbone": "mmdit", "mmdit.width": 8, "mmdit.depth": 1, "mmdit.num_heads": 2}
-MMDIT |= {"mmdit.max_positions": 4}
+MMDIT |= {"mmdit.max_positions": 8}
 
 # field -> (task, part of it, a value, what else is set): the program that the task traces with this
 # value is another one than with that of tests/tiny.py. Parts: a method, an optimiser ("tx"), or the
@@ -106,7 +106,7 @@ PROGRAMS = {
     "mmdit.depth": (DENOISER, "eval_step", 2, MMDIT),
     "mmdit.dtype": (DENOISER, "eval_step", "bfloat16", MMDIT),
     "mmdit.dual_attention": (DENOISER, "eval_step", (0,), MMDIT),
-    "mmdit.max_positions": (DENOISER, "eval_step", 8, MMDIT),
+    "mmdit.max_positions": (DENOISER, "eval_step", 16, MMDIT),
     "mmdit.mlp_ratio": (DENOISER, "eval_step", 2.0, MMDIT),
     "mmdit.num_heads": (DENOISER, "eval_step", 1, MMDIT),
     "mmdit.patch_size": (DENOISER, "eval_step", 1, MMDIT),
@@ -412,7 +412,7 @@ ARGUMENTS = {
         "image_size": f"{ANSWERS}a_condition_has_the_size_of_the_picture",
         "rng": TOLD,
         "prompt_weights": "test_prompts.py::test_a_condition_has_the_weights",
-        "given": TOLD,
+        "values": TOLD,
     },
 }
 
