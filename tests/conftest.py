@@ -23,7 +23,8 @@ os.environ["XLA_FLAGS"] = (
 # it, a program with independent collectives can wait for ever.
 os.environ["NPROC"] = "32"
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # programs needn't name the lines they are from
+# Programs needn't name the lines that made them.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
