@@ -43,7 +43,7 @@ def guided(
     scale: Any = options.guidance_scale
     if scale is not None and scale.ndim:
         scale = per_step(scale, timesteps)
-    number = 1.0 if scale is None else scale  # only `classifier_free` takes None
+    scale_or_one = 1.0 if scale is None else scale  # only `classifier_free` takes None
     interval, rescale = options.guidance_interval, options.guidance_rescale
     kinds = {
         "more_prompts": bool(others),
@@ -58,11 +58,13 @@ def guided(
     model = (network, schedule, kind)
     more: dict[str, Any] = {"channels": options.guidance_channels}
     if others:
-        return composed(*model, [first, *others], [1.0, *weights], null, number, **more)
+        return composed(*model, [first, *others], [1.0, *weights], null, scale_or_one, **more)
     if options.perpendicular is not None:
-        return perpendicular(*model, first, negative, null, number, options.perpendicular, **more)
+        return perpendicular(
+            *model, first, negative, null, scale_or_one, options.perpendicular, **more
+        )
     if options.cfg_pp:
-        return classifier_free_pp(*model, first, null, number, **more)
+        return classifier_free_pp(*model, first, null, scale_or_one, **more)
     more |= {"interval": interval, "rescale": rescale}
     return classifier_free(*model, first, null, scale, **more)
 
