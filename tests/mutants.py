@@ -95,11 +95,11 @@ def judge(folder: Path, mutant: Mutant) -> str:
         return f"ERROR: no end after {LIMIT} s"
     finally:
         path.write_text(before, encoding="utf-8")
-    if done.returncode == FAILURE:
+    if done.returncode == FAILURE or done.returncode < 0:  # a signal may end the tests themselves
         return "killed"
     if done.returncode == NO_FAILURE:
         return "SURVIVED"
-    return f"ERROR: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    return f"ERROR {done.returncode}: {(done.stdout + done.stderr).strip()[-200:]}"
 
 
 def check_whole(folder: Path, mutants: Sequence[Mutant]) -> None:

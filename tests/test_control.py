@@ -275,8 +275,9 @@ def test_training_moves_the_net_alone_and_its_workdir_is_an_adapter(tmp_path):
     # The last convolution starts at zero, which would hide all that comes before it.
     out = constants.base["unet"]["out_2"]
     out["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), out["kernel"].shape)
-    base = {f"unet/{k}": v for k, v in flatten_dict(constants.base["unet"], sep="/").items()}
-    bundle = Bundle(unet=as_part(config.unet.to_dict(), constants.base["unet"]))
+    trained = jax.tree.map(lambda x: x + 0.1, constants.base["unet"])  # no fresh U-Net's
+    base = {f"unet/{k}": v for k, v in flatten_dict(trained, sep="/").items()}
+    bundle = Bundle(unet=as_part(config.unet.to_dict(), trained))
     state = init_from.start_from(config, state, bundle)
     before = flatten_dict(state.params["control"], sep="/")
     shared = [k for k in before if f"unet/{k}" in base]

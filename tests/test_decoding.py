@@ -73,6 +73,8 @@ def test_the_least_certain_of_the_unknown_are_masked_again():
 
     assert [again(n) for n in (0, 1, 2, 3, 4)] == [[4], [4], [0, 4], [0, 3, 4], [0, 3, 4]]
     assert again(1, temperature=1.0) == [1]
+    noisy = decoding.remasked(log_probs, jnp.full((1, 5), 9.0), unknown, jnp.array([2]), 1.0)
+    assert np.flatnonzero(noisy[0]).tolist() == [0, 4]  # even if all unknown codes are certain
     nothing = decoding.remasked(log_probs, log_probs, ~unknown & unknown, jnp.array([2]), 1.0)
     assert not nothing.any()
 

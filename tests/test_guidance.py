@@ -148,6 +148,11 @@ def test_cfg_pp_takes_z_0_from_the_guided_and_eps_from_the_null_prediction():
     close(pred.eps, 0.3 * Z + NULL)
 
 
+def test_a_network_gets_rounded_timesteps():
+    seen = guidance.at_timesteps(lambda z_t, t, conditioning: t, guidance.ROUNDINGS["floor"])
+    close(seen(Z, jnp.array([3.7, 4.0, 4.9995]), None), [3, 4, 5])
+
+
 def test_bad_conditionings():
     with pytest.raises(ValueError, match=r"guidance scale 3\.0 needs a null conditioning"):
         guidance.classifier_free(network, *TRIPLE, COND, None, 3.0)
