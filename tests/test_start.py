@@ -18,6 +18,9 @@ from latent_diffusion.training import init_from, loop, settings, stages
 from latent_diffusion.training.start import resolve, start
 from latent_diffusion.training.tokenizer import make_tokenizer
 
+# On a full disk the cache of compiled programs warns, and goes on.
+pytestmark = pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+
 
 def few(task, **fields):
     """A tiny run on one device."""
