@@ -196,6 +196,13 @@ def shapes(
 ) -> Params:
     """The tree of parameter shapes of a U-Net with these fields and widths of its inputs."""
     module = UNet(**fields)
+    return parameter_shapes(module, *input_shapes(module, in_channels, context_dim, vector_dim))
+
+
+def input_shapes(
+    module: UNet, in_channels: int, context_dim: int | None, vector_dim: int | None
+) -> tuple[Any, Any, Conditioning]:
+    """The shapes of z_t, t and conditioning for the smallest latent of a U-Net or control net."""
     side = 2 ** (len(module.channel_mult) - 1)
-    beside = Conditioning(context=array(1, 1, context_dim), vector=array(1, vector_dim))
-    return parameter_shapes(module, array(1, side, side, in_channels), array(1), beside)
+    conditioning = Conditioning(context=array(1, 1, context_dim), vector=array(1, vector_dim))
+    return array(1, side, side, in_channels), array(1), conditioning

@@ -397,8 +397,7 @@ def _encode(
 ) -> jax.Array:
     if tile is None:
         return first_stage.latents(first_stage.moments(images), keys)
-    f = first_stage.module.downsampling
-    overlap = tile // 4 // f * f if overlap is None else overlap
+    overlap = program.overlap_of_tiles(tile, overlap, first_stage.module.downsampling)
     return first_stage.latents(tiled(first_stage.moments, images, tile, overlap), keys)
 
 

@@ -113,11 +113,16 @@ def decoded(first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] |
     return tiled(first_stage.decode, latents, *tile)
 
 
+def overlap_of_tiles(size: int, overlap: int | None, f: int) -> int:
+    """The overlap in pixels: by default a quarter of a tile, cut to whole latent positions."""
+    return size // 4 // f * f if overlap is None else overlap
+
+
 def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
     """A tile's side and overlap in the latent, from side and overlap in pixels."""
     if size is None:
         return None
-    overlap = size // 4 // f * f if overlap is None else overlap
+    overlap = overlap_of_tiles(size, overlap, f)
     if size % f or overlap % f:
         raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
     return size // f, overlap // f

@@ -18,7 +18,7 @@ from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.convert.settings import Settings, check_groups
 from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
-from latent_diffusion.core.types import Conditioning, Params, module_fields
+from latent_diffusion.core.types import Params, module_fields
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.nets.control import HINT, ControlNet, control_net
@@ -228,11 +228,10 @@ def shapes(
 ) -> Params:
     """The tree of parameter shapes of a control net and its hint net."""
     net = ControlNet(**fields)
-    side = 2 ** (len(net.channel_mult) - 1)
-    z_t, hint = array(1, side, side, in_channels), array(1, side, side, net.model_channels)
-    beside = Conditioning(context=array(1, 1, context_dim), vector=array(1, vector_dim))
+    z_t, t, conditioning = unet.input_shapes(net, in_channels, context_dim, vector_dim)
+    hint = array(*z_t.shape[:3], net.model_channels)
     hint_net = parameter_shapes(net.hint_net, array(1, 64, 64, 3))
-    return {**parameter_shapes(net, z_t, array(1), beside, hint), HINT: hint_net}
+    return {**parameter_shapes(net, z_t, t, conditioning, hint), HINT: hint_net}
 
 
 def _original(fields: Mapping[str, Any], linear: bool) -> Table:
