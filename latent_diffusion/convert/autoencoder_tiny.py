@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_diffusion.convert.bundle import Bundle, read_part
-from latent_diffusion.convert.settings import Fields, Settings, single
+from latent_diffusion.convert.settings import Fields, Settings, decimal, single
 from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, write_tensors
 from latent_diffusion.files.tensor import Tensor
@@ -65,7 +65,8 @@ def fields_from_diffusers(config: Mapping[str, Any]) -> Fields:
 def meaning(config: Mapping[str, Any]) -> Any:
     """All settings of a config.json that change the model, in a form that can be compared."""
     values = _SETTINGS.complete(config, NAME)
-    return NAME, fields_from_diffusers(config), values["scaling_factor"], values["shift_factor"]
+    scaling = decimal(values["scaling_factor"]), decimal(values["shift_factor"])
+    return NAME, fields_from_diffusers(config), scaling
 
 
 def read_component(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bundle:
@@ -87,7 +88,7 @@ def as_component(bundle: Bundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "out_channels": module.image_channels,
         "encoder_block_out_channels": widths,
         "decoder_block_out_channels": widths,
-        "scaling_factor": float(bundle.scale_factor),
+        "scaling_factor": decimal(bundle.scale_factor),
     }
     return config, write_tensors(_TABLE, bundle.autoencoder.params)
 

@@ -119,6 +119,11 @@ class Bundle:
         size, f = self.image_size, self.downsampling
         return size // f if isinstance(size, int) else (size[0] // f, size[1] // f)
 
+    def in_pixels(self, size: Size) -> Size:
+        """The side of the image, or its height and width, of which a latent has this size."""
+        f = self.downsampling
+        return size * f if isinstance(size, int) else (size[0] * f, size[1] * f)
+
     def astype(self, dtype: Any) -> "Bundle":
         """The same model with its floating-point parameters in another dtype."""
         bundle = self

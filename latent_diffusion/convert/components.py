@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from latent_diffusion.convert.bundle import Bundle, Size, check_depth, input_wid
 from latent_diffusion.convert.clip_text import PROJECTION
 from latent_diffusion.convert.encoders import ENCODERS, read_encoder
 from latent_diffusion.convert.inputs import conditioners_for, table_of
-from latent_diffusion.convert.settings import Fields, remembered
+from latent_diffusion.convert.settings import Fields, decimal, remembered
 from latent_diffusion.convert.tables import write_tensors
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_json, reading
@@ -121,7 +122,9 @@ def _read_unet(where: Path, config: Json, tensors: Mapping[str, Tensor]) -> Bund
     notes = {"linear_projections": linear, "unet": config}
     if text_time:
         notes["time_width"] = values["addition_time_embed_dim"]
-    return Bundle(unet=part, conditioners=conditioners, notes=notes)
+    bundle = Bundle(unet=part, conditioners=conditioners, notes=notes)
+    size = read_size(config)
+    return bundle if size is None else replace(bundle, image_size=bundle.in_pixels(size))
 
 
 def read_text_encoder(name: str, path: Path, variant: str | None, chosen: Fields) -> Bundle:
@@ -171,8 +174,9 @@ def _meaning_of_autoencoder(config: Mapping[str, Any]) -> Any:
         return autoencoder_tiny.meaning(config)
     values = autoencoder_diffusers.complete(config)
     convs = values.get("use_quant_conv"), values.get("use_post_quant_conv")
-    scaling = values["scaling_factor"], values.get("shift_factor") or 0.0, convs
-    return config["_class_name"], autoencoder_diffusers.fields_from_diffusers(config), scaling
+    scaling = decimal(values["scaling_factor"]), decimal(values.get("shift_factor") or 0.0)
+    fields = autoencoder_diffusers.fields_from_diffusers(config)
+    return config["_class_name"], fields, scaling, convs
 
 
 def _meaning_of_unet(config: Mapping[str, Any]) -> Any:
@@ -231,9 +235,9 @@ def _write_autoencoder(bundle: Bundle) -> tuple[Json, dict[str, Tensor]]:
     if fields["regularization"] == "tiny":
         return autoencoder_tiny.as_component(bundle)
     config = autoencoder_diffusers.diffusers_from_fields(fields, bundle.image_size)
-    config["scaling_factor"] = float(bundle.scale_factor)
+    config["scaling_factor"] = decimal(bundle.scale_factor)
     if bundle.shift:
-        config["shift_factor"] = float(bundle.shift)
+        config["shift_factor"] = decimal(bundle.shift)
     tensors = write_tensors(autoencoder.diffusers_table(fields), bundle.autoencoder.params)
     source = bundle.notes.get("autoencoder", {})
     return autoencoder_diffusers.drop_quant_convs(config, tensors, source)

@@ -27,6 +27,7 @@ from latent_diffusion.convert.compvis import (
     UNUSED,
 )
 from latent_diffusion.convert.inputs import table_of
+from latent_diffusion.convert.settings import decimal
 from latent_diffusion.convert.tables import matching, prefixed, write_tensors
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor
@@ -105,7 +106,11 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         network = {**config, "target": "sgm.modules.diffusionmodules.openaimodel.UNetModel"}
         for name in ("image_size", "legacy", "use_spatial_transformer"):
             network["params"].pop(name, None)
-        engine = {"scale_factor": float(bundle.scale_factor), "network_config": network, **settings}
+        engine = {
+            "scale_factor": decimal(bundle.scale_factor),
+            "network_config": network,
+            **settings,
+        }
         if first_stage:
             kind = "sgm.models.autoencoder.AutoencoderKL"
             engine["first_stage_config"] = {**first_stage, "target": kind}
@@ -125,7 +130,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "image_size": side,
         "unet_config": config,
         "channels": fields["out_channels"],
-        "scale_factor": float(bundle.scale_factor),
+        "scale_factor": decimal(bundle.scale_factor),
         **({"first_stage_config": first_stage} if first_stage else {}),
         "cond_stage_config": conditioner,
         "conditioning_key": key,

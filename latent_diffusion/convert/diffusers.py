@@ -112,13 +112,10 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
     if (path / "tokenizer_2").is_dir() and "clip_text_2" in bundle.conditioners:
         bundle = tokenizers.with_second(bundle, path / "tokenizer_2")
-    side, f = read_size(bundle.notes.get("unet", {})), bundle.downsampling
+    side = read_size(bundle.notes.get("unet", {}))
     for transformer in (bundle.dit, bundle.mmdit):
         side = side if transformer is None else transformer.fields["base_size"]
-    if side is None:
-        return bundle
-    pixels = side * f if isinstance(side, int) else (side[0] * f, side[1] * f)
-    return replace(bundle, image_size=pixels)
+    return bundle if side is None else replace(bundle, image_size=bundle.in_pixels(side))
 
 
 def _components(path: Path, index: Json) -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 Fields = dict[str, Any]  # the fields of one of our modules, by name
 _LARGEST = 1 << 20  # bound of whole numbers: no released model has a width or a length near it
 _short = reprlib.repr  # the full repr of a value from a file could fill the memory
@@ -131,6 +133,11 @@ def remembered(
         return written
     alike = meaning(source) == meaning(written)
     return {**written, **source} if alike else {**source, **written}
+
+
+def decimal(value: Any) -> float:
+    """The shortest decimal number that is `value` in float32: 0.18215, not 0.1821500062942505."""
+    return float(str(np.float32(value)))
 
 
 # Settings in every config of transformers: of training, of outputs and of generating texts.
