@@ -7,7 +7,7 @@ Command   python train.py --config=configs/openmoji_dit.py --workdir=runs/backbo
           after configs/openmoji_autoencoder.py in runs/demo/first_stage
 Cost      minutes on two CPU cores
 Expected  the pictures of a run of configs/openmoji_text.py
-Variants  :text (this), :class (the nine groups), :flow (a rectified flow), :smoke (shapes)
+Variants  :text (this), :class (the nine groups), :v (diffusion by v-prediction), :smoke (shapes)
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     variants = {
         "text": lambda c: None,
         "class": of_classes,
-        "flow": openmoji_text.flow,
+        "v": openmoji_text.of_v,
         "smoke": smoke,
     }
     return default.apply_variant(c, variant, variants)

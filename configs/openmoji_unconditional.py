@@ -25,8 +25,12 @@ def of_scenes(c: ConfigDict) -> None:
 
 
 def without_condition(variant: str, num_steps: int) -> ConfigDict:
-    """The first stage, U-Net, data and recipe of the text experiment, without its conditions."""
+    """The first stage, U-Net, data and recipe of the text experiment, without its conditions.
+
+    The process is diffusion by v-prediction.
+    """
     c = openmoji_text.get_config(variant)
+    openmoji_text.of_v(c)
     if variant != "smoke":
         c.num_steps = num_steps
     c.tokenizer.name = "none"
