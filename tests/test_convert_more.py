@@ -63,6 +63,18 @@ def test_a_model_is_saved_as_it_is_now(pipeline, tmp_path):
     assert config_of(tmp_path / "c" / "vae") == config_of(path / "vae")
 
 
+@pytest.mark.parametrize(
+    ("component", "settings"), [("vae", {"scaling_factor": 0.18215}), ("unet", {"sample_size": 12})]
+)
+def test_a_component_alone_is_saved_in_the_words_of_its_file(
+    component, settings, pipeline, tmp_path
+):
+    path = copied(pipeline, tmp_path / "read") / component
+    changed(path, **settings)
+    ldm.load(path).save(tmp_path / "written", "diffusers")
+    assert config_of(tmp_path / "written") == config_of(path)
+
+
 def test_float16_overflow_is_refused_with_the_name_of_the_array(tmp_path):
     bundle = models.make_bundle("text")
     params = dict(bundle.unet.params)
