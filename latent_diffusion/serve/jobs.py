@@ -84,7 +84,8 @@ class Jobs:
         with self.changed:
             self._closed = True
             for job in [*self._waiting, *self._running]:
-                job.state = "cancelled"
+                if not job.ended:
+                    self._end(job, "cancelled")
             self.changed.notify_all()
         for thread in self._threads:
             thread.join()
