@@ -315,7 +315,10 @@ def test_sigterm_saves_and_says_so_by_its_exit_code(tmp_path):
         (("--config=configs/nowhere.py",), "error: --config: [Errno 2] No such file"),
         ((AUTOENCODER, "--config.num_steps=x"), "error: flag --config.num_steps=x: invalid"),
         ((TEXT, "--dry_run", "--config.data.image_size=64"), "conditioners.word_map.height=16"),
-        (("--config=configs/openmoji_text.py:smok",), "unknown variant 'smok'; known: smoke, two_styles, v"),
+        (
+            ("--config=configs/openmoji_text.py:smok",),
+            "unknown variant 'smok'; known: smoke, two_styles, v",
+        ),
         ((AUTOENCODER, "--config.task=segmenting"), "unknown task 'segmenting'; known: "),
         ((AUTOENCODER, "--config.data.name=mnist"), "unknown data.name 'mnist'; known: "),
         ((TEXT, "--config.first_stage.path=nowhere"), "train one with: python train.py"),

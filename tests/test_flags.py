@@ -218,7 +218,7 @@ import latent_diffusion.serve.__main__ as command
 from latent_diffusion.generation import adapters, loading
 from latent_diffusion.serve import handler
 loading.load = lambda path, **given: [path, given]
-adapters.load_adapter = lambda file: file
+adapters.load_adapter = lambda file, image_encoder: [file, image_encoder]
 def told(model, name, address, limits, **more):
     print(json.dumps([model, name, address, dataclasses.asdict(limits), more]))
     raise ValueError("seen")
@@ -237,8 +237,9 @@ def test_what_is_written_behind_serve_reaches_the_call():
     given = {**loaded, "host": "0.0.0.0", "port": 81, **limits, **more}
     flags = [f"--{flag}={value}" for flag, value in given.items()]
     for kind in ("workdir", "model"):
-        told = python(SERVE, f"--{kind}=here", "--adapter=style=file", *flags)
-        more["adapters"] = {"style": "file"}
+        adapter = ("--adapter=style=file", "--image_encoder=vit")
+        told = python(SERVE, f"--{kind}=here", *adapter, *flags)
+        more["adapters"] = {"style": ["file", "vit"]}
         assert told == [["here", loaded], "here", ["0.0.0.0", 81], limits, more]
 
 

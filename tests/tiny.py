@@ -35,6 +35,7 @@ def make_config(task, **fields):
     config.autoencoding.disc_start = config.autoencoding.adversarial_start = 0
     config.unet.update({"model_channels": 8, "channel_mult": (1,), "num_groups": 4})
     config.ema_decay = 0.9
+    openmoji_text.of_v(config)  # since a flow fixes its schedule and its prediction
     if "word_map" in config.conditioners:  # nobody else's models have one
         del config.conditioners["word_map"]
     config.update_from_flattened_dict(fields)

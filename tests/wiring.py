@@ -464,8 +464,16 @@ FLAGS = {
     ),
     "latent_diffusion.serve.__main__": dict.fromkeys(
         (
-            *("workdir", "model", "tokenizer", "adapter", "host", "port", "token", "dtype", "scan"),
-            *("max_images", "max_waiting", "max_pixels", "max_steps", "batch_size"),
+            *("workdir", "model", "tokenizer", "adapter", "image_encoder", "host", "port", "token"),
+            *(
+                "dtype",
+                "scan",
+                "max_images",
+                "max_waiting",
+                "max_pixels",
+                "max_steps",
+                "batch_size",
+            ),
         ),
         CALL.format("serve"),
     ),

@@ -11,7 +11,10 @@ from latent_diffusion.runtime import flags as shared_flags
 
 read_model = shared_flags.model()
 ADAPTER = flags.DEFINE_multi_string(
-    "adapter", [], "An adapter that requests can name: NAME=FILE; repeatable."
+    "adapter", [], "An adapter of any kind that requests can name: NAME=FILE; repeatable."
+)
+IMAGE_ENCODER = flags.DEFINE_string(
+    "image_encoder", None, "Folder of the IP-Adapters' image encoder, if it isn't beside them."
 )
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces.")
 PORT = flags.DEFINE_integer("port", 8188, "Port to listen on; 0 takes a free port.")
@@ -40,7 +43,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--adapter={wrong[0]}: write NAME=FILE")
         model = load(path, **loading)
         limits = Limits(MAX_IMAGES.value, MAX_PIXELS.value, MAX_STEPS.value, MAX_WAITING.value)
-        adapters = {name: load_adapter(file) for name, _, file in pairs}
+        encoder = IMAGE_ENCODER.value
+        adapters = {n: load_adapter(file, image_encoder=encoder) for n, _, file in pairs}
         server = make_server(
             model,
             path,

@@ -1,7 +1,7 @@
 """A description of a model in JSON: its conditions, options and limits."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from latent_diffusion.generation.conditions import argument
@@ -10,15 +10,20 @@ from latent_diffusion.generation.start_picture import changes_pictures
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.spacings import SPACINGS
-from latent_diffusion.serve.requests import Limits
+from latent_diffusion.serve.requests import PICTURED, Limits
 
 _CHOICES: dict[str, Iterable[str]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
 # Fields of conditioners that describe the values of a condition.
 _DETAILS = ("num_classes", "vocab_size", "max_length", "max_noise_level", "width")
 
 
-def describe(model: Model, name: str, limits: Limits, adapters: list[str]) -> dict[str, Any]:
-    """Facts about a model, from which the page builds its controls; other clients may read them."""
+def describe(
+    model: Model, name: str, limits: Limits, adapters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Facts about a model, from which the page builds its controls; other clients may read them.
+
+    The names of the loaded `adapters` are listed by the argument of a request that takes them.
+    """
     conditioner = model.conditioner
     conditions: dict[str, dict[str, Any]] = {}
     for part in conditioner.parts():
@@ -38,7 +43,10 @@ def describe(model: Model, name: str, limits: Limits, adapters: list[str]) -> di
         },
         "negative_prompts": model.prior is None and "prompts" in conditions,
         "changes_pictures": changes_pictures(model.conditioner.keys),
-        "adapters": adapters,
+        **{
+            argument: sorted(name for name, x in adapters.items() if x.argument == argument)
+            for argument in ("adapters", *PICTURED)
+        },
         "options": _options(model),
         "limits": dataclasses.asdict(limits),
     }

@@ -66,7 +66,7 @@ class Server(ThreadingHTTPServer):
         self, address: tuple[str, int], jobs: Jobs, adapters: Mapping[str, Any], token: str | None
     ):
         self.jobs, self.adapters, self.token = jobs, adapters, token
-        self.description = describe(jobs.model, jobs.name, jobs.limits, sorted(adapters))
+        self.description = describe(jobs.model, jobs.name, jobs.limits, adapters)
         super().__init__(address, Handler)
 
     def server_close(self) -> None:

@@ -15,10 +15,14 @@ from latent_diffusion.core.rng import example_keys, seed_key
 from latent_diffusion.data import pictures
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
+from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.plan import plan, plan_prior
+
+PICTURED = ("controls", "image_prompts")  # arguments of `Model.sample`: adapters that see pictures
+MAX_PICTURED = 8  # entries of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Request:
 
     settings: the request's JSON with its seed, but without pictures, for the text in a PNG. values:
     the condition's arguments of `Model.sample`, each of one example. shared: arguments that all
-    images of a call share.
+    images of a call share. pictured: control nets and image prompts, by argument.
     """
 
     settings: Mapping[str, Any]
@@ -45,13 +49,26 @@ class Request:
     num_images: int
     values: Mapping[str, Any]
     shared: Mapping[str, Any]
+    pictured: Mapping[str, Sequence["Pictured"]]
 
     @property
     def group(self) -> str:
         """Equal for requests that one call of `Model.sample` can answer."""
         shapes = {name: np.shape(value) for name, value in self.values.items()}
         shared = {**self.shared, "adapters": self.settings.get("adapters", [])}
+        for name, entries in self.pictured.items():
+            shared[name] = [(e.name, e.picture.shape, e.weight) for e in entries]
         return repr((sorted(shapes.items()), sorted(shared.items())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictured:
+    """A control net or an IP-Adapter, the picture [1 H W 3] that it sees, and its weight."""
+
+    name: str
+    adapter: Any
+    picture: np.ndarray
+    weight: float
 
 
 class Upload(io.BytesIO):
@@ -77,7 +94,7 @@ def read(
     data = {name: value for name, value in data.items() if value is not None}
     options = OPTIONS if model.prior is None else PRIOR_OPTIONS
     option_names = {name for name, option in options.items() if option.flag}
-    allowed = {*_CONDITIONS, *_SHARED, *option_names}
+    allowed = {*_CONDITIONS, *_SHARED, *PICTURED, *option_names}
     if unknown := sorted(set(data) - allowed):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(allowed))}")
     num_images = _integer("num_images", data.get("num_images", 1), 1, limits.max_images)
@@ -105,11 +122,18 @@ def read(
         for name, reader in _CONDITIONS.items()
         if name in data
     }
+    pictured = {
+        name: _pictured(name, data[name], adapters or {}, limits)
+        for name in PICTURED
+        if name in data
+    }
+    hints = [(e.adapter, e.picture, e.weight) for e in pictured.get("controls", ())]
     start = (values.get("image"), values.get("mask"), data.get("strength"))
-    values |= fitted(model.conditioner.keys, size or model.trained_size, *start)
-    settings = {k: v for k, v in data.items() if _CONDITIONS.get(k) not in _PICTURE_READERS}
+    values |= fitted(model.conditioner.keys, size or size_of(hints) or model.trained_size, *start)
+    with_pictures = {name for name, read in _CONDITIONS.items() if read in _PICTURE_READERS}
+    settings = {k: v for k, v in data.items() if k not in {*with_pictures, *PICTURED}}
     settings |= {"seed": seed, "num_images": num_images}
-    return Request(settings, seed, num_images, values, shared)
+    return Request(settings, seed, num_images, values, shared, pictured)
 
 
 def _check_options(model: Model, options: Mapping[str, Any]) -> None:
@@ -129,9 +153,21 @@ def call(model: Model, requests: Sequence[Request]) -> dict[str, Any]:
     for name in requests[0].values:
         rows = [request.values[name] for request in requests for _ in range(request.num_images)]
         joined[name] = np.concatenate(rows) if isinstance(rows[0], np.ndarray) else rows
+    for name, entries in requests[0].pictured.items():
+        joined[name] = []
+        for i, entry in enumerate(entries):
+            rows = _rows([(r.pictured[name][i].picture, r.num_images) for r in requests])
+            joined[name].append((entry.adapter, rows, entry.weight))
     if not conditions & joined.keys():
         joined["num_images"] = sum(request.num_images for request in requests)
     return {"rng": jnp.concatenate(keys), **joined, **requests[0].shared}
+
+
+def _rows(pictures: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
+    """A row for each image of a call; one row if all images have the same picture."""
+    if len(pictures) == 1:
+        return pictures[0][0]
+    return np.concatenate([np.repeat(picture, count, axis=0) for picture, count in pictures])
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
@@ -163,11 +199,32 @@ def _pairs(name: str, value: Any) -> list[tuple[str, float]]:
 
 def _adapters(value: Any, loaded: Mapping[str, Any]) -> list[tuple[Any, float]]:
     pairs = _pairs("adapters", value)
-    for name, _ in pairs:
-        if name not in loaded:
-            names = ", ".join(loaded) or "none was loaded"
-            raise ValueError(f"adapters: unknown adapter {name!r}; known: {names}")
-    return [(loaded[name], weight) for name, weight in pairs]
+    return [(_loaded("adapters", name, loaded), weight) for name, weight in pairs]
+
+
+def _pictured(field: str, value: Any, loaded: Mapping[str, Any], limits: Limits) -> list[Pictured]:
+    """Control nets, whose hints are in [0, 1], or image prompts, whose pictures are in [-1, 1]."""
+    if not isinstance(value, list) or any(not isinstance(e, list) or len(e) != 3 for e in value):
+        raise ValueError(f"{field}: write [[adapter, picture in base64, weight], …]")
+    if len(value) > MAX_PICTURED:
+        raise ValueError(f"{field}: {len(value)} entries, at most {MAX_PICTURED}")
+    entries = []
+    for name, content, weight in value:
+        adapter = _loaded(field, str(name), loaded)
+        pixels = pictures.read_image(_upload(f"{field}: the picture of {name}", content, limits))
+        picture = pixels.astype(np.float32) / 255 if field == "controls" else to_float(pixels)
+        weight = float(_score(f"{field}: the weight of {name}", weight, limits)[0])
+        entries.append(Pictured(name, adapter, picture[None], weight))
+    return entries
+
+
+def _loaded(field: str, name: str, loaded: Mapping[str, Any]) -> Any:
+    """The adapter of a name that `Model.sample` takes as this argument; ValueError for others."""
+    known = {name: adapter for name, adapter in loaded.items() if adapter.argument == field}
+    if name not in known:
+        names = ", ".join(known) or "none was loaded"
+        raise ValueError(f"{field}: unknown adapter {name[:80]!r}; known: {names}")
+    return known[name]
 
 
 def _text(name: str, value: Any, limits: Limits) -> str:

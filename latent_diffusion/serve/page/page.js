@@ -106,7 +106,8 @@ function readList(text, kind) {
   return values.length === 1 ? values[0] : values;
 }
 
-function addPicture(name, parent, onLoad = () => {}) {
+// A file of a picture, with a button that removes it; returns a function that gives its content.
+function pictureField(name, parent, onLoad = () => {}) {
   const input = element("input", { type: "file", accept: "image/*" });
   const clear = element("button", { type: "button" }, "Remove");
   let content;
@@ -118,7 +119,11 @@ function addPicture(name, parent, onLoad = () => {}) {
   input.addEventListener("change", change);
   clear.addEventListener("click", () => { input.value = ""; change(); });
   parent.append(element("div", { className: "field" }, labelled(name, input), element("div", { className: "tools" }, clear)));
-  readers[name] = () => content;
+  return () => content;
+}
+
+function addPicture(name, parent, onLoad) {
+  readers[name] = pictureField(name, parent, onLoad);
 }
 
 function dataUrl(file) {
@@ -264,6 +269,22 @@ function addAdapters(parent) {
   };
 }
 
+// Control nets and image prompts: each adapter has a picture and a weight.
+function addPictured(name, title, parent) {
+  const field = element("details", {}, element("summary", {}, title));
+  const entries = model[name].map((adapter) => {
+    const read = pictureField(adapter, field);
+    const weight = element("input", { type: "number", step: "0.05", value: 1 });
+    field.append(element("label", {}, `Weight of ${adapter}`, weight));
+    return () => (read() ? [adapter, read(), Number(weight.value)] : undefined);
+  });
+  parent.append(field);
+  readers[name] = () => {
+    const chosen = entries.map((read) => read()).filter((entry) => entry);
+    return chosen.length ? chosen : undefined;
+  };
+}
+
 function build() {
   const { conditions, options } = model;
   const parent = $("conditions");
@@ -281,6 +302,8 @@ function build() {
   if (model.changes_pictures) addMaskedPicture(parent, Boolean(conditions.mask));
   else if (conditions.image) addPicture("image", parent);
   if (model.adapters.length) addAdapters(parent);
+  if (model.controls.length) addPictured("controls", "Control nets", parent);
+  if (model.image_prompts.length) addPictured("image_prompts", "Image prompts", parent);
 
   const common = $("common");
   for (const name of COMMON) {
