@@ -68,7 +68,8 @@ browser: $(VENV)/.demo
 	npm install --silent --prefix runs/browser playwright-core
 	$(BIN)/python train.py --config=configs/openmoji_autoencoder.py:smoke --workdir=runs/browser/first_stage
 	$(BIN)/python train.py --config=configs/openmoji_text.py:smoke --workdir=runs/browser/denoiser --config.first_stage.path=runs/browser/first_stage
-	PYTHONPATH=. $(BIN)/python tests/browser.py runs/browser/denoiser runs/browser/screenshots
+	$(BIN)/python train.py --config=configs/openmoji_control.py:smoke --workdir=runs/browser/control --config.init_from=runs/browser/denoiser
+	PYTHONPATH=. $(BIN)/python tests/browser.py runs/browser/denoiser runs/browser/control runs/browser/screenshots
 
 # The site, into runs/site; a link that leads nowhere is an error.
 docs: $(VENV)/.docs

@@ -62,6 +62,16 @@ assert.match(requests.at(-1).mask, /^data:image\/png;base64,/);
 await page.getByRole("button", { name: "Remove" }).click();
 await page.getByRole("button", { name: "Clear mask" }).click();
 
+// A control net sees a hint.
+await page.locator("summary", { hasText: "Control nets" }).click();
+await page.locator("input[name=edges]").setInputFiles(`${folder}/saved.png`);
+await field("Weight of edges").fill("0.5");
+await make();
+await page.waitForFunction(() => document.querySelectorAll("figure").length === 8);
+const [[name, hint, weight]] = requests.at(-1).controls;
+assert.deepEqual([name, hint.slice(0, 22), weight], ["edges", "data:image/png;base64,", 0.5]);
+await page.getByRole("button", { name: "Remove" }).last().click();
+
 // A long request shows previews, and is cancelled.
 await field("Steps").fill("1000");
 await make();
