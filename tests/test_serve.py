@@ -6,17 +6,26 @@ import io
 import json
 import re
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 from answers import CLASS, SIDE, TEXT, model
 from PIL import Image
+from test_answers import LEVELS, reading
+from test_prior_model import CLASSES, SIZES, VQ
 
 from latent_diffusion.core.rng import seed_key
 from latent_diffusion.generation.model import Model
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.models.prior import make_prior
+from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.serve import handler, parameters
 from latent_diffusion.serve import jobs as jobs_module
+from latent_diffusion.serve.describe import describe
 from latent_diffusion.serve.handler import make_server
 from latent_diffusion.serve.jobs import Busy, Job, Jobs
 from latent_diffusion.serve.openai import read_form, request_of
@@ -105,6 +114,37 @@ def test_the_page_and_the_description_of_the_model(server):
     assert "progress" not in options
 
 
+def test_the_description_is_of_this_model():
+    made = reading(LEVELS)
+    halving = made.first_stage.replace(module=make_autoencoder({**VQ, "regularization": "kl"}))
+    told = describe(made.replace(image_size=(4, 8), first_stage=halving), "tiny", LIMITS, [])
+    assert (told["size"], told["factor"]) == ([4, 8], 2) and not told["negative_prompts"]
+    needed = {name: condition["needed"] for name, condition in told["conditions"].items()}
+    assert needed == {"low_res": True, "noise_level": False}
+    options = {option["name"]: option for option in told["options"]}
+    assert options["num_steps"]["default"] == made.defaults["num_steps"] == 1
+    assert options["guidance_scale"]["many"] and not options["num_steps"]["many"]
+    sizes = describe(reading({"sizes": {"width": 6}}), "tiny", LIMITS, [])["conditions"]
+    assert not any(condition["needed"] for condition in sizes.values())  # the picture's by default
+    assert describe(model(TEXT), "tiny", LIMITS, [])["negative_prompts"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_prior_takes_every_option_of_its_description(causal):
+    codes = make_autoencoder(VQ)
+    prior = make_prior({**SIZES, "causal": causal}, CLASSES, codes)
+    made = Model(FirstStage({}, np.ones(()), np.zeros(()), codes), prior=prior, image_size=8)
+    told = describe(made, "tiny", LIMITS, [])
+    named = {option["name"]: option["default"] for option in told["options"]}
+    request = read({"class_labels": 1, **named}, made, LIMITS)
+    assert named and request.shared == named and ("num_steps" in named) != causal
+    with pytest.raises(ValueError, match="unknown field 'sampler'"):
+        read({"class_labels": 1, "sampler": "ddim"}, made, LIMITS)
+    prompted = prior.replace(conditioner=make_conditioner(TEXT))
+    told = describe(made.replace(prior=prompted), "tiny", LIMITS, [])
+    assert "prompts" in told["conditions"] and not told["negative_prompts"]
+
+
 def test_a_request_gets_the_pictures_of_model_sample_and_their_settings(server):
     request = {"prompts": "red cat", "seed": 2**40 + 7, "num_images": 2, "guidance_scale": 2.0}
     state = finished(server, request)
@@ -116,7 +156,11 @@ def test_a_request_gets_the_pictures_of_model_sample_and_their_settings(server):
         np.testing.assert_array_equal(pixels(content), want[i])
         status, settings = ask_json(server, "POST", "/api/settings", content, {})
         assert settings == {**request, "image_index": i}
-    assert state["evaluations"] >= 1
+        theirs = from_text(
+            Image.open(io.BytesIO(content)).info["parameters"]
+        )  # for A1111's readers
+        assert (theirs["num_steps"], theirs["image_size"]) == (1, [SIDE, SIDE])
+    assert state["evaluations"] == 1 and state["preview"] is None
 
 
 def test_equal_requests_share_a_call_and_each_gets_its_pictures(server):
@@ -141,6 +185,138 @@ def test_other_options_are_another_call(server):
         queued = [jobs.submit(read(request, jobs.model, LIMITS)) for request in each]
     assert all(jobs.wait(job, 60) for job in queued)
     assert jobs.counts["calls"] == before + 2
+
+
+class Drawn:
+    """`Model.sample` for tests of the queue: it waits for `go_on`, and paints images black."""
+
+    def __init__(self):
+        self.begun, self.go_on, self.calls = threading.Event(), threading.Event(), []
+
+    def __call__(self, rng, **given):
+        self.calls.append({"images": len(rng), **given})
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return np.zeros((len(rng), SIDE, SIDE, 3), np.float32)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    made = Drawn()
+    monkeypatch.setattr(Model, "sample", lambda self, **given: made(**given))
+    yield made
+    made.go_on.set()
+
+
+def posted(server, **request):
+    """The state of a request that has just begun or waits."""
+    status, state = ask_json(server, "POST", "/api/jobs", {"prompts": "red", "seed": 1, **request})
+    assert status == 202, state
+    return state
+
+
+def test_a_call_has_at_most_batch_size_images(drawn):
+    server = serving(model(TEXT), batch_size=2)
+    with server.jobs.changed:
+        each = [{"prompts": "red", "seed": i, "num_images": n} for i, n in enumerate((1, 2, 1, 3))]
+        queued = [server.jobs.submit(read(one, server.jobs.model, LIMITS)) for one in each]
+    drawn.go_on.set()
+    assert all(server.jobs.wait(job, 60) for job in queued)
+    server.shutdown()
+    server.server_close()
+    # The first and the third share a call; the last has more alone, which `sample` divides.
+    assert [call["images"] for call in drawn.calls] == [2, 2, 3]
+    assert [call["batch_size"] for call in drawn.calls] == [2, 2, 2]
+    assert [len(job.pictures) for job in queued] == [1, 2, 1, 3]
+
+
+def test_a_request_that_is_cancelled_in_time_is_never_sampled(server, drawn):
+    first, second = posted(server), posted(server, guidance_scale=2.0)
+    assert drawn.begun.wait(60)
+    for state in (second, first):
+        path = f"/api/jobs/{state['id']}"
+        assert ask(server, "DELETE", f"{path}/0.png")[0] == 404
+        assert ask_json(server, "GET", path)[1]["state"] != "cancelled"
+        assert ask_json(server, "DELETE", path)[1]["state"] == "cancelled"
+    drawn.go_on.set()
+    third = finished(server, {"prompts": "red", "seed": 1})
+    assert len(drawn.calls) == 2 and third["state"] == "done"
+    for state in (first, second):
+        state = ask_json(server, "GET", f"/api/jobs/{state['id']}")[1]
+        assert (state["state"], state["pictures"]) == ("cancelled", [])
+    assert ask_json(server, "DELETE", f"/api/jobs/{third['id']}")[1]["state"] == "done"
+    assert ask(server, "GET", f"{third['pictures'][0]}")[0] == 200
+    assert ask(server, "GET", f"/api/jobs/{third['id']}/1.png")[0] == 404
+
+
+def test_a_client_that_asks_for_a_change_waits_for_nothing_else(server, drawn, monkeypatch):
+    monkeypatch.setattr(handler, "LONG_POLL_SECONDS", 600)
+    state = posted(server)
+    assert drawn.begun.wait(60)
+    path = f"/api/jobs/{state['id']}?after="
+    state = ask_json(server, "GET", f"{path}{state['version'] + 100}")[1]
+    assert state["state"] == "running"  # the version is another one already
+    threading.Timer(0.2, drawn.go_on.set).start()
+    assert ask_json(server, "GET", f"{path}{state['version']}")[1]["state"] == "done"
+
+
+def test_a_client_of_openai_that_leaves_cancels_and_one_that_is_cancelled_is_told(server, drawn):
+    jobs = server.jobs
+    body = json.dumps({"prompt": "red"})
+    leaves, stays = (
+        http.client.HTTPConnection(*server.server_address[:2], timeout=60) for _ in "ab"
+    )
+    for connection in (leaves, stays):
+        connection.request("POST", "/v1/images/generations", body, JSON)
+        while not (jobs.num_waiting or not drawn.begun.wait(60)) and connection is stays:
+            time.sleep(0.01)
+        assert drawn.begun.wait(60)
+    first, second = list(jobs._jobs.values())[-2:]
+    leaves.close()
+    assert jobs.wait(first, 60) and first.state == "cancelled"
+    assert ask(server, "DELETE", f"/api/jobs/{second.id}")[0] == 200
+    assert stays.getresponse().status == 503
+    stays.close()
+
+
+def test_adapters_are_requested_by_their_names(drawn):
+    drawn.go_on.set()
+    adapters = {"style": object(), "word": object()}
+    server = serving(model(TEXT), adapters=adapters)
+    asked = {"adapters": [["word", 0.5], ["style", 2]]}
+    wanted = [(adapters["word"], 0.5), (adapters["style"], 2.0)]
+    assert ask_json(server, "GET", "/api/model")[1]["adapters"] == ["style", "word"]
+    assert finished(server, {"prompts": "red", **asked})["state"] == "done"
+    assert ask(server, "POST", "/v1/images/generations", {"prompt": "red", **asked})[0] == 200
+    assert [call["adapters"] for call in drawn.calls] == [wanted, wanted]
+    made = server.jobs.model
+    with server.jobs.changed:  # other adapters are another call
+        each = [{"prompts": "red", "adapters": [[name, 1]]} for name in ("word", "style", "word")]
+        queued = [server.jobs.submit(read(one, made, LIMITS, adapters)) for one in each]
+    assert all(server.jobs.wait(job, 60) for job in queued)
+    assert [call["images"] for call in drawn.calls[2:]] == [2, 1]
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_full_queue_asks_for_patience_and_is_counted():
+    server = make_server(model(TEXT), "tiny", ("127.0.0.1", 0), Limits(max_waiting=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+    connection.request("POST", "/api/jobs", json.dumps({"prompts": "red"}), JSON)
+    answer = connection.getresponse()
+    answer.read()
+    assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0
+    # An error leaves the connection usable, even if a body was not read.
+    connection.request("POST", "/nothing", json.dumps({"prompts": "red"}), JSON)
+    connection.getresponse().read()
+    connection.request("GET", "/metrics")
+    counted = connection.getresponse().read().decode().split("\n")
+    connection.close()
+    server.shutdown()
+    server.server_close()
+    for line in ("refused_total 1", "status_503_total 1", "status_404_total 1", "waiting 0"):
+        assert f"latent_diffusion_{line}" in counted
 
 
 def test_a_request_that_fails_spoils_no_other(server, monkeypatch):
@@ -194,6 +370,17 @@ def test_previews_are_pictures_of_the_running_call(server, monkeypatch):
     jobs._draw(z_0, [job])
     assert np.abs(pixels(job.preview).astype(int) - 127).max() <= 1
     job.state = "done"
+
+
+def test_of_a_part_of_a_shared_call_nobody_gets_a_preview(server):
+    jobs = server.jobs
+    own = [Job(read({"prompts": "red"}, jobs.model, LIMITS)) for _ in range(2)]
+    z_0 = np.zeros((1, SIDE, SIDE, 3), np.float32)
+    jobs._draw(z_0, own)
+    assert [job.preview for job in own] == [None, None]
+    own[0].state = "cancelled"
+    jobs._draw(np.concatenate([z_0, z_0]), own)
+    assert own[0].preview is None and own[1].preview is not None
 
 
 def test_a_preview_in_a_shared_call_is_of_its_own_request(server):
@@ -275,6 +462,10 @@ BAD = [  # path, body, status, words of the message
     ("/api/jobs", {"prompts": "red", "layout": []}, 400, "layout: write 1 to 100 objects"),
     ("/api/jobs", {"prompts": "red", "prompt_weights": 1}, 400, "prompt_weights=1 must be true"),
     ("/api/jobs", {"prompts": "red", "more_prompts": [1]}, 400, "more_prompts: write"),
+    ("/api/jobs", {"prompts": "red", "more_prompts": [["a", 1]] * 9}, 400, "9 pairs, at most 8"),
+    ("/api/jobs", {"prompts": "a" * 10_001}, 400, "at most 10,000 characters"),
+    ("/api/jobs", {"neighbours": [[0] * 65]}, 400, "neighbours: 65 numbers, at most 64"),
+    ("/api/jobs", {"original_size": [1, -1]}, 400, "original_size=-1 must be a whole number"),
     ("/api/jobs", {"prompts": "red", "class_labels": 1}, 0, "class_labels given, but this model"),
     ("/api/jobs", {}, 0, "this model is conditioned on tokens: give prompts"),
     ("/api/jobs", [], 400, "a request is a JSON object, not list"),
@@ -391,6 +582,78 @@ def test_the_words_of_a1111_are_read_and_written():
     assert from_png(io.BytesIO(to_png(image, settings, "m", {}))) == settings
     with pytest.raises(ValueError, match="Steps: 'many' is no number"):
         from_text("cat\nSteps: many, Seed: 1")
+
+
+def test_text_for_a1111_keeps_what_it_has_no_name_for():
+    for settings in (
+        {"prompts": "", "negative_prompts": "dog", "num_steps": 3},
+        {"prompts": "cat", "sampler": "deis", "num_steps": 3, "seed": 1},
+    ):
+        assert from_text(to_text(settings, "C:\\models\\mine, Seed: 5")) == settings
+    assert set(parameters.SAMPLERS.values()) <= set(SAMPLERS)
+    assert len(set(parameters.SAMPLERS.values())) == len(parameters.SAMPLERS)
+
+
+def test_a_picture_of_one_channel_is_grey():
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    np.testing.assert_array_equal(pixels(to_png(grey, {}, "m", {})), grey[..., 0])
+
+
+def test_the_fields_of_openai_become_ours():
+    asked = {"prompt": "red", "n": 2, "size": "8x4", "quality": "high", "style": "vivid"}
+    assert request_of(asked) == {"prompts": "red", "num_images": 2, "image_size": [4, 8]}
+    assert request_of({"prompt": "red", "size": "auto"}) == {"prompts": "red"}
+    sent = {"prompt": "red", "strength": "0.5", "num_steps": "3", "guidance_scale": "2"}
+    body, kind = form(**sent, **{"image[]": b"picture"})
+    picture = base64.b64encode(b"picture").decode()
+    want = {"prompt": "red", "strength": 0.5, "num_steps": 3, "guidance_scale": 2.0}
+    assert read_form(kind, body) == {**want, "image": picture}
+
+
+def test_every_field_of_a_request_reaches_the_call():
+    made = model(TEXT)
+    levels = np.arange(16, dtype=np.uint8).reshape(SIDE, SIDE)
+    deep = 1000 * levels.astype(np.uint16)
+    sent = {
+        "prompts": "red",
+        "seed": 2**64 - 1,
+        "num_images": 2,
+        "eta": None,  # as if it weren't there
+        "strength": 0.5,
+        "image_size": [SIDE, 2 * SIDE],
+        "image": f"data:image/png;base64,{WHITE}",
+        "segmentation": in_base64(levels),
+        "depth": in_base64(deep),
+        "neighbours": [[1, 2], [3, 4]],
+        "aesthetic_score": 6.5,
+        "original_size": [5, 9],
+        "more_prompts": [["blue", -0.5]],
+        "prompt_weights": True,
+    }
+    request = read(sent, made, LIMITS)
+    pictures = ("eta", "image", "segmentation", "depth")
+    assert request.settings == {k: v for k, v in sent.items() if k not in pictures}
+    arguments = call(made, [request])
+    assert len(arguments.pop("rng")) == 2
+    size = {"image_size": (SIDE, 2 * SIDE), "strength": 0.5}
+    rest = {"prompts": ["red"] * 2, "more_prompts": [("blue", -0.5)], "prompt_weights": True}
+    want = {
+        "image": np.ones((2, SIDE, 2 * SIDE, 3)),
+        "segmentation": np.stack([levels, levels]),
+        "depth": np.stack([deep, deep])[..., None],
+        "neighbours": np.array([[[1, 2], [3, 4]]] * 2),
+        "aesthetic_score": np.full(2, 6.5),
+        "original_size": np.array([[5, 9]] * 2),
+    }
+    for name, value in want.items():
+        np.testing.assert_array_equal(arguments.pop(name), value)
+    assert arguments == {**size, **rest}
+
+
+def test_a_model_without_conditions_is_told_the_number_of_images():
+    made = reading({})
+    requests = [read({"seed": i, "num_images": 2}, made, LIMITS) for i in range(3)]
+    assert call(made, requests)["num_images"] == 6 == len(call(made, requests)["rng"])
 
 
 def test_a_key_array_is_a_batch_of_calls():

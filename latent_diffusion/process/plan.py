@@ -83,14 +83,19 @@ def plan(
     return jnp.asarray(timesteps), dataclasses.replace(options, **numbers, **in_timesteps)
 
 
+def prior_options(causal: bool) -> dict[str, Option]:
+    """The options of a causal or of a masked prior, by name."""
+    masked_only = ("num_steps", "choice_temperature") if causal else ()
+    return {name: option for name, option in PRIOR_OPTIONS.items() if name not in masked_only}
+
+
 def plan_prior(defaults: Config, given: Mapping[str, Any], causal: bool) -> PriorOptions:
     """The checked options of a prior: `given` overrides the model's `defaults`.
 
     Numbers are as in `plan`. Raises ValueError for an option that this kind of prior doesn't have.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    masked_only = ("num_steps", "choice_temperature")
-    allowed = [name for name in PRIOR_OPTIONS if not (causal and name in masked_only)]
+    allowed = prior_options(causal)
     for name in given:
         if name not in allowed:
             kind = "causal" if causal else "masked"

@@ -7,10 +7,9 @@ from typing import Any
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.start_picture import changes_pictures
-from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.spacings import SPACINGS
-from latent_diffusion.serve.requests import PICTURED, Limits
+from latent_diffusion.serve.requests import PICTURED, Limits, options_of
 
 _CHOICES: dict[str, Iterable[str]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
 # Fields of conditioners that describe the values of a condition.
@@ -25,13 +24,16 @@ def describe(
     The names of the loaded `adapters` are listed by the argument of a request that takes them.
     """
     conditioner = model.conditioner
+    height, width = model.trained_size
     conditions: dict[str, dict[str, Any]] = {}
+    needed = set()
     for part in conditioner.parts():
         details = {field: getattr(part, field) for field in _DETAILS if hasattr(part, field)}
+        usual = part.defaults((height, width)) if hasattr(part, "defaults") else {}
         for key in (*part.keys, *getattr(part, "optional", ())):
             conditions.setdefault(argument(key), {}).update(details)
-    needed = {argument(key) for key in conditioner.keys}
-    height, width = model.trained_size
+            if key in part.keys and key not in usual:
+                needed.add(argument(key))
     return {
         "name": name,
         "kind": "denoiser" if model.prior is None else "prior",
@@ -53,7 +55,6 @@ def describe(
 
 
 def _options(model: Model) -> list[dict[str, Any]]:
-    options = OPTIONS if model.prior is None else PRIOR_OPTIONS
     return [
         {
             "name": name,
@@ -64,6 +65,6 @@ def _options(model: Model) -> list[dict[str, Any]]:
             "default": model.defaults.get(name, option.default),
             "choices": sorted(_CHOICES.get(name, ())),
         }
-        for name, option in options.items()
+        for name, option in options_of(model).items()
         if option.flag
     ]

@@ -18,8 +18,8 @@ from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.start_picture import fitted
-from latent_diffusion.process.options import OPTIONS, PRIOR_OPTIONS
-from latent_diffusion.process.plan import plan, plan_prior
+from latent_diffusion.process.options import OPTIONS, Option
+from latent_diffusion.process.plan import plan, plan_prior, prior_options
 
 PICTURED = ("controls", "image_prompts")  # arguments of `Model.sample`: adapters that see pictures
 MAX_PICTURED = 8  # entries of each
@@ -92,7 +92,7 @@ def read(
     if not isinstance(data, dict):
         raise ValueError(f"a request is a JSON object, not {type(data).__name__}")
     data = {name: value for name, value in data.items() if value is not None}
-    options = OPTIONS if model.prior is None else PRIOR_OPTIONS
+    options = options_of(model)
     option_names = {name for name, option in options.items() if option.flag}
     allowed = {*_CONDITIONS, *_SHARED, *PICTURED, *option_names}
     if unknown := sorted(set(data) - allowed):
@@ -134,6 +134,11 @@ def read(
     settings = {k: v for k, v in data.items() if k not in {*with_pictures, *PICTURED}}
     settings |= {"seed": seed, "num_images": num_images}
     return Request(settings, seed, num_images, values, shared, pictured)
+
+
+def options_of(model: Model) -> Mapping[str, Option]:
+    """The options of the model's sampling, by name."""
+    return OPTIONS if model.prior is None else prior_options(model.prior.transformer.causal)
 
 
 def _check_options(model: Model, options: Mapping[str, Any]) -> None:
