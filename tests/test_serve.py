@@ -250,12 +250,13 @@ def test_a_request_that_is_cancelled_in_time_is_never_sampled(server, drawn):
 
 
 def test_a_client_that_asks_for_a_change_waits_for_nothing_else(server, drawn, monkeypatch):
-    monkeypatch.setattr(handler, "LONG_POLL_SECONDS", 600)
+    monkeypatch.setattr(handler, "LONG_POLL_SECONDS", 10)
     state = posted(server)
     assert drawn.begun.wait(60)
-    path = f"/api/jobs/{state['id']}?after="
+    path, start = f"/api/jobs/{state['id']}?after=", time.monotonic()
     state = ask_json(server, "GET", f"{path}{state['version'] + 100}")[1]
     assert state["state"] == "running"  # the version is another one already
+    assert time.monotonic() - start < 5
     threading.Timer(0.2, drawn.go_on.set).start()
     assert ask_json(server, "GET", f"{path}{state['version']}")[1]["state"] == "done"
 
@@ -273,7 +274,7 @@ def test_a_client_of_openai_that_leaves_cancels_and_one_that_is_cancelled_is_tol
         assert drawn.begun.wait(60)
     first, second = list(jobs._jobs.values())[-2:]
     leaves.close()
-    assert jobs.wait(first, 60) and first.state == "cancelled"
+    assert jobs.wait(first, 10) and first.state == "cancelled"
     assert ask(server, "DELETE", f"/api/jobs/{second.id}")[0] == 200
     assert stays.getresponse().status == 503
     stays.close()
