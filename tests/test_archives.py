@@ -231,6 +231,43 @@ def test_a_large_folder_is_described_again_when_a_file_changes_and_only_then(
     assert len(everything(folder, "image_folder")) == 3 and len(calls) == 3
 
 
+def test_the_index_of_a_large_folder_is_of_its_share_for_tests(tmp_path, monkeypatch):
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+
+    def names(large):
+        monkeypatch.setattr(image_folder, "LARGE", large)
+        fields = {"name": "image_folder", "dir": str(tmp_path)}
+        shares = [config(**fields, test_fraction=share) for share in (0.3, 0.8, 0.3)]
+        return [[path.name for path in data.make_source(c, "test").paths] for c in shares]
+
+    small = names(100)
+    assert names(5) == small and len(small[0]) < len(small[1])
+
+
+def test_rows_for_tests_are_drawn_anew_for_each_parquet_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name, start, count=40):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        table = {"image": [png(1)] * count, "label": range(start, start + count)}
+        parquet.write_table(pyarrow.table(table), tmp_path / name)
+
+    def labels(split):
+        source = data.make_source(config(name="parquet", dir=str(tmp_path)), split)
+        return [source[i]["class_label"] for i in range(len(source))]
+
+    write("a.parquet", 0)
+    write("b.parquet", 40)
+    held_out = labels("test")
+    assert [i for i in held_out if i < 40] != [i - 40 for i in held_out if i >= 40]
+    assert sorted(held_out + labels("train")) == list(range(80))
+    write("test/c.parquet", 90, 2)  # from now on, folders are the splits
+    write("train/c.parquet", 95, 3)
+    assert (labels("test"), labels("train")) == ([90, 91], [95, 96, 97])
+
+
 def test_indices_that_cannot_be_written_are_no_error(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

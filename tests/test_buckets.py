@@ -50,6 +50,12 @@ def batches(source, begin, count, index=0, processes=1, **fields):
     return [next(iterator) for _ in range(count)]
 
 
+def test_a_bucket_of_exactly_one_batch_is_trained_on():
+    source = pictures({(16, 16): 4, (20, 31): 3})
+    assert data.Bucketed(source, config(), 4, seed=0).batches_per_epoch == 1
+    assert sorted(set(batches(source, 0, 2)[1]["image"].shape)) == [3, 4, 16]
+
+
 @pytest.mark.parametrize(("side", "step"), [(512, 64), (768, 64), (1024, 64), (64, 8)])
 def test_little_of_a_realistic_mix_is_cut_away(side, step):
     sizes = bucket_sizes(side, step)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latent_diffusion.convert.adapters import ControlWeights
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation import conditions, sampling
 from latent_diffusion.generation.model import Model
@@ -17,6 +18,7 @@ from latent_diffusion.models.first_stage import init_first_stage, make_autoencod
 from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.schedules import make_schedule
+from latent_diffusion.runtime.metrics import image_grid
 
 RNG = jax.random.key(5)
 SIZE = (8, 8)
@@ -271,6 +273,65 @@ def test_a_refiner_is_loaded_from_its_path(tmp_path, monkeypatch):
         sampling.read_refiner("there")
 
 
+class Painter(Recorder):
+    """A model whose images are all different, and which is 8 pixels high and 6 wide."""
+
+    trained_size = (8, 6)
+
+    def sample(self, rng, prompts, class_labels, num_images, **options):
+        self.options = options
+        count = num_images * len(prompts or class_labels or [""])
+        levels = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None]
+        return np.tile(levels, (1, *self.trained_size, 3))
+
+
+def test_the_files_of_a_call_are_prompt_major(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "load", lambda *_, **__: Painter())
+    prompts = sampling.read_prompts("a; b ;c", None)
+    images = sampling.sample_to_disk("here", tmp_path, prompts=prompts, num_images=2)
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == ["a", "a", "b", "b", "c", "c"]
+    files = [np.asarray(Image.open(tmp_path / f"{i:05d}.png")) for i in range(6)]
+    for written in (files, np.load(tmp_path / "samples.npz")["arr_0"]):
+        np.testing.assert_array_equal(written, images)
+    grid = Image.open(tmp_path / "grid.png")  # a row for each prompt
+    np.testing.assert_array_equal(grid, image_grid(images, 2))
+    sampling.sample_to_disk("here", tmp_path, class_labels=[4, 7], num_images=1)
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == ["4", "7"]
+
+
+def test_a_side_that_is_not_given_is_that_of_the_hints_or_of_training(tmp_path, monkeypatch):
+    options_of = functools.partial(given_to, tmp_path=tmp_path, monkeypatch=monkeypatch)
+    assert options_of(Painter(), height=4)["image_size"] == (4, 6)
+    assert options_of(Painter(), width=4)["image_size"] == (8, 4)
+    Image.new("RGB", (10, 12), "white").save(tmp_path / "hint.png")
+    net = ControlWeights(path="net", params={}, fields={})
+    monkeypatch.setattr(sampling, "load_adapter", lambda path: net)
+    hint = ("net", str(tmp_path / "hint.png"), 0.5)
+    options = options_of(Painter(), width=4, controls=[hint])
+    assert options["image_size"] == (12, 4)
+    ((got, picture, weight),) = options["controls"]
+    assert got is net and weight == 0.5
+    np.testing.assert_array_equal(picture, np.ones((1, 12, 10, 3)))
+
+
+def test_the_refiner_is_loaded_as_the_model_is(tmp_path, monkeypatch):
+    loaded = {}
+    monkeypatch.setattr(sampling, "load", lambda path, **how: loaded.setdefault(path, how) and None)
+    how = {"tokenizer": "words", "dtype": "bfloat16", "scan": True}
+    with pytest.raises(AttributeError):  # there is no model to sample from
+        sampling.sample_to_disk("here", tmp_path, refiner=("there", 0.25), lora={"x": 1.0}, **how)
+    assert loaded == {"here": {**how, "lora": {"x": 1.0}}, "there": how}
+
+
+def test_flags_of_several_texts():
+    assert sampling.read_weighted("at 10:30:0.5; b:-1") == [("at 10:30", 0.5), ("b", -1.0)]
+    bar = sampling.ProgressBar()
+    bar.total = 5
+    bar(0)
+    assert bar.total == 5
+    bar._bar.close()
+
+
 def given_to(model, tmp_path, monkeypatch, **options):
     monkeypatch.setattr(sampling, "load", lambda *_, **__: model)
     sampling.sample_to_disk("here", tmp_path, num_images=1, **options)
@@ -293,7 +354,9 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
     np.testing.assert_array_equal(options["mask"][0, ..., 0], [[0, 0, 0, 1, 1, 1]] * 4)
     assert options_of(Recorder(), width=16)["image_size"] == (8, 16)
     same = to_float(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))[None]
+    capsys.readouterr()
     np.testing.assert_array_equal(options_of(Recorder(), image=same, strength=0.5)["image"], same)
+    assert "resized" not in capsys.readouterr().out
     assert options_of(Recorder("image"), image=image)["image"] is image  # a condition of any size
     with pytest.raises(ValueError, match="mask has 12×16 pixels, but image has 24×16"):
         options_of(Recorder(), image=image, mask=mask[:, :, :12])

@@ -9,6 +9,7 @@ from demo import crops
 from latent_diffusion import data
 from latent_diffusion.data.openmoji_wide import OpenMojiWide
 from latent_diffusion.data.synthetic import SyntheticSource
+from latent_diffusion.data.windows import corner, cut, window
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
 
@@ -47,6 +48,21 @@ def test_the_denoiser_reads_the_numbers_of_its_crops_or_none(variant):
     assert metrics["loss"].shape == ()
     projections = [path for path in state[0].params["unet"] if path.startswith("label_emb")]
     assert len(projections) == (0 if variant else 2)
+
+
+def test_a_crop_lies_where_its_corner_says():
+    """The corner is in pixels of the picture that was resized as the crop was."""
+    where = window((20, 60), (10, 20), "center", 0, np.random.default_rng(0))
+    assert (where.rows, where.columns, where.left) == (20, 40, 10)
+    assert corner(where.crop, (10, 20)) == (0, 5)
+    where = window((60, 20), (20, 10), "center", 0, np.random.default_rng(0))
+    assert corner(where.crop, (20, 10)) == (5, 0)
+    line = np.arange(900, dtype=np.uint8).reshape(1, 900, 1).repeat(3, 2)
+    for crop in ("center", "random"):  # a picture of one row has a window, too
+        where = window((1, 900), (8, 16), crop, 0, np.random.default_rng(0))
+        assert cut(line, where, (8, 16)).shape == (8, 16, 3)
+    where = window((900, 1), (4, 16), "center", 0, np.random.default_rng(0))
+    assert cut(line.reshape(900, 1, 3), where, (4, 16)).shape == (4, 16, 3)
 
 
 def test_ink_off_the_middle_and_at_the_border_is_measured():

@@ -40,6 +40,11 @@ def test_there_and_back(vocab_size, centres):
         np.testing.assert_allclose(found.box, expected, atol=step)
 
 
+def test_a_point_outside_the_picture_has_the_nearest_place_inside():
+    for outside, nearest in (((-0.3, 0.5), (0, 0.5)), ((1.7, -2), (1, 0)), ((0.2, 1.01), (0.2, 1))):
+        assert PAPER.place(*outside) == PAPER.place(*nearest)
+
+
 def test_objects_outside_the_crop_are_left_out_and_boxes_follow_it_unless_it_is_told():
     crop = (0.4, 0.0, 0.9, 0.5)
     hidden = [*OBJECTS, Object(3, (0.0, 0.6, 0.3, 0.9))]

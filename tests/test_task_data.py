@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from latent_diffusion import data
 from latent_diffusion.data import ArraySource, make_transform, retrieval
 from latent_diffusion.data.degradations import (
     DEGRADATIONS,
@@ -242,7 +243,23 @@ def test_examples_carry_embeddings_and_their_neighbours_of_the_training_set(monk
         np.testing.assert_allclose(example["neighbours"], base[best], rtol=1e-5, atol=1e-4)
     assert len(retrieval._MADE) == 2  # the training set once
     test.arrays["image"] = [np.pad(x, ((0, 0), (16, 16), (0, 0))) for x in pictures[6:]]
-    for crop, seen in (("squash", 0), ("center", colours[6, 0, 0])):  # of a black corner, or none
+    middle = colours[6, 0, 0]
+    for crop, seen in (
+        ("squash", 0),
+        ("center", middle),
+        ("random", middle),
+    ):  # black corner or not
         cut = config(embedding="alexnet", crop=crop)
         corner_seen = retrieval.with_embeddings(test, "test", train, cut)[0]["image_embedding"]
         np.testing.assert_allclose(corner_seen, seen, rtol=1e-5, atol=1e-4)
+
+
+def test_neighbours_of_test_pictures_are_training_pictures(monkeypatch):
+    mean = Embedder(3, {}, lambda params, x: x.mean((1, 2)))
+    monkeypatch.setattr(retrieval, "make_embedder", lambda name, path: mean)
+    monkeypatch.setattr(retrieval, "_MADE", {})
+    wanted = config(name="synthetic", image_size=8, embedding="alexnet", num_neighbours=2)
+    train, test = (data.make_source(wanted, split) for split in ("train", "test"))
+    known = train.columns["image_embedding"]
+    for row in test.columns["neighbours"].reshape(-1, 3):
+        assert (known == row).all(1).any()
