@@ -1,10 +1,12 @@
 """Every flag of a command reaches the call that does the work, and has a test in the table."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import wiring
@@ -14,6 +16,7 @@ from PIL import Image
 from test_mutants import names_of_tests
 
 from latent_diffusion.runtime import flags as shared_flags
+from latent_diffusion.runtime import processes, startup
 
 
 def python(code, *arguments):
@@ -295,6 +298,43 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
     assert not seen
     shared_flags.run(main, config=False, positional=True)
     assert seen == [["command", "word"]]
+
+
+def test_a_config_of_the_working_directory_comes_before_the_installed_one(tmp_path, monkeypatch):
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    for name in ("mine.py", "other.py"):
+        (installed / name).write_text("")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for written, runs in (
+        ("--config=configs/mine.py:smoke", "--config=configs/mine.py:smoke"),
+        ("--config=configs/other.py:smoke", f"--config={installed}/other.py:smoke"),
+        ("configs/none.py", "configs/none.py"),
+    ):
+        assert shared_flags._installed(written, installed) == runs
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host:1", 2, 2), "process_id=2 is not below 2 processes"),
+        (("host:1", 2, -1), "process_id=-1 is not below"),
+        (("host", 2, 0), "coordinator=host must be HOST:PORT"),
+        ((None, 2, 0), "go together"),
+    ],
+)
+def test_a_process_that_cannot_join_says_why_at_once(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes.connect(False, *given)
+
+
+def test_the_cache_of_compiled_programs_that_the_user_named_stays():
+    level, before = logging.getLogger("jax").level, jax.config.jax_compilation_cache_dir
+    startup.quiet_and_cached()
+    logging.getLogger("jax").setLevel(level)
+    assert jax.config.jax_compilation_cache_dir == before == os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 PLAN = """

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import math
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tqdm
+from tensorboardX.proto import event_pb2
 
 from latent_diffusion.runtime import metrics
 from latent_diffusion.runtime.metrics import (
@@ -20,6 +22,8 @@ from latent_diffusion.runtime.metrics import (
     Writer,
     peak_memory,
 )
+
+START = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
 
 
 def read_lines(workdir):
@@ -80,6 +84,9 @@ def test_resume_drops_what_lies_beyond_the_restored_step(tmp_path, torn):
         {"step": 2, "loss": 2, "again": 1},
         {"step": 3, "loss": 30},
     ]
+    # TensorBoard hides what lies at this step and beyond it.
+    hides = event_pb2.Event(step=3, session_log=START).SerializeToString()
+    assert len(hides) > 4 and hides in event_file_text(tmp_path)
     with Writer(tmp_path, step=9) as writer:
         writer.scalars(10, {"loss": 10})
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 10]
@@ -90,6 +97,7 @@ def test_resume_drops_what_lies_beyond_the_restored_step(tmp_path, torn):
 def test_non_finite_numbers_are_null_in_json(tmp_path):
     with Writer(tmp_path) as writer:
         writer.scalars(1, {"loss": float("nan"), "norm": float("inf")})
+        assert math.isnan(writer.logged(1)["loss"])  # a number again, for whoever compares it
     assert read_lines(tmp_path) == [{"step": 1, "loss": None, "norm": None}]
 
 
@@ -156,6 +164,9 @@ def test_non_finite_is_named():
         metrics.check_finite(7, {"loss": jnp.nan}, {"good": jnp.ones(2)})
     with pytest.raises(NonFiniteError, match=r"loss = inf$"):
         metrics.check_finite(7, {"loss": jnp.inf})
+    _, flagged = metrics.flagged(lambda: (None, {"loss": jnp.inf, "kl": 1.0}))()
+    with pytest.raises(NonFiniteError, match="loss = inf"):
+        metrics.check_finite(7, flagged)
 
 
 # ---------------------------------------------------------------------------- speed and progress
@@ -179,7 +190,8 @@ def test_throughput_excludes_compilation_and_pauses():
         clock.now += 2
         meter.add(8)
     assert meter.read() == pytest.approx(4.0)
-    clock.now += 100  # evaluation
+    meter.add(8)  # just before an evaluation
+    clock.now += 100
     meter.skip()
     meter.add(8)
     clock.now += 1

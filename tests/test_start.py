@@ -288,3 +288,11 @@ def test_a_field_may_depart_from_the_parameters_where_that_is_said(runs, tmp_pat
     config.init_from_changes = ("diffusion.predicton",)
     with pytest.raises(ValueError, match=r"init_from_changes='diffusion\.predicton' is none of"):
         resolve(config, tmp_path)
+
+
+def test_files_that_a_killed_start_left_are_not_taken_for_those_of_the_next(tmp_path):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "old.json").write_text("{}")
+    with workdir.together(tmp_path) as folder:
+        (folder / "new.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
