@@ -12,7 +12,7 @@ from PIL import Image
 from test_data import config
 
 from latent_diffusion import data
-from latent_diffusion.data import image_folder, index_files
+from latent_diffusion.data import image_folder, index_files, tars
 
 
 @pytest.fixture(autouse=True)
@@ -232,17 +232,29 @@ def test_a_large_folder_is_described_again_when_a_file_changes_and_only_then(
 
 
 def test_the_index_of_a_large_folder_is_of_its_share_for_tests(tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for i in range(12):
-        (tmp_path / f"{i}.png").write_bytes(png(i))
+        (folder / f"{i}.png").write_bytes(png(i))
 
     def names(large):
         monkeypatch.setattr(image_folder, "LARGE", large)
-        fields = {"name": "image_folder", "dir": str(tmp_path)}
+        fields = {"name": "image_folder", "dir": str(folder)}
         shares = [config(**fields, test_fraction=share) for share in (0.3, 0.8, 0.3)]
         return [[path.name for path in data.make_source(c, "test").paths] for c in shares]
 
     small = names(100)
     assert names(5) == small and len(small[0]) < len(small[1])
+
+
+def test_each_split_of_tars_keeps_its_index(tmp_path, monkeypatch):
+    for split, count in (("train", 3), ("test", 2)):
+        write_tars(str(tmp_path / "tars" / split), count=count)
+    calls, index = [], tars._index
+    monkeypatch.setattr(tars, "_index", lambda *given: calls.append(1) or index(*given))
+    splits = ["train", "test"] * 2
+    sources = [data.make_source(config(name="tars", dir=str(tmp_path / "tars")), s) for s in splits]
+    assert [len(source) for source in sources] == [6, 4, 6, 4] and len(calls) == 2
 
 
 def test_rows_for_tests_are_drawn_anew_for_each_parquet_file(tmp_path):

@@ -62,7 +62,7 @@ def test_a_crop_lies_where_its_corner_says():
         where = window((1, 900), (8, 16), crop, 0, np.random.default_rng(0))
         assert cut(line, where, (8, 16)).shape == (8, 16, 3)
     where = window((900, 1), (4, 16), "center", 0, np.random.default_rng(0))
-    assert cut(line.reshape(900, 1, 3), where, (4, 16)).shape == (4, 16, 3)
+    assert (cut(line.reshape(900, 1, 3), where, (4, 16)) == 449 % 256).all()
 
 
 def test_ink_off_the_middle_and_at_the_border_is_measured():

@@ -3,9 +3,11 @@
 import json
 import struct
 import zlib
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import answers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ from PIL import Image
 
 from latent_diffusion import data
 from latent_diffusion.convert.clip import Clip
-from latent_diffusion.evaluate import command, inception, scores
+from latent_diffusion.evaluate import command, generate, inception, scores
 from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.clip_score import measure_clip_score
 from latent_diffusion.evaluate.collect import collect
-from latent_diffusion.evaluate.features import FeatureNet, make_features
+from latent_diffusion.evaluate.features import FeatureNet, levels_of, make_features, with_clip
 from latent_diffusion.evaluate.frechet import (
     Gaussian,
     combined,
@@ -29,9 +31,10 @@ from latent_diffusion.evaluate.frechet import (
     measure_frechet,
     save_statistics,
 )
-from latent_diffusion.evaluate.images import open_images
+from latent_diffusion.evaluate.images import ImageSet, open_images
 from latent_diffusion.evaluate.inception_score import inception_score, measure_inception_score
 from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
+from latent_diffusion.evaluate.measured import mean_of
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
 from latent_diffusion.evaluate.resize import FILTERS
 from latent_diffusion.nets.losses.similarity import psnr, ssim
@@ -287,6 +290,13 @@ def test_folders_with_something_wrong_are_named(tmp_path):
     (tmp_path / "bad" / "00001.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"1 of 3 images in .*bad can't be read: 00001.png"):
         open_images(str(tmp_path / "bad")).read(0, 3)
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, 4:8] = 200  # the middle square
+    (tmp_path / "wide").mkdir()
+    Image.fromarray(wide).save(tmp_path / "wide" / "0.png")
+    np.testing.assert_array_equal(
+        open_images(str(tmp_path / "wide"), 4).read(0, 1), wide[None, :, 4:8]
+    )
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="arr_0 must be uint8"):
         open_images(str(tmp_path / "floats.npz"))
@@ -325,6 +335,60 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     assert score("fd", "clip") == pytest.approx({**first, **alone})
     assert record("fd")["reference"] == "synthetic@train"
     assert record("psnr")["images"] == "synthetic@test"  # of the first stage
+    with pytest.raises(ValueError, match="metrics=fd,psnr mixes reconstructions and samples"):
+        record("fd", "psnr")
+
+
+def test_samples_of_every_chunk_are_new_and_have_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 2)
+
+    def sample(rng, num_images, batch_size, **conditions):
+        return jax.random.uniform(rng, (num_images, 4, 4, 3), minval=-1)
+
+    made = generate.samples(SimpleNamespace(sample=sample), {}, 4, 0, 64, tmp_path)
+    first, second = made.read(0, 2), made.read(2, 4)
+    assert (first != second).any()
+    for i, image in enumerate([*first, *second]):
+        np.testing.assert_array_equal(Image.open(tmp_path / f"{i:05d}.png"), image)
+
+
+def test_samples_are_of_captions_in_an_order_that_the_seed_decides():
+    def conditions(keys, seed=0, captions=("a", "b", "c", "d", "e")):
+        model = SimpleNamespace(conditioner=SimpleNamespace(keys=keys), denoiser=True)
+        examples = {"caption": list(captions), "class_label": range(len(captions))}
+        return generate.conditions_of(model, data.ArraySource(examples), None, 7, seed)
+
+    prompts = [conditions(("tokens",), seed)["prompts"][0:7] for seed in (0, 1)]
+    assert sorted(prompts[0][:5]) == sorted(prompts[1][:5]) == list("abcde")
+    assert prompts[0] != prompts[1]
+    both = conditions(("tokens", "class_label"))  # of the same examples
+    assert ["abcde"[i] for i in both["class_labels"][0:7]] == both["prompts"][0:7] == prompts[0]
+    with pytest.raises(ValueError, match="several captions a picture can't be paired"):
+        conditions(("tokens", "class_label"), captions=[["a", "b"], ["c"]])
+
+
+def test_captions_are_the_first_lines_beside_the_pictures(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    pictures = ImageSet("x", 3, lambda *_: None)
+    assert command._captions({"samples": str(tmp_path)}, pictures, 2) == ["a", "b"]
+    beside = {"samples": str(tmp_path / "samples.npz")}
+    assert command._captions(beside, pictures, 3) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"a caption for each of 4 pictures; .* has 3"):
+        command._captions(beside, pictures, 4)
+
+
+def test_nets_see_levels_and_clip_sees_its_range():
+    grey = jnp.array([0, 100, 255], jnp.uint8).reshape(1, 1, 3, 1)
+    levels = levels_of(grey)
+    np.testing.assert_array_equal(levels, np.tile(grey, (1, 1, 1, 3)))
+    np.testing.assert_array_equal(levels_of(grey / 127.5 - 1), levels)
+    seen = []
+    clip = Mock(spec=Clip, params={}, of_images=lambda params, x: seen.append(x) or x)
+    with_clip(None, clip).apply({"net": {}, "clip": {}}, levels)
+    np.testing.assert_allclose(seen[0], levels / 127.5 - 1, atol=1e-6)
+    draws = RNG.normal(size=(2000, 50))  # the error of a mean is the spread of such means
+    errors = [mean_of(row).error for row in draws]
+    np.testing.assert_allclose(np.mean(errors), draws.mean(1).std(), rtol=0.1)
 
 
 def test_folders_are_scored_by_the_command(tmp_path):

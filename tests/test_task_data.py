@@ -242,7 +242,7 @@ def test_examples_carry_embeddings_and_their_neighbours_of_the_training_set(monk
         best = [i for i in np.argsort(-cosines) if split == "test" or i != 1][:2]
         np.testing.assert_allclose(example["neighbours"], base[best], rtol=1e-5, atol=1e-4)
     assert len(retrieval._MADE) == 2  # the training set once
-    test.arrays["image"] = [np.pad(x, ((0, 0), (16, 16), (0, 0))) for x in pictures[6:]]
+    test.arrays["image"] = [np.pad(x, ((0, 0), (24, 24), (0, 0))) for x in pictures[6:]]
     middle = colours[6, 0, 0]
     for crop, seen in (
         ("squash", 0),
