@@ -140,6 +140,13 @@ def test_depths_of_16_bits_are_evenly_spaced(tmp_path):
     assert read_mask(tmp_path / "a.png")[..., 0].sum() == 8
 
 
+def test_pixels_that_are_mostly_transparent_are_holes(tmp_path):
+    rgba = np.full((1, 4, 4), 90, np.uint8)
+    rgba[..., 3] = [0, 100, 200, 255]
+    Image.fromarray(rgba).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").reshape(-1).tolist() == [1, 1, 0, 0]
+
+
 def test_masks_are_white_or_transparent(tmp_path):
     inside = np.zeros((4, 6), bool)
     inside[1:3, 2:5] = True

@@ -170,6 +170,14 @@ def test_label_maps_and_boxes_follow_the_picture(scenes):
                 assert top * 16 - 1.5 <= rows.min() and rows.max() < bottom * 16 + 1.5
 
 
+def test_evaluation_tells_objects_in_their_order(scenes):
+    layout = LayoutTokens(vocab_size=1024, max_objects=4)
+    made = make_transform(config(layout={"vocab_size": 1024, "max_objects": 4}), train=False)
+    for i in range(8):
+        objects, _ = layout.inverse(made(scenes[i], rng(i))["layout"])
+        assert [label for label, _ in objects] == list(scenes[i]["labels"])
+
+
 def test_the_transform_makes_what_the_config_names():
     made = make_transform(config(low_res="bicubic", mask="boxes"), train=False)
     out = made({"image": PICTURE}, rng())
