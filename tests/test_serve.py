@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -117,16 +118,16 @@ def test_the_page_and_the_description_of_the_model(server):
 def test_the_description_is_of_this_model():
     made = reading(LEVELS)
     halving = made.first_stage.replace(module=make_autoencoder({**VQ, "regularization": "kl"}))
-    told = describe(made.replace(image_size=(4, 8), first_stage=halving), "tiny", LIMITS, [])
+    told = describe(made.replace(image_size=(4, 8), first_stage=halving), "tiny", LIMITS, {})
     assert (told["size"], told["factor"]) == ([4, 8], 2) and not told["negative_prompts"]
     needed = {name: condition["needed"] for name, condition in told["conditions"].items()}
     assert needed == {"low_res": True, "noise_level": False}
     options = {option["name"]: option for option in told["options"]}
     assert options["num_steps"]["default"] == made.defaults["num_steps"] == 1
     assert options["guidance_scale"]["many"] and not options["num_steps"]["many"]
-    sizes = describe(reading({"sizes": {"width": 6}}), "tiny", LIMITS, [])["conditions"]
+    sizes = describe(reading({"sizes": {"width": 6}}), "tiny", LIMITS, {})["conditions"]
     assert not any(condition["needed"] for condition in sizes.values())  # the picture's by default
-    assert describe(model(TEXT), "tiny", LIMITS, [])["negative_prompts"]
+    assert describe(model(TEXT), "tiny", LIMITS, {})["negative_prompts"]
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -134,14 +135,14 @@ def test_a_prior_takes_every_option_of_its_description(causal):
     codes = make_autoencoder(VQ)
     prior = make_prior({**SIZES, "causal": causal}, CLASSES, codes)
     made = Model(FirstStage({}, np.ones(()), np.zeros(()), codes), prior=prior, image_size=8)
-    told = describe(made, "tiny", LIMITS, [])
+    told = describe(made, "tiny", LIMITS, {})
     named = {option["name"]: option["default"] for option in told["options"]}
     request = read({"class_labels": 1, **named}, made, LIMITS)
     assert named and request.shared == named and ("num_steps" in named) != causal
     with pytest.raises(ValueError, match="unknown field 'sampler'"):
         read({"class_labels": 1, "sampler": "ddim"}, made, LIMITS)
     prompted = prior.replace(conditioner=make_conditioner(TEXT))
-    told = describe(made.replace(prior=prompted), "tiny", LIMITS, [])
+    told = describe(made.replace(prior=prompted), "tiny", LIMITS, {})
     assert "prompts" in told["conditions"] and not told["negative_prompts"]
 
 
@@ -282,7 +283,7 @@ def test_a_client_of_openai_that_leaves_cancels_and_one_that_is_cancelled_is_tol
 
 def test_adapters_are_requested_by_their_names(drawn):
     drawn.go_on.set()
-    adapters = {"style": object(), "word": object()}
+    adapters = {name: SimpleNamespace(argument="adapters", path=name) for name in ("style", "word")}
     server = serving(model(TEXT), adapters=adapters)
     asked = {"adapters": [["word", 0.5], ["style", 2]]}
     wanted = [(adapters["word"], 0.5), (adapters["style"], 2.0)]

@@ -46,8 +46,8 @@ def describe(
         "negative_prompts": model.prior is None and "prompts" in conditions,
         "changes_pictures": changes_pictures(model.conditioner.keys),
         **{
-            argument: sorted(name for name, x in adapters.items() if x.argument == argument)
-            for argument in ("adapters", *PICTURED)
+            field: sorted(name for name, x in adapters.items() if x.argument == field)
+            for field in ("adapters", *PICTURED)
         },
         "options": _options(model),
         "limits": dataclasses.asdict(limits),
