@@ -242,6 +242,11 @@ def test_conditions_from_files(tmp_path):
     for read in (sampling.read_json, sampling.read_array):
         with pytest.raises(ValueError, match=r"bad: (not JSON|no NumPy array)"):
             read(str(tmp_path / "bad"))
+    (tmp_path / "empty").touch()
+    np.savez(tmp_path / "several.npz", np.ones(6))
+    for name in ("empty", "several.npz"):
+        with pytest.raises(ValueError, match=f"{name}: no NumPy array"):
+            sampling.read_array(str(tmp_path / name))
 
 
 class Recorder:

@@ -1,6 +1,7 @@
 """Scores against closed forms, and against themselves under other batches; bad input is named."""
 
 import json
+import re
 import struct
 import zlib
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import several
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from latent_diffusion import data
@@ -37,6 +39,7 @@ from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
 from latent_diffusion.evaluate.measured import mean_of
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
 from latent_diffusion.evaluate.resize import FILTERS
+from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.nets.losses.similarity import psnr, ssim
 from latent_diffusion.runtime import workdir
 
@@ -87,12 +90,53 @@ def test_statistics_files_of_everybody(tmp_path):
     adm = {"mu_s": np.zeros(2), "sigma_s": np.eye(2)}
     np.savez(tmp_path / "b.npz", mu=g.mean, sigma=g.covariance, **adm)
     assert load_statistics(tmp_path / "b.npz").count == 0
-    np.savez(tmp_path / "c.npz", arr_0=g.mean)
-    with pytest.raises(ValueError, match=r"c\.npz holds no statistics"):
-        load_statistics(tmp_path / "c.npz")
-    np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
-    with pytest.raises(ValueError, match=r"nan\.npz: mu or sigma has numbers that are not finite"):
-        load_statistics(tmp_path / "nan.npz")
+
+
+GOOD = {"mu": np.zeros(2), "sigma": np.eye(2), "count": 9}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mu": np.full(2, np.nan)}, "mu has numbers that are not finite"),
+        ({"sigma": np.diag([1, np.inf])}, "sigma has numbers that are not finite"),
+        ({"mu": np.array(["a", "b"])}, "mu is <U1, expected real numbers"),
+        ({"sigma": np.eye(2) * 1j}, "sigma is complex128, expected real numbers"),
+        ({"mu": np.zeros((1, 2))}, "expected [D] and [D D]"),
+        ({"sigma": np.eye(3)}, "expected [D] and [D D]"),
+        ({"sigma": -np.eye(2)}, "sigma is no covariance"),
+        ({"sigma": np.triu(np.ones((2, 2)))}, "sigma is no covariance"),
+        ({"count": np.nan}, "count is float64 (), expected an integer"),
+        ({"count": np.arange(2)}, "count is int64 (2,), expected an integer"),
+        ({"mu": np.array([None, None], object)}, "Object arrays cannot be loaded"),
+    ],
+)
+def test_statistics_that_are_none_are_refused_by_name(changed, message, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **{**GOOD, **changed})
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
+        load_statistics(path)
+
+
+def test_statistics_of_another_kind_of_file_are_refused_by_name(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=GOOD["mu"])
+    with pytest.raises(ValueError, match="it holds no statistics: no mu and sigma"):
+        load_statistics(path)
+    np.savez(path, **GOOD)
+    whole = path.read_bytes()
+    damaged = whole[:100] + b"x" + whole[101:]
+    np.save(tmp_path / "a.npy", GOOD["mu"])
+    alone = (tmp_path / "a.npy").read_bytes()
+    write_pictures(tmp_path / "pictures", 24)
+    options = {"samples": str(tmp_path / "pictures"), "features": "alexnet", "metrics": ["fd"]}
+    for content in (b"", b"no", whole[: len(whole) // 2], damaged, alone):
+        path.write_bytes(content)
+        for read in (
+            load_statistics, open_images, lambda path: evaluate(**options, reference=path)
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=f"^{re.escape(str(path))}"):
+                read(str(path))
 
 
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
@@ -404,5 +448,33 @@ def test_folders_are_scored_by_the_command(tmp_path):
     assert json.loads(json.dumps(first))["num_images"] == 24
     with pytest.raises(ValueError, match=r"num_images=25, but .* has only 24"):
         evaluate(**options, reference=statistics, num_images=25)
+    with pytest.raises(ValueError, match="metrics=clip need no --reference: leave it out"):
+        command._reference({**options, "metrics": ["clip"], "reference": "b"}, tmp_path, None, None)
     with pytest.raises(ValueError, match="metrics=fd need --reference"):
         evaluate(**options)
+
+
+def test_a_score_is_a_number_or_one_line_says_why_not(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "a", 24)
+    options = {"samples": str(tmp_path / "a"), "features": "alexnet", "metrics": ["fd"]}
+    weights = tmp_path / "weights.npz"
+    params = flatten_dict(load_lpips_params("alex"), sep="/")
+    np.savez(weights, **{**params, "lin0/kernel": np.full((64, 1), np.nan)})
+    with pytest.raises(ValueError, match=r"weights\.npz: lin0/kernel has numbers that are not fin"):
+        evaluate(**options, reference=str(tmp_path / "a"), features_path=str(weights))
+
+    net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
+    monkeypatch.setattr(command, "make_features", lambda *given: net)
+    for name, mean in (("huge", np.full(3, 1e200)), ("other", np.zeros(2))):
+        np.savez(tmp_path / f"{name}.npz", mu=mean, sigma=np.eye(len(mean)))
+    with pytest.raises(ValueError, match=r"huge\.npz is inf ± nan: their numbers are too large"):
+        evaluate(**options, reference=str(tmp_path / "huge.npz"))
+    with pytest.raises(ValueError, match=r"other\.npz has statistics of 2 features, but alexnet h"):
+        evaluate(**options, reference=str(tmp_path / "other.npz"))
+
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return {"psnr": jnp.where(batch["image"] == 3, jnp.nan, 1.0)}
+
+    read = np.arange(7, dtype=np.float32)
+    with pytest.raises(ValueError, match="psnr of picture 3 has numbers that are not finite"):
+        collect(step, {}, lambda start, stop: read[start:stop], 7, tmp_path / "c", 2)

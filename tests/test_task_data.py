@@ -228,8 +228,11 @@ def test_search_is_exact_and_leaves_out_itself(tmp_path, search_by):
     read = load_database(tmp_path / "base.npz")
     np.testing.assert_array_equal(read.embeddings, table)
     assert read.names == ("a", "b")
+    Database(np.where(table == table[3, 0], np.nan, table)).save(tmp_path / "nan.npz")
+    with pytest.raises(ValueError, match=r"nan\.npz: embedding has numbers that are not finite"):
+        load_database(tmp_path / "nan.npz")
     (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="holds no database of embeddings"):
+    with pytest.raises(ValueError, match=r"bad\.npz: no \.npz file"):
         load_database(tmp_path / "bad.npz")
 
 

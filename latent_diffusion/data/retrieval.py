@@ -4,7 +4,6 @@ A database is a table of embeddings. A search is one matrix product in blocks of
 cheap enough up to about 20 million embeddings of 512 numbers (40 GB).
 """
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from latent_diffusion.core.types import lookup
 from latent_diffusion.data.embedders import Embedder, embed, make_embedder
 from latent_diffusion.data.sources import Around, Example
 from latent_diffusion.data.windows import cut, window
+from latent_diffusion.files.arrays import check_finite, open_npz
 
 ROWS = 1024  # number of queries in a block
 PRECOMPUTED = "precomputed"
@@ -66,11 +66,16 @@ class Database:
 
 def load_database(path: str | Path) -> Database:
     """Read a file that `Database.save` wrote; ValueError of one line for any other file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return Database(file["embedding"], tuple(map(str, file["name"])))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no database of embeddings: {error}") from error
+    with open_npz(path) as file:
+        if missing := [name for name in ("embedding", "name") if name not in file]:
+            raise ValueError(f"it holds no database of embeddings: no {missing[0]}")
+        embeddings, names = file["embedding"], file["name"]
+        if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
+            raise ValueError(
+                f"embedding is {embeddings.dtype} {list(embeddings.shape)}, expected floats [N D]"
+            )
+        check_finite(path, {"embedding": embeddings})
+        return Database(embeddings, tuple(map(str, names)))
 
 
 def _unit(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:

@@ -38,7 +38,7 @@ def collect(
     directory: folder of the arrays; another call with the same directory must be the same work (see
     `cache_folder`). All processes must share it, unless it is empty. The last batch is filled by
     repeated pictures, whose outputs are dropped. Every process reads all pictures, and its devices
-    work on their share.
+    work on their share. Raises ValueError for outputs that aren't finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
     batch_size += -batch_size % jax.device_count()
@@ -47,6 +47,12 @@ def collect(
     for start in range(done, count, CHUNK):
         stop = min(start + CHUNK, count)
         for name, value in _run_chunk(run, constants, read(start, stop), batch_size).items():
+            finite = np.isfinite(value.reshape(len(value), -1)).all(1)
+            if not finite.all():
+                raise ValueError(
+                    f"{name} of picture {start + finite.argmin()} has numbers that are not finite: "
+                    "a network that computes them has wrong weights"
+                )
             if name not in arrays:
                 shape = (count, *value.shape[1:])
                 arrays[name] = _new(directory / f"{name}.npy", value.dtype, shape)

@@ -18,10 +18,11 @@ from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.evaluate import SAMPLING, generate, reconstruction, scores
 from latent_diffusion.evaluate.collect import cache_folder, collect_features
-from latent_diffusion.evaluate.features import make_features, with_clip
-from latent_diffusion.evaluate.frechet import load_statistics, save_statistics
+from latent_diffusion.evaluate.features import FeatureNet, make_features, with_clip
+from latent_diffusion.evaluate.frechet import Gaussian, load_statistics, save_statistics
 from latent_diffusion.evaluate.images import ImageSet, open_images
 from latent_diffusion.evaluate.measured import Measured
+from latent_diffusion.files.arrays import open_npz
 from latent_diffusion.generation.loading import load
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import processes
@@ -175,10 +176,13 @@ def _reference(
         return scores.Reference(), "none"
     if spec is None and config is None:
         raise ValueError(f"metrics={','.join(metrics)} need --reference")
+    if net is None:
+        raise ValueError(f"metrics={','.join(metrics)} need no --reference: leave it out")
     if spec is not None and spec.endswith(".npz") and Path(spec).is_file():
-        with np.load(spec, allow_pickle=False) as file:
-            if "mu" in file.files and "arr_0" not in file.files:
-                return scores.Reference(statistics=load_statistics(spec)), spec
+        with open_npz(spec) as file:
+            holds_statistics = "mu" in file and "arr_0" not in file
+        if holds_statistics:
+            return scores.Reference(statistics=_statistics(spec, net)), spec
     if spec is None:
         real = generate.of_data(config, options["split"] or "train")
     else:
@@ -187,6 +191,18 @@ def _reference(
     collect = functools.partial(collect_features, net=net)
     arrays = _collected(options, cache, "reference", real, real.count, collect)
     return scores.Reference(features=arrays["features"]), real.name
+
+
+def _statistics(path: str, net: FeatureNet) -> Gaussian:
+    """The statistics in a file; ValueError if they are of other features than the net's."""
+    statistics = load_statistics(path)
+    levels = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    width = jax.eval_shape(net.apply, net.params, levels)["features"].shape[1]
+    if statistics.mean.size != width:
+        raise ValueError(
+            f"{path} has statistics of {statistics.mean.size} features, but {net.name} has {width}"
+        )
+    return statistics
 
 
 def _count(options: Options, images: ImageSet) -> int:
@@ -229,6 +245,12 @@ def _collected(
 def _record(
     options: Options, results: Mapping[str, Measured], images: str, reference: str
 ) -> dict[str, Any]:
+    for name, result in results.items():
+        if not np.isfinite([result.value, result.error]).all():
+            raise ValueError(
+                f"{name} of {images} against {reference} is {result.value} ± {result.error}: "
+                "their numbers are too large"
+            )
     noted = ("seed", "filter", *SAMPLING)
     return {
         "images": images,

@@ -6,7 +6,6 @@ Over the features of `inception` it is called FID. All sums are in float64, on t
 memory doesn't depend on the number of images.
 """
 
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_diffusion.evaluate.measured import Measured, check_count
+from latent_diffusion.files.arrays import check_finite, open_npz
 
 GROUPS = 10  # groups of the jackknife
 MIN_IMAGES = 2 * GROUPS
@@ -81,6 +81,7 @@ def _root(matrix: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the command says it where numbers are too large
 def measure_frechet(features: np.ndarray, reference: Gaussian, name: str) -> Measured:
     """Fréchet distance of features [N D] to a reference.
 
@@ -105,17 +106,30 @@ def save_statistics(path: str | Path, statistics: Gaussian) -> None:
 
 
 def load_statistics(path: str | Path) -> Gaussian:
-    """Read `mu` and `sigma` of an .npz file; ValueError without them."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("mu", "sigma", "count") if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"can't read {path}: {error}") from error
-    if "mu" not in arrays or "sigma" not in arrays:
-        raise ValueError(f"{path} holds no statistics: no mu and sigma")
-    mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
-    if covariance.shape != (mean.size, mean.size):
-        raise ValueError(f"{path}: mu {mean.shape} does not fit sigma {covariance.shape}")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{path}: mu or sigma has numbers that are not finite")
-    return Gaussian(int(arrays.get("count", 0)), mean, covariance)
+    """Read `mu` [D], `sigma` [D D] and perhaps `count` of an .npz file.
+
+    Raises ValueError, which begins with the path, for a file without them, and for numbers that are
+    no mean, covariance and count.
+    """
+    with open_npz(path) as file:
+        if "mu" not in file or "sigma" not in file:
+            raise ValueError("it holds no statistics: no mu and sigma")
+        for name in ("mu", "sigma"):
+            if file[name].dtype.kind not in "iuf":
+                raise ValueError(f"{name} is {file[name].dtype}, expected real numbers")
+        mean, covariance = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+        if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+            raise ValueError(
+                f"mu {mean.shape} and sigma {covariance.shape}, expected [D] and [D D]"
+            )
+        check_finite(path, {"mu": mean, "sigma": covariance})
+        variances = np.diag(covariance)
+        alike = np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-5 * variances.max())
+        if not alike or variances.min() < 0:
+            raise ValueError(
+                "sigma is no covariance: it isn't symmetric, or has negative variances"
+            )
+        count = file["count"] if "count" in file else np.zeros((), int)
+        if count.shape or count.dtype.kind not in "iu":
+            raise ValueError(f"count is {count.dtype} {count.shape}, expected an integer")
+        return Gaussian(int(count), mean, covariance)

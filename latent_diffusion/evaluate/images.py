@@ -1,6 +1,5 @@
 """Sets of pictures to score: a folder, an ADM-style `.npz`, or a prepared TFDS data set."""
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.data import pictures, tfds
 from latent_diffusion.data.windows import resize
+from latent_diffusion.files.arrays import open_npz
 
 GRID = "grid.png"  # sample.py writes it beside the samples
 
@@ -114,15 +114,12 @@ def _unreadable(paths: list[Path], folder: Path, error: ValueError) -> ValueErro
 
 
 def _open_npz(path: Path, image_size: int) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file.get("arr_0")
-            names = ", ".join(file.files)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"can't read {path}: {error}") from error
+    with open_npz(path) as file:
+        images = file.get("arr_0")
+        names = ", ".join(file.files)
     if images is None:
         raise ValueError(f"{path} holds no images: no arr_0 among {names or 'nothing'}")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise ValueError(
             f"{path}: arr_0 must be uint8 [N H W 3], got {images.dtype} {list(images.shape)}"
         )

