@@ -84,6 +84,12 @@ def test_every_condition_by_name_for_one_example_or_for_each():
         ),
         ("layout", {"layout": [(3, (0.5, 0.2, 0.4, 0.9))]}, "must have 0 ≤ left < right ≤ 1"),
         ("layout", {"layout": [(3, 0.5)]}, r"layout: \(3, 0.5\): write \(class, \(left, top"),
+        ("layout", {"layout": [(2.7, BOX)]}, r"layout: \(2.7, \(0.1, .*: write \(class, \(left"),
+        ("layout", {"layout": [(None, BOX)]}, r"layout: \(None, \(0.1, .*: write \(class, \(left"),
+        ("layout", {"layout": [(3, ("a", 0, 1, 1))]}, r"layout: \(3, \('a', .*: write \(class"),
+        ("layout", {"layout": [3, 4]}, r"layout: 3: write \(class, \(left"),
+        ("layout", {"layout": 3}, r"layout: 3: write \(class, \(left"),
+        ("layout", {"layout": []}, r"layout: \[\]: write \(class, \(left"),
         ("layout", {"layout": [(25, BOX)]}, r"class 25 must lie in \[0, 25\)"),
         (
             "layout",
@@ -223,7 +229,7 @@ def test_conditions_from_files(tmp_path):
         np.testing.assert_array_equal(read, labels[None])
     depth = sampling.read_map(str(tmp_path / "grey.png"), "depth")
     np.testing.assert_array_equal(depth[0, ..., 0], labels)
-    (tmp_path / "layout.json").write_text("[[3, [0.1, 0.2, 0.6, 0.9]]]")
+    (tmp_path / "layout.json").write_bytes("\ufeff[[3, [0.1, 0.2, 0.6, 0.9]]]".encode())
     layout = sampling.read_json(str(tmp_path / "layout.json"))
     np.testing.assert_array_equal(
         batch_of(["layout"], layout=layout)["layout"],
@@ -242,6 +248,9 @@ def test_conditions_from_files(tmp_path):
     for read in (sampling.read_json, sampling.read_array):
         with pytest.raises(ValueError, match=r"bad: (not JSON|no NumPy array)"):
             read(str(tmp_path / "bad"))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json: not JSON: maximum recursion depth"):
+        sampling.read_json(str(tmp_path / "deep.json"))
     (tmp_path / "empty").touch()
     np.savez(tmp_path / "several.npz", np.ones(6))
     for name in ("empty", "several.npz"):

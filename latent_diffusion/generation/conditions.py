@@ -4,6 +4,8 @@ Arguments have the names of batch keys, except `prompts` (key tokens) and `class
 class_label). A condition has either a single example, which applies to all, or all examples.
 """
 
+import operator
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -149,7 +151,10 @@ def _layout(part: Any, value: Any) -> np.ndarray:
         value = value[None] if value.ndim == 1 else value
         value = _of_shape("layout", value, (part.max_length,))
         return _integers("layout", value, part.vocab_size)
-    single = bool(value) and not isinstance(value[0][0], Sequence)
+    if not isinstance(value, Sequence) or not value:
+        raise _no_layout(value)
+    first = value[0]
+    single = isinstance(first, Sequence) and first and not isinstance(first[0], Sequence)
     rest = part.max_length % 3
     if rest not in (0, 2):
         raise ValueError(f"layout: max_length={part.max_length} isn't 3·n or 3·n + 2; give tokens")
@@ -158,21 +163,26 @@ def _layout(part: Any, value: Any) -> np.ndarray:
 
 
 def _objects(example: Any) -> list[Object]:
+    if not isinstance(example, Sequence):
+        raise _no_layout(example)
     objects = []
     for entry in example:
         try:
-            label, (left, top, right, bottom) = entry
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"layout: {entry!r}: write (class, (left, top, right, bottom))"
-            ) from None
+            label, box = entry
+            label, (left, top, right, bottom) = operator.index(label), map(float, box)
+        except (TypeError, ValueError, OverflowError):
+            raise _no_layout(entry) from None
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(
                 f"layout: box {(left, top, right, bottom)} must have 0 ≤ left < right ≤ 1 and "
                 "0 ≤ top < bottom ≤ 1"
             )
-        objects.append(Object(int(label), (left, top, right, bottom)))
+        objects.append(Object(label, (left, top, right, bottom)))
     return objects
+
+
+def _no_layout(value: Any) -> ValueError:
+    return ValueError(f"layout: {reprlib.repr(value)}: write (class, (left, top, right, bottom))")
 
 
 def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
