@@ -107,8 +107,9 @@ def test_modes(tmp_path):
 def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90° to show
-    path = save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(path).shape == (6, 4, 3) and size_of(path) == (6, 4)
+    for suffix in ("jpg", "png", "webp", "tiff"):
+        path = save(tmp_path / f"a.{suffix}", exif=exif)
+        assert read_image(path).shape == (6, 4, 3) and size_of(path) == (6, 4)
     grey = save(tmp_path / "b.jpg", 200, mode="L", exif=exif)
     assert read_mask(grey).shape == read_depth(grey).shape == (6, 4, 1)
     assert read_levels(grey).shape == (6, 4)

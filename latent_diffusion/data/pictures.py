@@ -102,6 +102,9 @@ def _turned(decode: Callable[[Image.Image], np.ndarray]) -> Callable[[Image.Imag
 
 def _size(file: Image.Image) -> tuple[int, int]:
     turns = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    if turns and file.format == "TIFF":  # which Pillow turns itself, at the latest when it decodes
+        file.load()
+        turns = False
     return file.size if turns else file.size[::-1]
 
 
