@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import fsspec
@@ -80,6 +81,10 @@ def assert_whole(source, count=20):
 def test_tars_are_read_at_random_where_they_lie(tmp_path, remote):
     folder = f"memory://{tmp_path.name}" if remote else tmp_path
     write_tars(folder if remote else str(folder), fsspec.filesystem("memory") if remote else None)
+    if not remote:
+        (tmp_path / ".checkpoints").mkdir()
+        shutil.copy(tmp_path / "00000.tar", tmp_path / ".checkpoints" / "00000.tar")
+        shutil.copy(tmp_path / "00000.tar", tmp_path / "._00000.tar")
     source = everything(folder)
     assert_whole(source)
     np.testing.assert_array_equal(source[3]["original_size"], (50, 103))
@@ -182,6 +187,7 @@ def test_parquet_with_pictures(tmp_path, as_struct):
 
     write("a.parquet", range(11))
     write("b.parquet", range(11, 20))
+    shutil.copy(tmp_path / "a.parquet", tmp_path / "._a.parquet")
     assert_whole(everything(tmp_path, "parquet"))
     sizes = [
         len(data.make_source(config(name="parquet", dir=str(tmp_path)), s))

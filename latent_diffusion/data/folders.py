@@ -28,6 +28,16 @@ def file_system(name: str) -> tuple[Any, str]:
     return system, root
 
 
+def found(system: Any, root: str, suffix: str) -> dict[str, Any]:
+    """The files below a folder whose names end in `suffix`, sorted, with what is known of each.
+
+    Files and folders whose names begin with a dot are left out.
+    """
+    files = system.find(root, detail=True)
+    shown = (p for p in sorted(files) if "/." not in p.removeprefix(root) and p.endswith(suffix))
+    return {path: files[path] for path in shown}
+
+
 class Folder:
     """A folder by its path or URL; it may not exist yet. Raises ValueError for unknown URLs."""
 
