@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, unet
+from latent_diffusion.convert.bundle import conditioner_shapes
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.core.rng import example_keys, sampling_keys
@@ -84,6 +85,9 @@ def test_float16_overflow_is_refused_with_the_name_of_the_array(tmp_path):
     with pytest.raises(ValueError, match="unet/out_2/kernel has 70000, which is beyond the range"):
         convert.write(bundle, tmp_path / "a.safetensors", "compvis", "float16")
     assert not (tmp_path / "a.safetensors").exists()
+    with pytest.raises(ValueError, match="unet/out_2/kernel has 70000"):
+        convert.write(bundle, tmp_path / "a", "diffusers", "float16")
+    assert not (tmp_path / "a").exists()
     convert.write(bundle, tmp_path / "b.safetensors", "compvis", "bfloat16")
 
 
@@ -94,6 +98,18 @@ def test_heads_that_a_format_cannot_say_are_refused(tmp_path):
     bundle = bundle.with_part("clip_text", other)
     with pytest.raises(ValueError, match="heads of 64 channels, this model 2 in 64 channels"):
         convert.write(bundle, tmp_path / "a.safetensors", "compvis")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pad_id", 3), ("final_norm", False), ("projection_dim", 7)]
+)
+@pytest.mark.parametrize("name", ["clip", "open-clip"])
+def test_other_fields_that_a_format_cannot_say_are_refused(name, field, value, tmp_path):
+    bundle = models.make_bundle(name)
+    fields = {**bundle.conditioners["clip_text"].fields, field: value}
+    part = models.part(fields, conditioner_shapes("clip_text", fields))
+    with pytest.raises(ValueError, match=f"the original's CLIP has {field}=.*, this model"):
+        convert.write(bundle.with_part("clip_text", part), tmp_path / "a.safetensors", "compvis")
 
 
 def test_sizes_that_are_not_square(pipeline, tmp_path):

@@ -6,6 +6,7 @@ code of the paper (CompVis) and its successors, whose models are single files.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,14 @@ def write(
 
     dtype: for floating-point parameters; None keeps their dtypes. progress: is called with the
     number of parameters in each tensor that is written. Raises ValueError where the format can't
-    express the model.
+    express the model; a folder that was absent or empty is then absent.
     """
-    writer = lookup(FORMATS, format, "format")
+    writer, path = lookup(FORMATS, format, "format"), Path(path)
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))
-    writer(bundle, Path(path), progress)
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    try:
+        writer(bundle, path, progress)
+    except BaseException:
+        if empty and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        raise

@@ -345,7 +345,8 @@ def _write_rescaler(part: Part) -> Written:
 def _write_clip(part: Part) -> Written:
     """Write with OpenCLIP's names where the activation is OpenCLIP's, else with transformers'.
 
-    Raises ValueError where heads don't have 64 channels.
+    Raises ValueError where heads don't have 64 channels, and for other fields that the original's
+    class, and so the reader of its files, has no setting for.
     """
     module = ClipText(**part.fields)
     if module.num_heads * 64 != module.width:
@@ -361,6 +362,12 @@ def _write_clip(part: Part) -> Written:
     else:
         config = {"target": f"{ENCODERS}.FrozenCLIPEmbedder"}
         prefix, tensors = CLIP_PREFIX, clip_text.transformers_tensors(part)
+    pad_id = 0 if module.activation == "gelu" else module.empty[1]
+    for name, theirs in (("pad_id", pad_id), ("final_norm", True), ("projection_dim", None)):
+        if (ours := getattr(module, name)) != theirs:
+            raise ValueError(
+                f"the original's CLIP has {name}={theirs}, this model {ours}; save it as diffusers"
+            )
     return {prefix + name: tensor for name, tensor in tensors.items()}, config
 
 
