@@ -28,7 +28,7 @@ def file_system(name: str) -> tuple[Any, str]:
     return system, root
 
 
-def found(system: Any, root: str, suffix: str) -> dict[str, Any]:
+def visible_files(system: Any, root: str, suffix: str) -> dict[str, Any]:
     """The files below a folder whose names end in `suffix`, sorted, with what is known of each.
 
     Files and folders whose names begin with a dot are left out.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.data.folders import file_system, found
+from latent_diffusion.data.folders import file_system, visible_files
 from latent_diffusion.data.pictures import read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
 from latent_diffusion.data.tfds import feature_map
@@ -110,7 +110,7 @@ def make(data_config: Any, split: str) -> ParquetSource:
     except ImportError:
         raise ValueError("data.name='parquet' needs pip install pyarrow") from None
     system, root = file_system(data_config.dir)
-    every = list(found(system, root, ".parquet"))
+    every = list(visible_files(system, root, ".parquet"))
     if not every:
         raise ValueError(f"data.dir={data_config.dir}: no .parquet files in this folder")
     named = {name: [p for p in every if _is_of(p, name)] for name in ("train", "test")}

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.data.folders import file_system, found
+from latent_diffusion.data.folders import file_system, visible_files
 from latent_diffusion.data.index_files import Arrays, remembered
 from latent_diffusion.data.pictures import SUFFIXES, read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
@@ -135,7 +135,7 @@ def make(data_config: Any, split: str) -> TarSource:
     if not data_config.dir:
         raise ValueError("data.name='tars' needs data.dir, the folder of tars")
     system, root = file_system(data_config.dir)
-    tars = found(system, root, ".tar")
+    tars = visible_files(system, root, ".tar")
     inside = {
         name: [p for p in tars if p.startswith(f"{root}/{name}/")] for name in ("train", "test")
     }
