@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
-from latent_diffusion.convert import autoencoder, unet
+from latent_diffusion.convert import autoencoder, compvis, unet
 from latent_diffusion.convert.bundle import conditioner_shapes
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.core.rng import example_keys, sampling_keys
+from latent_diffusion.files.tensor import TensorFile
 from latent_diffusion.nets.layers import guidance_embedding
 from latent_diffusion.process.plan import plan
 
@@ -194,6 +195,14 @@ def test_files_say_what_was_assumed(tmp_path, caplog):
     convert.write(convert.Bundle(autoencoder=part), tmp_path / "vae.safetensors", "compvis")
     convert.read(tmp_path / "vae.safetensors")
     assert "the scale of its latents, which is taken as 1" in caplog.text
+    released = compvis.RELEASED[320, 1024, 4]  # Stable Diffusion 2
+    for steps, prediction in ((None, "v"), (875_000, "eps")):
+        caplog.clear()
+        opened = TensorFile({}, {"global_step": steps})
+        said = compvis._diffusion(tmp_path / "sd.ckpt", opened, {}, released)
+        assert said["prediction"] == prediction
+        assert f"sd.ckpt: taken for a model that predicts {prediction}, as" in caplog.text
+        assert "a yaml beside it with parameterization: eps or v says otherwise" in caplog.text
 
 
 def test_convolutions_beside_the_latent_may_be_absent(pipeline, tmp_path):
