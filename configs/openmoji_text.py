@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.diffusion.schedule = "rectified_flow"
     c.diffusion.timestep_sampling = "logit_normal"
     c.diffusion.drop_rate = 0.1
-    c.sampling.guidance_scale = 2.0
+    c.sampling.guidance_scale = 3.0
     c.sampling.num_steps = 25
 
     c.optimizer.learning_rate = 1.5e-3
@@ -78,6 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
 def of_v(c: ConfigDict) -> None:
     """Diffusion with a cosine schedule, at uniform timesteps."""
     c.diffusion.update({"schedule": "cosine", "prediction": "v", "timestep_sampling": "uniform"})
+    c.sampling.guidance_scale = 2.0
 
 
 def two_styles(c: ConfigDict) -> None:

@@ -34,7 +34,6 @@ from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
-SCALE = 2.0  # the teacher's guidance scale
 SHOWN = (*SEEN[:5], *HELD_OUT[:3])
 BATCH, SEEDS = 128, 4  # images at once; sets of samples for the judge
 # name of a row -> the model that draws, and its options
@@ -80,9 +79,7 @@ def evaluate(
     for row, (name_of_model, options) in ROWS.items():
         if name_of_model not in models:
             continue
-        model, options = models[name_of_model], dict(options)
-        if name_of_model == "teacher":
-            options |= {"guidance_scale": SCALE}
+        model = models[name_of_model]
         transform = data.make_transform(config.data, train=False)
         conditions = generate.conditions_of(model, test, transform, count, 0)
         made = generate.samples(model, conditions, count, 0, BATCH, **options)
