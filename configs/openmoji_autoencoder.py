@@ -2,7 +2,7 @@
 
 Command   python train.py --config=configs/openmoji_autoencoder.py --workdir=runs/demo/first_stage
 Cost      5½ minutes on two CPU cores
-Expected  PSNR 23.17 dB, AlexNet-LPIPS 0.018 on held-out pictures (eval_psnr, eval_lpips)
+Expected  PSNR 23.2 dB, AlexNet-LPIPS 0.018 on held-out pictures (eval_psnr, eval_lpips)
 Variants  :scenes (the pictures of layout and semantic synthesis; 4 minutes)
           :two_styles (OpenMoji and Twemoji, eight channels; 6 minutes, an experiment)
           :smoke (synthetic shapes, a few steps)

@@ -48,7 +48,6 @@ def scales(c: ConfigDict) -> None:
 def phased(c: ConfigDict) -> None:
     """Four deterministic steps, each of which jumps along a quarter of the teacher's path."""
     c.distillation.phases = 4
-    c.num_steps = 4000
     c.sampling.update({"sampler": "ddim", "spacing": "trailing", "num_steps": 4})
 
 
