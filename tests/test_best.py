@@ -76,6 +76,14 @@ def test_a_kill_between_the_best_checkpoint_and_its_record_loses_neither(tmp_pat
     assert (tmp_path / "best" / "first_stage.safetensors").exists()
 
 
+def test_of_a_run_without_averages_the_best_parameters_stay(tmp_path):
+    with Best(tmp_path, "eval_loss", "min") as best:
+        state = SimpleNamespace(ema_params=None, params={"x": jnp.full(2, 3.0)})
+        assert best.offer(1, state, {"eval_loss": 1.0})
+    with Checkpointer(tmp_path / "best" / "checkpoints", read_only=True) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore().state["params"]["x"], [3, 3])
+
+
 def test_another_metric_begins_afresh_even_at_the_step_that_is_kept(tmp_path):
     offer(tmp_path, "eval_loss", 3, 1.0)
     for step, value, best in ((3, 20.0, True), (4, 19.0, False), (5, 21.0, True)):

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 import several
 from conftest import ROOT
 from ml_collections import ConfigDict
 
+from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.runtime.parallel import chips
 from latent_diffusion.training import planning
 from latent_diffusion.training.planning import Facts, plan, report
@@ -71,6 +74,19 @@ def test_a_report_says_what_binds_and_whether_it_fits():
 def test_the_state_is_cut_over_fsdp_and_tensor(mode, mesh, shares):
     settings = ConfigDict({"mode": mode, "mesh": mesh})
     assert planning.num_shares(settings, "v5e:4x4") == shares
+
+
+@pytest.mark.parametrize("regularization", ["kl", "vq", "identity"])
+def test_latents_of_a_picture_and_its_mirror_image_are_counted_in_bfloat16(regularization):
+    config = several.make_config(**{"autoencoder.regularization": regularization})
+    side = config.data.image_size
+    picture = jnp.zeros((1, side, side, 3))
+    stage = jax.eval_shape(
+        lambda: init_first_stage(make_autoencoder(config.autoencoder), jax.random.key(0), picture)
+    )
+    moments = jax.eval_shape(lambda stage: stage.moments(picture), stage)
+    stored = 0 if regularization == "identity" else 2 * 2 * moments.size  # pictures aren't encoded
+    assert planning._latent_bytes(config) == stored
 
 
 def test_facts_are_counted_once_and_remembered(tmp_path):

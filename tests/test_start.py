@@ -296,3 +296,43 @@ def test_files_that_a_killed_start_left_are_not_taken_for_those_of_the_next(tmp_
     with workdir.together(tmp_path) as folder:
         (folder / "new.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
+
+
+def test_a_run_goes_on_with_what_was_asked_or_what_files_decided(tmp_path):
+    first = {"task": "denoising", "unet": {"width": 4}, "data": {"flip": False}}
+    run = settings.decided(ConfigDict(first), {"unet.width": 8}, "a file")
+    run = settings.decided(run, {"unet.width": 9}, "another")
+    assert run.unet.width == 9 and run.asked.unet.width == 4
+    for width, flip in ((4, True), (9, False)):  # of flips, nothing remains in the state
+        config = ConfigDict({**first, "unet": {"width": width}, "data": {"flip": flip}})
+        resumed = settings.continued(config, run, tmp_path)
+        assert resumed.unet.width == 9 and resumed.data.flip == flip
+        assert resumed.asked == run.asked
+    for width in (5, 8):
+        with pytest.raises(ValueError, match=rf"unet.width={width}, but the run in .* has 9"):
+            settings.continued(ConfigDict({**first, "unet": {"width": width}}), run, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["dir", "embedding_path"])
+def test_the_data_of_a_run_may_move_but_are_not_exchanged(field, tmp_path):
+    def resumed(before, now):
+        run, config = ({"task": "denoising", "data": {field: str(path)}} for path in (before, now))
+        return settings.continued(ConfigDict(config), ConfigDict(run), tmp_path).data[field]
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    assert resumed(tmp_path / "gone", tmp_path / "here") == str(tmp_path / "here")
+    (tmp_path / "link").symlink_to("here")
+    assert resumed(tmp_path / "here", tmp_path / "link") == str(tmp_path / "link")
+    with pytest.raises(ValueError, match=f"data.{field}=.*leave the field as it was"):
+        resumed(tmp_path / "there", tmp_path / "here")
+
+
+def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tmp_path):
+    earlier = few("autoencoding", **{"autoencoder.channels": 12, "diffusion.schedule": "cosine"})
+    workdir.save_config(earlier, tmp_path)
+    config = few("denoising", **{"first_stage.path": str(tmp_path)})
+    assert config.diffusion.schedule != "cosine" and config.autoencoder.channels != 12
+    resolved = stages.resolve(config)
+    assert resolved.autoencoder.channels == 12
+    assert resolved.diffusion == config.diffusion
