@@ -14,6 +14,7 @@ from test_model import RNG, model
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert.adapters import adapted, read_adapter, weights_of
+from latent_diffusion.convert.adapters.adapter import weight_of_names
 from latent_diffusion.convert.adapters.peft_settings import PeftSettings
 from latent_diffusion.convert.bundle import with_denoiser
 from latent_diffusion.optimisation.deltas import delta
@@ -152,6 +153,14 @@ def test_every_spelling_of_a_module_is_known(spelling, tmp_path):
     ((where, change),) = changed(path).items()
     assert where == f"unet/{KERNEL}"
     np.testing.assert_allclose(change, (UP @ DOWN).T, **CLOSE)
+
+
+def test_merged_parameters_keep_their_dtype(tmp_path):
+    path = file_of(tmp_path, dict(zip(SPELLINGS["diffusers"], (DOWN, UP), strict=True)))
+    merged = convert.with_lora(make_bundle().astype(jnp.bfloat16), path)
+    assert {tensor.read().dtype for tensor in merged.unet.params.values()} == {
+        jnp.dtype("bfloat16")
+    }
 
 
 CONVOLUTIONS = {  # diffusers' module: our kernel, which is the original's name
@@ -361,6 +370,21 @@ def merged(whole, changes):
         bundle = convert.with_lora(bundle, path, weight)
     params = {**whole.denoiser.params, "unet": convert.as_params(bundle.unet)}
     return whole.replace(denoiser=whole.denoiser.replace(params=params))
+
+
+def test_the_longest_prefix_of_whole_names_decides_the_weight():
+    names = ["unet.up_blocks.0", "unet.up_blocks.10", "unet.mid_block", "text_encoder.layers"]
+
+    def weights(**given):
+        return weight_of_names(names, given, "file").tolist()
+
+    assert weights(**{"unet": 2, "unet.up_blocks": 3}) == [3, 3, 2, 1]
+    assert weights(**{"unet.up_blocks": 3, "unet": 2}) == [3, 3, 2, 1]
+    assert weights(**{"unet.up_blocks.10": 5, "": 4}) == [4, 5, 4, 4]
+    assert weight_of_names(names, 0.5, "file").tolist() == [0.5] * 4
+    for wrong in ("unet.up_blocks.1", "unet.up", "text"):
+        with pytest.raises(ValueError, match=f"file: no module '{wrong}'; there are"):
+            weights(**{wrong: 1})
 
 
 def test_sampling_with_adapters_is_sampling_with_the_merged_model(tmp_path, caplog):

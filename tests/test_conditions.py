@@ -11,12 +11,14 @@ from PIL import Image
 
 from latent_diffusion.convert.adapters import ControlWeights
 from latent_diffusion.data.transforms import to_float
-from latent_diffusion.generation import conditions, sampling
+from latent_diffusion.generation import conditions, guides, sampling
 from latent_diffusion.generation.model import Model
+from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS, make_conditioner
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.runtime.metrics import image_grid
 
@@ -217,6 +219,65 @@ def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             made.sample(RNG, **given, **wrong)
+
+
+def test_a_classifier_must_know_the_noise_and_the_labels():
+    made, net = model("class_label"), UNet(3, 8, (1,), 1, (1,), num_heads=2, num_groups=4)
+
+    def sample(schedule, label):
+        guide = NoisyClassifier({}, schedule, net)
+        made.sample(RNG, class_labels=[1], classifier=guide, classifier_labels=[label])
+
+    for other in (make_schedule("cosine"), make_schedule(num_timesteps=10)):
+        with pytest.raises(ValueError, match="classifier was trained with another noise schedule"):
+            sample(other, 0)
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match=rf"classifier_labels: .{label}. must lie in \[0, 3\)"):
+            sample(make_schedule(), label)
+
+
+def test_scales_of_guidance_for_which_a_model_was_not_distilled_are_warned_of(caplog):
+    for scale, wrong in ((2.0, ""), (3.0, ""), (None, ""), (4.0, "4"), (0.5, "0.5"), ((2, 5), "5")):
+        caplog.clear()
+        guides.warn_of_scale({"guidance_range": (1.0, 3.0)}, SamplingOptions(guidance_scale=scale))
+        said = [f"guidance_scale={wrong}, but the model is distilled for 1 to 3"] if wrong else []
+        assert caplog.messages == said
+    guides.warn_of_scale({}, SamplingOptions(guidance_scale=100.0))
+    assert caplog.messages == said
+
+
+def test_a_tile_as_large_as_the_shorter_trained_side_is_no_fault(caplog):
+    made = model("class_label").replace(image_size=(8, 16))
+    for tile, warnings in ((8, 0), (4, 1)):
+        with pytest.raises(ValueError, match="parallel mode"):  # before anything is compiled
+            made.sample(RNG, class_labels=[1], tile_size=tile, mode="none")
+        assert len(caplog.messages) == warnings
+
+
+def test_sides_of_pictures_are_bounded():
+    for size in ((2**16 + 1, 8), (8, 0), (-8, 8)):
+        with pytest.raises(ValueError, match="sides lie in 1 … 65536 pixels"):
+            model("class_label").sample(RNG, class_labels=[1], image_size=size)
+
+
+def test_bounds_of_conditions():
+    with pytest.raises(ValueError, match=r"image has shape \(1, 4, 4, 3\), expected \[N 8 8 3\]"):
+        batch_of(["masked_image"], image=SMALL, mask=MASK)
+    with pytest.raises(ValueError, match=r"box .0.5, 0, 0.5, 1. must have"):
+        batch_of(["layout"], layout=[(3, (0.5, 0, 0.5, 1))])
+    sizes = make_conditioner({"sizes": {}})
+    for name, least in (("original_size", 1), ("target_size", 1), ("crop_top_left", 0)):
+        for value in (least, least - 1):
+            given = {name: (value, 9)}
+            if value == least:
+                batch = conditions.batch_of(sizes, list, given, SIZE, SIZE)
+                np.testing.assert_array_equal(batch[name], [[least, 9]])
+                continue
+            with pytest.raises(ValueError, match=f"{name}: {value} pixels, expected at least"):
+                conditions.batch_of(sizes, list, given, SIZE, SIZE)
+    for reach in (2.5, np.nan):
+        with pytest.raises(ValueError, match=r"values up to .*, expected \[-1, 1\]"):
+            conditions.in_range(np.full((1, 2, 2, 3), reach, np.float32))
 
 
 def test_conditions_from_files(tmp_path):

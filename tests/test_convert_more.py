@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, compvis, unet
-from latent_diffusion.convert.bundle import conditioner_shapes
+from latent_diffusion.convert.bundle import conditioner_shapes, with_folded_scale
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.core.rng import example_keys, sampling_keys
-from latent_diffusion.files.tensor import TensorFile
+from latent_diffusion.files.tensor import TensorFile, in_memory
 from latent_diffusion.nets.layers import guidance_embedding
 from latent_diffusion.process.plan import plan
 
@@ -292,3 +292,31 @@ def test_the_embedding_of_guidance_by_hand():
     got = guidance_embedding(jnp.array([0.001]), 4)
     want = [np.sin(1.0), np.sin(1e-4), np.cos(1.0), np.cos(1e-4)]
     np.testing.assert_allclose(got[0], want, rtol=1e-5)
+
+
+def test_a_folded_scale_is_the_scale_of_the_latents():
+    """The convolutions beside the latent then do what scale and shift did."""
+    rng = np.random.default_rng(0)
+    scale, shift = np.array([2.0, 0.5], np.float32), np.array([0.3, -1.0], np.float32)
+    shapes = {"quant_conv": (3, 4), "post_quant_conv": (2, 3)}
+    params = {f"{name}/kernel": rng.normal(size=(1, 1, *shape)) for name, shape in shapes.items()}
+    params |= {f"{name}/bias": rng.normal(size=shape[1]) for name, shape in shapes.items()}
+    params = {path: in_memory(x.astype(np.float32)) for path, x in params.items()}
+    part = convert.Part({"regularization": "kl", "embed_dim": 2}, params)
+    bundle = convert.Bundle(autoencoder=part, scale_factor=scale, shift=shift)
+    folded = with_folded_scale(bundle)
+    assert folded.scale_factor == 1.0 and folded.shift == 0.0
+
+    def apply(bundle, name, x):
+        kernel, bias = (bundle.autoencoder.params[f"{name}/{k}"].read() for k in ("kernel", "bias"))
+        return x @ kernel[0, 0] + bias
+
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    mean, logvar = np.split(apply(bundle, "quant_conv", x), 2, -1)
+    latents, spread = np.split(apply(folded, "quant_conv", x), 2, -1)
+    np.testing.assert_allclose(latents, (mean - shift) * scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.exp(spread / 2), np.exp(logvar / 2) * scale, rtol=1e-4)
+    decoded = apply(folded, "post_quant_conv", latents)
+    np.testing.assert_allclose(
+        decoded, apply(bundle, "post_quant_conv", mean), rtol=1e-4, atol=1e-4
+    )
