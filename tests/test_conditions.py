@@ -257,7 +257,7 @@ def test_a_tile_as_large_as_the_shorter_trained_side_is_no_fault(caplog):
 def test_sides_of_pictures_are_bounded():
     for size in ((2**16 + 1, 8), (8, 0), (-8, 8)):
         with pytest.raises(ValueError, match="sides lie in 1 … 65536 pixels"):
-            model("class_label").sample(RNG, class_labels=[1], image_size=size)
+            model("class_label").sample(RNG, class_labels=[1], image_size=size, mode="none")
 
 
 def test_bounds_of_conditions():
