@@ -5,14 +5,15 @@
     python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
 
 For a control net, it measures the F1 of edges between samples and their hints, which are edges of
-held-out pictures, also for the uncontrolled model at the same prompts, and for both with empty
-prompts. The sheet control.png shows hint | samples | truth. For a subject, learned as a word or by
-DreamBooth, it measures the share of samples whose nearest neighbour in the features of LPIPS is a
-picture of the subject, among these and pictures of the training split; and the demo's judge on both
-models. For a style, it measures the share of samples that a judge takes for Twemoji's, and another
-judge's accuracy on their groups, for captions that weren't in the adapter's training; both are
-fitted on real pictures of both styles. The sheet style.png shows a sample of the base | samples |
-Twemoji's. The numbers go to adapters.json in the workdir of the adapter.
+held-out pictures, also for the uncontrolled model at the same prompts, for both with empty prompts,
+for reconstructions of the pictures, and for the next picture in the list. The sheet control.png
+shows hint | samples | truth. For a subject, learned as a word or by DreamBooth, it measures the
+share of samples whose nearest neighbour in the features of LPIPS is a picture of the subject, among
+these and pictures of the training split; and the demo's judge on both models. For a style, it
+measures the share of samples that a judge takes for Twemoji's, and another judge's accuracy on
+their groups, for captions that weren't in the adapter's training; both are fitted on real pictures
+of both styles. The sheet style.png shows a sample of the base | samples | Twemoji's. The numbers go
+to adapters.json in the workdir of the adapter.
 """
 
 import json
@@ -29,6 +30,7 @@ from jaxtyping import Float, UInt8
 
 from demo import gallery, judge
 from demo.judged import PER_GROUP, Judged, training_captions
+from demo.openmoji import reconstructions
 from latent_diffusion import data
 from latent_diffusion.data import openmoji_source, windows
 from latent_diffusion.data.sources import captions
@@ -45,6 +47,7 @@ SAMPLES = 4  # per hint or caption
 STYLES = ("openmoji", "twemoji")
 HINTS = 64  # held-out pictures
 OTHERS = 200  # pictures of the training split beside those of the subject
+REACHES = {"edge_f1": 1, "edge_f1_exact": 0}  # pixels
 TITLES = ("hint", "samples", "ground truth")
 Pictures = UInt8[np.ndarray, "N H W 3"]
 
@@ -87,10 +90,14 @@ def evaluate_control(base: Path, control: Path) -> dict[str, float]:
         controls = [(net, repeated, 1.0)]
         plain = model.sample(jax.random.key(0), texts, **options)
         drawn[suffix] = model.sample(jax.random.key(0), texts, controls=controls, **options)
-        for name, reach in (("edge_f1", 1), ("edge_f1_exact", 0)):
+        for name, reach in REACHES.items():
             f1 = float(edge_f1(drawn[suffix], repeated, reach).mean())
             numbers[f"{name}{suffix}"] = f1
             numbers[f"{name}{suffix}_uncontrolled"] = float(edge_f1(plain, repeated, reach).mean())
+    bounds = {"reconstructed": reconstructions(model, truth), "of_the_next": np.roll(truth, 1, 0)}
+    for suffix, pictures in bounds.items():  # what a perfect net would reach, and chance
+        for name, reach in REACHES.items():
+            numbers[f"{name}_{suffix}"] = float(edge_f1(pictures, hints, reach).mean())
     of_rows = to_uint8(drawn[""]).reshape(len(places), SAMPLES, *drawn[""].shape[1:])
     rows = [
         (to_uint8(2 * hint - 1), samples, to_uint8(picture))
