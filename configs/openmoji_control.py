@@ -4,7 +4,7 @@ Command   python train.py --config=configs/openmoji_control.py --workdir=runs/co
           after configs/openmoji_text.py in runs/demo/denoiser; then
           python sample.py --workdir=runs/demo/denoiser --control=runs/control:edges.png --out=…
 Cost      5 minutes on two CPU cores
-Expected  F1 of edges 0.94 on held-out pictures (docs/adapters.md)
+Expected  F1 of edges 0.93 on held-out pictures (docs/adapters.md)
 Variants  :smoke (synthetic shapes, a few steps; needs the smoke run of configs/openmoji_text.py)
 """
 

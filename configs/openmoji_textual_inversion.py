@@ -7,7 +7,7 @@ Command   python train.py --config=configs/openmoji_textual_inversion.py --workd
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
           python sample.py --workdir=runs/word --prompts="<it>" --out=…
 Cost      2 minutes on two CPU cores
-Expected  75 % of samples are nearest to the subject, all else as before (docs/adapters.md)
+Expected  98 % of samples are nearest to the subject, all else as before (docs/adapters.md)
 Variants  :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """
 

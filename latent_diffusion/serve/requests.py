@@ -161,8 +161,8 @@ def call(model: Model, requests: Sequence[Request]) -> dict[str, Any]:
     for name, entries in requests[0].pictured.items():
         joined[name] = []
         for i, entry in enumerate(entries):
-            rows = _rows([(r.pictured[name][i].picture, r.num_images) for r in requests])
-            joined[name].append((entry.adapter, rows, entry.weight))
+            seen = _rows([(r.pictured[name][i].picture, r.num_images) for r in requests])
+            joined[name].append((entry.adapter, seen, entry.weight))
     if not conditions & joined.keys():
         joined["num_images"] = sum(request.num_images for request in requests)
     return {"rng": jnp.concatenate(keys), **joined, **requests[0].shared}
