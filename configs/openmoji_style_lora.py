@@ -8,7 +8,7 @@ Command   python -m demo.folders --out=runs/style/pictures --style=twemoji --cou
           after configs/openmoji_text.py in runs/demo/denoiser; then
           python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
 Cost      2 minutes on two CPU cores
-Expected  91 % of samples in the style, but subjects are lost (docs/adapters.md)
+Expected  89 % of samples in the style, but subjects are lost (docs/adapters.md)
 Variants  :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """
 
