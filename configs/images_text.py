@@ -4,8 +4,8 @@ Command   python train.py --config=configs/images_text.py:64 --workdir=runs/mine
           --config.data.dir=PICTURES
           after configs/images_autoencoder.py of the same variant in runs/mine/first_stage
 Variants  :64 (two CPU cores) :128 :256 (one GPU) :smoke (32×32, a few steps)
-Cost      :64 four times the work of configs/openmoji_text.py, which takes 8 minutes on two CPU
-          cores; :128 and :256 were not timed
+Cost      :64 four times the work of configs/openmoji_text.py, which takes 8 to 12 minutes on two
+          CPU cores; :128 and :256 were not timed
 Expected  samples in images/, and eval_loss in metrics.jsonl
 """
 

@@ -1,7 +1,7 @@
 """Perceptual compression of OpenMoji pictures, small enough for two CPU cores: KL, f=4, 32×32.
 
 Command   python train.py --config=configs/openmoji_autoencoder.py --workdir=runs/demo/first_stage
-Cost      5½ minutes on two CPU cores
+Cost      4 to 6 minutes on two CPU cores
 Expected  PSNR 23.2 dB, AlexNet-LPIPS 0.018 on held-out pictures (eval_psnr, eval_lpips)
 Variants  :scenes (the pictures of layout and semantic synthesis; 4 minutes)
           :two_styles (OpenMoji and Twemoji, eight channels; 6 minutes, an experiment)

@@ -6,7 +6,7 @@ Therefore every word also has a small learned map, which is concatenated with th
 
 Command   python train.py --config=configs/openmoji_text.py --workdir=runs/demo/denoiser
           after configs/openmoji_autoencoder.py in runs/demo/first_stage
-Cost      8 minutes on two CPU cores
+Cost      8 to 12 minutes on two CPU cores
 Expected  python -m demo.openmoji --workdir=runs/demo then measures a skin tone of 86 % on held-out
           combinations, a group of 89 % on training captions, and 96 % of the colours
 Variants  :two_styles (OpenMoji and Twemoji; an experiment, which needs longer training)
