@@ -59,6 +59,7 @@ DEATH = 10  # seconds after which a process of `die_at` counts as dead
 def get_config(variant=""):
     """The run without changes, for train.py."""
     config = openmoji_text.get_config("smoke")
+    openmoji_text.of_v(config)  # one step of a guided flow turns rounding into other pixels
     config.conditioners = ConfigDict({"word_map": config.conditioners.word_map})
     config.update_from_flattened_dict({**FIELDS, "num_steps": STEPS})
     return config
