@@ -263,7 +263,7 @@ def test_sides_of_pictures_are_bounded():
 def test_bounds_of_conditions():
     with pytest.raises(ValueError, match=r"image has shape \(1, 4, 4, 3\), expected \[N 8 8 3\]"):
         batch_of(["masked_image"], image=SMALL, mask=MASK)
-    with pytest.raises(ValueError, match=r"box .0.5, 0, 0.5, 1. must have"):
+    with pytest.raises(ValueError, match=r"box .0.5, 0.0, 0.5, 1.0. must have"):
         batch_of(["layout"], layout=[(3, (0.5, 0, 0.5, 1))])
     sizes = make_conditioner({"sizes": {}})
     for name, least in (("original_size", 1), ("target_size", 1), ("crop_top_left", 0)):
