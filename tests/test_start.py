@@ -329,10 +329,10 @@ def test_the_data_of_a_run_may_move_but_are_not_exchanged(field, tmp_path):
 
 
 def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tmp_path):
-    earlier = few("autoencoding", **{"autoencoder.channels": 12, "diffusion.schedule": "cosine"})
+    earlier = few("autoencoding", **{"autoencoder.channels": 12, "diffusion.schedule": "linear"})
     workdir.save_config(earlier, tmp_path)
     config = few("denoising", **{"first_stage.path": str(tmp_path)})
-    assert config.diffusion.schedule != "cosine" and config.autoencoder.channels != 12
+    assert config.diffusion.schedule != "linear" and config.autoencoder.channels != 12
     resolved = stages.resolve(config)
     assert resolved.autoencoder.channels == 12
     assert resolved.diffusion == config.diffusion
