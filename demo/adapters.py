@@ -85,19 +85,20 @@ def evaluate_control(base: Path, control: Path) -> dict[str, float]:
     prompts, hints = [example["caption"] for example in examples], np.asarray(edges(truth))
     repeated = np.repeat(hints, SAMPLES, 0)
     options = {"num_images": SAMPLES, "batch_size": 64}
-    numbers, drawn = {}, {}
+    numbers, drawn = dict[str, float](), {}
+
+    def measure(suffix: str, pictures: Any, wanted: Any) -> None:
+        for name, reach in REACHES.items():
+            numbers[f"{name}{suffix}"] = float(edge_f1(pictures, wanted, reach).mean())
+
     for suffix, texts in (("_empty_prompt", [""] * len(prompts)), ("", prompts)):
         controls = [(net, repeated, 1.0)]
         plain = model.sample(jax.random.key(0), texts, **options)
         drawn[suffix] = model.sample(jax.random.key(0), texts, controls=controls, **options)
-        for name, reach in REACHES.items():
-            f1 = float(edge_f1(drawn[suffix], repeated, reach).mean())
-            numbers[f"{name}{suffix}"] = f1
-            numbers[f"{name}{suffix}_uncontrolled"] = float(edge_f1(plain, repeated, reach).mean())
-    bounds = {"reconstructed": reconstructions(model, truth), "of_the_next": np.roll(truth, 1, 0)}
-    for suffix, pictures in bounds.items():  # what a perfect net would reach, and chance
-        for name, reach in REACHES.items():
-            numbers[f"{name}_{suffix}"] = float(edge_f1(pictures, hints, reach).mean())
+        measure(suffix, drawn[suffix], repeated)
+        measure(f"{suffix}_uncontrolled", plain, repeated)
+    measure("_reconstructed", reconstructions(model, truth), hints)  # a perfect net
+    measure("_of_the_next", np.roll(truth, 1, 0), hints)  # chance
     of_rows = to_uint8(drawn[""]).reshape(len(places), SAMPLES, *drawn[""].shape[1:])
     rows = [
         (to_uint8(2 * hint - 1), samples, to_uint8(picture))

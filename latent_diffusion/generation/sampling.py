@@ -72,7 +72,7 @@ def read_picture(path: str | None) -> np.ndarray | None:
     return None if path is None else to_float(pictures.read_image(path))[None]
 
 
-def read_hint(path: str) -> np.ndarray:
+def read_hint(path: pictures.Source) -> np.ndarray:
     """[1 H W 3] in [0, 1] from a picture, which determines the size of the samples."""
     return pictures.read_image(path)[None].astype(np.float32) / 255
 

@@ -17,12 +17,12 @@ from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
+from latent_diffusion.generation.sampling import read_hint
 from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.process.options import OPTIONS, Option
 from latent_diffusion.process.plan import plan, plan_prior, prior_options
 
-PICTURED = ("controls", "image_prompts")  # arguments of `Model.sample`: adapters that see pictures
-MAX_PICTURED = 8  # entries of each
+MAX_PICTURED = 8  # control nets of a request, and image prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _adapters(value: Any, loaded: Mapping[str, Any]) -> list[tuple[Any, float]]:
 
 
 def _pictured(field: str, value: Any, loaded: Mapping[str, Any], limits: Limits) -> list[Pictured]:
-    """Control nets, whose hints are in [0, 1], or image prompts, whose pictures are in [-1, 1]."""
+    """The adapters of a field, each with its picture and weight."""
     if not isinstance(value, list) or any(not isinstance(e, list) or len(e) != 3 for e in value):
         raise ValueError(f"{field}: write [[adapter, picture in base64, weight], …]")
     if len(value) > MAX_PICTURED:
@@ -216,10 +216,9 @@ def _pictured(field: str, value: Any, loaded: Mapping[str, Any], limits: Limits)
     entries = []
     for name, content, weight in value:
         adapter = _loaded(field, str(name), loaded)
-        pixels = pictures.read_image(_upload(f"{field}: the picture of {name}", content, limits))
-        picture = pixels.astype(np.float32) / 255 if field == "controls" else to_float(pixels)
+        picture = PICTURED[field](f"{field}: the picture of {name}", content, limits)
         weight = float(_score(f"{field}: the weight of {name}", weight, limits)[0])
-        entries.append(Pictured(name, adapter, picture[None], weight))
+        entries.append(Pictured(name, adapter, picture, weight))
     return entries
 
 
@@ -291,6 +290,10 @@ def _picture(name: str, value: Any, limits: Limits) -> np.ndarray:
     return to_float(pictures.read_image(_upload(name, value, limits)))[None]
 
 
+def _hint(name: str, value: Any, limits: Limits) -> np.ndarray:
+    return read_hint(_upload(name, value, limits))
+
+
 def _map(read: Callable[[Upload], np.ndarray]) -> Callable[[str, Any, Limits], np.ndarray]:
     return lambda name, value, limits: read(_upload(name, value, limits))[None]
 
@@ -321,5 +324,10 @@ _CONDITIONS: dict[str, Callable[[str, Any, Limits], Any]] = {
     "negative_crop_top_left": _two,
     "negative_target_size": _two,
     "negative_aesthetic_score": _score,
+}
+# arguments of `Model.sample` for adapters that see a picture -> its reader
+PICTURED: dict[str, Callable[[str, Any, Limits], np.ndarray]] = {
+    "controls": _hint,
+    "image_prompts": _picture,
 }
 _SHARED = ("seed", "num_images", "image_size", "more_prompts", "adapters", "prompt_weights")
