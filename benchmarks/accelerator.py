@@ -28,7 +28,8 @@ SHARES = {  # part -> its share of the budget
     "train_kl_f8": 2,
     "sample_sd_v1": 3,
     "sample_sdxl": 3,
-    "pytorch": 4,
+    "pytorch_sd_v1": 3,
+    "pytorch_sdxl": 2,
     "first_image": 2,
 }
 ONLY = flags.DEFINE_list("only", list(SHARES), "Parts to measure.")
@@ -40,7 +41,9 @@ PART = flags.DEFINE_string("part", None, "Measure this part here, and print it a
 
 def run_part(name: str, seconds: float, tiny: bool) -> dict[str, Any]:
     """One part in a process of its own: its rows, or the reason why there are none."""
-    if name == "pytorch" and not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
+    if name.startswith("pytorch") and not all(
+        map(importlib.util.find_spec, ("torch", "diffusers"))
+    ):
         return {"part": name, "failed": "torch and diffusers aren't installed"}
     command = [sys.executable, "-m", "benchmarks.accelerator", f"--part={name}"]
     start = time.perf_counter()

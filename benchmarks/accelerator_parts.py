@@ -1,8 +1,8 @@
 """The parts of `benchmarks.accelerator`, each of which has a process for itself."""
 
-import functools
 import importlib
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel.chips import CHIPS
 from latent_diffusion.runtime.startup import quiet_and_cached
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks.denoising import Constants, State
 from latent_diffusion.training import planning
 from latent_diffusion.training.batch_spec import batch_spec
 
-BATCHES = {"sd_v1": 8, "sdxl": 2, "dit_xl_2": 32, "kl_f8": 8}  # of a training step
+BATCHES = {"sd_v1": 16, "sdxl": 4, "dit_xl_2": 64, "kl_f8": 8}  # of a training step
 SAMPLED = {"sd_v1": (1, 8), "sdxl": (1, 4)}
 ROUNDS = 5
+STEPS = 10  # train steps that follow each other, as in a run
 # (tokens, keys, heads, width): Stable Diffusion 1 at 512², XL at 1,024², a first stage
 SIZES = ((4096, 4096, 8, 40), (1024, 1024, 8, 80), (256, 256, 8, 160), (4096, 77, 8, 40))
 SIZES += ((4096, 4096, 10, 64), (1024, 1024, 20, 64), (4096, 4096, 1, 512))
@@ -42,7 +44,7 @@ def measure(name: str, tiny: bool) -> dict[str, Any]:
         "attention": lambda: attention(tiny),
         "train": lambda: train(what, tiny),
         "sample": lambda: sample(what, tiny),
-        "pytorch": lambda: pytorch(tiny),
+        "pytorch": lambda: pytorch(what, tiny),
         "first": lambda: first_image(tiny),
     }[kind]()
     return {"device": jax.devices()[0].device_kind, "rows": rows}
@@ -56,8 +58,15 @@ def peak_flops() -> float | None:
 
 
 def seconds(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """The median of several calls, after one that compiles."""
+    """The median of several calls, after a first one, which compiles."""
     return median_seconds(lambda: jax.block_until_ready(call()), rounds)
+
+
+def first_seconds(call: Callable[[], Any]) -> float:
+    """The time of a first call, most of which is compilation."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
 
 def parity() -> list[dict[str, Any]]:
@@ -103,9 +112,12 @@ def _network(what: str, config: ConfigDict, dtype: str | None, inputs: Any) -> t
 def attention(tiny: bool) -> list[dict[str, Any]]:
     """Every implementation at the sizes of released models: forward, and with gradients."""
     rows = []
+    machine = dot_product_attention.this_machine()
     for length, keys, heads, width in ((64, 64, 2, 8),) if tiny else SIZES:
-        for name in ("auto", *dot_product_attention.IMPLEMENTATIONS):
+        chosen = dot_product_attention.choose(machine, jnp.bfloat16, length, keys, width)
+        for name in dot_product_attention.IMPLEMENTATIONS:
             row = {"L": length, "S": keys, "heads": heads, "width": width, "implementation": name}
+            row["auto"] = "yes" if name == chosen else ""
             try:
                 rows.append(row | _attention(name, length, keys, heads, width, 1 if tiny else 4))
             except Exception as error:
@@ -114,41 +126,95 @@ def attention(tiny: bool) -> list[dict[str, Any]]:
 
 
 def _attention(name: str, length: int, keys: int, heads: int, width: int, batch: int) -> Any:
-    q = jnp.ones((batch, length, heads, width), jnp.bfloat16)
-    k = jnp.ones((batch, keys, heads, width), jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((batch, n, heads, width), np.float32), jnp.bfloat16)
+        for n in (length, keys, keys)
+    )
 
     def loss(q, k, v):
-        return jnp.sum(dot_product_attention.attend(q, k, v, name).astype(jnp.float32))
+        return jnp.sum(dot_product_attention.attend(q, k, v, name).astype(jnp.float32) ** 2)
 
-    forward, both = jax.jit(loss), jax.jit(jax.grad(loss, (0, 1, 2)))
-    planned = both.lower(q, k, k).compile().memory_analysis()
+    forward = jax.jit(lambda *qkv: dot_product_attention.attend(*qkv, name))
+    both = jax.jit(jax.grad(loss, (0, 1, 2)))
+    planned = both.lower(q, k, v).compile().memory_analysis()
     return {
-        "forward_ms": 1e3 * seconds(lambda: forward(q, k, k)),
-        "with_gradient_ms": 1e3 * seconds(lambda: both(q, k, k)),
+        "forward_ms": 1e3 * seconds(lambda: forward(q, k, v)),
+        "with_gradient_ms": 1e3 * seconds(lambda: both(q, k, v)),
         "temporary_mib": planned.temp_size_in_bytes / 2**20,
     }
 
 
 def experiment(name: str, tiny: bool) -> ConfigDict:
-    """The config of a run on one device; tiny: the benchmark's quick networks in its place."""
+    """The config of a run on one device, which recomputes nothing but XL's activations.
+
+    tiny: the benchmark's quick networks in its place.
+    """
     if tiny:
         config = reference.autoencoding(True) if name == "kl_f8" else reference.denoising(True)
         config.sampling.num_steps = 2
     else:
         config = importlib.import_module(f"configs.{name}").get_config()
         config.batch_size = BATCHES[name]
+        if name != "sdxl":
+            config.unet.remat = "none"
     config.parallel.mode = "single"
     return config
 
 
 def started(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
-    """The task of a config, its state and constants on the device, and a batch."""
+    """The task of a config, a state and constants of random weights, and a random batch."""
     task: Any = TASKS[config.task](config)
-    init = functools.partial(task.init, batch_spec=batch_spec(config))
+    spec = batch_spec(config)
+
+    def init(rng: Any) -> tuple[Any, Any]:
+        state, constants = task.init(rng, spec)
+        return state.replace(params=perturbed(rng, state.params)), perturbed(rng, constants)
+
     rng = jax.random.key(0, impl="unsafe_rbg")
-    state, constants = parallel.compile_init(init, rng, "single")(rng)
-    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_spec(config))
-    return task, parallel.place(state, "single"), constants, batch
+    state, constants = parallel.initialise(init, rng, "single")
+    return task, parallel.place(state, "single"), constants, drawn_batch(spec)
+
+
+def loaded(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
+    """As `started`, with no more than sampling needs, as `load(dtype="bfloat16")` has it."""
+    task: Any = TASKS[config.task](config)
+    spec = batch_spec(config)
+
+    def init(rng: Any) -> tuple[Any, Any]:
+        state, constants = task.init(rng, spec)
+        parts = perturbed(rng, (state.ema_params, constants.conditioner))
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), parts), constants.first_stage
+
+    (params, conditioner), first_stage = jax.jit(init)(jax.random.key(0, impl="unsafe_rbg"))
+    state = State(step=jnp.zeros((), jnp.int32), params=None, ema_params=params, opt_state=None)
+    constants = Constants(first_stage, conditioner)
+    return task, parallel.place(state, "single"), constants, drawn_batch(spec)
+
+
+def perturbed(rng: Any, tree: Any) -> Any:
+    """The weights with noise: fresh networks hold zeros, by which a GPU multiplies faster."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(rng, len(leaves))
+    return jax.tree.unflatten(
+        treedef,
+        [
+            x + 0.02 * jax.random.normal(key, x.shape, x.dtype) if x.ndim > 1 else x
+            for key, x in zip(keys, leaves, strict=True)
+        ],
+    )
+
+
+def drawn_batch(spec: Any) -> Any:
+    """Random numbers for floats, and small ones for integers: classes, tokens, sizes."""
+    rng = np.random.default_rng(0)
+
+    def draw(x: Any) -> np.ndarray:
+        if np.issubdtype(x.dtype, np.integer):
+            return rng.integers(1, 100, x.shape, x.dtype)
+        return rng.uniform(-1, 1, x.shape).astype(x.dtype)
+
+    return jax.device_put({name: draw(x) for name, x in spec.items()})
 
 
 def peak_gib() -> float | None:
@@ -163,20 +229,25 @@ def train(name: str, tiny: bool) -> list[dict[str, Any]]:
     facts = planning.count(config)
     task, state, constants, batch = started(config)
     step, now = parallel.compile_step(task.train_step, "single"), [state]
+    del state
 
-    def call() -> Any:
-        now[0], metrics = step(now[0], constants, batch, jax.random.key(0))
+    def steps(number: int) -> Any:
+        for _ in range(number):
+            now[0], metrics = step(now[0], constants, batch, jax.random.key(0))
         return metrics
 
-    rate = config.batch_size / seconds(call)
+    first = first_seconds(lambda: steps(1))
+    rate = STEPS * config.batch_size / seconds(lambda: steps(STEPS), 1 if tiny else ROUNDS)
     peak = peak_flops()
     return [
         {
             "batch": config.batch_size,
             "images_per_second": rate,
+            "tflop_per_image": facts.flops / 1e12,
             "share_of_peak": peak and rate * facts.flops / peak,
             "peak_gib": peak_gib(),
             "cores_for_input": rate / facts.images_per_core,
+            "first_seconds": first,
         }
     ]
 
@@ -187,19 +258,27 @@ def sample(name: str, tiny: bool) -> list[dict[str, Any]]:
     for size in (1,) if tiny else SAMPLED[name]:
         config = experiment(name, tiny)
         config.batch_size = size
-        task, state, constants, batch = started(config)
+        task, state, constants, batch = loaded(config)
         show = parallel.compile_eval(task.show, "single")
-        used = seconds(lambda: show(state, constants, batch, jax.random.key(0)), rounds=2)  # noqa: B023
-        rows.append({"pictures": size, "steps": config.sampling.num_steps, "seconds": used})
-        rows[-1]["peak_gib"] = peak_gib()
+
+        def call() -> Any:
+            return show(state, constants, batch, jax.random.key(0))  # noqa: B023
+
+        first = first_seconds(call)
+        used = seconds(call, rounds=2)
+        row = {"pictures": size, "steps": config.sampling.num_steps, "seconds": used}
+        rows.append(row | {"peak_gib": peak_gib(), "first_seconds": first})
+        del state, constants, call
     return rows
 
 
-def pytorch(tiny: bool) -> list[dict[str, Any]]:
-    """PyTorch's side, in bfloat16, by SDPA and torch.compile, with Stable Diffusion 1's U-Net."""
+def pytorch(name: str, tiny: bool) -> list[dict[str, Any]]:
+    """PyTorch's side of `train` and `sample`."""
     from benchmarks import accelerator_pytorch
 
-    return accelerator_pytorch.rows(tiny, BATCHES["sd_v1"], SAMPLED["sd_v1"], ROUNDS)
+    if tiny:
+        return accelerator_pytorch.rows("tiny", 1, (1,), rounds=1, steps=1)
+    return accelerator_pytorch.rows(name, BATCHES[name], SAMPLED[name], ROUNDS, STEPS)
 
 
 def first_image(tiny: bool) -> list[dict[str, Any]]:

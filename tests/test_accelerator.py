@@ -30,17 +30,21 @@ def test_parts_that_fail_or_are_late_are_reported_and_the_others_go_on(tmp_path,
     assert json.loads((tmp_path / "accelerator.json").read_text())[2]["rows"] == found["rows"]
 
 
-@pytest.mark.parametrize("name", ["attention", "train_dit_xl_2", "parity"])
+@pytest.mark.parametrize("name", ["attention", "train_dit_xl_2", "sample_sd_v1", "parity"])
 def test_a_part_runs_on_any_machine(name):
     rows = accelerator_parts.measure(name, tiny=True)["rows"]
     if name == "attention":
         by_name = {row["implementation"]: row for row in rows}
-        assert by_name["xla"]["with_gradient_ms"] > 0 and by_name["auto"]["forward_ms"] > 0
+        assert by_name["xla"]["with_gradient_ms"] > 0 and by_name["blocks"]["forward_ms"] > 0
+        assert [name for name, row in by_name.items() if row["auto"]] == ["xla"]
         assert "attention='splash' is for TPUs" in by_name["splash"]["failed"]
     elif name == "parity":
         worst = {(row["network"], row["dtype"]): row["worst_of_std"] for row in rows}
         assert len(worst) == 4 and worst["unet", "float32"] < 1e-3
         assert 1e-3 < worst["unet", "bfloat16"] < 0.5
+    elif name == "sample_sd_v1":
+        (row,) = rows
+        assert 0 < row["seconds"] < row["first_seconds"] and row["steps"] == 2
     else:
         (row,) = rows
         assert row["images_per_second"] > 0 and row["cores_for_input"] > 0

@@ -1,5 +1,6 @@
 """Attention by blocks is attention: values and gradients, whatever the length and the dtype."""
 
+import functools
 import inspect
 import re
 
@@ -10,15 +11,14 @@ import numpy as np
 import pytest
 
 from latent_diffusion.nets import attention, dot_product_attention
-from latent_diffusion.nets import blockwise_attention as by_blocks
 from latent_diffusion.nets.blockwise_attention import blockwise_attention
 from latent_diffusion.nets.dot_product_attention import Machine, attend, choose, traced_for
 from latent_diffusion.nets.splash_attention import splash_attention
 
 
 @pytest.mark.parametrize(("length", "keys"), [(256, 256), (200, 77)])  # one block, and four
-def test_blocks_equal_the_whole_with_gradients(length, keys, monkeypatch):
-    monkeypatch.setattr(by_blocks, "SCORES", 256 * 256 if length == 256 else 4000)
+def test_blocks_equal_the_whole_with_gradients(length, keys):
+    blocks = functools.partial(blockwise_attention, scores=256 * 256 if length == 256 else 4000)
     k_q, k_k, k_v, k_w = jax.random.split(jax.random.key(0), 4)
     q = 3 * jax.random.normal(k_q, (2, length, 2, 4))
     k, v = (jax.random.normal(key, (2, keys, 2, 4)) for key in (k_k, k_v))
@@ -29,7 +29,7 @@ def test_blocks_equal_the_whole_with_gradients(length, keys, monkeypatch):
         return jnp.sum(out * weight), out
 
     values = []
-    for function in (blockwise_attention, jax.nn.dot_product_attention):
+    for function in (blocks, jax.nn.dot_product_attention):
         grad = jax.jit(jax.grad(lambda *a, f=function: loss(f, *a), (0, 1, 2), has_aux=True))
         values.append(grad(q, k, v))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *values)
@@ -96,7 +96,7 @@ def test_auto_is_a_rule_of_the_machine_the_dtype_and_the_sizes(
 def test_auto_follows_the_rule_of_this_machine_or_of_the_one_that_is_traced_for(monkeypatch):
     seen = []
     name, real = "blocks", dot_product_attention.IMPLEMENTATIONS["blocks"]
-    spy = {name: lambda q, k, v: seen.append(q) or real(q, k, v)}
+    spy = {name: lambda q, k, v, **options: seen.append(q) or real(q, k, v)}
     monkeypatch.setattr(
         dot_product_attention, "IMPLEMENTATIONS", dot_product_attention.IMPLEMENTATIONS | spy
     )
@@ -207,6 +207,16 @@ def test_what_cudnn_gets_is_padded_and_what_it_gives_is_cut(monkeypatch):
     whole = draws((1, 16, 2, 8), (1, 8, 2, 8), (1, 8, 2, 8))
     jax.eval_shape(lambda q, k, v: attend(q, k, v, "cudnn"), *whole)
     assert seen[-1] == ((1, 16, 2, 8), (1, 8, 2, 8), True)
+
+
+def test_blocks_are_larger_where_a_cache_need_not_hold_them():
+    """An H200 took four times as long for blocks of 256 rows as for the whole."""
+    q = jax.ShapeDtypeStruct((1, 4096, 1, 512), jnp.bfloat16)
+    for machine, rows in ((CPU, 256), (H100, 1024)):
+        with traced_for(machine):
+            text = str(jax.make_jaxpr(lambda x: attend(x, x, x, "blocks"))(q))
+        sizes = {int(n) for n in re.findall(r"f32\[(\d+),4096\] = dot_general", text)}
+        assert sizes == {rows}
 
 
 def test_blocks_keep_the_dtype_and_sum_in_float32():

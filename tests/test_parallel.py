@@ -1,6 +1,7 @@
 """One step, three callers: the same numbers, nothing copied, nothing compiled twice."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from programs import host_transfers
 from slices import SLICES, Chip, chips_of
+from tiny import make_config
 
 from latent_diffusion.core import rng as rng_lib
 from latent_diffusion.core.rng import init_key
@@ -30,8 +32,10 @@ from latent_diffusion.data.transforms import to_float
 from latent_diffusion.nets.conditioners.text import TextTransformer
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.runtime import parallel
-from latent_diffusion.runtime.parallel import hlo
+from latent_diffusion.runtime.parallel import hlo, initialisation
 from latent_diffusion.runtime.parallel.chips import topology_devices
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.training.batch_spec import batch_spec
 
 BATCH = 16
 MODES = {
@@ -368,6 +372,31 @@ def test_the_state_is_made_in_its_parts():
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     placed = parallel.place(state, "mesh", mesh, rules)
     assert jax.tree.leaves(placed)[0] is jax.tree.leaves(state)[0]
+
+
+@pytest.mark.parametrize("mode", ["single", "mesh"])
+def test_a_gpu_draws_the_state_array_by_array_to_the_same_numbers(mode, monkeypatch):
+    """As many programs as kinds of arrays; the forward pass of the networks is in none of them."""
+    config = make_config("denoising", **{"unet.remat": "full", "unet.num_res_blocks": 3})
+    task = TASKS["denoising"](config)
+    init, rng = functools.partial(task.init, batch_spec=batch_spec(config)), init_key(3)
+    layout = {}
+    if mode == "mesh":
+        rules = ((r"in_layers.*kernel", "fsdp(min_mb=0)"), (".*", "replicate"))
+        layout = {"mesh": parallel.make_mesh({"data": 2, "fsdp": 4}), "rules": rules}
+    programs = {}
+    monkeypatch.setattr(initialisation, "_programs", programs)
+    expected = parallel.initialise(init, rng, mode, **layout)
+    assert not programs  # a CPU has one for all
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = parallel.initialise(init, rng, mode, **layout)
+    monkeypatch.undo()
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    kinds = {(leaf.shape, leaf.dtype, str(leaf.sharding)) for leaf in jax.tree.leaves(found)}
+    assert len(kinds) <= len(programs) <= 4 * len(kinds) < len(jax.tree.leaves(found)) / 2
 
 
 # ------------------------------------------------------------------------ rows of processes

@@ -9,6 +9,7 @@ import pytest
 import several
 
 from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.parallel import initialisation
 from latent_diffusion.training import loop
 from latent_diffusion.training.evaluator import Evaluator
 
@@ -28,7 +29,8 @@ def run(workdir, every):
 def compiled_once():
     """Runs of one network, which have the same programs."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("compile_init", "compile_step", "compile_eval"):
+        patch.setattr(initialisation, "compile_init", once(initialisation.compile_init))
+        for name in ("compile_step", "compile_eval"):
             patch.setattr(parallel, name, once(getattr(parallel, name)))
         yield
 

@@ -15,6 +15,7 @@ from latent_diffusion.nets.attention import attention_2d
 from latent_diffusion.nets.layers import Conv, GroupNorm, UpsampleConv
 from latent_diffusion.nets.posterior import DiagonalGaussian
 from latent_diffusion.nets.quantizer import GumbelQuantizer, Quantized, VectorQuantizer
+from latent_diffusion.nets.remat import rematerialised
 
 REGULARIZATIONS = ("kl", "vq", "gumbel", "none")
 WITH_CODEBOOK = ("vq", "gumbel")
@@ -66,7 +67,7 @@ class Backbone(Architecture):
 
     def block(self, name: str, features: int) -> ResnetBlock:
         """A residual block."""
-        block = nn.remat(ResnetBlock, static_argnums=(2,)) if self.remat else ResnetBlock
+        block = rematerialised(self, ResnetBlock, static_argnums=(2,))
         return block(features, self.dropout, self.num_groups, self.dtype, name=name)
 
     def attend(self, name: str):

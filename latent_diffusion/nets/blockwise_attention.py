@@ -12,15 +12,21 @@ import jax.numpy as jnp
 
 from latent_diffusion.core.types import Array, Float
 
-SCORES = 2**20  # a block has about this many scores at most: 4 MB
+SCORES = 2**20  # 4 MB, which a CPU's cache holds
 
 
 def blockwise_attention(
-    q: Float[Array, "B L N D"], k: Float[Array, "B S N D"], v: Float[Array, "B S N D"]
+    q: Float[Array, "B L N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    scores: int = SCORES,
 ) -> Float[Array, "B L N D"]:
-    """softmax(q kᵀ / √D) v for N heads, computed in float32; its gradients are exact, too."""
+    """softmax(q kᵀ / √D) v for N heads, computed in float32; its gradients are exact, too.
+
+    scores: about the largest number of scores in a block.
+    """
     batch, length, heads, width = q.shape
-    num_blocks = -(-length * k.shape[1] // SCORES)
+    num_blocks = -(-length * k.shape[1] // scores)
 
     def by_head(x: Array) -> Array:
         return x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], width)

@@ -218,7 +218,7 @@ class DiT(nn.Module):
         emb = self._embedding(time, conditioning.vector)
 
         block = functools.partial(
-            rematerialised(DiTBlock, self.remat, "dit.remat"),
+            rematerialised(self, DiTBlock),
             self.num_heads,
             self.mlp_ratio,
             self.mlp_norm_eps,

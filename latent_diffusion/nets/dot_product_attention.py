@@ -118,6 +118,8 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     if implementation == "cudnn":
         function = functools.partial(_cudnn, causal=causal)
+    if implementation == "blocks" and machine.platform != "cpu":
+        function = functools.partial(function, scores=LARGE // 4)
     if implementation in ("xla", "heads_first"):
         return function(q, k, v)
     return on_rows(function, _xla)(q, k, v)

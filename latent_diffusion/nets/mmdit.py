@@ -154,7 +154,7 @@ class MMDiT(nn.Module):
         if conditioning.vector is not None:
             emb = emb + embedded("y_embedder", conditioning.vector, self.width, self.dtype)
 
-        joint = rematerialised(JointBlock, self.remat, "mmdit.remat")
+        joint = rematerialised(self, JointBlock)
         kinds = [(i in self.dual_attention, i == self.depth - 1) for i in range(self.depth)]
         for kind, group in itertools.groupby(range(self.depth), kinds.__getitem__):
             sizes = (self.num_heads, self.mlp_ratio, self.qk_norm)

@@ -15,6 +15,7 @@ from latent_diffusion.core.types import Array, Conditioning, Float, Int
 from latent_diffusion.nets.attention import CrossAttention
 from latent_diffusion.nets.dot_product_attention import attend
 from latent_diffusion.nets.layers import layer_norm
+from latent_diffusion.nets.remat import rematerialised
 
 Cache = tuple[Any, ...]  # (keys, values) [B S N D] of each block
 _INIT = nn.initializers.normal(0.02)
@@ -138,7 +139,7 @@ class CodeTransformer(nn.Module):
         self.tok_emb = nn.Embed(self.vocab_size, self.width, embedding_init=_INIT)
         self.pos_emb = self.param("pos_emb", _INIT, (self.max_length, self.width))
         self.drop = nn.Dropout(self.dropout)
-        block = nn.remat(CodeBlock, static_argnums=(3,)) if self.remat else CodeBlock
+        block = rematerialised(self, CodeBlock, static_argnums=(3,))
         options = (self.num_heads, self.causal, self.dropout, self.attention, self.dtype)
         self.blocks = [block(*options) for _ in range(self.depth)]
         self.ln_f = layer_norm("ln_f")

@@ -17,10 +17,16 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def rematerialised(block: Any, remat: str, field: str, **options: Any) -> Any:
-    """The module class `block`, whose activations are recomputed by `remat`, a name of REMAT.
+def rematerialised(module: nn.Module, block: Any, **options: Any) -> Any:
+    """The module class `block`, whose activations are recomputed as the field `module.remat` says.
 
-    field: the config field, for the error message. options: arguments of `nn.remat`.
+    remat: a name of REMAT, or a boolean for "full" and "none". While a module creates its
+    parameters nothing is recomputed, so that an array's equations don't lie in those of a whole
+    block. options: arguments of `nn.remat`.
     """
-    policy = lookup(REMAT, remat, field)
-    return block if remat == "none" else nn.remat(block, policy=policy, **options)
+    remat: Any = module.remat  # type: ignore[attr-defined]
+    remat = {False: "none", True: "full"}.get(remat, remat)
+    policy = lookup(REMAT, remat, f"{type(module).__name__.lower()}.remat")
+    if remat == "none" or module.is_initializing():
+        return block
+    return nn.remat(block, policy=policy, **options)

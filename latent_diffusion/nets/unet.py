@@ -133,11 +133,8 @@ class UNet(nn.Module):
             )
         return depths + middle
 
-    def _remat(self, block: Any, **options: Any) -> Any:
-        return rematerialised(block, self.remat, "unet.remat", **options)
-
     def _res_block(self, name: str, features: int, resample: str = "none"):
-        block = self._remat(ResBlock, static_argnums=(3,))
+        block = rematerialised(self, ResBlock, static_argnums=(3,))
         return block(
             features,
             self.dropout,
@@ -163,7 +160,7 @@ class UNet(nn.Module):
                 f"(num_heads={self.num_heads}, num_head_channels={self.num_head_channels})"
             )
         if self.depths[level] == 0:
-            block = self._remat(AttentionBlock)(
+            block = rematerialised(self, AttentionBlock)(
                 num_heads,
                 self.legacy_qkv_order,
                 self.num_groups,
@@ -172,7 +169,7 @@ class UNet(nn.Module):
                 name=name,
             )
             return lambda h, conditioning: block(h)
-        transformer = self._remat(SpatialTransformer)
+        transformer = rematerialised(self, SpatialTransformer)
         last = len(self.channel_mult) - 1
         crossed = self.disable_self_attentions
         disabled = bool(crossed) and crossed[min(level, last)]

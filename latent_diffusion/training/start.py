@@ -99,7 +99,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     init_rng = init_key(config.seed)
     init = functools.partial(task.init, batch_spec=batch_spec(config))
     if run is None:
-        state, constants = parallel.compile_init(init, init_rng, mode, **layout)(init_rng)
+        state, constants = parallel.initialise(init, init_rng, mode, **layout)
     else:
         state, constants = jax.eval_shape(init, init_rng)
     constants = frozen.load_constants(config, constants, train_source, run, bundle)

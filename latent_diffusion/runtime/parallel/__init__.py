@@ -18,6 +18,7 @@ The state has the same shapes in all modes (no device axis), so checkpoints don'
 """
 
 from latent_diffusion.runtime.parallel.flops import count_flops
+from latent_diffusion.runtime.parallel.initialisation import compile_init, initialise
 from latent_diffusion.runtime.parallel.modes import (
     check_batch_size,
     devices,
@@ -43,7 +44,6 @@ from latent_diffusion.runtime.parallel.rules import (
 )
 from latent_diffusion.runtime.parallel.steps import (
     compile_eval,
-    compile_init,
     compile_local,
     compile_step,
     lower_for,

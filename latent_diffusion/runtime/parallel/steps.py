@@ -21,7 +21,6 @@ from latent_diffusion.runtime.parallel.placement import (
     place_batch,
     put,
     replicated,
-    state_shardings,
 )
 from latent_diffusion.runtime.parallel.rules import Rules, infer_shardings, shapes_of
 
@@ -45,23 +44,6 @@ class CompiledStep:
     def __call__(self, state: PyTree, constants: PyTree, host_batch: PyTree, rng: Any) -> Any:
         """Place the process-local numpy batch and run."""
         return self.run(state, constants, host_batch, rng)
-
-
-def compile_init(
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]],
-    rng: jax.Array,
-    mode: str,
-    *,
-    mesh: Mesh | None = None,
-    rules: Rules = (),
-) -> Any:
-    """Jit `init(rng) -> (state, constants)`; the results have the shardings of compiled steps.
-
-    The state is created sharded: a device has its share, and at most one whole array beside it.
-    """
-    state, constants = jax.eval_shape(init, rng)
-    shardings = state_shardings(state, mode, mesh, rules), state_shardings(constants, mode, mesh)
-    return jax.jit(init, out_shardings=shardings)
 
 
 def compile_step(
