@@ -12,9 +12,12 @@ from test_pipelines import (
     PROMPTS,
     SIDE,
     STABLE,
+    DiagonalGaussianDistribution,
     F,
     draw,
+    in_order,
     make_unet,
+    picture,
     randomised,
     sample,
     stable,
@@ -154,3 +157,33 @@ def test_pictures_of_a_model_as_stable_diffusion_2(tmp_path):
     )
     close("v", got, want)
     assert np.abs(plain - want).max() > 1e-2
+
+
+def test_inpainting_by_a_net_that_sees_the_latent_alone(tmp_path, monkeypatch):
+    """The U-Net also sees mask and masked picture; the net was made from one that doesn't."""
+    net, adapter = make_net(make_unet(), tmp_path / "net", 1)
+    pipeline, model = stable(
+        diffusers.StableDiffusionControlNetInpaintPipeline, tmp_path, make_unet(in_channels=9),
+        controlnet=net, **ABSENT,
+    )  # fmt: skip
+    image, mask = np.tanh(draw(1, 2, SIDE * F, SIDE * F, 3)), np.zeros((2, SIDE * F, SIDE * F, 1))
+    mask[0, 3:12, 5:] = mask[1, :, 9:] = 1.0
+    mask = mask.astype(np.float32)
+    z_T = draw(0, 2, SIDE, SIDE, 4)
+    in_order(monkeypatch, pipeline, z_T)
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+    want = pipeline(
+        PROMPTS, image=picture(image), mask_image=to_torch(mask), control_image=to_torch(HINTS[0]),
+        num_inference_steps=10, controlnet_conditioning_scale=0.8, strength=1.0,
+        height=SIDE * F, width=SIDE * F, output_type="np",
+    ).images  # fmt: skip
+    options = {"image": image, "mask": mask, "z_T": z_T, "num_steps": 10}
+    got, plain = (
+        (sample(model, controls=[(adapter, HINTS[0], weight)], **options) + 1) / 2
+        for weight in (0.8, 0.0)
+    )
+    hole = np.broadcast_to(mask > 0.5, got.shape)  # outside, ours keeps the picture's own pixels
+    close("inpainting", got[hole], want[hole])
+    assert np.abs(plain - want)[hole].max() > 1e-2
