@@ -23,6 +23,7 @@ from latent_diffusion.core.rng import (
 )
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.data.tokenizers import load_tokenizer
+from latent_diffusion.generation.adapters import load_adapter
 from latent_diffusion.generation.loading import load
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.autoencoder import Identity
@@ -299,6 +300,11 @@ def test_an_adaptation_is_a_file_for_its_teacher(kind, taught, tmp_path):
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(1, moved, {"seed": 0})
     convert.write(convert.read(tmp_path / "run"), tmp_path / "lcm_lora.safetensors", "lora")
+    written, of_run = (load_adapter(tmp_path / n) for n in ("lcm_lora.safetensors", "run"))
+    assert of_run.path == str(tmp_path / "run")
+    equal(of_run.modules, written.modules)
+    with pytest.raises(ValueError, match=r"^\S+: this workdir is a model, no adapter"):
+        load_adapter(taught)
     merged = load(taught, lora={tmp_path / "lcm_lora.safetensors": 1.0})
     whole, other = (m.denoiser.params["unet"] for m in (load(tmp_path / "run"), merged))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, other)

@@ -184,3 +184,7 @@ def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     again = read_adapter(tmp_path / "it.safetensors")
     assert again.word == "<it>"
     np.testing.assert_array_equal(again.vectors[""], whole[rows:])
+    for adapter in (read_adapter(run), read_adapter(run, word="<that>")):  # the workdir itself
+        assert adapter.path == str(run)
+        np.testing.assert_array_equal(adapter.vectors[""], whole[rows:])
+    assert adapter.word == "<that>" and read_adapter(run).word == "<it>"

@@ -5,6 +5,7 @@ and `adapter` applies these formulas to the parameters.
 """
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ from latent_diffusion.convert.adapters.words import (
     Words,
     is_words,
     read_words,
+    words_of,
     write_own,
     write_words,
 )
 from latent_diffusion.convert.adapters.writing import write_diffusers_lora, write_kohya_lora
 from latent_diffusion.convert.bundle import Bundle
+from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
@@ -105,8 +108,8 @@ def _read(path: Path, word: str | None, image_encoder: str | os.PathLike | None)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("_class_name") is not None:
         return lookup(_FOLDERS, config["_class_name"], "adapter")(path, config)
-    if config.get("control") and "task" in config:
-        return control.read_workdir(path)
+    if "task" in config:
+        return _read_workdir(path, config, word)
     file, settings = open_adapter(path)
     if control.is_control(file.tensors):
         return control.read_original(path, file.tensors)
@@ -117,6 +120,22 @@ def _read(path: Path, word: str | None, image_encoder: str | os.PathLike | None)
     if is_words(file):
         return read_words(path, file, word)
     return read_low_rank(path, file, settings)
+
+
+def _read_workdir(path: Path, config: dict[str, Any], word: str | None) -> Adapter:
+    """The control net, the word or the LoRA that was trained in a workdir."""
+    if config.get("control"):
+        return control.read_workdir(path)
+    bundle = read_orbax(path)
+    if config.get("textual_inversion", {}).get("word"):
+        (words,) = words_of(bundle)
+        return words.replace(path=str(path), word=word or words.word)
+    if not bundle.lora:
+        raise ValueError("this workdir is a model, no adapter: give it to load")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        write_diffusers_lora(bundle, file)
+        return read_low_rank(file, *open_adapter(file)).replace(path=str(path))
 
 
 def with_lora(bundle: Bundle, path: Path, weight: Weight = 1.0) -> Bundle:
