@@ -166,43 +166,41 @@ def started(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
     """The task of a config, a state and constants of random weights, and a random batch."""
     task: Any = TASKS[config.task](config)
     spec = batch_spec(config)
-
-    def init(rng: Any) -> tuple[Any, Any]:
-        state, constants = task.init(rng, spec)
-        return state.replace(params=perturbed(rng, state.params)), perturbed(rng, constants)
-
-    rng = jax.random.key(0, impl="unsafe_rbg")
-    state, constants = parallel.initialise(init, rng, "single")
-    return task, parallel.place(state, "single"), constants, drawn_batch(spec)
+    state, constants = filled(jax.eval_shape(task.init, jax.random.key(0), spec))
+    placed = (parallel.place(tree, "single") for tree in (state, constants))
+    return task, *placed, drawn_batch(spec)
 
 
 def loaded(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
     """As `started`, with no more than sampling needs, as `load(dtype="bfloat16")` has it."""
     task: Any = TASKS[config.task](config)
     spec = batch_spec(config)
-
-    def init(rng: Any) -> tuple[Any, Any]:
-        state, constants = task.init(rng, spec)
-        parts = perturbed(rng, (state.ema_params, constants.conditioner))
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), parts), constants.first_stage
-
-    (params, conditioner), first_stage = jax.jit(init)(jax.random.key(0, impl="unsafe_rbg"))
-    state = State(step=jnp.zeros((), jnp.int32), params=None, ema_params=params, opt_state=None)
-    constants = Constants(first_stage, conditioner)
-    return task, parallel.place(state, "single"), constants, drawn_batch(spec)
-
-
-def perturbed(rng: Any, tree: Any) -> Any:
-    """The weights with noise: fresh networks hold zeros, by which a GPU multiplies faster."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(rng, len(leaves))
-    return jax.tree.unflatten(
-        treedef,
-        [
-            x + 0.02 * jax.random.normal(key, x.shape, x.dtype) if x.ndim > 1 else x
-            for key, x in zip(keys, leaves, strict=True)
-        ],
+    state, constants = jax.eval_shape(task.init, jax.random.key(0), spec)
+    first_stage, *parts = filled(
+        (constants.first_stage, state.ema_params, constants.conditioner)
     )
+    params, conditioner = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parts)
+    state = State(step=jnp.zeros((), jnp.int32), params=None, ema_params=params, opt_state=None)
+    placed = (
+        parallel.place(tree, "single") for tree in (state, Constants(first_stage, conditioner))
+    )
+    return task, *placed, drawn_batch(spec)
+
+
+def filled(shapes: Any) -> Any:
+    """Arrays in the host's memory, which need no program: random kernels, and zeros elsewhere.
+
+    No kernel is zero, as some of fresh networks are, because a GPU multiplies zeros faster.
+    """
+    rng = np.random.default_rng(0)
+
+    def fill(path: Any, x: Any) -> np.ndarray:
+        if len(x.shape) < 2 or "opt_state" in jax.tree_util.keystr(path):
+            return np.full(x.shape, "'scale'" in jax.tree_util.keystr(path), x.dtype)
+        noise = rng.standard_normal(x.shape, np.float32)
+        return (noise / np.float32(np.sqrt(np.prod(x.shape[:-1])))).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def drawn_batch(spec: Any) -> Any:
