@@ -436,6 +436,7 @@ KEYS = {  # what conditioners read, of one example
     "depth": jnp.zeros((1, SIDE, SIDE, 1)),
     "neighbours": jnp.zeros((1, 2, 6)),
     "image_embedding": jnp.zeros((1, 6)),
+    "image": jnp.zeros((1, 6, 6, 3)),
     **dict.fromkeys(("original_size", "crop_top_left", "target_size"), jnp.zeros((1, 2), int)),
     "aesthetic_score": jnp.zeros(1),
 }
@@ -490,6 +491,13 @@ def test_the_unconditional_may_have_other_sizes(name):
         pictures(3.0, **{f"negative_{name}": np.array([other, other])})
     with pytest.raises(ValueError, match=f"negative_{name} given, but this model has no {name}"):
         reading({"depth": {}}).sample(RNG, depth=noise(1, 2, 2, 1), **{f"negative_{name}": value})
+
+
+def test_a_picture_that_is_a_condition_may_be_the_start_as_well():
+    sizes = {"image_size": 6, "patch_size": 3, "width": 6, "depth": 1, "num_heads": 2}
+    made = reading({"clip_image": {**sizes, "projection_dim": 6}})
+    kept = made.sample(RNG, image=IMAGES[:1], strength=0.0, mode="single")
+    CLOSE(kept, IMAGES[:1])
 
 
 class Both(Reading):
@@ -562,6 +570,8 @@ def test_a_refiner_fills_the_hole_of_the_first_model():
     np.testing.assert_array_equal(images[:, 2:], IMAGES[:1, 2:])
     alone = base.sample(RNG, **given)
     assert np.abs(images - alone)[:, :2].max() > 1e-3
+    between = base.sample(RNG, **given, end=0.4)  # where the picture is as noisy as the hole
+    assert np.abs(between - base.encode(IMAGES[:1]))[:, 2:].mean() > 0.1
     varied = {
         **given,
         "mask": None,

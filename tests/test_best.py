@@ -1,6 +1,7 @@
 """The best state by an evaluated number stays, and its folder is a workdir."""
 
 import json
+import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -64,7 +65,8 @@ def offer(directory, metric, step, value, mode="min"):
 
 
 def test_a_kill_between_the_best_checkpoint_and_its_record_loses_neither(tmp_path, monkeypatch):
-    (tmp_path / "first_stage.safetensors").write_text("")
+    for name in ("first_stage", "teacher"):
+        (tmp_path / f"{name}.safetensors").write_text("")
     offer(tmp_path, "eval_loss", 1, 3.0)
     with monkeypatch.context() as patch:
         patch.setattr(Best, "settle", lambda self: None)  # the process is no more
@@ -74,6 +76,15 @@ def test_a_kill_between_the_best_checkpoint_and_its_record_loses_neither(tmp_pat
     assert not offer(tmp_path, "eval_loss", 3, 2.5)
     assert kept(tmp_path) == {"metric": "eval_loss", "value": 2.0, "step": 2}
     assert (tmp_path / "best" / "first_stage.safetensors").exists()
+    assert not (tmp_path / "best" / "teacher.safetensors").exists()  # only training reads it
+
+
+def test_a_record_whose_checkpoint_is_gone_refuses_no_other(tmp_path):
+    offer(tmp_path, "eval_loss", 1, 1.0)
+    shutil.rmtree(tmp_path / "best" / "checkpoints" / "1")
+    assert offer(tmp_path, "eval_loss", 2, 2.0)
+    assert kept(tmp_path) == {"metric": "eval_loss", "value": 2.0, "step": 2}
+    assert (tmp_path / "best" / "checkpoints" / "2").is_dir()
 
 
 def test_of_a_run_without_averages_the_best_parameters_stay(tmp_path):

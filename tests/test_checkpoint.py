@@ -222,7 +222,10 @@ def test_damaged_step_is_skipped_named_and_can_be_saved_again(tmp_path, caplog, 
         assert restored.step == 2
         assert_same(make_state(2), restored.state)
         assert checkpointer.all_steps() == [1, 2]
-    assert (tmp_path / "2.rejected-1").exists()
+        checkpointer.save(3, make_state(3))  # the step that was saved again is good, and stays
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [2, 3]
+    assert [path.name for path in tmp_path.glob("*rejected*")] == ["2.rejected-1"]
 
 
 def test_no_flipped_bit_is_restored(tmp_path, caplog):

@@ -149,6 +149,7 @@ def test_an_unconditional_model_takes_no_guidance():
 
 
 DEFAULTS = {"sampler": "ddim", "eta": 0.0, "num_steps": 4, "spacing": "leading", "offset": 1}
+OF_A_FILE = {"network_timesteps": "round", "spread": "sigma"}  # of its scheduler alone
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,17 @@ def test_what_is_asked_for_goes_over_the_defaults(given, timesteps, options):
     visited, planned = plan(SCHEDULE, "eps", DEFAULTS, {"clip_x0": None, **given})
     assert visited.tolist() == timesteps
     assert {name: getattr(planned, name) for name in options} == options
+
+
+def test_another_sampler_sees_and_starts_from_what_it_would_without_the_files_scheduler():
+    defaults = {**DEFAULTS, **OF_A_FILE}
+    for given, expected in (
+        ({}, OF_A_FILE),
+        ({"spacing": "trailing"}, OF_A_FILE),
+        ({"sampler": "euler"}, dict.fromkeys(OF_A_FILE)),
+    ):
+        _, planned = plan(SCHEDULE, "eps", defaults, given)
+        assert {name: getattr(planned, name) for name in OF_A_FILE} == expected
 
 
 def test_a_scale_for_each_step_loses_those_of_the_steps_that_strength_skips():

@@ -376,6 +376,9 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     first = score("fd")
     assert score("fd", scale=3.0) != first == score("fd")
     assert score("fd", seed=1) != first
+    kept = {"save_images": str(tmp_path / "kept"), "guidance_scale": 1.0, "seed": 0}
+    assert record("fd", **kept)["metrics"] == first  # known, but its pictures are still to be kept
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 24
     alone = score("clip")
     assert score("fd", "clip") == pytest.approx({**first, **alone})
     assert record("fd")["reference"] == "synthetic@train"

@@ -118,11 +118,12 @@ def test_a_dora_starts_with_the_norms_of_the_kernels_at_init_from():
     shapes = unet.shapes(UNET, 3, 16, None)
     config = make_config("denoising", **{"lora.rank": 1, "lora.kind": "dora"})
     factors = low_rank.init(jax.random.key(0), {"unet": random_tree(shapes, 0)}, config.lora)
-    state = State(0, {"lora": factors}, {"lora": jax.tree.map(jnp.copy, factors)}, None)
+    average, target = ({"lora": jax.tree.map(jnp.copy, factors)} for _ in range(2))
+    state = State(0, {"lora": factors}, average, None, target=target)
     base = random_tree(shapes, 1)
     bundle = convert.Bundle(unet=convert.as_part(UNET, base))
     state = init_from.start_from(config, state, bundle)
-    for params in (state.params, state.ema_params):
+    for params in (state.params, state.ema_params, state.target):  # of a distillation
         merged = low_rank.merge({"unet": base}, params["lora"], 1.0)["unet"]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), merged, base)
 

@@ -94,6 +94,14 @@ def test_resume_drops_what_lies_beyond_the_restored_step(tmp_path, torn):
     assert read_lines(tmp_path) == []
 
 
+def test_a_last_line_without_its_end_is_dropped_and_not_continued(tmp_path):
+    lines = b'{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    with Writer(tmp_path, step=2) as writer:
+        writer.scalars(3, {"loss": 3})
+    assert read_lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 3, "loss": 3}]
+
+
 def test_non_finite_numbers_are_null_in_json(tmp_path):
     with Writer(tmp_path) as writer:
         writer.scalars(1, {"loss": float("nan"), "norm": float("inf")})

@@ -66,22 +66,24 @@ def test_every_block_is_the_identity_at_first_and_the_prediction_zero():
     )
 
 
-def test_positions_are_cut_from_the_middle_of_the_table():
+@pytest.mark.parametrize(("size", "top", "left"), [((4, 6), 1, 1), ((2, 6), 2, 1)])
+def test_positions_are_cut_from_the_middle_of_the_table(size, top, left):
     """Without blocks, moving the table by a row moves what a row of patches adds."""
-    mmdit, params, z, conditioning = network(depth=0)
+    mmdit, params, z, conditioning = network(size, depth=0)
     table = params["pos_embed"].reshape(5, 5, 16)
     np.testing.assert_allclose(table, positions_2d(5, 5, 16, 3).reshape(5, 5, 16), atol=1e-7)
     out = mmdit.apply({"params": params}, z, T, conditioning)
-    seen = np.zeros((5, 5), bool)  # the patches are in rows 1–2 and columns 1–3 of the table
+    seen = np.zeros((5, 5), bool)
     for row, column in np.ndindex(5, 5):
         other = {**params, "pos_embed": table.at[row, column].add(1.0).reshape(1, 25, 16)}
         changed = np.asarray(out != mmdit.apply({"params": other}, z, T, conditioning))
         seen[row, column] = changed.any()
         if changed.any():
-            rows = slice(2 * (row - 1), 2 * row), slice(2 * (column - 1), 2 * column)
-            assert changed[:, *rows].any((0, 3)).all()
+            y, x = 2 * (row - top), 2 * (column - left)
+            assert changed[:, y : y + 2, x : x + 2].any((0, 3)).all()
             assert changed.any((0, 3)).sum() == 4
-    assert seen[1:3, 1:4].all() and seen.sum() == 6
+    rows, columns = (n // 2 for n in size)
+    assert seen[top : top + rows, left : left + columns].all() and seen.sum() == rows * columns
 
 
 def test_the_table_of_positions_is_not_trained():

@@ -149,7 +149,9 @@ def test_one_step_draws_every_code_from_masks_alone():
     np.testing.assert_array_equal(got.reshape(2, -1), want)
 
 
-def test_two_steps_keep_the_codes_that_were_most_certain():
+@pytest.mark.parametrize("choice_temperature", [0.0, 6.0])
+def test_two_steps_keep_the_codes_that_were_most_certain(choice_temperature):
+    """With noise in the order of certainty, half of which is left after half of the steps."""
     prior, asked, _ = prior_of(causal=False)
 
     def draw(tokens, step):
@@ -161,9 +163,11 @@ def test_two_steps_keep_the_codes_that_were_most_certain():
 
     masks = jnp.full((2, 16), prior.transformer.mask_token)
     first, sure = draw(masks, 0)
+    noise = [jax.random.gumbel(jax.random.fold_in(key, 1), (16,)) for key in keys()]
+    sure = sure + choice_temperature / 2 * np.stack(noise)
     again = np.argsort(np.argsort(sure, 1, "stable"), 1) < 11  # ⌊16 · cos(π/4)⌋ of them
     second, _ = draw(jnp.where(again, masks, first), 2)
-    got = masked(num_steps=2, choice_temperature=0.0)
+    got = masked(num_steps=2, choice_temperature=choice_temperature)
     np.testing.assert_array_equal(got.reshape(2, -1), np.where(again, second, first))
     assert np.any((first != second) & again)
 

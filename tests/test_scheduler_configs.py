@@ -62,6 +62,10 @@ def test_velocity_with_zero_terminal_snr_and_trailing_steps():
             {"use_karras_sigmas": True},
             {"spacing": "karras", "within": "linspace", "network_timesteps": "round"},
         ),
+        (  # whose timesteps diffusers cuts to whole ones without rounding
+            {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+            {"spacing": "karras", "network_timesteps": "floor"},
+        ),
         (
             {"thresholding": True, "sample_max_value": 2.0},
             {"dynamic_threshold": 0.995, "threshold_limit": 2.0},

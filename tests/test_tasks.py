@@ -124,6 +124,21 @@ def test_one_pass_gradients_equal_three_separate_differentiations():
             np.testing.assert_allclose(got, want, atol=1e-4 * scale)
 
 
+def test_the_discriminators_statistics_have_seen_the_real_and_then_the_made_pictures():
+    task, state, constants, batch, step = _setup("autoencoding", *GATED)
+    x, stats = jnp.asarray(batch["image"]), state.disc_stats
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(RNG, 0), jnp.arange(BATCH))
+    made = task.autoencoder.apply({"params": state.params["autoencoder"]}, x, keys, True).x
+    for image in (x, made):
+        variables = {"params": state.disc_params, "batch_stats": stats}
+        _, moved = task.discriminator.apply(variables, image, train=True, mutable=["batch_stats"])
+        stats = moved["batch_stats"]
+    after, _ = step(state, constants, batch, RNG)
+    assert _moved(state.disc_stats, stats)
+    for got, want in zip(*map(jax.tree.leaves, (after.disc_stats, stats)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
+
+
 def test_denoising_learns_and_leaves_the_first_stage_alone():
     _, first, constants, batch, step = _setup("denoising")
     state, losses = first, []
@@ -135,6 +150,12 @@ def test_denoising_learns_and_leaves_the_first_stage_alone():
     # The text encoder gets a gradient once the U-Net's zero-initialised outputs have moved.
     assert _moved(first.params["conditioner"], state.params["conditioner"])
     assert set(state.params) == set(state.ema_params) == {"unet", "conditioner"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_averages_of_every_task_follow_as_the_config_says(task):
+    made = TASKS[task](make_config(task, ema_decay=0.05))
+    assert getattr(made, "student", made).ema_decay == 0.05
 
 
 def test_frozen_means_frozen():

@@ -135,6 +135,14 @@ def test_added_words_are_whole_words_and_lie_beside_the_vocabulary(tmp_path):
         with_words(again, {"<it>": [11]})
 
 
+@pytest.mark.parametrize("names", [("noun", "noun-2"), ("noun-2", "noun")])
+def test_of_added_words_that_begin_alike_the_longest_is_read(names):
+    tokenizer = WordTokenizer.train(["a red cat"], 8, 4)
+    ids = {"noun": [8], "noun-2": [9, 10]}
+    more = with_words(tokenizer, {name: ids[name] for name in names})
+    np.testing.assert_array_equal(more(["noun-2 noun"]), [[9, 10, 8, 0]])
+
+
 def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     own = {"textual_inversion.word": "<it>", "textual_inversion.start": "cat"}
     config = make_config("denoising", **own, **{"textual_inversion.num_vectors": 2})
