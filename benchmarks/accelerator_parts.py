@@ -176,9 +176,7 @@ def loaded(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
     task: Any = TASKS[config.task](config)
     spec = batch_spec(config)
     state, constants = jax.eval_shape(task.init, jax.random.key(0), spec)
-    first_stage, *parts = filled(
-        (constants.first_stage, state.ema_params, constants.conditioner)
-    )
+    first_stage, *parts = filled((constants.first_stage, state.ema_params, constants.conditioner))
     params, conditioner = jax.tree.map(lambda x: x.astype(jnp.bfloat16), parts)
     state = State(step=jnp.zeros((), jnp.int32), params=None, ema_params=params, opt_state=None)
     placed = (

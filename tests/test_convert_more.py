@@ -152,6 +152,14 @@ def test_a_text_encoder_with_projection(pipeline, tmp_path):
 GUMBEL = {**models.AUTOENCODER, "regularization": "gumbel", "num_codes": 6}
 
 
+@pytest.mark.parametrize("regularization", ["vq", "gumbel"])
+def test_codes_are_not_rescaled_for_a_format_with_one_scale(regularization):
+    fields = {**GUMBEL, "regularization": regularization}
+    stage = convert.Bundle(autoencoder=convert.Part(fields, {}), scale_factor=np.ones(4))
+    with pytest.raises(ValueError, match="codes can't be rescaled"):
+        with_folded_scale(stage)
+
+
 def test_gumbel_files_of_taming(tmp_path):
     part = models.part(GUMBEL, autoencoder.shapes(GUMBEL))
     path = tmp_path / "vqgan.safetensors"

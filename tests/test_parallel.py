@@ -374,6 +374,10 @@ def test_the_state_is_made_in_its_parts():
     assert jax.tree.leaves(placed)[0] is jax.tree.leaves(state)[0]
 
 
+def pointer(array):
+    return array.addressable_shards[0].data.unsafe_buffer_pointer()
+
+
 @pytest.mark.parametrize("mode", ["single", "mesh"])
 def test_a_gpu_draws_the_state_array_by_array_to_the_same_numbers(mode, monkeypatch):
     """As many programs as kinds of arrays; the forward pass of the networks is in none of them."""
@@ -395,8 +399,12 @@ def test_a_gpu_draws_the_state_array_by_array_to_the_same_numbers(mode, monkeypa
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and a.sharding == b.sharding
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    kinds = {(leaf.shape, leaf.dtype, str(leaf.sharding)) for leaf in jax.tree.leaves(found)}
-    assert len(kinds) <= len(programs) <= 4 * len(kinds) < len(jax.tree.leaves(found)) / 2
+    assert 10 < len(programs) < len(jax.tree.leaves(found)) / 10
+    copies = zip(
+        jax.tree.leaves(found[0].params), jax.tree.leaves(found[0].ema_params), strict=True
+    )
+    for leaf, copy in copies:  # a step may donate both
+        assert pointer(leaf) != pointer(copy)
 
 
 # ------------------------------------------------------------------------ rows of processes

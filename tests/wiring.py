@@ -61,7 +61,7 @@ PROGRAMS = {
     "autoencoder.num_groups": (AUTOENCODER, "autoencoder", 2, {}),
     "autoencoder.num_res_blocks": (AUTOENCODER, "autoencoder", 2, {}),
     "autoencoder.regularization": (AUTOENCODER, "autoencoder", "none", {}),
-    "autoencoder.remat": (AUTOENCODER, "autoencoder", True, {}),
+    "autoencoder.remat": (AUTOENCODER, "train_step", True, {}),
     "autoencoder.resolution": (AUTOENCODER, "autoencoder", 16, ATTENTION),
     "autoencoder.tanh_out": (AUTOENCODER, "autoencoder", True, {}),
     "autoencoder.z_channels": (AUTOENCODER, "autoencoder", 3, {}),

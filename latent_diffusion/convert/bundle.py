@@ -14,7 +14,7 @@ from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Table, matching, read_tensors
 from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
-from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Identity
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedule
 
@@ -296,7 +296,7 @@ def with_folded_scale(bundle: Bundle, shifts: bool = False) -> Bundle:
         return bundle
     if fields["regularization"] == "tiny":
         raise ValueError("this format has one scale for all channels of a tiny autoencoder")
-    if fields["regularization"] == "vq":
+    if fields["regularization"] in WITH_CODEBOOK:
         raise ValueError("this format has one scale for all channels, and codes can't be rescaled")
     width = fields["embed_dim"]
     scale, shift = np.broadcast_to(scale, width), np.broadcast_to(shift, width)

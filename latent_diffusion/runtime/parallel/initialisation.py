@@ -3,18 +3,19 @@
 A network has a thousand arrays of some fifty shapes. XLA compiles the draw of every array anew: for
 Stable Diffusion 1 half a minute on two cores for a CPU, and more than six minutes for a GPU. There
 an array has the program of its equations alone, which all arrays of its shape, initialiser and
-sharding share. The 3,145 arrays of that state have 220 programs, which compile in 23 seconds.
+sharding share. The 3,145 arrays of that state have 114 programs, which compile in 28 seconds.
 """
 
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.sharding import Mesh
 
 from latent_diffusion.core.types import PyTree
-from latent_diffusion.runtime.parallel.placement import state_shardings
+from latent_diffusion.runtime.parallel.placement import put, state_shardings
 from latent_diffusion.runtime.parallel.rules import Rules
 
 Init = Callable[[jax.Array], tuple[PyTree, PyTree]]  # a key -> (state, constants)
@@ -74,8 +75,17 @@ class _Trace:
                 self.small.update(v for v in equation.outvars if v.aval.size <= SMALL)
 
     def create(self, out: Any, sharding: Any) -> jax.Array:
-        """The value of an output, which later outputs may use: averages copy parameters."""
+        """The value of an output, which later outputs may use: averages copy parameters.
+
+        Copies, zeros and ones need no program.
+        """
         equations, inputs = self._needed(out)
+        names = [equation.primitive.name for equation in equations]
+        if names == ["copy"]:
+            return jax.device_put(self.values[inputs[0]], sharding, may_alias=False)
+        if names == ["broadcast_in_dim"] and not inputs:
+            number = equations[0].invars[0].val
+            return put(np.full(out.aval.shape, number, out.aval.dtype), sharding)
         kind = (sharding, *_kind(out, equations, inputs))
         if kind not in _programs:
             function = self._function(out, equations, inputs)
