@@ -2,7 +2,6 @@
 
 import importlib
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import reference
-from benchmarks.compression_timing import median_seconds
+from benchmarks.compression_timing import median_seconds, seconds_of
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets import dot_product_attention
 from latent_diffusion.runtime import parallel
@@ -64,9 +63,7 @@ def seconds(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 def first_seconds(call: Callable[[], Any]) -> float:
     """The time of a first call, most of which is compilation."""
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+    return seconds_of(lambda: jax.block_until_ready(call()))
 
 
 def parity() -> list[dict[str, Any]]:
@@ -186,17 +183,20 @@ def loaded(config: ConfigDict) -> tuple[Any, Any, Any, Any]:
 
 
 def filled(shapes: Any) -> Any:
-    """Arrays in the host's memory, which need no program: random kernels, and zeros elsewhere.
+    """Arrays in the host's memory, which need no program: random weights, and zeros elsewhere.
 
-    No kernel is zero, as some of fresh networks are, because a GPU multiplies zeros faster.
+    No weight is zero, as some of fresh networks are, because a GPU multiplies zeros faster. The
+    averages are the parameters.
     """
-    rng = np.random.default_rng(0)
+    rng, weights = np.random.default_rng(0), {}
 
     def fill(path: Any, x: Any) -> np.ndarray:
-        if len(x.shape) < 2 or "opt_state" in jax.tree_util.keystr(path):
-            return np.full(x.shape, "'scale'" in jax.tree_util.keystr(path), x.dtype)
-        noise = rng.standard_normal(x.shape, np.float32)
-        return (noise / np.float32(np.sqrt(np.prod(x.shape[:-1])))).astype(x.dtype)
+        name = jax.tree_util.keystr(path).replace(".ema_params", ".params")
+        if "opt_state" in name or not jnp.issubdtype(x.dtype, jnp.floating):
+            return np.zeros(x.shape, x.dtype)
+        if name not in weights:
+            weights[name] = reference.weight(rng, name, x.shape).astype(x.dtype)
+        return weights[name]
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
 

@@ -3,14 +3,13 @@
 The work is that of `accelerator_parts`, but for texts, which are given as embeddings here.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 
-from benchmarks.compression_timing import median_seconds
+from benchmarks.compression_timing import median_seconds, seconds_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 XL_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
@@ -70,7 +69,7 @@ def rows(
     for size in sampled:
         _forget_peak()
         call = _sampling(name, denoiser, vae, size)
-        first = _seconds(call)
+        first = seconds_of(call)
         used = median_seconds(call, 2)
         row = {"what": "sample", "batch": size, "seconds": used, "peak_gib": _peak()}
         found.append(row | {"first_seconds": first})
@@ -121,7 +120,7 @@ def _train(name: str, unet: Any, vae: Any, batch: int, rounds: int, steps: int) 
         losses = [step().detach() for _ in range(steps)]
         return losses[-1].item()
 
-    first = _seconds(lambda: step().item())
+    first = seconds_of(lambda: step().item())
     _forget_peak()
     rate = steps * batch / median_seconds(several, rounds)
     row = {"what": "train", "batch": batch, "images_per_second": rate, "peak_gib": _peak()}
@@ -158,12 +157,6 @@ def _inputs(name: str, batch: int, dtype: Any) -> tuple[Any, Any, dict[str, Any]
         pooled = torch.randn(batch, 1280, **options)
         more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
     return z, torch.randn(batch, 77, width, **options), more
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _forget_peak() -> None:

@@ -21,12 +21,14 @@ TIMED = (10, 20)  # numbers of DDIM steps that are timed; all others follow
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     """The median of `repeats` calls after a first one, which compiles."""
     call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    return float(np.median([seconds_of(call) for _ in range(repeats)]))
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """The time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def timed(config: ConfigDict) -> dict[str, Any]:

@@ -97,10 +97,13 @@ def drawn(seed: int, shapes: Any) -> Any:
     import jax
 
     rng = np.random.default_rng(seed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: weight(rng, jax.tree_util.keystr(path), x.shape), shapes
+    )
 
-    def draw(path: Any, x: Any) -> np.ndarray:
-        fan_in = np.prod(x.shape[:-1]) if len(x.shape) > 1 else 100
-        noise = rng.standard_normal(x.shape, np.float32) / np.float32(np.sqrt(fan_in))
-        return noise + np.float32("'scale'" in jax.tree_util.keystr(path))
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+def weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The random weight with this name in a network."""
+    fan_in = np.prod(shape[:-1]) if len(shape) > 1 else 100
+    noise = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(fan_in))
+    return noise + np.float32("'scale'" in name)

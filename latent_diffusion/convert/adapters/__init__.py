@@ -39,8 +39,8 @@ from latent_diffusion.convert.adapters.t2i_adapter import T2IWeights, write_t2i
 from latent_diffusion.convert.adapters.words import (
     Words,
     is_words,
+    own_word,
     read_words,
-    words_of,
     write_own,
     write_words,
 )
@@ -128,8 +128,8 @@ def _read_workdir(path: Path, config: dict[str, Any], word: str | None) -> Adapt
         return control.read_workdir(path)
     bundle = read_orbax(path)
     if config.get("textual_inversion", {}).get("word"):
-        (words,) = words_of(bundle)
-        return words.replace(path=str(path), word=word or words.word)
+        own = own_word(bundle)
+        return own.replace(path=str(path), word=word or own.word)
     if not bundle.lora:
         raise ValueError("this workdir is a model, no adapter: give it to load")
     with tempfile.TemporaryDirectory() as folder:

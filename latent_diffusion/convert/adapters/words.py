@@ -115,6 +115,17 @@ def words_of(bundle: Bundle) -> list[Words]:
     return words
 
 
+def own_word(bundle: Bundle) -> Words:
+    """The only word that was added to a model. Raises ValueError where there are others."""
+    words = words_of(bundle)
+    if len(words) != 1:
+        raise ValueError(
+            f"this model has {len(words)} added words, and a file holds one: train it with "
+            "textual_inversion.word"
+        )
+    return words[0]
+
+
 def write_words(adapter: Words, path: Path, layout: str) -> None:
     """Write a word in the layout "diffusers" or "a1111" (where the file's name is the word).
 
@@ -133,12 +144,6 @@ def write_own(layout: str) -> Callable[..., None]:
     """A function that writes the only word that was added to a bundle, without the model."""
 
     def write(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:
-        words = words_of(bundle)
-        if len(words) != 1:
-            raise ValueError(
-                f"this model has {len(words)} added words, and a file holds one: train it with "
-                "textual_inversion.word"
-            )
-        write_words(words[0], path, layout)
+        write_words(own_word(bundle), path, layout)
 
     return write

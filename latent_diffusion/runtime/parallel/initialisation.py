@@ -31,33 +31,23 @@ def initialise(
 
     The state is created sharded: a device has its share, and at most one whole array beside it.
     """
-    make = by_arrays if jax.default_backend() == "gpu" else compile_init
-    return make(init, rng, mode, mesh=mesh, rules=rules)(rng)
+    if jax.default_backend() == "gpu":
+        closed, shapes = jax.make_jaxpr(init, return_shape=True)(rng)
+        shardings = _shardings(shapes, mode, mesh, rules)
+        leaves = map(_Trace(closed, rng).create, closed.jaxpr.outvars, jax.tree.leaves(shardings))
+        return jax.tree.unflatten(jax.tree.structure(shardings), list(leaves))
+    return compile_init(init, rng, mode, mesh=mesh, rules=rules)(rng)
 
 
 def compile_init(
     init: Init, rng: jax.Array, mode: str, *, mesh: Mesh | None = None, rules: Rules = ()
 ) -> Any:
     """Jit `init(rng) -> (state, constants)`; the results have the shardings of compiled steps."""
-    return jax.jit(init, out_shardings=_shardings(init, rng, mode, mesh, rules))
+    return jax.jit(init, out_shardings=_shardings(jax.eval_shape(init, rng), mode, mesh, rules))
 
 
-def by_arrays(
-    init: Init, rng: jax.Array, mode: str, *, mesh: Mesh | None = None, rules: Rules = ()
-) -> Init:
-    """The same function as `compile_init`, with the same results, array by array."""
-    shardings = _shardings(init, rng, mode, mesh, rules)
-
-    def create(rng: jax.Array) -> tuple[PyTree, PyTree]:
-        closed = jax.make_jaxpr(init)(rng)
-        leaves = map(_Trace(closed, rng).create, closed.jaxpr.outvars, jax.tree.leaves(shardings))
-        return jax.tree.unflatten(jax.tree.structure(shardings), list(leaves))
-
-    return create
-
-
-def _shardings(init: Init, rng: jax.Array, mode: str, mesh: Mesh | None, rules: Rules) -> Any:
-    state, constants = jax.eval_shape(init, rng)
+def _shardings(shapes: tuple[PyTree, PyTree], mode: str, mesh: Mesh | None, rules: Rules) -> Any:
+    state, constants = shapes
     return state_shardings(state, mode, mesh, rules), state_shardings(constants, mode, mesh)
 
 
