@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if version("jax").startswith(("0.10.", "0.12.")):
     FAST_COMPILATION += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    FAST_COMPILATION += " --xla_cpu_parallel_codegen_split_count=1"  # two workers share two cores
 if version("jax").startswith("0.10."):
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 

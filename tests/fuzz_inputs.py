@@ -12,6 +12,8 @@ import struct
 import zipfile
 from pathlib import Path
 
+import yaml
+
 HUGE = 10**9
 JSON_VALUES = [
     None, True, False, 0, -1, HUGE, -HUGE, 10**30, 0.5, 1e308, float("nan"), "", "x" * 1000, "4",
@@ -34,17 +36,17 @@ def settings_of(path):
 
 
 def load(path):
-    import yaml
-
     text = path.read_text(encoding="utf-8")
-    return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    if path.suffix != ".yaml":
+        return json.loads(text)
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def save(path, tree):
-    import yaml
-
-    # JSON is yaml, too, and writes every value.
-    path.write_text(json.dumps(tree) if path.suffix != ".yaml" else yaml.safe_dump(tree))
+    text = json.dumps(tree)  # JSON is yaml, too, and writes every value
+    if path.suffix == ".yaml":
+        text = yaml.dump(tree, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+    path.write_text(text)
 
 
 def with_setting(path, place, value):
