@@ -1,5 +1,6 @@
 """The networks: sizes of the released ones, and what their parts promise."""
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from latent_diffusion.nets.attention import AttentionBlock
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.nets.convolution import upsample_nearest
 from latent_diffusion.nets.dot_product_attention import attend
-from latent_diffusion.nets.layers import Conv, GroupNorm, timestep_embedding
+from latent_diffusion.nets.layers import Conv, Dense, GroupNorm, timestep_embedding
 from latent_diffusion.nets.unet import UNet
 
 KEY = jax.random.key(0)
@@ -30,6 +31,17 @@ SMALL_UNET = {
     "num_heads": 2,
     "num_groups": 4,
 }
+
+
+def test_an_existing_parameter_is_read_without_its_initialiser_and_must_have_the_layers_shape():
+    def init(key, shape):
+        raise AssertionError(shape)
+
+    x, params = jnp.ones((1, 2)), {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.ones(3)}
+    layer = Dense(3, kernel_init=init)
+    np.testing.assert_array_equal(layer.apply({"params": params}, x), np.full((1, 3), 5.0))
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r"kernel.*\(2, 3\).*\(2, 4\)"):
+        layer.apply({"params": {**params, "kernel": jnp.ones((2, 4))}}, x)
 
 
 def test_timestep_embedding_is_the_golden_one():

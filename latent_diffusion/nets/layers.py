@@ -31,7 +31,7 @@ def parameter(module: nn.Module, name: str, init: Callable[..., Any], shape: tup
         return module.param(name, init, shape)
     value: Any = module.get_variable("params", name)
     if value.shape != shape:
-        where = module.scope.path_text
+        where = "/".join(module.path)
         raise flax.errors.ScopeParamShapeError(name, where, value.shape, shape)
     return value
 
