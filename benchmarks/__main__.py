@@ -2,6 +2,7 @@
 
     python -m benchmarks                    # all rows: a quarter of an hour on two CPU cores
     python -m benchmarks --only=encode,decode --seconds=60
+    python -m benchmarks --pytorch_python=/elsewhere/bin/python    # which has PyTorch
 
 Writes runs/bench/<date>.json and a table beside it; a second run on the same day, device and
 versions replaces the rows that it measures. See docs/benchmarks.md.
@@ -9,9 +10,10 @@ versions replaces the rows that it measures. See docs/benchmarks.md.
 
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import platform
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,17 +39,37 @@ DEVICE = flags.DEFINE_enum("device", "cpu", list(PLATFORMS), "Where both sides r
 SECONDS = flags.DEFINE_float("seconds", 40.0, "Spent on repeating a row, at least three times.")
 QUICK = flags.DEFINE_bool("quick", False, "Tiny networks, once each: does the harness work?")
 PYTORCH = flags.DEFINE_bool("pytorch", True, "Time PyTorch, too, where it is installed.")
+PYTORCH_PYTHON = flags.DEFINE_string(
+    "pytorch_python",
+    sys.executable,
+    "The interpreter of PyTorch's side, which needs the packages of this one, too.",
+)
+OF_PYTORCH = ("torch", "diffusers", "lpips")
+_VERSIONS = """
+import importlib.metadata, json, sys
+installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+print(json.dumps({name: installed.get(name) for name in sys.argv[1:]}))
+"""
+
+
+@functools.cache
+def pytorch_versions() -> dict[str, str | None]:
+    """The versions of the packages that PyTorch's side needs; None where one isn't installed."""
+    command = [PYTORCH_PYTHON.value, "-c", _VERSIONS, *OF_PYTORCH]
+    try:
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise app.UsageError(
+            f"--pytorch_python={PYTORCH_PYTHON.value} is no Python interpreter"
+        ) from error
 
 
 @functools.cache
 def sides() -> tuple[str, ...]:
     """Our side, and PyTorch's if it is installed and wanted."""
-    missing = [
-        name for name in ("torch", "diffusers", "lpips") if not importlib.util.find_spec(name)
-    ]
     if not PYTORCH.value or DEVICE.value == "tpu":
         return ("ours",)
-    if missing:
+    if missing := [name for name, version in pytorch_versions().items() if version is None]:
         print(f"PyTorch's side is left out: {', '.join(missing)} not installed", flush=True)
         return ("ours",)
     return ("ours", "pytorch")
@@ -66,13 +88,14 @@ def machine(matmul: dict[str, Any]) -> dict[str, Any]:
     """The conditions on which the numbers depend. matmul: the row of that name."""
     seconds = {side: matmul[f"{side}_seconds"] for side in ("ours", "pytorch")}
     seconds = {side: value for side, value in seconds.items() if value is not None}
-    names = ["jax", "flax", *(["torch", "diffusers"] if "pytorch" in seconds else [])]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+    versions |= pytorch_versions() if "pytorch" in seconds else {}
     return {
         "device": DEVICE.value,
         "processor": processor(),
         "threads": threads(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": versions,
         "quick": QUICK.value,
         "matmul_gflops": {side: matmul["gflop"] / value for side, value in seconds.items()},
     }
@@ -104,10 +127,11 @@ def main(argv: list[str]) -> None:
     for name in ONLY.value:
         if name not in ROWS:
             raise app.UsageError(f"unknown row {name!r}; known: {', '.join(ROWS)}")
+    both = sides()
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(Path(folder), DEVICE.value, QUICK.value)
+        setting = Setting(Path(folder), DEVICE.value, QUICK.value, PYTORCH_PYTHON.value)
         in_own_process(reference.write, setting.folder, setting.quick)
-        conditions = machine(compare("matmul", sides(), setting, budget=3))
+        conditions = machine(compare("matmul", both, setting, budget=3))
         rate = max(conditions["matmul_gflops"].values())
         rows: list[dict[str, Any]] = []
         for name in (row for row in ROWS if row in ONLY.value):

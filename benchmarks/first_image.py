@@ -1,6 +1,6 @@
 """Time to first image: from the start of a fresh process to one guided sample, decoded.
 
-python -m benchmarks.first_image SIDE FOLDER DEVICE QUICK   # what the benchmark starts
+python -m benchmarks.first_image SIDE FOLDER DEVICE QUICK PYTHON   # what the benchmark starts
 """
 
 import os
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Setting, ratios, set_up
@@ -32,7 +31,7 @@ def compare(sides: tuple[str, ...], setting: Setting) -> dict[str, Any]:
 def _seconds(side: str, setting: Setting, cache: str) -> float:
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", __spec__.name, side, *map(str, setting)],
+        setting.command(__spec__.name, side, side=side),
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
         check=True,
     )
@@ -40,6 +39,7 @@ def _seconds(side: str, setting: Setting, cache: str) -> float:
 
 
 if __name__ == "__main__":
-    side, folder, device, quick = sys.argv[1:]
-    image = set_up(side, device).first_image(Path(folder), quick == "True")
+    its_side, *its_setting = sys.argv[1:]
+    setting = Setting.read(*its_setting)
+    image = set_up(its_side, setting.device).first_image(setting.folder, setting.quick)
     assert image.shape[-1] == 3

@@ -1,5 +1,7 @@
 """Seconds and memory of a call: each side runs in a separate process, and the two take turns.
 
+    python -m benchmarks.measure PIPE SIDE NAME FOLDER DEVICE QUICK PYTHON    # such a process
+
 One process waits while the other works, so that the threads of one library don't disturb the
 other's, and the peak memory of a process is that of its library.
 """
@@ -11,6 +13,8 @@ import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -30,23 +34,35 @@ class Call(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The input of the processes. folder: the one that `reference.write` filled."""
+    """The input of the processes, also as words of a command.
+
+    folder: the one that `reference.write` filled. pytorch_python: the interpreter of PyTorch's
+    side.
+    """
 
     folder: Path
     device: str
     quick: bool
+    pytorch_python: str = sys.executable
+
+    @classmethod
+    def read(cls, folder: str, device: str, quick: str, pytorch_python: str) -> "Setting":
+        """A setting from its words."""
+        return cls(Path(folder), device, quick == "True", pytorch_python)
+
+    def command(self, module: str, *words: Any, side: str) -> list[str]:
+        """The command that runs a module of the benchmark for a side, with this setting."""
+        python = self.pytorch_python if side == "pytorch" else sys.executable
+        return [python, "-m", module, *map(str, (*words, *self))]
 
 
 class Worker:
     """One side's call in a separate process, compiled and warm."""
 
     def __init__(self, side: str, name: str, setting: Setting):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(other, side, name, setting), daemon=True
-        )
-        self._process.start()
+        self._pipe, other = multiprocessing.Pipe()
+        command = setting.command("benchmarks.measure", other.fileno(), side, name, side=side)
+        self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
         other.close()
         self.output, self.flops = self._pipe.recv()
 
@@ -59,7 +75,7 @@ class Worker:
         """End the process; returns its peak memory in MB while it was timed."""
         self._pipe.send("end")
         peak = self._pipe.recv()
-        self._process.join()
+        self._process.wait()
         return peak
 
 
@@ -170,3 +186,8 @@ def _peak_memory(side: str, device: str) -> float:
 
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", 0) / 2**20
+
+
+if __name__ == "__main__":
+    number, its_side, its_name, *its_setting = sys.argv[1:]
+    _serve(Connection(int(number)), its_side, its_name, Setting.read(*its_setting))

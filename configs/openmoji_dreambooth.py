@@ -17,35 +17,22 @@ from ml_collections import ConfigDict
 
 from configs import default, openmoji_text
 
-# Further captions of every group. With pictures of only the subject's class, so small a model
-# remembers that class and forgets the others.
-OTHERS = (
-    *("grinning face", "cat", "dog", "bird", "fish", "tree", "flower", "apple", "pizza", "cake"),
-    *(
-        "cup",
-        "car",
-        "bus",
-        "airplane",
-        "ship",
-        "house",
-        "clock",
-        "sun",
-        "moon",
-        "book",
-        "telephone",
-    ),
-    *("hammer", "key", "guitar", "soccer ball", "trophy", "hat", "shirt", "shoe", "man", "woman"),
-    *("child", "person running", "woman cook", "hand", "thumbs up", "red heart", "blue circle"),
-    *("arrow", "flag", "black flag", "japan", "france"),
+# A face, and further captions of every group. With pictures of only the subject's class, so small
+# a model remembers that class and forgets the others.
+CLASS_PROMPTS = (
+    "face;grinning face;cat;dog;bird;fish;tree;flower;apple;pizza;cake;cup;car;bus;airplane;ship;"
+    "house;clock;sun;moon;book;telephone;hammer;key;guitar;soccer ball;trophy;hat;shirt;shoe;man;"
+    "woman;child;person running;woman cook;hand;thumbs up;red heart;blue circle;arrow;flag;"
+    "black flag;japan;france"
 )
 
 
 def get_config(variant: str = "") -> ConfigDict:
     c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
     c.init_from = "runs/demo/denoiser"
-    c.dreambooth.class_prompt = ";".join(("face", *OTHERS))
+    c.dreambooth.class_prompt = CLASS_PROMPTS
     c.dreambooth.prior_weight = 2.0
-    c.dreambooth.num_images = 5 * (1 + len(OTHERS))
+    c.dreambooth.num_images = 5 * len(CLASS_PROMPTS.split(";"))
     c.data.name = "image_folder"
     c.data.test_split = "train"
     c.first_stage.cache = False  # pictures of two sources

@@ -46,6 +46,17 @@ def test_heads_first_equals_the_whole():
     np.testing.assert_allclose(attend(q, k, v, "heads_first"), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{"mask": jnp.array([[True] * 3 + [False] * 2])}, {"causal": True}]
+)
+def test_half_precision_has_masks_too(options):
+    half = draws((2, 5, 2, 4), (2, 5, 2, 4), (2, 5, 2, 4), dtype=jnp.float16)
+    whole = [x.astype(jnp.float32) for x in half]
+    got = attend(*half, **options)
+    assert got.dtype == jnp.float16
+    np.testing.assert_allclose(got, attend(*whole, **options), atol=2e-3)
+
+
 CPU, TPU = Machine("cpu"), Machine("tpu")
 A100, H100, ROCM = Machine("gpu", (8, 0)), Machine("gpu", (9, 0)), Machine("gpu")
 

@@ -8,6 +8,7 @@ import sys
 from conftest import FAST_COMPILATION, ROOT
 
 from benchmarks import first_image, ours
+from benchmarks.measure import Setting
 
 
 def test_quick_writes_rows_and_a_table(tmp_path):
@@ -31,3 +32,23 @@ def test_every_promised_row_has_its_call():
     rows = {"unet_forward", "ddim_50_cfg", "encode", "decode", "input_pipeline", *steps}
     assert rows | {"matmul"} == set(ours.CALLS)
     assert callable(first_image.compare) and callable(ours.first_image)
+
+
+def test_pytorchs_side_runs_in_the_interpreter_that_has_it(tmp_path):
+    setting = Setting(tmp_path, "cpu", True, "/elsewhere/python")
+    python, *words = setting.command("benchmarks.first_image", "pytorch", side="pytorch")
+    assert python == "/elsewhere/python" and words[:3] == [
+        "-m",
+        "benchmarks.first_image",
+        "pytorch",
+    ]
+    assert Setting.read(*words[3:]) == setting
+    assert setting.command("benchmarks.first_image", "ours", side="ours")[0] == sys.executable
+
+
+def test_an_interpreter_that_is_none_is_named(tmp_path):
+    flags = ["--quick", "--only=encode", f"--out={tmp_path}", "--pytorch_python=/nowhere/python"]
+    command = [sys.executable, "-m", "benchmarks", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1
+    assert "--pytorch_python=/nowhere/python is no Python interpreter" in done.stderr + done.stdout

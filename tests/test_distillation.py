@@ -200,6 +200,9 @@ def test_targets_are_made_by_an_average_and_have_no_gradient():
     np.testing.assert_array_equal(both["unet"]["weights"], grads["unet"]["weights"])
     moved, _ = alone.train_step(own, constants, BATCH_OF, RNG)
     assert not np.array_equal(moved.params["unet"]["weights"], own.params["unet"]["weights"])
+    averages = jax.tree.map(lambda x: x + 1, own.ema_params)
+    again, _ = alone.train_step(own.replace(ema_params=averages), constants, BATCH_OF, RNG)
+    np.testing.assert_array_equal(again.params["unet"]["weights"], moved.params["unet"]["weights"])
 
 
 def test_all_modes_take_the_same_steps():

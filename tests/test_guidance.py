@@ -8,6 +8,7 @@ import pytest
 from latent_diffusion.core.rng import example_keys
 from latent_diffusion.process import constraints, guidance
 from latent_diffusion.process.diffusion import Prediction
+from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.process.spacings import spacing
@@ -118,6 +119,30 @@ def test_several_prompts():
     close(eps(halves), eps(one))
     with pytest.raises(ValueError, match="2 conditionings but 1 weights"):
         guidance.composed(network, *TRIPLE, [COND, OTHER], [1.0], NULL, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "beside"),
+    [
+        ({}, {}),
+        ({"cfg_pp": True}, {}),
+        ({"perpendicular": 0.5}, {"negative": OTHER}),
+        ({}, {"weights": [0.5]}),
+    ],
+)
+def test_every_kind_of_guidance_may_leave_channels_alone(chosen, beside):
+    def of(channels):
+        chosen_here = {"guidance_scale": 0.6, "guidance_channels": channels, **chosen}
+        timesteps, options = plan(SCHEDULE, "eps", {}, chosen_here)
+        conditionings = [NULL, COND, OTHER] if "weights" in beside else [NULL, COND]
+        denoise = guidance.guided(network, *TRIPLE, conditionings, options, timesteps, **beside)
+        return denoise(Z, T).z_0
+
+    first, both = of(1), of(None)
+    conditional = guidance.classifier_free(network, *TRIPLE, COND, NULL, None)(Z, T).z_0
+    close(first[..., 1:], conditional[..., 1:])
+    for guided in (first[..., :1] - conditional[..., :1], both[..., 1:] - conditional[..., 1:]):
+        assert float(jnp.abs(guided).max()) > 0.1
 
 
 def test_perpendicular_negatives_only_remove_what_is_not_shared():

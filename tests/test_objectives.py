@@ -13,7 +13,7 @@ from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import diffusion
-from latent_diffusion.process.objectives import LOSS_WEIGHTS, TIMESTEP_SAMPLING
+from latent_diffusion.process.objectives import LOSS_WEIGHTS, TIMESTEP_SAMPLING, shift_timesteps
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.tasks.denoising import Constants, Denoising
 
@@ -163,6 +163,14 @@ def test_timesteps_follow_the_loss_that_is_minimised(options):
 def test_unknown_name():
     with pytest.raises(ValueError, match="unknown timestep_sampling 'los'; known: importance"):
         losses(timestep_sampling="los")
+
+
+@pytest.mark.parametrize(("shift", "shares"), [(1, [0.1, 0.5, 1.0]), (3, [0.25, 0.75, 1.0])])
+def test_shifted_timesteps_have_the_shifted_share_of_the_noise(shift, shares):
+    """σ' = shift·σ / (1 + (shift − 1)·σ), Esser et al. 2024, eq. 23."""
+    schedule = make_schedule("rectified_flow", num_timesteps=1000)
+    t = shift_timesteps(jnp.array([99, 499, 999]), schedule, shift)
+    np.testing.assert_allclose(schedule.sigma_t(t), shares, rtol=1e-5)
 
 
 def test_all_options_train_together_on_a_rectified_flow():
