@@ -2,7 +2,8 @@
 
 The network is the optimal one for data at ±1 (std 0.6), written once for all array libraries. Its
 latents stand for pictures in [-1, 1]. The parity tests compare them with those of diffusers, and
-`golden_schedulers.json` keeps some numbers of diffusers for tests without it.
+`golden_schedulers.json` keeps some numbers of diffusers for tests without it, and
+`scheduler_defaults.json` the defaults of its settings.
 """
 
 import functools
@@ -28,8 +29,14 @@ LEVELS = 2 * 2 / 255  # two levels of pictures in [-1, 1]
 KEYS = example_keys(jax.random.key(3), SHAPE[0])
 Z_T = normal_per_example(example_keys(jax.random.key(4), SHAPE[0]), SHAPE[1:])
 GOLDEN = Path(__file__).with_name("golden_schedulers.json")
+DEFAULTS = Path(__file__).with_name("scheduler_defaults.json")
 PLACES = [0, 17, 50, 95]  # of the latents that it keeps, of 5 steps
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+def defaults_of(record):
+    """The values of absent settings, by a record of `convert.scheduler_classes`."""
+    return {**record.used, **{key: values[0] for key, values in record.only.items()}}
 
 
 ROUNDINGS = list(guidance.ROUNDINGS.values())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion.core.rng import example_keys, init_key
+from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.conditioners import CONDITIONERS, combine, make_conditioner
 from latent_diffusion.nets.resize import cubic
@@ -109,6 +110,14 @@ def test_drop_is_per_example_and_hides_the_condition(name):
     np.testing.assert_allclose(always, np.broadcast_to(always[:1], always.shape), atol=1e-6)
     assert np.abs(never - always).max() > 1e-3
     np.testing.assert_allclose(mixed, jnp.concatenate([always[:1], never[1:]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["text", "layout"])
+def test_the_inner_width_of_attention_is_that_of_its_heads(name):
+    conditioner = make_conditioner({name: SMALL[name] | {"num_heads": 3, "head_dim": 5}})
+    params = jax.eval_shape(conditioner.init, init_key(0), BATCH, NEVER)
+    kernels = [x for path, x in leaves_by_path(params).items() if path.endswith("to_q/kernel")]
+    assert kernels and {x.shape[1] for x in kernels} == {15}
 
 
 def test_latents_of_the_masked_image_in_both_orders():

@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -224,6 +225,8 @@ def test_hash_split_is_a_partition_that_files_keep(tmp_path):
     assert not train & test and len(train | test) == 60 and 6 <= len(test) <= 25
     save(tmp_path / "new.png")
     assert test <= names("test") and train <= names("train")
+    moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}_moved")
+    assert {p.name for p in make_source(config(moved), "test").paths} == names("test")
     none = config(tmp_path, test_fraction=0.0)
     assert len(make_source(none, "train")) == 61
     with pytest.raises(

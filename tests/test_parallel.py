@@ -535,12 +535,14 @@ def test_fsdp_leaves_small_and_indivisible_arrays_whole():
     tree = {
         "small": jax.ShapeDtypeStruct((1024,), jnp.float32),
         "odd": jax.ShapeDtypeStruct((1023, 1025), jnp.float32),
+        "exact": jax.ShapeDtypeStruct((1024, 256), jnp.float32),  # a MiB
         "large": jax.ShapeDtypeStruct((1024, 1031), jnp.float32),
     }
     shardings = parallel.infer_shardings(tree, mesh, [(".*", "fsdp(min_mb=1)")])
     assert jax.tree.map(lambda s: tuple(s.spec), shardings) == {
         "small": (),
         "odd": (),
+        "exact": ("fsdp", None),
         "large": ("fsdp", None),
     }
 

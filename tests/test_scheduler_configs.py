@@ -5,7 +5,17 @@ import json
 import jax
 import numpy as np
 import pytest
-from scheduler_cases import BETAS, CONFIGS, GOLDEN, LEVELS, PLACES, ours, title
+from scheduler_cases import (
+    BETAS,
+    CONFIGS,
+    DEFAULTS,
+    GOLDEN,
+    LEVELS,
+    PLACES,
+    defaults_of,
+    ours,
+    title,
+)
 
 from latent_diffusion.convert.scheduler import ASSUMED, from_diffusers, to_diffusers
 from latent_diffusion.convert.scheduler_classes import SCHEDULERS
@@ -111,6 +121,13 @@ def test_a_setting_has_one_role(name):
     record = SCHEDULERS[name]
     assert len(record.names()) == len(record.used) + len(record.only) + len(record.harmless)
     assert record.noise or {"beta_schedule", "prediction_type"} <= record.used.keys()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_absent_settings_have_the_defaults_of_diffusers(name):
+    theirs = json.loads(DEFAULTS.read_text())[name]
+    ours = defaults_of(SCHEDULERS[name])
+    assert ours.items() <= theirs.items()
 
 
 REFUSED = [

@@ -233,6 +233,23 @@ def test_added_tokens_that_are_not_read_are_refused_by_name(name, content, messa
         ClipTokenizer.read(tmp_path / "clip", 8)
 
 
+def test_special_tokens_of_t5_take_the_spaces_on_their_side(tmp_path):
+    first, second = "<extra_id_0>", "<extra_id_1>"
+    special = ["<pad>", "</s>", "<unk>", first, second]
+    tokenizer = T5Tokenizer(
+        t5_vocabulary.VOCABULARY, 9, special=special, before=[first], behind=[second]
+    )
+    write_tokenizer(tokenizer, tmp_path)
+    read = T5Tokenizer.read(tmp_path, 9)
+    assert (read.before, read.behind) == ((first,), (second,))
+    captions = [f"a {first} red", f"a{first} red", f"a {second} red", f"a {second}red"]
+    rows = read(captions)
+    np.testing.assert_array_equal(rows, tokenizer(captions))
+    np.testing.assert_array_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(rows[2], rows[3])
+    assert (rows[0] != rows[2]).any()
+
+
 def test_an_added_word_needs_a_row_of_the_text_encoder(tmp_path):
     write_clip(tmp_path / "clip")
     (tmp_path / "clip" / "added_tokens.json").write_text(json.dumps({"<it>": len(CLIP)}))

@@ -144,8 +144,8 @@ def test_of_added_words_that_begin_alike_the_longest_is_read(names):
 
 
 def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
-    own = {"textual_inversion.word": "<it>", "textual_inversion.start": "cat"}
-    config = make_config("denoising", **own, **{"textual_inversion.num_vectors": 2})
+    own = {"textual_inversion.word": "<it>", "textual_inversion.start": "red cat"}
+    config = make_config("denoising", **own, **{"textual_inversion.num_vectors": 3})
     rows, base_dir, run = config.conditioners.text.vocab_size, tmp_path / "base", tmp_path / "run"
     tokenizer = WordTokenizer.train(["red cat"], rows, config.tokenizer.max_length)
     task = TASKS["denoising"](config)
@@ -164,7 +164,8 @@ def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     convert.write(bundle, base_dir, "orbax")
     state = init_from.start_from(config, state, bundle)
     table = np.asarray(base["conditioner"]["text"]["token_emb"]["embedding"])
-    first = np.repeat(table[tokenizer(["cat"])[0, :1]], 2, 0)
+    red, cat = tokenizer(["red cat"])[0, :2]
+    first = table[[red, cat, red]]
     np.testing.assert_array_equal(state.params["words"]["text"], first)
     batch, before = make_batch(config), jax.tree.map(np.array, constants)
     batch["tokens"] = np.where(batch["tokens"] == 3, rows, batch["tokens"])  # its first vector
@@ -178,7 +179,7 @@ def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     config.init_from = str(base_dir)
     settings, words = make_tokenizer(config, None, None, bundle)
     assert settings is config or settings == config
-    np.testing.assert_array_equal(words(["red <it>"])[0, 1:3], [rows, rows + 1])
+    np.testing.assert_array_equal(words(["red <it>"])[0, 1:], [rows, rows + 1, rows + 2])
     saved = {k: v for k, v in config.to_dict().items() if k != "autoencoder"}
     workdir.save_config(ConfigDict(saved), run)
     words.save(run / workdir.TOKENIZER)
