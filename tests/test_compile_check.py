@@ -52,6 +52,12 @@ def test_other_bad_input_is_one_line(here):
         compile_check.check(several.make_config(batch_size=12), "v5e:2x4", ["train"])
 
 
+def test_the_devices_are_those_of_the_topology(monkeypatch):
+    monkeypatch.setattr(chips, "topology_devices", lambda text: jax.devices()[:4])
+    with pytest.raises(ValueError, match="batch_size=6 doesn't divide over 4 devices"):
+        compile_check.check(several.make_config(batch_size=6), "v5e:2x2", ["train"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
