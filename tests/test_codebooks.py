@@ -60,6 +60,7 @@ def test_latents_stay_continuous_and_are_quantised_after_unscaling():
         return first_stage.module.apply({"params": first_stage.params}, z, method="decode_codes")
 
     np.testing.assert_allclose(first_stage.decode(z), decode_codes(codes[nearest]), atol=1e-5)
+    np.testing.assert_allclose(first_stage.nearest(z), 0.5 * (codes[nearest] - 0.1), atol=1e-5)
 
 
 def test_no_codebook_no_indices():

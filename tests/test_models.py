@@ -167,6 +167,26 @@ def test_every_unet_option_builds_and_keeps_the_latent_size(fields):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
 
 
+def test_features_of_every_skip_and_of_the_middle_reach_the_prediction():
+    unet, z_t, t = UNet(**SMALL_UNET), jnp.ones((1, 8, 8, 2)), jnp.zeros(1)
+    context = jnp.ones((1, 3, 4))
+    params = unet.init(KEY, z_t, t, Conditioning(context=context))
+    params = jax.tree.map(lambda x: x + 0.1, params)  # a fresh one predicts zero
+
+    def predicted(**features):
+        return unet.apply(params, z_t, t, Conditioning(context=context, **features))
+
+    # Two levels of one block: the convolution, a block, the smaller picture, a block; the middle.
+    widths, sides = (8, 8, 8, 16, 16), (8, 8, 4, 4, 4)
+    shapes = [(1, side, side, width) for side, width in zip(sides, widths, strict=True)]
+    seen = [predicted()]
+    for place in range(1, len(shapes)):
+        features = [jnp.full(s, float(i == place)) for i, s in enumerate(shapes)]
+        seen.append(predicted(features=tuple(features)))
+    differences = [jnp.abs(a - b).max() for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(map(float, differences)) > 1e-4
+
+
 def test_a_fresh_unet_predicts_zero():
     unet = UNet(**SMALL_UNET)
     args = (jnp.ones((1, 4, 4, 2)), jnp.ones(1), Conditioning(context=jnp.ones((1, 3, 7))))
