@@ -70,8 +70,8 @@ def test_added_words_have_weights():
 
 
 @functools.cache
-def encoder():
-    conditioner = make_conditioner({"clip_text": FIELDS})
+def encoder(**fields):
+    conditioner = make_conditioner({"clip_text": {**FIELDS, **fields}})
     tokens = {"tokens": jnp.asarray(TOKENIZER([""]))}
     params = conditioner.init(RNG, tokens, jnp.zeros(1, bool))["params"]
     draw = np.random.default_rng(0).normal
@@ -98,6 +98,19 @@ def test_each_chunk_is_encoded_alone_and_a_weight_scales_the_distance_to_the_emp
     close(encoded(["(cat:2.5) (a:0.5)"], 1)[0], empty + weights * (plain - empty))
     close(encoded(["(cat:3)", "cat a BREAK a"], 2, drop=True), [np.concatenate([empty, empty])] * 2)
     assert np.abs(plain - empty)[1].max() > 0.1
+
+
+def test_the_vector_of_a_prompt_is_that_of_its_first_chunk():
+    conditioner, params = encoder(projection_dim=5)
+    tokens, weights = TOKENIZER.weighted(["cat a BREAK a", "a"], 3)
+    plain = {"tokens": jnp.asarray(TOKENIZER(["cat a", "a"]))}
+    longer = {"tokens": jnp.asarray(tokens), "tokens_weights": jnp.asarray(weights)}
+    want, got = (
+        np.asarray(conditioner.apply({"params": params}, batch, jnp.zeros(2, bool)).vector)
+        for batch in (plain, longer)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(got[0] - got[1]).max() > 0.1
 
 
 def clip_model():
