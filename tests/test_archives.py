@@ -174,6 +174,15 @@ def test_a_folder_without_files_is_an_error_of_one_line(tmp_path, name):
         everything(tmp_path, name)
 
 
+def test_a_key_ends_at_its_first_dot(tmp_path):
+    """So do keys of webdataset: "a.left.png" is the part "left.png" of a, which nothing reads."""
+    inside = {"a.png": png(3), "a.txt": b"number 3", "a.left.png": png(5), "b.left.png": png(5)}
+    (tmp_path / "x.tar").write_bytes(tar_of(inside))
+    source = everything(tmp_path)
+    assert len(source) == 1 and source[0]["caption"] == "number 3"
+    assert source[0]["image"].shape == (4, 4, 3)
+
+
 @pytest.mark.parametrize("as_struct", [False, True])
 def test_parquet_with_pictures(tmp_path, as_struct):
     pyarrow = pytest.importorskip("pyarrow")
@@ -281,6 +290,8 @@ def test_rows_for_tests_are_drawn_anew_for_each_parquet_file(tmp_path):
     held_out = labels("test")
     assert [i for i in held_out if i < 40] != [i - 40 for i in held_out if i >= 40]
     assert sorted(held_out + labels("train")) == list(range(80))
+    write("0.parquet", 100)  # and comes first
+    assert [i for i in labels("test") if i < 100] == held_out
     write("test/c.parquet", 90, 2)  # from now on, folders are the splits
     write("train/c.parquet", 95, 3)
     assert (labels("test"), labels("train")) == ([90, 91], [95, 96, 97])
