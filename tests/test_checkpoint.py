@@ -19,9 +19,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from latent_diffusion.files.tensor import Tensor
-from latent_diffusion.runtime import checkpoint, parallel
+from latent_diffusion.runtime import checkpoint, parallel, workdir
 from latent_diffusion.runtime.checkpoint import (
     ArchitectureMismatch,
     Checkpointer,
@@ -244,6 +245,32 @@ def test_no_flipped_bit_is_restored(tmp_path, caplog):
         noticed += restored.step == 1
         assert ("going on from the last good checkpoint, step 1" in caplog.text) == (noticed > 0)
     assert noticed > 5  # the others changed what nobody reads
+
+
+def test_a_flipped_bit_is_noticed_in_an_entry_that_is_read_array_by_array(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    read = Checkpointer._read_state
+
+    def read_other_values(*given):
+        return jax.tree.map(lambda x: np.asarray(x) + 1, read(*given))
+
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        kernel = checkpoints.open("params")["dense"]["kernel"]
+        np.testing.assert_array_equal(kernel.read(), make_state(1).params["dense"]["kernel"])
+    monkeypatch.setattr(Checkpointer, "_read_state", read_other_values)
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        kernel = checkpoints.open("params")["dense"]["kernel"]
+        with pytest.raises(CheckpointError):
+            kernel.read()
+
+
+def test_a_workdir_whose_checkpoints_are_all_half_written_or_rejected_has_no_run(tmp_path):
+    workdir.save_config(ConfigDict({"seed": 3}), tmp_path)
+    for name in ("7.rejected-1", "8.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert workdir.load_run(tmp_path) is None
+    (tmp_path / "checkpoints" / "6").mkdir()
+    assert workdir.load_run(tmp_path).seed == 3
 
 
 def test_trees_larger_than_memory_are_written_and_read_array_by_array(tmp_path, monkeypatch):

@@ -321,6 +321,29 @@ def test_fields_of_a_workdir_are_used_or_refused_by_name(tmp_path):
             convert.read(tmp_path)
 
 
+def test_averages_of_the_original_take_the_place_of_the_live_u_net_if_all_are_there(tmp_path):
+    path, prefix = tmp_path / "model.safetensors", "model.diffusion_model."
+    convert.write(make_bundle("text"), path, "compvis")
+    tensors = load_file(path)
+    live = {name: array for name, array in tensors.items() if name.startswith(prefix)}
+    averages = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): array + 1
+        for name, array in live.items()
+    }
+    save_file(tensors | averages, path)
+
+    def bias(**how):
+        return np.asarray(convert.read(path, **how).unet.params["out_2/bias"].read())
+
+    np.testing.assert_array_equal(bias(), live[f"{prefix}out.2.bias"] + 1)
+    np.testing.assert_array_equal(bias(ema=False), live[f"{prefix}out.2.bias"])
+    lost = "model_ema.diffusion_modelout2bias"
+    save_file(tensors | {k: v for k, v in averages.items() if k != lost}, path)
+    with pytest.raises(ValueError, match=f"its averaged parameters lack {lost}; load it with ema"):
+        convert.read(path)
+    np.testing.assert_array_equal(bias(ema=False), live[f"{prefix}out.2.bias"])
+
+
 def test_the_original_has_no_schedules_of_others(tmp_path):
     bundle = make_bundle("text")
     bundle = replace(bundle, diffusion={**bundle.diffusion, "schedule": "edm"})

@@ -198,6 +198,7 @@ def test_the_noise_of_a_model_is_written_and_read(fields):
     diffusion = {**ASSUMED, **fields}
     assert from_diffusers(to_diffusers(diffusion))[0] == diffusion
     distilled = {"sampler": "lcm", "spacing": "lcm", "distilled_steps": 20, "num_steps": 4}
+    distilled["timestep_scaling"] = 5.0
     again, sampling = from_diffusers(to_diffusers(diffusion, distilled))
     assert again == diffusion
     assert {name: sampling[name] for name in distilled} == distilled

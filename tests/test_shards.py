@@ -346,6 +346,14 @@ def test_a_run_that_asks_for_other_latents_is_refused(folder, tmp_path, fields, 
         loop.train(config, tmp_path)
 
 
+def test_shards_within_buckets_are_of_the_runs_first_stage_too(folder, tmp_path):
+    bucketed = SimpleNamespace(source=source_of(folder / "train"))
+    other = SimpleNamespace(first_stage=FirstStage({"x": np.ones(1)}, 1.0, 0.0, None))
+    config = on_shards(pixels(), folder)
+    with pytest.raises(ValueError, match="has latents of another first stage than that of this"):
+        start._encoded_once(config, tmp_path, bucketed, None, None, other)
+
+
 def test_an_index_that_does_not_match_is_refused(folder, tmp_path):
     index = json.loads((folder / "train" / "index.json").read_text())
     for change, message in (

@@ -388,6 +388,19 @@ def test_an_evaluation_is_the_mean_over_its_batches_without_the_padding(num_batc
     assert made.measure({}, RNG) == {"eval_value": mean}
 
 
+def test_each_batch_of_an_evaluation_draws_anew():
+    made, _ = evaluated(8, **{"log.eval_batches": 2})
+    seen = []
+
+    def step(state, constants, batch, rng):
+        seen.append(jax.random.key_data(rng).tolist())
+        return {"value": np.zeros(4), "weight": np.ones(4)}
+
+    made._eval_step = step
+    made.measure({}, RNG)
+    assert len(seen) == 2 and seen[0] != seen[1]
+
+
 def test_a_drawing_has_as_many_pictures_as_the_config_says():
     made, images = evaluated(6, **{"log.num_images": 3})
     (grid,) = made.draw({}, RNG).values()
