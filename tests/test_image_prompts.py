@@ -171,6 +171,8 @@ def test_pictures_are_embedded_one_for_all_or_one_for_each_or_several(plus):
     np.testing.assert_allclose(entry(adapter, PICTURES[0])[1], each[0], atol=1e-4)
     both = entry(adapter, [PICTURES[0], PICTURES[1:]])
     np.testing.assert_allclose(both, np.stack([each[:, 0]] * 2), atol=1e-4)
+    listed = entry(adapter, [want[0], want[1]])  # two embeddings, both for all images
+    np.testing.assert_array_equal(listed, np.stack([want] * 2))
     # Pictures of another size are cut in the middle, here to bytes of themselves.
     wide = np.pad(PICTURES, ((0, 0), (0, 0), (4, 4), (0, 0)))
     middle = np.round((PICTURES + 1) * 127.5) / np.float32(127.5) - 1
