@@ -8,6 +8,7 @@ import pytest
 import several
 from conftest import ROOT
 from slices import Chip
+from tiny import make_config
 
 from benchmarks import compile_table
 from latent_diffusion import compile_check
@@ -50,6 +51,15 @@ def test_other_bad_input_is_one_line(here):
         compile_check.check(several.make_config(), "v5e:2x4", ["eval"])
     with pytest.raises(ValueError, match="batch_size=12 doesn't divide over 8 devices"):
         compile_check.check(several.make_config(batch_size=12), "v5e:2x4", ["train"])
+
+
+def test_a_sampler_in_half_precision_decodes_in_float32():
+    config = make_config("denoising")
+    init = TASKS["denoising"](config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), batch_spec(config))
+    state, constants = compile_check._in_dtype("bfloat16", *shapes)
+    assert {str(x.dtype) for x in jax.tree.leaves(state.ema_params)} == {"bfloat16"}
+    assert {str(x.dtype) for x in jax.tree.leaves(constants.first_stage)} == {"float32"}
 
 
 def test_the_devices_are_those_of_the_topology(monkeypatch):
