@@ -8,7 +8,8 @@ Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
           python sample.py --workdir=runs/subject --prompts="it face" --out=…
 Cost      a minute on two CPU cores
-Expected  73 % of samples are nearest to the subject; other groups lose 5 points (docs/adapters.md)
+Expected  73 % of samples are nearest to the subject; other groups lose 5 points, with :lora 4
+          (docs/adapters.md)
 Variants  :lora (a low-rank adaptation of U-Net and text encoder, which adds no words)
           :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """
@@ -51,6 +52,8 @@ def lora(c: ConfigDict) -> None:
     c.lora.alpha = 8.0
     c.lora.targets = (r"unet/.*attn\d/to_", r"conditioner/text/.*to_")
     c.optimizer.learning_rate = 2e-3
+    c.dreambooth.prior_weight = 3.0
+    c.num_steps = 400
 
 
 def smoke(c: ConfigDict) -> None:

@@ -65,6 +65,7 @@ def moved(base, directory):
 def dreambooth_lora(variant):
     config = openmoji_dreambooth.get_config(variant)
     openmoji_dreambooth.lora(config)
+    openmoji_dreambooth.smoke(config)  # again: an adaptation takes more steps
     return config
 
 
