@@ -127,11 +127,11 @@ def main(argv: list[str]) -> None:
     for name in ONLY.value:
         if name not in ROWS:
             raise app.UsageError(f"unknown row {name!r}; known: {', '.join(ROWS)}")
-    both = sides()
+    sides()  # whose errors come before all work
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder), DEVICE.value, QUICK.value, PYTORCH_PYTHON.value)
         in_own_process(reference.write, setting.folder, setting.quick)
-        conditions = machine(compare("matmul", both, setting, budget=3))
+        conditions = machine(compare("matmul", sides(), setting, budget=3))
         rate = max(conditions["matmul_gflops"].values())
         rows: list[dict[str, Any]] = []
         for name in (row for row in ROWS if row in ONLY.value):

@@ -31,7 +31,7 @@ def compare(sides: tuple[str, ...], setting: Setting) -> dict[str, Any]:
 def _seconds(side: str, setting: Setting, cache: str) -> float:
     start = time.perf_counter()
     subprocess.run(
-        setting.command(__spec__.name, side, side=side),
+        setting.command(__spec__.name, side),
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
         check=True,
     )

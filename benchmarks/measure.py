@@ -1,6 +1,6 @@
 """Seconds and memory of a call: each side runs in a separate process, and the two take turns.
 
-    python -m benchmarks.measure PIPE SIDE NAME FOLDER DEVICE QUICK PYTHON    # such a process
+    python -m benchmarks.measure SIDE PIPE NAME FOLDER DEVICE QUICK PYTHON    # such a process
 
 One process waits while the other works, so that the threads of one library don't disturb the
 other's, and the peak memory of a process is that of its library.
@@ -50,10 +50,10 @@ class Setting(NamedTuple):
         """A setting from its words."""
         return cls(Path(folder), device, quick == "True", pytorch_python)
 
-    def command(self, module: str, *words: Any, side: str) -> list[str]:
+    def command(self, module: str, side: str, *words: Any) -> list[str]:
         """The command that runs a module of the benchmark for a side, with this setting."""
         python = self.pytorch_python if side == "pytorch" else sys.executable
-        return [python, "-m", module, *map(str, (*words, *self))]
+        return [python, "-m", module, side, *map(str, (*words, *self))]
 
 
 class Worker:
@@ -61,7 +61,7 @@ class Worker:
 
     def __init__(self, side: str, name: str, setting: Setting):
         self._pipe, other = multiprocessing.Pipe()
-        command = setting.command("benchmarks.measure", other.fileno(), side, name, side=side)
+        command = setting.command("benchmarks.measure", side, other.fileno(), name)
         self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
         other.close()
         self.output, self.flops = self._pipe.recv()
@@ -189,5 +189,5 @@ def _peak_memory(side: str, device: str) -> float:
 
 
 if __name__ == "__main__":
-    number, its_side, its_name, *its_setting = sys.argv[1:]
+    its_side, number, its_name, *its_setting = sys.argv[1:]
     _serve(Connection(int(number)), its_side, its_name, Setting.read(*its_setting))

@@ -34,12 +34,12 @@ PLACES = [0, 17, 50, 95]  # of the latents that it keeps, of 5 steps
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
+ROUNDINGS = list(guidance.ROUNDINGS.values())
+
+
 def defaults_of(record):
     """The values of absent settings, by a record of `convert.scheduler_classes`."""
     return {**record.used, **{key: values[0] for key, values in record.only.items()}}
-
-
-ROUNDINGS = list(guidance.ROUNDINGS.values())
 
 
 def model(z, t, xp, kind, own_time=False):

@@ -108,7 +108,7 @@ def main(workdir, coordinator, process_id):
         train_first_stage(workdir / mode, **{"parallel.mode": mode})
     for mode in ("pmap", "mesh"):
         train_denoiser(workdir / mode, **{"parallel.mode": mode})
-    loop.train(make_config(**{"parallel.mode": "mesh"}), workdir / "begun")
+    loop.train(make_config(**{"parallel.mode": "mesh"}, **LOOKED_AT), workdir / "begun")
     stop(workdir / "stopped", process_id)
     sampling.sample_to_disk(workdir / "stopped", workdir / "samples", **SAMPLING)
     score(workdir / "stopped", workdir / "reference.npz")

@@ -36,14 +36,14 @@ def test_every_promised_row_has_its_call():
 
 def test_pytorchs_side_runs_in_the_interpreter_that_has_it(tmp_path):
     setting = Setting(tmp_path, "cpu", True, "/elsewhere/python")
-    python, *words = setting.command("benchmarks.first_image", "pytorch", side="pytorch")
+    python, *words = setting.command("benchmarks.first_image", "pytorch")
     assert python == "/elsewhere/python" and words[:3] == [
         "-m",
         "benchmarks.first_image",
         "pytorch",
     ]
     assert Setting.read(*words[3:]) == setting
-    assert setting.command("benchmarks.first_image", "ours", side="ours")[0] == sys.executable
+    assert setting.command("benchmarks.first_image", "ours")[0] == sys.executable
 
 
 def test_an_interpreter_that_is_none_is_named(tmp_path):

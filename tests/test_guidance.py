@@ -132,8 +132,8 @@ def test_several_prompts():
 )
 def test_every_kind_of_guidance_may_leave_channels_alone(chosen, beside):
     def of(channels):
-        chosen_here = {"guidance_scale": 0.6, "guidance_channels": channels, **chosen}
-        timesteps, options = plan(SCHEDULE, "eps", {}, chosen_here)
+        settings = {"guidance_scale": 0.6, "guidance_channels": channels, **chosen}
+        timesteps, options = plan(SCHEDULE, "eps", {}, settings)
         conditionings = [NULL, COND, OTHER] if "weights" in beside else [NULL, COND]
         denoise = guidance.guided(network, *TRIPLE, conditionings, options, timesteps, **beside)
         return denoise(Z, T).z_0

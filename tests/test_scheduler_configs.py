@@ -126,8 +126,7 @@ def test_a_setting_has_one_role(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_absent_settings_have_the_defaults_of_diffusers(name):
     theirs = json.loads(DEFAULTS.read_text())[name]
-    ours = defaults_of(SCHEDULERS[name])
-    assert ours.items() <= theirs.items()
+    assert defaults_of(SCHEDULERS[name]).items() <= theirs.items()
 
 
 REFUSED = [
