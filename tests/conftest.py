@@ -5,6 +5,8 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # Tests compile far longer than they run. Flags go by version: one that XLA doesn't know is fatal.
@@ -37,6 +39,12 @@ SLOWEST = (
 
 gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects, few of them garbage
 MANY_MAPS = 15_000  # of a process's memory; Linux allows 65,530, and XLA crashes beyond
+
+
+@pytest.fixture(autouse=True)
+def no_stored_programs(monkeypatch):
+    """A test that replaces a function must not get a program that another test has stored."""
+    monkeypatch.setattr("latent_diffusion.runtime.programs.folder", None)
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from test_mutants import names_of_tests
 
 from latent_diffusion.runtime import flags as shared_flags
-from latent_diffusion.runtime import processes, startup
+from latent_diffusion.runtime import processes, programs, startup
 
 
 def python(code, *arguments):
@@ -335,6 +336,7 @@ def test_the_cache_of_compiled_programs_that_the_user_named_stays():
     startup.quiet_and_cached()
     logging.getLogger("jax").setLevel(level)
     assert jax.config.jax_compilation_cache_dir == before == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    assert programs.folder == Path(before) / "programs"
 
 
 PLAN = """

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -211,7 +211,7 @@ def read_part(
 def as_params(
     part: Part,
     dtype: Any = np.float32,
-    leaf: Callable[[str, np.ndarray], Any] = lambda path, array: jnp.array(array),
+    leaf: Callable[[str, np.ndarray], Any] = lambda path, array: jax.device_put(np.array(array)),
 ) -> Params:
     """Read the parameters into arrays on the device, in nested dictionaries.
 

@@ -141,7 +141,8 @@ def _compiled(
         keys = jax.random.wrap_key_data(batch["keys"], impl=jax.random.key_impl(rng))
         return images_of(networks.unflatten(leaves), planned, batch, keys, latent)
 
-    return parallel.compile_eval(step, mode)
+    name = f"{images_of.__module__}.{images_of.__qualname__}"
+    return parallel.compile_eval(step, mode, description=repr((name, latent, networks, planned)))
 
 
 def _sample(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from latent_diffusion.runtime import programs
+
 
 def seconds_since_start() -> float:
     """Wall-clock age of this process; where the system doesn't provide it, its CPU time."""
@@ -22,7 +24,7 @@ def quiet_and_cached() -> None:
     """Cache compiled programs on disk, so that the second start is fast; hide JAX's log messages.
 
     The cache lies in $JAX_COMPILATION_CACHE_DIR, else in $XDG_CACHE_HOME (or ~/.cache) under
-    latent_diffusion/jax.
+    latent_diffusion/jax; its folder programs has those of `programs`.
     """
     logging.getLogger("jax").setLevel(logging.WARNING)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -30,3 +32,6 @@ def quiet_and_cached() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "latent_diffusion" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    if cache and "://" not in cache:
+        programs.folder = Path(cache) / "programs"

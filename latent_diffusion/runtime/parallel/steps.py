@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from latent_diffusion.core.types import PyTree
-from latent_diffusion.runtime import processes
+from latent_diffusion.runtime import processes, programs
 from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve
 from latent_diffusion.runtime.parallel.placement import (
     local_rows,
@@ -77,12 +77,18 @@ def compile_step(
 
 
 def compile_eval(
-    step: Step, mode: str, *, mesh: Mesh | None = None, rules: Rules = ()
+    step: Step,
+    mode: str,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
+    description: str | None = None,
 ) -> CompiledStep:
     """Compile a step whose outputs all have a leading axis B: one value, image... per example.
 
     `f(state, constants, host_batch, rng)` returns them as numpy arrays for the whole global batch,
     in its order, on every process. The state is not donated. This is for evaluation and sampling.
+    description: with this text the program of one device is stored on disk; see `programs.find`.
     """
     mode, mesh = resolve(mode, mesh)
 
@@ -98,7 +104,7 @@ def compile_eval(
             return multihost_utils.process_allgather(out, tiled=True)
         return jax.tree.map(np.asarray, out)
 
-    return _bind(build, gather, mode, mesh, rules)
+    return _bind(build, gather, mode, mesh, rules, description if mode == "single" else None)
 
 
 def lower_for(
@@ -218,9 +224,11 @@ def _bind(
     mode: str,
     mesh: Mesh | None,
     rules: Rules,
+    description: str | None = None,
 ) -> CompiledStep:
     """A step that places its arguments. build: compiles for the shardings of the first state."""
     function: Any = None
+    stored: dict[Any, Any] = {}  # types of arguments -> their program
     compiled: set[Any] = set()  # shapes of batches that have a program
     placed: list[PyTree] = []  # [the caller's constants, the same on the devices]
 
@@ -242,7 +250,15 @@ def _bind(
             function.lower(*args).compile()  # cached for the call below
             processes.barrier("compiled")
             compiled.add(shapes)
-        return finish(function(*args))
+        return finish(program(args)(*args))
+
+    def program(args: tuple) -> Any:
+        if description is None:
+            return function
+        types = programs.types_of(args)
+        if types not in stored:
+            stored[types] = programs.find(function, args, description)
+        return stored[types]
 
     def lower(*args: Any) -> Any:
         args = arguments(*args)
