@@ -180,26 +180,48 @@ def in_shards(bert_folder, tmp_path_factory):  # noqa: F811
     return config, out
 
 
-def test_losses_on_shards_with_texts_are_those_on_pictures_with_captions(
-    in_shards, tmp_path, monkeypatch
-):
-    def losses(config, workdir):
-        with Checkpointer(workdir / "checkpoints") as checkpoints:
-            run = start.start(loop.resolve(config, workdir), workdir, checkpoints)
-        state, found = run.state, []
-        for _ in range(3):
-            state, values = run.train_step(state, run.constants, next(run.batches), run.rng)
-            found.append(float(values["loss"]))
-        return found
+def losses(config, workdir):
+    """The losses of a run's first steps."""
+    with Checkpointer(workdir / "checkpoints") as checkpoints:
+        run = start.start(loop.resolve(config, workdir), workdir, checkpoints)
+    state, values = run.state, []
+    for _ in range(3):
+        state, metrics = run.train_step(state, run.constants, next(run.batches), run.rng)
+        values.append(float(metrics["loss"]))
+    return values
 
-    config, out = in_shards
+
+def assert_equal_losses(config, out, tmp_path, monkeypatch):
+    """Without encoding, shards with texts give the losses of pictures with captions."""
     plain = config.copy_and_resolve_references()
     plain.cache_texts = False
     want = losses(plain, tmp_path / "captions")
-    monkeypatch.setattr(texts, "encoded", None)  # nothing is encoded in the run
+    monkeypatch.setattr(texts, "encoded", None)
     got = losses(on_shards(config, out), tmp_path / "shards")
     assert len({*want}) == 3
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_losses_on_shards_with_texts_are_those_on_pictures_with_captions(
+    in_shards, tmp_path, monkeypatch
+):
+    assert_equal_losses(*in_shards, tmp_path, monkeypatch)
+
+
+def test_an_adaptation_reads_the_texts_of_its_base_from_shards(tmp_path, monkeypatch):
+    """The base has trained its text encoder, which the adaptation leaves as it is."""
+    encoder = {"vocab_size": 2048, "max_length": 4, "width": 8, "depth": 1, "num_heads": 2}
+    fields = {"unet.attention_resolutions": (1,), "unet.transformer_depth": 1}
+    base = pixels(**fields, **{"optimizer.learning_rate": 0.1})
+    base.num_steps, base.log.images_every_steps = 1, 0
+    base.conditioners = ConfigDict({"text": {**encoder, "head_dim": 4}})
+    loop.train(base, tmp_path / "base")
+    config = pixels(**fields, **{"cache_texts": True, "lora.rank": 2})
+    config.conditioners = base.conditioners
+    config.init_from = str(tmp_path / "base")
+    encoding.encode(config, tmp_path / "latents", shard_size=300, splits=["train"])
+    encoding.encode(config, tmp_path / "latents", splits=["test"])
+    assert_equal_losses(config, tmp_path / "latents", tmp_path, monkeypatch)
 
 
 def test_texts_of_other_encoders_or_tokenizers_are_refused(in_shards):
