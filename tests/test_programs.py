@@ -76,6 +76,11 @@ def test_a_program_with_calls_on_the_host_is_not_stored(folder):
     assert len(seen) == 2 and not stored(folder)
 
 
+@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+def test_programs_of_several_devices_are_not_stored(mode, folder):
+    assert sample(mode=mode, num_steps=1).shape == (1, 8, 8, 3) and not stored(folder)
+
+
 def found(description="three times", factor=3):
     """A program of a process that has started anew, and whether it has been traced."""
     traced = []
