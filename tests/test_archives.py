@@ -183,6 +183,37 @@ def test_a_key_ends_at_its_first_dot(tmp_path):
     assert source[0]["image"].shape == (4, 4, 3)
 
 
+def test_examples_of_a_tar_have_the_same_keys(tmp_path):
+    """Captions and sizes that stand in the .json of a part of the examples alone."""
+    facts = [{"caption": "red", "original_width": 8, "original_height": 9}, {}, {"caption": None}]
+    inside = {}
+    for i in range(24):
+        inside |= {f"{i:02}.png": png(i), f"{i:02}.json": json.dumps(facts[i % 3]).encode()}
+    (tmp_path / "a.tar").write_bytes(tar_of(inside))
+    source = everything(tmp_path)
+    transform = data.make_transform(config(image_size=4), True, lambda texts: np.zeros((1, 2)))
+    examples = [transform(source[i], np.random.default_rng(0)) for i in range(24)]
+    assert {frozenset(example) for example in examples} == {frozenset({"image", "tokens"})}
+    assert [source[i]["caption"] for i in range(3)] == ["red", "", ""]
+    (tmp_path / "a.tar").write_bytes(tar_of({"0.png": png(0), "1.png": png(1), "1.json": b"{}"}))
+    with pytest.raises(ValueError, match="no caption to tokenize"):
+        transform(everything(tmp_path)[1], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_parquet_file_without_a_column_of_the_others_is_named(tmp_path, position):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for number in range(2):
+        columns = {"image": [png(number)], "text": ["red"]}
+        if number == position:
+            del columns["text"]
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{number}.parquet")
+    with pytest.raises(ValueError, match=rf"{position}\.parquet has no column 'text', unlike"):
+        everything(tmp_path, "parquet")
+
+
 @pytest.mark.parametrize("as_struct", [False, True])
 def test_parquet_with_pictures(tmp_path, as_struct):
     pyarrow = pytest.importorskip("pyarrow")

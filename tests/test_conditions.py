@@ -370,8 +370,11 @@ def test_the_files_of_a_call_are_prompt_major(tmp_path, monkeypatch):
         np.testing.assert_array_equal(written, images)
     grid = Image.open(tmp_path / "grid.png")  # a row for each prompt
     np.testing.assert_array_equal(grid, image_grid(images, 2))
+    (tmp_path / "00006.png").touch()  # of somebody else
     sampling.sample_to_disk("here", tmp_path, class_labels=[4, 7], num_images=1)
     assert (tmp_path / "prompts.txt").read_text().splitlines() == ["4", "7"]
+    left = sorted(path.name for path in tmp_path.glob("0*.png"))
+    assert left == ["00000.png", "00001.png", "00006.png"]
 
 
 def test_a_side_that_is_not_given_is_that_of_the_hints_or_of_training(tmp_path, monkeypatch):

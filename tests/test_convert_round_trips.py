@@ -321,6 +321,16 @@ def test_fields_of_a_workdir_are_used_or_refused_by_name(tmp_path):
             convert.read(tmp_path)
 
 
+def test_a_workdir_joins_no_other_files(tmp_path):
+    """The checkpoint of an earlier model would stay beside the new config."""
+    bundle = make_bundle("text")
+    convert.write(bundle, tmp_path / "first", "orbax")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")}
+    with pytest.raises(ValueError, match=r"first isn't empty: choose another folder"):
+        convert.write(bundle, tmp_path / "first", "orbax")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")} == before
+
+
 def test_averages_of_the_original_take_the_place_of_the_live_u_net_if_all_are_there(tmp_path):
     path, prefix = tmp_path / "model.safetensors", "model.diffusion_model."
     convert.write(make_bundle("text"), path, "compvis")

@@ -355,7 +355,8 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     pictures = RNG.integers(0, 256, (24, answers.SIDE, answers.SIDE, 3)).astype(np.uint8)
     source = data.ArraySource({"image": pictures, "caption": ["red cat", "blue dog"] * 12})
     monkeypatch.setattr(data, "make_source", lambda config, split: source)
-    monkeypatch.setattr(command, "load", lambda path: answers.model(answers.TEXT, gain=0.5))
+    made = [answers.model(answers.TEXT, gain=0.5)]
+    monkeypatch.setattr(command, "load", lambda path: made[0])
     net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
     monkeypatch.setattr(command, "make_features", lambda *given: net)
     colours = Mock(
@@ -385,6 +386,17 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     assert record("psnr")["images"] == "synthetic@test"  # of the first stage
     with pytest.raises(ValueError, match="metrics=fd,psnr mixes reconstructions and samples"):
         record("fd", "psnr")
+
+    def asked(net, path=None):
+        raise ValueError(f"LPIPS of {path}")
+
+    monkeypatch.setattr(command, "load_lpips_params", asked)
+    for metrics, path in ((["lpips"], "here"), (["lpips", "rfd"], None)):
+        with pytest.raises(ValueError, match=f"LPIPS of {path}"):
+            record(*metrics, features_path="here")
+    usual = record("fd")["metrics"]
+    made[0] = made[0].replace(defaults={**made[0].defaults, "guidance_scale": 3.0})
+    assert record("fd")["metrics"] != usual  # by the run's config, without a flag
 
 
 def test_samples_of_every_chunk_are_new_and_have_their_names(tmp_path, monkeypatch):

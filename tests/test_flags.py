@@ -364,3 +364,10 @@ def test_what_is_written_behind_plan_reaches_the_call(rate):
     assert facts == [1, 2, 3, 4, 5, rate or [7, "kl_f4", "file"]] and topology == "v5e:2x2"
     asked = {"batch_size": 10, "num_steps": 7, "images": 9, "shares": 4}
     assert given == {**asked, "checkpoint_steps": 5000, "picture": 3e3, "storage_rate": 5e8}
+
+
+def test_a_port_that_no_machine_has_is_refused():
+    command = [sys.executable, "-m", "latent_diffusion.serve", "--model=x", "--port=65536"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "flag --port=65536: 65536 is not an integer in the range [0, 65535]" in done.stderr

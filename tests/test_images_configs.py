@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
+from tiny import make_config
 
 import latent_diffusion as ldm
 from configs import images_autoencoder, images_class, images_text, images_unconditional
-from latent_diffusion.data import make_source
+from latent_diffusion.data import ArraySource, make_source
 from latent_diffusion.tasks import TASKS
-from latent_diffusion.training import loop
+from latent_diffusion.training import loop, start
 from latent_diffusion.training.batch_spec import check_classes
 
 VARIANTS = ("64", "128", "256", "smoke")
@@ -70,6 +72,23 @@ def test_more_classes_than_the_model_has_are_refused(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match="the data have 7 classes"):
         check_classes(config, make_source(config.data, "train"))
+
+
+@pytest.mark.parametrize("task", ["denoising", "classifying"])
+def test_a_class_beyond_those_of_the_model_is_refused_where_it_is_read(task):
+    """Tars, Parquet files and shards don't say how many classes they have."""
+    config = make_config(task, **{"first_stage.cache": False})
+    if task == "denoising":
+        class_label = {"num_classes": 3, "width": 8}
+        config.conditioners = ConfigDict({"class_label": class_label})
+    count = 3 if task == "denoising" else config.classifier.num_classes
+    picture = np.zeros((8, 8, 3), np.uint8)
+    source = ArraySource({"image": [picture] * 2, "class_label": [count - 1, count]})
+    source, transform = start._encoded_once(config, None, source, None, None, None)
+    rng = np.random.default_rng(0)
+    assert transform(source[0], rng)["class_label"] == count - 1
+    with pytest.raises(ValueError, match=rf"class_label={count} of .*\.num_classes={count}: give"):
+        transform(source[1], rng)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

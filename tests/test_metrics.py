@@ -94,6 +94,17 @@ def test_resume_drops_what_lies_beyond_the_restored_step(tmp_path, torn):
     assert read_lines(tmp_path) == []
 
 
+def test_resume_drops_pictures_beyond_the_restored_step(tmp_path):
+    with Writer(tmp_path) as writer:
+        for step in (2, 4, 8):
+            writer.image(step, "samples", np.zeros((2, 2, 3), np.uint8))
+    (tmp_path / "images" / "mine_x.png").touch()
+    with Writer(tmp_path, step=4) as writer:
+        assert [writer.logged(step)["pictures"] for step in (2, 4, 8)] == [True, True, False]
+    names = [f"samples_0000000{step}.png" for step in (2, 4)]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["mine_x.png", *names]
+
+
 def test_a_last_line_without_its_end_is_dropped_and_not_continued(tmp_path):
     lines = b'{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}'
     (tmp_path / "metrics.jsonl").write_bytes(lines)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import BATCH, SIZE, make_config
 
 from latent_diffusion import data
@@ -108,3 +109,18 @@ def test_conditions_of_cached_examples_are_those_of_the_cut_picture(made, low_re
         np.testing.assert_array_equal(got["crop_top_left"], [0, SIZE])
         for key in set(got) - {"moments"}:
             np.testing.assert_array_equal(got[key], want[key])
+
+
+def test_a_picture_of_a_folder_that_changes_is_noticed(tmp_path):
+    """Though its pixels aren't among the few that are compared."""
+    for i in range(40):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    fields = {"name": "image_folder", "dir": str(tmp_path), "train_split": "all"}
+    config = make_config("denoising").data
+    config.update(fields)
+    before = moments.sample_hash(data.make_source(config, "train"))
+    assert moments.sample_hash(data.make_source(config, "train")) == before
+    Image.effect_noise((8, 8), 90).convert("RGB").save(tmp_path / "01.png")
+    after = moments.sample_hash(data.make_source(config, "train"))
+    (tmp_path / "01.png").rename(tmp_path / "01a.png")
+    assert len({before, after, moments.sample_hash(data.make_source(config, "train"))}) == 3

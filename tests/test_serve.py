@@ -16,6 +16,7 @@ from answers import CLASS, SIDE, TEXT, model
 from PIL import Image
 from test_answers import LEVELS, reading
 from test_prior_model import CLASSES, SIZES, VQ
+from test_prompts import clip_model
 
 from latent_diffusion.core.rng import seed_key
 from latent_diffusion.generation.model import Model
@@ -186,6 +187,35 @@ def test_other_options_are_another_call(server):
         queued = [jobs.submit(read(request, jobs.model, LIMITS)) for request in each]
     assert all(jobs.wait(job, 60) for job in queued)
     assert jobs.counts["calls"] == before + 2
+
+
+def test_requests_with_layouts_share_a_call():
+    """A layout is lists of unequal lengths."""
+    made = model(TEXT)
+    entries = [[[3, [0, 0, 1, 1]]], [[1, [0, 0, 0.5, 1]], [2, [0.5, 0, 1, 1]]]]
+    first, second = (read({"layout": entry, "seed": 1}, made, LIMITS) for entry in entries)
+    assert first.group == second.group
+    assert call(made, [first, second])["layout"] == entries
+
+
+def test_requests_with_weighted_prompts_share_a_call_if_their_numbers_of_chunks_are_equal():
+    """Within a call all prompts are filled up to the longest."""
+    made = clip_model()
+
+    def group(**request):
+        request = read({"prompt_weights": True, "seed": 1, **request}, made, LIMITS)
+        assert call(made, [request])["prompt_weights"]
+        return request.group
+
+    short, long = group(prompts="(cat:1.2)"), group(prompts="cat BREAK a")
+    assert short == group(prompts="a cat", seed=2) != long
+    assert long == group(prompts="cat a a a a")
+    with_negative = group(prompts="cat BREAK a", negative_prompts="a")
+    assert with_negative == group(prompts="cat", negative_prompts="a BREAK a") != long
+    with_more = group(prompts="cat", more_prompts=[["a BREAK a", 0.5]])
+    assert with_more != group(prompts="cat", more_prompts=[["a", 0.5]])
+    with pytest.raises(ValueError, match="prompt_weights needs a model with CLIP's text encoder"):
+        read({"prompts": "red", "prompt_weights": True}, model(TEXT), LIMITS)
 
 
 class Drawn:
@@ -630,7 +660,7 @@ def test_every_field_of_a_request_reaches_the_call():
         "aesthetic_score": 6.5,
         "original_size": [5, 9],
         "more_prompts": [["blue", -0.5]],
-        "prompt_weights": True,
+        "prompt_weights": False,
     }
     request = read(sent, made, LIMITS)
     pictures = ("eta", "image", "segmentation", "depth")
@@ -638,7 +668,7 @@ def test_every_field_of_a_request_reaches_the_call():
     arguments = call(made, [request])
     assert len(arguments.pop("rng")) == 2
     size = {"image_size": (SIDE, 2 * SIDE), "strength": 0.5}
-    rest = {"prompts": ["red"] * 2, "more_prompts": [("blue", -0.5)], "prompt_weights": True}
+    rest = {"prompts": ["red"] * 2, "more_prompts": [("blue", -0.5)], "prompt_weights": False}
     want = {
         "image": np.ones((2, SIDE, 2 * SIDE, 3)),
         "segmentation": np.stack([levels, levels]),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from several import make_config
 from tiny import SIZE
 from tiny import make_config as make_tiny
@@ -19,6 +20,7 @@ from tiny import make_config as make_tiny
 from latent_diffusion import data
 from latent_diffusion.data import shards
 from latent_diffusion.data.folders import Folder
+from latent_diffusion.evaluate.generate import of_data
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
 from latent_diffusion.runtime import processes
 from latent_diffusion.training import encoding, frozen, loop, start
@@ -387,3 +389,31 @@ def test_an_index_that_does_not_match_is_refused(folder, tmp_path):
 def test_bad_input_of_encode_is_refused(tmp_path, fields, options, message):
     with pytest.raises(ValueError, match=message):
         encoding.encode(pixels(**fields), tmp_path, **options)
+
+
+def test_pictures_of_evaluations_are_in_the_shards_of_their_split_alone(folder):
+    on, of = on_shards(pixels(), folder), of_data(pixels(), "test")
+    np.testing.assert_array_equal(of_data(on, "test").read(3, 9), of.read(3, 9))
+    with pytest.raises(ValueError, match=r"latents@train: these shards hold latents without pict"):
+        of_data(on, "train").read(0, 1)
+
+
+def test_embeddings_of_shards_are_those_that_they_hold(folder):
+    """`encode` has stored them; there are no pictures to embed again."""
+    config = on_shards(pixels(**{"data.embedding": "alexnet"}), folder)
+    assert len(data.make_source(config.data, "train")) == 480
+
+
+def test_shards_with_other_captions_are_refused(tmp_path):
+    pictures, out = tmp_path / "pictures", tmp_path / "latents"
+    pictures.mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(pictures / f"{i:02}.png")
+        (pictures / f"{i:02}.txt").write_text("red")
+    config = pixels(**{"data.name": "image_folder", "data.dir": str(pictures)})
+    config.data.train_split = "all"
+    encoding.encode(config, out, splits=["train"])
+    encoding.encode(config, out, splits=["train"])  # nothing to do
+    (pictures / "07.txt").write_text("blue")
+    with pytest.raises(ValueError, match=r"was begun with annotations=.*: choose another --out"):
+        encoding.encode(config, out, splits=["train"])

@@ -104,11 +104,14 @@ def write(
 
     dtype: for floating-point parameters; None keeps their dtypes. progress: is called with the
     number of parameters in each tensor that is written. Raises ValueError where the format can't
-    express the model; a folder that was absent or empty is then absent.
+    express the model, and for a workdir that would join other files; a folder that was absent or
+    empty is then absent.
     """
     writer, path = lookup(FORMATS, format, "format"), Path(path)
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if format == "orbax" and not empty:  # its checkpoints would stay
+        raise ValueError(f"{path} isn't empty: choose another folder, or remove it first")
     try:
         writer(bundle, path, progress)
     except BaseException:

@@ -116,9 +116,9 @@ def make(data_config: Any, split: str) -> ParquetSource:
     named = {name: [p for p in every if _is_of(p, name)] for name in ("train", "test")}
     by_name = [name for name, paths in named.items() if paths]
     check_split(split, by_name, root)
-    groups, chosen = [], []
+    groups, chosen, columns = [], [], dict[str, list[str]]()
     for path in named[split] if by_name else every:
-        columns, more = _metadata(system, path)
+        columns[path], more = _metadata(system, path)
         groups += more
         name, count = path.rpartition("/")[2], sum(count for *_, count in more)
         held_out = np.random.default_rng([*name.encode()]).random(count) < data_config.test_fraction
@@ -127,7 +127,11 @@ def make(data_config: Any, split: str) -> ParquetSource:
     rows = np.flatnonzero(np.concatenate(chosen))
     if not len(rows):
         raise ValueError(f"none of the rows of {root} belongs to split {split!r}")
-    features = feature_map(dict(data_config.features), columns, root)
+    in_any = list(dict.fromkeys(name for names in columns.values() for name in names))
+    features = feature_map(dict(data_config.features), in_any, root)
+    for path, names in columns.items():
+        if missing := [name for name in features.values() if name not in names]:
+            raise ValueError(f"{path} has no column {missing[0]!r}, unlike other files of {root}")
     return ParquetSource(system, groups, rows, features)
 
 

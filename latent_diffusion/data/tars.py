@@ -10,6 +10,7 @@ Splits are the sub-folders train/ and test/, if there are any. Otherwise "test" 
 both.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -40,10 +41,7 @@ class TarSource(Readable):
     def __init__(self, system: Any, tars: list[str], index: Arrays):
         super().__init__(len(index["tar"]))
         self.system, self.tars, self._index = system, tars, index
-        self._keys = {
-            "caption": bool(index["txt_size"].any()),
-            "class_label": bool(index["cls_size"].any()),
-        }
+        self._has_classes = bool(index["cls_size"].any())
 
     def name_of(self, index: int) -> str:
         """The tar, and the picture's position in it."""
@@ -62,14 +60,30 @@ class TarSource(Readable):
         """Height and width [N 2] of the pictures, from their headers."""
         return self.sizes(lambda i: size_of(io.BytesIO(self._bytes(i, "image"))))
 
-    def _facts(self, index: int) -> Example:
+    @functools.cached_property
+    def _has_captions(self) -> bool:
+        """Whether there are texts, or a few examples, evenly over the tars, have a caption."""
+        few = np.linspace(0, len(self) - 1, 16).astype(int).tolist()
+        return bool(self._index["txt_size"].any()) or any(map(self._caption, few))
+
+    def _caption(self, index: int) -> str | list[str]:
+        try:
+            return self._texts(index)[0]
+        except ValueError:
+            return ""
+
+    def _texts(self, index: int) -> tuple[str | list[str], Example]:
+        """The caption of an example, and the object of its .json."""
         facts = json.loads(self._bytes(index, "json") or b"{}")
         if not isinstance(facts, dict):
             raise ValueError("its .json is no object")
         text = self._bytes(index, "txt").decode("utf-8-sig").strip()
-        caption = check_caption(text or facts.get("caption") or "")
-        example: Example = {"caption": caption} if caption or self._keys["caption"] else {}
-        if self._keys["class_label"]:
+        return check_caption(text or facts.get("caption") or ""), facts
+
+    def _facts(self, index: int) -> Example:
+        caption, facts = self._texts(index)
+        example: Example = {"caption": caption} if caption or self._has_captions else {}
+        if self._has_classes:
             example["class_label"] = int(self._bytes(index, "cls"))
         original = facts.get("original_height"), facts.get("original_width")
         if all(isinstance(side, int) for side in original):

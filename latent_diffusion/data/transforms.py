@@ -115,6 +115,8 @@ def make_transform(
         turned = {k: _flipped(example[k], flip) for k in _PICTURES if k in example}
         image = turned.pop("image", None)
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}
+        if not data_config.get("sizes", False):
+            out.pop("original_size", None)  # some sources have it for a part of their examples
         out |= turned
         if data_config.get("sizes", False):
             crop, size = example["window"], example.get("size", (data_config.image_size,) * 2)

@@ -84,6 +84,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
         raise ValueError(f"rfid means Inception features, not {net_name!r}; rfd is the same")
     net: Any = _features(options) if {"rfid", "rfd"} & set(metrics) else None
     lpips = options["lpips"]
+    path = options["features_path"] or None if net is None else None  # of one network or the other
     images = generate.of_data(config, options["split"] or "test")
     count = _count(options, images)
     first_stage = load(options["workdir"]).first_stage
@@ -92,7 +93,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
         reconstruction.collect_reconstructions,
         first_stage,
         metrics=metrics,
-        lpips=(lpips, load_lpips_params(lpips)) if "lpips" in metrics else None,
+        lpips=(lpips, load_lpips_params(lpips, path)) if "lpips" in metrics else None,
         net=net,
     )
     arrays = _collected(options, cache, "reconstructions", images, count, collect)
@@ -107,16 +108,18 @@ def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> 
     scores.check_metrics(metrics, options["features"])
     clip = _clip(options) if "clip" in metrics else None
     net: Any = _features(options) if set(metrics) - set(scores.WITHOUT_FEATURES) else None
+    defaults: Options = {}
     if config is None:
         images = open_images(options["samples"], options["image_size"])
     else:
-        images = _samples_of_model(options, config)
+        images, defaults = _samples_of_model(options, config)
     count = _count(options, images)
     scores.check_counts(metrics, count)
     reference, reference_name = _reference(options, cache, config, net)
     captions = None if clip is None else _captions(options, images, count)
     both: Any = net if clip is None else with_clip(net, clip)
     nets = {"features": both.name, "clip_path": None if clip is None else options["clip_path"]}
+    nets |= {"defaults": defaults}
     collect = functools.partial(collect_features, net=both)
     arrays = _collected({**options, **nets}, cache, "samples", images, count, collect)
     if clip is not None and captions is not None:
@@ -151,12 +154,13 @@ def _captions(options: Options, images: ImageSet, count: int) -> list[str]:
     return lines[:count]
 
 
-def _samples_of_model(options: Options, config: ConfigDict) -> ImageSet:
+def _samples_of_model(options: Options, config: ConfigDict) -> tuple[ImageSet, Options]:
+    """Samples of the model of a workdir, and the options of its config that draw them."""
     model, seed = load(options["workdir"]), options["seed"]
     count = options["num_images"] or DEFAULT_SAMPLES
     source = data.make_source(config.data, "test")
     transform = data.make_transform(config.data, train=False)
-    return generate.samples(
+    images = generate.samples(
         model,
         generate.conditions_of(model, source, transform, count, seed),
         count,
@@ -165,6 +169,7 @@ def _samples_of_model(options: Options, config: ConfigDict) -> ImageSet:
         Path(options["save_images"]) if options["save_images"] else None,
         **{name: options[name] for name in SAMPLING if options[name] is not None},
     )
+    return images, dict(model.defaults)
 
 
 def _reference(
@@ -227,7 +232,7 @@ def _collected(
     """
     relevant: tuple[str, ...] = ("samples", "features", "features_path", "filter", "image_size")
     if kind == "samples":
-        relevant += ("clip_path", "seed", "save_images", *SAMPLING)
+        relevant += ("clip_path", "seed", "save_images", "defaults", *SAMPLING)
     if kind == "reconstructions":
         relevant += ("metrics", "lpips")
     work = {"kind": kind, "of": images.name, "count": count}

@@ -96,12 +96,25 @@ def samples(
 
 
 def of_data(config: Config, split: str) -> ImageSet:
-    """The pictures of a run's data as uint8, with evaluation's transform, which isn't random."""
+    """The pictures of a run's data as uint8, with evaluation's transform, which isn't random.
+
+    Shards of latents have pictures for evaluations alone; reading others raises ValueError.
+    """
     source = data.make_source(config.data, split)
     transform = data.make_transform(config.data, train=False)
 
     def read(start: int, stop: int) -> np.ndarray:
-        examples = ({"image": source[i]["image"]} for i in range(start, stop))
-        return to_uint8(np.stack([transform(example)["image"] for example in examples]))
+        examples = (source[i] for i in range(start, stop))
+        seen = [
+            transform({key: example[key] for key in ("image", "crops") if key in example})
+            for example in examples
+        ]
+        if not all("image" in example for example in seen):
+            raise ValueError(
+                f"{name}: these shards hold latents without pictures; give --reference, or "
+                "--split=test"
+            )
+        return to_uint8(np.stack([example["image"] for example in seen]))
 
-    return ImageSet(f"{config.data.name}@{split}", len(source), read)
+    name = f"{config.data.name}@{split}"
+    return ImageSet(name, len(source), read)

@@ -23,19 +23,27 @@ def make_tokenize(model: Any, weighted: bool, *texts: str | Sequence[str] | None
     tokenizer = model.tokenizer
     if not weighted:
         return lambda prompts: {"tokens": _tokens(tokenizer, prompts)}
+    lists = [[text] if isinstance(text, str) else text or [] for text in texts]
+    chunks = num_chunks(model, [prompt for prompts in lists for prompt in prompts])
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        tokens, weights = tokenizer.weighted(prompts, chunks)
+        return {"tokens": tokens, "tokens_weights": weights}
+
+    return tokenize
+
+
+def num_chunks(model: Any, prompts: Sequence[str]) -> int:
+    """The number of chunks of the longest weighted prompt.
+
+    Raises ValueError if the model can't read weights.
+    """
+    tokenizer = model.tokenizer
     readers = [part for part in model.conditioner.parts() if "tokens" in part.keys]
     reads = [isinstance(part, ClipText) for part in readers]
     if not (isinstance(tokenizer, ClipTokenizer) and reads and all(reads)):
         raise ValueError("prompt_weights needs a model with CLIP's text encoder and tokenizer")
-    lists = [[text] if isinstance(text, str) else text or [] for text in texts]
-    lengths = [len(tokenizer.chunks(prompt)) for prompts in lists for prompt in prompts]
-    num_chunks = max(lengths, default=1)
-
-    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        tokens, weights = tokenizer.weighted(prompts, num_chunks)
-        return {"tokens": tokens, "tokens_weights": weights}
-
-    return tokenize
+    return max((len(tokenizer.chunks(prompt)) for prompt in prompts), default=1)
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:

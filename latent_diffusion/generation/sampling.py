@@ -209,6 +209,9 @@ def sample_to_disk(
     if jax.process_index() != 0:
         return images
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "prompts.txt").is_file():  # a line for each picture of an earlier call
+        for i in range(len(images), len((out / "prompts.txt").read_bytes().splitlines())):
+            (out / f"{i:05d}.png").unlink(missing_ok=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(out / f"{i:05d}.png")
     Image.fromarray(image_grid(images, columns=num_images)).save(out / "grid.png")

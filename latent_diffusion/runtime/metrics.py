@@ -36,7 +36,8 @@ class Writer:
     """Writes `metrics.jsonl`, TensorBoard events and `images/` of one workdir; a context manager.
 
     step: the step from which the run starts or resumes. Later lines of an earlier run are removed
-    from metrics.jsonl and hidden in TensorBoard, so that steps are unique and increase.
+    from metrics.jsonl and hidden in TensorBoard, so that steps are unique and increase; its later
+    pictures are removed, too.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
@@ -51,6 +52,10 @@ class Writer:
         path.touch()
         self._lines = path.open("r+b")
         self._record, self._start = _cut_after(self._lines, step)
+        for path in (self.workdir / "images").glob("*_[0-9]*.png"):
+            number = path.stem.rpartition("_")[2]
+            if number.isdecimal() and int(number) > step:
+                path.unlink()
         self._events = tensorboardX.SummaryWriter(
             str(self.workdir / "tensorboard"), purge_step=step + 1
         )
@@ -95,7 +100,9 @@ class Writer:
         pixels = to_uint8(image)
         path = self.workdir / "images" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(pixels).save(path)
+        partial = path.with_suffix(".partial")
+        PIL.Image.fromarray(pixels).save(partial, "PNG")
+        partial.replace(path)
         self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def flush(self) -> None:

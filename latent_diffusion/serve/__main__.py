@@ -17,7 +17,9 @@ IMAGE_ENCODER = flags.DEFINE_string(
     "image_encoder", None, "Folder of the IP-Adapters' image encoder, if it isn't beside them."
 )
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all interfaces.")
-PORT = flags.DEFINE_integer("port", 8188, "Port to listen on; 0 takes a free port.")
+PORT = flags.DEFINE_integer(
+    "port", 8188, "Port to listen on; 0 takes a free port.", lower_bound=0, upper_bound=65535
+)
 TOKEN = flags.DEFINE_string("token", None, "Bearer token that requests must have.")
 MAX_IMAGES = flags.DEFINE_integer("max_images", 16, "Images of one request, at most.")
 MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait; others get 503.")

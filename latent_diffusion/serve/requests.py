@@ -17,6 +17,7 @@ from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
+from latent_diffusion.generation.prompts import num_chunks
 from latent_diffusion.generation.sampling import read_hint
 from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.process.options import OPTIONS, Option
@@ -41,7 +42,8 @@ class Request:
 
     settings: the request's JSON with its seed, but without pictures, for the text in a PNG. values:
     the condition's arguments of `Model.sample`, each of one example. shared: arguments that all
-    images of a call share. pictured: control nets and image prompts, by argument.
+    images of a call share. pictured: control nets and image prompts, by argument. chunks: of the
+    longest prompt if prompts have weights, since a call fills all up to the same number.
     """
 
     settings: Mapping[str, Any]
@@ -50,15 +52,16 @@ class Request:
     values: Mapping[str, Any]
     shared: Mapping[str, Any]
     pictured: Mapping[str, Sequence["Pictured"]]
+    chunks: int = 1
 
     @property
     def group(self) -> str:
         """Equal for requests that one call of `Model.sample` can answer."""
-        shapes = {name: np.shape(value) for name, value in self.values.items()}
+        shapes = {name: getattr(value, "shape", None) for name, value in self.values.items()}
         shared = {**self.shared, "adapters": self.settings.get("adapters", [])}
         for name, entries in self.pictured.items():
             shared[name] = [(e.name, e.picture.shape, e.weight) for e in entries]
-        return repr((sorted(shapes.items()), sorted(shared.items())))
+        return repr((sorted(shapes.items()), sorted(shared.items()), self.chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,12 @@ def read(
     with_pictures = {name for name, read in _CONDITIONS.items() if read in _PICTURE_READERS}
     settings = {k: v for k, v in data.items() if k not in {*with_pictures, *PICTURED}}
     settings |= {"seed": seed, "num_images": num_images}
-    return Request(settings, seed, num_images, values, shared, pictured)
+    chunks = 1
+    if shared.get("prompt_weights"):
+        texts = [values[name] for name in ("prompts", "negative_prompts") if name in values]
+        texts += [text for text, _ in shared.get("more_prompts", ())]
+        chunks = num_chunks(model, texts)
+    return Request(settings, seed, num_images, values, shared, pictured, chunks)
 
 
 def options_of(model: Model) -> Mapping[str, Option]:

@@ -35,8 +35,8 @@ _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype
 }
 
 
-def check_classes(config: ConfigDict, source: Any) -> None:
-    """Raise ValueError if the data have more classes than the model, which would be the null."""
+def class_counts(config: ConfigDict) -> dict[str, int]:
+    """The number of classes of every part of the model that reads classes, by its section."""
     counts = {}
     if config.task == "classifying":
         counts["classifier"] = config.classifier.num_classes
@@ -45,6 +45,15 @@ def check_classes(config: ConfigDict, source: Any) -> None:
         for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
             if "class_label" in part.keys:
                 counts[f"conditioners.{name}"] = part.num_classes
+    return counts
+
+
+def check_classes(config: ConfigDict, source: Any) -> None:
+    """Raise ValueError if the data have more classes than the model, which would be the null.
+
+    Some sources know their classes only example by example: see `with_checked_classes`.
+    """
+    counts = class_counts(config)
     if not counts:
         return  # before counting, which may read all examples
     in_data = getattr(source, "num_classes", len(getattr(source, "class_names", ())))
@@ -53,6 +62,23 @@ def check_classes(config: ConfigDict, source: Any) -> None:
             raise ValueError(
                 f"the data have {in_data} classes, and {section}.num_classes={count}: give it more"
             )
+
+
+def with_checked_classes(config: ConfigDict, transform: Any) -> Any:
+    """The transform, which raises ValueError for a class that the model doesn't have."""
+    counts = class_counts(config)
+
+    def checked(example: Any, rng: Any = None) -> Any:
+        out = transform(example, rng)
+        for section, count in counts.items():
+            if (label := int(out.get("class_label", 0))) >= count:
+                raise ValueError(
+                    f"class_label={label} of {example.get('name', 'an example')}, and "
+                    f"{section}.num_classes={count}: give it more"
+                )
+        return out
+
+    return checked if counts else transform
 
 
 def _square(config: ConfigDict, f: int = 1) -> tuple[int, int]:

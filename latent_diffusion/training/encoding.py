@@ -1,6 +1,7 @@
 """Encodes pictures once, into shards, for `python -m latent_diffusion.encode`."""
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,7 +133,17 @@ def _made(config: ConfigDict, source: Any, latents: Any, options: dict[str, Any]
         "seed": config.seed,
         "data": {k: v for k, v in config.data.to_dict().items() if k not in ignored},
         "sample": moments.sample_hash(source),
+        "annotations": _hash_of_annotations(source),
     }
+
+
+def _hash_of_annotations(source: Any) -> str:
+    """A hash of the captions, classes and files of maps of a folder; "" for other sources."""
+    entries = getattr(source, "annotations", None)
+    if entries is None:
+        return ""
+    names = [{k: getattr(v, "name", v) for k, v in sorted(entry.items())} for entry in entries]
+    return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def _begin(folder: Folder, made: dict[str, Any]) -> None:

@@ -113,8 +113,13 @@ def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) 
 
 
 def sample_hash(source: data.Source) -> str:
-    """A hash of the pixels of a few examples, evenly over the source."""
+    """A hash of the pixels of a few examples, evenly over the source.
+
+    Of a folder of pictures, the names and sizes of all files enter it, too.
+    """
     digest = hashlib.sha256()
+    for path in getattr(source, "paths", ()):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():
         digest.update(np.ascontiguousarray(source[i]["image"]).tobytes())
     return digest.hexdigest()
