@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.diffusion.loss = "pseudo_huber"
     c.diffusion.drop_rate = 0.0
+    c.diffusion.timestep_sampling = "uniform"  # over the steps of the teacher
     c.sampling.update({"sampler": "lcm", "spacing": "lcm", "num_steps": 4, "guidance_scale": 1.0})
 
     c.optimizer.learning_rate = 1e-3
@@ -58,6 +59,7 @@ def guidance(c: ConfigDict) -> None:
     c.diffusion.loss = "l2"
     teacher = openmoji_text.get_config()
     c.sampling = teacher.sampling
+    c.diffusion.timestep_sampling = teacher.diffusion.timestep_sampling
 
 
 def lora(c: ConfigDict) -> None:

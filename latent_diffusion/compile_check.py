@@ -94,7 +94,8 @@ def check(
     config = config.copy_and_resolve_references().unlock()
     plain = config.copy_and_resolve_references()
     for part in (plain[plain.backbone], plain.autoencoder):
-        part.attention = "xla"  # it has no loops or kernels, which are hard to count
+        if "attention" in part:
+            part.attention = "xla"  # it has no loops or kernels, which are hard to count
     if chip.platform == "cuda":
         config = plain  # JAX lowers cuDNN's attention only on machines with cuDNN
     mode, mesh = parallel.devices(config.parallel, devices)
@@ -271,7 +272,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     print(report(checked, topology, config.batch_size))
     if JSON.value:
-        name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+        name = file.name.replace(".py", "", 1)  # with the variant
         write_json(JSON.value, config, name, topology, checked, PARAMS.value)
 
 

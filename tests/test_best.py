@@ -20,6 +20,7 @@ from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.training import loop
 from latent_diffusion.training.best import Best
+from latent_diffusion.training.evaluator import _featured
 from latent_diffusion.training.start import Start
 from latent_diffusion.training.stop import Stop
 
@@ -144,3 +145,13 @@ def test_training_measures_a_distance_and_keeps_the_best_by_it(tmp_path):
     assert json.loads(logged[0]) == record
     with pytest.raises(ValueError, match="holds a first stage; its metrics: psnr, ssim"):
         evaluate(workdir=str(tmp_path), metrics=["fd"], features="alexnet")
+
+
+def test_the_distance_is_that_of_the_samples_and_not_of_their_hints():
+    def show(*_):
+        names = ("inputs", "samples", "hints")
+        return {name: jnp.full((1, 2, 2, 3), x) for name, x in zip(names, (-1, 0, 1), strict=True)}
+
+    step = _featured(show, lambda params, levels: {"features": levels.mean((1, 2, 3))})
+    features = step({}, ({}, {}), {}, None)
+    np.testing.assert_allclose([features["real"], features["made"]], [[0], [128]])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +195,10 @@ def test_files_of_the_original_and_of_diffusers_are_read_and_written_bitwise(tmp
     fields = {**fields, "global_pooling": True}
     net = ControlWeights(path="net", params=params, fields=files.frozen(fields), bgr=True)
     write_control(net, tmp_path / "folder", "diffusers")
-    write_control(net, tmp_path / "net.safetensors", "compvis")
+    with pytest.raises(ValueError, match="net averages its residuals"):
+        write_control(net, tmp_path / "net.safetensors", "compvis")
+    plain = files.frozen({**fields, "global_pooling": False})
+    write_control(net.replace(bgr=False, fields=plain), tmp_path / "net.safetensors", "compvis")
     folder = read_adapter(tmp_path / "folder")
     assert folder.bgr and folder.fields["global_pooling"] and folder.blocks == net.blocks
     single = read_adapter(tmp_path / "net.safetensors")
@@ -202,6 +206,22 @@ def test_files_of_the_original_and_of_diffusers_are_read_and_written_bitwise(tmp
         assert read.params.keys() == net.params.keys()
         for name, array in net.params.items():
             np.testing.assert_array_equal(read.params[name], array)
+    # The original's hints are RGB; its files don't say that residuals are averaged.
+    write_control(net.replace(fields=plain), tmp_path / "bgr.safetensors", "compvis")
+    turned, hint = (
+        read_adapter(tmp_path / "bgr.safetensors").params,
+        "input_hint_block/conv_0/kernel",
+    )
+    np.testing.assert_array_equal(turned[hint], net.params[hint][:, :, ::-1])
+    shuffle = tmp_path / "control_v11e_sd15_shuffle.safetensors"
+    shutil.copy(tmp_path / "net.safetensors", shuffle)
+    assert read_adapter(shuffle).fields["global_pooling"]
+    assert not single.fields["global_pooling"]
+    for pooled in (False, True):
+        yaml = f"model:\n  params:\n    global_average_pooling: {pooled}\n"
+        for path in (shuffle, tmp_path / "net.safetensors"):
+            path.with_suffix(".yaml").write_text(yaml)
+            assert read_adapter(path).fields["global_pooling"] == pooled
     write_control(folder, tmp_path / "again", "diffusers")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         old, new = ((tmp_path / f / name).read_bytes() for f in ("folder", "again"))
@@ -235,6 +255,17 @@ BAD = [
     (lambda net: [(net, HINTS, 1.0, {"start": 0.5, "end": 0.5})], "0 ≤ start < end ≤ 1"),
     (lambda net: [(narrow(net), HINTS, 1.0)], r"net: middle_block_0/.* is .*, that of the U-Net"),
 ]
+
+
+def test_a_difference_to_an_inpainting_u_net_is_added_to_the_part_for_the_latent():
+    kernel = "input_blocks_0_0/kernel"
+    rng = np.random.default_rng(0)
+    whole, change = rng.normal(size=(3, 3, 9, 8)), rng.normal(size=(3, 3, 4, 8))
+    net = ControlWeights(
+        path="net", params={kernel: change}, fields=files.frozen({}), difference=True
+    )
+    got = flatten_dict(net.tree({"input_blocks_0_0": {"kernel": whole}}), sep="/")[kernel]
+    np.testing.assert_allclose(got, whole[:, :, :4] + change, atol=1e-6)
 
 
 def narrow(net):

@@ -11,6 +11,7 @@ import pytest
 import test_convert_round_trips as models
 import yaml
 from safetensors.numpy import load_file, save_file
+from test_tokenizers import write_clip
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
@@ -19,6 +20,7 @@ from latent_diffusion.convert.bundle import conditioner_shapes, with_folded_scal
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.core.rng import example_keys, sampling_keys
+from latent_diffusion.data.tokenizers import ClipTokenizer
 from latent_diffusion.files.tensor import TensorFile, in_memory
 from latent_diffusion.nets.layers import guidance_embedding
 from latent_diffusion.process.plan import plan
@@ -211,6 +213,14 @@ def test_files_say_what_was_assumed(tmp_path, caplog):
         assert said["prediction"] == prediction
         assert f"sd.ckpt: taken for a model that predicts {prediction}, as" in caplog.text
         assert "a yaml beside it with parameterization: eps or v says otherwise" in caplog.text
+    for channels, prediction in ((4, "v"), (5, "eps"), (9, "eps")):  # 5: depth, 9: inpainting
+        caplog.clear()
+        first = in_memory(np.zeros((320, channels, 3, 3), np.float32))
+        name = "model.diffusion_model.input_blocks.0.0.weight"
+        opened = TensorFile({name: first}, {})
+        said = compvis._diffusion(tmp_path / "sd.ckpt", opened, {}, released)
+        assert said["prediction"] == prediction
+        assert ("taken for" in caplog.text) == (channels == 4)
 
 
 def test_convolutions_beside_the_latent_may_be_absent(pipeline, tmp_path):
@@ -328,3 +338,29 @@ def test_a_folded_scale_is_the_scale_of_the_latents():
     np.testing.assert_allclose(
         decoded, apply(bundle, "post_quant_conv", mean), rtol=1e-4, atol=1e-4
     )
+
+
+def test_arguments_for_another_kind_of_path_are_refused(pipeline, tmp_path):
+    convert.write(models.make_bundle("clip"), tmp_path / "run", "orbax")
+    convert.write(convert.Bundle(autoencoder=models.make_bundle("text").autoencoder),
+                  tmp_path / "vae.safetensors", "compvis")  # fmt: skip
+    for path, argument, kind in (
+        (pipeline, {"config": "x.yaml"}, "single files"),
+        (pipeline, {"ema": False}, "single files"),
+        (tmp_path / "run", {"ema": True}, "single files"),
+        (tmp_path / "run", {"variant": "fp16"}, "folders of diffusers"),
+        (tmp_path / "vae.safetensors", {"variant": "fp16"}, "folders of diffusers"),
+    ):
+        ((name, value),) = argument.items()
+        with pytest.raises(ValueError, match=f"{name}={value} is for {kind}"):
+            convert.read(path, **argument)
+
+
+def test_a_folder_without_a_tokenizer_takes_the_one_that_is_named(tmp_path):
+    bare = models.make_bundle("clip")
+    write_clip(tmp_path / "words")
+    for name, format in (("run", "orbax"), ("folder", "diffusers")):
+        convert.write(bare, tmp_path / name, format)
+        assert convert.read(tmp_path / name).tokenizer is None
+        read = convert.read(tmp_path / name, tokenizer=tmp_path / "words").tokenizer
+        assert read.to_dict() == ClipTokenizer.read(tmp_path / "words", 5).to_dict()

@@ -387,6 +387,14 @@ def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
         ({"control": "edges"}, "a distillation has no control, which is 'edges'"),
         ({"textual_inversion.word": "<it>"}, "a distillation has no textual_inversion.word"),
         ({"diffusion.drop_rate": 0.1}, "a distillation has no diffusion.drop_rate, which is 0.1"),
+        ({"diffusion.max_noise": 0.2}, r"by consistency has no diffusion\.max_noise=0\.2"),
+        ({"diffusion.shift": 3.0}, r"by consistency has no diffusion\.shift=3\.0"),
+        ({"diffusion.timestep_sampling": "logit_normal"}, "no diffusion.timestep_sampling='logit"),
+        ({"diffusion.loss_weight": "min_snr"}, "no diffusion.loss_weight='min_snr'"),
+        (
+            {"distillation.method": "guidance", "diffusion.timestep_sampling": "loss"},
+            "by guidance has no diffusion.timestep_sampling='loss'",
+        ),
     ],
 )
 def test_bad_fields_are_one_line(fields, message):

@@ -16,6 +16,7 @@ from latent_diffusion.models.first_stage import (
     with_measured_scale,
 )
 from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.tasks import autoencoding
 
 
 def _pixels(seed):
@@ -95,3 +96,21 @@ def test_sampled_latents_differ_by_key_and_the_mode_does_not():
     np.testing.assert_array_equal(first_stage.latents(moments), moments[..., :2])
     assert np.abs(sampled - first_stage.latents(moments)).max() > 1e-3
     np.testing.assert_array_equal(first_stage.latents(moments, keys), sampled)
+
+
+@pytest.mark.parametrize("normalization", ["channel", "scalar"])
+def test_a_channel_that_is_constant_has_a_finite_scale(normalization):
+    """By rounding its variance may even be negative."""
+    mean, spread = np.array([1000.0, 3.0, -1.0]), np.array([-1e-9, 4.0, 0.0])
+    sums = [{"mean": mean, "mean_square": mean**2 + spread}]
+    stage = with_measured_scale(
+        FirstStage({}, jnp.ones(()), jnp.zeros(()), Identity()), sums, normalization
+    )
+    assert np.isfinite(stage.scale_factor).all() and np.isfinite(stage.shift).all()
+    if normalization == "channel":
+        np.testing.assert_allclose(stage.scale_factor, [1, 0.5, 1], rtol=1e-6)
+    dead = with_measured_scale(stage, [{"mean": mean, "mean_square": mean**2}], "channel")
+    np.testing.assert_array_equal(dead.scale_factor, np.ones(3))
+    moments = {"latent_mean": jnp.asarray(mean), "latent_mean_square": jnp.asarray(mean**2 - 1)}
+    logged = autoencoding._with_latent_std(moments)
+    assert all(np.isfinite(x) for x in logged.values()) and logged["latent_std_0"] == 0

@@ -286,6 +286,7 @@ BAD = {
     ),
     "a range": ([(IP, 300 * PICTURES, 1.0)], r"^ip: pictures: values in .*, expected \[-1, 1\]"),
     "a width": ([(IP, np.zeros((2, 9)), 1.0)], r"^ip: embeddings has shape \(2, 9\), .*\[N 10\]"),
+    "no picture": ([(IP, [], 1.0)], "^ip: no picture"),
     "a number": ([(IP, PICTURES[[0, 1, 1]], 1.0)], "^ip: 3 of pictures for 2 images"),
     "no encoder": (
         [(random_adapter(encoder=False), PICTURES, 1.0)],

@@ -16,6 +16,7 @@ from tiny import make_batch, make_config
 from latent_diffusion import convert
 from latent_diffusion.convert import clip_text, unet
 from latent_diffusion.convert.adapters import read_adapter, read_weights, write_kohya_lora
+from latent_diffusion.convert.adapters.names import pairs_of
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.optimisation import low_rank
@@ -274,3 +275,15 @@ def test_weights_of_adaptations_as_a_user_writes_them():
     ]
     with pytest.raises(ValueError, match="--lora=a:x: write FILE or FILE:WEIGHT"):
         read_weights(["a:x"])
+
+
+@pytest.mark.parametrize("time_width", [None, 256])
+def test_kohyas_names_are_the_originals_for_stable_diffusion_xl(time_width):
+    fields = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 1}
+    fields |= {"attention_resolutions": (2,), "out_channels": 4}
+    params = flatten_dict(unet.shapes(fields, 4, 16, None), sep="/")
+    notes = {} if time_width is None else {"time_width": time_width}
+    bundle = convert.Bundle(unet=convert.Part(fields, params), notes=notes)
+    names = {name for *_, pair in pairs_of(bundle, kohya=True) for name in pair.theirs}
+    block = "down_blocks.1.attentions.0" if time_width is None else "input_blocks.3.1"
+    assert f"{block}.transformer_blocks.0.attn1.to_q.weight" in names

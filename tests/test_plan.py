@@ -9,6 +9,7 @@ import several
 from conftest import ROOT
 from ml_collections import ConfigDict
 
+from configs import openmoji_preview
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.runtime.parallel import chips
 from latent_diffusion.training import planning
@@ -97,6 +98,22 @@ def test_facts_are_counted_once_and_remembered(tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps({"tiny": FACTS._asdict()}))
     assert planning.known_facts(config, "tiny", str(tmp_path / "facts.json")) == FACTS
     assert planning.known_facts(config, "other", None).flops == facts.flops
+
+
+def test_the_key_of_facts_is_of_the_experiment():
+    """Another variant of a file or another field is another experiment, another batch isn't."""
+
+    def key(**fields):
+        return planning.key("tiny", several.make_config(**fields))
+
+    assert key() == key(**{"batch_size": 64, "num_steps": 7, "parallel.mode": "mesh"})
+    assert len({key(), key(**{"data.image_size": 16}), key(**{"unet.model_channels": 16})}) == 3
+
+
+def test_a_tiny_first_stage_is_planned_and_checked():
+    config = openmoji_preview.get_config()
+    facts = planning.count(config)
+    assert facts.flops > 0 and facts.latent == 2 * 2 * 8 * 8 * 4
 
 
 def test_published_runs_do_not_beat_the_bounds():

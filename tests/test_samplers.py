@@ -443,6 +443,11 @@ def test_order_option(name, orders):
     assert sorted(errors.values(), reverse=True) == [errors[order] for order in orders]
 
 
+def test_groups_have_at_most_three_steps():
+    with pytest.raises(ValueError, match=r"order=4 of dpm_solver_pp_singlestep must be 1, 2 or 3"):
+        ours("dpm_solver_pp_singlestep", levels(16, end=0), order=4)
+
+
 def test_consistency_sampling_mixes_in_its_input():
     timesteps = jnp.array([10.0, -1.0])
     scaled = 10 * 0.1

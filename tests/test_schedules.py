@@ -248,3 +248,12 @@ def test_bad_input_is_one_clear_line():
 def test_betas_are_shares(ends):
     with pytest.raises(ValueError, match=r"^beta_start=.*; expected 0 to 1$"):
         make_schedule("linear", 10, *ends)
+
+
+@pytest.mark.parametrize("name", ["linear", "rectified_flow"])
+def test_a_schedule_of_one_timestep_is_finite(name):
+    schedule = make_schedule(name, 1)
+    for array in jax.tree.leaves(schedule):
+        assert np.isfinite(array).all() and len(array) == 1
+    with pytest.raises(ValueError, match="zero_terminal_snr needs at least 2 timesteps"):
+        make_schedule("linear", 1, zero_terminal_snr=True)

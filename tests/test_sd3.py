@@ -1,5 +1,7 @@
 """Stable Diffusion 3: three text encoders, its noise, its files, and training."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,11 @@ from t5_vocabulary import VOCABULARY
 import latent_diffusion as ldm
 from configs import sd3
 from latent_diffusion import convert
+from latent_diffusion.convert import diffusers
 from latent_diffusion.convert import sd3 as files
 from latent_diffusion.convert.bundle import Bundle, as_part, conditioner_shapes
 from latent_diffusion.convert.mmdit import shapes
-from latent_diffusion.convert.scheduler import from_diffusers, to_diffusers
+from latent_diffusion.convert.scheduler import ASSUMED, from_diffusers, to_diffusers
 from latent_diffusion.core.rng import example_keys
 from latent_diffusion.data.tokenizers import T5Tokenizer
 from latent_diffusion.nets.conditioners import make_conditioner
@@ -247,3 +250,18 @@ def test_the_experiment_takes_a_step(variant):
         adapted = flatten_dict(state.params["lora"]["mmdit"]).keys()
         assert {path[-2] for path in adapted} == {"kernel"} and len(adapted) == 2 * 7
         assert set(state.params) == {"lora"}
+
+
+def test_a_transformer_without_a_known_scheduler_is_a_flow():
+    """Its class alone says so, not the settings of Stable Diffusion 1."""
+    model = bundle()
+    model = replace(model, diffusion=ASSUMED, sampling={}, notes={"pipeline": files.BASE})
+    flow, usual = from_diffusers(files.SCHEDULER)
+    assert diffusers._assumed(model).diffusion == flow
+    config = {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 2.0}
+    read = diffusers._with_scheduler(model, config, None)
+    assert read.diffusion == flow and read.sampling["shift"] == 2.0
+    assert read.sampling["sampler"] == "FlowMatchHeunDiscreteScheduler"
+    assert (
+        read.sampling["spacing"] == usual["spacing"] and read.sampling["num_steps"] == files.STEPS
+    )

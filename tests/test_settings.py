@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from latent_diffusion.convert import autoencoder, compvis, cond_stage, unet_compvis
 from latent_diffusion.convert.settings import Settings
+from latent_diffusion.files.original_yaml import read_yaml
 from latent_diffusion.files.tensor import Tensor, TensorFile
 
 YAML = tomllib.loads((ROOT / "tests" / "keys" / "yaml.toml").read_text(encoding="utf-8"))
@@ -137,7 +138,7 @@ def test_numbers_with_exponents_are_numbers(tmp_path):
     """As OmegaConf reads them; in YAML 1.1 they are texts without a point."""
     file = tmp_path / "a.yaml"
     file.write_text("model: {a: 1e-4, b: -2E+3, c: 1.5e3, d: 1e4x, e: '1e-4', f: 0.5}")
-    read = compvis._load_yaml(file)
+    read = read_yaml(file)
     assert read == {"a": 1e-4, "b": -2e3, "c": 1500.0, "d": "1e4x", "e": "1e-4", "f": 0.5}
 
 

@@ -336,3 +336,23 @@ def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tm
     resolved = stages.resolve(config)
     assert resolved.autoencoder.channels == 12
     assert resolved.diffusion == config.diffusion
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "message"),
+    [
+        (
+            "prior",
+            {"data.bucket_step": 8},
+            "bucket_step=8: the task prior has pictures of one size",
+        ),
+        ("classifying", {"data.bucket_step": 8}, "the task classifying has pictures of one size"),
+        ("denoising", {"data.layout.centres": True}, "layout_map fills boxes: it needs"),
+    ],
+)
+def test_data_that_a_network_does_not_understand_are_refused(task, fields, message, tmp_path):
+    config = make_config(task, **fields)
+    if task == "denoising":
+        config.conditioners = ConfigDict({"layout_map": {}})
+    with pytest.raises(ValueError, match=message):
+        resolve(config, tmp_path)

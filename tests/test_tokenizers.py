@@ -2,6 +2,7 @@ import base64
 import gzip
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -264,6 +265,47 @@ def test_an_added_word_needs_a_row_of_the_text_encoder(tmp_path):
             with_tokenizer(bundle, tmp_path / "clip")
 
 
+def test_an_added_word_needs_a_row_of_both_encoders_and_both_tokenizers(tmp_path):
+    for folder in ("tokenizer", "tokenizer_2"):
+        write_clip(tmp_path / folder)
+    added = tmp_path / "tokenizer" / "added_tokens.json"
+    added.write_text(json.dumps({"<it>": len(CLIP)}))
+
+    def read(first, second):
+        rows = {"clip_text": first, "clip_text_2": second}
+        parts = {n: Part({"vocab_size": r, "max_length": 8}, {}, {}) for n, r in rows.items()}
+        bundle = with_tokenizer(Bundle(conditioners=parts), tmp_path / "tokenizer")
+        return with_second(bundle, tmp_path / "tokenizer_2")
+
+    with pytest.raises(ValueError, match=f"'<it>' has the id {len(CLIP)}, but a text encoder's"):
+        read(len(CLIP) + 1, len(CLIP))
+    with pytest.raises(ValueError, match="the added word '<it>' isn't the same in both tokenizers"):
+        read(len(CLIP) + 1, len(CLIP) + 1)
+    shutil.copy(added, tmp_path / "tokenizer_2")
+    assert read(len(CLIP) + 1, len(CLIP) + 1).tokenizer.added == {"<it>": (len(CLIP),)}
+
+
+def test_an_encoder_that_pads_with_token_0_does_so_unless_the_files_say_otherwise(tmp_path):
+    """Stable Diffusion 2, from a bare vocabulary; the refiner, whatever its tokenizer says."""
+    tokenizer = make("clip")
+    write_tokenizer(padded(tokenizer, 0), tmp_path / "bare")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "bare" / name).unlink(missing_ok=True)
+    write_tokenizer(tokenizer, tmp_path / "other")
+
+    def pad_id(name, folder, **fields):
+        fields = {"pad_id": 0, "max_length": 8, **fields}
+        bundle = with_tokenizer(
+            Bundle(conditioners={name: Part(fields, {}, {})}), tmp_path / folder
+        )
+        return bundle.conditioners[name].fields["pad_id"]
+
+    first = tokenizer.vocabulary.index("!")
+    assert pad_id("clip_text", "bare") == first == 0
+    assert pad_id("clip_text", "other") == tokenizer.pad_id != 0
+    assert pad_id("clip_text_2", "other", repad=True) == 0
+
+
 def test_three_text_encoders_have_the_tokenizers_of_their_folders(tmp_path):
     pair = make("clip_t5")
     for name, own in (("tokenizer", pair.clip), ("tokenizer_3", pair.t5)):
@@ -306,8 +348,15 @@ def test_bert_reads_the_files_there_are(tmp_path):
     single.write_text(json.dumps({"model": {"vocab": {t: i for i, t in enumerate(BERT)}}}))
     assert BertTokenizer.read(single, 6).to_dict() == make("bert").to_dict()
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    with pytest.raises(ValueError, match="no BERT tokenizer: ValueError: it is cased"):
-        BertTokenizer.read(folder)
+    for path in (folder, folder / "vocab.txt"):
+        with pytest.raises(ValueError, match="no BERT tokenizer: ValueError: it is cased"):
+            BertTokenizer.read(path)
+    model = json.loads(single.read_text())
+    single.write_text(json.dumps({**model, "normalizer": {"lowercase": False}}))
+    with pytest.raises(ValueError, match="it is cased"):
+        BertTokenizer.read(single)
+    single.write_text(json.dumps({**model, "normalizer": {"lowercase": True}}))
+    assert BertTokenizer.read(single, 6).to_dict() == make("bert").to_dict()
     with pytest.raises(ValueError, match=r"nowhere is no BERT tokenizer: .*No such file"):
         BertTokenizer.read(tmp_path / "nowhere")
 

@@ -25,6 +25,7 @@ from latent_diffusion.convert.compvis import read_compvis
 from latent_diffusion.convert.compvis_writing import write_compvis
 from latent_diffusion.convert.diffusers import is_diffusers, read_diffusers, write_diffusers
 from latent_diffusion.convert.orbax import read_orbax, write_orbax
+from latent_diffusion.convert.tokenizers import with_tokenizer
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import reading
 from latent_diffusion.runtime import workdir
@@ -63,8 +64,9 @@ def read(
 ) -> Bundle:
     """Read the model in a workdir, in a folder of diffusers, or in a file of the original.
 
-    config, ema, tokenizer: see `read_compvis`. variant: "fp16" or "non_ema" files of a folder.
-    Raises a ValueError that begins with the path for any other path, and for files that are damaged
+    config, ema, tokenizer: see `read_compvis`; only tokenizer is for folders, too. variant: "fp16"
+    or "non_ema" files of a folder of diffusers. Raises a ValueError that begins with the path for
+    any other path, for an argument that is for another kind of path, and for files that are damaged
     or not supported.
     """
     with reading(path):
@@ -78,19 +80,29 @@ def _read(
     variant: str | None,
     tokenizer: str | os.PathLike | None,
 ) -> Bundle:
+    yaml, words = (None if file is None else Path(file) for file in (config, tokenizer))
     if path.is_file():
-        yaml, words = (None if file is None else Path(file) for file in (config, tokenizer))
+        _refuse(path, "folders of diffusers", variant=variant)
         return read_compvis(path, yaml, ema, words)
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
-    if is_diffusers(path):
-        return read_diffusers(path, variant)
-    if (path / workdir.CONFIG).exists():
-        return read_orbax(path)
+    if is_diffusers(path) or (path / workdir.CONFIG).exists():
+        _refuse(path, "single files", config=config, ema=ema)
+        if not is_diffusers(path):
+            _refuse(path, "folders of diffusers", variant=variant)
+        bundle = read_diffusers(path, variant) if is_diffusers(path) else read_orbax(path)
+        return bundle if words is None else with_tokenizer(bundle, words)
     raise ValueError(
         f"{path} is no model: a workdir has a {workdir.CONFIG}, a folder of diffusers a "
         "model_index.json or a config.json"
     )
+
+
+def _refuse(path: Path, kind: str, **arguments: Any) -> None:
+    """Raise ValueError for an argument that has an effect on another kind of path alone."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{path}: {name}={value} is for {kind}")
 
 
 def write(

@@ -6,14 +6,12 @@ U-Net has the same size.
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from latent_diffusion.convert import (
     autoencoder,
@@ -42,14 +40,14 @@ from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import read_tensors, within
 from latent_diffusion.core.types import lookup
-from latent_diffusion.files.reading import read_bytes, reading
+from latent_diffusion.files.original_yaml import read_yaml
+from latent_diffusion.files.reading import reading
 from latent_diffusion.files.tensor import Tensor, TensorFile
 from latent_diffusion.files.tensors import open_tensors
 from latent_diffusion.process.schedules import BETAS, make_schedule
 
 log = logging.getLogger(__name__)
 
-MAX_YAML = 256 << 10  # bytes; the released models' files have a few thousand
 UNET, FIRST_STAGE, COND_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SAMPLING = {"sampler": "ddim", "num_steps": 50, "spacing": "original"}
 # Tensors that are not read: schedules are computed anew; losses and averages are for training.
@@ -172,7 +170,7 @@ def read_compvis(
     model = {}
     if config is not None:
         with reading(config):
-            model = _TARGET.complete(_load_yaml(config), "model")
+            model = _TARGET.complete(read_yaml(config), "model")
     bundle = _read(path, opened, model, ema)
     tokenizer = tokenizer or tokenizers.beside(path, bundle.conditioners)
     return bundle if tokenizer is None else tokenizers.with_tokenizer(bundle, tokenizer)
@@ -207,31 +205,6 @@ def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | 
         raise ValueError(f"{path} is a control net, no model: give it to load_adapter")
     some = ", ".join(list(opened.tensors)[:3])
     raise ValueError(f"{path}: no model of the original: its tensors are {some} …")
-
-
-class _Loader(yaml.SafeLoader):
-    """Builds plain data; refuses references, by which a short text can describe huge data.
-
-    Numbers such as 1e-4, which are strings in YAML 1.1, are numbers here, as in OmegaConf.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse a reference; compose any other node as usual."""
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("references (*name) are not supported")
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    with reading(path):
-        text = read_bytes(path, MAX_YAML).decode("utf-8")
-        model: dict[str, Any] = yaml.load(text, _Loader)["model"]
-        return model
 
 
 def _read_whole(
@@ -397,8 +370,11 @@ def _diffusion(
         betas = opened.tensors["betas"].read().astype(np.float64)
         fields |= recognise_schedule(make_schedule(betas=betas))
     is_base = opened.metadata.get("global_step") == _SD2_BASE_STEPS and released.prediction == "v"
-    prediction = "eps" if is_base else released.prediction
-    if released.prediction == "v":
+    first = opened.tensors.get(f"{UNET}input_blocks.0.0.weight")
+    # Stable Diffusion 2's models of depth and of inpainting are finetuned from the base model.
+    beside = first is not None and first.shape[:2] in ((320, 5), (320, 9))
+    prediction = "eps" if is_base or beside else released.prediction
+    if released.prediction == "v" and not beside:
         log.warning(
             "%s: taken for a model that predicts %s, as its tensors don't show; a yaml beside it "
             "with parameterization: eps or v says otherwise",

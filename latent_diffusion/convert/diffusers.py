@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latent_diffusion.convert import clip_image, scheduler, sd3, sdxl, tokenizers
+from latent_diffusion.convert import clip_image, dit, scheduler, sd3, sdxl, tokenizers
 from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_folded_scale
 from latent_diffusion.convert.components import (
     COMPONENTS,
@@ -77,13 +77,13 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     classes are refused.
     """
     if not (path / "model_index.json").is_file():
-        return replace(read_component(path, variant), diffusion=scheduler.ASSUMED)
+        return _assumed(read_component(path, variant))
     index = read_json(path / "model_index.json")
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
     named = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
-    bundle = Bundle(diffusion=scheduler.ASSUMED, notes={"pipeline": name, **named})
+    bundle = Bundle(notes={"pipeline": name, **named})
     if variant:  # some of the parts may lack it, but not all
         if not any(find_weights(folder, STEMS, variant) for folder in path.iterdir()):
             raise ValueError(f"{path}: none of its folders holds weights of variant {variant!r}")
@@ -108,6 +108,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     if (path / "scheduler").is_dir():
         config = read_json(path / "scheduler" / "scheduler_config.json")
         bundle = _with_scheduler(bundle, config, _components(path, index).get("scheduler"))
+    else:
+        bundle = _assumed(bundle)
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
     if (path / "tokenizer_2").is_dir() and "clip_text_2" in bundle.conditioners:
@@ -197,6 +199,14 @@ def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
     return Part(fields, {**part.params, **statistics}, part.unused)
 
 
+def _assumed(bundle: Bundle) -> Bundle:
+    """The bundle with the noise of the released models of its network, if no scheduler says it."""
+    if bundle.mmdit is not None:
+        diffusion, sampling = scheduler.from_diffusers(sd3.SCHEDULER)
+        return replace(bundle, diffusion=diffusion, sampling={**sampling, "num_steps": sd3.STEPS})
+    return replace(bundle, diffusion=scheduler.ASSUMED if bundle.dit is None else dit.DIFFUSION)
+
+
 def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
     """The bundle with the schedule and defaults of a scheduler. kind: its class in the index."""
     if kind is not None:
@@ -209,6 +219,11 @@ def _with_scheduler(bundle: Bundle, config: Json, kind: str | None) -> Bundle:
     # A distilled network without guidance_dim has learnt the guidance.
     sampling["guidance_scale"] = 1.0 if distilled else default
     if sd3.is_sd3(name):
+        if diffusion["prediction"] != "flow":  # of a class that isn't known
+            given = {key: config[key] for key in sd3.SCHEDULER if key in config}
+            given["_class_name"] = sd3.SCHEDULER["_class_name"]
+            diffusion, flow = scheduler.from_diffusers({**sd3.SCHEDULER, **given})
+            sampling = {**flow, **sampling}
         sampling["num_steps"] = sd3.STEPS
     notes = {**bundle.notes, "scheduler": config}
     return replace(bundle, diffusion=diffusion, sampling=sampling, notes=notes)

@@ -40,11 +40,11 @@ PATCHES, LABELS, POSITIONS = (
 )
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # width → heads, in the sizes S, B, L and XL
 # The released models' schedule and guided sampling (DiT's diffusion/ and sample.py).
-_DIFFUSION = {**ASSUMED, "schedule": "sqrt_linear", "beta_start": 1e-4, "beta_end": 0.02}
+DIFFUSION = {**ASSUMED, "schedule": "sqrt_linear", "beta_start": 1e-4, "beta_end": 0.02}
 _SAMPLING = {"sampler": "ddpm", "num_steps": 250, "spacing": "uniform", "guidance_scale": 4.0}
 _SAMPLING |= {"guidance_channels": 3}
 # The same for SiT's models, which are flows: 250 steps of Euler's method.
-_SIT = {**_DIFFUSION, "schedule": "rectified_flow", "prediction": "flow"}
+_SIT = {**DIFFUSION, "schedule": "rectified_flow", "prediction": "flow"}
 _SIT_SAMPLING = {**_SAMPLING, "sampler": "ddim", "spacing": "trailing"}
 _SETTINGS = Settings(
     names={
@@ -195,7 +195,7 @@ def read_dit(path: Path, tensors: Mapping[str, Tensor]) -> Bundle:
     return Bundle(
         dit=part,
         conditioners=classes,
-        diffusion=_SIT if sit else _DIFFUSION,
+        diffusion=_SIT if sit else DIFFUSION,
         sampling=_SIT_SAMPLING if sit else {**_SAMPLING, **learned},
         image_size=8 * fields["base_size"],
         scale_factor=0.18215,

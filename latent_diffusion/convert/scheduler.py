@@ -11,7 +11,7 @@ from latent_diffusion.core.types import Config, lookup
 
 log = logging.getLogger(__name__)
 
-# Stable Diffusion's schedule, for a U-Net without one.
+# Stable Diffusion's schedule, for a U-Net without one; see also `diffusers._assumed`.
 ASSUMED = {
     "schedule": "linear",
     "num_timesteps": 1000,

@@ -59,16 +59,19 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
         tokenizer = BertTokenizer.read(path, length)
     else:
         # Stable Diffusion 2 pads with "!", which a bare vocabulary doesn't show.
-        pad = "!" if path.is_file() and part.fields.get("pad_id") == 0 else None
+        pad = "!" if part.fields.get("pad_id") == 0 else None
         tokenizer = ClipTokenizer.read(path, length, pad)
-    rows = part.fields.get("vocab_size", tokenizer.vocab_size)
-    for word, ids in tokenizer.added.items():
-        if max(ids) >= rows:
-            raise ValueError(
-                f"{path}: the added word {word!r} has the id {max(ids)}, but the text encoder's "
-                f"table has {rows} rows"
-            )
-    part = replace(part, fields=text.with_tokenizer(part.fields, tokenizer))
+    readers = ("clip_text", "clip_text_2") if name == "clip_text" else (name,)
+    for reader in (bundle.conditioners[name] for name in readers if name in bundle.conditioners):
+        rows = reader.fields.get("vocab_size", tokenizer.vocab_size)
+        for word, ids in tokenizer.added.items():
+            if max(ids) >= rows:
+                raise ValueError(
+                    f"{path}: the added word {word!r} has the id {max(ids)}, but a text encoder's "
+                    f"table has {rows} rows"
+                )
+    own = {"pad_id": part.fields["pad_id"]} if part.fields.get("repad") else {}
+    part = replace(part, fields={**text.with_tokenizer(part.fields, tokenizer), **own})
     bundle = replace(bundle.with_part(name, part), tokenizer=tokenizer)
     if name == "clip_text" and "clip_text_2" in bundle.conditioners:
         part = bundle.conditioners["clip_text_2"]  # keeps its padding
@@ -87,7 +90,8 @@ def with_second(bundle: Bundle, path: Path) -> Bundle:
     """The bundle with the padding of the second text encoder's tokenizer, which lies at `path`.
 
     In a model without a first encoder it becomes the model's tokenizer. Raises ValueError if its
-    vocabulary differs from the first tokenizer's: both encoders read the same row of tokens.
+    vocabulary or its added words differ from the first tokenizer's: both encoders read the same row
+    of tokens.
     """
     if "clip_text" not in bundle.conditioners:
         return with_tokenizer(bundle, path)
@@ -96,6 +100,11 @@ def with_second(bundle: Bundle, path: Path) -> Bundle:
     second = ClipTokenizer.read(path, part.fields.get("max_length", _LENGTH))
     if not isinstance(first, ClipTokenizer) or first.vocabulary != second.vocabulary:
         raise ValueError(f"{path} has another vocabulary than the first tokenizer")
+    if first.added != second.added:
+        words = sorted(first.added.items() ^ second.added.items(), key=str)
+        raise ValueError(
+            f"{path}: the added word {words[0][0]!r} isn't the same in both tokenizers"
+        )
     fields = {**part.fields, "pad_id": second.pad_id}
     return bundle.with_part("clip_text_2", replace(part, fields=fields))
 

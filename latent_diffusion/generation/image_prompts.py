@@ -65,6 +65,8 @@ def entries(image_prompts: Sequence[Any], total: int) -> dict[str, np.ndarray]:
     """The batch entries "image_prompt_0" … [total K …]: embeddings of K pictures for an image."""
     batch = {}
     for i, (adapter, pictures, _) in enumerate(checked(image_prompts)):
+        if not len(pictures):
+            raise ValueError(f"{adapter.path}: no picture")
         listed = isinstance(pictures, list | tuple) and np.ndim(pictures[0]) > 0
         try:
             several = [_embedded(adapter, x) for x in (pictures if listed else [pictures])]

@@ -102,11 +102,17 @@ def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> Fir
     return FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
 
 
+def _root(variance: np.ndarray) -> np.ndarray:
+    """The standard deviation, which a constant channel lacks: 1 instead."""
+    std = np.sqrt(np.maximum(variance, 0))
+    return np.where(std > 1e-6 * np.max(std), std, 1.0)
+
+
 # (mean [c], mean square [c]) of the latents -> (shift, standard deviation). "scalar", as in the
 # paper, is one standard deviation over all elements, without a shift.
 NORMALIZATIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-    "scalar": lambda m, m2: (np.zeros(()), np.asarray(np.sqrt(np.mean(m2) - np.mean(m) ** 2))),
-    "channel": lambda m, m2: (m, np.sqrt(m2 - m**2)),
+    "scalar": lambda m, m2: (np.zeros(()), _root(np.mean(m2) - np.mean(m) ** 2)),
+    "channel": lambda m, m2: (m, _root(m2 - m**2)),
     "none": lambda m, m2: (np.zeros(()), np.ones(())),
 }
 

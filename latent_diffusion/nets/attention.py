@@ -34,7 +34,10 @@ class SingleHeadAttention2D(nn.Module):
 
 
 class LinearAttention2D(nn.Module):
-    """Attention in O(L): softmax over the positions of k only (Shen et al. 2018), one head."""
+    """Attention in O(L): softmax over the positions of k only (Shen et al. 2018), one head.
+
+    As in the original, x isn't added to the output.
+    """
 
     dtype: Any = None
 
@@ -46,7 +49,7 @@ class LinearAttention2D(nn.Module):
         k = nn.softmax(k.astype(jnp.float32), axis=1).astype(k.dtype)
         summary = jnp.einsum("bld,ble->bde", k, v)
         h = jnp.einsum("bld,bde->ble", q, summary)
-        return x + Dense(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
+        return Dense(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
 
 
 class AttentionBlock(nn.Module):

@@ -158,6 +158,8 @@ def make_schedule(
         betas = curve(num_timesteps, beta_start, beta_end, cosine_s)
     root = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     if zero_terminal_snr:
+        if len(root) == 1:
+            raise ValueError("zero_terminal_snr needs at least 2 timesteps, not num_timesteps=1")
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return _tabulate(root, np.sqrt(1 - root**2))
 
@@ -193,7 +195,8 @@ def _tabulate(
 ) -> NoiseSchedule:
     alpha_bar = alphas**2 / (alphas**2 + sigmas**2)
     # Where alpha is 0 (zero terminal SNR), log-SNR stays finite: just below its predecessor's.
-    bounded = np.where(alpha_bar > 0, alpha_bar, min(2.0**-24, alpha_bar[-2] / 2))
+    before = alpha_bar[-2] if len(alpha_bar) > 1 else 1.0
+    bounded = np.where(alpha_bar > 0, alpha_bar, min(2.0**-24, before / 2))
     log_snr = np.log(bounded) - np.log1p(-bounded)
     betas = 1 - bounded / np.append(1.0, bounded[:-1])
     stored = functools.partial(jnp.asarray, dtype=jnp.float32)

@@ -351,8 +351,9 @@ def _with_latent_std(metrics: Metrics) -> Metrics:
     """Replace the per-channel moments of the latents by their standard deviations."""
     metrics = dict(metrics)
     mean, mean_square = metrics.pop("latent_mean"), metrics.pop("latent_mean_square")
-    overall = jnp.sqrt(jnp.mean(mean_square) - jnp.square(jnp.mean(mean)))
-    std = jnp.sqrt(mean_square - jnp.square(mean))
+    # By rounding, the variance of a constant channel may be negative.
+    overall = jnp.sqrt(jnp.maximum(jnp.mean(mean_square) - jnp.square(jnp.mean(mean)), 0))
+    std = jnp.sqrt(jnp.maximum(mean_square - jnp.square(mean), 0))
     return metrics | {"latent_std": overall, **{f"latent_std_{i}": s for i, s in enumerate(std)}}
 
 

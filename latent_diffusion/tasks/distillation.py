@@ -232,6 +232,16 @@ def make_distillation(config: Config) -> Distillation:
     for name, value in other.items():
         if value:
             raise ValueError(f"a distillation has no {name}, which is {value!r}: turn it off")
+    diffusion = config["diffusion"]
+    wrong = ["timestep_sampling"] if diffusion["timestep_sampling"] == "loss" else []
+    if fields["method"] == "consistency":  # all timesteps of its grid are alike
+        usual: Config = {"timestep_sampling": "uniform", "loss_weight": "simple"}
+        usual |= {"shift": 1, "max_noise": 1}
+        wrong = [name for name, value in usual.items() if diffusion[name] != value]
+    for name in wrong:
+        raise ValueError(
+            f"a distillation by {fields['method']} has no diffusion.{name}={diffusion[name]!r}"
+        )
     student = dataclasses.replace(make_denoising(config), pretrained=names)
     if fields["method"] not in METHODS:
         raise ValueError(f"distillation.method={fields['method']!r}; known: {', '.join(METHODS)}")

@@ -36,6 +36,11 @@ class Evaluator:
         self._show = parallel.compile_eval(task.show, mode, **layout)
         self._net = None
         if config.log.distance:
+            if config.task == "classifying":
+                raise ValueError(
+                    f"log.distance={config.log.distance!r} is of samples or reconstructions; a "
+                    "classifier makes none"
+                )
             if min(config.log.distance_images, len(source)) < MIN_IMAGES:
                 raise ValueError(
                     f"log.distance_images={config.log.distance_images} of {len(source)} test "
@@ -131,7 +136,7 @@ def _featured(show: Callable[..., Any], apply: Callable[..., Any]) -> Callable[.
     def features(state: Any, constants: Any, batch: Any, rng: Any, **options: Any) -> Any:
         constants, params = constants
         shown = show(state, constants, batch, rng, **options)
-        *_, made = shown.values()  # reconstructions or samples
+        made = shown["samples" if "samples" in shown else "reconstructions"]
         pair = {"real": shown["inputs"], "made": made}
         return {k: apply(params, levels_of(x))["features"] for k, x in pair.items()}
 

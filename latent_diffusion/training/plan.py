@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
     config = CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
-        facts = planning.known_facts(config, name, FACTS.value)
+        facts = planning.known_facts(config, planning.key(name, config), FACTS.value)
         if PER_CORE.value:
             facts = facts._replace(images_per_core=PER_CORE.value)
         run = planning.plan(

@@ -1,5 +1,6 @@
 """Lower bounds for a large run, from counts and published rates, for `training.plan`."""
 
+import hashlib
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from PIL import Image
 from latent_diffusion import data
 from latent_diffusion.core.types import lookup
 from latent_diffusion.data.pictures import read_image
+from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel.chips import num_chips, parse_topology
 from latent_diffusion.tasks import TASKS
@@ -74,7 +76,8 @@ def count(config: Any) -> Facts:
     config = config.copy_and_resolve_references().unlock()
     config.batch_size = config.grad_accumulation = 1
     for part in (config[config.backbone], config.autoencoder):
-        part.attention = "xla"
+        if "attention" in part:
+            part.attention = "xla"
         if "remat" in part:
             part.remat = "none" if isinstance(part.remat, str) else False
     task: Any = lookup(TASKS, config.task, "task")(config)
@@ -95,9 +98,10 @@ def _latent_bytes(config: Any) -> int:
     stage = config.autoencoder
     if stage.regularization == "identity":
         return 0
-    side = config.data.image_size // 2 ** (len(stage.channel_mult) - 1)
+    module = make_autoencoder(stage)
+    side = config.data.image_size // module.downsampling
     numbers = 2 if stage.regularization == "kl" else 1
-    return 2 * 2 * numbers * side**2 * stage.embed_dim
+    return 2 * 2 * numbers * side**2 * module.latent_channels
 
 
 def measure(config: Any) -> float:
@@ -200,6 +204,15 @@ def report(run: Plan, topology: str, batch_size: int) -> str:
 
 def _size(num_bytes: int | float) -> str:
     return f"{num_bytes / 1e12:,.1f} TB" if num_bytes >= 1e12 else f"{num_bytes / 1e9:,.1f} GB"
+
+
+def key(name: str, config: Any) -> str:
+    """The key of an experiment's facts: its name, and a hash of the fields that they depend on."""
+    fields = config.to_dict()
+    for other in ("batch_size", "num_steps", "grad_accumulation", "log", "checkpoint", "parallel"):
+        fields.pop(other, None)
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def known_facts(config: Any, name: str, path: str | None) -> Facts:

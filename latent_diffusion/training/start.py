@@ -62,6 +62,13 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
         raise ValueError(
             "checkpoint.averages_every_steps needs widths in optimizer.averages, e.g. (0.05, 0.1)"
         )
+    if config.data.layout.centres and "layout_map" in config.conditioners:
+        raise ValueError("layout_map fills boxes: it needs data.layout.centres=False")
+    if config.data.bucket_step and config.task in ("prior", "classifying"):
+        raise ValueError(
+            f"data.bucket_step={config.data.bucket_step}: the task {config.task} has pictures of "
+            "one size"
+        )
     run = workdir.load_run(directory)
     config = with_files(config) if run is None else settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")

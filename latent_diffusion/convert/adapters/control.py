@@ -1,6 +1,8 @@
 """Files of control nets: the original's (whole, or differences to a U-Net), diffusers' folders."""
 
+import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +21,16 @@ from latent_diffusion.convert.settings import Settings, check_groups
 from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Rule, Table, within, write_tensors
 from latent_diffusion.core.types import Params, module_fields
+from latent_diffusion.files.original_yaml import read_yaml
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.files.tensors import write_safetensors
+from latent_diffusion.nets.conditioners.sizes import Sizes
 from latent_diffusion.nets.control import HINT, ControlNet, control_net
 from latent_diffusion.nets.eight_bits import layer_params
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.runtime import workdir
+
+log = logging.getLogger(__name__)
 
 CLASS = "ControlNetModel"
 _PREFIX = "control_model."
@@ -108,11 +114,16 @@ class ControlWeights(Adapter):
     def tree(self, params: Params) -> Params:
         """The parameters of a `ControlNet` and its `HintNet`. params: the U-Net's parameters."""
         base = flat(params) if self.difference else {}
-        whole = {
-            path: jnp.asarray(x) + layer_params(base[path]) if path in base else jnp.asarray(x)
-            for path, x in self.params.items()
-        }
+        whole = {path: jnp.asarray(x) for path, x in self.params.items()}
+        for path in whole.keys() & base.keys():
+            whole[path] += _of_latent(path, base[path], whole[path])
         return unflatten_dict(whole, sep="/")
+
+
+def _of_latent(path: str, parameter: Any, like: Any) -> Any:
+    """The U-Net's parameter; of a convolution of further channels, the part for the latent."""
+    parameter = layer_params(parameter)
+    return parameter[:, :, : like.shape[2]] if path == _CONV_IN else parameter
 
 
 def residual_names(net: UNet) -> Iterator[str]:
@@ -153,7 +164,24 @@ def read_original(path: Path, tensors: Mapping[str, Tensor]) -> ControlWeights:
     linear = projection is not None and len(projection.shape) == 2
     widths_of_inputs = unet_compvis.widths(weights, {})
     part = _part(path, fields, _original(fields, linear), weights, widths_of_inputs)
-    return _weights(path, part, linear=linear, difference=_DIFFERENCE in tensors)
+    further = {"linear": linear, "difference": _DIFFERENCE in tensors}
+    part = replace(part, fields={**part.fields, "global_pooling": _is_pooled(path)})
+    return _weights(path, part, **further)
+
+
+def _is_pooled(path: Path) -> bool:
+    """Whether an original net's residuals are averaged: its yaml says so, or its name.
+
+    The tensors don't show it. The released net of this kind is control_v11e_sd15_shuffle.
+    """
+    yaml = path.with_suffix(".yaml")
+    if yaml.is_file():
+        params = read_yaml(yaml).get("params") or {}
+        return bool(params.get("global_average_pooling", False))
+    pooled = path.stem.endswith(("_shuffle", "_shuffle_fp16"))
+    if pooled:
+        log.info("%s: its residuals are averaged over positions, as its name says", path)
+    return pooled
 
 
 def read_folder(path: Path, config: Mapping[str, Any]) -> ControlWeights:
@@ -201,7 +229,14 @@ def read_workdir(path: Path) -> ControlWeights:
     convs = sum(name.startswith(f"{HINT}/") and name.endswith("/kernel") for name in arrays)
     widths = (arrays[f"{HINT}/conv_{2 * i}/kernel"].shape[3] for i in range(0, convs - 1, 2))
     fields = {**module_fields(config.unet), "hint_channels": tuple(widths), "global_pooling": False}
-    return ControlWeights(path=str(path), params=arrays, fields=frozen(fields))
+    sizes = config.conditioners.get("sizes")
+    return ControlWeights(
+        path=str(path),
+        params=arrays,
+        fields=frozen(fields),
+        linear=sizes is not None,
+        time_width=None if sizes is None else Sizes(**sizes).width,
+    )
 
 
 def _mirrored(downs: Any) -> list[str]:
@@ -274,7 +309,7 @@ def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
     """Write a control net as the original's file ("compvis") or as diffusers' folder.
 
     A difference to a U-Net stays a difference; for diffusers, which has no such files, it is
-    refused with a ValueError.
+    refused with a ValueError. The original's file can't say that residuals are averaged.
     """
     tensors = {k: in_memory(np.asarray(x)) for k, x in adapter.params.items()}
     fields = _of_unet(adapter.fields)
@@ -282,6 +317,14 @@ def write_control(adapter: ControlWeights, path: Path, format: str) -> None:
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: the name of a control net's file ends in .safetensors")
         check_groups(ControlNet(**adapter.fields))
+        if adapter.fields["global_pooling"]:
+            raise ValueError(
+                f"{adapter.path} averages its residuals (global_pool_conditions), which the "
+                "original's files can't say; write it for diffusers"
+            )
+        if adapter.bgr:
+            first = f"{HINT}/conv_0/kernel"
+            tensors[first] = in_memory(np.asarray(adapter.params[first])[:, :, ::-1].copy())
         written = write_tensors(_original(adapter.fields, adapter.linear), tensors)
         named = {_PREFIX + name: t for name, t in written.items()}
         if adapter.difference:

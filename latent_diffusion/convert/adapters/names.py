@@ -32,13 +32,16 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
     """For each parameter with a name in diffusers: name and part, prefix of the names, and `Pair`.
 
     kohya: yield the names from which kohya's sd-scripts derive theirs. They are the original's for
-    Stable Diffusion 3; a DiT has none.
+    Stable Diffusion XL and 3; a DiT has none.
     """
     for name, part in bundle.parts():
         table: Table
         if name == "unet":
             linear, text_time = bundle.linear_projections, bundle.time_width is not None
-            prefix, table = "unet", unet.diffusers_table(part.fields, linear, text_time)
+            table = unet.diffusers_table(part.fields, linear, text_time)
+            if kohya and text_time:
+                table = unet.compvis_table(part.fields, linear)
+            prefix = "unet"
         elif name == "mmdit" and kohya:
             prefix, table = "unet", mmdit.original_table(part.fields)
         elif name == "mmdit":

@@ -28,7 +28,7 @@ from latent_diffusion.data.tokenizers.rows import (
     reading_as,
     write_json,
 )
-from latent_diffusion.files.reading import read_json, read_text
+from latent_diffusion.files.reading import MAX_TEXT, read_json, read_text
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL = (PAD, UNK, CLS, SEP, "[MASK]")
@@ -96,11 +96,8 @@ class BertTokenizer:
         if (path / "tokenizer").is_dir():
             path = path / "tokenizer"
         with reading_as(path, "no BERT tokenizer"):
-            settings = path / "tokenizer_config.json"
-            if settings.is_file():
-                content = read_json(settings)
-                if not content.get("do_lower_case", True):
-                    raise ValueError("it is cased; only uncased ones are supported")
+            if _is_cased(path):
+                raise ValueError("it is cased; only uncased ones are supported")
             plain = cls(_read_vocabulary(path), max_length)
             tokenizer: BertTokenizer = with_words(plain, read_added(path, _SPECIAL))
             return tokenizer
@@ -164,6 +161,19 @@ class BertTokenizer:
     def save(self, path: str | Path) -> None:
         """Write JSON that `load_tokenizer` reads."""
         write_json(self, path)
+
+
+def _is_cased(path: Path) -> bool:
+    """Whether a folder, or the files beside a vocabulary, say that letters keep their case."""
+    folder = path if path.is_dir() else path.parent
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and not read_json(settings).get("do_lower_case", True):
+        return True
+    single = path if path.suffix == ".json" else folder / "tokenizer.json"
+    if path.suffix == ".txt" or not single.is_file():
+        return False
+    normalizer = read_json(single, MAX_TEXT).get("normalizer") or {}
+    return normalizer.get("lowercase") is False or normalizer.get("strip_accents") is False
 
 
 def _read_vocabulary(path: Path) -> list[str]:

@@ -111,17 +111,17 @@ class ClipTokenizer:
     ) -> "ClipTokenizer":
         """Read a pipeline of diffusers, a folder of a tokenizer, or one of their files.
 
-        max_length, pad: None takes the folder's settings, or 77 and the end token. Raises
-        ValueError that names a path without such a tokenizer.
+        max_length: None takes the folder's settings, or 77. pad: the padding where no file names
+        one, by default the end token. Raises ValueError that names a path without such a tokenizer.
         """
         path = Path(path)
         if (path / "tokenizer").is_dir():
             path = path / "tokenizer"
         with reading_as(path, "no CLIP tokenizer"):
-            length, padding, any_case = _read_settings(path)
-            added = read_added(path, {BOS, EOS, pad or padding})
+            length, padding, any_case = _read_settings(path, pad or EOS)
+            added = read_added(path, {BOS, EOS, padding})
             vocabulary, merges = _read_files(path, added)
-            plain = cls(vocabulary, merges, max_length or length, pad or padding, any_case)
+            plain = cls(vocabulary, merges, max_length or length, padding, any_case)
             tokenizer: ClipTokenizer = with_words(plain, added)
             return tokenizer
 
@@ -268,8 +268,8 @@ def _by_id(ids: dict[str, int]) -> list[str]:
     return tokens
 
 
-def _read_settings(path: Path) -> tuple[int, str, list[str]]:
-    """max_length, pad and any_case in files beside the vocabulary; default: 77, the end, none."""
+def _read_settings(path: Path, usual: str) -> tuple[int, str, list[str]]:
+    """max_length, pad and any_case in files beside the vocabulary; default: 77, `usual`, none."""
     config, special = (
         read_json(path / name) if (path / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
@@ -282,7 +282,7 @@ def _read_settings(path: Path) -> tuple[int, str, list[str]]:
     if not tokens and single.is_file():
         tokens = read_json(single, MAX_TEXT).get("added_tokens", [])
     roles = {**config, **special}  # the last file takes precedence
-    pad = roles.get("pad_token") or EOS
+    pad = roles.get("pad_token") or usual
     tokens = tokens or [roles[f"{role}_token"] for role in _ROLES if roles.get(f"{role}_token")]
     any_case: dict[str, bool] = {}
     for token in tokens:  # a token that has several roles has the flag in each of them

@@ -107,6 +107,8 @@ def dpm_solver_pp_singlestep(
     completes a group and doesn't end at clean data.
     """
     weight = lookup(_SLOPE_WEIGHTS, solver_type, "solver_type")
+    if not 1 <= order <= 3:
+        raise ValueError(f"order={order} of dpm_solver_pp_singlestep must be 1, 2 or 3")
     here, there = steps(schedule, timesteps)
     row = jnp.arange(len(here.t))
     orders = row % order + 1
