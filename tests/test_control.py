@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from test_model import RNG, model
 from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
+from configs import default
 from latent_diffusion.convert.adapters import ControlWeights, read_adapter, write_control
 from latent_diffusion.convert.adapters import control as files
 from latent_diffusion.convert.bundle import Bundle, as_part
@@ -255,6 +257,30 @@ BAD = [
     (lambda net: [(net, HINTS, 1.0, {"start": 0.5, "end": 0.5})], "0 ≤ start < end ≤ 1"),
     (lambda net: [(narrow(net), HINTS, 1.0)], r"net: middle_block_0/.* is .*, that of the U-Net"),
 ]
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_net_that_was_trained_here_is_written_for_the_pipeline_of_its_base(
+    xl, tmp_path, monkeypatch
+):
+    fields = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 1}
+    fields |= {"attention_resolutions": (2,), "out_channels": 4, "vector_projection": xl}
+    net = {**fields, "hint_channels": (16, 32), "global_pooling": False}
+    shapes = files.shapes(net, 4, 16, 24 if xl else None)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    config = default.get_config()
+    config.unet.update(fields)
+    config.conditioners = ConfigDict({"sizes": {"width": 8}} if xl else {})
+    monkeypatch.setattr(files, "read_config", lambda path: config)
+    monkeypatch.setattr(files.workdir, "open_entry", lambda path, name: {"control": params})
+    write_control(files.read_workdir(tmp_path), tmp_path / "net", "diffusers")
+    written = json.loads((tmp_path / "net" / "config.json").read_text())
+    tensors = load_file(tmp_path / "net" / "diffusion_pytorch_model.safetensors")
+    named = "add_embedding.linear_1.weight" in tensors
+    assert (written.get("addition_embed_type"), named) == (
+        ("text_time", True) if xl else (None, False)
+    )
+    assert written.get("class_embed_type") is None and written["use_linear_projection"] == xl
 
 
 def test_a_difference_to_an_inpainting_u_net_is_added_to_the_part_for_the_latent():
