@@ -277,6 +277,22 @@ def test_a_large_folder_is_described_again_when_a_file_changes_and_only_then(
     assert len(everything(folder, "image_folder")) == 3 and len(calls) == 3
 
 
+def test_a_link_to_nowhere_in_a_large_folder_is_skipped(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(image_folder, "LARGE", 2)
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "pictures" / "1a.png").symlink_to(tmp_path / "nowhere")
+    source = everything(tmp_path / "pictures", "image_folder")
+    assert len(source) == 4 and [source[i]["name"] for i in (0, 1, 3)] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
+    source[2]
+    assert "1a.png" in caplog.text
+
+
 def test_the_index_of_a_large_folder_is_of_its_share_for_tests(tmp_path, monkeypatch):
     folder = tmp_path / "pictures"
     folder.mkdir()

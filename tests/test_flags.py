@@ -371,3 +371,9 @@ def test_a_port_that_no_machine_has_is_refused():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "flag --port=65536: 65536 is not an integer in the range [0, 65535]" in done.stderr
+
+
+def test_a_token_that_no_header_can_carry_is_refused():
+    command = [sys.executable, "-m", "latent_diffusion.serve", "--model=x", "--token=wörd"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "error: --token has letters, digits and signs" in done.stderr

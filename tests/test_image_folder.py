@@ -517,3 +517,42 @@ def test_folder_errors(tmp_path):
         make_source(config(tmp_path), "train")
     with pytest.raises(ValueError, match=r"unknown split 'half'.*known: all, test, train"):
         make_source(config(tmp_path, train_split="half"), "train")
+
+
+def test_rows_of_metadata_for_one_picture_are_its_captions(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    rows = "file_name,text,class_label\na.png,red,1\nb.png,blue,2\na.png,scarlet,1\n"
+    rows += "a.png,ruby,1\n"
+    (tmp_path / "metadata.csv").write_text(rows)
+    source = everything(tmp_path)
+    assert [source[i]["caption"] for i in range(2)] == [["red", "scarlet", "ruby"], "blue"]
+    (tmp_path / "metadata.csv").write_text(rows + "b.png,navy,3\n")
+    with pytest.raises(ValueError, match=r"b\.png has an earlier row with other values"):
+        everything(tmp_path)
+
+
+def test_a_folder_that_two_paths_lead_to_has_the_name_of_the_real_one(tmp_path):
+    for name in ("b", "pool"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "pool" / "x.png")
+    for link in ("a", "latest", "b/again"):
+        (tmp_path / link).symlink_to(tmp_path / "pool")
+    found = [str(path.relative_to(tmp_path)) for path in files(tmp_path)]
+    assert found == ["b/again/x.png"]  # real folders come in the order of their names
+    (tmp_path / "b" / "again").unlink()
+    assert files(tmp_path) == [tmp_path / "pool" / "x.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"/b can't be listed: Permission denied"):
+        files(tmp_path)

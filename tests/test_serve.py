@@ -697,3 +697,44 @@ def test_a_key_array_is_a_batch_of_calls():
     apart = [made.sample(seed_key(i), class_labels=i, num_images=2) for i in range(2)]
     np.testing.assert_allclose(together, np.concatenate(apart), atol=1e-6)
     assert jax.random.key_data(arguments["rng"]).shape[0] == 4
+
+
+@pytest.mark.parametrize("grey", [90, 255])
+def test_the_holes_of_an_openai_mask_are_its_transparent_parts_whatever_its_colour(grey):
+    pixels_of = np.full((SIDE, SIDE, 4), grey, np.uint8)
+    pixels_of[..., 3] = np.repeat([0, 255], 2)[:, None]
+    file = png_of(pixels_of)
+    head = b'--x\r\nContent-Disposition: form-data; name="'
+    body = head + b'mask"; filename="a.png"\r\n\r\n' + file + b"\r\n"
+    body += head + b'image"; filename="b.png"\r\n\r\n' + base64.b64decode(WHITE) + b"\r\n"
+    body += head + b'prompt"\r\n\r\n123\r\n' + head + b'eta"\r\n\r\n0.5\r\n'
+    body += head + b'prompt_weights"\r\n\r\nfalse\r\n--x--\r\n'
+    fields = request_of(read_form("multipart/form-data; boundary=x", body))
+    assert (fields["prompts"], fields["eta"], fields["prompt_weights"]) == ("123", 0.5, False)
+    (hole,) = read(fields, model(TEXT), LIMITS).values["mask"]
+    np.testing.assert_array_equal(hole[..., 0], np.repeat([[1], [1], [0], [0]], SIDE, 1))
+
+
+def test_a_job_that_has_ended_holds_no_pictures(server):
+    request = {"prompts": "red", "seed": 3, "image": WHITE, "strength": 0.5}
+    job = server.jobs.submit(read(request, model(TEXT), LIMITS))
+    assert server.jobs.wait(job, 60) and job.state == "done"
+    assert not job.request.values and not job.request.pictured
+    assert (job.request.seed, job.request.num_images) == (3, 1)
+
+
+def test_a_long_answer_may_take_longer_than_an_idle_connection(server, monkeypatch):
+    """A client that reads slowly, but never waits."""
+    content = bytes(range(256)) * 40_000  # 10 MB, more than the buffers of a socket
+    monkeypatch.setattr(handler.Handler, "timeout", 1)
+    monkeypatch.setattr(
+        handler.Handler, "_get", lambda self: self._send(content, "application/octet-stream")
+    )
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+    connection.request("GET", "/slow")
+    answer, read_so_far = connection.getresponse(), b""
+    for _ in range(16):
+        time.sleep(0.1)
+        read_so_far += answer.read(len(content) // 16)
+    assert read_so_far == content
+    connection.close()

@@ -115,7 +115,8 @@ def _metadata(rows: Callable[[Path], Rows]) -> Callable[[Path, str], dict[Path, 
             name = row.pop("file_name", None)
             if not isinstance(name, str) or not name:
                 raise ValueError(f"{where}: expected a row with file_name, got {[*row]}")
-            entries[_beside(file, name)] = _entry(where, file, row, column)
+            path, entry = _beside(file, name), _entry(where, file, row, column)
+            entries[path] = _joined(where, name, entries[path], entry) if path in entries else entry
             unused |= row.keys()
         if entries and column and not any("caption" in entry for entry in entries.values()):
             names = ", ".join(sorted(map(str, unused))) or "none"
@@ -125,6 +126,16 @@ def _metadata(rows: Callable[[Path], Rows]) -> Callable[[Path, str], dict[Path, 
         return entries
 
     return read
+
+
+def _joined(where: str, name: str, first: Example, second: Example) -> Example:
+    """The annotations of two rows for one picture: both captions, if all else is equal."""
+    rest = [{k: v for k, v in entry.items() if k != "caption"} for entry in (first, second)]
+    if repr(rest[0]) != repr(rest[1]) or first.keys() != second.keys():
+        raise ValueError(f"{where}: {name} has an earlier row with other values")
+    if "caption" not in first:
+        return first
+    return {**rest[0], "caption": flat([first["caption"], second["caption"]])}
 
 
 def _beside(file: Path, name: str) -> Path:

@@ -114,7 +114,10 @@ def make(data_config: Any, split: str) -> Remember:
 
 
 def _stamp(name: str) -> str:
-    status = os.stat(name)
+    try:
+        status = os.stat(name)
+    except OSError:  # a link to nowhere; reading it is an error of its own
+        return f"{name} is absent"
     return f"{name} {status.st_size} {status.st_mtime_ns}"
 
 

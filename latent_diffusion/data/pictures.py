@@ -33,7 +33,8 @@ Source = str | Path | io.BytesIO  # messages name it by its str()
 def files(folder: Path) -> list[Path]:
     """All files in a folder and its sub-folders, sorted.
 
-    Links to folders are followed; files and folders whose names begin with a dot are left out.
+    Links to folders are followed, but no folder is read twice; files and folders whose names begin
+    with a dot are left out. Raises ValueError for a folder that can't be listed.
     """
     return sorted(map(Path, file_names(folder)))
 
@@ -42,12 +43,18 @@ def file_names(folder: Path) -> list[str]:
     """The same files as texts and in any order, which takes a tenth of the time."""
     paths: list[str] = []
     visited: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in visited:  # a link leads back to this folder
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} can't be listed: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(parent) in visited:  # a link leads to this folder, too
             folders.clear()
             continue
         visited.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = {name for name in folders if os.path.islink(os.path.join(parent, name))}
+        seen = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(seen, key=lambda name: (name in links, name))  # links come last
         paths += [f"{parent}{os.sep}{name}" for name in names if not name.startswith(".")]
     return paths
 
@@ -68,6 +75,11 @@ def read_mask(path: Source) -> Float32[np.ndarray, "H W 1"]:
     If all visible pixels of a picture with transparency are white, they are the hole instead.
     """
     return _read(path, _turned(_as_mask))
+
+
+def read_transparency(path: Source) -> Float32[np.ndarray, "H W 1"]:
+    """A mask, 1 in its holes: the transparent parts; of an opaque picture, as `read_mask`."""
+    return _read(path, _turned(_as_transparency))
 
 
 def read_levels(path: Source) -> Int32[np.ndarray, "H W"]:
@@ -149,6 +161,12 @@ def _as_mask(image: Image.Image) -> np.ndarray:
             white_alone = visible.any() and hole[visible].all()
             hole = visible if white_alone else ~visible
     return hole[..., None].astype(np.float32)
+
+
+def _as_transparency(image: Image.Image) -> np.ndarray:
+    if not image.has_transparency_data:
+        return _as_mask(image)
+    return _hidden(image)[..., None].astype(np.float32)
 
 
 def _as_levels(image: Image.Image) -> np.ndarray:

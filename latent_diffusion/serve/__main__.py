@@ -5,6 +5,8 @@
 Then open the address that is printed. See docs/serving.md for the API. Nothing is written to disk.
 """
 
+import re
+
 from absl import flags
 
 from latent_diffusion.runtime import flags as shared_flags
@@ -40,6 +42,8 @@ def main(argv: list[str]) -> None:
     quiet_and_cached()
     path, loading = read_model()
     try:
+        if TOKEN.value is not None and not re.fullmatch("[!-~]+", TOKEN.value):
+            raise ValueError("--token has letters, digits and signs of ASCII, without spaces")
         pairs = [entry.partition("=") for entry in ADAPTER.value]
         if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
             raise ValueError(f"--adapter={wrong[0]}: write NAME=FILE")

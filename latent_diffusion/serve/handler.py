@@ -44,6 +44,7 @@ FILES = {
 }
 MAX_BODY = 64 * 2**20  # bytes
 IDLE_SECONDS = 30  # before an idle connection is closed
+PIECE = 1 << 16  # bytes that are sent at once, in at most so many seconds
 LONG_POLL_SECONDS = 20
 _JOB = re.compile(r"/api/jobs/([0-9a-f]{16})(?:/(\d{1,4})\.png)?")
 
@@ -168,7 +169,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(content)
+        view = memoryview(content)
+        for start in range(0, len(view), PIECE):  # each may take the socket's timeout
+            self.wfile.write(view[start : start + PIECE])
 
     def _json(self, data: Any, status: HTTPStatus = HTTPStatus.OK, **more: Any) -> None:
         content = json.dumps(data, ensure_ascii=False).encode()

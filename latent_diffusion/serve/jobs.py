@@ -1,6 +1,7 @@
 """The queue of requests. Similar requests share a program call, which has progress and previews."""
 
 import collections
+import dataclasses
 import logging
 import secrets
 import threading
@@ -184,8 +185,9 @@ class Jobs:
                 return
             if len(batch) > 1:  # a request with an error must not affect the others
                 for job in batch:
-                    self._running = [job]
-                    self._sample([job])
+                    if not job.ended:
+                        self._running = [job]
+                        self._sample([job])
                 return
             expected = isinstance(error, ValueError | OverflowError | MemoryError)
             if not expected:
@@ -223,6 +225,7 @@ class Jobs:
 
     def _end(self, job: Job, state: str) -> None:
         job.state, job.preview = state, None
+        job.request = dataclasses.replace(job.request, values={}, pictured={})  # frees pictures
         job.seconds = time.monotonic() - job.created
         job.version += 1
         self.counts[state] += 1

@@ -6,6 +6,7 @@ Further fields are those of the project's JSON (`requests`): seed, num_steps, an
 import base64
 import email.parser
 import email.policy
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 _IGNORED = ("model", "user", "quality", "style", "background", "moderation", "output_format")
 _INTEGERS = ("n", "seed", "num_steps")
 _FLOATS = ("guidance_scale", "strength")
+_TEXTS = ("prompt", "prompts", "negative_prompts", "sampler", "spacing", "size", "response_format")
+BY_ALPHA = "data:alpha,"  # begins the base64 of a mask whose holes are its transparent parts
 
 
 def request_of(fields: Any) -> dict[str, Any]:
@@ -53,7 +56,8 @@ def read_form(content_type: str, body: bytes) -> dict[str, Any]:
         if not isinstance(name, str) or not isinstance(content, bytes):
             raise ValueError("a part of the form has no name")
         if part.get_filename() is not None or name in ("image", "mask"):
-            fields[name.removesuffix("[]")] = base64.b64encode(content).decode()
+            kind = BY_ALPHA if name == "mask" else ""
+            fields[name.removesuffix("[]")] = kind + base64.b64encode(content).decode()
         else:
             fields[name] = _value(name, content.decode("utf-8", "replace"))
     if not fields:
@@ -65,9 +69,16 @@ def _value(name: str, text: str) -> Any:
     try:
         if name in _INTEGERS:
             return int(text)
-        return float(text) if name in _FLOATS else text
+        if name in _FLOATS:
+            return float(text)
     except ValueError:
         raise ValueError(f"{name}={text[:40]!r} must be a number") from None
+    if name in (*_TEXTS, *_IGNORED):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def answer(pictures: Sequence[bytes]) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from latent_diffusion.generation.sampling import read_hint
 from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.process.options import OPTIONS, Option
 from latent_diffusion.process.plan import plan, plan_prior, prior_options
+from latent_diffusion.serve.openai import BY_ALPHA
 
 MAX_PICTURED = 8  # control nets of a request, and image prompts
 
@@ -306,7 +307,13 @@ def _map(read: Callable[[Upload], np.ndarray]) -> Callable[[str, Any, Limits], n
     return lambda name, value, limits: read(_upload(name, value, limits))[None]
 
 
-_mask, _levels, _depth = map(_map, (pictures.read_mask, pictures.read_levels, pictures.read_depth))
+_levels, _depth = map(_map, (pictures.read_levels, pictures.read_depth))
+
+
+def _mask(name: str, value: Any, limits: Limits) -> np.ndarray:
+    by_alpha = isinstance(value, str) and value.startswith(BY_ALPHA)
+    read = pictures.read_transparency if by_alpha else pictures.read_mask
+    return read(_upload(name, value, limits))[None]
 
 
 _PICTURE_READERS = (_picture, _mask, _levels, _depth)

@@ -14,6 +14,7 @@ const HISTORY = 60; // pictures that stay on the page
 let model = null;
 let token = sessionStorage.getItem("token") || "";
 let job = null;
+let sending = false; // a request whose answer hasn't come
 const readers = {}; // field -> function that gives its value, or undefined
 const writers = {}; // field -> function that shows a value
 
@@ -343,8 +344,10 @@ function show(request) {
 
 async function make(event) {
   event.preventDefault();
-  if (job) return;
+  if (job || sending) return;
   let request;
+  sending = true;
+  status("Sending …");
   try {
     request = settings();
     const body = JSON.stringify(request);
@@ -352,6 +355,8 @@ async function make(event) {
   } catch (error) {
     job = null;
     return status(error.message, true);
+  } finally {
+    sending = false;
   }
   $("go").disabled = true;
   $("cancel").disabled = false;
