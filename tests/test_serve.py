@@ -725,7 +725,7 @@ def test_a_job_that_has_ended_holds_no_pictures(server):
 
 def test_a_long_answer_may_take_longer_than_an_idle_connection(server, monkeypatch):
     """A client that reads slowly, but never waits."""
-    content = bytes(range(256)) * 40_000  # 10 MB, more than the buffers of a socket
+    content = bytes(range(256)) * 160_000  # 41 MB, more than the buffers of a socket
     monkeypatch.setattr(handler.Handler, "timeout", 1)
     monkeypatch.setattr(
         handler.Handler, "_get", lambda self: self._send(content, "application/octet-stream")
@@ -733,8 +733,8 @@ def test_a_long_answer_may_take_longer_than_an_idle_connection(server, monkeypat
     connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
     connection.request("GET", "/slow")
     answer, read_so_far = connection.getresponse(), b""
-    for _ in range(16):
+    for _ in range(20):
         time.sleep(0.1)
-        read_so_far += answer.read(len(content) // 16)
+        read_so_far += answer.read(len(content) // 20)
     assert read_so_far == content
     connection.close()
