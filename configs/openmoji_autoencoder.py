@@ -5,6 +5,7 @@ Cost      4 to 6 minutes on two CPU cores
 Expected  PSNR 23.2 dB, AlexNet-LPIPS 0.018 on held-out pictures (eval_psnr, eval_lpips)
 Variants  :scenes (the pictures of layout and semantic synthesis; 4 minutes)
           :two_styles (OpenMoji and Twemoji, eight channels; 6 minutes, an experiment)
+          :64 (both styles at 64×64, for configs/openmoji_text_64.py; 40 minutes)
           :smoke (synthetic shapes, a few steps)
 """
 
@@ -47,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ema_decay = 0.99
     c.log.images_every_steps = 1000
     c.checkpoint.every_steps = 1000
-    variants = {"scenes": scenes, "two_styles": two_styles, "smoke": smoke}
+    variants = {"scenes": scenes, "two_styles": two_styles, "64": of_64, "smoke": smoke}
     return default.apply_variant(c, variant, variants)
 
 
@@ -62,6 +63,15 @@ def two_styles(c: ConfigDict) -> None:
     c.data.update({"name": "openmoji+twemoji", "balance": 0.5})
     c.num_steps = 4000
     c.autoencoder.update({"z_channels": 8, "embed_dim": 8})
+
+
+def of_64(c: ConfigDict) -> None:
+    """Both styles at 64×64, for three quarters of an hour."""
+    two_styles(c)
+    c.data.image_size = c.autoencoder.resolution = 64
+    c.num_steps = 7000
+    c.autoencoding.update({"disc_start": 4500, "adversarial_start": 5000})
+    c.autoencoding.adversarial_ramp = 1000
 
 
 def smoke(c: ConfigDict) -> None:

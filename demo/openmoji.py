@@ -158,7 +158,8 @@ def evaluate(root: Path) -> dict[str, float]:
         numbers["diversity"] = diverse.diversity(draw(3, diverse.prompts, PER_SUBJECT))
     titles = [*SEEN, *(f"{prompt}  (held out)" for prompt in HELD_OUT)]
     drawn = draw(1, [*SEEN, *HELD_OUT], COLUMNS)
-    draw_with_prompts(list(zip(titles, drawn, strict=True))).save(root / "samples.png")
+    scale = max(1, 64 // config.data.image_size)
+    draw_with_prompts(list(zip(titles, drawn, strict=True)), scale).save(root / "samples.png")
     draw_losses(root)
     (root / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers

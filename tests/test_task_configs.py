@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import openmoji_text_64
 from latent_diffusion import data
 from latent_diffusion.evaluate.generate import conditions_of
 from latent_diffusion.generation.model import Model
@@ -135,3 +136,16 @@ def test_evaluation_gives_every_picture_a_hole_of_its_own():
     first, again = (conditions_of(model, source, transform, 9, seed=3)["mask"] for _ in range(2))
     assert len(np.unique(first[:9], axis=0)) == 9
     np.testing.assert_array_equal(first[:9], again[:9])
+
+
+@pytest.mark.parametrize(("variant", "latent"), [("", (16, 16, 8)), ("smoke", (8, 8, 4))])
+def test_the_experiment_at_64_pixels_fits_its_first_stage(variant, latent):
+    config = openmoji_text_64.get_config(variant)
+    task, spec, rng = TASKS[config.task](config), batch_spec(config), jax.random.key(0)
+    state, constants = jax.eval_shape(task.init, rng, spec)
+    encoded = jax.eval_shape(lambda c, x: c.first_stage.encode(x), constants, spec)
+    assert encoded.shape[1:] == latent
+    maps = config.conditioners.word_map
+    assert (maps.height, maps.width) == latent[:2]
+    _, metrics = jax.eval_shape(task.train_step, state, constants, spec, rng)
+    assert metrics["loss"].shape == ()
