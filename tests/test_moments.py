@@ -120,6 +120,9 @@ def test_a_picture_of_a_folder_that_changes_is_noticed(tmp_path):
     config.update(fields)
     before = moments.sample_hash(data.make_source(config, "train"))
     assert moments.sample_hash(data.make_source(config, "train")) == before
+    (tmp_path / "00a.png").symlink_to(tmp_path / "nowhere")
+    assert moments.sample_hash(data.make_source(config, "train")) != before
+    (tmp_path / "00a.png").unlink()
     Image.effect_noise((8, 8), 90).convert("RGB").save(tmp_path / "01.png")
     after = moments.sample_hash(data.make_source(config, "train"))
     (tmp_path / "01.png").rename(tmp_path / "01a.png")

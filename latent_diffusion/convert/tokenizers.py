@@ -62,7 +62,7 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
         pad = "!" if part.fields.get("pad_id") == 0 else None
         tokenizer = ClipTokenizer.read(path, length, pad)
     readers = ("clip_text", "clip_text_2") if name == "clip_text" else (name,)
-    for reader in (bundle.conditioners[name] for name in readers if name in bundle.conditioners):
+    for reader in (bundle.conditioners[key] for key in readers if key in bundle.conditioners):
         rows = reader.fields.get("vocab_size", tokenizer.vocab_size)
         for word, ids in tokenizer.added.items():
             if max(ids) >= rows:

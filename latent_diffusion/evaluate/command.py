@@ -84,7 +84,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
         raise ValueError(f"rfid means Inception features, not {net_name!r}; rfd is the same")
     net: Any = _features(options) if {"rfid", "rfd"} & set(metrics) else None
     lpips = options["lpips"]
-    path = options["features_path"] or None if net is None else None  # of one network or the other
+    path = options["features_path"] if net is None else None  # of one network or the other
     images = generate.of_data(config, options["split"] or "test")
     count = _count(options, images)
     first_stage = load(options["workdir"]).first_stage
@@ -93,7 +93,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
         reconstruction.collect_reconstructions,
         first_stage,
         metrics=metrics,
-        lpips=(lpips, load_lpips_params(lpips, path)) if "lpips" in metrics else None,
+        lpips=(lpips, load_lpips_params(lpips, path or None)) if "lpips" in metrics else None,
         net=net,
     )
     arrays = _collected(options, cache, "reconstructions", images, count, collect)
