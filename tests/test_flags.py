@@ -350,6 +350,7 @@ def known_facts(config, name, path):
     return planning.Facts(1, 2, 3, 4, 5, [config.num_steps, name, path])
 seen = []
 planning.plan, planning.known_facts = plan, known_facts
+planning.key = lambda name, config: name
 planning.report = lambda *given: json.dumps(seen[0])
 app.run(command.main)
 """

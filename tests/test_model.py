@@ -105,8 +105,8 @@ def test_a_call_compiles_one_program_and_equal_options_reuse_it(caplog):
 def test_a_call_runs_one_program_for_each_batch(monkeypatch):
     runs, compile_eval = [], parallel.compile_eval
 
-    def counting(*args):
-        program = compile_eval(*args)
+    def counting(*args, **options):
+        program = compile_eval(*args, **options)
         return lambda *inputs: runs.append(len(inputs[2]["index"])) or program(*inputs)
 
     monkeypatch.setattr(parallel, "compile_eval", counting)
