@@ -278,11 +278,11 @@ def test_linear_attention_is_its_output_alone_as_in_the_original():
     """to_out(q · Σ softmax(k) v), to which x isn't added (CompVis, ldm/modules/attention.py)."""
     module, rng = attention.LinearAttention2D(), np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = module.init(jax.random.key(0), jnp.asarray(x))["params"]
     params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
     q, k, v = np.split(x.reshape(2, 12, 5) @ params["to_qkv"]["kernel"], 3, axis=2)
     weights = np.exp(k) / np.exp(k).sum(1, keepdims=True)
     mixed = q @ np.einsum("bld,ble->bde", weights, v)
     want = mixed @ params["to_out"]["kernel"] + params["to_out"]["bias"]
-    got = module.apply({"params": params}, x)
+    got = module.apply({"params": params}, jnp.asarray(x))
     np.testing.assert_allclose(got, want.reshape(x.shape), rtol=1e-4, atol=1e-4)

@@ -102,7 +102,7 @@ def init_first_stage(module: nn.Module, rng: jax.Array, image: jax.Array) -> Fir
     return FirstStage(params, jnp.ones(()), jnp.zeros(()), module)
 
 
-def _root(variance: np.ndarray) -> np.ndarray:
+def _root(variance: np.ndarray | float) -> np.ndarray:
     """The standard deviation, which a constant channel lacks: 1 instead."""
     std = np.sqrt(np.maximum(variance, 0))
     return np.where(std > 1e-6 * np.max(std), std, 1.0)
