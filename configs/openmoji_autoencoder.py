@@ -66,7 +66,7 @@ def two_styles(c: ConfigDict) -> None:
 
 
 def of_64(c: ConfigDict) -> None:
-    """Both styles at 64×64, for three quarters of an hour."""
+    """Both styles at 64×64, for forty minutes."""
     two_styles(c)
     c.data.image_size = c.autoencoder.resolution = 64
     c.num_steps = 7000

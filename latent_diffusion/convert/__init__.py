@@ -86,16 +86,19 @@ def _read(
         return read_compvis(path, yaml, ema, words)
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
-    if is_diffusers(path) or (path / workdir.CONFIG).exists():
+    if is_diffusers(path):
         _refuse(path, "single files", config=config, ema=ema)
-        if not is_diffusers(path):
-            _refuse(path, "folders of diffusers", variant=variant)
-        bundle = read_diffusers(path, variant) if is_diffusers(path) else read_orbax(path)
-        return bundle if words is None else with_tokenizer(bundle, words)
-    raise ValueError(
-        f"{path} is no model: a workdir has a {workdir.CONFIG}, a folder of diffusers a "
-        "model_index.json or a config.json"
-    )
+        bundle = read_diffusers(path, variant)
+    elif (path / workdir.CONFIG).exists():
+        _refuse(path, "single files", config=config, ema=ema)
+        _refuse(path, "folders of diffusers", variant=variant)
+        bundle = read_orbax(path)
+    else:
+        raise ValueError(
+            f"{path} is no model: a workdir has a {workdir.CONFIG}, a folder of diffusers a "
+            "model_index.json or a config.json"
+        )
+    return bundle if words is None else with_tokenizer(bundle, words)
 
 
 def _refuse(path: Path, kind: str, **arguments: Any) -> None:

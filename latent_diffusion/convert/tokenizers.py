@@ -101,10 +101,8 @@ def with_second(bundle: Bundle, path: Path) -> Bundle:
     if not isinstance(first, ClipTokenizer) or first.vocabulary != second.vocabulary:
         raise ValueError(f"{path} has another vocabulary than the first tokenizer")
     if first.added != second.added:
-        words = sorted(first.added.items() ^ second.added.items(), key=str)
-        raise ValueError(
-            f"{path}: the added word {words[0][0]!r} isn't the same in both tokenizers"
-        )
+        word, _ = min(first.added.items() ^ second.added.items(), key=str)
+        raise ValueError(f"{path}: the added word {word!r} isn't the same in both tokenizers")
     fields = {**part.fields, "pad_id": second.pad_id}
     return bundle.with_part("clip_text_2", replace(part, fields=fields))
 

@@ -115,14 +115,14 @@ def make_transform(
         turned = {k: _flipped(example[k], flip) for k in _PICTURES if k in example}
         image = turned.pop("image", None)
         out: Example = {k: np.asarray(v, KEYS[k].dtype) for k, v in example.items() if k in KEYS}
-        if not data_config.get("sizes", False):
-            out.pop("original_size", None)  # some sources have it for a part of their examples
         out |= turned
         if data_config.get("sizes", False):
             crop, size = example["window"], example.get("size", (data_config.image_size,) * 2)
             seen = corner(mirrored(crop) if flip else crop, size)
             out["crop_top_left"] = np.array(seen, np.int32)
             out["target_size"] = np.array(size, np.int32)
+        else:
+            out.pop("original_size", None)  # some sources have it for a part of their examples
         if image is not None:
             out["image"] = scaled(image)
         made = conditions(example, image, example["window"], flip, rng)

@@ -313,7 +313,7 @@ _levels, _depth = map(_map, (pictures.read_levels, pictures.read_depth))
 def _mask(name: str, value: Any, limits: Limits) -> np.ndarray:
     by_alpha = isinstance(value, str) and value.startswith(BY_ALPHA)
     read = pictures.read_transparency if by_alpha else pictures.read_mask
-    return read(_upload(name, value, limits))[None]
+    return _map(read)(name, value, limits)
 
 
 _PICTURE_READERS = (_picture, _mask, _levels, _depth)

@@ -119,7 +119,10 @@ def sample_hash(source: data.Source) -> str:
     """
     digest = hashlib.sha256()
     for path in getattr(source, "paths", ()):
-        size = path.stat().st_size if path.exists() else None  # None: a link to nowhere
+        try:
+            size: int | None = path.stat().st_size
+        except OSError:
+            size = None  # a link to nowhere
         digest.update(f"{path.name} {size}\n".encode())
     for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():
         digest.update(np.ascontiguousarray(source[i]["image"]).tobytes())

@@ -36,12 +36,11 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
     """
     for name, part in bundle.parts():
         table: Table
-        if name == "unet":
-            linear, text_time = bundle.linear_projections, bundle.time_width is not None
-            table = unet.diffusers_table(part.fields, linear, text_time)
-            if kohya and text_time:
-                table = unet.compvis_table(part.fields, linear)
-            prefix = "unet"
+        linear, text_time = bundle.linear_projections, bundle.time_width is not None
+        if name == "unet" and kohya and text_time:
+            prefix, table = "unet", unet.compvis_table(part.fields, linear)
+        elif name == "unet":
+            prefix, table = "unet", unet.diffusers_table(part.fields, linear, text_time)
         elif name == "mmdit" and kohya:
             prefix, table = "unet", mmdit.original_table(part.fields)
         elif name == "mmdit":
