@@ -426,6 +426,17 @@ def test_sampling_with_adapters_is_sampling_with_the_merged_model(tmp_path, capl
         sampled(whole, [one])
 
 
+def test_a_call_that_is_watched_has_its_adapters(tmp_path):
+    whole = model()
+    adapters = [(ldm.load_adapter(path), 0.7) for path in adapter_files(tmp_path)]
+    calls = []
+    watched = whole.sample(
+        *(RNG, ["red cat"]), mode="single", num_steps=2, adapters=adapters, progress=calls.append
+    )
+    np.testing.assert_array_equal(watched, sampled(whole, adapters))
+    assert len(calls) == 2 and np.abs(watched - sampled(whole)).max() > 0.01
+
+
 def test_an_adapter_reaches_the_text_encoder_in_a_program(tmp_path):
     """The parameters of CLIP, whose q, k and v are joined, as merging changes them."""
     layer = "text_encoder.text_model.encoder.layers.0.self_attn.v_proj"

@@ -680,7 +680,6 @@ def test_a_latent_with_any_pixel_of_the_hole_is_made_anew():
 def test_previews_are_estimates_of_the_latents():
     seen = []
     sample(preview=lambda t, z_0: seen.append((int(t), z_0)), guidance_scale=1.0)
-    jax.effects_barrier()
     assert {t for t, _ in seen} == {999}
     z_0 = np.concatenate([z_0 for _, z_0 in seen])
     CLOSE(z_0 / SCALE + SHIFT, pixels(told(*PROMPTS)))

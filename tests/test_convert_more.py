@@ -22,6 +22,7 @@ from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.core.rng import example_keys, sampling_keys
 from latent_diffusion.data.tokenizers import ClipTokenizer
 from latent_diffusion.files.tensor import TensorFile, in_memory
+from latent_diffusion.models import sampling
 from latent_diffusion.nets.layers import guidance_embedding
 from latent_diffusion.process.plan import plan
 
@@ -268,7 +269,7 @@ def test_guidance_may_be_an_input_of_the_network(distilled, tmp_path):
     def sample(**options):
         planned = plan(model.denoiser.schedule, "eps", {}, {"num_steps": 2, **options})
         return np.asarray(
-            model.denoiser.sample(keys, told, null, planned[0], (8, 8, 4), planned[1])
+            sampling.sample(model.denoiser, keys, told, null, planned[0], (8, 8, 4), planned[1])
         )
 
     images = [sample(guidance_scale=scale) for scale in (1.0, 7.5)]

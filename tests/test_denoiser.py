@@ -9,7 +9,9 @@ import pytest
 
 from latent_diffusion.core.rng import example_keys, init_key, sampling_keys
 from latent_diffusion.core.types import Conditioning
-from latent_diffusion.models.denoiser import Denoiser, in_tiles
+from latent_diffusion.models import sampling
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.models.sampling import in_tiles
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.plan import plan
@@ -61,7 +63,8 @@ def test_what_is_computed_once_changes_nothing(name):
 
     @jax.jit
     def both(now):
-        network, prepared = denoiser.prepare(t, SHAPE, null, conditioning)
+        embedded, prepared = denoiser.prepare(t, SHAPE, null, conditioning)
+        network = denoiser.prepared_network(embedded)
         two = jax.tree.map(lambda *x: jnp.concatenate(x), *prepared)
         plain = jax.tree.map(lambda *x: jnp.concatenate(x), null, conditioning)
         now = jnp.full(6, now)
@@ -78,7 +81,8 @@ def test_tiles_see_their_part_of_the_latent_and_of_what_stands_beside_it():
     t = jnp.array([300.0])
     z_t = random(5, 3, 4, 8, 2)
     wide = conditioning.replace(concat=random(6, 3, 4, 8, 1))
-    network, (prepared,) = denoiser.prepare(t, (4, 8, 2), wide)
+    embedded, (prepared,) = denoiser.prepare(t, (4, 8, 2), wide)
+    network = denoiser.prepared_network(embedded)
     got = in_tiles(network, 4, 0)(z_t, jnp.full(3, t[0]), prepared)
     for part in (np.s_[:, :, :4], np.s_[:, :, 4:]):
         alone = wide.replace(concat=wide.concat[part])
@@ -105,7 +109,7 @@ def program(name, **given):
 
     def sample(keys, options):
         keys = sampling_keys(keys)
-        return denoiser.sample(keys, conditioning, null, timesteps, SHAPE, options)
+        return sampling.sample(denoiser, keys, conditioning, null, timesteps, SHAPE, options)
 
     traced = jax.make_jaxpr(sample)(example_keys(jax.random.key(0), 3), options)
     return timesteps, list(equations(traced.jaxpr))
@@ -145,7 +149,7 @@ def test_an_unconditional_model_takes_no_guidance():
         given = {"num_steps": 2, "guidance_scale": scale}
         planned = plan(SCHEDULE, "v", {}, given)
         with pytest.raises(ValueError, match="guidance_scale needs a condition: this model"):
-            denoiser.sample(keys, none, none, planned[0], SHAPE, planned[1])
+            sampling.sample(denoiser, keys, none, none, planned[0], SHAPE, planned[1])
 
 
 DEFAULTS = {"sampler": "ddim", "eta": 0.0, "num_steps": 4, "spacing": "leading", "offset": 1}
@@ -211,7 +215,7 @@ def test_the_network_sees_whole_timesteps():
     def sample(**own):
         timesteps, options = plan(SCHEDULE, "v", {}, {**given, **own})
         keys = sampling_keys(example_keys(jax.random.key(0), 3))
-        return denoiser.sample(keys, conditioning, null, timesteps, SHAPE, options)
+        return sampling.sample(denoiser, keys, conditioning, null, timesteps, SHAPE, options)
 
     exact, nearest, below = (sample(network_timesteps=n) for n in ("exact", "round", "floor"))
     np.testing.assert_array_equal(exact, sample())

@@ -78,7 +78,8 @@ def test_a_sampling_loop_reads_kernels_in_eight_bits(saved):
     def loop(params, z):
         own = denoiser.replace(params=params)
         told = own.condition({"tokens": jnp.zeros((1, 3), jnp.int32)}, drop)
-        network, (prepared,) = own.prepare(t, z.shape[1:], told)
+        embedded, (prepared,) = own.prepare(t, z.shape[1:], told)
+        network = own.prepared_network(embedded)
         return jax.lax.fori_loop(0, 2, lambda i, z: network(z, t[:1], prepared), z)
 
     program = jax.make_jaxpr(loop)(denoiser.params, z).jaxpr

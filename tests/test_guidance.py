@@ -266,21 +266,3 @@ def test_an_inpainted_latent_is_known_outside_the_hole():
     z = guidance.paste(SAMPLERS["ddim"](denoise, Z, TIMESTEPS, SCHEDULE), COND, MASK)
     np.testing.assert_array_equal(z[:, 2:], COND[:, 2:])
     close(z[:, :2], OTHER[:, :2])
-
-
-# --------------------------------------------------------------------------------- looking inside
-
-
-def test_callbacks_see_every_step_of_the_compiled_loop():
-    times, previews = [], []
-    denoise = guidance.observed(
-        answers(OTHER),
-        lambda t: times.append(int(t)),
-        lambda t, z_0: previews.append((int(t), z_0)),
-    )
-    z_0 = run_ddim(denoise)
-    assert sorted(times) == sorted(TIMESTEPS[:-1].tolist())
-    assert sorted(t for t, _ in previews) == sorted(times)
-    for _, preview in previews:
-        close(preview, OTHER)
-    close(z_0, OTHER)

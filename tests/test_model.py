@@ -153,7 +153,7 @@ class Counter:
         ({"sampler": "heun"}, 14),  # batches of one; two evaluations a step, but for the last one
         ({"image": IMAGE, "strength": 0.5}, 4),
         ({"image": IMAGE, "strength": 0.0}, 0),
-        ({"num_images": 4, "mode": "pmap"}, 32),  # every device counts
+        ({"num_images": 4, "mode": "pmap"}, 4),
         ({"num_images": 4, "mode": "mesh"}, 4),
     ],
 )
@@ -161,6 +161,33 @@ def test_progress_reaches_its_total(options, expected):
     counter = Counter()
     sample(progress=counter, **options)
     assert counter.calls == counter.total == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_images": 2, "batch_size": 2},
+        {"num_images": 4, "mode": "pmap"},
+        {"num_images": 4, "mode": "mesh"},
+        {"image": IMAGE, "mask": MASK, "sampler": "heun", "num_steps": 1},
+        {
+            "image": IMAGE,
+            "strength": 0.5,
+            "sampler": "ddpm",
+            "guidance_scale": [2.0, 3.0, 4.0, 5.0],
+        },
+        {"end": 0.5, "negative_prompts": "dog", "perpendicular": 1.0},
+        {"tile_size": 4, "tile_overlap": 0, "clip_x0": 1.0, "sampler": "dpm_solver_pp_2m"},
+    ],
+)
+def test_functions_that_look_on_change_nothing(options):
+    """On one device bit for bit, though the evaluations then run one by one."""
+    estimates = []
+    watched = sample(preview=lambda t, z_0: estimates.append(z_0), **options)
+    atol = 5e-6 if "mode" in options else 0
+    np.testing.assert_allclose(watched, sample(**options), rtol=0, atol=atol)
+    assert len(estimates[0]) == (8 if "mode" in options else options.get("batch_size", 1))
+    assert all(np.isfinite(z_0).all() and np.std(z_0) > 0.1 for z_0 in estimates)
 
 
 def test_pictures_have_the_size_of_their_noise_or_of_the_picture_they_start_from():

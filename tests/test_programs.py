@@ -9,8 +9,7 @@ import test_model
 from jax.experimental.compilation_cache import compilation_cache
 
 from latent_diffusion.generation import program
-from latent_diffusion.models.denoiser import Denoiser
-from latent_diffusion.runtime import programs
+from latent_diffusion.runtime import parallel, programs
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def stored(folder):
 def test_a_second_start_traces_nothing_and_draws_the_same_pictures(folder, monkeypatch):
     first = sample()
     assert len(stored(folder)) == 1
-    monkeypatch.setattr(Denoiser, "sample", None)  # whatever traces the program, fails
+    monkeypatch.setattr(program, "_begin", None)  # whatever traces the program, fails
     np.testing.assert_array_equal(sample(), first)
     assert np.any(sample(guidance_scale=1.5) != first)  # a traced number
     with pytest.raises(TypeError):
@@ -71,27 +70,41 @@ def test_other_options_are_other_programs(folder):
 
 
 class Counted:
-    """Calls on the host, of an object whose description says no address."""
+    """A function that counts its calls."""
 
-    def __init__(self):
-        self.calls = 0
+    calls = 0
 
-    def __repr__(self):
-        return "Counted()"
-
-    def __call__(self, t):
+    def __call__(self, *_):
         self.calls += 1
 
 
-def test_a_program_with_calls_on_the_host_is_not_stored(folder):
-    counted = Counted()
-    sample(progress=counted)
-    assert counted.calls == 2 and not stored(folder)
+def test_functions_that_look_on_change_neither_programs_nor_pictures(folder):
+    """They are called between three programs, which are stored for all of them."""
+    picture = sample()
+    assert len(stored(folder)) == 1
+    for _ in range(2):
+        progress, preview = Counted(), Counted()
+        np.testing.assert_array_equal(sample(progress=progress, preview=preview), picture)
+        assert progress.calls == preview.calls == 2
+        assert len(stored(folder)) == 4
 
 
 @pytest.mark.parametrize("mode", ["pmap", "mesh"])
 def test_programs_of_several_devices_are_not_stored(mode, folder):
     assert sample(mode=mode, num_steps=1).shape == (1, 8, 8, 3) and not stored(folder)
+
+
+def test_parts_of_a_sampling_stay_cut_along_the_batch(monkeypatch):
+    """Otherwise every device of a mesh would compute all images of a call that is watched."""
+    shards, gathered = [], parallel.gathered
+
+    def looking(tree, mode):
+        shards.append((tree.shape, tree.sharding.shard_shape(tree.shape)))
+        return gathered(tree, mode)
+
+    monkeypatch.setattr(parallel, "gathered", looking)
+    sample(mode="mesh", num_images=8, preview=lambda t, z_0: None)
+    assert shards == [((2,), (2,)), *[((8, 8, 8, 3), (1, 8, 8, 3))] * 2]
 
 
 def found(description="three times", factor=3):

@@ -1,5 +1,6 @@
 """A trained model, whole or in part: it encodes, decodes and samples."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -302,9 +303,6 @@ class Model(flax.struct.PyTreeNode):
             )
         mode = parallel.resolve_mode(mode)
         adapted, weights = adapting.bound(self, adapters, mode)
-        if hasattr(chosen.progress, "total"):
-            evaluations = program.num_evaluations(denoiser.schedule, timesteps, chosen)
-            chosen.progress.total = evaluations * program.num_calls(total, batch_size, mode)
         nets = controlling.bound(self, controls)
         on_devices = program.placed(self, {"first_stage": first_stage, "denoiser": denoiser}, mode)
         networks = {
@@ -326,8 +324,10 @@ class Model(flax.struct.PyTreeNode):
             controlling.numbers_of(controls),
             picturing.numbers_of(prompting, image_prompts),
         )
+        watch = program.Watch(chosen.progress, chosen.preview)
+        chosen = dataclasses.replace(chosen, progress=None, preview=None)
         planned = (timesteps, chosen, more, numbers)
-        return program.run(networks, planned, batch, latent, rng, batch_size, mode)
+        return program.run(networks, planned, batch, latent, rng, batch_size, mode, watch=watch)
 
     def save(self, path: str | os.PathLike, format: str = "orbax", dtype: Any = None) -> None:
         """Write the model to a folder (`diffusers`, `orbax`) or a file (`compvis`).

@@ -1,13 +1,21 @@
-"""The compiled program of a sampling call, and the batches that it runs on."""
+"""The compiled programs of a sampling call, and the batches that they run on.
+
+A call runs one program for each batch. If `progress` or `preview` look on, it runs three: until the
+first evaluation of the network, for each evaluation, and after the last. Barriers keep the compiler
+from moving work across their borders, so the images are the same. None of these programs calls the
+host; those that do can't be stored on disk.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.adapters import adapted
 from latent_diffusion.core.rng import keys_of_examples, sampling_keys
@@ -15,14 +23,22 @@ from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.core.types import Array, Batch, Keys
 from latent_diffusion.generation import controls, guides, image_prompts
 from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.models.sampling import begin, denoise_of, finish, noise_keys
 from latent_diffusion.nets.conditioners.sizes import SIZES
 from latent_diffusion.process.guidance import paste
-from latent_diffusion.process.options import SamplingOptions
-from latent_diffusion.process.plan import own_options
-from latent_diffusion.process.samplers import SAMPLERS
-from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
+from latent_diffusion.process.samplers import table as sampler
 from latent_diffusion.process.tiling import tiled
 from latent_diffusion.runtime import parallel
+
+
+class Watch(NamedTuple):
+    """Functions that look on while a denoiser samples; see `SamplingOptions`."""
+
+    progress: Callable[[Any], None] | None = None
+    preview: Callable[[Any, Any], None] | None = None
+
+
+NOBODY = Watch()
 
 
 def placed(owner: Any, networks: Any, mode: str) -> Any:
@@ -49,6 +65,7 @@ def run(
     batch_size: int,
     mode: str,
     images_of: Any = None,
+    watch: Watch = NOBODY,
 ) -> np.ndarray:
     """Images [N H W C], batch by batch.
 
@@ -56,15 +73,15 @@ def run(
     of "image_prompts", and "classifier" and "distance" (either may be None), on their devices.
     planned: timesteps, options, the weights of further prompts, the numbers of all adapters. batch:
     [N ...] entries. latent: (h, w, c). rng: one key, or keys [N] of the images. images_of: computes
-    the images of a batch; None is a denoiser's sampling. Raises ValueError, in one line, if an
-    image isn't finite.
+    the images of a batch; None is a denoiser's sampling. watch: functions that look on, for a
+    denoiser. Raises ValueError, in one line, if an image isn't finite.
     """
     total = len(batch["index"])
     if rng.shape not in ((), (total,)):
         raise ValueError(f"rng has {rng.shape} keys; expected one key, or {total} for the images")
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
     leaves, structure = jax.tree.flatten(networks)
-    step = _compiled(mode, latent, structure, jax.tree.structure(planned), images_of or _sample)
+    structures = (mode, latent, structure, jax.tree.structure(planned))
     images = []
     for start in range(0, total, rows):
         index = np.minimum(np.arange(start, start + rows), total - 1)  # repeat the last
@@ -72,10 +89,40 @@ def run(
         keys = rng[index] if rng.ndim else keys_of_examples(rng, jnp.asarray(part["index"]))
         part["keys"] = np.asarray(jax.random.key_data(keys))
         part = parallel.process_rows(part, mode)
-        images.append(step(leaves, planned, part, rng if rng.ndim == 0 else rng[0]))
+        inputs = (leaves, planned, part, rng if rng.ndim == 0 else rng[0])
+        if any(watch):
+            images.append(_watched(structures, inputs, watch, -(-total // rows)))
+        else:
+            images.append(_compiled(*structures, images_of or _sample)(*inputs))
         _check_finite(images[-1], start, networks)
-    jax.effects_barrier()  # wait for the last calls of `progress` and `preview`
     return np.concatenate(images)[:total]
+
+
+def _watched(
+    structures: tuple[Any, ...], inputs: tuple[Any, ...], watch: Watch, num_batches: int
+) -> np.ndarray:
+    """The images of a batch, and calls of the functions of `watch` at each evaluation."""
+    mode, (leaves, planned, batch, rng) = structures[0], inputs
+
+    def run_part(part: Any) -> Any:
+        return _compiled(*structures, part)(leaves, planned, {**batch, **made}, rng)
+
+    batch, made = parallel.place_batch(batch, mode), {}
+    made = run_part(_begin)
+    t = made["sampling"].table.t
+    timesteps = parallel.gathered(t, mode)[: t.shape[-1]]
+    bar: Any = watch.progress
+    if hasattr(bar, "total"):
+        bar.total = len(timesteps) * num_batches
+    for t in timesteps:
+        if watch.progress is not None:
+            watch.progress(t)
+        made["state"] = run_part(_evaluate)
+        if watch.preview is not None:
+            watch.preview(t, parallel.gathered(made["state"].seen, mode))
+        jax.block_until_ready(made["state"].z)  # else `progress` would run ahead
+    images: np.ndarray = run_part(_end)
+    return images
 
 
 def batch_rows(total: int, batch_size: int, parts: int) -> int:
@@ -91,19 +138,6 @@ def batch_rows(total: int, batch_size: int, parts: int) -> int:
     times = [-(-needed // size) * (size + 1) for size in sizes]
     fast = (size for size, time in zip(sizes, times, strict=True) if time <= 1.05 * min(times))
     return parts * next(fast)
-
-
-def num_evaluations(schedule: NoiseSchedule, timesteps: Timesteps, options: SamplingOptions) -> int:
-    """The number of evaluations of the network for a batch."""
-    if len(timesteps) == 1:
-        return 0
-    return len(SAMPLERS[options.sampler].table(schedule, timesteps, **own_options(options)).t)
-
-
-def num_calls(total: int, batch_size: int, mode: str) -> int:
-    """The number of calls of `progress` per evaluation of `total` images: by batch and device."""
-    rows = batch_rows(total, batch_size, parallel.num_parts(mode))
-    return -(-total // rows) * (jax.local_device_count() if mode == "pmap" else 1)
 
 
 def decoded(first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] | None) -> jax.Array:
@@ -130,19 +164,23 @@ def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, 
 
 @functools.lru_cache(maxsize=32)
 def _compiled(
-    mode: str, latent: tuple[int, int, int], networks: Any, planned: Any, images_of: Any
+    mode: str, latent: tuple[int, int, int], networks: Any, planned: Any, function: Any
 ) -> Any:
-    """The program for a size of the latent and for the structures of its inputs.
+    """The program of a function, for a size of the latent and for the structures of its inputs.
 
-    Parameters are inputs, too, so the program has no copy of them.
+    Parameters are inputs, too, so the program has no copy of them. The outputs of `_begin` and
+    `_evaluate` stay on the devices.
     """
 
     def step(leaves, planned, batch, rng, *, axis_name=None):
         keys = jax.random.wrap_key_data(batch["keys"], impl=jax.random.key_impl(rng))
-        return images_of(networks.unflatten(leaves), planned, batch, keys, latent)
+        return function(networks.unflatten(leaves), planned, batch, keys, latent)
 
-    name = f"{images_of.__module__}.{images_of.__qualname__}"
-    return parallel.compile_eval(step, mode, description=repr((name, latent, networks, planned)))
+    name = f"{function.__module__}.{function.__qualname__}"
+    description = repr((name, latent, networks, planned))
+    if function in (_begin, _evaluate):
+        return parallel.compile_part(step, mode, "index", description=description)
+    return parallel.compile_eval(step, mode, description=description)
 
 
 def _sample(
@@ -152,15 +190,39 @@ def _sample(
     image_keys: Keys,
     latent: tuple[int, int, int],
 ) -> Array:
-    """Prepare the conditions, sample latents, decode them, and paste them into their picture.
+    """Images by a denoiser; if the option `end` stops the sampling, the noisy latents.
 
-    If the option `end` stops the sampling, the result is the noisy latents.
+    The functions below have the same arguments, and are its parts. After `_begin`, the batch also
+    has "sampling" (see `models.sampling`), "state" (see `samplers.table`), and "adapted": the
+    network's parameters that adapters have changed, by path.
     """
+    made = jax.lax.optimization_barrier(_begin(networks, planned, batch, image_keys, latent))
+    table, state = made["sampling"].table, made["state"]
+    if len(table.t):
+        denoise, keys = _denoise(networks, planned, {**batch, **made}, image_keys, latent)
+        stop = jnp.int32(len(table.t))
+        state = sampler.advance_until(table, state, stop, denoise, keys)
+        made["state"] = jax.lax.optimization_barrier(state)
+    return _end(networks, planned, {**batch, **made}, image_keys, latent)
+
+
+def _begin(
+    networks: dict[str, Any],
+    planned: tuple[Any, ...],
+    batch: Batch,
+    image_keys: Keys,
+    latent: tuple[int, int, int],
+) -> dict[str, Any]:
+    """Prepare the conditions, and all else that precedes the first evaluation of the network."""
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
     timesteps, options, weights, (of_adapters, of_controls, of_pictures) = planned
+    changed: dict[str, Array] = {}
     if networks["adapters"]:
         params = adapted(denoiser.params, networks["adapters"], of_adapters)
         denoiser = denoiser.replace(params=params)
+        paths = {path for change in networks["adapters"] for path in change}
+        of_network = flatten_dict({denoiser.name: params[denoiser.name]}, sep="/")
+        changed = {path: of_network[path] for path in paths & of_network.keys()}
     denoiser = controls.with_params(denoiser, networks["controls"])
     size, f = batch["index"].shape[0], first_stage.module.downsampling
     keys = sampling_keys(image_keys)
@@ -181,9 +243,8 @@ def _sample(
         return dataclasses.replace(conditioning, **hints)
 
     hole, picture = batch.get("hole"), batch.get("known")
-    tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
-    steer = (networks["classifier"], networks["distance"], options)
-    z_0 = denoiser.sample(
+    sampling, z = begin(
+        denoiser,
         keys,
         condition(),
         condition(drop=True),
@@ -192,20 +253,72 @@ def _sample(
         options,
         negative=condition("negative") if "negative" in batch else None,
         more=[(condition(f"more_{i}"), weight) for i, weight in enumerate(weights)],
-        nearest=first_stage.nearest if options.quantize_x0 else None,
         z_T=batch.get("z_T"),
         z_0=None if picture is None else first_stage.encode({"image": picture}),
         # A latent position is in the hole as soon as one of its pixels is.
         mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
-        guide=guides.guide(batch, denoiser.schedule, first_stage, *steer),
-        tile=tile,
     )
+    return {"sampling": sampling, "adapted": changed, "state": sampler.start(sampling.table, z)}
+
+
+def _denoise(
+    networks: dict[str, Any],
+    planned: tuple[Any, ...],
+    batch: Batch,
+    image_keys: Keys,
+    latent: tuple[int, int, int],
+) -> tuple[Any, Keys]:
+    """The function that the sampler evaluates, and the keys of its noise."""
+    denoiser, first_stage, options = networks["denoiser"], networks["first_stage"], planned[1]
+    params = flatten_dict(denoiser.params, sep="/") | batch["adapted"]
+    denoiser = denoiser.replace(params=unflatten_dict(params, sep="/"))
+    denoiser = controls.with_params(denoiser, networks["controls"])
+    keys = sampling_keys(image_keys)
+    guiding = (networks["classifier"], networks["distance"], options)
+    denoise = denoise_of(
+        denoiser,
+        batch["sampling"],
+        keys,
+        nearest=first_stage.nearest if options.quantize_x0 else None,
+        guide=guides.guide(batch, denoiser.schedule, first_stage, *guiding),
+        tile=tile_of_latent(
+            options.tile_size, options.tile_overlap, first_stage.module.downsampling
+        ),
+    )
+    return denoise, noise_keys(batch["sampling"], keys)
+
+
+def _evaluate(
+    networks: dict[str, Any],
+    planned: tuple[Any, ...],
+    batch: Batch,
+    image_keys: Keys,
+    latent: tuple[int, int, int],
+) -> sampler.State:
+    """The state of the sampler after the next evaluation of the network."""
+    denoise, keys = _denoise(networks, planned, batch, image_keys, latent)
+    state = batch["state"]
+    return sampler.advance_until(batch["sampling"].table, state, state.i + 1, denoise, keys)
+
+
+def _end(
+    networks: dict[str, Any],
+    planned: tuple[Any, ...],
+    batch: Batch,
+    image_keys: Keys,
+    latent: tuple[int, int, int],
+) -> Array:
+    """Decode the latents, and paste the images into their picture."""
+    first_stage, options = networks["first_stage"], planned[1]
+    z_0 = finish(batch["sampling"], batch["state"].z)
     if options.end is not None:
         return z_0
+    f = first_stage.module.downsampling
+    tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
     images = jnp.clip(decoded(first_stage, z_0, tile), -1.0, 1.0)
     if "mask" in batch:  # a model of inpainting: the picture around the hole doesn't change
         return paste(images, batch["image"], batch["mask"])
-    return images if hole is None else paste(images, batch["known"], hole)
+    return images if "hole" not in batch else paste(images, batch["known"], batch["hole"])
 
 
 def _check_finite(images: np.ndarray, first: int, networks: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Wrappers between a network and a sampler: conditioning, guidance, holes, previews.
+"""Wrappers between a network and a sampler: conditioning, guidance, holes.
 
 A *network* is `network(z_t [B h w c], t [B], conditioning) -> raw prediction`. A *denoiser*, which
 samplers take, is `denoise(z_t, t scalar) -> Prediction(z_0, eps)`. Guidance makes a denoiser of a
@@ -316,27 +316,3 @@ def paste(
 ) -> Float[Array, "B h w c"]:
     """z in the hole (mask 1), `known` elsewhere."""
     return mask * z + (1 - mask) * known
-
-
-# ---------------------------------------------------------------------------------- looking inside
-
-
-def observed(
-    denoise: Denoiser,
-    progress: Callable[[Any], None] | None,
-    preview: Callable[[Any, Any], None] | None,
-) -> Denoiser:
-    """Call functions on the host at each evaluation, without leaving the compiled loop.
-
-    progress(t) is called before, preview(t, z_0) afterwards with the estimate of the clean latents.
-    """
-
-    def with_calls(z_t: Array, t: Array) -> Prediction:
-        if progress is not None:
-            jax.debug.callback(progress, t)
-        pred = denoise(z_t, t)
-        if preview is not None:
-            jax.debug.callback(preview, t, pred.z_0)
-        return pred
-
-    return with_calls

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.generation.model import Model
-from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.serve.parameters import to_png
 from latent_diffusion.serve.requests import Limits, Request, call
@@ -35,7 +34,7 @@ class Cancelled(Exception):
 class Job:
     """A request and its progress. state: waiting, running, done, failed or cancelled.
 
-    evaluations: the network's so far, per device. preview: PNG bytes of the last preview. pictures:
+    evaluations: the network's so far. preview: PNG bytes of the last preview. pictures:
     PNG bytes of each image. version: a number that grows with every change.
     """
 
@@ -45,7 +44,7 @@ class Job:
         self.state = "waiting"
         self.created = time.monotonic()
         self.seconds = 0.0  # from the request to its end
-        self.evaluations = 0.0
+        self.evaluations = 0
         self.preview: bytes | None = None
         self.pictures: list[bytes] = []
         self.error = ""
@@ -71,9 +70,7 @@ class Jobs:
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: list[Job] = []
         self._closed = False
-        self._devices = parallel.num_parts(parallel.resolve_mode("auto"))
         self._latents: np.ndarray | None = None
-        logging.getLogger("jax._src.debugging").addFilter(_is_no_cancellation)
         self._threads = [threading.Thread(target=self._work, daemon=True)]
         if model.prior is None:
             self._threads.append(threading.Thread(target=self._draw_previews, daemon=True))
@@ -130,13 +127,13 @@ class Jobs:
                 lambda: job.ended or (version is not None and job.version != version), seconds
             )
 
-    # ----------------------------------------------------------- called by the running program
+    # ------------------------------------------------------------- called by the running call
 
     def progress(self, t: Any) -> None:
         """An option of `Model.sample`: count an evaluation; stop if all jobs have ended."""
         with self.changed:
             for job in self._running:
-                job.evaluations += 1 / self._devices
+                job.evaluations += 1
                 job.version += 1
             self.changed.notify_all()
             if all(job.ended for job in self._running):
@@ -252,7 +249,7 @@ class Jobs:
     def _draw(self, latents: Any, running: Sequence[Job]) -> None:
         """Set each job's preview to its first picture, if the latents include those of all jobs.
 
-        `Model.sample` may compute the images of a call in parts, and each device has its share.
+        `Model.sample` may compute the images of a call in parts.
         """
         if len(running) > 1 and len(latents) < sum(job.request.num_images for job in running):
             return
@@ -266,8 +263,3 @@ class Jobs:
                     job.preview = to_png(image, {}, self.name, {})
                     job.version += 1
                     self.changed.notify_all()
-
-
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """A filter for JAX's log of exceptions in callbacks, which drops intended cancellations."""
-    return not (record.exc_info and record.exc_info[0] is Cancelled)

@@ -36,6 +36,7 @@ from latent_diffusion.core.types import (
 )
 from latent_diffusion.models.denoiser import Denoiser, make_denoiser
 from latent_diffusion.models.first_stage import FirstStage, init_first_stage, make_autoencoder
+from latent_diffusion.models.sampling import sample
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.control import ControlNet, control_net, init_control
 from latent_diffusion.optimisation import low_rank
@@ -223,7 +224,7 @@ class Denoising:
             self._hinted(denoiser.condition(entries, drop), state.ema_params, constants, batch)
             for drop in drops
         )
-        z_0 = denoiser.sample(keys, conditioning, null, timesteps, latent, options)
+        z_0 = sample(denoiser, keys, conditioning, null, timesteps, latent, options)
         images = {"samples": first_stage.decode(z_0)}
         if "mask" in entries:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])

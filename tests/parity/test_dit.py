@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import latent_diffusion as ldm
 from latent_diffusion.core.rng import example_keys, normal_per_example, sampling_keys
+from latent_diffusion.models import sampling
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.schedules import make_schedule
 
@@ -156,7 +157,7 @@ def test_ancestral_sampling_with_the_learned_variance(channels, tmp_path, monkey
         denoiser.condition({"class_label": jnp.array(LABELS)}, jnp.full(2, drop))
         for drop in (True, False)
     )
-    got = denoiser.sample(keys, condition, null, timesteps, (8, 8, 4), planned)
+    got = sampling.sample(denoiser, keys, condition, null, timesteps, (8, 8, 4), planned)
     close(np.asarray(got), z.permute(0, 2, 3, 1).numpy(), 1e-3)
 
 

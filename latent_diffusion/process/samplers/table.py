@@ -8,12 +8,12 @@ started, into the next latent:
     z    ← scale · base + Σ_k z_0_k · z_0[k] + Σ_k eps_k · eps[k] + noise · n,   n ~ N(0, 1)
 
 where [k] is the estimate of k evaluations ago, and `dropout` zeroes a share of n. With `log_range`,
-`noise` is the smallest amplitude, and each element's learned variance enlarges it. So the loop is a
-single `lax.scan` that contains the network once, and a sampler is the formula of its coefficients,
+`noise` is the smallest amplitude, and each element's learned variance enlarges it. So the loop is
+a single one that contains the network once, and a sampler is the formula of its coefficients,
 vectorised over the steps.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,33 +73,73 @@ class Table(NamedTuple):
     log_range: Float[Array, " N"] | None = None
 
 
+class State(NamedTuple):
+    """A sampling between two evaluations: the index i of the next, and the latents of the formula.
+
+    seen: the latest estimate of z_0, for previews. z_0, eps: the earlier estimates that the table
+    uses, the latest first.
+    """
+
+    i: Array
+    z: Array
+    base: Array
+    seen: Array
+    z_0: tuple[Array, ...]
+    eps: tuple[Array, ...]
+
+
+def start(table: Table, z: Float[Array, "B *latent"]) -> State:
+    """The state before the first evaluation, at the latent z."""
+    z = z.astype(jnp.float32)
+    return State(jnp.int32(0), z, z, z, _memory(table.z_0, z), _memory(table.eps, z))
+
+
+def advance(table: Table, state: State, denoise: Denoiser, rng: Keys | None = None) -> State:
+    """The state after the next evaluation."""
+    row = jax.tree.map(lambda x: x[state.i], table)
+    pred = denoise(state.z, row.t)
+    z_0, eps = _push(pred.z_0, state.z_0), _push(pred.eps, state.eps)
+    base: Any = state.z
+    if row.restart is not None:
+        base = _weighted((row.restart, state.z), (row.keep, state.base))
+    base = base + _combine(row.correction, z_0)
+    z: Any = _weighted((row.scale, base)) + _combine(row.z_0, z_0) + _combine(row.eps, eps)
+    if row.noise is not None:
+        if rng is None:
+            raise ValueError("this sampler draws noise: give it rng, one key per image")
+        keys = jax.vmap(jax.random.fold_in, (0, None))(rng, state.i)
+        noise = normal_per_example(keys, z.shape[1:])
+        noise = noise if row.dropout is None else _drop(keys, noise, row.dropout)
+        if row.log_range is not None:
+            variance: Any = pred.variance
+            noise = jnp.sqrt(variance_factor(variance, row.log_range)) * noise
+        z = z + row.noise * noise
+    return State(state.i + 1, z, base, pred.z_0, z_0, eps)
+
+
+def advance_until(
+    table: Table, state: State, stop: Array, denoise: Denoiser, rng: Keys | None = None
+) -> State:
+    """The state before evaluation `stop`.
+
+    The compiler doesn't learn `stop`, so it makes the same loop for one evaluation as for all of
+    them: a sampling in parts has bit for bit the result of a sampling in one program.
+    """
+    stop = jax.lax.optimization_barrier(stop)
+    return jax.lax.while_loop(
+        lambda state: state.i < stop, lambda state: advance(table, state, denoise, rng), state
+    )
+
+
 def run(
     table: Table, denoise: Denoiser, z: Float[Array, "B *latent"], rng: Keys | None = None
 ) -> Float[Array, "B *latent"]:
     """Apply a table to the latent z. Image b's noise at row i depends only on rng[b] and i."""
-    if table.noise is not None and rng is None:
-        raise ValueError("this sampler draws noise: give it rng, one key per image")
-    z = z.astype(jnp.float32)
 
-    def evaluate(carry, row):
-        (z, base, past_z_0, past_eps), (i, row) = carry, row
-        pred = denoise(z, row.t)
-        z_0, eps = _push(pred.z_0, past_z_0), _push(pred.eps, past_eps)
-        base = _weighted((row.restart, z), (row.keep, base)) if table.restart is not None else z
-        base = base + _combine(row.correction, z_0)
-        z = _weighted((row.scale, base)) + _combine(row.z_0, z_0) + _combine(row.eps, eps)
-        if row.noise is not None:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(rng, i)
-            noise = normal_per_example(keys, z.shape[1:])
-            noise = noise if row.dropout is None else _drop(keys, noise, row.dropout)
-            if row.log_range is not None:
-                noise = jnp.sqrt(variance_factor(pred.variance, row.log_range)) * noise
-            z = z + row.noise * noise
-        return (z, base, z_0, eps), None
+    def step(state: State, _: None) -> tuple[State, None]:
+        return advance(table, state, denoise, rng), None
 
-    start = (z, z, _memory(table.z_0, z), _memory(table.eps, z))
-    rows = (jnp.arange(table.t.shape[0]), table)
-    return jax.lax.scan(evaluate, start, rows)[0][0]
+    return jax.lax.scan(step, start(table, z), length=len(table.t))[0].z
 
 
 def _drop(keys: Keys, noise: Array, share: Array) -> Array:

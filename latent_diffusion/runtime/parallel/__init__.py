@@ -45,6 +45,8 @@ from latent_diffusion.runtime.parallel.rules import (
 from latent_diffusion.runtime.parallel.steps import (
     compile_eval,
     compile_local,
+    compile_part,
     compile_step,
+    gathered,
     lower_for,
 )

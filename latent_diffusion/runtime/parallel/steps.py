@@ -98,13 +98,37 @@ def compile_eval(
         return _jit(step, mesh, out_shardings=NamedSharding(mesh, BATCH_SPEC) if mesh else None)
 
     def gather(out: PyTree) -> PyTree:
-        if mode == "pmap":
-            out = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), out)
-        if jax.process_count() > 1:
-            return multihost_utils.process_allgather(out, tiled=True)
-        return jax.tree.map(np.asarray, out)
+        return gathered(out, mode)
 
     return _bind(build, gather, mode, mesh, rules, description if mode == "single" else None)
+
+
+def compile_part(
+    step: Step, mode: str, entry: str, *, description: str | None = None
+) -> CompiledStep:
+    """Compile a step like `compile_eval`, but its outputs stay on the devices, for further steps.
+
+    Outputs of any shape are allowed; those with a leading axis B, which batch[entry] has, are cut
+    like the batch. The batch of a further step has these outputs beside a batch that `place_batch`
+    has put on the devices.
+    """
+    mode, mesh = resolve(mode, None)
+
+    def build(state: PyTree) -> Any:
+        if mode == "pmap":
+            return _pmap(step, out_axes=0)
+        return _jit(_cut_outputs(step, mesh, entry) if mesh else step, mesh)
+
+    return _bind(build, lambda out: out, mode, mesh, (), description if mode == "single" else None)
+
+
+def gathered(tree: PyTree, mode: str) -> PyTree:
+    """Numpy arrays [B ...] of the whole global batch on every process, from a step's outputs."""
+    if resolve(mode, None)[0] == "pmap":
+        tree = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
 
 
 def lower_for(
@@ -180,6 +204,25 @@ def _cut_by_rows(step: Step, mesh: Mesh) -> Step:
     def function(*args: Any) -> Any:
         with nn.intercept_methods(keep), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*args)
+
+    return function
+
+
+def _cut_outputs(step: Step, mesh: Mesh, entry: str) -> Step:
+    """The step with outputs whose sharding doesn't depend on the compiler.
+
+    Otherwise the next step would be compiled again wherever they differ.
+    """
+
+    @functools.wraps(step)
+    def function(state: PyTree, constants: PyTree, batch: PyTree, rng: Any) -> Any:
+        size = batch[entry].shape[0]
+
+        def cut(x: Any) -> Any:
+            spec = BATCH_SPEC if x.ndim and x.shape[0] == size else P()
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+        return jax.tree.map(cut, step(state, constants, batch, rng))
 
     return function
 
