@@ -160,6 +160,32 @@ def test_an_averaged_codebook_stays_in_use_and_is_the_same_on_eight_devices():
     assert one_metrics["codebook_usage"] == many_metrics["codebook_usage"]
 
 
+def test_a_frozen_codebook_and_a_fixed_logvar_stay_bitwise():
+    """Neither the averages of codes nor weight decay move them."""
+    fields = {"optimizer.frozen": ("quantize",), "optimizer.name": "adamw"}
+    fields |= {"autoencoding.learn_logvar": False, "autoencoding.logvar_init": 2.0}
+    first, [_, (state, _)] = _train(2, **AVERAGED, **fields)
+    before, after = (x.params["autoencoder"] for x in (first, state))
+    np.testing.assert_array_equal(after["quantize"]["embedding"], before["quantize"]["embedding"])
+    assert state.params["logvar"] == 2.0
+    assert np.any(after["quant_conv"]["kernel"] != before["quant_conv"]["kernel"])
+
+
+def test_estimates_become_codes_that_decode_alike():
+    """On the unit sphere they replace the direction alone; Gumbel latents aren't codes."""
+    for fields in ({}, {"codebook_l2": True}):
+        first_stage = _frozen("vq", **fields)
+        z = 2 * first_stage.encode({"image": _images()})
+        nearest = first_stage.nearest(z)
+        assert float(jnp.abs(nearest - z).max()) > 0.05
+        np.testing.assert_allclose(first_stage.decode(nearest), first_stage.decode(z), atol=1e-5)
+        if fields:
+            lengths = [jnp.linalg.norm(x / 0.5 + 0.1, axis=-1) for x in (nearest, z)]
+            np.testing.assert_allclose(*lengths, rtol=1e-4)
+    with pytest.raises(ValueError, match="whose latents are codes"):
+        _frozen("gumbel").nearest(z)
+
+
 def test_gumbel_trains_and_cools_by_equal_factors():
     fields = {"autoencoder.regularization": "gumbel", "autoencoding.gumbel_temperature": (1.0, 0.1)}
     first, [_, (state, metrics)] = _train(2, **fields)

@@ -381,6 +381,10 @@ def test_a_teacher_that_does_not_fit_is_one_line(taught, tmp_path, monkeypatch):
         ({"distillation.distilled_steps": 1001}, "distilled_steps=1001 must lie in 1 … 1000"),
         ({"distillation.phases": 3}, "phases=3 must divide distilled_steps=20"),
         ({"distillation.phases": 0}, "phases=0 must divide"),
+        (
+            {"distillation.phases": 4, "distillation.distilled_steps": 48},
+            "distilled_steps=48 must divide the 1000 timesteps",
+        ),
         ({"distillation.phases": 2, "distillation.method": "guidance"}, "of the method consist"),
         ({"lora.rank": 1, "unet.guidance_dim": 4}, "has no guidance_dim"),
         ({"diffusion.loss": "l3"}, "unknown loss 'l3'"),

@@ -1,5 +1,7 @@
 """Guidance and constraints, on networks simple enough to know every answer."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,3 +268,28 @@ def test_an_inpainted_latent_is_known_outside_the_hole():
     z = guidance.paste(SAMPLERS["ddim"](denoise, Z, TIMESTEPS, SCHEDULE), COND, MASK)
     np.testing.assert_array_equal(z[:, 2:], COND[:, 2:])
     close(z[:, :2], OTHER[:, :2])
+
+
+def test_a_bound_reaches_both_stages_of_dpm_solver_2s():
+    """DPM-Solver++(2S) on clipped estimates, in k-diffusion's variables x = z/alpha and sigma."""
+    name = "dpm_solver_pp_2s_ancestral"
+
+    def estimate(z_t, t):
+        z_0 = 1.4 * jnp.sin(2 * z_t) + 0.3 * COND
+        alpha_t, sigma_t = SCHEDULE.alpha_t(t), SCHEDULE.sigma_t(t)
+        return Prediction(z_0, (z_t - alpha_t * z_0) / sigma_t)
+
+    def clipped(x, sigma):
+        t = SCHEDULE.timestep_at(-2 * jnp.log(sigma))
+        return jnp.clip(estimate(SCHEDULE.alpha_t(t) * x, t).z_0, -1, 1)
+
+    sampler = SAMPLERS[name]
+    denoise = constraints.clip(estimate, SCHEDULE, recompute_eps=sampler.by_eps)
+    got = sampler(denoise, Z, TIMESTEPS, SCHEDULE, eta=0.0)
+    sigmas = SCHEDULE.sigma_t(TIMESTEPS) / SCHEDULE.alpha_t(TIMESTEPS)
+    x = Z / SCHEDULE.alpha_t(TIMESTEPS[0])
+    for here, there in itertools.pairwise(sigmas[:-1]):
+        h, middle = jnp.log(here / there), jnp.sqrt(here * there)
+        inner = middle / here * x - jnp.expm1(-h / 2) * clipped(x, here)
+        x = there / here * x - jnp.expm1(-h) * clipped(inner, middle)
+    close(got, clipped(x, sigmas[-2]), 2e-4)

@@ -11,6 +11,7 @@ from test_dit import model_with
 from tiny import make_batch, make_config
 
 from latent_diffusion.core.rng import example_keys, normal_per_example, sampling_keys
+from latent_diffusion.models import sampling
 from latent_diffusion.process.diffusion import Prediction
 from latent_diffusion.process.learned_variance import bound
 from latent_diffusion.process.plan import plan
@@ -113,7 +114,7 @@ def sample(denoiser, **options):
         denoiser.condition({"class_label": jnp.array(LABELS)}, jnp.full(2, drop))
         for drop in (True, False)
     )
-    return denoiser.sample(KEYS, condition, null, timesteps, (4, 4, 4), planned)
+    return sampling.sample(denoiser, KEYS, condition, null, timesteps, (4, 4, 4), planned)
 
 
 @pytest.mark.parametrize("channels", [3, None])
@@ -187,6 +188,14 @@ def test_training_moves_the_variance_of_the_final_layer_and_nothing_else_by_the_
 def test_one_line_for_what_does_not_fit(fields, options, message):
     with pytest.raises(ValueError, match=message):
         sample(model_with(**fields).denoiser, **options)
+
+
+def test_a_bound_on_z_0_needs_an_estimate_of_z_0_at_the_last_timestep():
+    fields = {"backbone": "dit", "dit.learned_variance": True, "diffusion.variance_weight": 0.001}
+    fields |= {"diffusion.zero_terminal_snr": True, "sampling.spacing": "leading"}
+    TASKS["denoising"](make_config("denoising", **fields, **{"diffusion.prediction": "v"}))
+    with pytest.raises(ValueError, match=r"variance_weight needs an estimate of z_0 .* v or x0"):
+        TASKS["denoising"](make_config("denoising", **fields, **{"diffusion.prediction": "eps"}))
 
 
 def test_a_task_refuses_to_train_a_variance_that_its_network_lacks():

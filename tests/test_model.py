@@ -215,7 +215,7 @@ def test_a_tile_below_the_trained_size_is_warned_of(caplog):
         ({"image": IMAGE[:, :4], "mask": MASK}, r"image has shape \(1, 4, 8, 3\), expected"),
         ({"negative_prompts": ["a"] * 3}, "3 negative_prompts for 2 prompts"),
         ({"guidance_scale": [1.0, 2.0]}, "2 guidance scales for 4 steps"),
-        ({"quantize_x0": True}, "quantize_x0 needs a first stage with a codebook"),
+        ({"quantize_x0": True}, "quantize_x0 needs a first stage whose latents are codes"),
         ({"num_steps": 0}, r"num_steps must lie in 1 … 1000 \(the schedule's T\), got 0"),
         ({"num_steps": 1001}, "num_steps must lie in 1 … 1000"),
         ({"num_steps": 4.5}, "num_steps=4.5 must be an integer"),

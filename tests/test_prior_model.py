@@ -333,3 +333,9 @@ def test_guidance_needs_a_null_condition():
     start = make_prior(SIZES, {"start": {}}, Autoencoder(**VQ))
     with pytest.raises(ValueError, match="guidance_scale=2 needs a condition: this prior has none"):
         model().replace(prior=start).sample(RNG, guidance_scale=2.0)
+
+
+def test_a_misspelt_default_is_named():
+    made = model().replace(defaults={"temprature": 0.0, "num_steps": 3})  # of a masked prior, too
+    with pytest.raises(ValueError, match="unknown option 'temprature' for a causal prior"):
+        made.sample(RNG, class_labels=[0], mode="single")

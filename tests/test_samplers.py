@@ -424,6 +424,14 @@ def test_ancestral_samplers_without_noise_follow_the_flow(name):
     np.testing.assert_allclose(z_0, GAUSSIAN.flow(LINEAR, START, 999, -1), atol=0.03)
 
 
+def test_no_step_adds_more_noise_than_its_level_has():
+    table = SAMPLERS["euler_ancestral"].table
+    noise = {eta: table(LINEAR, levels(8), eta=eta).noise for eta in (1.0, 3.0)}
+    sigma = LINEAR.sigma_t(levels(8)[1:])
+    assert (noise[1.0] <= sigma).all() and (noise[1.0][:-1] > 0).all()
+    np.testing.assert_allclose(noise[3.0], jnp.minimum(3 * noise[1.0], sigma), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "orders"),
     [

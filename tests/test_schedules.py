@@ -257,3 +257,9 @@ def test_a_schedule_of_one_timestep_is_finite(name):
         assert np.isfinite(array).all() and len(array) == 1
     with pytest.raises(ValueError, match="zero_terminal_snr needs at least 2 timesteps"):
         make_schedule("linear", 1, zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("name", ["edm", "ipndm", "rectified_flow"])
+def test_a_schedule_without_betas_has_no_rescaled_ones(name):
+    with pytest.raises(ValueError, match=f"the schedule '{name}' has none"):
+        make_schedule(name, 10, 0.01, 80.0, zero_terminal_snr=True)

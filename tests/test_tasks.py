@@ -231,3 +231,30 @@ def test_the_average_of_the_first_stage_follows_its_new_parameters():
         *map(jax.tree.leaves, (state.params, after.params, after.ema_params)), strict=True
     ):
         np.testing.assert_allclose(ema, decay * old + (1 - decay) * new, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unet.guidance_dim": 8}, r"unet\.guidance_dim=8: .* 'denoising' doesn't train it"),
+        ({"sampling.end": 0.5}, r"sampling\.end=0\.5: a run's samples have all steps"),
+        ({"sampling.strength": 0.5}, r"sampling\.strength=0\.5: a run's samples"),
+    ],
+)
+def test_fields_without_a_meaning_in_training_are_one_line(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TASKS["denoising"](make_config("denoising", **fields))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("quantize_x0", True, "quantize_x0 needs a first stage whose latents are codes"),
+        ("tile_size", 3, "tile size 3 and overlap 0 must be multiples of f=2"),
+    ],
+)
+def test_samples_for_the_log_have_the_options_of_the_first_stage(option, value, message):
+    made, state, constants, batch, _ = _setup("denoising", (f"sampling.{option}", value))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(made.show, state, constants, batch, RNG)

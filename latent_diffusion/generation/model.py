@@ -28,7 +28,12 @@ from latent_diffusion.models.prior import Prior
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.process.options import check_needs
 from latent_diffusion.process.plan import plan
-from latent_diffusion.process.tiling import pad_to_multiple, tiled
+from latent_diffusion.process.tiling import (
+    overlap_of_tiles,
+    pad_to_multiple,
+    tile_of_latent,
+    tiled,
+)
 from latent_diffusion.runtime import parallel
 
 log = logging.getLogger(__name__)
@@ -397,7 +402,7 @@ def _encode(
 ) -> jax.Array:
     if tile is None:
         return first_stage.latents(first_stage.moments(images), keys)
-    overlap = program.overlap_of_tiles(tile, overlap, first_stage.module.downsampling)
+    overlap = overlap_of_tiles(tile, overlap, first_stage.module.downsampling)
     return first_stage.latents(tiled(first_stage.moments, images, tile, overlap), keys)
 
 
@@ -406,7 +411,7 @@ def _decode(
     first_stage: FirstStage, latents: jax.Array, tile: int | None, overlap: int | None
 ) -> jax.Array:
     f = first_stage.module.downsampling
-    return program.decoded(first_stage, latents, program.tile_of_latent(tile, overlap, f))
+    return first_stage.decode(latents, tile_of_latent(tile, overlap, f))
 
 
 @functools.partial(jax.jit, static_argnames="method")

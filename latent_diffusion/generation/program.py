@@ -22,12 +22,11 @@ from latent_diffusion.core.rng import keys_of_examples, sampling_keys
 from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.core.types import Array, Batch, Keys
 from latent_diffusion.generation import controls, guides, image_prompts
-from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.models.sampling import begin, denoise_of, finish, noise_keys
 from latent_diffusion.nets.conditioners.sizes import SIZES
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.samplers import table as sampler
-from latent_diffusion.process.tiling import tiled
+from latent_diffusion.process.tiling import tile_of_latent
 from latent_diffusion.runtime import parallel
 
 
@@ -138,28 +137,6 @@ def batch_rows(total: int, batch_size: int, parts: int) -> int:
     times = [-(-needed // size) * (size + 1) for size in sizes]
     fast = (size for size, time in zip(sizes, times, strict=True) if time <= 1.05 * min(times))
     return parts * next(fast)
-
-
-def decoded(first_stage: FirstStage, latents: jax.Array, tile: tuple[int, int] | None) -> jax.Array:
-    """Images of scaled latents. tile: (side, overlap) in the latent, None for the whole."""
-    if tile is None:
-        return first_stage.decode(latents)
-    return tiled(first_stage.decode, latents, *tile)
-
-
-def overlap_of_tiles(size: int, overlap: int | None, f: int) -> int:
-    """The overlap in pixels: by default a quarter of a tile, cut to whole latent positions."""
-    return size // 4 // f * f if overlap is None else overlap
-
-
-def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
-    """A tile's side and overlap in the latent, from side and overlap in pixels."""
-    if size is None:
-        return None
-    overlap = overlap_of_tiles(size, overlap, f)
-    if size % f or overlap % f:
-        raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
-    return size // f, overlap // f
 
 
 @functools.lru_cache(maxsize=32)
@@ -315,7 +292,7 @@ def _end(
         return z_0
     f = first_stage.module.downsampling
     tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
-    images = jnp.clip(decoded(first_stage, z_0, tile), -1.0, 1.0)
+    images = jnp.clip(first_stage.decode(z_0, tile), -1.0, 1.0)
     if "mask" in batch:  # a model of inpainting: the picture around the hole doesn't change
         return paste(images, batch["image"], batch["mask"])
     return images if "hole" not in batch else paste(images, batch["known"], batch["hole"])

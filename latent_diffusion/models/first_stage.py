@@ -25,7 +25,7 @@ from latent_diffusion.core.types import (
     lookup,
     module_fields,
 )
-from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Autoencoder, Identity
+from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
 
 
@@ -56,8 +56,12 @@ class FirstStage(flax.struct.PyTreeNode):
         moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
         return self.latents(moments, keys)
 
-    def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
-        """Pixels from scaled latents."""
+    def decode(
+        self, z: Float[Array, "B h w c"], tile: tuple[int, int] | None = None
+    ) -> Float[Array, "B H W C"]:
+        """Pixels from scaled latents. tile: (side, overlap) in the latent, None for the whole."""
+        if tile is not None:
+            return tiled(self.decode, z, *tile)
         return self._apply("decode", z / self.scale_factor + self.shift)
 
     def indices(self, batch: Batch) -> Int[Array, "B h w"]:
@@ -71,11 +75,16 @@ class FirstStage(flax.struct.PyTreeNode):
         return self._apply("decode_indices", indices)
 
     def nearest(self, z: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-        """Scaled latents replaced by the nearest codes; ValueError without a codebook."""
-        if getattr(self.module, "regularization", "none") not in WITH_CODEBOOK:
-            raise ValueError("quantize_x0 needs a first stage with a codebook")
+        """Scaled latents replaced by the nearest codes; ValueError without such codes.
+
+        A codebook on the unit sphere replaces the direction of a latent, whose length stays.
+        """
+        if getattr(self.module, "regularization", "none") != "vq":
+            raise ValueError("quantize_x0 needs a first stage whose latents are codes (vq)")
         z = z / self.scale_factor + self.shift
-        codes = self._apply(lambda module, z: module.quantize(z).codes, z)
+        codes: Any = self._apply(lambda module, z: module.quantize(z).codes, z)
+        if self.module.codebook_l2:
+            codes = codes * jnp.linalg.norm(z, axis=-1, keepdims=True)
         return (codes - self.shift) * self.scale_factor
 
     def _apply(self, method: Any, *args: Any) -> Any:

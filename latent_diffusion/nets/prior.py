@@ -68,6 +68,7 @@ class CodeAttention(nn.Module):
                 dropout_rng=rng,
                 dropout_rate=self.dropout,
                 broadcast_dropout=False,
+                force_fp32_for_softmax=True,
             )
         else:
             h = attend(q, k, v, self.attention, causal=self.causal)

@@ -145,6 +145,8 @@ def make_schedule(
     """
     if not 1 <= num_timesteps <= MAX_TIMESTEPS:
         raise ValueError(f"num_timesteps={num_timesteps}; expected 1 to {MAX_TIMESTEPS:,}")
+    if zero_terminal_snr and betas is None and name in ("rectified_flow", *_OF_DIFFUSERS):
+        raise ValueError(f"zero_terminal_snr changes betas, and the schedule {name!r} has none")
     if betas is None and name == "rectified_flow":
         sigmas = np.arange(1, num_timesteps + 1) / num_timesteps
         return dataclasses.replace(_tabulate(1 - sigmas, sigmas), straight=True)

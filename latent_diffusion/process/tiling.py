@@ -60,6 +60,21 @@ def tiled(
     return total / weight
 
 
+def overlap_of_tiles(size: int, overlap: int | None, f: int) -> int:
+    """The overlap in pixels: by default a quarter of a tile, cut to whole latent positions."""
+    return size // 4 // f * f if overlap is None else overlap
+
+
+def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
+    """A tile's side and overlap in the latent, from side and overlap in pixels."""
+    if size is None:
+        return None
+    overlap = overlap_of_tiles(size, overlap, f)
+    if size % f or overlap % f:
+        raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
+    return size // f, overlap // f
+
+
 def pad_to_multiple(x: Float[Array, "B H W C"], multiple: int) -> Float[Array, "B H2 W2 C"]:
     """Repeat the last row and column until both sides are multiples of `multiple`."""
     below, right = (-x.shape[1] % multiple, -x.shape[2] % multiple)

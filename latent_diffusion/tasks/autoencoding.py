@@ -38,7 +38,12 @@ from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.losses.similarity import psnr
 from latent_diffusion.nets.quantizer import with_moved_codes
 from latent_diffusion.optimisation.micro_batches import in_parts
-from latent_diffusion.optimisation.optimizers import ema_update, global_norm, make_optimizer
+from latent_diffusion.optimisation.optimizers import (
+    ema_update,
+    global_norm,
+    make_optimizer,
+    path_mask,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -101,6 +106,7 @@ class Autoencoding:
     grad_accumulation: int = 1
     num_steps: int = 1
     first_stage: nn.Module | None = None  # a preview decodes its latents
+    fixed: tuple[str, ...] = ()  # paths of parameters that neither optimiser nor averages move
 
     def init(self, rng: jax.Array, batch_spec: Batch) -> tuple[State, Constants]:
         """Fresh state, and constants with random weights that the loop replaces.
@@ -331,6 +337,12 @@ class Autoencoding:
         params = optax.apply_updates(state.params, updates)
         moved = with_moved_codes(params["autoencoder"], state.codebook)
         params = {**params, "autoencoder": moved}
+        params = jax.tree.map(
+            lambda is_fixed, old, new: old if is_fixed else new,
+            path_mask(self.fixed)(params),
+            state.params,
+            params,
+        )
         disc_updates, disc_opt_state = self.disc_tx.update(
             disc_grads, state.disc_opt_state, state.disc_params
         )
@@ -367,7 +379,9 @@ def make_autoencoding(config: Config) -> Autoencoding:
         "learning_rate": fields.pop("disc_learning_rate") or config["optimizer"]["learning_rate"],
     }
     frozen = config["first_stage"]["autoencoder"]
+    fixed = [*config["optimizer"]["frozen"], *([] if fields["learn_logvar"] else ["^logvar$"])]
     return Autoencoding(
+        fixed=tuple(fixed),
         first_stage=make_autoencoder(frozen) if frozen else None,
         autoencoder=make_autoencoder(config["autoencoder"]),
         discriminator=PatchGAN(**disc),

@@ -48,6 +48,7 @@ from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.hints import HINTS
 from latent_diffusion.process.learned_variance import bound
 from latent_diffusion.process.plan import plan
+from latent_diffusion.process.tiling import tile_of_latent
 from latent_diffusion.tasks import beside
 
 Metrics = dict[str, jax.Array]
@@ -224,8 +225,14 @@ class Denoising:
             self._hinted(denoiser.condition(entries, drop), state.ema_params, constants, batch)
             for drop in drops
         )
-        z_0 = sample(denoiser, keys, conditioning, null, timesteps, latent, options)
-        images = {"samples": first_stage.decode(z_0)}
+        f = first_stage.module.downsampling
+        tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
+        z_0 = sample(
+            *(denoiser, keys, conditioning, null, timesteps, latent, options),
+            nearest=first_stage.nearest if options.quantize_x0 else None,
+            tile=tile,
+        )
+        images = {"samples": first_stage.decode(z_0, tile)}
         if "mask" in entries:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         if self.control:
@@ -355,6 +362,28 @@ def batch_size(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
 
 
+def _check(config: Config, denoiser: Denoiser) -> None:
+    """Raise ValueError for fields that don't go together."""
+    name, guided = config["backbone"], getattr(denoiser.network, "guidance_dim", None)
+    if guided is not None and config["task"] != "distillation":
+        raise ValueError(
+            f"{name}.guidance_dim={guided}: the guidance scale is an input of distilled networks; "
+            f"the task {config['task']!r} doesn't train it"
+        )
+    for part in ("start", "end", "strength"):
+        if config["sampling"].get(part) is not None:
+            raise ValueError(
+                f"sampling.{part}={config['sampling'][part]}: a run's samples have all steps; give "
+                f"{part} to Model.sample"
+            )
+    ends_in_noise = float(denoiser.schedule.alphas[-1]) == 0
+    if config["diffusion"]["variance_weight"] and denoiser.prediction == "eps" and ends_in_noise:
+        raise ValueError(
+            "diffusion.variance_weight needs an estimate of z_0 at each timestep, which 'eps' "
+            "doesn't give at the last with diffusion.zero_terminal_snr: predict v or x0"
+        )
+
+
 def make_denoising(config: Config) -> Denoising:
     """Build the task from a resolved experiment config."""
     autoencoder = make_autoencoder(config["autoencoder"])
@@ -370,6 +399,7 @@ def make_denoising(config: Config) -> Denoising:
     ):
         if value:
             denoiser.with_variance(field)
+    _check(config, denoiser)
     return Denoising(
         denoiser=denoiser,
         autoencoder=autoencoder,

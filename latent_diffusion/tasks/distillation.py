@@ -258,6 +258,11 @@ def make_distillation(config: Config) -> Distillation:
         raise ValueError(f"distillation.phases={phases} must divide distilled_steps={steps}")
     if phases > 1 and fields["method"] != "consistency":
         raise ValueError(f"distillation.phases={phases} are of the method consistency")
+    if phases > 1 and (num := student.denoiser.schedule.num_timesteps) % steps:
+        raise ValueError(
+            f"distillation.distilled_steps={steps} must divide the {num} timesteps, so that "
+            "sampling starts its steps where phases end"
+        )
     objectives.make_loss(student.loss, student.huber_c)
     return Distillation(
         student=student,

@@ -59,7 +59,7 @@ SAMPLERS = {
     "lms": Sampler(multistep.lms, by_eps=True),
     "dpm_solver_2m": Sampler(dpm_solver.dpm_solver_2m, by_eps=True),
     "dpm_solver_3m": Sampler(dpm_solver.dpm_solver_3m, by_eps=True),
-    "dpm_solver_pp_2s_ancestral": Sampler(runge_kutta.dpm_solver_pp_2s_ancestral),
+    "dpm_solver_pp_2s_ancestral": Sampler(runge_kutta.dpm_solver_pp_2s_ancestral, by_eps=True),
     "dpm_solver_pp_sde": Sampler(runge_kutta.dpm_solver_pp_sde),
     "dpm_solver_pp_2m": Sampler(dpm_solver.dpm_solver_pp_2m),
     "dpm_solver_pp_2m_sde": Sampler(dpm_solver.dpm_solver_pp_2m_sde),

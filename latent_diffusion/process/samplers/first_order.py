@@ -64,8 +64,9 @@ def ddim(
 
 
 def ddim_noise(here: Levels, there: Levels, eta: Number = 1.0) -> Float[Array, " S"]:
-    """DDIM's sigma (eq. 16): the amplitude of the fresh noise in each step."""
-    return eta * there.sigma * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam)))
+    """DDIM's sigma (eq. 16): the amplitude of the fresh noise, at most all noise of the level."""
+    share = eta * jnp.sqrt(-jnp.expm1(2 * (here.lam - there.lam)))
+    return there.sigma * jnp.minimum(share, 1.0)
 
 
 def ddim_inversion(
