@@ -1,6 +1,8 @@
 """The parts of `benchmarks.accelerator`, each of which has a process for itself."""
 
 import importlib
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -278,12 +280,16 @@ def pytorch(name: str, tiny: bool) -> list[dict[str, Any]]:
 
 
 def first_image(tiny: bool) -> list[dict[str, Any]]:
-    """From the command to the first guided picture, of `benchmarks.reference`'s networks."""
-    from benchmarks import first_image as timing
-    from benchmarks.measure import Setting
+    """From the command to the first guided picture, of `benchmarks.reference`'s networks.
 
-    platform = jax.default_backend()
+    This process doesn't use the device before, since a TPU serves one process at a time.
+    """
+    from benchmarks import first_image as timing
+    from benchmarks.measure import Setting, in_own_process
+
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    platform = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
     with tempfile.TemporaryDirectory() as folder:
-        reference.write(Path(folder), tiny)
+        in_own_process(reference.write, Path(folder), tiny)
         row = timing.compare(("ours",), Setting(Path(folder), platform, tiny))
     return [{"warm_seconds": row["ours_seconds"], "cold_seconds": row["ours_cold_seconds"]}]

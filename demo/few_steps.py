@@ -31,6 +31,7 @@ from latent_diffusion.evaluate.frechet import gaussian, measure_frechet
 from latent_diffusion.evaluate.reconstruction import collect_reconstructions
 from latent_diffusion.generation.loading import load
 from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import tree_hash
 from latent_diffusion.runtime.metrics import to_uint8
 from latent_diffusion.runtime.startup import quiet_and_cached
 
@@ -83,7 +84,9 @@ def evaluate(
         transform = data.make_transform(config.data, train=False)
         conditions = generate.conditions_of(model, test, transform, count, 0)
         made = generate.samples(model, conditions, count, 0, BATCH, **options)
-        folder = cache / f"few_steps_{''.join(filter(str.isalnum, row))}_{count}"
+        assert model.denoiser is not None
+        weights = tree_hash(model.denoiser.params)[:12]
+        folder = cache / f"few_steps_{''.join(filter(str.isalnum, row))}_{count}_{weights}"
         features = collect_features(made.read, count, net, folder)["features"]
         distances = {
             name: measure_frechet(features, reference, name)

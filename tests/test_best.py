@@ -155,3 +155,40 @@ def test_the_distance_is_that_of_the_samples_and_not_of_their_hints():
     step = _featured(show, lambda params, levels: {"features": levels.mean((1, 2, 3))})
     features = step({}, ({}, {}), {}, None)
     np.testing.assert_allclose([features["real"], features["made"]], [[0], [128]])
+
+
+def test_a_run_that_goes_on_before_its_best_step_forgets_it(tmp_path, monkeypatch):
+    """Its number and its parameters are those of a run that is no more; so are later snapshots."""
+    offer(tmp_path, "eval_loss", 2, 3.0)
+    offer(tmp_path, "eval_loss", 6, 1.0)
+    widths = {"0.05": {"x": jnp.zeros(2)}}
+    with Checkpointer(tmp_path / "averages", keep=None) as snapshots:
+        for step in (2, 4, 6):
+            snapshots.save(step, widths)
+    config = default.get_config()
+    config.checkpoint.update({"best": "eval_loss", "averages_every_steps": 2})
+    at = [6]
+    monkeypatch.setattr(loop, "resolve", lambda config, directory: config)
+    monkeypatch.setattr(loop, "start", lambda *given: SimpleNamespace(step=at[0]))
+    monkeypatch.setattr(loop, "_steps", lambda *given: None)
+    loop.train(config, tmp_path)  # from the end: nothing is lost
+    assert kept(tmp_path)["step"] == 6 and not offer(tmp_path, "eval_loss", 6, 2.0)
+    at[0] = 4
+    loop.train(config, tmp_path)
+    assert not (tmp_path / "best" / "best.json").exists()
+    with Checkpointer(tmp_path / "averages", read_only=True) as snapshots:
+        assert snapshots.all_steps() == [2, 4]
+    assert offer(tmp_path, "eval_loss", 6, 2.0)
+    with Checkpointer(tmp_path / "best" / "checkpoints", read_only=True) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore().state["ema_params"]["x"], [2, 2])
+
+
+def test_a_copy_with_files_for_links_goes_on(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    offer(run, "eval_loss", 1, 3.0)
+    shutil.copytree(run, tmp_path / "copy")  # which follows links
+    (tmp_path / "copy" / "config.json").write_text('{"seed": 1}')
+    assert offer(tmp_path / "copy", "eval_loss", 2, 2.0)
+    assert (tmp_path / "copy" / "best" / "config.json").read_text() == '{"seed": 1}'

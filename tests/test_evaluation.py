@@ -1,6 +1,8 @@
 """Scores against closed forms, and against themselves under other batches; bad input is named."""
 
+import errno
 import json
+import os
 import re
 import struct
 import zlib
@@ -42,6 +44,7 @@ from latent_diffusion.evaluate.resize import FILTERS
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.nets.losses.similarity import psnr, ssim
 from latent_diffusion.runtime import workdir
+from latent_diffusion.runtime.checkpoint import Checkpointer
 
 RNG = np.random.default_rng(0)
 
@@ -227,6 +230,20 @@ def test_resizing_keeps_constants_and_its_own_size(filter):
 # ---------------------------------------------------------------------------- streaming
 
 
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
+    """A write to mapped memory for which the disk has no room kills the process."""
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def step(state, constants, batch, rng, *, axis_name=None):
+        return {"double": 2 * batch["image"]}
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        collect(step, {}, lambda start, stop: np.zeros((stop - start, 2), np.float32), 8, tmp_path)
+
+
 def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from latent_diffusion.evaluate import collect as module
 
@@ -396,7 +413,14 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
             record(*metrics, features_path="here")
     usual = record("fd")["metrics"]
     made[0] = made[0].replace(defaults={**made[0].defaults, "guidance_scale": 3.0})
-    assert record("fd")["metrics"] != usual  # by the run's config, without a flag
+    by_config = record("fd")["metrics"]
+    assert by_config != usual  # without a flag
+    made[0] = answers.model(answers.TEXT, gain=0.1)
+    made[0] = made[0].replace(defaults={**made[0].defaults, "guidance_scale": 3.0})
+    assert record("fd")["metrics"] == by_config  # still remembered
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:  # of step 0, as before
+        checkpoints.save(0, {"ema_params": {"gain": jnp.full((), 0.1)}})
+    assert record("fd")["metrics"] != by_config  # of other parameters
 
 
 def test_samples_of_every_chunk_are_new_and_have_their_names(tmp_path, monkeypatch):

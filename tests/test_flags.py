@@ -331,6 +331,37 @@ def test_a_process_that_cannot_join_says_why_at_once(given, message):
         processes.connect(False, *given)
 
 
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, "all"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, "all"),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "all"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, "0"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "16"}, "0"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "0"}, "0"),
+        ({}, "0"),
+    ],
+)
+def test_a_process_alone_on_its_host_has_all_gpus(variables, devices, monkeypatch):
+    """In a cluster JAX gives each process the GPU of its number on the host."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def joined(*given, **options):
+        jax.config.update("jax_cuda_visible_devices", "0")
+
+    monkeypatch.setattr(jax.distributed, "initialize", joined)
+    monkeypatch.setattr(processes.partners, "watch", lambda: None)
+    try:
+        processes.connect(True)
+        assert jax.config.values["jax_cuda_visible_devices"] == devices
+    finally:
+        jax.config.update("jax_cuda_visible_devices", "all")
+
+
 def test_the_cache_of_compiled_programs_that_the_user_named_stays():
     level, before = logging.getLogger("jax").level, jax.config.jax_compilation_cache_dir
     startup.quiet_and_cached()

@@ -257,3 +257,17 @@ def test_peak_memory_is_the_most_that_was_in_use():
     taken = np.ones(2**30 // 8)  # 1 GiB
     del taken
     assert 1 <= peak_memory() < before + 1.5
+
+
+def test_a_thread_of_tensorboard_that_has_failed_is_an_error(tmp_path):
+    """Its queue is full after some calls, and the next would wait for ever."""
+    writer = Writer(tmp_path)
+    writer.scalars(1, {"loss": 1})
+    worker = writer._events.file_writer.event_writer._worker
+    worker.stop()
+    with pytest.raises(OSError, match="tensorboard: its writer has failed; is the disk full"):
+        writer.scalars(2, {"loss": 2})
+    with pytest.raises(OSError, match="its writer has failed"):
+        writer.image(2, "samples", np.zeros((2, 2, 3), np.uint8))
+    writer.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]

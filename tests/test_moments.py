@@ -47,6 +47,7 @@ def test_every_example_is_encoded_once_and_anew_only_for_other_pictures(made, mo
 
     encode = moments._encoded
     monkeypatch.setattr(moments, "_encoded", None)
+    config.data.dir = "where the same pictures lie now"
     again = moments.with_moments(config, directory, first_stage, source_of(images))
     np.testing.assert_array_equal(again[3]["moments"], cached[3]["moments"])
 

@@ -7,6 +7,7 @@ processes have the same arrays in memory.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,18 @@ def collect(
 
 
 def _new(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """An array on disk, or in memory on processes that don't write."""
+    """An array on disk, or in memory on processes that don't write.
+
+    Its place on the disk is taken now: a full disk, found by a write to mapped memory, would end
+    the process without a message.
+    """
     if jax.process_index() != 0:
         return np.empty(shape, dtype)
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _resume(directory: Path) -> tuple[int, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Scores a workdir or a set of pictures, for `python -m latent_diffusion.evaluate`."""
 
 import functools
+import hashlib
 import json
 import tempfile
 import time
@@ -63,6 +64,7 @@ def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
     config = read_config(directory)
     with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
         step = max(checkpoints.all_steps(), default=0)
+        sums = json.dumps((checkpoints.metadata() or {}).get("fingerprints"), sort_keys=True)
     usual = ["psnr", "ssim", "lpips"] if config.task == "autoencoding" else None
     metrics = options["metrics"] or usual or scores.DEFAULT
     of_stage = [name for name in metrics if name in reconstruction.METRICS]
@@ -74,7 +76,8 @@ def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
         )
     score = _score_first_stage if of_stage else _score_samples
     cache = directory / "evaluations" / f"step_{step}"
-    return {"step": step, **score({**options, "metrics": metrics}, cache, config)}
+    options = {**options, "metrics": metrics, "weights": hashlib.sha256(sums.encode()).hexdigest()}
+    return {"step": step, **score(options, cache, config)}
 
 
 def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dict[str, Any]:
@@ -231,6 +234,8 @@ def _collected(
     They are in a folder of `cache` whose name depends on every option that affects the results.
     """
     relevant: tuple[str, ...] = ("samples", "features", "features_path", "filter", "image_size")
+    if kind != "reference" and options["workdir"] is not None:
+        relevant += ("weights",)
     if kind == "samples":
         relevant += ("clip_path", "seed", "save_images", "defaults", *SAMPLING)
     if kind == "reconstructions":

@@ -27,6 +27,7 @@ from latent_diffusion.core.types import (
 )
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
+from latent_diffusion.process.tiling import tiled
 
 
 class FirstStage(flax.struct.PyTreeNode):

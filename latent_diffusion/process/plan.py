@@ -96,7 +96,7 @@ def plan_prior(defaults: Config, given: Mapping[str, Any], causal: bool) -> Prio
     """
     given = {name: value for name, value in given.items() if value is not None}
     allowed = prior_options(causal)
-    for name in (*given, *sorted(defaults.keys() - PRIOR_OPTIONS)):
+    for name in (*given, *(name for name in defaults if name not in PRIOR_OPTIONS)):
         if name not in allowed:
             kind = "causal" if causal else "masked"
             raise ValueError(

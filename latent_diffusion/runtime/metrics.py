@@ -78,6 +78,7 @@ class Writer:
         self._record |= {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         self._lines.write(json.dumps(self._record).encode() + b"\n")
         self._lines.flush()
+        self._check_events()
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
 
@@ -103,7 +104,14 @@ class Writer:
         partial = path.with_suffix(".partial")
         PIL.Image.fromarray(pixels).save(partial, "PNG")
         partial.replace(path)
+        self._check_events()
         self._events.add_image(name, pixels, step, dataformats="HWC")
+
+    def _check_events(self) -> None:
+        """Raise OSError if TensorBoard's thread has ended, for whose queue a call would wait."""
+        if not self._events.file_writer.event_writer._worker.is_alive():
+            where = self.workdir / "tensorboard"
+            raise OSError(f"can't write {where}: its writer has failed; is the disk full?")
 
     def flush(self) -> None:
         """Write the events that TensorBoard's writer has buffered to disk."""

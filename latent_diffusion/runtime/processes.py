@@ -5,6 +5,7 @@ All processes must call these functions in the same order, except `exit_with` an
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -17,6 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from latent_diffusion.runtime import partners
+
+# Variables with the number of processes on this host, of Open MPI and of Slurm ("1(x4)").
+_LOCAL_PROCESSES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
 
 
 def connect(
@@ -57,6 +61,7 @@ def connect(
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=partners.TIMEOUT,
         )
+        _use_all_devices()
         counts = Counter(device.process_index for device in jax.devices())
     except ValueError as error:
         raise ValueError(
@@ -71,6 +76,15 @@ def connect(
                 f"process {process} has another number of devices than process 0: "
                 f"{count} instead of {counts[0]}"
             )
+
+
+def _use_all_devices() -> None:
+    """Give a process that is alone on its host all GPUs; JAX assumes one process for each GPU."""
+    counts = [os.environ.get(name) for name in _LOCAL_PROCESSES]
+    on_host = next((count for count in counts if count is not None), "")
+    if re.match(r"1(\D|$)", on_host) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        jax.config.update("jax_cuda_visible_devices", "all")
+        jax.config.update("jax_rocm_visible_devices", "all")
 
 
 def exit_with(message: str) -> NoReturn:

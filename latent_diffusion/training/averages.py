@@ -26,10 +26,15 @@ FOLDER = "averages"
 
 
 class Snapshots:
-    """Saves the averages in the optimiser's state, and never deletes them; a context manager."""
+    """Saves the averages in the optimiser's state, and keeps all of them; a context manager."""
 
     def __init__(self, run: Path, wanted: bool):
         self._checkpoints = Checkpointer(run / FOLDER, keep=None) if wanted else None
+
+    def begin(self, step: int) -> None:
+        """Forget snapshots of later steps, which the run takes anew; call it at its start."""
+        if self._checkpoints is not None:
+            self._checkpoints.drop_after(step)
 
     def save(self, step: int, state: Any, mode: str) -> None:
         """Save the averages of this step if the run has such snapshots."""

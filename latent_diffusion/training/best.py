@@ -42,6 +42,15 @@ class Best:
             self._pending = bool(self._record)
             self.settle()
 
+    def begin(self, step: int) -> None:
+        """Forget the best of later steps, which the run takes anew; call it at its start."""
+        if self._checkpoints is None or self._record.get("step", 0) <= step:
+            return
+        if jax.process_index() == 0:  # the checkpoint that it describes is removed
+            (self._directory / RECORD).unlink(missing_ok=True)
+        self._record, self._pending = {}, False
+        self._checkpoints.drop_after(step)
+
     def offer(self, step: int, state: Any, values: dict[str, float]) -> bool:
         """Save the parameters of `state` if their value is the best so far; returns whether it is.
 
@@ -73,7 +82,8 @@ class Best:
             return
         for path in workdir.frozen_files(self._run):
             link = self._directory / path.name
-            if not link.is_symlink():
+            if not link.is_symlink():  # a copy of the workdir may have files for links
+                link.unlink(missing_ok=True)
                 link.symlink_to(Path("..") / path.name)
         text = json.dumps(self._record, indent=2) + "\n"
         workdir.write_whole(self._directory / RECORD, text)

@@ -8,15 +8,28 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.core.types import lookup
 from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.checkpoint import CheckpointError
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import settings
 from latent_diffusion.training.batch_spec import batch_spec
+from latent_diffusion.training.start import with_files
 
 
 def dry_run(config: ConfigDict) -> str:
-    """A text about a run: config, parameters, sharding, memory, FLOPs. Nothing is allocated."""
-    task = lookup(TASKS, config.task, "task")(config)
+    """A text about a run: config, parameters, sharding, memory, FLOPs. Nothing is allocated.
+
+    It is the config with the fields that files decide (`init_from`, the first stage, a teacher), if
+    they can be read; the last line says if they can't.
+    """
+    make_task = lookup(TASKS, config.task, "task")
+    unread = []
+    try:
+        config = with_files(config)
+    except (ValueError, OSError, CheckpointError) as error:
+        unread = [f"without the files that decide fields of the config: {error}"]
+    task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
+    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
     batch, rng = batch_spec(config), jax.random.key(0)
     state, constants = jax.eval_shape(task.init, rng, batch)
     shardings = parallel.state_shardings(state, mode, mesh, config.parallel.rules)
@@ -35,4 +48,4 @@ def dry_run(config: ConfigDict) -> str:
     lines.append(
         f"{flops / 1e12:.4g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *unread])

@@ -123,7 +123,6 @@ def _plan(config: ConfigDict, source: Any, shard_size: int, train: bool) -> Iter
 
 def _made(config: ConfigDict, source: Any, latents: Any, options: dict[str, Any]) -> dict[str, Any]:
     """How the examples are made, for runs and resumed commands, which compare it."""
-    ignored = ("dir", "embedding_path", "search", "workers")  # they don't change the data
     return {
         "kind": "pictures" if latents is None else latents.kind,
         "first_stage": None if latents is None else latents.hash,
@@ -131,7 +130,7 @@ def _made(config: ConfigDict, source: Any, latents: Any, options: dict[str, Any]
         "mirrors": latents is not None and config.data.flip,
         **options,
         "seed": config.seed,
-        "data": {k: v for k, v in config.data.to_dict().items() if k not in ignored},
+        "data": {k: v for k, v in config.data.to_dict().items() if k not in moments.SAME_DATA},
         "sample": moments.sample_hash(source),
         "annotations": _hash_of_annotations(source),
     }

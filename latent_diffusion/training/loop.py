@@ -36,7 +36,9 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
     Returns the final state. Raises Interrupted after a signal, NonFiniteError on NaN, and the
     errors of `USER_ERRORS` for bad input.
     """
-    directory = Path(directory).absolute()
+    if "://" in str(directory):
+        raise ValueError(f"workdir={directory}: a workdir is a folder; mount the bucket as one")
+    directory = Path(directory).expanduser().absolute()
     config = resolve(config, directory)
     with (
         acquire_lock(directory),
@@ -45,6 +47,8 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         Snapshots(directory, bool(config.checkpoint.averages_every_steps)) as snapshots,
     ):
         run = start(config, directory, checkpoints)
+        best.begin(run.step)
+        snapshots.begin(run.step)
         with (
             Stop() as stop,
             metrics.Writer(directory, step=run.step) as writer,

@@ -25,6 +25,7 @@ from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import tree_hash
 
+SAME_DATA = ("dir", "embedding_path", "search", "workers")  # fields of `data` without effect on it
 SAMPLE = 16  # examples whose pixels enter the identity
 EXAMPLE_KEYS = {*data.KEYS, "caption", "boxes", "labels", "window"}  # the transform reads these
 # Fields of `data` that affect the encoded pictures
@@ -105,7 +106,7 @@ def kind_of(config: ConfigDict) -> str:
 
 def _identity(config: ConfigDict, first_stage: FirstStage, source: data.Source) -> str:
     digest = hashlib.sha256(tree_hash(first_stage.params).encode())
-    fields = {name: value for name, value in config.data.to_dict().items() if name != "workers"}
+    fields = {k: v for k, v in config.data.to_dict().items() if k not in SAME_DATA}
     digest.update(json.dumps(fields, sort_keys=True).encode())
     digest.update(str(len(source)).encode())
     digest.update(sample_hash(source).encode())

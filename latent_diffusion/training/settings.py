@@ -39,7 +39,7 @@ MAY_CHANGE = {
     r"data\.(flip|search|workers)": "the pictures are the same",
 }
 _PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
-_MAY_MOVE = r"data\.(dir|embedding_path)"  # the same data may be in another folder
+_MAY_MOVE = r"init_from|data\.(dir|embedding_path)"  # the same files may be in another folder
 _FREE = r"(conditioners|pretrained|data\.features)\..*"  # sections without default entries
 
 
@@ -86,7 +86,7 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
             _set(tree, name, had)
         elif name not in before and not re.fullmatch(_FREE, name):
             continue  # an older version didn't have the field
-        elif not _is_free(name, have, had):
+        elif not _is_free(name, have, had) or _adds_arrays(name, have, had, config.task):
             if name not in now and not re.fullmatch(_FREE, name):
                 raise ValueError(
                     f"the run in {directory} has {name}={had!r}, an unknown field; another version "
@@ -109,6 +109,12 @@ def _is_free(name: str, have: Any, had: Any) -> bool:
         return False
     moved = re.fullmatch(_MAY_MOVE, name) and not Path(had).exists()
     return bool(moved) or os.path.realpath(have) == os.path.realpath(had)
+
+
+def _adds_arrays(name: str, have: Any, had: Any, task: str) -> bool:
+    """Whether a field is turned on or off that has arrays in the state only when it is on."""
+    names = ("optimizer.grad_clip", *(["ema_decay"] if task == "autoencoding" else []))
+    return name in names and bool(have) != bool(had)
 
 
 def _as_json(value: Any) -> Any:

@@ -133,6 +133,17 @@ class Checkpointer:
         except Exception as error:
             raise self._failed(error) from error
 
+    def drop_after(self, step: int) -> None:
+        """Delete checkpoints of later steps, which a run that goes on from `step` takes anew."""
+        self.wait()
+        later = [saved for saved in self.all_steps() if saved > step]
+        processes.barrier("all have listed the checkpoints")
+        for number in later:
+            where = self.directory / str(number)
+            log.info("removing %s: the run goes on from step %d", where, step)
+            self._manager.delete(number)
+        processes.barrier("later checkpoints are gone")
+
     def wait(self) -> None:
         """Wait until the current save is on disk; raises CheckpointError if it failed."""
         try:
