@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
+from tiny import make_config
 
 from latent_diffusion.convert.adapters import ControlWeights
+from latent_diffusion.data.layout import LayoutTokens, Object
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation import conditions, guides, sampling
 from latent_diffusion.generation.model import Model
@@ -21,6 +24,7 @@ from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.runtime.metrics import image_grid
+from latent_diffusion.training.start import with_files
 
 RNG = jax.random.key(5)
 SIZE = (8, 8)
@@ -438,6 +442,19 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
     assert options_of(Recorder("image"), image=image)["image"] is image  # a condition of any size
     with pytest.raises(ValueError, match="mask has 12×16 pixels, but image has 24×16"):
         options_of(Recorder(), image=image, mask=mask[:, :, :12])
+
+
+@pytest.mark.parametrize("encode_crop", [True, False])
+@pytest.mark.parametrize("name", ["layout", "layout_tokens"])
+def test_objects_of_a_run_with_centres_have_two_tokens(name, encode_crop):
+    config = make_config("autoencoding", **{"data.layout.centres": True})
+    config.data.layout.encode_crop = encode_crop
+    config.conditioners = ConfigDict({name: {"vocab_size": 26, "max_length": 8}})
+    conditioner = make_conditioner(with_files(config).conditioners.to_dict())
+    given = {"layout": [(3, BOX)]}
+    got = conditions.batch_of(conditioner, lambda prompts: None, given, SIZE, SIZE)
+    want = LayoutTokens(26, 3 if encode_crop else 4, encode_crop, True).build([Object(3, BOX)])
+    np.testing.assert_array_equal(got["layout"], want[None])
 
 
 @pytest.mark.parametrize("name", ["word_map", "layout_map"])

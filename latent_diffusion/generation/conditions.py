@@ -155,10 +155,12 @@ def _layout(part: Any, value: Any) -> np.ndarray:
         raise _no_layout(value)
     first = value[0]
     single = isinstance(first, Sequence) and first and not isinstance(first[0], Sequence)
-    rest = part.max_length % 3
-    if rest not in (0, 2):
+    centres, crop = getattr(part, "centres", False), getattr(part, "encode_crop", None)
+    crop = part.max_length % 3 == 2 if crop is None else crop
+    size, rest = divmod(part.max_length - 2 * crop, 2 if centres else 3)
+    if rest:
         raise ValueError(f"layout: max_length={part.max_length} isn't 3·n or 3·n + 2; give tokens")
-    tokens = LayoutTokens(part.vocab_size, part.max_length // 3, rest == 2)
+    tokens = LayoutTokens(part.vocab_size, size, crop, centres)
     return np.stack([tokens.build(_objects(example)) for example in ([value] if single else value)])
 
 

@@ -82,7 +82,12 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
 
 
 def with_files(config: ConfigDict) -> ConfigDict:
-    """The config of a new run, with all fields that files decide."""
+    """The config of a new run, with all fields that files decide, and the form of layouts."""
+    if config.data.layout.centres:
+        for name in {"layout", "layout_tokens"} & {*config.conditioners}:
+            form = {"centres": True, "encode_crop": config.data.layout.encode_crop}
+            config = ConfigDict(config.to_dict())
+            config.conditioners[name].update(form)
     config = init_from.resolve(teacher.resolve(preview.resolve(config)))
     return frozen.resolve(stages.resolve(config))
 

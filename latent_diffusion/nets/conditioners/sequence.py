@@ -65,13 +65,16 @@ class ClassToken(nn.Module):
 class LayoutTokens(nn.Module):
     """Objects in boxes: `layout` [B L] (see `data.layout`) as L tokens.
 
-    has_null: whether the model has learned a null condition, the layout without objects.
+    has_null: whether the model has learned a null condition, the layout without objects. centres,
+    encode_crop: see `Layout`.
     """
 
     vocab_size: int = 8192
     max_length: int = 92
     offset: int = 0
     has_null: bool = True
+    centres: bool = False
+    encode_crop: bool | None = None
 
     keys = ("layout",)
 
