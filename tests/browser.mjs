@@ -1,5 +1,6 @@
 // The page in a real browser: node tests/browser.mjs ADDRESS FOLDER, which gets the screenshots.
 import assert from "node:assert/strict";
+import { writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 
 const [address, folder] = process.argv.slice(2);
@@ -47,12 +48,27 @@ await field("Prompt").fill("another");
 await page.locator("#settings").setInputFiles(`${folder}/saved.png`);
 await page.waitForFunction(() => document.querySelector("[name=prompts]").value === "red circle");
 
+// Settings without a control are named, and a seed beyond 53 bits stays what it is.
+const seed = "9007199254740993";
+const asked = JSON.stringify({ prompts: "red circle", more_prompts: [["blue", 0.5]], seed });
+const json = async (path, options) => (await fetch(new URL(path, address), options)).json();
+let job = await json("/api/jobs", { method: "POST", body: asked, headers: { "Content-Type": "application/json" } });
+while (["waiting", "running"].includes(job.state)) job = await json(`/api/jobs/${job.id}?after=${job.version}`);
+const content = await (await fetch(new URL(job.pictures[0], address))).arrayBuffer();
+await writeFile(`${folder}/more.png`, Buffer.from(content));
+await page.locator("#settings").setInputFiles(`${folder}/more.png`);
+await status("^These are the settings of the picture, without: more prompts\\.$");
+assert.equal(await field("Seed").inputValue(), seed);
+await field("Seed").fill("1");
+await field("Images").fill("2");
+
 // A mask is painted; with the keyboard, too.
 await page.locator("summary", { hasText: "Change a picture" }).click();
 await page.locator("input[name=image]").setInputFiles(`${folder}/saved.png`);
 const canvas = page.locator("canvas").first();
 await canvas.focus();
-await page.keyboard.press("ArrowLeft");
+for (let i = 0; i < 20; i += 1) await page.keyboard.press("ArrowLeft"); // the cursor stays at the border
+await page.keyboard.press("ArrowRight");
 await page.keyboard.press("Space");
 const requests = [];
 page.on("request", (request) => { if (request.method() === "POST") requests.push(request.postDataJSON()); });

@@ -14,6 +14,7 @@ from test_data import config
 
 from latent_diffusion import data
 from latent_diffusion.data import image_folder, index_files, tars
+from latent_diffusion.training import moments
 
 
 @pytest.fixture(autouse=True)
@@ -350,3 +351,62 @@ def test_indices_that_cannot_be_written_are_no_error(tmp_path, monkeypatch, capl
     index = index_files.remembered("kind", "root", ["a"], lambda: {"a": np.arange(3)})
     np.testing.assert_array_equal(index["a"], range(3))
     assert "the next start indexes again" in caplog.records[0].message
+
+
+def test_splits_of_parquet_files_are_folders_at_any_depth_below_the_named_one(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name, label):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table({"image": [png(1)], "label": [label]}), tmp_path / name)
+
+    def labels(folder, split):
+        fields = {"name": "parquet", "dir": str(tmp_path / folder), "test_split": split}
+        source = data.make_source(config(**fields), "test")
+        return [source[i]["class_label"] for i in range(len(source))]
+
+    write("parts/train/part=0/x.parquet", 1)
+    write("parts/default/test/part=0/y.parquet", 2)
+    assert (labels("parts", "train"), labels("parts", "test")) == ([1], [2])
+    write("names/train-0.parquet", 3)
+    write("names/test/train-0.parquet", 4)  # the folder counts before the name
+    assert (labels("names", "train"), labels("names", "test")) == ([3], [4])
+    write("train/0000.parquet", 5)  # the name of data.dir itself says nothing
+    assert labels("train", "all") == [5]
+
+
+def test_a_tar_that_is_cut_anywhere_is_named(tmp_path, caplog):
+    """Between two members and inside a header, too, which `tarfile` takes for the end."""
+    first, second = members(0), members(1)
+    end = len(tar_of(first).rstrip(b"\0"))
+    between = end + -end % 512
+    (tmp_path / "b.tar").write_bytes(tar_of(members(3)))
+    for length in (between, between + 100, between + 512):
+        caplog.clear()
+        (tmp_path / "a.tar").write_bytes(tar_of(first | second)[:length])
+        assert everything(tmp_path).captions()[-1] == "number 3"
+        assert "1 of 2 tars are cut short: " in caplog.text and "a.tar: " in caplog.text
+
+
+NOT_UTF_8 = os.fsdecode(b"caf\xe9")
+
+
+def test_names_that_are_not_utf_8_are_read(tmp_path, monkeypatch):
+    """As older systems wrote them: of pictures, of their folders, and of members of tars."""
+    folder = tmp_path / "pictures"
+    for name in (f"{NOT_UTF_8}/{NOT_UTF_8}.png", "tea/0.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(png(1))
+    fields = {"name": "image_folder", "dir": str(folder), "test_fraction": 1.0}
+    hashes = set()
+    for largest in (2, 0, 0):  # as a small folder, then indexed, then from the index
+        monkeypatch.setattr(image_folder, "LARGE", largest)
+        source = data.make_source(config(**fields), "test")
+        assert source.class_names == (NOT_UTF_8, "tea")
+        assert [source[i]["name"] for i in range(2)] == [f"{NOT_UTF_8}.png", "0.png"]
+        hashes.add(moments.sample_hash(source))
+    assert len(hashes) == 1
+    inside = {f"{NOT_UTF_8}.png": png(0), f"{NOT_UTF_8}.txt": b"number 0"}
+    (tmp_path / f"{NOT_UTF_8}.tar").write_bytes(tar_of(inside))
+    assert everything(tmp_path).captions() == ["number 0"]

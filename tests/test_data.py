@@ -22,7 +22,7 @@ from latent_diffusion.data.sources import Remember
 from latent_diffusion.data.synthetic import SHAPES
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.data.transforms import to_float, to_uint8
-from latent_diffusion.data.windows import CROPS, resize
+from latent_diffusion.data.windows import CROPS, fit, resize
 
 
 def config(**changes):
@@ -493,3 +493,12 @@ def test_unknown_crop():
 def test_resize_keeps_what_fits():
     image = np.asarray(Image.new("RGB", (5, 4), "red"))
     assert resize(image, 4, 5) is image
+
+
+def test_a_picture_of_any_size_is_cut_to_any_size():
+    """Rounding doesn't put the cut outside of the picture."""
+    for height in range(850, 860):
+        image = np.zeros((height, 1280, 3), np.uint8)
+        for side in (8, 9, 16, 31):
+            assert fit(image, (side, side)).shape == (side, side, 3)
+            assert fit(image[..., :1], (side, 2 * side), mask=True).shape == (side, 2 * side, 1)

@@ -18,6 +18,7 @@ import several
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+from configs import default
 from latent_diffusion import data
 from latent_diffusion.convert.clip import Clip
 from latent_diffusion.evaluate import command, generate, inception, scores
@@ -35,6 +36,7 @@ from latent_diffusion.evaluate.frechet import (
     measure_frechet,
     save_statistics,
 )
+from latent_diffusion.evaluate.generate import of_data
 from latent_diffusion.evaluate.images import ImageSet, open_images
 from latent_diffusion.evaluate.inception_score import inception_score, measure_inception_score
 from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
@@ -518,3 +520,15 @@ def test_a_score_is_a_number_or_one_line_says_why_not(tmp_path, monkeypatch):
     read = np.arange(7, dtype=np.float32)
     with pytest.raises(ValueError, match="psnr of picture 3 has numbers that are not finite"):
         collect(step, {}, lambda start, stop: read[start:stop], 7, tmp_path / "c", 2)
+
+
+def test_the_pictures_of_a_runs_data_need_no_conditions(tmp_path):
+    """Neither boxes for a layout, nor small pictures or holes, which take time."""
+    write_pictures(tmp_path, 3)
+    config = default.get_config()
+    fields = {"name": "image_folder", "dir": str(tmp_path), "test_split": "all", "image_size": 8}
+    config.data.update(fields)
+    plain = of_data(config, "test").read(0, 3)
+    config.data.update({"low_res": "bicubic", "low_res_factor": 3, "mask": "box"})
+    config.data.layout.vocab_size = 1024
+    np.testing.assert_array_equal(of_data(config, "test").read(0, 3), plain)

@@ -556,3 +556,55 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"/b can't be listed: Permission denied"):
         files(tmp_path)
+
+
+def test_maps_beside_the_class_folders_are_no_class(tmp_path):
+    """Whether they have a folder of their own or none, in every split."""
+    for split in ("train", "test"):
+        for folder, place in (("own", "depths/"), ("none", "")):
+            rows = []
+            for name in ("cat", "dog"):
+                save(tmp_path / folder / split / name / "1.png")
+                depth = f"{place}{name}.png"
+                save(tmp_path / folder / split / depth, 7, mode="L")
+                rows.append(json.dumps({"file_name": f"{name}/1.png", "depth": depth}))
+            (tmp_path / folder / split / "metadata.jsonl").write_text("\n".join(rows))
+    for folder in ("own", "none"):
+        for split in ("train", "test"):
+            source = make_source(config(tmp_path / folder), split)
+            assert source.class_names == ("cat", "dog") and len(source) == 2
+            assert [source[i]["class_label"] for i in range(2)] == [0, 1]
+
+
+def test_metadata_above_the_splits_describe_them_all(tmp_path):
+    rows = []
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            save(tmp_path / split / name / "1.png")
+            save(tmp_path / split / "depths" / f"{name}.png", 7, mode="L")
+            row = {"file_name": f"{split}/{name}/1.png", "text": f"{split} {name}"}
+            rows.append({**row, "depth": f"{split}/depths/{name}.png"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, test = (make_source(config(tmp_path), split) for split in ("train", "test"))
+    assert (train.captions(), test.captions()) == (
+        ["train cat", "train dog"],
+        ["test cat", "test dog"],
+    )
+    assert train.class_names == test.class_names == ("cat", "dog")
+    nearer = {"file_name": "cat/1.png", "text": "nearer", "depth": "depths/cat.png"}
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(nearer))
+    assert make_source(config(tmp_path), "train").captions() == ["nearer", "train dog"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_picture_may_have_no_objects(kind, tmp_path):
+    rows = [
+        {"file_name": "a.png", "boxes": [[0, 0, 1, 1]], "labels": [3]},
+        {"file_name": "sub/b.png", "boxes": [], "labels": []},
+    ]
+    written(tmp_path, kind, rows)
+    source, changed = everything(tmp_path), config(tmp_path)
+    assert (source[1]["boxes"].shape, source[1]["labels"].dtype.kind) == ((0, 4), "i")
+    changed.layout.update({"vocab_size": 1024, "max_objects": 1, "encode_crop": False})
+    (batch,) = epoch(source, make_transform(changed, train=True), 2)
+    assert batch["layout"].tolist() == [[3, 0, 1023], [1023, 1023, 1023]]

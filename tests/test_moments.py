@@ -128,3 +128,19 @@ def test_a_picture_of_a_folder_that_changes_is_noticed(tmp_path):
     after = moments.sample_hash(data.make_source(config, "train"))
     (tmp_path / "01.png").rename(tmp_path / "01a.png")
     assert len({before, after, moments.sample_hash(data.make_source(config, "train"))}) == 3
+
+
+def test_sizes_of_a_part_of_the_examples_are_left_out(made):
+    """Some sources know the original size of some pictures, which no condition asks for."""
+    config, directory, first_stage, images = made
+
+    class Some:
+        def __len__(self):
+            return BATCH
+
+        def __getitem__(self, index):
+            known = {} if index % 2 else {"original_size": np.array([50, 60])}
+            return {"image": images[index], "caption": "red", **known}
+
+    cached = moments.with_moments(config, directory, first_stage, Some())
+    assert set(cached[0]) == set(cached[1]) == {"moments", "caption", "window"}

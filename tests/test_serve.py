@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from answers import CLASS, SIDE, TEXT, model
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_answers import LEVELS, reading
 from test_prior_model import CLASSES, SIZES, VQ
 from test_prompts import clip_model
 
+from latent_diffusion.convert.adapters import Words
 from latent_diffusion.core.rng import seed_key
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
@@ -32,7 +34,7 @@ from latent_diffusion.serve.handler import make_server
 from latent_diffusion.serve.jobs import Busy, Job, Jobs
 from latent_diffusion.serve.openai import read_form, request_of
 from latent_diffusion.serve.parameters import from_png, from_text, to_png, to_text
-from latent_diffusion.serve.requests import Limits, call, read
+from latent_diffusion.serve.requests import Limits, call, read, with_own_mask
 
 JSON = {"Content-Type": "application/json"}
 LIMITS = Limits(max_images=8, max_pixels=64, max_steps=100, max_waiting=8)
@@ -494,6 +496,17 @@ BAD = [  # path, body, status, words of the message
     ("/api/jobs", {"prompts": "red", "layout": []}, 400, "layout: write 1 to 100 objects"),
     ("/api/jobs", {"prompts": "red", "prompt_weights": 1}, 400, "prompt_weights=1 must be true"),
     ("/api/jobs", {"prompts": "red", "more_prompts": [1]}, 400, "more_prompts: write"),
+    ("/api/jobs", {"prompts": "red", "more_prompts": {"a1": 2}}, 400, "more_prompts: write"),
+    ("/api/jobs", {"prompts": "red", "adapters": ["s1"]}, 400, r"adapters: write \[\[text, weight"),
+    ("/api/jobs", {"prompts": "red", "image_size": "\ud800"}, 400, r"image_size=\? must be"),
+    ("/api/jobs", {"prompts": "\ud800"}, 400, "prompts has half of a surrogate pair"),
+    (
+        "/api/jobs",
+        {"prompts": "red", "more_prompts": [["\ud800", 1]]},
+        400,
+        "more_prompts has half",
+    ),
+    ("/api/jobs", {"prompts": "red", "seed": "1e3"}, 400, "seed=1e3 must be a whole number"),
     ("/api/jobs", {"prompts": "red", "more_prompts": [["a", 1]] * 9}, 400, "9 pairs, at most 8"),
     ("/api/jobs", {"prompts": "a" * 10_001}, 400, "at most 10,000 characters"),
     ("/api/jobs", {"neighbours": [[0] * 65]}, 400, "neighbours: 65 numbers, at most 64"),
@@ -508,6 +521,13 @@ BAD = [  # path, body, status, words of the message
     ("/api/settings", png_of(np.zeros((2, 2), np.uint8)), 400, "this PNG carries no settings"),
     ("/v1/images/generations", {"prompt": "red", "size": "big"}, 400, "must be WIDTHxHEIGHT"),
     ("/v1/images/generations", {"prompt": "red", "response_format": "url"}, 400, "b64_json"),
+    ("/v1/images/generations", {"prompt": "red", "output_format": "webp"}, 400, "must be 'png'"),
+    (
+        "/v1/images/generations",
+        {"prompt": "red", "background": "transparent"},
+        400,
+        "background='transparent' must be 'auto' or 'opaque'",
+    ),
     ("/v1/images/generations", {"prompt": "red", "sampler": "none"}, 400, "unknown sampler"),
     ("/v1/images/edits", {"prompt": "red"}, 400, "not multipart/form-data"),
     ("/nothing", {}, 404, "there is nothing here"),
@@ -545,6 +565,46 @@ def test_bodies_are_bounded_and_typed(server):
     assert ask(server, "POST", "/api/jobs", b"0\r\n\r\n", chunked)[0] == 411
 
 
+def test_a_body_that_is_not_read_is_not_the_next_request(server):
+    """The connection is closed instead."""
+    bodies = {"Content-Length": "2"}, {"Transfer-Encoding": "chunked"}
+    for method, path in (("GET", "/api/model"), ("DELETE", "/api/jobs/0123456789abcdef")):
+        for headers in bodies:
+            assert closes(server, method, path, headers)
+        assert not closes(server, method, path, {"Content-Length": "0"})
+        assert not closes(server, method, path, {})
+    assert closes(server, "POST", "/api/jobs", {"Transfer-Encoding": "chunked", **JSON})
+    both = {"Transfer-Encoding": "chunked", "Content-Length": "2", **JSON}
+    assert closes(server, "POST", "/api/jobs", both)
+
+
+def closes(server, method, path, headers):
+    """Whether the server closes the connection after its answer."""
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+    connection.putrequest(method, path)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders(b"{}" if headers.get("Content-Length") == "2" else None)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.headers["Connection"] == "close"
+
+
+def test_head_is_answered_as_get_without_content(server):
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+    for path in ("/", "/api/model"):
+        lengths = []
+        for method in ("HEAD", "GET"):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            content = answer.read()
+            assert answer.status == 200 and bool(content) == (method == "GET")
+            lengths.append(answer.headers["Content-Length"])
+        assert lengths[0] == lengths[1]
+    connection.close()
+
+
 def test_pages_of_other_sites_are_refused(server):
     host = f"127.0.0.1:{server.server_address[1]}"
     for origin, status in (("http://evil.example", 403), (f"http://{host}", 200)):
@@ -566,6 +626,10 @@ def test_a_token_guards_everything_but_the_page():
             for method, path in (("GET", "/api/model"), ("GET", "/metrics")):
                 assert ask(server, method, path, headers=headers)[0] == 401
             assert ask(server, "POST", "/api/jobs", b"{}", headers)[0] == 401
+        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+        connection.request("GET", "/api/model")
+        assert connection.getresponse().headers["WWW-Authenticate"] == "Bearer"
+        connection.close()
         right = {"Authorization": "Bearer secret"}
         status, description = ask_json(server, "GET", "/api/model", headers=right)
         assert status == 200 and description["conditions"]["class_labels"]["num_classes"] == 3
@@ -608,7 +672,9 @@ def test_the_words_of_a1111_are_read_and_written():
     old = 'cat\nSteps: 5, Sampler: DPM++ 2M Karras, Seed: 1, Lora hashes: "a: b, c: d", Model: x'
     want = {"prompts": "cat", "num_steps": 5, "seed": 1}
     assert from_text(old) == {**want, "sampler": "dpm_solver_pp_2m", "spacing": "karras"}
-    image = np.zeros((2, 2, 3), np.uint8)
+    of_a_second_pass = f"{text}, Hires upscale: 2, Hires upscaler: Latent"
+    assert from_text(of_a_second_pass) == {k: v for k, v in settings.items() if k != "strength"}
+    image = np.zeros((512, 768, 3), np.uint8)
     theirs = Image.open(io.BytesIO(to_png(image, settings, "m", {}))).info["parameters"]
     assert from_text(theirs) == settings
     assert from_png(io.BytesIO(to_png(image, settings, "m", {}))) == settings
@@ -738,3 +804,75 @@ def test_a_long_answer_may_take_longer_than_an_idle_connection(server, monkeypat
         read_so_far += answer.read(len(content) // 20)
     assert read_so_far == content
     connection.close()
+
+
+def test_the_text_in_a_png_has_the_size_of_the_picture():
+    """Whatever determined it: a request, a hint, a small picture, or the model."""
+    image = np.zeros((2, 6, 3), np.uint8)
+    content = io.BytesIO(to_png(image, {"prompts": "red", "num_steps": 1}, "m", {}))
+    assert "Size: 6x2" in Image.open(content).info["parameters"]
+    assert "image_size" not in from_png(content)
+
+
+def test_settings_that_are_nested_too_deeply_are_refused(server):
+    info = PngInfo()
+    info.add_itxt(parameters.JSON_KEY, "[" * 100_000)
+    out = io.BytesIO()
+    Image.new("L", (1, 1)).save(out, "PNG", pnginfo=info)
+    status, answer = ask_json(server, "POST", "/api/settings", out.getvalue(), {})
+    assert status == 400 and "is no JSON object" in answer["error"]["message"]
+
+
+def test_a_large_seed_is_a_text_for_browsers(server):
+    """Their numbers have 53 bits."""
+    for seed, text in ((2**53 - 1, 2**53 - 1), (2**64 - 1, str(2**64 - 1))):
+        state = finished(server, {"prompts": "red", "seed": text})
+        assert state["seed"] == text
+        content = ask(server, "GET", state["pictures"][0])[2]
+        assert from_png(io.BytesIO(content))["seed"] == seed
+        assert ask_json(server, "POST", "/api/settings", content, {})[1]["seed"] == text
+
+
+def test_the_picture_that_a_small_one_implies_is_bounded(server):
+    made = reading({"low_res": {}})
+    halving = made.replace(
+        first_stage=made.first_stage.replace(
+            module=make_autoencoder({**VQ, "regularization": "kl"})
+        )
+    )
+    small = in_base64(np.zeros((SIDE, 8, 3), np.uint8))
+    assert read({"low_res": small}, made, LIMITS).values["low_res"].shape == (1, SIDE, 8, 3)
+    with pytest.raises(ValueError, match="the picture of these conditions: 8×16 are more than 64"):
+        read({"low_res": small}, halving, LIMITS)
+    assert read({"low_res": small, "image_size": [8, 8]}, halving, LIMITS).num_images == 1
+
+
+def test_words_of_adapters_count_in_the_chunks_of_weighted_prompts():
+    adapters = {"it": Words(path="", word="<it>", vectors={"": np.zeros((9, 8), np.float32)})}
+    asked = {"prompts": "<it>", "prompt_weights": True}
+    assert read(asked, clip_model(), LIMITS).chunks == 1
+    asked["adapters"] = [["it", 1]]
+    assert read(asked, clip_model(), LIMITS, adapters).chunks == 3
+
+
+def test_an_openai_form_takes_one_picture():
+    head = b'--x\r\nContent-Disposition: form-data; name="image[]"; filename="a.png"\r\n\r\n'
+    body = 2 * (head + b"picture\r\n") + b"--x--\r\n"
+    with pytest.raises(ValueError, match="image: the form has several, but one picture is taken"):
+        read_form("multipart/form-data; boundary=x", body)
+
+
+def test_the_holes_of_an_openai_picture_without_a_mask_are_its_transparent_parts(server):
+    pixels_of = np.full((SIDE, SIDE, 4), 255, np.uint8)
+    opaque, given = (png_of(x) for x in (pixels_of, pixels_of[..., :3]))
+    pixels_of[:2, :, 3] = 0
+    for file, hole in ((opaque, False), (given, False), (png_of(pixels_of), True)):
+        fields = with_own_mask({"image": base64.b64encode(file).decode()}, LIMITS)
+        assert ("mask" in fields) == hole
+    (mask,) = read({**fields, "prompts": "red"}, model(TEXT), LIMITS).values["mask"]
+    np.testing.assert_array_equal(mask[..., 0], np.repeat([[1], [1], [0], [0]], SIDE, 1))
+    body, kind = form(prompt="red", seed=5, image=png_of(pixels_of))
+    status, answer = ask_json(server, "POST", "/v1/images/edits", body, {"Content-Type": kind})
+    assert status == 200, answer
+    made = pixels(base64.b64decode(answer["data"][0]["b64_json"])).astype(int)
+    assert (made[2:] >= 254).all() and (made[:2] < 245).any()

@@ -338,7 +338,6 @@ def test_processes_share_the_shards(made, tmp_path, monkeypatch, count):
         ({"task": "autoencoding"}, "data.name='latents' has no pictures, which autoencoding"),
         ({"first_stage.cache": True}, "is cached: set first_stage.cache=False"),
         ({"data.dir": ""}, "needs data.dir, which python -m latent_diffusion.encode wrote"),
-        ({"data.train_split": "all"}, r"no split 'all' in .*; known: test, train \(data.train"),
     ],
 )
 def test_a_run_that_asks_for_other_latents_is_refused(folder, tmp_path, fields, message):
@@ -417,3 +416,20 @@ def test_shards_with_other_captions_are_refused(tmp_path):
     (pictures / "07.txt").write_text("blue")
     with pytest.raises(ValueError, match=r"was begun with annotations=.*: choose another --out"):
         encoding.encode(config, out, splits=["train"])
+
+
+def test_the_config_of_encode_is_that_of_the_training_whatever_its_splits_are_called(tmp_path):
+    """Shards lie in folders of the roles: those of training, and those of evaluations."""
+    pictures, out = tmp_path / "pictures", tmp_path / "latents"
+    pictures.mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(pictures / f"{i:02}.png")
+    config = pixels(**{"data.name": "image_folder", "data.dir": str(pictures)})
+    config.data.update({"train_split": "all", "test_split": "train", "test_fraction": 0.3})
+    encoding.encode(config, out)
+    of = {role: data.make_source(config.data, role) for role in ("train", "test")}
+    on = {role: data.make_source(on_shards(config, out).data, role) for role in ("train", "test")}
+    assert len(on["train"]) == len(of["train"]) == 20 > len(on["test"]) == len(of["test"]) > 0
+    shutil.rmtree(out / "test")
+    with pytest.raises(ValueError, match=r"no split 'test' in .*; known: train \(python -m"):
+        data.make_source(on_shards(config, out).data, "test")

@@ -58,14 +58,18 @@ DATASETS: dict[str, Callable[[Any, str], Any]] = {
 def make_source(data_config: Any, split: str) -> Any:
     """The source `data_config.name` for the role "train" or "test".
 
-    `data_config.train_split` and `test_split` name the splits of the data set for the two roles.
+    `data_config.train_split` and `test_split` name the splits of the data set for the two roles;
+    shards lie in folders of the roles themselves.
     `data_config.embedding` adds image embeddings, and neighbours in the training set.
     Raises a ValueError of one line for an unknown data set or split.
     """
     make = lookup(DATASETS, data_config.name.partition(":")[0], "data.name")
     roles = {"train": data_config.train_split, "test": data_config.test_split}
-    source = make(data_config, lookup(roles, split, "split"))
-    if not data_config.get("embedding", "") or data_config.name == "latents":  # shards have it
+    name = lookup(roles, split, "split")
+    if data_config.name == "latents":  # which have embeddings, too
+        return make(data_config, split)
+    source = make(data_config, name)
+    if not data_config.get("embedding", ""):
         return source
     database = source if split == "train" else make(data_config, roles["train"])
     return with_embeddings(source, split, database, data_config)

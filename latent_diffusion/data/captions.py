@@ -32,6 +32,7 @@ COLUMNS = ("text", "caption")  # columns of captions, where the config names non
 MAPS = ("mask", "depth", "segmentation")  # keys for which a row has the name of a picture
 _MADE = {"image", "tokens", "weight", "crop_top_left", "target_size"}  # made by the transform
 _NUMBERS = (set(KEYS) | {"boxes", "labels"}) - _MADE - set(MAPS)
+_NO_OBJECTS = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int)}
 Rows = Iterator[tuple[str, dict[str, Any]]]  # the place of a row, for messages, and the row
 
 
@@ -57,15 +58,10 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
     line for a file that can't be parsed, and for a key other than the caption that only some
     pictures have.
     """
-    described: dict[Path, Example] = {}
-    for name, read in _READERS.items():
-        for file in [file for file in files if file.name == name]:
-            described |= read(file, column)
-        if described:
-            if others := [file for file in files if file.name in _READERS and file.name != name]:
-                logger.warning("%s isn't read, since there is a %s", others[0], name)
-            break
-    if column and (name == "captions.txt" or not described):
+    name, described = _described(files, column)
+    if others := [file for file in files if described and file.name in {*_READERS} - {name}]:
+        logger.warning("%s isn't read, since there is a %s", others[0], name)
+    if column and name in ("captions.txt", ""):
         raise ValueError(f"data.caption_column={column!r} needs metadata files, which aren't there")
     if not described:
         there = set(files)
@@ -76,8 +72,28 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
     described = {by_name.get(_composed(path), path): entry for path, entry in described.items()}
     if missing := sorted(path for path in described if not os.path.isfile(path)):
         logger.warning("%d described files are missing: %s", len(missing), missing[0])
-    maps = {entry[key] for entry in described.values() for key in MAPS if key in entry}
+    maps = _maps(described)
     return _alike({path: dict(described.get(path, {})) for path in paths if path not in maps})
+
+
+def maps_of(files: list[Path]) -> set[Path]:
+    """The files that metadata among `files` names as maps of pictures."""
+    return _maps(_described(files, "")[1])
+
+
+def _described(files: list[Path], column: str) -> tuple[str, dict[Path, Example]]:
+    """The first kind of files of annotations that is present, and what they say; "" for none."""
+    described: dict[Path, Example] = {}
+    for name, read in _READERS.items():
+        for file in [file for file in files if file.name == name]:
+            described |= read(file, column)
+        if described:
+            return name, described
+    return "", described
+
+
+def _maps(described: dict[Path, Example]) -> set[Path]:
+    return {entry[key] for entry in described.values() for key in MAPS if key in entry}
 
 
 def _composed(path: Path) -> str:
@@ -160,6 +176,8 @@ def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
             array = np.asarray(value)
         except ValueError:
             array = np.asarray(None)
+        if key in _NO_OBJECTS and not array.size:
+            array = _NO_OBJECTS[key]
         whole = key in ("class_label", "labels") or (key in KEYS and KEYS[key].dtype is np.int32)
         if array.dtype.kind not in ("iu" if whole else "iuf"):
             wanted = "integers" if array.ndim else "an integer"

@@ -38,6 +38,11 @@ def visible_files(system: Any, root: str, suffix: str) -> dict[str, Any]:
     return {path: files[path] for path in shown}
 
 
+def encoded(name: str) -> bytes:
+    """A name in UTF-8; of a file whose name isn't UTF-8, the name's bytes."""
+    return name.encode(errors="surrogateescape")
+
+
 class Folder:
     """A folder by its path or URL; it may not exist yet. Raises ValueError for unknown URLs."""
 

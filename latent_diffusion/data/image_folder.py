@@ -4,7 +4,8 @@ Pictures are searched for recursively. Captions and other annotations come from 
 (see `data.captions`). If every picture lies in a sub-folder, the first level of sub-folders, sorted
 by name, are the classes, unless annotations have classes.
 
-Splits are the sub-folders train/, test/ and val/, if any of them exists. Otherwise the split "test"
+Splits are the sub-folders train/, test/ and val/, if any of them exists; files of annotations
+outside of them describe all splits, and those of a split come first. Otherwise the split "test"
 is a share `test_fraction` of the files, chosen by a hash of their paths, "train" is the rest, and
 "all" is both.
 """
@@ -21,7 +22,8 @@ import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 from PIL import Image
 
-from latent_diffusion.data.captions import MAPS, describe
+from latent_diffusion.data.captions import MAPS, describe, maps_of
+from latent_diffusion.data.folders import encoded
 from latent_diffusion.data.index_files import remembered
 from latent_diffusion.data.pictures import (
     SUFFIXES,
@@ -51,7 +53,7 @@ def _class_folders(root: Path, paths: list[Path]) -> tuple[str, ...]:
 
 
 def _is_test(path: Path, root: Path, fraction: float) -> bool:
-    digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+    digest = hashlib.sha256(encoded(path.relative_to(root).as_posix())).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
@@ -122,20 +124,20 @@ def _stamp(name: str) -> str:
 
 
 def _packed(source: ImageFolderSource) -> dict[str, np.ndarray]:
-    """A source as arrays, for a file."""
-    entries = [{k: str(v) if k in MAPS else v for k, v in e.items()} for e in source.annotations]
-    tree = {"paths": [str(path) for path in source.paths], "entries": entries}
-    tree |= {"class_names": list(source.class_names)}
+    """A source as arrays, for a file. Names are bytes, since not all of them are UTF-8."""
+    code = os.fsencode
+    entries = [{k: code(v) if k in MAPS else v for k, v in e.items()} for e in source.annotations]
+    tree = {"paths": [code(path) for path in source.paths], "entries": entries}
+    tree |= {"class_names": [code(name) for name in source.class_names]}
     return {"packed": np.frombuffer(msgpack_serialize(tree, in_place=True), np.uint8)}
 
 
 def _unpacked(index: dict[str, np.ndarray]) -> ImageFolderSource:
     tree = msgpack_restore(index["packed"].tobytes())
     for entry in tree["entries"]:
-        entry.update({key: Path(entry[key]) for key in MAPS if key in entry})
-    return ImageFolderSource(
-        [Path(path) for path in tree["paths"]], tree["entries"], tuple(tree["class_names"])
-    )
+        entry.update({key: Path(os.fsdecode(entry[key])) for key in MAPS if key in entry})
+    paths, class_names = (map(os.fsdecode, tree[key]) for key in ("paths", "class_names"))
+    return ImageFolderSource([*map(Path, paths)], tree["entries"], tuple(class_names))
 
 
 def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageFolderSource:
@@ -152,10 +154,13 @@ def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageF
         raise ValueError(f"no images in {base} ({' '.join(sorted(SUFFIXES))}){hint}")
     if unread:
         logger.warning("%s: these files aren't read: %s", base, unread)
-    examples = describe(paths, inside, data_config.get("caption_column", ""))
+    above = [path for path in every if path.parent == root] if folders else []
+    examples = describe(paths, above + inside, data_config.get("caption_column", ""))
     class_names = _class_folders(base, [*examples])
-    for name in folders:
-        pictures = [path for path in every if is_picture(path) and path.is_relative_to(root / name)]
+    for name in folders if class_names else ():
+        files = [path for path in every if path.is_relative_to(root / name)]
+        maps = maps_of(above + files)
+        pictures = [path for path in files if is_picture(path) and path not in maps]
         more = _class_folders(root / name, pictures)
         class_names = tuple(sorted({*class_names, *more})) if class_names and more else ()
     if class_names and not any("class_label" in entry for entry in examples.values()):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_diffusion.data.folders import encoded
 from latent_diffusion.runtime.workdir import whole
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,9 @@ def remembered(kind: str, root: str, state: Any, make: Callable[[], Arrays]) -> 
     """
     digest = hashlib.sha256()
     for text in state:
-        digest.update(text.encode() + b"\n")
+        digest.update(encoded(text) + b"\n")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(f"{kind}\n{root}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(encoded(f"{kind}\n{root}")).hexdigest()[:16]
     path = caches / "latent_diffusion" / "indices" / f"{kind}-{name}.npz"
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:

@@ -5,7 +5,7 @@ class are in columns that `data.features` names, or that have the usual names. R
 its whole row group, so reading in random order needs small groups, or shards of latents, which are
 encoded in the order of the rows.
 
-Splits are the files train-*.parquet and test-*.parquet, or those in folders train/ and test/, if
+Splits are the files train-*.parquet and test-*.parquet, or those below folders train/ and test/, if
 there are any. Otherwise "test" is a random share `test_fraction` of the rows, for which a file's
 name is the seed, "train" is the rest, and "all" is both.
 """
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.data.folders import file_system, visible_files
+from latent_diffusion.data.folders import encoded, file_system, visible_files
 from latent_diffusion.data.pictures import read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
 from latent_diffusion.data.tfds import feature_map
 from latent_diffusion.files.reading import reading
 
 GROUPS_IN_MEMORY = 16
+SPLITS = ("train", "test")
 
 
 class ParquetSource(Readable):
@@ -113,7 +114,7 @@ def make(data_config: Any, split: str) -> ParquetSource:
     every = list(visible_files(system, root, ".parquet"))
     if not every:
         raise ValueError(f"data.dir={data_config.dir}: no .parquet files in this folder")
-    named = {name: [p for p in every if _is_of(p, name)] for name in ("train", "test")}
+    named = {name: [p for p in every if _split_of(p, root) == name] for name in SPLITS}
     by_name = [name for name, paths in named.items() if paths]
     check_split(split, by_name, root)
     groups, chosen, columns = [], [], dict[str, list[str]]()
@@ -121,7 +122,7 @@ def make(data_config: Any, split: str) -> ParquetSource:
         columns[path], more = _metadata(system, path)
         groups += more
         name, count = path.rpartition("/")[2], sum(count for *_, count in more)
-        held_out = np.random.default_rng([*name.encode()]).random(count) < data_config.test_fraction
+        held_out = np.random.default_rng([*encoded(name)]).random(count) < data_config.test_fraction
         whole = bool(by_name) or split == "all"
         chosen.append(np.ones(count, bool) if whole else held_out == (split == "test"))
     rows = np.flatnonzero(np.concatenate(chosen))
@@ -135,6 +136,8 @@ def make(data_config: Any, split: str) -> ParquetSource:
     return ParquetSource(system, groups, rows, features)
 
 
-def _is_of(path: str, split: str) -> bool:
-    folder, _, name = path.rpartition("/")
-    return name.startswith((f"{split}-", f"{split}.")) or folder.rpartition("/")[2] == split
+def _split_of(path: str, root: str) -> str:
+    """The split that a file belongs to by its folders below `root` or by its name; "" for none."""
+    *folders, name = path.removeprefix(root).split("/")
+    named = [split for split in SPLITS if name.startswith((f"{split}-", f"{split}."))]
+    return next((part for part in (*folders, *named) if part in SPLITS), "")

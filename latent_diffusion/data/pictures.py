@@ -82,6 +82,11 @@ def read_transparency(path: Source) -> Float32[np.ndarray, "H W 1"]:
     return _read(path, _turned(_as_transparency))
 
 
+def is_transparent(path: Source) -> bool:
+    """Whether parts of the picture are transparent."""
+    return _read(path, lambda image: image.has_transparency_data and bool(_hidden(image).any()))
+
+
 def read_levels(path: Source) -> Int32[np.ndarray, "H W"]:
     """The numbers in a picture, such as classes: levels of grey, or indices of a palette."""
     return _read(path, _turned(_as_levels))

@@ -1,7 +1,9 @@
 """Folders of shards: examples that `python -m latent_diffusion.encode` has cut and encoded.
 
-    SPLIT/index.json          how the examples were made, by which first stage, and the shards
-    SPLIT/00000.array_record  examples, one per record
+    ROLE/index.json          how the examples were made, by which first stage, and the shards
+    ROLE/00000.array_record  examples, one per record
+
+A role is "train" or "test", whatever the splits of the data are called that were encoded for it.
 
 A record has an example's values (`caption`, `class_label`, `original_size` ...) and `crops`. Each
 crop has the arrays for one window of the picture and `mirrors`: the latents of the cut picture
@@ -165,7 +167,7 @@ def _check_files(folder: Folder, shards: list[Shard]) -> None:
 
 
 def make(data_config: Any, split: str) -> ShardSource:
-    """Read a split of the folder `data_config.dir`. Raises ValueError where there is none."""
+    """Read a role's part of the folder `data_config.dir`. Raises ValueError where there is none."""
     if not data_config.dir:
         raise ValueError(
             "data.name='latents' needs data.dir, which python -m latent_diffusion.encode wrote"
@@ -175,6 +177,6 @@ def make(data_config: Any, split: str) -> ShardSource:
     if split not in splits:
         raise ValueError(
             f"no split {split!r} in data.dir={root}; known: {', '.join(splits) or 'none'} "
-            "(data.train_split, data.test_split); python -m latent_diffusion.encode writes them"
+            "(python -m latent_diffusion.encode writes them)"
         )
     return ShardSource(root / split)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.data.folders import file_system, visible_files
+from latent_diffusion.data.folders import encoded, file_system, visible_files
 from latent_diffusion.data.index_files import Arrays, remembered
 from latent_diffusion.data.pictures import SUFFIXES, read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
@@ -100,7 +100,11 @@ class TarSource(Readable):
 
 
 def _examples(file: Any) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """The key of each example of a tar, and the places of its members."""
+    """The key of each example of a tar, and the places of its members.
+
+    Raises tarfile.ReadError where the tar is cut short; its last example, which may lack members,
+    is left out then.
+    """
     key, parts = "", dict[str, tuple[int, int]]()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -115,6 +119,9 @@ def _examples(file: Any) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     yield key, parts
                 key, parts = f"{folder}/{stem}", {}
             parts[part] = (member.offset_data, member.size)
+        file.seek(tar.offset)  # where `tarfile` sees the end
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the block of zeros at its end is missing")
     if "image" in parts:
         yield key, parts
 
@@ -130,7 +137,7 @@ def _index(system: Any, tars: list[str]) -> Arrays:
                 for key, parts in _examples(file):
                     places = [place for part in PARTS for place in parts.get(part, (0, 0))]
                     rows.append((number, *places))
-                    digest = hashlib.sha256(f"{path.rpartition('/')[2]}{key}".encode()).digest()
+                    digest = hashlib.sha256(encoded(f"{path.rpartition('/')[2]}{key}")).digest()
                     hashes.append(int.from_bytes(digest[:8], "big"))
         except (tarfile.TarError, OSError, EOFError) as error:
             broken.append(f"{path}: {error}, after {len(rows) - count} examples")

@@ -32,7 +32,9 @@ def fit(
     """
     height, width = size
     scale = max(height / image.shape[0], width / image.shape[1])
-    top, left = (image.shape[0] - height / scale) / 2, (image.shape[1] - width / scale) / 2
+    # Rounding may make the smaller of the two negative, which Pillow refuses.
+    top = max(0.0, (image.shape[0] - height / scale) / 2)
+    left = max(0.0, (image.shape[1] - width / scale) / 2)
     box = (left, top, image.shape[1] - left, image.shape[0] - top)
     how = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
     whole = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)

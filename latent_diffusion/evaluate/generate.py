@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from latent_diffusion import data
@@ -101,7 +102,9 @@ def of_data(config: Config, split: str) -> ImageSet:
     Shards of latents have pictures for evaluations alone; reading others raises ValueError.
     """
     source = data.make_source(config.data, split)
-    transform = data.make_transform(config.data, train=False)
+    no_conditions = {"low_res": "", "mask": "", "layout": {}}
+    pictures_alone = ConfigDict({**dict(config.data), **no_conditions})
+    transform = data.make_transform(pictures_alone, train=False)
 
     def read(start: int, stop: int) -> np.ndarray:
         examples = (source[i] for i in range(start, stop))

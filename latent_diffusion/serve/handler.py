@@ -2,7 +2,7 @@
 
 | method and path | answer |
 |---|---|
-| GET / | the page |
+| GET, HEAD / | the page |
 | GET /api/model | the model's conditions, options and limits |
 | POST /api/jobs | queues a request; its identifier and seed |
 | GET /api/jobs/ID | its state; ?after=VERSION waits up to 20 seconds for a change |
@@ -32,7 +32,7 @@ from latent_diffusion.serve import openai
 from latent_diffusion.serve.describe import describe
 from latent_diffusion.serve.jobs import Busy, Job, Jobs
 from latent_diffusion.serve.parameters import from_png
-from latent_diffusion.serve.requests import Limits, Upload, read
+from latent_diffusion.serve.requests import Limits, Upload, read, with_own_mask
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ _JOB = re.compile(r"/api/jobs/([0-9a-f]{16})(?:/(\d{1,4})\.png)?")
 
 
 class Refused(Exception):
-    """A request that gets an error: a status and one line."""
+    """A request that gets an error: a status, one line, and perhaps further headers."""
 
-    def __init__(self, status: HTTPStatus, message: str):
+    def __init__(self, status: HTTPStatus, message: str, more: Mapping[str, str] | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.more = status, more
 
 
 class Server(ThreadingHTTPServer):
@@ -116,6 +116,10 @@ class Handler(BaseHTTPRequestHandler):
         """See the table above."""
         self._answer(self._get)
 
+    def do_HEAD(self) -> None:
+        """As GET, without the content."""
+        self._answer(self._get)
+
     def do_POST(self) -> None:
         """See the table above."""
         self._answer(self._post)
@@ -137,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._check_token()
             act()
         except Refused as error:
-            self._error(error.status, str(error))
+            self._error(error.status, str(error), error.more)
         except Busy as error:
             self._error(HTTPStatus.SERVICE_UNAVAILABLE, str(error), {"Retry-After": "2"})
         except (ValueError, OverflowError) as error:
@@ -155,6 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         status: HTTPStatus = HTTPStatus.OK,
         more: Mapping[str, str] | None = None,
     ) -> None:
+        unread = self._body is None and self.headers.get("Content-Length", "0") != "0"
+        if unread or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # else the body would be taken for the next request
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
@@ -169,20 +176,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
+        if self.command == "HEAD":
+            return
         view = memoryview(content)
         for start in range(0, len(view), PIECE):  # each may take the socket's timeout
             self.wfile.write(view[start : start + PIECE])
 
     def _json(self, data: Any, status: HTTPStatus = HTTPStatus.OK, **more: Any) -> None:
-        content = json.dumps(data, ensure_ascii=False).encode()
+        content = json.dumps(data, ensure_ascii=False).encode(errors="replace")
         self._send(content, "application/json", status, **more)
 
     def _error(
         self, status: HTTPStatus, message: str, more: Mapping[str, str] | None = None
     ) -> None:
         self.server.jobs.counts[f"status_{int(status)}"] += 1
-        if self._body is None and self.headers.get("Content-Length", "0") != "0":
-            self.close_connection = True  # the body was not read
         error = {"message": message, "type": "invalid_request_error", "code": int(status)}
         try:
             self._json({"error": error}, status, more=more)
@@ -197,7 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         if token is not None and not hmac.compare_digest(
             header.encode(), f"Bearer {token}".encode()
         ):
-            raise Refused(HTTPStatus.UNAUTHORIZED, "this server needs its token")
+            scheme = {"WWW-Authenticate": "Bearer"}
+            raise Refused(HTTPStatus.UNAUTHORIZED, "this server needs its token", scheme)
 
     def _check_origin(self) -> None:
         """Refuse requests from pages of other sites that run in a user's browser."""
@@ -207,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if "Transfer-Encoding" in self.headers or not length.isdecimal():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "a request needs its Content-Length")
         if int(length) > MAX_BODY:
             raise Refused(
@@ -262,7 +270,7 @@ class Handler(BaseHTTPRequestHandler):
             request = read(self._read_json(), jobs.model, jobs.limits, self.server.adapters)
             self._json(_state(jobs.submit(request)), HTTPStatus.ACCEPTED)
         elif path == "/api/settings":
-            self._json(from_png(Upload(self._read_body(), "the PNG")))
+            self._json(_exact(from_png(Upload(self._read_body(), "the PNG"))))
         elif path in ("/v1/images/generations", "/v1/images/edits"):
             self._openai(path.endswith("edits"))
         else:
@@ -297,6 +305,7 @@ class Handler(BaseHTTPRequestHandler):
         jobs = self.server.jobs
         if edits:
             fields = openai.read_form(self.headers.get("Content-Type", ""), self._read_body())
+            fields = with_own_mask(fields, jobs.limits)
         else:
             fields = self._read_json()
         request = read(openai.request_of(fields), jobs.model, jobs.limits, self.server.adapters)
@@ -331,13 +340,20 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
 
 
+def _exact(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with a seed beyond the 53 bits of a browser's numbers as a text."""
+    seed = settings.get("seed")
+    large = isinstance(seed, int) and seed >= 2**53
+    return {**settings, "seed": str(seed)} if large else dict(settings)
+
+
 def _state(job: Job) -> dict[str, Any]:
     preview = None if job.preview is None else base64.b64encode(job.preview).decode()
     return {
         "id": job.id,
         "state": job.state,
         "version": job.version,
-        "seed": job.request.seed,
+        **_exact({"seed": job.request.seed}),
         "evaluations": round(job.evaluations),
         "seconds": round(job.seconds, 3),
         "pictures": [f"/api/jobs/{job.id}/{i}.png" for i in range(len(job.pictures))],

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -210,15 +210,15 @@ class Jobs:
         return [
             [
                 to_png(
-                    next(images), {**each.settings, "image_index": i}, self.name, self._defaults()
+                    next(images),
+                    {**each.settings, "image_index": i},
+                    self.name,
+                    self.model.defaults,
                 )
                 for i in range(each.num_images)
             ]
             for each in requests
         ]
-
-    def _defaults(self) -> Mapping[str, Any]:
-        return {"image_size": list(self.model.trained_size), **self.model.defaults}
 
     def _end(self, job: Job, state: str) -> None:
         job.state, job.preview = state, None

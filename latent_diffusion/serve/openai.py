@@ -13,10 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Fields of OpenAI's clients that have no meaning here.
-_IGNORED = ("model", "user", "quality", "style", "background", "moderation", "output_format")
+_IGNORED = ("model", "user", "quality", "style", "moderation")
+# Fields for which not all of OpenAI's values can be answered -> those that can.
+_ALLOWED = {
+    "response_format": ("b64_json",),
+    "output_format": ("png",),
+    "background": ("auto", "opaque"),
+}
 _INTEGERS = ("n", "seed", "num_steps")
 _FLOATS = ("guidance_scale", "strength")
-_TEXTS = ("prompt", "prompts", "negative_prompts", "sampler", "spacing", "size", "response_format")
+_TEXTS = ("prompt", "prompts", "negative_prompts", "sampler", "spacing", "size")
 BY_ALPHA = "data:alpha,"  # begins the base64 of a mask whose holes are its transparent parts
 
 
@@ -25,9 +31,11 @@ def request_of(fields: Any) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"a request is a JSON object, not {type(fields).__name__}")
     data = {name: value for name, value in fields.items() if name not in _IGNORED}
-    form = data.pop("response_format", "b64_json")
-    if form not in ("b64_json", None):
-        raise ValueError(f"response_format={str(form)[:40]!r} must be 'b64_json'")
+    for name, allowed in _ALLOWED.items():
+        value = data.pop(name, None)
+        if value not in (None, *allowed):
+            wanted = " or ".join(map(repr, allowed))
+            raise ValueError(f"{name}={str(value)[:40]!r} must be {wanted}")
     size = data.pop("size", None)
     if size not in (None, "auto"):
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(size))
@@ -56,8 +64,10 @@ def read_form(content_type: str, body: bytes) -> dict[str, Any]:
         if not isinstance(name, str) or not isinstance(content, bytes):
             raise ValueError("a part of the form has no name")
         if part.get_filename() is not None or name in ("image", "mask"):
-            kind = BY_ALPHA if name == "mask" else ""
-            fields[name.removesuffix("[]")] = kind + base64.b64encode(content).decode()
+            kind, name = BY_ALPHA if name == "mask" else "", name.removesuffix("[]")
+            if name in fields:
+                raise ValueError(f"{name}: the form has several, but one picture is taken")
+            fields[name] = kind + base64.b64encode(content).decode()
         else:
             fields[name] = _value(name, content.decode("utf-8", "replace"))
     if not fields:
@@ -73,7 +83,7 @@ def _value(name: str, text: str) -> Any:
             return float(text)
     except ValueError:
         raise ValueError(f"{name}={text[:40]!r} must be a number") from None
-    if name in (*_TEXTS, *_IGNORED):
+    if name in (*_TEXTS, *_ALLOWED, *_IGNORED):
         return text
     try:
         return json.loads(text)

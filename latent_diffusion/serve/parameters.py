@@ -48,7 +48,8 @@ def to_png(
     info, out = PngInfo(), io.BytesIO()
     if settings:
         info.add_itxt(JSON_KEY, json.dumps(dict(settings), ensure_ascii=False))
-        info.add_itxt(TEXT_KEY, to_text({**defaults, **settings}, model))
+        size = {"image_size": image.shape[:2]}
+        info.add_itxt(TEXT_KEY, to_text({**defaults, **settings, **size}, model))
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     picture.save(out, "PNG", pnginfo=info)
     return out.getvalue()
@@ -90,7 +91,7 @@ def from_png(file: Any) -> dict[str, Any]:
     if JSON_KEY in texts:
         try:
             settings = json.loads(texts[JSON_KEY])
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise ValueError(f"the text {JSON_KEY!r} in this PNG is no JSON object")
@@ -108,6 +109,8 @@ def from_text(text: str) -> dict[str, Any]:
     if prompt.startswith("Negative prompt:"):
         prompt, negative = "", prompt.removeprefix("Negative prompt:")
     pairs = {match[1].strip(): match[2].strip().strip('"') for match in _PAIR.finditer(last)}
+    if any(key.startswith("Hires ") for key in pairs):  # then the strength is that of a second pass
+        pairs.pop("Denoising strength", None)
     settings: dict[str, Any] = {"prompts": prompt.strip()}
     if negative.strip():
         settings["negative_prompts"] = negative.strip()

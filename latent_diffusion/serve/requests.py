@@ -4,6 +4,7 @@ import base64
 import binascii
 import dataclasses
 import io
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 from latent_diffusion.core.rng import example_keys, seed_key
 from latent_diffusion.data import pictures
 from latent_diffusion.data.transforms import to_float
+from latent_diffusion.generation.adapters import with_words
 from latent_diffusion.generation.conditions import argument
+from latent_diffusion.generation.conditions import size_of as implied_size
 from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.prompts import num_chunks
@@ -102,7 +105,7 @@ def read(
     if unknown := sorted(set(data) - allowed):
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(allowed))}")
     num_images = _integer("num_images", data.get("num_images", 1), 1, limits.max_images)
-    seed = _integer("seed", data.get("seed", secrets.randbits(32)), 0, 2**64 - 1)
+    seed = _seed(data.get("seed", secrets.randbits(32)))
     steps = data.get("num_steps")
     if steps is not None:
         _integer("num_steps", steps, 1, limits.max_steps)
@@ -112,7 +115,7 @@ def read(
     if size is not None:
         shared["image_size"] = size
     if "more_prompts" in data:
-        shared["more_prompts"] = _pairs("more_prompts", data["more_prompts"])
+        shared["more_prompts"] = _pairs("more_prompts", data["more_prompts"], limits)
     if "prompt_weights" in data:
         if not isinstance(data["prompt_weights"], bool):
             raise ValueError(
@@ -120,7 +123,7 @@ def read(
             )
         shared["prompt_weights"] = data["prompt_weights"]
     if "adapters" in data:
-        shared["adapters"] = _adapters(data["adapters"], adapters or {})
+        shared["adapters"] = _adapters(data["adapters"], adapters or {}, limits)
     values = {
         name: reader(name, data[name], limits)
         for name, reader in _CONDITIONS.items()
@@ -132,8 +135,11 @@ def read(
         if name in data
     }
     hints = [(e.adapter, e.picture, e.weight) for e in pictured.get("controls", ())]
+    preferred = size or size_of(hints)
+    if preferred is None:
+        _check_implied(model, values, limits)
     start = (values.get("image"), values.get("mask"), data.get("strength"))
-    values |= fitted(model.conditioner.keys, size or size_of(hints) or model.trained_size, *start)
+    values |= fitted(model.conditioner.keys, preferred or model.trained_size, *start)
     with_pictures = {name for name, read in _CONDITIONS.items() if read in _PICTURE_READERS}
     settings = {k: v for k, v in data.items() if k not in {*with_pictures, *PICTURED}}
     settings |= {"seed": seed, "num_images": num_images}
@@ -141,7 +147,9 @@ def read(
     if shared.get("prompt_weights"):
         texts = [values[name] for name in ("prompts", "negative_prompts") if name in values]
         texts += [text for text, _ in shared.get("more_prompts", ())]
-        chunks = num_chunks(model, texts)
+        adapters_of = shared.get("adapters", ())  # which may add words
+        adapted = model if model.denoiser is None else with_words(model, adapters_of)
+        chunks = num_chunks(adapted, texts)
     return Request(settings, seed, num_images, values, shared, pictured, chunks)
 
 
@@ -156,6 +164,15 @@ def _check_options(model: Model, options: Mapping[str, Any]) -> None:
         plan_prior(model.defaults, options, model.prior.transformer.causal)
     elif (denoiser := model.denoiser) is not None:
         plan(denoiser.schedule, denoiser.prediction, model.defaults, options)
+
+
+def with_own_mask(fields: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """The fields, with the transparent parts of the picture as its mask if there is no other."""
+    if "image" not in fields or "mask" in fields:
+        return fields
+    if not pictures.is_transparent(_upload("image", fields["image"], limits)):
+        return fields
+    return {**fields, "mask": BY_ALPHA + fields["image"]}
 
 
 def call(model: Model, requests: Sequence[Request]) -> dict[str, Any]:
@@ -190,29 +207,48 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+def _seed(value: Any) -> int:
+    """A seed; as a text it is exact in languages whose numbers have 53 bits."""
+    whole = isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value)
+    return _integer("seed", int(value) if whole else value, 0, 2**64 - 1)
+
+
 def _size(value: Any, limits: Limits) -> tuple[int, int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"image_size={str(value)[:40]} must be [height, width]")
     height, width = (_integer("image_size", side, 1, limits.max_pixels) for side in value)
-    if height * width > limits.max_pixels:
-        raise ValueError(f"image_size: {height}×{width} are more than {limits.max_pixels} pixels")
+    _check_pixels("image_size", height, width, limits)
     return height, width
 
 
-def _pairs(name: str, value: Any) -> list[tuple[str, float]]:
-    try:
-        pairs = [(str(text), float(weight)) for text, weight in value]
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: write [[text, weight], …]") from None
-    if len(pairs) > 8:
-        raise ValueError(f"{name}: {len(pairs)} pairs, at most 8")
-    return pairs
+def _check_pixels(name: str, height: int, width: int, limits: Limits) -> None:
+    if height * width > limits.max_pixels:
+        raise ValueError(f"{name}: {height}×{width} are more than {limits.max_pixels} pixels")
 
 
-def _adapters(value: Any, loaded: Mapping[str, Any]) -> list[tuple[Any, float]]:
-    pairs = _pairs("adapters", value)
+def _check_implied(model: Model, values: Mapping[str, Any], limits: Limits) -> None:
+    """Raise ValueError if the conditions imply a picture that is too large."""
+    f = 1 if model.first_stage is None else model.first_stage.module.downsampling
+    if implied := implied_size(values, f):
+        _check_pixels("the picture of these conditions", *implied, limits)
+
+
+def _pairs(name: str, value: Any, limits: Limits) -> list[tuple[str, float]]:
+    if not isinstance(value, list) or any(not isinstance(p, list) or len(p) != 2 for p in value):
+        raise ValueError(f"{name}: write [[text, weight], …]")
+    if len(value) > 8:
+        raise ValueError(f"{name}: {len(value)} pairs, at most 8")
+    pairs = [(_text(name, text, limits), weight) for text, weight in value]
+    return [
+        (text, float(_score(f"{name}: the weight of {text[:80]!r}", weight, limits)[0]))
+        for text, weight in pairs
+    ]
+
+
+def _adapters(value: Any, loaded: Mapping[str, Any], limits: Limits) -> list[tuple[Any, float]]:
+    pairs = _pairs("adapters", value, limits)
     return [(_loaded("adapters", name, loaded), weight) for name, weight in pairs]
 
 
@@ -243,6 +279,10 @@ def _loaded(field: str, name: str, loaded: Mapping[str, Any]) -> Any:
 def _text(name: str, value: Any, limits: Limits) -> str:
     if not isinstance(value, str) or len(value) > 10_000:
         raise ValueError(f"{name} must be one text of at most 10,000 characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has half of a surrogate pair, which is no character") from None
     return value
 
 
@@ -288,9 +328,7 @@ def _upload(name: str, value: Any, limits: Limits) -> Upload:
         file = Upload(base64.b64decode(content, validate=True) if comma else b"", name)
     except (binascii.Error, ValueError):
         raise ValueError(f"{name} must be a picture in base64") from None
-    height, width = pictures.size_of(file)
-    if height * width > limits.max_pixels:
-        raise ValueError(f"{name}: {height}×{width} are more than {limits.max_pixels} pixels")
+    _check_pixels(name, *pictures.size_of(file), limits)
     file.seek(0)
     return file
 

@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.data.folders import encoded
 from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.conditioners import make_conditioner
@@ -52,6 +53,7 @@ def with_moments(
         write_rows(path, _encoded(config, first_stage, source), len(source))
         processes.barrier("moments are written")
     keys = EXAMPLE_KEYS - (set() if pictures_are_seen(config) else {"image"})
+    keys -= set() if config.data.sizes else {"original_size"}  # some sources have it for a part
     cut_out, rng = data.make_cut(config.data, train=True), np.random.default_rng(0)
     examples = [
         {key: value for key, value in cut_out(source[i], rng).items() if key in keys}
@@ -124,7 +126,7 @@ def sample_hash(source: data.Source) -> str:
             size: int | None = path.stat().st_size
         except OSError:
             size = None  # a link to nowhere
-        digest.update(f"{path.name} {size}\n".encode())
+        digest.update(encoded(f"{path.name} {size}\n"))
     for i in np.linspace(0, len(source) - 1, SAMPLE).astype(int).tolist():
         digest.update(np.ascontiguousarray(source[i]["image"]).tobytes())
     return digest.hexdigest()

@@ -37,11 +37,24 @@ async function ask(path, options = {}) {
 function login() {
   const dialog = $("login");
   if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => {
-    token = $("token").value;
+  return new Promise((resolve, reject) => dialog.addEventListener("close", () => {
+    const given = $("token").value;
+    if (!/^[!-~]+$/.test(given)) return reject(new Error("this server needs its token, in ASCII"));
+    token = given;
     sessionStorage.setItem("token", token);
-    resolve();
+    return resolve();
   }, { once: true }));
+}
+
+// The JSON of a path; a connection that is lost for some seconds is taken up again.
+async function askAgain(path, tries = 5) {
+  try {
+    return await (await ask(path)).json();
+  } catch (error) {
+    if (!(error instanceof TypeError) || tries === 0) throw error; // fetch's error without an answer
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    return askAgain(path, tries - 1);
+  }
 }
 
 // --------------------------------------------------------------------------------------- controls
@@ -167,9 +180,10 @@ function addMaskedPicture(parent, needed) {
   const dab = (x, y) => {
     mask.fillStyle = "#fff";
     mask.beginPath();
-    mask.arc(x, y, Number(brush.value) / 2, 0, 7);
+    const radius = Number(brush.value) / 2;
+    mask.arc(x, y, radius, 0, 7);
     mask.fill();
-    painted = true;
+    painted ||= -radius < x && x < width + radius && -radius < y && y < height + radius;
     show();
   };
   const at = (event) => {
@@ -184,7 +198,8 @@ function addMaskedPicture(parent, needed) {
   canvas.addEventListener("blur", show);
   canvas.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    if (step) cursor = [cursor[0] + step[0] * width / 16, cursor[1] + step[1] * height / 16];
+    const clip = (value, side) => Math.min(Math.max(value, 0), side);
+    if (step) cursor = [clip(cursor[0] + step[0] * width / 16, width), clip(cursor[1] + step[1] * height / 16, height)];
     else if (event.key === " ") dab(...cursor);
     else return;
     event.preventDefault();
@@ -311,7 +326,9 @@ function build() {
     const option = options.find((entry) => entry.name === name);
     if (option && (name !== "strength" || model.changes_pictures)) addOption(option, common);
   }
-  addNumber("seed", common, { min: 0, step: 1, placeholder: "random" });
+  const seed = addNumber("seed", common, { min: 0, step: 1, placeholder: "random" });
+  const number = readers.seed; // of 53 bits; a larger seed goes as text both ways
+  readers.seed = () => (seed.value === "" || Number.isSafeInteger(number()) ? number() : seed.value);
   addNumber("num_images", common, { min: 1, max: model.limits.max_images, step: 1, value: 1 });
   const sides = { min: model.factor, step: model.factor };
   const height = element("input", { type: "number", placeholder: String(model.size[0]), ...sides });
@@ -338,8 +355,13 @@ function settings() {
   return request;
 }
 
+// Shows the settings of a picture, and says which of them the page can't show.
 function show(request) {
   for (const [name, write] of Object.entries(writers)) write(request[name]);
+  const same = (name) => name in readers && JSON.stringify(readers[name]()) === JSON.stringify(request[name]);
+  const lost = Object.keys(request).filter((name) => name !== "image_index" && request[name] != null && !same(name));
+  const without = lost.map((name) => NAMES[name] || name.replaceAll("_", " ")).join(", ");
+  status(`These are the settings of the picture${without && `, without: ${without}`}.`, lost.length > 0);
 }
 
 async function make(event) {
@@ -364,7 +386,7 @@ async function make(event) {
   const steps = request.num_steps || model.options.find((option) => option.name === "num_steps")?.default;
   try {
     while (!["done", "failed", "cancelled"].includes(job.state)) {
-      job = await (await ask(`/api/jobs/${job.id}?after=${job.version}`)).json();
+      job = await askAgain(`/api/jobs/${job.id}?after=${job.version}`);
       const share = steps ? Math.min(job.evaluations / steps, 1) : undefined;
       if (job.state === "running" && share !== undefined) $("progress").value = share;
       else $("progress").removeAttribute("value");
@@ -389,7 +411,7 @@ async function make(event) {
 async function remember(path, request) {
   const url = URL.createObjectURL(await (await ask(path)).blob());
   const again = element("button", { type: "button" }, "Use its settings");
-  again.addEventListener("click", () => { show(request); status("These are the settings of the picture."); });
+  again.addEventListener("click", () => show(request));
   const text = request.prompts || "";
   const caption = element("figcaption", {}, `${text}${text ? ", " : ""}seed ${request.seed} `, again,
     element("a", { href: url, download: `${request.seed}-${path.split("/").pop()}` }, "Save"));
@@ -402,9 +424,7 @@ async function remember(path, request) {
 
 async function readSettings(file) {
   try {
-    const request = await (await ask("/api/settings", { method: "POST", body: file })).json();
-    show(request);
-    status("These are the settings of the picture.");
+    show(await (await ask("/api/settings", { method: "POST", body: file })).json());
   } catch (error) {
     status(error.message, true);
   }
