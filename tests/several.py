@@ -110,7 +110,10 @@ def main(workdir, coordinator, process_id):
         train_denoiser(workdir / mode, **{"parallel.mode": mode})
     loop.train(make_config(**{"parallel.mode": "mesh"}, **LOOKED_AT), workdir / "begun")
     stop(workdir / "stopped", process_id)
-    sampling.sample_to_disk(workdir / "stopped", workdir / "samples", **SAMPLING)
+    estimates = []
+    watch = {"preview": lambda t, z_0: estimates.append(z_0)}
+    sampling.sample_to_disk(workdir / "stopped", workdir / "samples", **SAMPLING, **watch)
+    np.save(workdir / f"estimates_{process_id}.npy", estimates)
     score(workdir / "stopped", workdir / "reference.npz")
     own = {"seed": int(process_id)}
     for call in (

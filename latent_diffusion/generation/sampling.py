@@ -86,7 +86,7 @@ def read_map(path: str | None, kind: str) -> np.ndarray | None:
 
 
 class ProgressBar:
-    """A bar that counts the network's evaluations (of every device), for option `progress`."""
+    """A bar that counts the network's evaluations, for option `progress`."""
 
     def __init__(self) -> None:
         from tqdm import tqdm
