@@ -70,14 +70,13 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
     """Print the contents of `source`, and write them to `target`, if there is a target."""
     from tqdm import tqdm
 
-    from latent_diffusion.convert import read, with_lora, write
+    from latent_diffusion.convert import read, with_loras, write
     from latent_diffusion.convert.adapters import read_weights
     from latent_diffusion.convert.describe import describe
 
     yaml, tokenizer = CONFIG.value, TOKENIZER.value
     bundle = read(source, config=yaml, ema=EMA.value, variant=VARIANT.value, tokenizer=tokenizer)
-    for file, weight in read_weights(LORA.value):
-        bundle = with_lora(bundle, Path(file), weight)
+    bundle = with_loras(bundle, read_weights(LORA.value))
     print(describe(bundle))
     if target is None:
         return
