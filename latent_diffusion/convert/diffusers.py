@@ -97,8 +97,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
-    named = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
-    bundle = Bundle(notes={"pipeline": name, **named})
+    labels = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
+    bundle = Bundle(notes={"pipeline": name, **labels})
     if variant:  # some of the parts may lack it, but not all
         if not any(find_weights(folder, STEMS, variant) for folder in path.iterdir()):
             raise ValueError(f"{path}: none of its folders holds weights of variant {variant!r}")
@@ -120,10 +120,10 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         bundle = sd3.with_encoders(bundle, path)
     notes = {**bundle.notes, "conditioners": sorted(bundle.conditioners)}
     bundle = replace(bundle, notes=notes)
-    kind = _components(path, index).get("scheduler")
-    if kind is not None or (path / "scheduler").is_dir():
+    named = _components(path, index).get("scheduler")
+    if named is not None or (path / "scheduler").is_dir():
         config = read_json(path / "scheduler" / "scheduler_config.json")
-        bundle = _with_scheduler(bundle, config, kind)
+        bundle = _with_scheduler(bundle, config, named)
     else:
         bundle = _assumed(bundle)
         if bundle.denoiser is not None:
@@ -336,8 +336,11 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         kind = config.get("_class_name") or config["architectures"][0]
         index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
     settings = bundle.notes.get("scheduler")
-    if settings is None or scheduler.from_diffusers(settings)[0] != dict(bundle.diffusion):
-        settings = scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
+    if settings is None or not _says(settings, bundle):
+        changed, settings = settings, scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
+        if changed is not None and not _says(settings, bundle):
+            kind = settings["_class_name"]
+            log.warning("%s: its %s isn't all that the sampling defaults say", path, kind)
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None and bundle.conditioners.keys() & {"text", "clip_text"}:
@@ -360,6 +363,20 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
     save_json(path / "model_index.json", index)
+
+
+def _says(settings: Json, bundle: Bundle) -> bool:
+    """Whether a scheduler's settings are the noise and the sampling defaults of a model.
+
+    Pipelines, not schedulers, have the scale of guidance and the number of steps.
+    """
+
+    def options(of: Bundle) -> Json:
+        given = {name: value for name, value in of.sampling.items() if value is not None}
+        return {**given, "guidance_scale": None, "num_steps": None}
+
+    said = _with_scheduler(bundle, settings, None)
+    return (said.diffusion, options(said)) == (dict(bundle.diffusion), options(bundle))
 
 
 def _pipeline(bundle: Bundle) -> str:
