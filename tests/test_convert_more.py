@@ -374,6 +374,7 @@ def test_arguments_for_another_kind_of_path_are_refused(pipeline, tmp_path):
         (tmp_path / "run", {"ema": True}, "single files"),
         (tmp_path / "run", {"variant": "fp16"}, "folders of diffusers"),
         (tmp_path / "vae.safetensors", {"variant": "fp16"}, "folders of diffusers"),
+        (tmp_path / "vae.safetensors", {"ema": False}, "files with a U-Net"),
     ):
         ((name, value),) = argument.items()
         with pytest.raises(ValueError, match=f"{name}={value} is for {kind}"):
