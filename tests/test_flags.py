@@ -215,6 +215,12 @@ def test_what_is_written_behind_convert_reaches_the_call(tmp_path):
     assert "target" not in python(CONVERT, "here", "--dry_run")
 
 
+@pytest.mark.parametrize("format", ["lora", "kohya", "textual_inversion", "a1111"])
+def test_nothing_is_merged_into_a_file_without_a_model(format, tmp_path):
+    with pytest.raises(AssertionError, match=f"merged into a model, and --to={format} writes none"):
+        python(CONVERT, "here", tmp_path / "there", f"--to={format}", "--lora=style")
+
+
 SERVE = """
 import dataclasses, json
 from absl import app
