@@ -284,6 +284,8 @@ def test_weights_of_adaptations_as_a_user_writes_them():
         ("a.safetensors", 1.0),
         ("b:c.safetensors", -0.5),
     ]
+    with pytest.raises(ValueError, match=r"--lora=a:0\.3: this file is given twice; add"):
+        read_weights(["a", "b:0.5", "a:0.3"])
     with pytest.raises(ValueError, match="--lora=a:x: write FILE or FILE:WEIGHT"):
         read_weights(["a:x"])
 
