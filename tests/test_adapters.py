@@ -163,6 +163,37 @@ def test_merged_parameters_keep_their_dtype(tmp_path):
     }
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_small_change_of_a_file_in_few_bits_is_rounded_once_to_what_is_asked_for(dtype, tmp_path):
+    """The change is a thousandth of the kernel: below half a step of these dtypes."""
+    tensors = dict(zip(SPELLINGS["diffusers"], (1e-3 * DOWN, UP), strict=True))
+    bundle, path = make_bundle().astype(jnp.dtype(dtype)), file_of(tmp_path, tensors)
+    base = np.asarray(bundle.unet.params[KERNEL].read(), np.float32)
+    both = convert.with_loras(bundle, [(path, 1.0), (path, 0.5)]).unet.params[KERNEL]
+    in_turn = convert.with_lora(convert.with_lora(bundle, path, 0.5), path).unet.params[KERNEL]
+    for merged in both, in_turn:
+        np.testing.assert_allclose(
+            merged.astype(np.float32).read() - base, 1.5e-3 * (UP @ DOWN).T, rtol=0.01, atol=1e-6
+        )
+    # A conversion without --dtype writes float32 where eight bits would lose the change.
+    assert both.dtype == both.read().dtype == (dtype if dtype == "bfloat16" else "float32")
+
+
+def test_merged_adapters_are_changes_of_the_model_itself(tmp_path):
+    """Two DoRAs of one kernel, whose sum doesn't depend on their order."""
+    names = [f"unet.{BLOCK}.to_out.0.lora_{x}.weight" for x in "AB"]
+    magnitude = f"unet.{BLOCK}.to_out.0.lora_magnitude_vector"
+    files = [
+        file_of(tmp_path, {**dict(zip(names, pair, strict=True)), magnitude: norms}, name=str(i))
+        for i, (pair, norms) in enumerate([((DOWN, UP), draw(8)), ((UP.T, DOWN.T), 3 + draw(8))])
+    ]
+    bundle = make_bundle()
+    base = bundle.unet.params[KERNEL].read()
+    alone = [convert.with_lora(bundle, f).unet.params[KERNEL].read() - base for f in files]
+    both = convert.with_loras(bundle, [(f, 1.0) for f in files]).unet.params[KERNEL].read()
+    np.testing.assert_allclose(both, base + alone[0] + alone[1], **CLOSE)
+
+
 CONVOLUTIONS = {  # diffusers' module: our kernel, which is the original's name
     "conv_in": "input_blocks_0_0",
     "conv_out": "out_2",
@@ -365,9 +396,7 @@ def sampled(whole, adapters=()):
 
 def merged(whole, changes):
     """The model with changes [(path of a file, weight)] in its parameters."""
-    bundle = with_denoiser(convert.Bundle(), whole.denoiser, {})
-    for path, weight in changes:
-        bundle = convert.with_lora(bundle, path, weight)
+    bundle = convert.with_loras(with_denoiser(convert.Bundle(), whole.denoiser, {}), changes)
     params = {**whole.denoiser.params, "unet": convert.as_params(bundle.unet)}
     return whole.replace(denoiser=whole.denoiser.replace(params=params))
 

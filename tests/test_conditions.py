@@ -405,6 +405,11 @@ def test_the_refiner_is_loaded_as_the_model_is(tmp_path, monkeypatch):
     assert loaded == {"here": {**how, "lora": {"x": 1.0}}, "there": how}
 
 
+def test_an_image_encoder_needs_a_picture_that_it_encodes(tmp_path):
+    with pytest.raises(ValueError, match="--image_encoder is that of --image_prompt: give"):
+        sampling.sample_to_disk("here", tmp_path, image_encoder="vit")
+
+
 def test_flags_of_several_texts():
     assert sampling.read_weighted("at 10:30:0.5; b:-1") == [("at 10:30", 0.5), ("b", -1.0)]
     bar = sampling.ProgressBar()

@@ -164,6 +164,20 @@ def test_hints_in_the_other_order_and_nets_whose_outputs_are_means():
     assert own["null"] == 1
 
 
+def test_a_hint_of_a_net_for_inpainting_has_holes_of_minus_one():
+    holed = HINTS.copy()
+    holed[:, 2:4, 3:5] = -1
+    net = random_control()
+    for hint in (holed, holed[0], -np.ones_like(HINTS)):
+        got = entries([(net, hint, 1.0)], (8, 8), 2)["hint_0"]
+        np.testing.assert_array_equal(got, np.broadcast_to(hint, HINTS.shape), strict=True)
+    partly, edges = holed.copy(), np.sign(HINTS - 0.5)[..., :1] * np.ones(3, np.float32)
+    partly[0, 2, 3, 0] = 0.5
+    for hint in (partly, edges, 0.5 * holed):
+        with pytest.raises(ValueError, match=r"hint: values in .*, expected \[0, 1\]"):
+            entries([(net, hint, 1.0)], (8, 8), 2)
+
+
 def test_hints_are_embedded_once_a_call_and_by_tiles_as_a_whole(monkeypatch):
     net, seen, hint_net = random_control(), [], control.ControlNet.hint_net
 

@@ -124,6 +124,12 @@ def test_shards_are_joined_by_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": {**shards, "b": "a.safetensors"}}))
     with pytest.raises(ValueError, match="'b' is not in its shard"):
         open_tensors(index)
+    both = {name: in_memory(ARRAYS[name]) for name in ("a", "c")}
+    write_safetensors(tmp_path / "both.safetensors", both)
+    for more in ({}, {"c": "c.safetensors"}):  # in no shard of the map, or in another one
+        index.write_text(json.dumps({"weight_map": {"a": "both.safetensors", **more}}))
+        with pytest.raises(ValueError, match=r"map lacks 'c' of the shard 'both.safetensors'"):
+            open_tensors(index)
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     with pytest.raises(ValueError, match="outside the folder"):
         open_tensors(index)
@@ -246,6 +252,29 @@ def test_torch_zip_files_are_read_without_torch(tmp_path):
     assert read["scalar"] == 5 and read["none"].shape == (0, 2)
 
 
+def typed(dtype, numel, shape, stride, offset=0, *flags):
+    """As torch saves dtypes for which it has no class of storages; numel counts bytes."""
+    stored = Stored("UntypedStorage", "0", numel)
+    stored.pid = ("storage", Global("torch.storage", "UntypedStorage"), *stored.pid[2:])
+    more = (False, OrderedDict(), Global("torch", dtype), *flags)
+    return Call("torch._utils", "_rebuild_tensor_v3", stored, offset, shape, stride, *more)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (ml_dtypes.float8_e4m3fn, "float8_e4m3fn"),
+        (ml_dtypes.float8_e5m2, "float8_e5m2"),
+        *((f"<u{width}", f"uint{8 * width}") for width in (2, 4, 8)),
+    ],
+)
+def test_dtypes_without_a_class_of_storages_are_read(dtype, name, tmp_path):
+    flat = np.arange(12).astype(dtype)
+    tree = {"x": typed(name, flat.nbytes, (4, 2), (1, 4), 4)}
+    read = open_tensors(torch_zip(tmp_path / "x.pt", tree, {"0": flat})).tensors["x"].read()
+    np.testing.assert_array_equal(read, flat.reshape(3, 4)[1:].T, strict=True)
+
+
 def test_a_bare_state_dict_is_read_too(tmp_path):
     path = torch_zip(
         tmp_path / "m.bin", {"x": tensor("FloatStorage", "0", 12, (12,), (1,))}, {"0": FLAT}
@@ -274,6 +303,13 @@ X = tensor("FloatStorage", "0", 12, (12,), (1,))
         ({"x": tensor("ComplexFloatStorage", "0", 12, (12,), (1,))}, "ComplexFloatStorage"),
         ({"x": tensor("float32", "0", 12, (12,), (1,))}, "storage of unknown type"),
         ({"x": Call("torch._utils", "_rebuild_tensor_v2", 1, 0, (1,), (1,))}, "no storage"),
+        *(({"x": Call("torch._utils", "_rebuild_tensor_v2", *X.args, {flag: True})},
+           f"a tensor with torch's {flag} flag; save what") for flag in ("neg", "conj")),
+        ({"x": typed("uint16", 48, (24,), (1,), 0, {"neg": True})}, "neg flag; save what its res"),
+        ({"x": typed("uint16", 48, (24,), (1,), 1)}, "exceeds its storage"),
+        ({"x": typed("uint16", 12, (6,), (1,))}, "claims 12 elements"),
+        ({"x": typed("float4", 48, (24,), (1,))}, r"refused to load 'torch\.float4'"),
+        ({"x": typed("FloatStorage", 48, (12,), (1,))}, "a tensor of Name.*FloatStorage"),
         ({"step": 3}, "holds no tensors"),
         ([1, 2], "expected a dictionary"),
     ],

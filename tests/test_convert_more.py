@@ -68,6 +68,29 @@ def test_a_model_is_saved_as_it_is_now(pipeline, tmp_path):
     assert config_of(tmp_path / "c" / "vae") == config_of(path / "vae")
 
 
+def test_a_scheduler_is_saved_as_the_model_samples_now(pipeline, tmp_path, caplog):
+    """Pipelines have the scale of guidance and the number of steps, which count as unchanged."""
+    path = copied(pipeline, tmp_path / "read")
+    file = path / "scheduler" / "scheduler_config.json"
+    read = {**json.loads(file.read_text()), "timestep_spacing": "leading", "steps_offset": 0}
+    file.write_text(json.dumps(read))
+    model = ldm.load(path)
+    assert model.defaults["spacing"] != "trailing"
+    for number, (options, written) in enumerate(
+        [
+            ({"guidance_scale": 2.0, "num_steps": 7}, read),
+            ({"spacing": "trailing", "offset": None}, {**read, "timestep_spacing": "trailing"}),
+            ({"sampler": "heun"}, {**read, "timestep_spacing": "trailing"}),
+        ]
+    ):
+        caplog.clear()
+        folder = tmp_path / str(number)
+        model.replace(defaults={**model.defaults, **options}).save(folder, "diffusers")
+        saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert saved["timestep_spacing"] == written["timestep_spacing"]
+        assert ("isn't all that the sampling defaults say" in caplog.text) == ("sampler" in options)
+
+
 @pytest.mark.parametrize(
     ("component", "settings"), [("vae", {"scaling_factor": 0.18215}), ("unet", {"sample_size": 12})]
 )
@@ -351,6 +374,7 @@ def test_arguments_for_another_kind_of_path_are_refused(pipeline, tmp_path):
         (tmp_path / "run", {"ema": True}, "single files"),
         (tmp_path / "run", {"variant": "fp16"}, "folders of diffusers"),
         (tmp_path / "vae.safetensors", {"variant": "fp16"}, "folders of diffusers"),
+        (tmp_path / "vae.safetensors", {"ema": False}, "files with a U-Net"),
     ):
         ((name, value),) = argument.items()
         with pytest.raises(ValueError, match=f"{name}={value} is for {kind}"):

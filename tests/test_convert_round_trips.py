@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -248,6 +249,60 @@ def test_the_index_decides_the_class_of_the_scheduler(tmp_path, caplog):
     assert config["_class_name"] == "EulerDiscreteScheduler" and not caplog.records
     unknown = read("NewScheduler")
     assert unknown.diffusion == other.diffusion and "NewScheduler" in caplog.text
+
+
+def test_a_pipeline_without_the_scheduler_that_it_names_is_refused(tmp_path, caplog):
+    """A part of a download; where the index names none, the log says what is assumed."""
+    convert.write(make_bundle("open-clip"), tmp_path, "diffusers")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for name in ("scheduler", "low_res_scheduler"):
+        (tmp_path / name).rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=f"{name}/scheduler_config.json: No such file"):
+            convert.read(tmp_path)
+        (tmp_path / "elsewhere").rename(tmp_path / name)
+    for name in ("scheduler", "low_res_scheduler"):
+        shutil.rmtree(tmp_path / name)
+        del index[name]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert convert.read(tmp_path).diffusion["prediction"] == "eps"
+    assert "no scheduler; taken for a model that predicts eps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("open-clip", "low_res_scheduler"), ("unclip", "image_noising_scheduler")],
+)
+def test_settings_of_the_noise_of_a_condition_are_used_or_refused(model, name, tmp_path):
+    convert.write(make_bundle(model), tmp_path, "diffusers")
+    file = tmp_path / name / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    for settings, reason in (
+        ({"rescale_betas_zero_snr": True}, f"{name}.rescale_betas_zero_snr=True; supported"),
+        ({"trained_betas": [0.1, 0.2]}, rf"{name}.trained_betas=\[0.1, 0.2\]; supported: None"),
+        ({"beta_schedule": "linear"}, f"{name}.beta_schedule='linear'; supported: '"),
+        ({"never_heard_of": 3}, f"{name}.never_heard_of=3: this setting is unknown"),
+        ({"num_train_timesteps": 2.5}, f"{name}.num_train_timesteps=2.5; expected a value such"),
+    ):
+        file.write_text(json.dumps({**config, **settings}))
+        with pytest.raises(ValueError, match=f"^{tmp_path}: {reason}"):
+            convert.read(tmp_path)
+    del config["beta_schedule"]  # whose default is that of the class
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{name}.beta_schedule='linear'; supported"):
+        convert.read(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index[name] = ["diffusers", "EulerDiscreteScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{name}._class_name='EulerDiscreteScheduler'; supported"):
+        convert.read(tmp_path)
+
+
+def test_an_upscaler_has_as_many_noise_levels_as_its_schedule(tmp_path):
+    convert.write(make_bundle("open-clip"), tmp_path, "diffusers")
+    file = tmp_path / "low_res_scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": 9}))
+    with pytest.raises(ValueError, match="num_train_timesteps=9; the U-Net has 7 levels"):
+        convert.read(tmp_path)
 
 
 def test_a_pipeline_names_no_parts_or_settings_that_are_ignored(tmp_path, caplog):

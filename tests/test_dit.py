@@ -239,6 +239,20 @@ def test_other_formats_hold_every_array_bitwise(format, path, fields, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read.denoiser.params, model.denoiser.params)
 
 
+def test_a_single_file_of_a_kind_without_yaml_and_averages_takes_neither(tmp_path, caplog):
+    path = tmp_path / "dit.safetensors"
+    model_with(width=384, num_heads=6, depth=1).save(path, "compvis")
+    other = tmp_path / "other.yaml"
+    other.write_text("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}")
+    with pytest.raises(ValueError, match="ema=True is for files with a U-Net, of which there are"):
+        ldm.load(path, ema=True)
+    with pytest.raises(ValueError, match=f"config={other} is for kinds of files that have a yaml"):
+        ldm.load(path, config=other)
+    other.rename(path.with_suffix(".yaml"))
+    ldm.load(path)
+    assert f"{path.with_suffix('.yaml')} isn't used" in caplog.text
+
+
 def test_a_loaded_model_loops_over_its_blocks_where_it_is_asked_to(tmp_path):
     model_with(depth=3).save(tmp_path / "folder", "diffusers")
     z, t, vector = (

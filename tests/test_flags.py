@@ -190,12 +190,12 @@ bundle = package.Bundle()
 def read(source, **given):
     seen.update(given, source=str(source))
     return bundle
-def with_lora(bundle, file, weight):
-    seen["lora"] = [str(file), weight]
+def with_loras(bundle, files):
+    seen["lora"] = list(files)
     return bundle
 def write(bundle, target, to, dtype, progress):
     seen.update(target=str(target), to=to, dtype=dtype)
-package.read, package.with_lora, package.write = read, with_lora, write
+package.read, package.with_loras, package.write = read, with_loras, write
 describe.describe = lambda bundle: "described"
 try:
     app.run(command.main)
@@ -210,9 +210,15 @@ def test_what_is_written_behind_convert_reaches_the_call(tmp_path):
     flags = [f"--{flag}={value}" for flag, value in {**given, **more}.items()]
     told = python(CONVERT, "here", tmp_path / "there", *flags)
     expected = {**given, "ema": False, "to": "compvis", "dtype": "float16"}
-    expected |= {"source": "here", "target": str(tmp_path / "there"), "lora": ["style", 0.5]}
+    expected |= {"source": "here", "target": str(tmp_path / "there"), "lora": [["style", 0.5]]}
     assert told == expected
     assert "target" not in python(CONVERT, "here", "--dry_run")
+
+
+@pytest.mark.parametrize("format", ["lora", "kohya", "textual_inversion", "a1111"])
+def test_nothing_is_merged_into_a_file_without_a_model(format, tmp_path):
+    with pytest.raises(AssertionError, match=f"merged into a model, and --to={format} writes none"):
+        python(CONVERT, "here", tmp_path / "there", f"--to={format}", "--lora=style")
 
 
 SERVE = """

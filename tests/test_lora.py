@@ -229,6 +229,17 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(kin
     want = flatten_dict(low_rank.merge(params, factors, 3.0)["unet"], sep="/")
     for path, tensor in adapted.unet.params.items():
         np.testing.assert_allclose(tensor.read(), want[path], rtol=1e-5, atol=1e-5)
+    # The same factors beside a base of which a file in eight bits was made.
+    small = tmp_path / "small"
+    convert.write(replace(make_bundle(), diffusion=ASSUMED), small, "diffusers", "float8_e4m3fn")
+    settings.init_from = str(small)
+    workdir.save_config(settings, run)
+    rounded = convert.as_params(convert.read(small).unet)
+    want = flatten_dict(low_rank.merge({**params, "unet": rounded}, factors, 3.0)["unet"], sep="/")
+    for path, tensor in convert.read(run).unet.params.items():
+        np.testing.assert_allclose(
+            tensor.astype("float32").read(), want[path], rtol=1e-5, atol=1e-5
+        )
     for names in ("lora", "kohya"):
         file = tmp_path / f"{names}.safetensors"
         convert.write(adapted, file, names)
@@ -273,6 +284,8 @@ def test_weights_of_adaptations_as_a_user_writes_them():
         ("a.safetensors", 1.0),
         ("b:c.safetensors", -0.5),
     ]
+    with pytest.raises(ValueError, match=r"--lora=a:0\.3: this file is given twice; add"):
+        read_weights(["a", "b:0.5", "a:0.3"])
     with pytest.raises(ValueError, match="--lora=a:x: write FILE or FILE:WEIGHT"):
         read_weights(["a:x"])
 

@@ -154,6 +154,21 @@ def test_a_file_that_is_written_adds_what_was_trained(make, name, format, qkv, t
         np.testing.assert_allclose(moved[path], 1.5 * own["down"] @ own["up"], atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["lora", "kohya"])
+def test_a_file_of_factors_is_written_in_the_dtype_that_is_asked_for(format, tmp_path):
+    bundle = mmdit()
+    lora = factors(bundle, "mmdit", ["joint_blocks_1/x_block_attn_qkv/kernel"])
+    adapted, path = replace(bundle, lora=lora), tmp_path / "w.safetensors"
+    convert.write(adapted, path, format, "bfloat16")
+    written = {name: x.dtype for name, x in load_file(path).items()}
+    alphas = {name for name in written if name.endswith(".alpha")}
+    assert {written[name] for name in alphas} <= {np.dtype("float32")}
+    assert {str(written[name]) for name in written.keys() - alphas} == {"bfloat16"}
+    lora["mmdit"]["joint_blocks_1/x_block_attn_qkv/kernel"]["up"][0, 0] = 1e6
+    with pytest.raises(ValueError, match="attn_qkv/kernel/up has 1e"):
+        convert.write(adapted, path, format, "float16")
+
+
 @pytest.mark.parametrize(
     ("format", "kernel"),
     [("lora", "t_embedder_mlp_0/kernel"), ("kohya", "blocks_1/attn_qkv/kernel")],

@@ -80,6 +80,24 @@ def test_a_context_of_clip_is_no_wider_than_t5s():
         conditioned({**ENCODERS, "t5_text": {**T5, "width": 100}})
 
 
+def test_t5_computes_in_float16_though_its_sums_of_layers_are_beyond_its_range():
+    fields = {**T5, "depth": 2}
+    tree = drawn(conditioner_shapes("t5_text", fields))
+    for i in range(2):
+        kernels = tree[f"layers_{i}"]
+        kernels["wi_0"]["kernel"] *= 30
+        kernels["wi_1"]["kernel"] *= 30
+        kernels["wo"]["kernel"] *= 1000
+
+    def context(dtype):
+        params = {"t5_text": jax.tree.map(lambda x: x.astype(dtype), tree)}
+        conditioner = make_conditioner({"t5_text": {**fields, "dtype": dtype}})
+        out = conditioner.apply({"params": params}, {"tokens": TOKENS}, jnp.zeros(2, bool))
+        return np.asarray(out.context, np.float32)
+
+    np.testing.assert_allclose(context("float16"), context("float32"), atol=0.02)
+
+
 def test_distances_share_rows_where_they_are_large():
     """32 rows: 0 to 7 for single steps back, up to 15 from a distance of 128; 16 more ahead."""
     rows = buckets(300, 32, 128)

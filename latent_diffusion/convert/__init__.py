@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from latent_diffusion.convert.adapters import (
     read_adapter,
     with_lora,
+    with_loras,
     write_diffusers_lora,
     write_kohya_lora,
     write_own,
@@ -40,6 +41,7 @@ __all__ = [
     "read",
     "read_adapter",
     "with_lora",
+    "with_loras",
     "write",
 ]
 

@@ -17,7 +17,8 @@ from absl import app, flags
 
 from latent_diffusion.runtime import flags as shared_flags
 
-FORMATS = ["diffusers", "compvis", "orbax", "lora", "kohya", "textual_inversion", "a1111"]
+WITHOUT_MODEL = ["lora", "kohya", "textual_inversion", "a1111"]
+FORMATS = ["diffusers", "compvis", "orbax", *WITHOUT_MODEL]
 TO = flags.DEFINE_enum(
     "to",
     None,
@@ -70,14 +71,15 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
     """Print the contents of `source`, and write them to `target`, if there is a target."""
     from tqdm import tqdm
 
-    from latent_diffusion.convert import read, with_lora, write
+    from latent_diffusion.convert import read, with_loras, write
     from latent_diffusion.convert.adapters import read_weights
     from latent_diffusion.convert.describe import describe
 
+    if LORA.value and to in WITHOUT_MODEL:
+        raise ValueError(f"--lora is merged into a model, and --to={to} writes none")
     yaml, tokenizer = CONFIG.value, TOKENIZER.value
     bundle = read(source, config=yaml, ema=EMA.value, variant=VARIANT.value, tokenizer=tokenizer)
-    for file, weight in read_weights(LORA.value):
-        bundle = with_lora(bundle, Path(file), weight)
+    bundle = with_loras(bundle, read_weights(LORA.value))
     print(describe(bundle))
     if target is None:
         return

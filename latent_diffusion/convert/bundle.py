@@ -125,8 +125,17 @@ class Bundle:
         return size * f if isinstance(size, int) else (size[0] * f, size[1] * f)
 
     def astype(self, dtype: Any) -> "Bundle":
-        """The same model with its floating-point parameters in another dtype."""
-        bundle = self
+        """The same model with its floating-point parameters and factors in another dtype."""
+
+        def factors(where: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+            cast = {n: in_memory(x).astype(dtype, f"{where}/{n}") for n, x in arrays.items()}
+            return {**{n: x.read() for n, x in cast.items()}, "alpha": arrays["alpha"]}
+
+        lora = {
+            name: {path: factors(f"{name}/{path}", arrays) for path, arrays in kernels.items()}
+            for name, kernels in self.lora.items()
+        }
+        bundle = replace(self, lora=lora)
         for name, part in self.parts():
             params, unused = (
                 {path: t.astype(dtype, f"{name}/{path}") for path, t in tensors.items()}

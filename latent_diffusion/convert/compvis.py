@@ -166,14 +166,29 @@ def read_compvis(
     """
     opened = open_tensors(path)
     beside = path.with_suffix(".yaml")
-    config = beside if config is None and beside.is_file() else config
+    file = beside if config is None and beside.is_file() else config
     model = {}
-    if config is not None:
-        with reading(config):
-            model = _TARGET.complete(read_yaml(config), "model")
+    if file is not None:
+        with reading(file):
+            model = _TARGET.complete(read_yaml(file), "model")
     bundle = _read(path, opened, model, ema)
+    if ema is not None and bundle.unet is None:
+        raise ValueError(
+            f"{path}: ema={ema} is for files with a U-Net, of which there are averages"
+        )
+    if file is not None and not _has_yaml(bundle):
+        if config is not None:
+            raise ValueError(f"{path}: config={config} is for kinds of files that have a yaml")
+        log.warning("%s: %s isn't used: this kind of file has no yaml", path, file)
     tokenizer = tokenizer or tokenizers.beside(path, bundle.conditioners)
     return bundle if tokenizer is None else tokenizers.with_tokenizer(bundle, tokenizer)
+
+
+def _has_yaml(bundle: Bundle) -> bool:
+    """Whether the model is of the original's code: no Stable Diffusion 3, DiT, or TAESD."""
+    first_stage = bundle.autoencoder
+    tiny_alone = first_stage is not None and first_stage.fields["regularization"] == "tiny"
+    return bundle.mmdit is None and bundle.dit is None and not tiny_alone
 
 
 def _read(path: Path, opened: TensorFile, model: Mapping[str, Any], ema: bool | None) -> Bundle:

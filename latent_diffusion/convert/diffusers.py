@@ -27,6 +27,7 @@ from latent_diffusion.convert.components import (
     write_folder,
 )
 from latent_diffusion.convert.inputs import conditioners_for, table_of
+from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import read_tensors, write_tensors
 from latent_diffusion.core.types import lookup
 from latent_diffusion.data.tokenizers import of_encoder
@@ -56,6 +57,20 @@ _INDEX_SETTINGS = (  # the last one belongs to the safety checker
     "requires_safety_checker",
 )  # fmt: skip
 _COSINE = "squaredcos_cap_v2"
+_NOISING = Settings(  # of the schedulers that noise a condition
+    defaults={
+        "num_train_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+    },
+    checked={
+        "_class_name": ("DDPMScheduler", "DDIMScheduler"),
+        "trained_betas": (None,),
+        "rescale_betas_zero_snr": (False, None),
+    },
+    harmless=scheduler.KNOWN,
+)
 _LOW_RES = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
 
 
@@ -82,8 +97,8 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"can't read {path / 'model_index.json'}: it names no _class_name")
-    named = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
-    bundle = Bundle(notes={"pipeline": name, **named})
+    labels = {"id2label": index["id2label"]} if name == DIT and "id2label" in index else {}
+    bundle = Bundle(notes={"pipeline": name, **labels})
     if variant:  # some of the parts may lack it, but not all
         if not any(find_weights(folder, STEMS, variant) for folder in path.iterdir()):
             raise ValueError(f"{path}: none of its folders holds weights of variant {variant!r}")
@@ -105,11 +120,15 @@ def read_diffusers(path: Path, variant: str | None = None) -> Bundle:
         bundle = sd3.with_encoders(bundle, path)
     notes = {**bundle.notes, "conditioners": sorted(bundle.conditioners)}
     bundle = replace(bundle, notes=notes)
-    if (path / "scheduler").is_dir():
+    named = _components(path, index).get("scheduler")
+    if named is not None or (path / "scheduler").is_dir():
         config = read_json(path / "scheduler" / "scheduler_config.json")
-        bundle = _with_scheduler(bundle, config, _components(path, index).get("scheduler"))
+        bundle = _with_scheduler(bundle, config, named)
     else:
         bundle = _assumed(bundle)
+        if bundle.denoiser is not None:
+            prediction = bundle.diffusion["prediction"]
+            log.warning("%s: no scheduler; taken for a model that predicts %s", path, prediction)
     if (path / "tokenizer").is_dir() and bundle.conditioners.keys() & {"text", "clip_text"}:
         bundle = tokenizers.with_tokenizer(bundle, path / "tokenizer")
     if (path / "tokenizer_2").is_dir() and "clip_text_2" in bundle.conditioners:
@@ -145,7 +164,8 @@ def _with_inputs(bundle: Bundle, path: Path, index: Json, variant: str | None) -
     if "low_res" in conditioners:
         conditioners["low_res"] = _low_res_noised(conditioners["low_res"], path, index)
     elif "clip_image" in conditioners:
-        conditioners["clip_image"] = _image_noised(conditioners["clip_image"], path, variant)
+        part = _image_noised(conditioners["clip_image"], path, index, variant)
+        conditioners["clip_image"] = part
     elif bundle.time_width is not None and sdxl.is_sdxl(bundle.notes["pipeline"]):
         channels = input_widths(unet)[0], unet.fields["out_channels"]
         conditioners |= conditioners_for(*channels, text=True)
@@ -177,26 +197,38 @@ def _read_sd3_encoder(path: Path, variant: str | None) -> Bundle:
 
 def _low_res_noised(part: Part, path: Path, index: Json) -> Part:
     """The conditioner of the upscaler's small picture, with the noise that its pipeline adds."""
-    config = {**_LOW_RES, "num_train_timesteps": 1000}
-    if (path / "low_res_scheduler").is_dir():
-        config |= read_json(path / "low_res_scheduler" / "scheduler_config.json")
-    if config["beta_schedule"] != "scaled_linear":
-        raise ValueError(f"{path}: a low_res_scheduler of {config['beta_schedule']!r}")
+    name, levels = "low_res_scheduler", part.fields["num_levels"]
+    config = {**_LOW_RES, "num_train_timesteps": levels}
+    if (path / name).is_dir() or name in _components(path, index):
+        config = _noising(path, index, name, "scaled_linear")
+    if (number := config["num_train_timesteps"]) != levels:
+        raise ValueError(f"{name}.num_train_timesteps={number}; the U-Net has {levels} levels")
     ends = {name: config[name] for name in ("beta_start", "beta_end")}
     level = {"max_noise_level": index.get("max_noise_level", 350)}
     return Part({**part.fields, **level, **ends}, part.params)
 
 
-def _image_noised(part: Part, path: Path, variant: str | None) -> Part:
+def _image_noised(part: Part, path: Path, index: Json, variant: str | None) -> Part:
     """The conditioner of unCLIP's picture, with the statistics that standardise its embedding."""
-    config = read_json(path / "image_noising_scheduler" / "scheduler_config.json")
-    if config.get("beta_schedule") != _COSINE:
-        raise ValueError(f"{path}: an image_noising_scheduler of {config.get('beta_schedule')!r}")
+    config = _noising(path, index, "image_noising_scheduler", _COSINE)
     weights, tensors = open_weights(path / "image_normalizer", variant)
     shapes = dict.fromkeys(clip_image.STATISTICS, (part.fields["projection_dim"],))
     statistics = read_tensors(clip_image.statistics_table(), shapes, tensors, str(weights))
-    fields = {**part.fields, "num_levels": config.get("num_train_timesteps", 1000)}
+    fields = {**part.fields, "num_levels": config["num_train_timesteps"]}
     return Part(fields, {**part.params, **statistics}, part.unused)
+
+
+def _noising(path: Path, index: Json, name: str, curve: str) -> Json:
+    """The settings of a scheduler that noises a condition. curve: the only `beta_schedule`."""
+    config = read_json(path / name / "scheduler_config.json")
+    if (kind := _components(path, index).get(name)) is not None:
+        config["_class_name"] = kind
+    settings = _NOISING.complete(config, name)
+    if settings["beta_schedule"] != curve:
+        raise ValueError(
+            f"{name}.beta_schedule={settings['beta_schedule']!r}; supported: {curve!r}"
+        )
+    return settings
 
 
 def _assumed(bundle: Bundle) -> Bundle:
@@ -304,8 +336,11 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         kind = config.get("_class_name") or config["architectures"][0]
         index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
     settings = bundle.notes.get("scheduler")
-    if settings is None or scheduler.from_diffusers(settings)[0] != dict(bundle.diffusion):
-        settings = scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
+    if settings is None or not _says(settings, bundle):
+        changed, settings = settings, scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
+        if changed is not None and not _says(settings, bundle):
+            kind = settings["_class_name"]
+            log.warning("%s: its %s isn't all that the sampling defaults say", path, kind)
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None and bundle.conditioners.keys() & {"text", "clip_text"}:
@@ -328,6 +363,20 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
     save_json(path / "model_index.json", index)
+
+
+def _says(settings: Json, bundle: Bundle) -> bool:
+    """Whether a scheduler's settings are the noise and the sampling defaults of a model.
+
+    Pipelines, not schedulers, have the scale of guidance and the number of steps.
+    """
+
+    def options(of: Bundle) -> Json:
+        given = {name: value for name, value in of.sampling.items() if value is not None}
+        return {**given, "guidance_scale": None, "num_steps": None}
+
+    said = _with_scheduler(bundle, settings, None)
+    return (said.diffusion, options(said)) == (dict(bundle.diffusion), options(bundle))
 
 
 def _pipeline(bundle: Bundle) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,10 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
         adapted.setdefault(part, {})[kernel] = {**arrays, "alpha": alpha}
     parts = dict(base.parts())
     for name, kernels in adapted.items():
-        merged = {
-            path: _merged(parts[name].params[path], of_kernel)
-            for path, of_kernel in kernels.items()
-        }
+        params, merged = parts[name].params, {}
+        for path, of_kernel in kernels.items():
+            change = partial(low_rank.adapted, factors=of_kernel, alpha=of_kernel["alpha"])
+            merged[path] = params[path].changed(change, f"{name}/{path}")
         base = base.with_params(name, merged)
     tokenizer = base.tokenizer
     if (directory / workdir.TOKENIZER).exists():
@@ -157,15 +158,6 @@ def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer 
         image_size=run.image_size,
         tokenizer=tokenizer,
     )
-
-
-def _merged(kernel: Tensor, factors: dict[str, Any]) -> Tensor:
-    def read() -> np.ndarray:
-        base = np.asarray(kernel.read(), np.float32)
-        merged: np.ndarray = low_rank.adapted(base, factors, factors["alpha"])
-        return merged.astype(kernel.dtype)
-
-    return Tensor(kernel.shape, kernel.dtype, read)
 
 
 def write_orbax(bundle: Bundle, path: Path, progress: Any = lambda count: None) -> None:

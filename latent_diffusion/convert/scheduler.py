@@ -31,7 +31,7 @@ _UNKNOWN = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
-_KNOWN = {name for record in SCHEDULERS.values() for name in record.names()}
+KNOWN = {name for record in SCHEDULERS.values() for name in record.names()}
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[Config, Config]:
@@ -52,7 +52,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[Config, Config]:
         settings = _complete(_UNKNOWN, config, name)
         log.warning("no sampler here does what a %s does: name another when sampling", name)
         return _diffusion(settings), {"sampler": name, "num_steps": 50}
-    strange = [key for key in config if key not in _KNOWN and not key.startswith("_")]
+    strange = [key for key in config if key not in KNOWN and not key.startswith("_")]
     if strange:
         log.warning("%s doesn't know %s, which changes nothing", name, ", ".join(strange))
     settings = _complete(record.used, config, name, record.aliases)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ DTYPES = {  # by their names in safetensors
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
@@ -32,12 +35,14 @@ class Tensor:
     """An array that may not be in memory yet.
 
     `read()` returns it, possibly as a view of a file, and reads it anew each time. NumPy functions
-    accept the tensor in place of the array.
+    accept the tensor in place of the array. exact: returns the numbers before they are rounded to
+    `dtype`; None without rounding.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    exact: Callable[[], np.ndarray] | None = None
 
     @property
     def size(self) -> int:
@@ -57,7 +62,22 @@ class Tensor:
         target = np.dtype(dtype)
         if target == self.dtype or not is_float(self.dtype):
             return self
-        return Tensor(self.shape, target, lambda: _cast(self.read(), target, name))
+        return Tensor(self.shape, target, lambda: _cast((self.exact or self.read)(), target, name))
+
+    def changed(self, change: Callable[[np.ndarray], Any], name: str) -> "Tensor":
+        """What `change` makes of the numbers in float32, when they are read.
+
+        It is rounded to the dtype of this tensor, but not to eight bits, in which a small change is
+        lost; `astype` rounds what isn't rounded yet. name: see `astype`.
+        """
+
+        def exact() -> np.ndarray:
+            return np.asarray(change(self.astype(np.float32).read()), np.float32)
+
+        whole = Tensor(self.shape, np.dtype(np.float32), exact)
+        if self.dtype.itemsize == 1:
+            return whole
+        return replace(whole.astype(self.dtype, name), exact=exact)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read(), dtype, copy=copy)

@@ -33,17 +33,30 @@ class _Storage(NamedTuple):
 _STORAGES = {  # torch's classes → names in DTYPES
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
-_TORCH_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
+_TORCH_DTYPES = {  # torch's names → names in DTYPES
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16",
+}  # fmt: skip
 
 
 def _tensor(
     storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any
 ) -> Tensor:
-    """A tensor as a view of a storage. rest: gradient flags and hooks, which are ignored."""
+    """A tensor as a view of a storage.
+
+    rest: gradient flags and hooks, which are ignored, and perhaps a dictionary of flags.
+    """
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError(f"a tensor of {short(storage)}, which is no storage")
+    for flag in ("neg", "conj"):
+        if any(isinstance(flags, dict) and flags.get(flag) for flags in rest[2:]):
+            raise pickle.UnpicklingError(
+                f"a tensor with torch's {flag} flag; save what its resolve_{flag}() returns"
+            )
     flat, shape, stride = storage.flat, tuple(shape), tuple(stride)
     if (
         len(shape) != len(stride)
@@ -63,11 +76,35 @@ def _tensor(
     def read() -> np.ndarray:
         if not size:
             return np.empty(shape, flat.dtype)
-        start = flat.read()[offset:]
-        strides = [step * flat.dtype.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(start, shape, strides, writeable=False)
+        width = flat.dtype.itemsize
+        start = flat.read()[offset:].view(f"u{width}")  # numpy strides no float8_e5m2
+        strides = [step * width for step in stride]
+        bits = np.lib.stride_tricks.as_strided(start, shape, strides, writeable=False)
+        return bits.view(flat.dtype)
 
     return Tensor(shape, flat.dtype, read)
+
+
+def _typed_tensor(
+    storage: Any,
+    offset: int,
+    shape: Any,
+    stride: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *rest: Any,
+) -> Tensor:
+    """A tensor as a view of a storage of bytes, as torch saves its newer dtypes."""
+    name = dtype.name if isinstance(dtype, Name) else None
+    if not isinstance(storage, _Storage) or name not in _TORCH_DTYPES:
+        raise pickle.UnpicklingError(f"a tensor of {short(dtype)} in {short(storage)}")
+    flat, kind = storage.flat, DTYPES[_TORCH_DTYPES[name]]
+    if flat.nbytes % kind.itemsize:
+        raise pickle.UnpicklingError(f"a tensor of {name} in a storage of {flat.nbytes} bytes")
+    size = flat.nbytes // kind.itemsize
+    typed = _Storage(Tensor((size,), kind, lambda: flat.read().view(kind)))
+    return _tensor(typed, offset, shape, stride, grad, hooks, *rest)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
@@ -90,6 +127,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": Call(lambda: OrderedDict()),  # without arguments, which it copies
     "torch._utils._rebuild_tensor_v2": Call(_tensor),
+    "torch._utils._rebuild_tensor_v3": Call(_typed_tensor),
     "torch._utils._rebuild_tensor": Call(_tensor),
     "torch._utils._rebuild_parameter": Call(lambda data, *rest: data),
     "torch.Size": Call(tuple),
@@ -98,6 +136,7 @@ ALLOWED: dict[str, Any] = {
     "numpy.core.multiarray.scalar": Call(_scalar),
     "numpy._core.multiarray.scalar": Call(_scalar),
     **{f"torch.{name}": Name(name) for name in (*_STORAGES, *_TORCH_DTYPES)},
+    "torch.storage.UntypedStorage": Name("UntypedStorage"),
     # A key in the dictionary of callbacks that Lightning saves; it is never built.
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": Name("ModelCheckpoint"),
 }

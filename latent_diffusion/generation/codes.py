@@ -20,7 +20,8 @@ from latent_diffusion.runtime import parallel
 # Arguments of `Model.sample` that only denoisers use.
 _OTHERS = (
     *("negative_prompts", "more_prompts", "z_T", "classifier", "classifier_labels", "target"),
-    *("adapters", "controls", "image_prompts"),
+    *("adapters", "controls", "image_prompts", "negative_original_size", "negative_crop_top_left"),
+    *("negative_target_size", "negative_aesthetic_score"),
 )
 
 

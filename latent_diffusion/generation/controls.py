@@ -65,13 +65,25 @@ def entries(controls: Sequence[Any], size: tuple[int, int], total: int) -> dict[
             least = adapter.module.shrinks[-1] if isinstance(adapter, T2IWeights) else 1
             if size[0] % least or size[1] % least:
                 raise ValueError(f"hint of {size[0]}×{size[1]}: sides must be multiples of {least}")
-            hints = {"hint": conditions.numbers("hint", hint, (*size, 3), 0, 1)}
-            rows = conditions.for_all(hints, total)["hint"]
+            rows = conditions.for_all({"hint": _hint(hint, size)}, total)["hint"]
             turned = isinstance(adapter, ControlWeights) and adapter.bgr
             batch[f"hint_{i}"] = rows[..., ::-1] if turned else rows
         except ValueError as error:
             raise ValueError(f"{adapter.path}: {error}") from error
     return batch
+
+
+def _hint(hint: Any, size: tuple[int, int]) -> np.ndarray:
+    """A hint [N H W 3] in [0, 1], but −1 in all channels of a hole, as nets for inpainting have it.
+
+    Pixels of −1 and 1 alone are no holes in white, but edges in the range of pictures.
+    """
+    hint = np.atleast_1d(np.asarray(hint, np.float32))
+    holes = (hint == -1).all(-1, keepdims=True)
+    if np.array_equal(np.unique(hint), (-1, 1)):
+        holes = np.zeros_like(holes)
+    outside = conditions.numbers("hint", np.where(holes, 0, hint), (*size, 3), 0, 1)
+    return np.where(holes, np.float32(-1), outside)
 
 
 def numbers_of(controls: Sequence[Any]) -> list[dict[str, Any]]:

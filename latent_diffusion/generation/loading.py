@@ -56,9 +56,7 @@ def load(
         dtype = dtype if isinstance(dtype, str) else str(jnp.dtype(dtype))
         lookup(dict.fromkeys(DTYPES), dtype, "dtype")
     bundle = convert.read(path, config=config, ema=ema, variant=variant, tokenizer=tokenizer)
-    for file, weight in (lora or {}).items():
-        with reading(file):
-            bundle = convert.with_lora(bundle, Path(file), weight)
+    bundle = convert.with_loras(bundle, (lora or {}).items())
     if scan is not None and bundle.denoiser is not None:
         name, network = bundle.denoiser
         bundle = bundle.with_part(name, replace(network, fields={**network.fields, "scan": scan}))

@@ -247,6 +247,10 @@ class Model(flax.struct.PyTreeNode):
         values |= {"depth": depth, "neighbours": neighbours, "image_embedding": image_embedding}
         values |= {"original_size": original_size, "crop_top_left": crop_top_left}
         values |= {"target_size": target_size, "aesthetic_score": aesthetic_score}
+        opposite: dict[str, Any] = {"original_size": negative_original_size}
+        opposite |= {"crop_top_left": negative_crop_top_left}
+        opposite |= {"target_size": negative_target_size}
+        opposite |= {"aesthetic_score": negative_aesthetic_score}
         if self.prior is not None:
             tokenize = make_tokenize(self, prompt_weights, prompts)
             sized = {"mask": mask, "known": image}
@@ -256,6 +260,7 @@ class Model(flax.struct.PyTreeNode):
             call |= {"adapters": tuple(adapters), "controls": tuple(controls)}
             call |= {"image_prompts": tuple(image_prompts)}
             call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
+            call |= {f"negative_{name}": value for name, value in opposite.items()}
             call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
             window = min(self.trained_size) // self._downsampling()
             latent = (*self._latent_size(size), window)
@@ -289,10 +294,6 @@ class Model(flax.struct.PyTreeNode):
         prompting = picturing.bound(model, image_prompts)
         batch |= controlling.entries(controls, size, total)
         batch |= picturing.entries(image_prompts, total)
-        opposite: dict[str, Any] = {"original_size": negative_original_size}
-        opposite |= {"crop_top_left": negative_crop_top_left}
-        opposite |= {"target_size": negative_target_size}
-        opposite |= {"aesthetic_score": negative_aesthetic_score}
         sizes = conditions.negative_sizes(denoiser.conditioner, opposite, total // num_images)
         batch |= {name: np.repeat(rows, total // len(rows), 0) for name, rows in sizes.items()}
         guides.check_schedule(classifier, denoiser.schedule)

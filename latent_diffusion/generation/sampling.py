@@ -171,6 +171,8 @@ def sample_to_disk(
     """
     if options.get("mask") is not None and options.get("image") is None:
         raise ValueError("--mask says where a picture is made anew: give --image, too")
+    if image_encoder is not None and not image_prompts:
+        raise ValueError("--image_encoder is that of --image_prompt: give --image_prompt, too")
     record = {name: value for name, value in options.items() if not callable(value)}
     record |= {"prompts": prompts, "class_labels": class_labels, "num_images": num_images}
     record |= {"adapters": [list(entry) for entry in adapters]}

@@ -6,7 +6,8 @@ and `adapter` applies these formulas to the parameters.
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_json, reading
-from latent_diffusion.files.tensor import Tensor
 
 __all__ = [
     "Adapter",
@@ -66,6 +66,7 @@ __all__ = [
     "read_weights",
     "weights_of",
     "with_lora",
+    "with_loras",
     "write_control",
     "write_diffusers_lora",
     "write_image_prompt",
@@ -140,22 +141,31 @@ def _read_workdir(path: Path, config: dict[str, Any], word: str | None) -> Adapt
 
 def with_lora(bundle: Bundle, path: Path, weight: Weight = 1.0) -> Bundle:
     """Return the model with `weight` times an adapter added to each parameter as it is read."""
-    adapter = read_adapter(path)
-    if not isinstance(adapter, LowRank):
-        raise ValueError(f"{path}: this kind isn't merged; give it to sample")
-    changes = adapter.changes(bundle)
-    weights = weights_of(changes, weight, str(path))
-    for full_path, change in changes.items():
+    return with_loras(bundle, [(path, weight)])
+
+
+def with_loras(bundle: Bundle, files: Iterable[tuple[str | os.PathLike, Weight]]) -> Bundle:
+    """Return the model plus a sum of adapters, each times its weight.
+
+    The change by each adapter is computed from the model's own parameters.
+    """
+    changes_of: dict[str, list[tuple[Change, Any]]] = {}
+    for path, weight in files:
+        with reading(path):
+            adapter = read_adapter(path)
+            if not isinstance(adapter, LowRank):
+                raise ValueError(f"{path}: this kind isn't merged; give it to sample")
+            changes = adapter.changes(bundle)
+            weights = weights_of(changes, weight, str(path))
+        for full_path, change in changes.items():
+            changes_of.setdefault(full_path, []).append((change, weights[full_path]))
+    parts = dict(bundle.parts())
+    for full_path, each in changes_of.items():
         name, _, ours = full_path.removeprefix("conditioner/").partition("/")
-        base = dict(bundle.parts())[name].params[ours]
-        bundle = bundle.with_params(name, {ours: _added(base, change, weights[full_path])})
+        merged = parts[name].params[ours].changed(partial(_sum, changes=each), f"{name}/{ours}")
+        bundle = bundle.with_params(name, {ours: merged})
     return bundle
 
 
-def _added(parameter: Tensor, change: Change, weights: Any) -> Tensor:
-    def read() -> np.ndarray:
-        base = np.asarray(parameter.read(), np.float32)
-        added: np.ndarray = base + change.delta(base, weights)
-        return added.astype(parameter.dtype)
-
-    return Tensor(parameter.shape, parameter.dtype, read)
+def _sum(base: np.ndarray, changes: Sequence[tuple[Change, Any]]) -> Any:
+    return base + sum(change.delta(base, weights) for change, weights in changes)

@@ -200,6 +200,8 @@ def read_weights(entries: Iterable[str], flag: str = "lora") -> list[tuple[str, 
             weights.append((file, float(weight)) if colon else (entry, 1.0))
         except ValueError as error:
             raise ValueError(f"--{flag}={entry}: write FILE or FILE:WEIGHT") from error
+        if weights[-1][0] in [file for file, _ in weights[:-1]]:
+            raise ValueError(f"--{flag}={entry}: this file is given twice; add its weights")
     return weights
 
 

@@ -21,7 +21,8 @@ class T5Text(nn.Module):
 
     buckets, max_distance: the rows of the table of biases, and the distance from which all
     distances share a row. empty, pad_id: a dropped example reads the empty prompt: `empty`, then
-    `pad_id`. absent: for a model without this encoder; the context is zeros.
+    `pad_id`. absent: for a model without this encoder; the context is zeros. dtype: with float16,
+    the sums of layers stay in float32, since those of XXL are beyond its range.
     """
 
     vocab_size: int = 32128
@@ -54,7 +55,7 @@ class T5Text(nn.Module):
         tokens = prompts("t5_text", t5_batch, drop, self.max_length, self.empty, self.pad_id)
         init = nn.initializers.normal(1.0)
         x = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="shared")(tokens)
-        x = x if self.dtype is None else x.astype(self.dtype)
+        x = x.astype(_of_sums(self.dtype) or x.dtype)
         table = self.param(
             "relative_attention_bias", nn.initializers.normal(0.02), (self.buckets, self.num_heads)
         )
@@ -87,19 +88,25 @@ class T5Layer(nn.Module):
     def __call__(
         self, x: Float[Array, "B L D"], bias: Float[Array, "N L L"]
     ) -> Float[Array, "B L D"]:
-        h = _norm("layer_norm_0", self.epsilon)(x).astype(x.dtype)
+        h = _norm("layer_norm_0", self.epsilon)(x)
         inner, shape = self.num_heads * self.head_dim, (*x.shape[:2], self.num_heads, -1)
         q, k, v = (self._map(name, inner)(h).reshape(shape) for name in "qkv")
         scores = jnp.einsum("bqnd,bknd->bnqk", q, k).astype(jnp.float32) + bias
         h = jnp.einsum("bnqk,bknd->bqnd", nn.softmax(scores).astype(v.dtype), v)
         x = x + self._map("o", x.shape[-1])(h.reshape(*x.shape[:2], inner))
 
-        h = _norm("layer_norm_1", self.epsilon)(x).astype(x.dtype)
+        h = _norm("layer_norm_1", self.epsilon)(x)
         gate = nn.gelu(self._map("wi_0", self.mlp_width)(h), approximate=True)
-        return x + self._map("wo", x.shape[-1])(gate * self._map("wi_1", self.mlp_width)(h))
+        h = gate * self._map("wi_1", self.mlp_width)(h)
+        return x + self._map("wo", x.shape[-1], _of_sums(self.dtype))(h)
 
-    def _map(self, name: str, features: int) -> Dense:
-        return Dense(features, use_bias=False, dtype=self.dtype, name=name)
+    def _map(self, name: str, features: int, dtype: Any = None) -> Dense:
+        return Dense(features, use_bias=False, dtype=dtype or self.dtype, name=name)
+
+
+def _of_sums(dtype: Any) -> Any:
+    """The type of the sum of layers, and of what feed-forward maps add to it."""
+    return jnp.float32 if dtype is not None and jnp.dtype(dtype) == jnp.float16 else dtype
 
 
 def _norm(name: str, epsilon: float) -> nn.RMSNorm:
