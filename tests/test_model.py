@@ -9,6 +9,7 @@ import pytest
 
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.generation.model import Model
+from latent_diffusion.generation.sampling import ProgressBar
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.nets.conditioners import make_conditioner
@@ -161,6 +162,13 @@ def test_progress_reaches_its_total(options, expected):
     counter = Counter()
     sample(progress=counter, **options)
     assert counter.calls == counter.total == expected
+
+
+def test_the_bar_counts_the_evaluations_of_all_batches():
+    bar = ProgressBar()
+    sample(progress=bar, num_images=2, batch_size=2)
+    assert bar._bar.n == bar.total == 8
+    bar._bar.close()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def run(
         part = parallel.process_rows(part, mode)
         inputs = (leaves, planned, part, rng if rng.ndim == 0 else rng[0])
         if any(watch):
-            images.append(_watched(structures, inputs, watch, -(-total // rows)))
+            num_batches = None if images else -(-total // rows)
+            images.append(_watched(structures, inputs, watch, num_batches))
         else:
             images.append(_compiled(*structures, images_of or _sample)(*inputs))
         _check_finite(images[-1], start, networks)
@@ -98,9 +99,12 @@ def run(
 
 
 def _watched(
-    structures: tuple[Any, ...], inputs: tuple[Any, ...], watch: Watch, num_batches: int
+    structures: tuple[Any, ...], inputs: tuple[Any, ...], watch: Watch, num_batches: int | None
 ) -> np.ndarray:
-    """The images of a batch, and calls of the functions of `watch` at each evaluation."""
+    """The images of a batch, and calls of the functions of `watch` at each evaluation.
+
+    num_batches: of the whole call, for its first batch, which tells `progress` their number.
+    """
     mode, (leaves, planned, batch, rng) = structures[0], inputs
 
     def run_part(part: Any) -> Any:
@@ -111,7 +115,7 @@ def _watched(
     t = made["sampling"].table.t
     timesteps = parallel.gathered(t, mode)[: t.shape[-1]]
     bar: Any = watch.progress
-    if hasattr(bar, "total"):
+    if num_batches is not None and hasattr(bar, "total"):
         bar.total = len(timesteps) * num_batches
     for t in timesteps:
         if watch.progress is not None:

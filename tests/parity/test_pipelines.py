@@ -37,9 +37,13 @@ from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder as autoencoder_
 from latent_diffusion.convert import text
 from latent_diffusion.convert import unet as unet_
-from latent_diffusion.core.rng import keys_of_examples, normal_per_example, split_per_example
+from latent_diffusion.core.rng import (
+    keys_of_examples,
+    normal_per_example,
+    sampling_keys,
+    split_per_example,
+)
 from latent_diffusion.data.tokenizers import WordTokenizer
-from latent_diffusion.generation import model as model_module
 from latent_diffusion.generation.loading import as_model
 from latent_diffusion.training import loop
 
@@ -194,9 +198,15 @@ def image_keys(number):
     return keys_of_examples(RNG, jnp.arange(number))
 
 
+def condition_keys(number):
+    """The keys of the only condition that adds noise."""
+    (keys,) = split_per_example(sampling_keys(image_keys(number)).conditions, 1)
+    return keys
+
+
 def start_noise(number, *shape):
     """What `Model.sample` starts from where it isn't given z_T."""
-    start, _, _ = split_per_example(image_keys(number), 3)
+    start = sampling_keys(image_keys(number)).start
     return np.array(normal_per_example(start, shape))
 
 
@@ -311,8 +321,7 @@ def test_upscaling(tmp_path, monkeypatch):
         ),
     )  # fmt: skip
     low_res, z_T = np.tanh(draw(1, 2, SIDE, SIDE, 3)), draw(0, 2, SIDE, SIDE, 4)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(image_keys(2), model_module.CONDITIONS)
-    _, noise = split_per_example(keys, 2)
+    _, noise = split_per_example(condition_keys(2), 2)
     in_order(monkeypatch, pipeline, normal_per_example(noise, (SIDE, SIDE, 3)))
     theirs = pipeline(
         PROMPTS, image=picture(low_res), noise_level=30, latents=to_torch(z_T),
@@ -343,8 +352,7 @@ def test_variations_of_a_picture(tmp_path, monkeypatch):
         image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
     )  # fmt: skip
     image, z_T = np.tanh(draw(1, 2, side, side, 3)), draw(0, 2, SIDE, SIDE, 4)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(image_keys(2), model_module.CONDITIONS)
-    _, noise = split_per_example(keys, 2)
+    _, noise = split_per_example(condition_keys(2), 2)
     noise = torch.from_numpy(np.array(normal_per_example(noise, (width,))))
     monkeypatch.setattr(
         sys.modules[type(pipeline).__module__], "randn_tensor", lambda shape, **_: noise
