@@ -12,6 +12,8 @@ from PIL import Image
 from tiny import make_config
 
 from latent_diffusion.convert.adapters import ControlWeights
+from latent_diffusion.convert.orbax import conditioner_fields
+from latent_diffusion.convert.text import of_corners
 from latent_diffusion.data.layout import LayoutTokens, Object
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation import conditions, guides, sampling
@@ -24,7 +26,6 @@ from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.runtime.metrics import image_grid
-from latent_diffusion.training.start import with_files
 
 RNG = jax.random.key(5)
 SIZE = (8, 8)
@@ -452,14 +453,17 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("encode_crop", [True, False])
 @pytest.mark.parametrize("name", ["layout", "layout_tokens"])
 def test_objects_of_a_run_with_centres_have_two_tokens(name, encode_crop):
-    config = make_config("autoencoding", **{"data.layout.centres": True})
+    config = make_config("denoising", **{"data.layout.centres": True})
     config.data.layout.encode_crop = encode_crop
     config.conditioners = ConfigDict({name: {"vocab_size": 26, "max_length": 8}})
-    conditioner = make_conditioner(with_files(config).conditioners.to_dict())
+    conditioner = make_conditioner(conditioner_fields(config))
     given = {"layout": [(3, BOX)]}
     got = conditions.batch_of(conditioner, lambda prompts: None, given, SIZE, SIZE)
     want = LayoutTokens(26, 3 if encode_crop else 4, encode_crop, True).build([Object(3, BOX)])
     np.testing.assert_array_equal(got["layout"], want[None])
+    with pytest.raises(ValueError, match="two corners for an object, this model has its centre"):
+        of_corners(conditioner_fields(config)[name])
+    assert of_corners({"width": 4, "centres": False, "encode_crop": None}) == {"width": 4}
 
 
 @pytest.mark.parametrize("name", ["word_map", "layout_map"])

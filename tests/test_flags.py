@@ -345,6 +345,7 @@ def test_a_process_that_cannot_join_says_why_at_once(given, message):
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "all"),
         ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, "0"),
         ({"SLURM_STEP_TASKS_PER_NODE": "16"}, "0"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,2(x3)"}, "0"),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "0"}, "0"),
         ({}, "0"),
     ],

@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from configs import default
 from latent_diffusion import data
-from latent_diffusion.data import epoch, make_source, make_transform
+from latent_diffusion.data import epoch, image_folder, make_source, make_transform
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.data.pictures import (
     SUFFIXES,
@@ -576,24 +576,42 @@ def test_maps_beside_the_class_folders_are_no_class(tmp_path):
             assert [source[i]["class_label"] for i in range(2)] == [0, 1]
 
 
-def test_metadata_above_the_splits_describe_them_all(tmp_path):
-    rows = []
+def test_annotations_above_the_splits_are_named_and_change_nothing(tmp_path, caplog):
     for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            save(tmp_path / split / name / "1.png")
-            save(tmp_path / split / "depths" / f"{name}.png", 7, mode="L")
-            row = {"file_name": f"{split}/{name}/1.png", "text": f"{split} {name}"}
-            rows.append({**row, "depth": f"{split}/depths/{name}.png"})
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train, test = (make_source(config(tmp_path), split) for split in ("train", "test"))
-    assert (train.captions(), test.captions()) == (
-        ["train cat", "train dog"],
-        ["test cat", "test dog"],
-    )
-    assert train.class_names == test.class_names == ("cat", "dog")
-    nearer = {"file_name": "cat/1.png", "text": "nearer", "depth": "depths/cat.png"}
-    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(nearer))
-    assert make_source(config(tmp_path), "train").captions() == ["nearer", "train dog"]
+        save(tmp_path / split / "1.png")
+        (tmp_path / split / "1.txt").write_text(f"of {split}")
+    (tmp_path / "captions.txt").write_text("test/1.png\tanother")
+    (tmp_path / "metadata.csv").write_text("image_id,label\n1,2\n")
+    for split in ("train", "test"):
+        assert make_source(config(tmp_path), split).captions() == [f"of {split}"]
+    for name in ("captions.txt", "metadata.csv"):
+        assert f"{tmp_path / name} isn't read: annotations lie in train/, test/" in caplog.text
+
+
+def test_metadata_of_another_split_are_searched_for_maps_alone(tmp_path):
+    for split, row in (("train", {"prompt": "a cat"}), ("test", {"text": 5})):
+        save(tmp_path / split / "cat" / "1.png")
+        save(tmp_path / split / "depths" / "1.png", 7, mode="L")
+        row |= {"file_name": "cat/1.png", "depth": "depths/1.png"}
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row))
+    source = make_source(config(tmp_path, caption_column="prompt"), "train")
+    assert source.class_names == ("cat",) and source.captions() == ["a cat"]
+
+
+def test_an_index_of_another_version_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_folder, "LARGE", 0)
+    save(tmp_path / "pictures" / "1.png")
+    changed = config(tmp_path / "pictures", train_split="all")
+    assert len(make_source(changed, "train")) == 1
+    read = image_folder._read
+    monkeypatch.setattr(image_folder, "_read", None)
+    assert len(make_source(changed, "train")) == 1
+    monkeypatch.setattr(image_folder, "FORMAT", 0)
+    with pytest.raises(TypeError):
+        make_source(changed, "train")
+    monkeypatch.setattr(image_folder, "_read", read)
+    assert len(make_source(changed, "train")) == 1
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

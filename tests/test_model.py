@@ -164,6 +164,15 @@ def test_progress_reaches_its_total(options, expected):
     assert counter.calls == counter.total == expected
 
 
+def test_a_function_that_is_an_empty_list_is_called():
+    class Seen(list):
+        def __call__(self, t):
+            self.append(int(t))
+
+    sample(progress=(seen := Seen()), num_steps=1)
+    assert seen == [999, 999]
+
+
 def test_the_bar_counts_the_evaluations_of_all_batches():
     bar = ProgressBar()
     sample(progress=bar, num_images=2, batch_size=2)

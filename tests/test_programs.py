@@ -107,6 +107,19 @@ def test_parts_of_a_sampling_stay_cut_along_the_batch(monkeypatch):
     assert shards == [((2,), (2,)), *[((8, 8, 8, 3), (1, 8, 8, 3))] * 2]
 
 
+def test_batches_of_other_names_have_other_programs(folder):
+    def step(state, constants, batch, rng):
+        return {name: state * x for name, x in batch.items()}
+
+    compiled = parallel.compile_eval(step, "single", description="named")
+    for name in ("first", "second", "first"):
+        out = compiled(
+            jax.device_put(np.float32(2)), (), {name: np.ones(1, np.float32)}, jax.random.key(0)
+        )
+        np.testing.assert_array_equal(out[name], [2])
+    assert len(stored(folder)) == 2
+
+
 def found(description="three times", factor=3):
     """A program of a process that has started anew, and whether it has been traced."""
     traced = []

@@ -867,7 +867,10 @@ def test_the_holes_of_an_openai_picture_without_a_mask_are_its_transparent_parts
     opaque, given = (png_of(x) for x in (pixels_of, pixels_of[..., :3]))
     pixels_of[:2, :, 3] = 0
     for file, hole in ((opaque, False), (given, False), (png_of(pixels_of), True)):
-        fields = with_own_mask({"image": base64.b64encode(file).decode()}, LIMITS)
+        whole = {"image": base64.b64encode(file).decode()}
+        varies = SimpleNamespace(conditioner=SimpleNamespace(keys=("image",)))
+        assert with_own_mask(whole, varies, LIMITS) == whole  # as a condition
+        fields = with_own_mask(whole, model(TEXT), LIMITS)
         assert ("mask" in fields) == hole
     (mask,) = read({**fields, "prompts": "red"}, model(TEXT), LIMITS).values["mask"]
     np.testing.assert_array_equal(mask[..., 0], np.repeat([[1], [1], [0], [0]], SIDE, 1))

@@ -332,7 +332,7 @@ def _write_text(part: Part) -> Written:
 
 def _write_layout(part: Part) -> Written:
     inner = within(part.params, "transformer/")
-    tensors, config = _write_text(Part(part.fields, inner, part.unused))
+    tensors, config = _write_text(Part(text.of_corners(part.fields), inner, part.unused))
     config["params"]["use_tokenizer"] = False
     return tensors, config
 

@@ -375,8 +375,9 @@ def _says(settings: Json, bundle: Bundle) -> bool:
         given = {name: value for name, value in of.sampling.items() if value is not None}
         return {**given, "guidance_scale": None, "num_steps": None}
 
-    said = _with_scheduler(bundle, settings, None)
-    return (said.diffusion, options(said)) == (dict(bundle.diffusion), options(bundle))
+    said = _with_scheduler(bundle, settings, None)  # a run's `diffusion` has further fields
+    noise = {name: bundle.diffusion.get(name) for name in said.diffusion}
+    return (said.diffusion, options(said)) == (noise, options(bundle))
 
 
 def _pipeline(bundle: Bundle) -> str:

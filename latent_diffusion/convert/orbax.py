@@ -72,8 +72,8 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
         n: frozen_parts.load_conditioner(directory, n)[0] for n in config.get("pretrained", {})
     }
     conditioners = {
-        name: as_part(fields.to_dict(), trees.get(name, {}))
-        for name, fields in config.conditioners.items()
+        name: as_part(fields, trees.get(name, {}))
+        for name, fields in conditioner_fields(config).items()
     }
     bundle = replace(bundle, conditioners=conditioners, tokenizer=tokenizer)
     if config.task == "prior":
@@ -86,6 +86,16 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
     return replace(
         bundle, diffusion=config.diffusion.to_dict(), sampling=config.sampling.to_dict()
     ).with_part(name, part)
+
+
+def conditioner_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The fields of a run's conditioners, with the form of the sentences that it reads."""
+    conditioners: dict[str, dict[str, Any]] = config.conditioners.to_dict()
+    form = config.data.get("layout", {})
+    for name in ("layout", "layout_tokens"):
+        if name in conditioners and form.get("centres"):
+            conditioners[name] |= {"centres": True, "encode_crop": form["encode_crop"]}
+    return conditioners
 
 
 def _out_channels(name: str, network: Part) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert import autoencoder
+from latent_diffusion.convert import autoencoder, text
 from latent_diffusion.convert.bundle import Bundle, Part, read_part
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import within, write_tensors
@@ -152,7 +152,7 @@ WRITERS: dict[str, Callable[[Part], Written]] = {
         ),
     ),
     "layout_tokens": lambda part: (
-        *({}, "objects_bbox"),
+        *({}, "objects_bbox" if text.of_corners(part.fields) else ""),
         _module("taming.models.dummy_cond_stage.DummyCondStage", conditional_key="objects_bbox"),
     ),
     "code_map": _write_map,

@@ -106,6 +106,19 @@ def fields_from_shapes(tensors: Mapping[str, Tensor]) -> Fields:
     }
 
 
+def of_corners(fields: Mapping[str, Any]) -> Fields:
+    """The fields of a conditioner of layouts, without those of its form.
+
+    Raises ValueError for objects of two tokens, which the original's yaml can't express.
+    """
+    if fields.get("centres"):
+        raise ValueError(
+            "the original's layouts have two corners for an object, this model has its centre; "
+            "save it as orbax"
+        )
+    return {name: x for name, x in fields.items() if name not in ("centres", "encode_crop")}
+
+
 def with_tokenizer(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Fields:
     """The fields of any text encoder, with the tokenizer's empty prompt as null condition."""
     return {**fields, "empty": tokenizer.empty, "pad_id": tokenizer.pad_id}

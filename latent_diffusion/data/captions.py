@@ -58,10 +58,15 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
     line for a file that can't be parsed, and for a key other than the caption that only some
     pictures have.
     """
-    name, described = _described(files, column)
-    if others := [file for file in files if described and file.name in {*_READERS} - {name}]:
-        logger.warning("%s isn't read, since there is a %s", others[0], name)
-    if column and name in ("captions.txt", ""):
+    described: dict[Path, Example] = {}
+    for name, read in _READERS.items():
+        for file in [file for file in files if file.name == name]:
+            described |= read(file, column)
+        if described:
+            if others := [file for file in files if file.name in _READERS and file.name != name]:
+                logger.warning("%s isn't read, since there is a %s", others[0], name)
+            break
+    if column and (name == "captions.txt" or not described):
         raise ValueError(f"data.caption_column={column!r} needs metadata files, which aren't there")
     if not described:
         there = set(files)
@@ -72,28 +77,25 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
     described = {by_name.get(_composed(path), path): entry for path, entry in described.items()}
     if missing := sorted(path for path in described if not os.path.isfile(path)):
         logger.warning("%d described files are missing: %s", len(missing), missing[0])
-    maps = _maps(described)
+    maps = {entry[key] for entry in described.values() for key in MAPS if key in entry}
     return _alike({path: dict(described.get(path, {})) for path in paths if path not in maps})
 
 
+def are_annotations(path: Path) -> bool:
+    """Whether a file describes pictures."""
+    return path.name in _READERS
+
+
 def maps_of(files: list[Path]) -> set[Path]:
-    """The files that metadata among `files` names as maps of pictures."""
-    return _maps(_described(files, "")[1])
-
-
-def _described(files: list[Path], column: str) -> tuple[str, dict[Path, Example]]:
-    """The first kind of files of annotations that is present, and what they say; "" for none."""
-    described: dict[Path, Example] = {}
-    for name, read in _READERS.items():
-        for file in [file for file in files if file.name == name]:
-            described |= read(file, column)
-        if described:
-            return name, described
-    return "", described
-
-
-def _maps(described: dict[Path, Example]) -> set[Path]:
-    return {entry[key] for entry in described.values() for key in MAPS if key in entry}
+    """The files that metadata among `files` names as maps of pictures; nothing else is checked."""
+    metadata = [(file, _ROWS[file.name](file)) for file in files if file.name in _ROWS]
+    return {
+        _beside(file, name)
+        for file, rows in metadata
+        for _, row in rows
+        for name in map(row.get, MAPS)
+        if isinstance(name, str)
+    }
 
 
 def _composed(path: Path) -> str:
@@ -249,9 +251,12 @@ def _captions(file: Path, column: str) -> dict[Path, Example]:
     return {path: {"caption": c[0] if len(c) == 1 else c} for path, c in captions.items()}
 
 
+_ROWS: Mapping[str, Callable[[Path], Rows]] = {
+    "metadata.jsonl": _jsonl,
+    "metadata.csv": _csv,
+    "metadata.parquet": _parquet,
+}
 _READERS: Mapping[str, Callable[[Path, str], dict[Path, Example]]] = {
-    "metadata.jsonl": _metadata(_jsonl),
-    "metadata.csv": _metadata(_csv),
-    "metadata.parquet": _metadata(_parquet),
+    **{name: _metadata(rows) for name, rows in _ROWS.items()},
     "captions.txt": _captions,
 }

@@ -4,8 +4,8 @@ Pictures are searched for recursively. Captions and other annotations come from 
 (see `data.captions`). If every picture lies in a sub-folder, the first level of sub-folders, sorted
 by name, are the classes, unless annotations have classes.
 
-Splits are the sub-folders train/, test/ and val/, if any of them exists; files of annotations
-outside of them describe all splits, and those of a split come first. Otherwise the split "test"
+Splits are the sub-folders train/, test/ and val/, if any of them exists, each with files of
+annotations for its own pictures. Otherwise the split "test"
 is a share `test_fraction` of the files, chosen by a hash of their paths, "train" is the rest, and
 "all" is both.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 from PIL import Image
 
-from latent_diffusion.data.captions import MAPS, describe, maps_of
+from latent_diffusion.data.captions import MAPS, are_annotations, describe, maps_of
 from latent_diffusion.data.folders import encoded
 from latent_diffusion.data.index_files import remembered
 from latent_diffusion.data.pictures import (
@@ -39,6 +39,7 @@ from latent_diffusion.data.sources import Example, Readable, Remember, check_spl
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2  # of the index; another number when its content changes
 LARGE = 10_000  # files; the index of a larger folder is stored until a file changes
 SPLIT_FOLDERS = ("train", "test", "val")
 # Suffixes of pictures that Pillow or this reader doesn't read; a warning names them.
@@ -106,7 +107,9 @@ def make(data_config: Any, split: str) -> Remember:
     names = file_names(root)
     if len(names) <= LARGE:
         return Remember(_read(root, data_config, split, sorted(map(Path, names))))
-    fields = [f"{data_config.get('caption_column', '')} {data_config.test_fraction} {root}"]
+    fields = [
+        f"{FORMAT} {data_config.get('caption_column', '')} {data_config.test_fraction} {root}"
+    ]
     state = itertools.chain(fields, map(_stamp, sorted(names)))
     index = remembered(
         *("image_folder", f"{root} {split}", state),
@@ -154,12 +157,14 @@ def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageF
         raise ValueError(f"no images in {base} ({' '.join(sorted(SUFFIXES))}){hint}")
     if unread:
         logger.warning("%s: these files aren't read: %s", base, unread)
-    above = [path for path in every if path.parent == root] if folders else []
-    examples = describe(paths, above + inside, data_config.get("caption_column", ""))
+    for path in every if folders else ():
+        if path.parent == root and are_annotations(path):
+            logger.warning("%s isn't read: annotations lie in train/, test/ or val/", path)
+    examples = describe(paths, inside, data_config.get("caption_column", ""))
     class_names = _class_folders(base, [*examples])
     for name in folders if class_names else ():
         files = [path for path in every if path.is_relative_to(root / name)]
-        maps = maps_of(above + files)
+        maps = maps_of(files)
         pictures = [path for path in files if is_picture(path) and path not in maps]
         more = _class_folders(root / name, pictures)
         class_names = tuple(sorted({*class_names, *more})) if class_names and more else ()

@@ -28,6 +28,7 @@ from latent_diffusion.data.sources import Example, Readable, check_caption, chec
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2  # of the index; another number when its content changes
 PARTS = ("image", "txt", "json", "cls")  # parts of an example, each a member of the tar
 
 
@@ -166,7 +167,7 @@ def make(data_config: Any, split: str) -> TarSource:
     check_split(split, folders, root)
     paths = inside[split] if folders else list(tars)
     stamps = ("size", "mtime", "etag", "ETag", "LastModified", "updated")
-    state = [f"{p} {[str(tars[p].get(key)) for key in stamps]}" for p in paths]
+    state = [str(FORMAT), *(f"{p} {[str(tars[p].get(key)) for key in stamps]}" for p in paths)]
     index = remembered(
         "tars", f"{root} {split if folders else ''}", state, lambda: _index(system, paths)
     )

@@ -61,7 +61,7 @@ def _open_sharded(path: Path) -> TensorFile:
     if missing:
         raise ValueError(f"{path}: {missing[0]!r} is not in its shard {shards[missing[0]]!r}")
     for name, tensors in opened.items():
-        if more := [tensor for tensor in tensors if shards.get(tensor) != name]:
+        if more := [tensor for tensor in tensors if tensor not in shards]:
             raise ValueError(f"{path}: its weight_map lacks {more[0]!r} of the shard {name!r}")
     return TensorFile({tensor: opened[name][tensor] for tensor, name in shards.items()})
 

@@ -78,11 +78,11 @@ def _hint(hint: Any, size: tuple[int, int]) -> np.ndarray:
 
     Pixels of −1 and 1 alone are no holes in white, but edges in the range of pictures.
     """
-    hint = np.atleast_1d(np.asarray(hint, np.float32))
-    holes = (hint == -1).all(-1, keepdims=True)
-    if np.array_equal(np.unique(hint), (-1, 1)):
-        holes = np.zeros_like(holes)
-    outside = conditions.numbers("hint", np.where(holes, 0, hint), (*size, 3), 0, 1)
+    given = np.asarray(hint)
+    holes = (given == -1).all(-1, keepdims=True) if given.ndim else np.zeros(1, bool)
+    if not holes.any() or {-1, 1} == {*np.unique(given).tolist()}:
+        return conditions.numbers("hint", hint, (*size, 3), 0, 1)
+    outside = conditions.numbers("hint", np.where(holes, 0, given), (*size, 3), 0, 1)
     return np.where(holes, np.float32(-1), outside)
 
 

@@ -81,7 +81,7 @@ def run(
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
     leaves, structure = jax.tree.flatten(networks)
     structures = (mode, latent, structure, jax.tree.structure(planned))
-    images = []
+    images: list[np.ndarray] = []
     for start in range(0, total, rows):
         index = np.minimum(np.arange(start, start + rows), total - 1)  # repeat the last
         part = {key: value[index] for key, value in batch.items()}
@@ -89,7 +89,7 @@ def run(
         part["keys"] = np.asarray(jax.random.key_data(keys))
         part = parallel.process_rows(part, mode)
         inputs = (leaves, planned, part, rng if rng.ndim == 0 else rng[0])
-        if any(watch):
+        if any(function is not None for function in watch):
             num_batches = None if images else -(-total // rows)
             images.append(_watched(structures, inputs, watch, num_batches))
         else:

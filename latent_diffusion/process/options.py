@@ -95,7 +95,8 @@ def markdown(cls: Any) -> str:
     for name, made in options_of(cls).items():
         default = "–" if made.default is None else f"`{made.default}`"
         allowed = made.range or words[made.kind]
-        effect = "same program" if made.traced or made.kind is object else "compiles"
+        effect = "same program" if made.traced else "compiles"
+        effect = "three programs" if made.kind is object else effect
         rows.append(f"| `{name}` | {default} | {allowed} | {effect} | {made.help} |")
     return "\n".join(rows) + "\n"
 

@@ -82,7 +82,7 @@ def _use_all_devices() -> None:
     """Give a process that is alone on its host all GPUs; JAX assumes one process for each GPU."""
     counts = [os.environ.get(name) for name in _LOCAL_PROCESSES]
     on_host = next((count for count in counts if count is not None), "")
-    if re.match(r"1(\D|$)", on_host) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+    if re.fullmatch(r"1(\(x\d+\))?", on_host) and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
 

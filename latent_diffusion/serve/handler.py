@@ -305,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
         jobs = self.server.jobs
         if edits:
             fields = openai.read_form(self.headers.get("Content-Type", ""), self._read_body())
-            fields = with_own_mask(fields, jobs.limits)
+            fields = with_own_mask(fields, jobs.model, jobs.limits)
         else:
             fields = self._read_json()
         request = read(openai.request_of(fields), jobs.model, jobs.limits, self.server.adapters)

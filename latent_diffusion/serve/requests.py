@@ -22,7 +22,7 @@ from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.prompts import num_chunks
 from latent_diffusion.generation.sampling import read_hint
-from latent_diffusion.generation.start_picture import fitted
+from latent_diffusion.generation.start_picture import changes_pictures, fitted
 from latent_diffusion.process.options import OPTIONS, Option
 from latent_diffusion.process.plan import plan, plan_prior, prior_options
 from latent_diffusion.serve.openai import BY_ALPHA
@@ -166,9 +166,13 @@ def _check_options(model: Model, options: Mapping[str, Any]) -> None:
         plan(denoiser.schedule, denoiser.prediction, model.defaults, options)
 
 
-def with_own_mask(fields: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """The fields, with the transparent parts of the picture as its mask if there is no other."""
-    if "image" not in fields or "mask" in fields:
+def with_own_mask(fields: dict[str, Any], model: Model, limits: Limits) -> dict[str, Any]:
+    """The fields, with the transparent parts of the picture as its mask if there is no other.
+
+    A model that takes the picture as a condition alone has no use for a mask.
+    """
+    changes = changes_pictures(model.conditioner.keys)
+    if "image" not in fields or "mask" in fields or not changes:
         return fields
     if not pictures.is_transparent(_upload("image", fields["image"], limits)):
         return fields

@@ -63,7 +63,8 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
             "checkpoint.averages_every_steps needs widths in optimizer.averages, e.g. (0.05, 0.1)"
         )
     for name, least in (("checkpoint.keep", 1), ("log.num_images", 1)):
-        if (value := config[name.partition(".")[0]][name.partition(".")[2]]) < least:
+        section, _, field = name.partition(".")
+        if (value := config[section][field]) is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
     if config.data.layout.centres and "layout_map" in config.conditioners:
         raise ValueError("layout_map fills boxes: it needs data.layout.centres=False")
@@ -82,12 +83,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
 
 
 def with_files(config: ConfigDict) -> ConfigDict:
-    """The config of a new run, with all fields that files decide, and the form of layouts."""
-    if config.data.layout.centres:
-        for name in {"layout", "layout_tokens"} & {*config.conditioners}:
-            form = {"centres": True, "encode_crop": config.data.layout.encode_crop}
-            config = ConfigDict(config.to_dict())
-            config.conditioners[name].update(form)
+    """The config of a new run, with all fields that files decide."""
     config = init_from.resolve(teacher.resolve(preview.resolve(config)))
     return frozen.resolve(stages.resolve(config))
 

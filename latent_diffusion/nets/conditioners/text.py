@@ -63,8 +63,8 @@ class Layout(nn.Module):
 
     The released model has 8192 tokens and 92 positions: 30 objects of three tokens, and the crop.
     The null condition is the last token at all positions, which is the layout without objects.
-    centres, encode_crop: how a run's `data.layout` makes sentences; sampling reads them. None: the
-    length tells whether the crop is in it, if objects have three tokens.
+    centres, encode_crop: the fields of a run's `data.layout` for its sentences, which sampling
+    reads. None: the length tells whether the crop is in it, if objects have three tokens.
     """
 
     vocab_size: int = 8192

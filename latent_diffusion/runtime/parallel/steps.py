@@ -271,7 +271,7 @@ def _bind(
 ) -> CompiledStep:
     """A step that places its arguments. build: compiles for the shardings of the first state."""
     function: Any = None
-    stored: dict[Any, Any] = {}  # types of arguments -> their program
+    stored: dict[Any, Any] = {}  # structure and types of arguments -> their program
     compiled: set[Any] = set()  # shapes of batches that have a program
     placed: list[PyTree] = []  # [the caller's constants, the same on the devices]
 
@@ -298,10 +298,10 @@ def _bind(
     def program(args: tuple) -> Any:
         if description is None:
             return function
-        types = programs.types_of(args)
-        if types not in stored:
-            stored[types] = programs.find(function, args, description)
-        return stored[types]
+        key = jax.tree.structure(args), programs.types_of(args)
+        if key not in stored:
+            stored[key] = programs.find(function, args, description)
+        return stored[key]
 
     def lower(*args: Any) -> Any:
         args = arguments(*args)

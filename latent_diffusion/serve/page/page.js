@@ -355,11 +355,25 @@ function settings() {
   return request;
 }
 
+// Whether the control of a setting, if there is one, says the same.
+function isShown(name, value) {
+  if (value == null || value === "") return true;
+  const plain = (given) => {
+    if (name === "adapters") return JSON.stringify((given || []).filter((pair) => pair[1] !== 0).sort());
+    if (Array.isArray(given) && given.length === 1) return plain(given[0]);
+    return JSON.stringify(typeof given === "string" ? given.replaceAll("\r\n", "\n") : given);
+  };
+  try {
+    return name in readers && plain(readers[name]()) === plain(value);
+  } catch {
+    return false; // what the control has isn't valid
+  }
+}
+
 // Shows the settings of a picture, and says which of them the page can't show.
 function show(request) {
   for (const [name, write] of Object.entries(writers)) write(request[name]);
-  const same = (name) => name in readers && JSON.stringify(readers[name]()) === JSON.stringify(request[name]);
-  const lost = Object.keys(request).filter((name) => name !== "image_index" && request[name] != null && !same(name));
+  const lost = Object.keys(request).filter((name) => name !== "image_index" && !isShown(name, request[name]));
   const without = lost.map((name) => NAMES[name] || name.replaceAll("_", " ")).join(", ");
   status(`These are the settings of the picture${without && `, without: ${without}`}.`, lost.length > 0);
 }
