@@ -19,17 +19,20 @@ def dry_run(config: ConfigDict) -> str:
     """A text about a run: config, parameters, sharding, memory, FLOPs. Nothing is allocated.
 
     It is the config with the fields that files decide (`init_from`, the first stage, a teacher), if
-    they can be read; the last line says if they can't.
+    they can be read. The last lines say if they can't, and if the run can't start on these devices.
     """
     make_task = lookup(TASKS, config.task, "task")
-    unread = []
+    problems = []
     try:
         config = with_files(config)
     except (ValueError, OSError, CheckpointError) as error:
-        unread = [f"without the files that decide fields of the config: {error}"]
+        problems.append(f"without the files that decide fields of the config: {error}")
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
-    parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
+    try:
+        parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
+    except ValueError as error:
+        problems.append(f"can't start here: {error}")
     batch, rng = batch_spec(config), jax.random.key(0)
     state, constants = jax.eval_shape(task.init, rng, batch)
     shardings = parallel.state_shardings(state, mode, mesh, config.parallel.rules)
@@ -48,4 +51,4 @@ def dry_run(config: ConfigDict) -> str:
     lines.append(
         f"{flops / 1e12:.4g} TFLOP a step, {flops / config.batch_size / 1e9:.4g} GFLOP an image"
     )
-    return "\n".join([*lines, *unread])
+    return "\n".join([*lines, *problems])
