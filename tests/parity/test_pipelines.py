@@ -50,7 +50,11 @@ from latent_diffusion.training import loop
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 # diffusers' own, of numpy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    # of diffusers, for a steps_offset other than that of Stable Diffusion's own scheduler
+    pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
+]
 RNG = jax.random.key(3)
 PROMPTS = ["a red cat", "two dogs, far away"]
 SIDE, F = 8, 2  # of the latents; the first stage's factor
