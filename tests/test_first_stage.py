@@ -47,10 +47,11 @@ def test_channel_scale_gives_every_channel_mean_0_and_variance_1():
 
 
 class Blurred(Identity):
-    """Pixels whose posterior has variance 1."""
+    """Pixels whose posterior has variance 4."""
 
     def latents(self, moments, keys=None):
-        return moments if keys is None else moments + normal_per_example(keys, moments.shape[1:])
+        noise = 0 if keys is None else 2 * normal_per_example(keys, moments.shape[1:])
+        return moments + noise
 
 
 def test_the_scale_is_that_of_drawn_latents():
@@ -58,7 +59,7 @@ def test_the_scale_is_that_of_drawn_latents():
     batch = {"image": jnp.zeros((8, 16, 16, 3))}
     sums = [latent_sums({}, plain, batch, jax.random.key(0))[1]]
     measured = with_measured_scale(plain, sums, "scalar")
-    np.testing.assert_allclose(measured.scale_factor, 1.0, rtol=0.05)
+    np.testing.assert_allclose(measured.scale_factor, 0.5, rtol=0.05)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
