@@ -137,6 +137,12 @@ def _module(target: str, **params: Any) -> dict[str, Any]:
     return {"target": target, "params": params}
 
 
+def _write_layout(part: Part) -> Written:
+    text.of_corners(part.fields)  # refuses what taming can't express
+    module = "taming.models.dummy_cond_stage.DummyCondStage"
+    return {}, "objects_bbox", _module(module, conditional_key="objects_bbox")
+
+
 WRITERS: dict[str, Callable[[Part], Written]] = {
     "start": lambda part: ({}, "image", "__is_unconditional__"),
     "class_token": lambda part: (
@@ -151,9 +157,6 @@ WRITERS: dict[str, Callable[[Part], Written]] = {
             down_factor=part.fields["factor"],
         ),
     ),
-    "layout_tokens": lambda part: (
-        *({}, "objects_bbox" if text.of_corners(part.fields) else ""),
-        _module("taming.models.dummy_cond_stage.DummyCondStage", conditional_key="objects_bbox"),
-    ),
+    "layout_tokens": _write_layout,
     "code_map": _write_map,
 }

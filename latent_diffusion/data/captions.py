@@ -81,11 +81,6 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
     return _alike({path: dict(described.get(path, {})) for path in paths if path not in maps})
 
 
-def are_annotations(path: Path) -> bool:
-    """Whether a file describes pictures."""
-    return path.name in _READERS
-
-
 def maps_of(files: list[Path]) -> set[Path]:
     """The files that metadata among `files` names as maps of pictures; nothing else is checked."""
     metadata = [(file, _ROWS[file.name](file)) for file in files if file.name in _ROWS]
@@ -260,3 +255,4 @@ _READERS: Mapping[str, Callable[[Path, str], dict[Path, Example]]] = {
     **{name: _metadata(rows) for name, rows in _ROWS.items()},
     "captions.txt": _captions,
 }
+FILES = tuple(_READERS)  # names of files that describe pictures

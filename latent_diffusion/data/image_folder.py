@@ -22,7 +22,7 @@ import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 from PIL import Image
 
-from latent_diffusion.data.captions import MAPS, are_annotations, describe, maps_of
+from latent_diffusion.data.captions import FILES, MAPS, describe, maps_of
 from latent_diffusion.data.folders import encoded
 from latent_diffusion.data.index_files import remembered
 from latent_diffusion.data.pictures import (
@@ -157,8 +157,8 @@ def _read(root: Path, data_config: Any, split: str, every: list[Path]) -> ImageF
         raise ValueError(f"no images in {base} ({' '.join(sorted(SUFFIXES))}){hint}")
     if unread:
         logger.warning("%s: these files aren't read: %s", base, unread)
-    for path in every if folders else ():
-        if path.parent == root and are_annotations(path):
+    for path in (root / name for name in FILES if folders):
+        if path.is_file():
             logger.warning("%s isn't read: annotations lie in train/, test/ or val/", path)
     examples = describe(paths, inside, data_config.get("caption_column", ""))
     class_names = _class_folders(base, [*examples])

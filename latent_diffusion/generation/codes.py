@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.core.rng import sampling_keys
-from latent_diffusion.core.types import Array, Batch, Keys
+from latent_diffusion.core.types import Array
 from latent_diffusion.generation import conditions, program
 from latent_diffusion.models.prior import check_null, check_size
 from latent_diffusion.process.guidance import paste
-from latent_diffusion.process.options import PriorOptions
 from latent_diffusion.process.plan import plan_prior
 from latent_diffusion.runtime import parallel
 
@@ -59,17 +58,12 @@ def draw(
     return program.run(networks, chosen, batch, latent, rng, batch_size, mode, images_of)
 
 
-def images_of(
-    networks: Mapping[str, Any],
-    options: PriorOptions,
-    batch: Batch,
-    image_keys: Keys,
-    latent: tuple[int, int, int],
-) -> Array:
+def images_of(call: program.Call) -> Array:
     """Prepare the conditions, draw codes, decode them, and paste them into their picture.
 
-    latent: height and width of the codes, and the side of the window in training.
+    The call's latent: height and width of the codes, and the side of the window in training.
     """
+    networks, options, batch, image_keys, latent = call
     prior, first_stage = networks["prior"], networks["first_stage"]
     size, count = latent[:2], batch["index"].shape[0]
     keys = sampling_keys(image_keys)

@@ -30,6 +30,20 @@ from latent_diffusion.process.tiling import tile_of_latent
 from latent_diffusion.runtime import parallel
 
 
+class Call(NamedTuple):
+    """The inputs of a program, while it is traced: those of `run`, and the keys of the images.
+
+    After `_begin`, the batch also has "sampling" (see `models.sampling`), "state" (see
+    `samplers.table`), and "adapted": the network's parameters that adapters have changed, by path.
+    """
+
+    networks: dict[str, Any]
+    planned: Any
+    batch: Batch
+    image_keys: Keys
+    latent: tuple[int, int, int]
+
+
 class Watch(NamedTuple):
     """Functions that look on while a denoiser samples; see `SamplingOptions`."""
 
@@ -155,7 +169,7 @@ def _compiled(
 
     def step(leaves, planned, batch, rng, *, axis_name=None):
         keys = jax.random.wrap_key_data(batch["keys"], impl=jax.random.key_impl(rng))
-        return function(networks.unflatten(leaves), planned, batch, keys, latent)
+        return function(Call(networks.unflatten(leaves), planned, batch, keys, latent))
 
     name = f"{function.__module__}.{function.__qualname__}"
     description = repr((name, latent, networks, planned))
@@ -164,37 +178,19 @@ def _compiled(
     return parallel.compile_eval(step, mode, description=description)
 
 
-def _sample(
-    networks: dict[str, Any],
-    planned: tuple[Any, ...],
-    batch: Batch,
-    image_keys: Keys,
-    latent: tuple[int, int, int],
-) -> Array:
-    """Images by a denoiser; if the option `end` stops the sampling, the noisy latents.
-
-    The functions below have the same arguments, and are its parts. After `_begin`, the batch also
-    has "sampling" (see `models.sampling`), "state" (see `samplers.table`), and "adapted": the
-    network's parameters that adapters have changed, by path.
-    """
-    made = jax.lax.optimization_barrier(_begin(networks, planned, batch, image_keys, latent))
-    table, state = made["sampling"].table, made["state"]
+def _sample(call: Call) -> Array:
+    """Images by a denoiser; if the option `end` stops the sampling, the noisy latents."""
+    made = jax.lax.optimization_barrier(_begin(call))
+    table = made["sampling"].table
     if len(table.t):
-        denoise, keys = _denoise(networks, planned, {**batch, **made}, image_keys, latent)
-        stop = jnp.int32(len(table.t))
-        state = sampler.advance_until(table, state, stop, denoise, keys)
+        state = _advance(call._replace(batch={**call.batch, **made}), jnp.int32(len(table.t)))
         made["state"] = jax.lax.optimization_barrier(state)
-    return _end(networks, planned, {**batch, **made}, image_keys, latent)
+    return _end(call._replace(batch={**call.batch, **made}))
 
 
-def _begin(
-    networks: dict[str, Any],
-    planned: tuple[Any, ...],
-    batch: Batch,
-    image_keys: Keys,
-    latent: tuple[int, int, int],
-) -> dict[str, Any]:
+def _begin(call: Call) -> dict[str, Any]:
     """Prepare the conditions, and all else that precedes the first evaluation of the network."""
+    networks, planned, batch, image_keys, latent = call
     denoiser, first_stage = networks["denoiser"], networks["first_stage"]
     timesteps, options, weights, (of_adapters, of_controls, of_pictures) = planned
     changed: dict[str, Array] = {}
@@ -242,14 +238,14 @@ def _begin(
     return {"sampling": sampling, "adapted": changed, "state": sampler.start(sampling.table, z)}
 
 
-def _denoise(
-    networks: dict[str, Any],
-    planned: tuple[Any, ...],
-    batch: Batch,
-    image_keys: Keys,
-    latent: tuple[int, int, int],
-) -> tuple[Any, Keys]:
-    """The function that the sampler evaluates, and the keys of its noise."""
+def _evaluate(call: Call) -> sampler.State:
+    """The state of the sampler after the next evaluation of the network."""
+    return _advance(call, call.batch["state"].i + 1)
+
+
+def _advance(call: Call, stop: Array) -> sampler.State:
+    """The state of the sampler before evaluation `stop`."""
+    networks, planned, batch, image_keys, _ = call
     denoiser, first_stage, options = networks["denoiser"], networks["first_stage"], planned[1]
     params = flatten_dict(denoiser.params, sep="/") | batch["adapted"]
     denoiser = denoiser.replace(params=unflatten_dict(params, sep="/"))
@@ -266,31 +262,13 @@ def _denoise(
             options.tile_size, options.tile_overlap, first_stage.module.downsampling
         ),
     )
-    return denoise, noise_keys(batch["sampling"], keys)
+    noise = noise_keys(batch["sampling"], keys)
+    return sampler.advance_until(batch["sampling"].table, batch["state"], stop, denoise, noise)
 
 
-def _evaluate(
-    networks: dict[str, Any],
-    planned: tuple[Any, ...],
-    batch: Batch,
-    image_keys: Keys,
-    latent: tuple[int, int, int],
-) -> sampler.State:
-    """The state of the sampler after the next evaluation of the network."""
-    denoise, keys = _denoise(networks, planned, batch, image_keys, latent)
-    state = batch["state"]
-    return sampler.advance_until(batch["sampling"].table, state, state.i + 1, denoise, keys)
-
-
-def _end(
-    networks: dict[str, Any],
-    planned: tuple[Any, ...],
-    batch: Batch,
-    image_keys: Keys,
-    latent: tuple[int, int, int],
-) -> Array:
+def _end(call: Call) -> Array:
     """Decode the latents, and paste the images into their picture."""
-    first_stage, options = networks["first_stage"], planned[1]
+    first_stage, options, batch = call.networks["first_stage"], call.planned[1], call.batch
     z_0 = finish(batch["sampling"], batch["state"].z)
     if options.end is not None:
         return z_0

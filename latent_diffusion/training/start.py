@@ -62,10 +62,9 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
         raise ValueError(
             "checkpoint.averages_every_steps needs widths in optimizer.averages, e.g. (0.05, 0.1)"
         )
-    for name, least in (("checkpoint.keep", 1), ("log.num_images", 1)):
-        section, _, field = name.partition(".")
-        if (value := config[section][field]) is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    for section, field in (("checkpoint", "keep"), ("log", "num_images")):
+        if (value := config[section][field]) is not None and value < 1:
+            raise ValueError(f"{section}.{field}={value} must be at least 1")
     if config.data.layout.centres and "layout_map" in config.conditioners:
         raise ValueError("layout_map fills boxes: it needs data.layout.centres=False")
     if config.data.bucket_step and config.task in ("prior", "classifying"):

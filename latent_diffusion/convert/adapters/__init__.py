@@ -50,6 +50,7 @@ from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import read_json, reading
+from latent_diffusion.files.tensor import Tensor
 
 __all__ = [
     "Adapter",
@@ -160,10 +161,14 @@ def with_loras(bundle: Bundle, files: Iterable[tuple[str | os.PathLike, Weight]]
         for full_path, change in changes.items():
             changes_of.setdefault(full_path, []).append((change, weights[full_path]))
     parts = dict(bundle.parts())
+    merged: dict[str, dict[str, Tensor]] = {}
     for full_path, each in changes_of.items():
-        name, _, ours = full_path.removeprefix("conditioner/").partition("/")
-        merged = parts[name].params[ours].changed(partial(_sum, changes=each), f"{name}/{ours}")
-        bundle = bundle.with_params(name, {ours: merged})
+        path = full_path.removeprefix("conditioner/")
+        name, _, ours = path.partition("/")
+        tensor = parts[name].params[ours].changed(partial(_sum, changes=each), path)
+        merged.setdefault(name, {})[ours] = tensor
+    for name, params in merged.items():
+        bundle = bundle.with_params(name, params)
     return bundle
 
 

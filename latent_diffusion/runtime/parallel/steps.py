@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from latent_diffusion.core.types import PyTree
 from latent_diffusion.runtime import processes, programs
-from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve
+from latent_diffusion.runtime.parallel.modes import AXIS_NAME, BATCH_SPEC, resolve, resolve_mode
 from latent_diffusion.runtime.parallel.placement import (
     local_rows,
     place,
@@ -97,9 +97,7 @@ def compile_eval(
             return _pmap(step, out_axes=0)
         return _jit(step, mesh, out_shardings=NamedSharding(mesh, BATCH_SPEC) if mesh else None)
 
-    def gather(out: PyTree) -> PyTree:
-        return gathered(out, mode)
-
+    gather = functools.partial(gathered, mode=mode)
     return _bind(build, gather, mode, mesh, rules, description if mode == "single" else None)
 
 
@@ -124,7 +122,7 @@ def compile_part(
 
 def gathered(tree: PyTree, mode: str) -> PyTree:
     """Numpy arrays [B ...] of the whole global batch on every process, from a step's outputs."""
-    if resolve(mode, None)[0] == "pmap":
+    if resolve_mode(mode) == "pmap":
         tree = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
