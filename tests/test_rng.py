@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
-from latent_diffusion.core.rng import bernoulli_per_example, example_keys, init_key
+from latent_diffusion.core.rng import bernoulli_per_example, example_keys, init_key, seed_key
 
 
 def test_an_example_has_its_key_on_whatever_device_it_lies():
@@ -40,6 +41,17 @@ def test_keys_of_networks_draw_like_random_numbers():
     for lag in (1, 2, 64, 1024):
         neighbours = (draws[:, lag:] * draws[:, :-lag]).mean()
         assert abs(neighbours) < 5 / np.sqrt(draws.size)
+
+
+def test_all_64_bits_of_a_seed_count():
+    seeds = (5, 2**32 + 5, 2**33 + 5, 2**63 + 5, 2**64 - 1)
+    for key_of in (seed_key, init_key):
+        keys = [jax.random.key_data(key_of(seed)).tolist() for seed in seeds]
+        assert len({*map(tuple, keys)}) == len(seeds)
+        for seed in (-1, 2**64):
+            with pytest.raises(ValueError, match=rf"^seed={seed} must lie in \[0, 2\^64\)$"):
+                key_of(seed)
+    assert jax.random.key_data(seed_key(5)).tolist() == [0, 5]  # as of `jax.random.key`
 
 
 def test_bits_of_every_width_are_balanced():

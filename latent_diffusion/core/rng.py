@@ -20,13 +20,19 @@ def seed_key(seed: int) -> Key[Array, ""]:
 
     For seeds of 32 bits it is the key of `jax.random.key`, which takes 32 bits only.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} must lie in [0, 2^64)")
-    key = jax.random.key(seed % 2**32)
-    if seed < 2**32:
+    upper, lower = _halves(seed)
+    key = jax.random.key(lower)
+    if not upper:
         return key
     data = jax.random.key_data(key)
-    return jax.random.wrap_key_data(data.at[0].set(seed >> 32), impl=jax.random.key_impl(key))
+    return jax.random.wrap_key_data(data.at[0].set(upper), impl=jax.random.key_impl(key))
+
+
+def _halves(seed: int) -> tuple[int, int]:
+    """The upper and the lower 32 bits of a seed."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must lie in [0, 2^64)")
+    return divmod(seed, 2**32)
 
 
 def init_key(seed: int) -> Key[Array, ""]:
@@ -34,9 +40,11 @@ def init_key(seed: int) -> Key[Array, ""]:
 
     A network draws hundreds of arrays once. Compiling as many draws of JAX's generators takes XLA
     longer than compiling a training step: a draw by `threefry2x32` or `rbg` is hundreds of
-    operations, and a draw by this hash of (key, index) is twenty.
+    operations, and a draw by this hash of (key, index) is twenty. Seeds are as in `seed_key`.
     """
-    return jax.random.key(seed, impl=_HASHED)
+    upper, lower = _halves(seed)
+    key = jax.random.key(lower, impl=_HASHED)
+    return jax.random.fold_in(key, upper) if upper else key
 
 
 def _mixed(x: jax.Array) -> jax.Array:

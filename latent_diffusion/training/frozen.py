@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion.convert import Bundle, Part, as_params, frozen_parts, read
 from latent_diffusion.convert.pretrained import read_pretrained
+from latent_diffusion.core.rng import seed_key
 from latent_diffusion.core.trees import check_same_tree
 from latent_diffusion.core.types import Batch, Params
 from latent_diffusion.models.first_stage import FirstStage, latent_sums, with_measured_scale
@@ -144,7 +145,7 @@ def measure_scale(config: ConfigDict, first_stage: FirstStage, source: Any) -> F
     mode, mesh = parallel.devices(config.parallel)
     step = parallel.compile_step(latent_sums, mode, mesh=mesh, donate_state=False)
     batches = train_batches(config, source)
-    rng = jax.random.key(config.seed)
+    rng = seed_key(config.seed)
     sums = [
         step({}, first_stage, encodable(batch), jax.random.fold_in(rng, i))[1]
         for i, batch in enumerate(itertools.islice(batches, config.first_stage.num_batches))
