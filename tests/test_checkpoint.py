@@ -1,6 +1,8 @@
 """Whatever happens to a save, a restart finds the last good state; and says what it skipped."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -401,6 +403,20 @@ def test_unwritable_directory_is_one_line(tmp_path):
         Checkpointer(tmp_path / "nowhere", read_only=True)
 
 
+@pytest.mark.parametrize("name", ["lr[0.1]", "back\\slash"])
+def test_a_path_that_orbax_can_not_read_again_is_refused(name, tmp_path):
+    with pytest.raises(CheckpointError, match=r"its path may not have \[ \] or a backslash$"):
+        Checkpointer(tmp_path / name / "checkpoints")
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_odd_paths_are_read_again(tmp_path):
+    directory = tmp_path / "50 %, a[b" / "ü#1 {x}?"
+    save_steps(directory, 1)
+    with Checkpointer(directory) as checkpointer:
+        assert checkpointer.restore(jax.eval_shape(make_state)).step == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_directory_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
@@ -445,6 +461,24 @@ def test_lock_is_given_back(tmp_path):
     with checkpoint.acquire_lock(tmp_path), refused:
         checkpoint.acquire_lock(tmp_path)
     checkpoint.acquire_lock(tmp_path).release()
+
+
+def test_the_holder_of_a_lock_is_named_alone(tmp_path):
+    """Not with a process that was killed while it held the lock."""
+    (tmp_path / ".lock").write_text("process 1 on a machine of yesterday\n")
+    with checkpoint.acquire_lock(tmp_path), pytest.raises(WorkdirInUse) as refusal:
+        checkpoint.acquire_lock(tmp_path)
+    assert f"in use by process {os.getpid()} on" in str(refusal.value)
+    assert "yesterday" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def unsupported(*given):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with checkpoint.acquire_lock(tmp_path):
+        assert f"{tmp_path / '.lock'} can't be locked (Function not impl" in caplog.text
 
 
 # ---------------------------------------------------------------------------- one-shot trees

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -380,6 +381,10 @@ def _digest(metadata: Mapping[str, Any]) -> str:
 
 
 def _check_writable(directory: epath.Path) -> None:
+    if re.search(r"\[[^/]+\]|\\", str(directory)):  # Orbax would write there what it can't find
+        raise CheckpointError(
+            f"can't write checkpoints in {directory}: its path may not have [ ] or a backslash"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if "://" not in str(directory):

@@ -1,6 +1,7 @@
 """The lock of a workdir: only one run at a time trains there."""
 
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,8 @@ import jax
 
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.checkpoint.errors import CheckpointError, WorkdirInUse, reason
+
+log = logging.getLogger(__name__)
 
 
 class WorkdirLock:
@@ -63,6 +66,8 @@ def _lock(workdir: Path) -> WorkdirLock:
         holder = file.read().strip() or "an unknown process"
         file.close()
         raise WorkdirInUse(f"workdir {workdir} is in use by {holder}; wait or stop it") from None
+    except OSError as error:  # such as of Lustre, which has locks only if it is mounted so
+        log.warning("%s can't be locked (%s): train no other run there", path, reason(error))
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
