@@ -342,9 +342,11 @@ ENTRY %main.9 (a: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %g = (bf16[2,4]{1,0}, bf16[4,4]{1,0}) all-gather-start(%y), dimensions={0}
   %h = bf16[4,4]{1,0} all-gather-done(%g)
+  %s = (f32[8]{0}, f32[2]{0}, pred[3]{0}) all-reduce-start(%a, %b, %c), to_apply=%add.1
+  %d = (f32[8]{0}, f32[2]{0}, pred[3]{0}) all-reduce-done(%s)
 }
 """  # noqa: E501
-    assert hlo.total_bytes(text) == {"all-reduce": 5 * 32, "all-gather": 32}
+    assert hlo.total_bytes(text) == {"all-reduce": 5 * 32 + 32 + 8 + 3, "all-gather": 32}
     assert host_transfers(text + '  %s = f32[] custom-call(), custom_call_target="callback"')
 
 

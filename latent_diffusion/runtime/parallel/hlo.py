@@ -1,5 +1,6 @@
 """Read the collectives, which cross the network, in compiled programs."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,12 +14,12 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# "%x = f32[8]{0} all-reduce(%y), channel_id=1 ..."; asynchronous ones are "-start" and "-done"
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+# "%x = f32[8]{0} all-reduce(%y), channel_id=1 ..."; of asynchronous ones, "-done" has the result
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-done)?\(")
 _HEADER = re.compile(r"^\s*(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
-_SHAPE = re.compile(r"\b([a-z]+)(\d+)[a-z0-9]*\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")  # the bits, but of pred
 
 
 class Collective(NamedTuple):
@@ -37,7 +38,7 @@ def collectives(text: str) -> list[Collective]:
     def walk(name: str, times: int) -> None:
         for line in computations.get(name, ()):
             if match := _COLLECTIVE.search(line):
-                operations.append(Collective(match[2], _result_bytes(match[1], match[3]), times))
+                operations.append(Collective(match[2], sum(_sizes(match[1])), times))
             trips = _TRIPS.search(line)
             for role, names in _CALLED.findall(line):
                 inner = times * int(trips[1]) if trips and role == "body" else times
@@ -69,15 +70,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _result_bytes(shapes: str, asynchronous: str | None) -> int:
-    sizes = list(_sizes(shapes))
-    # Asynchronous operations also list their operands.
-    return max(sizes, default=0) if asynchronous else sum(sizes)
-
-
 def _sizes(shapes: str) -> Iterator[int]:
-    for kind, bits, dims in _SHAPE.findall(shapes):
-        size = 1
-        for dim in filter(None, dims.split(",")):
-            size *= int(dim)
-        yield size * (int(bits) if kind != "pred" else 8) // 8
+    """The bytes of each array in the text of a shape."""
+    for bits, dims in _SHAPE.findall(shapes):
+        yield math.prod(map(int, filter(None, dims.split(",")))) * int(bits or 8) // 8
