@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,13 @@ def test_a_last_line_without_its_end_is_dropped_and_not_continued(tmp_path):
     with Writer(tmp_path, step=2) as writer:
         writer.scalars(3, {"loss": 3})
     assert read_lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 3, "loss": 3}]
+
+
+def test_a_number_that_is_logged_anew_leaves_nothing_of_the_old_one(tmp_path):
+    with Writer(tmp_path) as writer:
+        for value in (0.12345678901234567, 0.5):
+            writer.scalars(1, {"loss": value})
+    assert read_lines(tmp_path) == [{"step": 1, "loss": 0.5}]
 
 
 def test_non_finite_numbers_are_null_in_json(tmp_path):
@@ -257,6 +265,13 @@ def test_peak_memory_is_the_most_that_was_in_use():
     taken = np.ones(2**30 // 8)  # 1 GiB
     del taken
     assert 1 <= peak_memory() < before + 1.5
+
+
+def test_the_peak_of_accelerators_is_that_of_the_fullest(monkeypatch):
+    stats = ({"peak_bytes_in_use": 3 * 2**30}, {"peak_bytes_in_use": 5 * 2**30}, None)
+    devices = [SimpleNamespace(memory_stats=lambda own=own: own) for own in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert peak_memory() == 5
 
 
 def test_a_thread_of_tensorboard_that_has_failed_is_an_error(tmp_path):

@@ -72,7 +72,7 @@ class Writer:
         if step < last:
             raise ValueError(f"metrics of step {step} come after those of step {last}")
         if step == last:
-            self._lines.seek(self._start)
+            self._lines.truncate(self._lines.seek(self._start))
         else:
             self._record, self._start = {"step": step}, self._lines.tell()
         self._record |= {k: v if math.isfinite(v) else None for k, v in numbers.items()}
