@@ -106,6 +106,13 @@ def compare_workers(folder):
         return take(iterate(source, transform, start_step=start_step, **how), count)
 
     assert_equal(batches(2, 7, workers=2), batches(0, 9)[2:])
+    how = {"batch_size": 2, "seed": 0, "shuffle": False, "repeat": False, "workers": 2}
+    goes_on = iterate(source, transform, **how)
+    begun = take(goes_on, 3)  # the first by this process, and one by each worker
+    for worker in multiprocessing.active_children():
+        worker.terminate()  # as schedulers do, whose SIGTERM is for all processes
+    assert_equal([*begun, *take(goes_on, 6)], batches(0, 9))
+    goes_on.close()
     deadline = time.monotonic() + 60
     while multiprocessing.active_children():
         assert time.monotonic() < deadline

@@ -60,8 +60,12 @@ def _prefetched(batches: grain.MapDataset, workers: int = 0) -> Iterator[Batch]:
 
 
 def _worker_starts(index: int, count: int) -> None:
-    """Ignore SIGINT in workers: the main process handles it, and stops them after its last step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ignore signals in workers: the main process handles them, and ends them after its last step.
+
+    Schedulers send SIGTERM to all processes of a job, and a last step may need another batch.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def iterate(
