@@ -329,12 +329,26 @@ def test_a_config_of_the_working_directory_comes_before_the_installed_one(tmp_pa
         (("host:1", 2, 2), "process_id=2 is not below 2 processes"),
         (("host:1", 2, -1), "process_id=-1 is not below"),
         (("host", 2, 0), "coordinator=host must be HOST:PORT"),
+        (("host:port", 2, 0), "coordinator=host:port must be HOST:PORT"),
         ((None, 2, 0), "go together"),
     ],
 )
 def test_a_process_that_cannot_join_says_why_at_once(given, message):
     with pytest.raises(ValueError, match=message):
         processes.connect(False, *given)
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch):
+    """By another program."""
+
+    def taken(*given, **options):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", taken)
+    monkeypatch.setattr(processes.partners, "watch", lambda: None)
+    wanted = "^can't join the processes of host:1: UNKNOWN: Failed to start RPC server$"
+    with pytest.raises(ValueError, match=wanted):
+        processes.connect(False, "host:1", 2, 0)
 
 
 @pytest.mark.parametrize(

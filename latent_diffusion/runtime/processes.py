@@ -44,7 +44,7 @@ def connect(
     if coordinator is not None and num_processes is not None and process_id is not None:
         if not 0 <= process_id < num_processes:
             raise ValueError(f"--process_id={process_id} is not below {num_processes} processes")
-        if ":" not in coordinator:
+        if not re.fullmatch(r".+:\d+", coordinator):  # JAX's runtime would abort the process
             raise ValueError(f"--coordinator={coordinator} must be HOST:PORT")
     elif any(value is not None for value in addresses):
         raise ValueError("--coordinator, --num_processes and --process_id go together")
@@ -67,6 +67,11 @@ def connect(
         raise ValueError(
             "--distributed found no cluster (TPU pod, GKE, Slurm, Open MPI); "
             "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+    except RuntimeError as error:  # of JAX's runtime, whose port may be taken
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"can't join the processes of {coordinator or 'the cluster'}: {reason}"
         ) from error
     finally:
         watchdog.cancel()
