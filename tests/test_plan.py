@@ -77,6 +77,13 @@ def test_the_state_is_cut_over_fsdp_and_tensor(mode, mesh, shares):
     assert planning.num_shares(settings, "v5e:4x4") == shares
 
 
+@pytest.mark.parametrize("mesh", [{"data": -1, "fsdp": 32}, {"data": 2, "fsdp": 4}])
+def test_a_mesh_of_other_chips_is_refused(mesh):
+    settings = ConfigDict({"mode": "mesh", "mesh": {"tensor": 1, **mesh}})
+    with pytest.raises(ValueError, match=r"parallel\.mesh=.* doesn't fit the 16 chips of v5e:4x4"):
+        planning.num_shares(settings, "v5e:4x4")
+
+
 @pytest.mark.parametrize("regularization", ["kl", "vq", "identity"])
 def test_latents_of_a_picture_and_its_mirror_image_are_counted_in_bfloat16(regularization):
     config = several.make_config(**{"autoencoder.regularization": regularization})

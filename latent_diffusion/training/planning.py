@@ -169,12 +169,18 @@ def plan(
 
 
 def num_shares(settings: Any, topology: str) -> int:
-    """The number of shards of the state, by `config.parallel`, over a topology's chips."""
+    """The number of shards of the state, by `config.parallel`, over a topology's chips.
+
+    Raises ValueError for a mesh that doesn't fit the chips.
+    """
     if settings.mode != "mesh":
         return 1
-    sizes = dict(settings.mesh)
-    rest = num_chips(topology) // math.prod(size for size in sizes.values() if size > 0)
-    return math.prod(rest if sizes[axis] < 0 else sizes[axis] for axis in ("fsdp", "tensor"))
+    asked, chips = dict(settings.mesh), num_chips(topology)
+    rest = chips // math.prod(size for size in asked.values() if size > 0)
+    sizes = {axis: rest if size < 0 else size for axis, size in asked.items()}
+    if math.prod(sizes.values()) != chips:
+        raise ValueError(f"parallel.mesh={asked} doesn't fit the {chips} chips of {topology}")
+    return sizes["fsdp"] * sizes["tensor"]
 
 
 def report(run: Plan, topology: str, batch_size: int) -> str:
