@@ -38,8 +38,23 @@ class Number:
         return np.asarray(self.value)
 
 
-def take_steps(tmp_path, batches, losses, given=None, **fields):
-    """The events of a run whose step s has losses[s - 1]; given: another state and step."""
+class Speed(metrics.Throughput):
+    """It notes after how many steps a pause is left out."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def skip(self):
+        super().skip()
+        self.events.append(("skip", sum(kind == "take" for kind, _ in self.events)))
+
+
+def take_steps(tmp_path, batches, losses, given=None, begins=0, **fields):
+    """The events of a run whose step s has losses[s - 1]; given: another state and step.
+
+    begins: the step at which it goes on.
+    """
     events, taken = [], []
 
     def train_step(state, constants, batch, rng):
@@ -58,7 +73,7 @@ def take_steps(tmp_path, batches, losses, given=None, **fields):
         state=state,
         constants=None,
         rng=RNG,
-        step=0,
+        step=begins,
         mode="single",
         train_step=train_step,
         batches=iter(batches),
@@ -71,8 +86,11 @@ def take_steps(tmp_path, batches, losses, given=None, **fields):
         metrics.Progress(config.num_steps) as progress,
     ):
         try:
-            best, snapshots = Mock(spec=Best), Mock(spec=Snapshots)
-            loop._steps(config, run, checkpoints, best, snapshots, stop, writer, progress)
+            best = Mock(spec=Best)
+            snapshots = Mock(spec=Snapshots, save=lambda s, *_: events.append(("average", s)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(metrics, "Throughput", lambda: Speed(events))
+                loop._steps(config, run, checkpoints, best, snapshots, stop, writer, progress)
         except (metrics.NonFiniteError, OSError) as error:
             events.append(str(error))
     return events
@@ -81,7 +99,7 @@ def take_steps(tmp_path, batches, losses, given=None, **fields):
 def test_the_host_looks_at_a_step_when_the_next_one_has_been_dispatched(tmp_path):
     fields = {"log.every_steps": 2, "checkpoint.every_steps": 3}
     events = take_steps(tmp_path, range(9), [1.0] * 5, **fields)
-    kinds = [f"{kind} {step}" for kind, step in events if kind != "send"]
+    kinds = [f"{kind} {step}" for kind, step in events if kind in ("take", "read", "save")]
     before = ["take 1", "take 2", "read 1", "take 3", "read 2"]
     at_the_save = ["read 3", "save 3"]
     assert kinds == [*before, *at_the_save, "take 4", "take 5", "read 4", "read 5", "save 5"]
@@ -111,7 +129,7 @@ def test_nothing_goes_to_a_device_unasked_while_steps_are_taken(tmp_path):
         events = take_steps(tmp_path, map(place, range(9)), [1.0] * 5, (first, train_step))
     finally:
         jax.config.update("jax_transfer_guard_host_to_device", "allow")
-    assert events[-1] == ("save", 5)
+    assert [event for event in events if event[0] == "save"][-1] == ("save", 5)
 
 
 def test_nan_is_named_by_its_step_and_nothing_is_saved_after_it(tmp_path):
@@ -125,13 +143,40 @@ def test_nan_is_named_by_its_step_and_nothing_is_saved_after_it(tmp_path):
     assert events[-1].startswith("step 2: loss = nan") and ("take", 3) in events
 
 
+def test_averages_of_a_step_are_saved_once_its_numbers_are_finite_and_made_up_for(tmp_path):
+    """A run may have been killed between the checkpoint of a step and the snapshot."""
+
+    def saved(losses, **given):
+        where = tmp_path / str(len(losses)) / str(given)
+        events = take_steps(where, range(9), losses, **given)
+        return [step for kind, step in filter(lambda e: e[0] == "average", events)]
+
+    every = {"checkpoint.averages_every_steps": 2}
+    assert saved([1.0] * 5, **every) == [2, 4, 5]
+    assert saved([1.0, np.nan, 1.0, 1.0], **every) == []
+    assert saved([1.0] * 3, begins=3, **every) == [3]  # of the last step
+    assert saved([1.0] * 3, begins=2, **every) == [2, 3]
+    assert saved([1.0] * 3, begins=1, **every) == [2, 3]
+
+
+def test_the_speed_is_without_the_pauses(tmp_path):
+    """Those of saves and of evaluations; their steps themselves count."""
+
+    def pauses(name, **fields):
+        events = take_steps(tmp_path / name, range(9), [1.0] * 7, **fields)
+        return [step for kind, step in filter(lambda e: e[0] == "skip", events)]
+
+    assert pauses("save", **{"checkpoint.every_steps": 3}) == [3, 6, 7]
+    assert pauses("look", **{"log.eval_every_steps": 2}) == [2, 4, 6, 7]
+
+
 def test_a_batch_that_can_not_be_read_costs_no_finished_step(tmp_path):
     def batches():
         yield from (1, 2)
         raise OSError("no such picture")
 
     events = take_steps(tmp_path, batches(), [1.0] * 4, **{"checkpoint.every_steps": 2})
-    assert events[-2:] == [("save", 2), "no such picture"]
+    assert ("save", 2) in events and events[-1] == "no such picture"
 
 
 def test_the_flag_is_false_where_a_metric_is_not_finite():

@@ -76,7 +76,9 @@ def _steps(
     checkpoint, an evaluation or pictures.
     """
     state, step, log = run.state, run.step, _Log(config, run.step, writer, progress)
-    if step:  # an earlier run may have been stopped between this step and its evaluation
+    if step:  # an earlier run may have been stopped between saving this step and all else
+        if _averages_due(config, step):
+            snapshots.save(step, state, run.mode)
         _look_at(config, run, state, step, best, stop, writer)
     unseen: tuple[int, Any] | None = None
     with ThreadPoolExecutor(1) as ahead:
@@ -93,9 +95,7 @@ def _steps(
             progress.update(step)
             ends = bool(stop.poll()) or step == config.num_steps
             saves = _due(step, config.checkpoint.every_steps) or ends
-            averages = (
-                _due(step, config.checkpoint.averages_every_steps) or step == config.num_steps
-            )
+            averages = _averages_due(config, step)
             if saves or averages or any(_looks(config, step)):
                 log.look(step, values, state.params, ends)
                 unseen = None
@@ -103,7 +103,8 @@ def _steps(
                 checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
             if averages:
                 snapshots.save(step, state, run.mode)
-            if _look_at(config, run, state, step, best, stop, writer):
+            looked = _look_at(config, run, state, step, best, stop, writer)
+            if saves or averages or looked:
                 log.speed.skip()
     if stop.signum:
         checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
@@ -180,6 +181,10 @@ def _looks(config: ConfigDict, step: int) -> tuple[bool, bool]:
     evaluates = _due(step, config.log.eval_every_steps) or last
     draws = metrics.image_log_steps(step, config.log.images_every_steps) or last
     return evaluates, draws
+
+
+def _averages_due(config: ConfigDict, step: int) -> bool:
+    return _due(step, config.checkpoint.averages_every_steps) or step == config.num_steps
 
 
 def _due(step: int, every: int) -> bool:
