@@ -71,8 +71,16 @@ class Control:
 def module_fields(config: Config) -> dict[str, Any]:
     """The fields of a module from those of a config, in which the dtype is a name or None."""
     fields = dict(config)
-    fields["dtype"] = jnp.dtype(fields["dtype"]) if fields.get("dtype") else None
+    fields["dtype"] = as_dtype(fields["dtype"]) if fields.get("dtype") else None
     return fields
+
+
+def as_dtype(name: Any) -> Any:
+    """The dtype of a name such as "bfloat16"; ValueError for an unknown name."""
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        raise ValueError(f"unknown dtype {name!r}; known: bfloat16, float16, float32") from None
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

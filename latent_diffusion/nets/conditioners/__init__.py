@@ -24,6 +24,7 @@ from latent_diffusion.core.types import (
     Keys,
     Params,
     Rng,
+    as_dtype,
     lookup,
 )
 from latent_diffusion.nets.conditioners.bert import Bert
@@ -260,6 +261,7 @@ def make_conditioner(config: Config) -> Conditioner:
             raise ValueError(
                 f"conditioners.{name}: unknown field {unknown[0]!r}; known: {', '.join(allowed)}"
             )
+        as_dtype(fields.get("dtype") or "float32")  # raises ValueError for another name
 
     def hashable(value: Any) -> Any:
         if hasattr(value, "items"):
