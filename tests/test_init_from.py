@@ -124,6 +124,33 @@ def test_the_first_stage_comes_along_with_its_scale(folder):
     assert init_from.first_stage_of(resolved, init_from.read(resolved)) is None
 
 
+def test_how_networks_compute_is_up_to_the_run(folder):
+    own = {"unet.dtype": "bfloat16", "unet.remat": "full", "unet.dropout": 0.5}
+    own |= {"autoencoder.dtype": "bfloat16", "unet.attention": "xla"}
+    config = make_config("denoising", init_from=str(folder), **own, **{"unet.num_res_blocks": 7})
+    resolved = init_from.resolve(config)
+    assert resolved.unet.num_res_blocks == source()[0].unet.num_res_blocks != 7
+    flattened = flatten_dict(resolved.to_dict(), sep=".")
+    assert {name: flattened[name] for name in own} == own
+
+
+def test_an_adaptation_is_of_a_whole_model(folder):
+    config = make_config("denoising", init_from=str(folder), init_from_only="unet/")
+    init_from.resolve(config)
+    config.lora.rank = 1
+    with pytest.raises(ValueError, match=r"^init_from_only='unet/': an adaptation is of the whole"):
+        init_from.resolve(config)
+
+
+def test_loaded_codes_count_as_used_once():
+    codes = np.arange(6, dtype=np.float32).reshape(3, 2)
+    fresh = {name: np.full(shape, 9.0) for name, shape in
+             (("embedding", (3, 2)), ("total", (3, 2)), ("uses", (3,)))}  # fmt: skip
+    state = init_from._restarted({"quantize": fresh}, {"quantize": {"embedding": codes}})
+    for name, want in (("embedding", codes), ("total", codes), ("uses", np.ones(3))):
+        np.testing.assert_array_equal(state["quantize"][name], want)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -108,6 +108,14 @@ def test_a_run_keeps_the_first_stage_and_its_model_is_written_as_taesd(frozen, t
     tiny.save(tmp_path / "folder", format="diffusers")
     for file in ("taesd_decoder.safetensors", "folder"):
         np.testing.assert_array_equal(ldm.load(tmp_path / file).decode(z_0), pictures)
+    # Other runs start from it, of a preview or of a denoiser of its latents.
+    for config in (
+        preview(path, init_from=str(run), **{"autoencoder.encoder_blocks": (2, 2)}),
+        few("denoising", **{"first_stage.path": str(run)}),
+    ):
+        resolved = start.resolve(config, tmp_path / "new")
+        module = TASKS[config.task](resolved).autoencoder
+        assert (module.regularization, module.encoder_blocks) == ("tiny", (1, 0))
     with pytest.raises(ValueError, match=r"must have encoder or decoder in its name"):
         tiny.save(tmp_path / "taesd.safetensors", format="compvis")
 
@@ -128,8 +136,10 @@ def test_a_first_stage_that_does_not_fit_is_one_line(frozen, tmp_path, monkeypat
     assert "has downsampling 2, the preview has 4" in refused(preview(path, **deeper))
     wider = preview(path, **{"autoencoder.embed_dim": 3})
     assert "has latent_channels 2, the preview has 3" in refused(wider)
+    tiny = replace(bundle.autoencoder, fields={"regularization": "tiny"})
     for changed, message in (
         (replace(bundle, autoencoder=None), "holds no first stage that a preview"),
+        (replace(bundle, autoencoder=tiny), "holds no first stage that a preview"),
         (replace(bundle, scale_factor=1.0, shift=0.0), "doesn't know the scale of its latents"),
     ):
         monkeypatch.setattr(convert, "read", lambda path, changed=changed: changed)

@@ -100,7 +100,8 @@ def make_autoencoder(config: Config) -> nn.Module:
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
     if config["regularization"] == "tiny":
-        fields = module_fields(config)
+        own = TinyAutoencoder.__dataclass_fields__  # a config may have those of others, too
+        fields = {name: value for name, value in module_fields(config).items() if name in own}
         blocks = {half: tuple(fields[half]) for half in ("encoder_blocks", "decoder_blocks")}
         return TinyAutoencoder(**{**fields, **blocks})  # lists from a file aren't hashable
     return Autoencoder(**module_fields(config))

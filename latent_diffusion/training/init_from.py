@@ -21,7 +21,6 @@ from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.models.denoiser import BACKBONES
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS, tables
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import parallel
@@ -66,6 +65,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     bundle = read(config)
     if bundle is None:
         return config
+    if config.init_from_only and adapts(config):
+        raise ValueError(
+            f"init_from_only={config.init_from_only!r}: an adaptation is of the whole model"
+        )
     fields = facts(config, bundle, every=True)
     if unknown := set(config.init_from_changes) - fields.keys():
         raise ValueError(
@@ -84,14 +87,14 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
     fields: dict[str, Any] = {}
     if config.task == "autoencoding":
         if bundle.autoencoder is not None and _comes_whole(config, "autoencoder", bundle):
-            fields |= _fields("autoencoder", Autoencoder, bundle.autoencoder)
+            fields |= _fields("autoencoder", _kind(bundle.autoencoder), bundle.autoencoder)
     elif bundle.denoiser is not None and _comes_whole(config, bundle.denoiser[0], bundle):
         name, network = bundle.denoiser
         fields |= {"backbone": name, **_fields(name, BACKBONES[name], network)}
         if bundle.diffusion is not ASSUMED:
             fields |= {f"diffusion.{name}": bundle.diffusion[name] for name in _NOISE}
         if bundle.autoencoder is not None:
-            fields |= _fields("autoencoder", Autoencoder, bundle.autoencoder)
+            fields |= _fields("autoencoder", _kind(bundle.autoencoder), bundle.autoencoder)
             fields["first_stage.path"] = str(config.init_from)
     if config.task == "distillation":  # whether guidance is an input is the student's choice
         fields.pop(f"{config.backbone}.guidance_dim", None)
@@ -115,6 +118,11 @@ def _comes_whole(config: ConfigDict, path: str, bundle: convert.Bundle) -> bool:
         return False
     paths = [p for p in parameters_of(bundle, config.task) if p.startswith(f"{path}/")]
     return all(re.search(config.init_from_only, p) for p in paths)
+
+
+def _kind(autoencoder: convert.Part) -> Any:
+    """The class of a first stage's module."""
+    return type(make_autoencoder(autoencoder.fields))
 
 
 def _fields(section: str, module: Any, part: convert.Part) -> dict[str, Any]:
