@@ -89,6 +89,9 @@ def test_pictures_of_the_class_are_drawn_once(tmp_path):
     other = make(dreambooth(seed=7, **{"dreambooth.num_images": 8}))
     assert len(other) == 8 and len(drawn) == 4 and len([*tmp_path.glob("class-*")]) == 1
     assert np.abs(pictures.astype(int) - np.stack([other[i]["image"] for i in range(6)])).max() > 9
+    for fields in ({"init_from": "other"}, {"data.image_size": 8}):
+        make(dreambooth(**fields))
+    assert len(drawn) == 8
     several = make(dreambooth(**{"dreambooth.class_prompt": "red cat; dog"}))
     assert [several[i]["caption"] for i in range(3)] == ["red cat", "dog", "red cat"]
     np.testing.assert_array_equal(drawn[-2], tokenizer(["red cat", "dog"] * 2))
@@ -108,6 +111,9 @@ FAULTS = {
     "init_from": ({"init_from": ""}, "needs a model to draw with: name it by init_from"),
     "control": ({"control": "edges"}, "needs task='denoising' and no control"),
     "cache": ({"first_stage.cache": True}, "needs first_stage.cache=False"),
+    "texts": ({"cache_texts": True}, "needs cache_texts=False"),
+    "shards": ({"data.name": "latents"}, "needs pictures, not their latents"),
+    "buckets": ({"data.bucket_step": 4}, "needs data.bucket_step=0"),
     "odd": ({"batch_size": 5}, "needs an even batch_size: half of a batch is of the class"),
     "prior": ({"dreambooth.prior_weight": -0.5}, "needs dreambooth.prior_weight of at least 0"),
     "few": ({"dreambooth.num_images": 1}, "needs dreambooth.num_images of at least 2"),
@@ -119,6 +125,15 @@ def test_a_run_that_can_draw_no_class_is_refused(name):
     fields, message = FAULTS[name]
     with pytest.raises(ValueError, match=f"^dreambooth.class_prompt='red cat' {message}"):
         class_pictures.check(dreambooth(**fields))
+
+
+def test_a_model_with_other_conditions_than_text_can_not_draw_the_class():
+    config = dreambooth()
+    class_pictures.check(config)
+    with config.unlocked():
+        config.conditioners.class_label = {"num_classes": 3}
+    with pytest.raises(ValueError, match="needs a model that is conditioned on text alone"):
+        class_pictures.check(config)
 
 
 def test_a_run_draws_its_class_and_trains_on_both(tmp_path):

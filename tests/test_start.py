@@ -4,6 +4,7 @@ import contextlib
 import re
 import resource
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,16 @@ from ml_collections import ConfigDict
 from tiny import make_config
 
 from latent_diffusion import data
+from latent_diffusion.convert import frozen_parts
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer
-from latent_diffusion.runtime import workdir
+from latent_diffusion.models.first_stage import FirstStage
+from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.runtime import processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock, load_tree
-from latent_diffusion.training import init_from, loop, settings, stages
+from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks.denoising import Constants
+from latent_diffusion.training import frozen, init_from, loop, settings, stages
+from latent_diffusion.training import start as starting
 from latent_diffusion.training.dry_run import dry_run
 from latent_diffusion.training.start import resolve, start
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -79,6 +86,11 @@ REFUSED = {
     "noise": ({"diffusion.prediction": "eps"}, "diffusion.prediction='eps', but the run in"),
     "optimiser": ({"optimizer.grad_clip": 0.0}, r"optimizer\.grad_clip=0\.0, but the run in"),
     "batch": ({"batch_size": 9, "parallel.mode": "pmap"}, "batch_size"),
+    "parts": (
+        {"grad_accumulation": 3},
+        "batch_size=8 doesn't divide over 1 devices × 3 micro-batches",
+    ),
+    "seed": ({"seed": -1}, r"seed=-1 must lie in \[0, 2\^64\)"),
     "mode": ({"parallel.mode": "ddp"}, "unknown parallel mode 'ddp'"),
     "distance": (
         {"num_steps": 9, "log.distance": "alexnet", "log.distance_images": 19},
@@ -217,10 +229,35 @@ def test_what_adds_arrays_to_the_state_stays_on_or_off(tmp_path):
     assert settings.continued(config, run, tmp_path).ema_decay == 0.9
 
 
-@pytest.mark.parametrize("field", ["checkpoint.keep", "log.num_images"])
+@pytest.mark.parametrize("field", ["checkpoint.keep", "log.num_images", "first_stage.num_batches"])
 def test_a_number_that_would_lose_everything_is_refused(field, tmp_path):
     with pytest.raises(ValueError, match=f"^{field}=0 must be at least 1$"):
         resolve(few("autoencoding", **{field: 0}), tmp_path)
+
+
+def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path):
+    """It is misspelt, and what should stay as it is would be trained."""
+    config = few("autoencoding", **{"optimizer.frozen": ("encoder/", "^conv_in/", "decodr/")})
+    wanted = r"^optimizer\.frozen='decodr/' matches no parameter; they begin with autoencoder/de"
+    with pytest.raises(ValueError, match=wanted):
+        begin(config, tmp_path)
+    assert workdir.load_run(tmp_path) is None and not (tmp_path / "config.json").exists()
+    # What is frozen anyway may be named, too.
+    config = few("denoising", **{"optimizer.frozen": ("unet/", "conditioner/bert/", "base_")})
+    state = SimpleNamespace(params={"unet": {"kernel": np.ones(1)}})
+    constants = SimpleNamespace(
+        conditioner={"bert": {"bias": np.ones(1)}}, base={"base_net": np.ones(1)}
+    )
+    starting._check_frozen(config, state, constants)
+
+
+@pytest.mark.parametrize("field", ["unet.dtype", "autoencoder.dtype", "conditioners.text.dtype"])
+def test_an_unknown_dtype_is_named(field):
+    config = few("denoising")
+    with config.unlocked():
+        config.update_from_flattened_dict({field: "bf16"})
+    with pytest.raises(ValueError, match=r"^unknown dtype 'bf16'; known: bfloat16, float16, flo"):
+        TASKS["denoising"](config)
 
 
 def test_a_workdir_is_a_folder(tmp_path, monkeypatch):
@@ -235,6 +272,22 @@ def test_a_workdir_is_a_folder(tmp_path, monkeypatch):
     assert seen == [tmp_path / "home" / "run"] and not any(tmp_path.iterdir())
 
 
+def test_processes_compare_their_configs_and_their_workdirs(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(processes, "check_same", lambda given, what: seen.update({what: given}))
+    config = few("autoencoding")
+    resolve(config, tmp_path)
+    assert seen == {"config": {**config.to_dict(), "workdir": str(tmp_path)}}
+
+
+def test_a_classifier_goes_on_without_its_denoiser(tmp_path):
+    config = few("classifying", **{"first_stage.path": str(tmp_path / "gone")})
+    fresh = FirstStage({}, np.ones(()), np.zeros(()), Identity(3))
+    frozen_parts.save_first_stage(tmp_path, fresh.replace(scale_factor=np.float32(0.25)), "gone")
+    loaded = frozen.load_constants(config, Constants(fresh), None, tmp_path, None)
+    assert loaded.first_stage.scale_factor == 0.25 and loaded.conditioner == {}
+
+
 def test_the_description_of_a_run_has_the_fields_that_files_decide(runs):
     def last_lines(mode="single", **fields):
         config = few("denoising", **{"autoencoder.channels": 32, **fields})
@@ -247,6 +300,13 @@ def test_the_description_of_a_run_has_the_fields_that_files_decide(runs):
     assert "GFLOP an image" in described[-1]
     absent = last_lines(init_from="/nowhere")
     assert absent[-1].endswith("that decide fields of the config: /nowhere does not exist")
+    cut = last_lines("mesh", **{"parallel.mesh.fsdp": 8, "parallel.mesh.data": 1,
+                                "parallel.rules": ((".*", "fsdp(min_mb=0)"),)})  # fmt: skip
+    whole, part = (
+        int(re.search(r"bytes a device: state ([\d,]+)", "\n".join(lines))[1].replace(",", ""))
+        for lines in (described, cut)
+    )
+    assert whole / 8 <= part < whole / 4  # but for what doesn't divide
     assert "can't start here: batch_size=7 doesn't divide" in last_lines("pmap", batch_size=7)[-1]
 
 
@@ -381,8 +441,10 @@ def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tm
     workdir.save_config(earlier, tmp_path)
     config = few("denoising", **{"first_stage.path": str(tmp_path)})
     assert config.diffusion.schedule != "linear" and config.autoencoder.channels != 12
+    config.autoencoder.update({"dtype": "bfloat16", "remat": True})  # how it computes
     resolved = stages.resolve(config)
     assert resolved.autoencoder.channels == 12
+    assert resolved.autoencoder.dtype == "bfloat16" and resolved.autoencoder.remat
     assert resolved.diffusion == config.diffusion
 
 
@@ -404,3 +466,12 @@ def test_data_that_a_network_does_not_understand_are_refused(task, fields, messa
         config.conditioners = ConfigDict({"layout_map": {}})
     with pytest.raises(ValueError, match=message):
         resolve(config, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 15), ("bucket_step", 5)])
+def test_a_side_that_the_autoencoder_does_not_divide_is_refused(field, value, tmp_path):
+    """Reconstructions would have another size, in a bucket after some steps."""
+    config = few("autoencoding", **{f"data.{field}": value})
+    for refusing in (lambda: resolve(config, tmp_path), lambda: dry_run(config)):
+        with pytest.raises(ValueError, match=f"^data.{field}={value} must be divisible by f=2, by"):
+            refusing()

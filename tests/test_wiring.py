@@ -263,13 +263,13 @@ def started(directory, **fields):
 def test_a_run_starts_on_its_mesh_from_its_seed_and_with_latents_if_it_caches_them(tmp_path):
     rules = ((".*unet.*kernel", "fsdp(min_mb=0)"), (".*", "replicate"))
     fields = {"parallel.mesh.data": 2, "parallel.mesh.fsdp": 2, "parallel.mesh.tensor": 2}
-    fields |= {"parallel.rules": rules, "seed": 3, "first_stage.cache": True}
+    fields |= {"parallel.rules": rules, "seed": 2**32 + 3, "first_stage.cache": True}
     run = started(tmp_path, **fields)
     unet = run.state.params["unet"]
     kernel, bias = (unet["input_blocks_0_0"][name] for name in ("kernel", "bias"))
     assert dict(kernel.sharding.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert "fsdp" in kernel.sharding.spec and "fsdp" not in bias.sharding.spec
-    assert run.mode == "mesh" and jax.random.key_data(run.rng).tolist() == [0, 3]
+    assert run.mode == "mesh" and jax.random.key_data(run.rng).tolist() == [1, 3]
     batch = next(run.batches)
     assert batch["moments"].shape == (8, 8, 8, 3) and "image" not in batch
 
@@ -305,6 +305,8 @@ def test_a_run_learns_from_one_split_and_is_evaluated_on_the_other(tmp_path, mon
         ValueError, match=r"data\.workers=2 can't share what a run caches: set first"
     ):
         started(tmp_path, **fields, **{"first_stage.cache": True})
+    with pytest.raises(ValueError, match=r"data\.workers=2 can't share what a run caches"):
+        started(tmp_path, **fields, **{"first_stage.cache": False, "cache_texts": True})
     run = started(tmp_path, **fields, **{"first_stage.cache": False})
     assert workers[-1] == 2 and sum(workers) == 2  # the scale needs none
     assert set(np.unique(next(run.batches)["image"])) == {0}
@@ -429,6 +431,11 @@ def test_a_distance_is_over_so_many_pictures_and_of_the_features_that_the_config
     real = images[:28].mean((1, 2))
     wanted = frechet_distance(gaussian(real), gaussian(255.0 - real))
     assert rounded.measure({}, RNG)["eval_fd_vgg16"] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(ValueError, match=r"^log\.distance='vgg16' is of samples or reconst"):
+        evaluated(30, **{**fields, "task": "classifying"})
+    batches = itertools.count()  # a signal comes after the first batch of the distance
+    rounded._config.log.eval_batches = 1
+    assert rounded.measure({}, RNG, lambda: next(batches) == 2) is None
     every, _ = evaluated(30, **{**fields, "log.distance_images": 30})
     assert every.measure({}, RNG)["eval_fd_vgg16"] != pytest.approx(got, rel=1e-2)
 

@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
+from latent_diffusion.core.rng import seed_key
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.metrics import to_uint8
@@ -38,6 +39,7 @@ def check(config: ConfigDict) -> None:
         != {"tokens"},
         "first_stage.cache=False": config.first_stage.cache,
         "cache_texts=False": config.cache_texts,
+        "pictures, not their latents": config.data.name == "latents",
         "data.bucket_step=0": config.data.bucket_step > 0,
         "an even batch_size: half of a batch is of the class": config.batch_size % 2 == 1,
         f"dreambooth.num_images of at least {half}, half a batch": fields.num_images < half,
@@ -113,7 +115,7 @@ def _drawn(
     """A picture for each caption, uint8; all processes share the work."""
     transform = data.make_transform(config.data, train=False, tokenizer=tokenizer)
     shard = parallel.process_shard(*parallel.devices(config.parallel))
-    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
+    rng = jax.random.fold_in(seed_key(config.seed), 1)
     pictures = []
     for i, batch in enumerate(data.epoch(captions, transform, config.batch_size, *shard)):
         batch.pop("weight")

@@ -1,6 +1,7 @@
 """The start of a run, with its frozen parts, state, data and compiled steps."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ import jax
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
-from latent_diffusion.core.rng import init_key
+from latent_diffusion.core.rng import init_key, seed_key
+from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.core.types import lookup
 from latent_diffusion.data.shards import ShardSource
+from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -31,6 +34,9 @@ from latent_diffusion.training.batch_spec import batch_spec, check_classes, with
 from latent_diffusion.training.batches import train_batches
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
+
+# Numbers of which less than one would lose everything, or have no meaning
+_AT_LEAST_ONE = (("checkpoint", "keep"), ("log", "num_images"), ("first_stage", "num_batches"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
         raise ValueError(
             "checkpoint.averages_every_steps needs widths in optimizer.averages, e.g. (0.05, 0.1)"
         )
-    for section, field in (("checkpoint", "keep"), ("log", "num_images")):
+    for section, field in _AT_LEAST_ONE:
         if (value := config[section][field]) is not None and value < 1:
             raise ValueError(f"{section}.{field}={value} must be at least 1")
     if config.data.layout.centres and "layout_map" in config.conditioners:
@@ -73,7 +79,11 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
             "one size"
         )
     run = workdir.load_run(directory)
-    config = with_files(config) if run is None else settings.continued(config, run, directory)
+    if run is None:
+        config = with_files(config)
+        check_sizes(config)
+    else:
+        config = settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
     class_pictures.check(config)
     mode, mesh = parallel.devices(config.parallel)
@@ -85,6 +95,17 @@ def with_files(config: ConfigDict) -> ConfigDict:
     """The config of a new run, with all fields that files decide."""
     config = init_from.resolve(teacher.resolve(preview.resolve(config)))
     return frozen.resolve(stages.resolve(config))
+
+
+def check_sizes(config: ConfigDict) -> None:
+    """Raise ValueError for pictures whose sides the autoencoder can't divide."""
+    f = make_autoencoder(config.autoencoder).downsampling
+    for field in ("image_size", "bucket_step"):
+        if config.data[field] % f:
+            raise ValueError(
+                f"data.{field}={config.data[field]} must be divisible by f={f}, by which the "
+                "autoencoder divides each side"
+            )
 
 
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
@@ -110,6 +131,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     init = functools.partial(task.init, batch_spec=batch_spec(config))
     if run is None:
         state, constants = parallel.initialise(init, init_rng, mode, **layout)
+        _check_frozen(config, state, constants)
     else:
         state, constants = jax.eval_shape(init, init_rng)
     constants = frozen.load_constants(config, constants, train_source, run, bundle)
@@ -145,12 +167,31 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         step=step,
         state=state,
         constants=constants,
-        rng=jax.random.key(config.seed),
+        rng=seed_key(config.seed),
         batches=(parallel.place_batch(batch, mode, mesh) for batch in batches),
         train_step=parallel.compile_step(metrics.flagged(task.train_step), mode, **layout),
         evaluator=evaluator,
         mode=mode,
     )
+
+
+def _check_frozen(config: ConfigDict, state: Any, constants: Any) -> None:
+    """Raise ValueError for a pattern of `optimizer.frozen` that is found in no parameter's path.
+
+    It may be found in the path of a parameter that is frozen anyway.
+    """
+    trained = (state.params, getattr(state, "disc_params", None))
+    at_rest = (
+        {"conditioner": getattr(constants, "conditioner", None)},
+        getattr(constants, "base", None),
+    )
+    paths = [path for tree in (*trained, *at_rest) for path in leaves_by_path(tree)]
+    for pattern in config.optimizer.frozen:
+        if not any(re.search(pattern, path) for path in paths):
+            parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths}))
+            raise ValueError(
+                f"optimizer.frozen={pattern!r} matches no parameter; they begin with {parts}"
+            )
 
 
 def _encoded_once(
