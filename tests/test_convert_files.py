@@ -48,6 +48,7 @@ def test_safetensors_of_the_library_are_read_and_ours_are_read_by_it(tmp_path):
     done = []
     write_safetensors(ours, opened.tensors, progress=done.append)
     assert sum(done) == sum(array.size for array in ARRAYS.values())
+    assert open_tensors(ours).metadata == {"format": "pt"}  # which transformers requires
     for name, array in safetensors.numpy.load_file(ours).items():
         np.testing.assert_array_equal(array, ARRAYS[name], strict=True)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -71,6 +72,23 @@ def test_bfloat16_survives(tmp_path):
     assert read.astype(np.float32).read().dtype == np.float32
     count = in_memory(np.arange(3))
     assert count.astype(np.float16) is count  # integers are not numbers to round
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "number"),
+    [
+        ("float32", "float16", 2**17),
+        (ml_dtypes.bfloat16, "float16", 2**17),
+        (ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, 2**17),
+        ("float32", ml_dtypes.float8_e4m3fn, 2**10),  # which has no infinity
+    ],
+)
+def test_a_number_beyond_the_range_of_another_dtype_is_refused(source, target, number):
+    fits = in_memory(np.array([number / 4, -0.5, np.inf], source)).astype(target).read()
+    assert fits[:2].tolist() == [number / 4, -0.5] and not np.isfinite(fits[2])
+    wide = in_memory(np.array([2, -number, np.inf], source)).astype(target, "part/x")
+    with pytest.raises(ValueError, match=f"^part/x has {number:.6g}, which is beyond the range"):
+        wide.read()
 
 
 def test_tensors_are_read_when_asked_for_and_not_before(tmp_path):
@@ -152,6 +170,11 @@ def test_the_best_file_of_a_folder_is_found(tmp_path):
         assert find_weights(tmp_path, stems).name == worse_to_better
     assert find_weights(tmp_path, stems, "fp16").name == "model.fp16.safetensors"
     assert find_weights(tmp_path, stems, "non_ema") is None
+    # Shards of a variant, as diffusers and as transformers name them.
+    for index in ("model.safetensors.fp16.index.json", "model.safetensors.index.fp16.json"):
+        (tmp_path / index).mkdir()
+        (tmp_path / index / index).touch()
+        assert find_weights(tmp_path / index, stems, "fp16").name == index
 
 
 # --------------------------------------------------------------------------- torch's zip files
@@ -281,6 +304,24 @@ def test_a_bare_state_dict_is_read_too(tmp_path):
         tmp_path / "m.bin", {"x": tensor("FloatStorage", "0", 12, (12,), (1,))}, {"0": FLAT}
     )
     np.testing.assert_array_equal(open_tensors(path).tensors["x"].read(), FLAT)
+
+
+def test_what_a_long_pickle_refers_to_is_found(tmp_path):
+    """Beyond 256 objects, references to earlier ones have four bytes."""
+    tensors = {f"x{i}": tensor("FloatStorage", "0", 12, (12 - i % 9,), (1,)) for i in range(99)}
+    text = "a note"
+    tree = {"state_dict": tensors, "first": text, "second": text}
+    opened = open_tensors(torch_zip(tmp_path / "m.ckpt", tree, {"0": FLAT}))
+    assert opened.metadata == {"first": text, "second": text}
+    for i in range(99):
+        np.testing.assert_array_equal(opened.tensors[f"x{i}"].read(), FLAT[: 12 - i % 9])
+
+
+def test_dictionaries_of_an_ip_adapter_are_joined(tmp_path):
+    x = tensor("FloatStorage", "0", 12, (12,), (1,))
+    tree = {"image_proj": {"proj.weight": x}, "ip_adapter": {"1.to_k_ip.weight": x}}
+    opened = open_tensors(torch_zip(tmp_path / "ip.bin", tree, {"0": FLAT}))
+    assert opened.tensors.keys() == {"image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"}
 
 
 X = tensor("FloatStorage", "0", 12, (12,), (1,))

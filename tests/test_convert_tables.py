@@ -213,6 +213,17 @@ def test_reading_is_strict_and_tells_both_sides():
         write_tensors(table, {"other/kernel": in_memory(np.zeros(3))})
 
 
+@pytest.mark.parametrize(
+    ("said", "heads"),
+    [({}, (8, 8)), ({"attention_head_dim": 4}, (8, 4)), ({"attention_head_dim": None}, (1, None))],
+)
+def test_heads_of_a_unet_without_a_text(said, heads):
+    """The setting is their width; without a width there is one head."""
+    fields = unet_diffusers.fields_from_diffusers({"_class_name": "UNet2DModel", **said})
+    module = unet.UNet(**fields)
+    assert (module.num_heads, module.num_head_channels) == heads
+
+
 def test_what_others_cannot_express_is_said():
     with pytest.raises(ValueError, match="32 groups"):
         autoencoder.yaml_from_fields(KL)
@@ -253,12 +264,13 @@ def test_yaml_of_an_autoencoder_is_read_back(name):
     }
 
 
-def test_half_precision_keeps_its_dtype():
-    shapes = {"encoder/conv_in/kernel": (3, 3, 3, 8)}
-    half = {"encoder.conv_in.weight": in_memory(np.ones((8, 3, 3, 3), np.float16))}
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_half_precision_keeps_its_dtype(dtype):
+    shapes, dtype = {"encoder/conv_in/kernel": (3, 3, 3, 8)}, jax.numpy.dtype(dtype)
+    half = {"encoder.conv_in.weight": in_memory(np.ones((8, 3, 3, 3), dtype))}
     ours = read_tensors(autoencoder.compvis_table(KL), shapes, half, "x")
-    assert ours["encoder/conv_in/kernel"].dtype == np.float16
-    assert jax.numpy.asarray(ours["encoder/conv_in/kernel"].read()).dtype == np.float16
+    assert ours["encoder/conv_in/kernel"].dtype == dtype
+    assert jax.numpy.asarray(ours["encoder/conv_in/kernel"].read()).dtype == dtype
 
 
 def test_a_convolution_is_read_in_the_order_of_the_others():

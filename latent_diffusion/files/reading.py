@@ -64,9 +64,12 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_text(path: Path, most: int = MAX_TEXT) -> str:
-    """Read a small UTF-8 text; see `read_bytes`."""
+    """Read a small UTF-8 text, also as Windows writes it; see `read_bytes`.
+
+    Lines end with "\\n", and a byte order mark is left out.
+    """
     with reading(path):
-        return read_bytes(path, most).decode("utf-8")
+        return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def read_gzip(path: Path) -> str:

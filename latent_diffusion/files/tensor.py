@@ -86,7 +86,8 @@ class Tensor:
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
-    if dtype.itemsize < array.dtype.itemsize and (np.isinf(result) & np.isfinite(array)).any():
+    narrower = float(ml_dtypes.finfo(dtype).max) < float(ml_dtypes.finfo(array.dtype).max)
+    if narrower and (np.isfinite(array) & ~np.isfinite(result)).any():  # some dtypes have no inf
         largest = np.abs(array[np.isfinite(array)].astype(np.float64)).max()
         raise ValueError(f"{name} has {largest:.6g}, which is beyond the range of {dtype}")
     return result
