@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,17 @@ import pytest
 import test_convert_round_trips as models
 import yaml
 from safetensors.numpy import load_file, save_file
-from test_tokenizers import write_clip
+from test_tokenizers import CLIP, MERGES, write_clip
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, compvis, unet
 from latent_diffusion.convert.bundle import conditioner_shapes, with_folded_scale
+from latent_diffusion.convert.components import as_component
 from latent_diffusion.convert.describe import describe
 from latent_diffusion.convert.diffusers import _with_scheduler
 from latent_diffusion.core.rng import example_keys, sampling_keys
-from latent_diffusion.data.tokenizers import ClipTokenizer
+from latent_diffusion.data.tokenizers import ClipTokenizer, with_words
 from latent_diffusion.files.tensor import TensorFile, in_memory
 from latent_diffusion.models import sampling
 from latent_diffusion.nets.layers import guidance_embedding
@@ -105,6 +107,23 @@ def test_a_component_alone_is_saved_in_the_words_of_its_file(
     assert config_of(tmp_path / "written") == config_of(path)
 
 
+def test_a_model_that_is_refused_leaves_the_folder_as_it_is(pipeline, tmp_path):
+    """Half of it would be another model's."""
+    path = copied(pipeline, tmp_path / "saved")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    bundle = models.make_bundle("clip")
+    words = with_words(ClipTokenizer(CLIP, MERGES, 5), {"<it>": [len(CLIP)]})
+    unet_fields = {**bundle.unet.fields, "num_codes": 3}
+    for other, reason in (
+        ({"tokenizer": words}, "no place for the added words <it>"),
+        ({"diffusion": {**bundle.diffusion, "schedule": "sqrt"}}, "unknown schedule of diffusers"),
+        ({"unet": replace(bundle.unet, fields=unet_fields)}, "no U-Net that predicts codes"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            convert.write(replace(bundle, **other), path, "diffusers")
+        assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
 def test_float16_overflow_is_refused_with_the_name_of_the_array(tmp_path):
     bundle = models.make_bundle("text")
     params = dict(bundle.unet.params)
@@ -130,7 +149,8 @@ def test_heads_that_a_format_cannot_say_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("pad_id", 3), ("final_norm", False), ("projection_dim", 7)]
+    ("field", "value"),
+    [("pad_id", 3), ("final_norm", False), ("projection_dim", 7), ("zero_null", True)],
 )
 @pytest.mark.parametrize("name", ["clip", "open-clip"])
 def test_other_fields_that_a_format_cannot_say_are_refused(name, field, value, tmp_path):
@@ -139,6 +159,27 @@ def test_other_fields_that_a_format_cannot_say_are_refused(name, field, value, t
     part = models.part(fields, conditioner_shapes("clip_text", fields))
     with pytest.raises(ValueError, match=f"the original's CLIP has {field}=.*, this model"):
         convert.write(bundle.with_part("clip_text", part), tmp_path / "a.safetensors", "compvis")
+    if field == "pad_id":  # which diffusers' tokenizer says
+        return
+    with pytest.raises(ValueError, match=f"diffusers' Stable.* has clip_text.{field}=.*, this mod"):
+        convert.write(bundle.with_part("clip_text", part), tmp_path / "a", "diffusers")
+
+
+@pytest.mark.parametrize("name", ["xl", "refiner"])
+def test_both_text_encoders_drop_a_text_alike_in_diffusers(name, tmp_path):
+    bundle = models.make_bundle(name)
+    for encoder in bundle.conditioners.keys() & {"clip_text", "clip_text_2"}:
+        part = bundle.conditioners[encoder]
+        for field in ("zero_null", "final_norm"):
+            other = replace(part, fields={**part.fields, field: not part.fields[field]})
+            alone = (encoder, field) == ("clip_text_2", "zero_null") and name == "refiner"
+            if alone:  # the index of the pipeline says it
+                convert.write(bundle.with_part(encoder, other), tmp_path / "b", "diffusers")
+                again = convert.read(tmp_path / "b").conditioners[encoder].fields
+                assert again["zero_null"] == other.fields["zero_null"]
+                continue
+            with pytest.raises(ValueError, match=r"diffusers' StableDiffusionXL\S+ has clip_text"):
+                convert.write(bundle.with_part(encoder, other), tmp_path / "a", "diffusers")
 
 
 def test_sizes_that_are_not_square(pipeline, tmp_path):
@@ -159,8 +200,8 @@ def test_a_part_without_the_variant_gives_its_usual_weights(pipeline, tmp_path, 
     path = copied(pipeline, tmp_path / "read")
     (weights,) = (path / "unet").glob("*.safetensors")
     weights.rename(weights.with_suffix(".fp16.safetensors"))
-    bundle = convert.read(path, variant="fp16")
-    assert bundle.unet is not None and bundle.autoencoder is not None
+    model = ldm.load(path, variant="fp16")
+    assert model.denoiser is not None and model.first_stage is not None
     assert "vae: no weights of variant fp16; the usual ones are read" in caplog.text
     with pytest.raises(ValueError, match="none of its folders holds weights of variant 'non_ema'"):
         convert.read(path, variant="non_ema")
@@ -180,12 +221,31 @@ def test_a_text_encoder_with_projection(pipeline, tmp_path):
 GUMBEL = {**models.AUTOENCODER, "regularization": "gumbel", "num_codes": 6}
 
 
-@pytest.mark.parametrize("regularization", ["vq", "gumbel"])
-def test_codes_are_not_rescaled_for_a_format_with_one_scale(regularization):
+@pytest.mark.parametrize(
+    ("regularization", "reason"),
+    [
+        ("vq", "codes can't be rescaled"),
+        ("gumbel", "codes can't be rescaled"),
+        ("tiny", "all channels of a tiny autoencoder"),
+        ("identity", "all channels of pixels"),
+    ],
+)
+def test_what_has_no_convolutions_is_not_rescaled_for_a_format_with_one_scale(
+    regularization, reason
+):
     fields = {**GUMBEL, "regularization": regularization}
     stage = convert.Bundle(autoencoder=convert.Part(fields, {}), scale_factor=np.ones(4))
-    with pytest.raises(ValueError, match="codes can't be rescaled"):
-        with_folded_scale(stage)
+    for shifts in (False, True):
+        with pytest.raises(ValueError, match=f"this format has one scale for .*{reason}"):
+            with_folded_scale(stage, shifts)
+
+
+def test_a_run_in_pixels_has_latents_of_the_size_of_its_pictures():
+    """Whatever its config says of the autoencoder that it doesn't have."""
+    fields = {**models.AUTOENCODER, "regularization": "identity"}
+    bundle = replace(models.make_bundle("text"), autoencoder=convert.Part(fields, {}))
+    assert bundle.latent_size == bundle.image_size == bundle.in_pixels(16) == 16
+    assert as_component(bundle, "unet")[0]["sample_size"] == 16
 
 
 def test_gumbel_files_of_taming(tmp_path):
@@ -247,6 +307,42 @@ def test_files_say_what_was_assumed(tmp_path, caplog):
         said = compvis._diffusion(tmp_path / "sd.ckpt", opened, {}, released)
         assert said["prediction"] == prediction
         assert ("taken for" in caplog.text) == (channels == 4)
+
+
+def test_a_file_without_yaml_has_the_schedule_of_its_betas():
+    released = compvis.RELEASED[320, 768, 4]
+    for betas, (schedule, zero) in (
+        (np.linspace(1e-4, 0.02, 100), ("sqrt_linear", False)),
+        (np.linspace(0.001**0.5, 0.02**0.5, 100) ** 2, ("linear", False)),
+        (zero_snr(np.linspace(0.001**0.5, 0.02**0.5, 100) ** 2), ("linear", True)),
+    ):
+        opened = TensorFile({"betas": in_memory(betas.astype(np.float32))}, {})
+        said = compvis._diffusion(Path("sd.ckpt"), opened, {}, released)
+        assert (said["schedule"], said["zero_terminal_snr"]) == (schedule, zero)
+        assert (said["num_timesteps"], said["beta_end"]) == (100, 0.02)
+
+
+def zero_snr(betas):
+    """The betas of which the last timestep is pure noise (Lin et al. 2023, Alg. 1)."""
+    roots = np.cumprod(1 - betas) ** 0.5
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return 1 - np.concatenate([roots[:1] ** 2, roots[1:] ** 2 / roots[:-1] ** 2])
+
+
+def test_an_autoencoder_of_an_older_diffusers_has_other_names(pipeline, tmp_path):
+    path = copied(pipeline / "vae", tmp_path / "read")
+    (file,) = path.glob("*.safetensors")
+    today = load_file(file)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    before = {}
+    for name, tensor in today.items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        before[name] = tensor
+    assert len(before.keys() - today.keys()) == 16
+    save_file(before, file)
+    convert.write(convert.read(path), tmp_path / "written", "diffusers")
+    models.equal(load_file(tmp_path / "written" / file.name), today)
 
 
 def test_convolutions_beside_the_latent_may_be_absent(pipeline, tmp_path):
@@ -332,6 +428,23 @@ def test_guidance_is_on_where_a_distilled_network_takes_its_scale(name, embedded
     assert _with_scheduler(bundle, config, None).sampling["guidance_scale"] == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("StableDiffusionInpaintPipeline", 7.5),
+        ("StableDiffusionXLPipeline", 5.0),
+        ("StableDiffusionXLImg2ImgPipeline", 5.0),
+        ("StableDiffusionXLInpaintPipeline", 7.5),
+        ("DiTPipeline", 4.0),
+        ("LDMTextToImagePipeline", 1.0),
+    ],
+)
+def test_the_scale_of_guidance_is_the_default_of_the_pipeline(name, wanted):
+    config = {"_class_name": "DDIMScheduler", "clip_sample": False}
+    bundle = convert.Bundle(notes={"pipeline": name})
+    assert _with_scheduler(bundle, config, None).sampling["guidance_scale"] == wanted
+
+
 def test_the_embedding_of_guidance_by_hand():
     got = guidance_embedding(jnp.array([0.001]), 4)
     want = [np.sin(1.0), np.sin(1e-4), np.cos(1.0), np.cos(1e-4)]
@@ -364,6 +477,8 @@ def test_a_folded_scale_is_the_scale_of_the_latents():
     np.testing.assert_allclose(
         decoded, apply(bundle, "post_quant_conv", mean), rtol=1e-4, atol=1e-4
     )
+    half = with_folded_scale(bundle.astype("float16")).autoencoder.params.values()
+    assert {tensor.read().dtype for tensor in half} == {np.dtype("float16")}
 
 
 def test_arguments_for_another_kind_of_path_are_refused(pipeline, tmp_path):
@@ -391,3 +506,16 @@ def test_a_folder_without_a_tokenizer_takes_the_one_that_is_named(tmp_path):
         assert convert.read(tmp_path / name).tokenizer is None
         read = convert.read(tmp_path / name, tokenizer=tmp_path / "words").tokenizer
         assert read.to_dict() == ClipTokenizer.read(tmp_path / "words", 5).to_dict()
+    file = tmp_path / "model.safetensors"
+    convert.write(bare, file, "compvis")
+    assert convert.read(file).tokenizer is None
+    (tmp_path / "words").rename(tmp_path / "tokenizer")  # is found beside a single file
+    assert convert.read(file).tokenizer.to_dict() == read.to_dict()
+
+
+def test_a_refiner_has_the_tokenizer_of_its_only_encoder(tmp_path):
+    convert.write(models.make_bundle("refiner"), tmp_path / "folder", "diffusers")
+    write_clip(tmp_path / "folder" / "tokenizer_2", pad_token="!")
+    read = convert.read(tmp_path / "folder")
+    assert read.tokenizer.pad_id == read.conditioners["clip_text_2"].fields["pad_id"] == 0
+    assert read.conditioners["clip_text_2"].fields["empty"] == read.tokenizer.empty

@@ -16,12 +16,15 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
+from configs import semantic_synthesis
 from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder, clip_image, clip_text, cond_stage, text, unet
-from latent_diffusion.convert.describe import describe
+from latent_diffusion.convert.describe import describe, missing
 from latent_diffusion.convert.inputs import NOISE_LEVEL
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.files.tensor import in_memory
+from latent_diffusion.generation.loading import as_model
+from latent_diffusion.nets.conditioners.maps import SpatialRescaler
 
 WIDTH = 64  # of the texts
 AUTOENCODER = dict(
@@ -33,11 +36,11 @@ UNET = dict(
     num_heads=8, out_channels=4,
 )  # fmt: skip
 TEXT = dict(vocab_size=11, max_length=5, width=WIDTH, depth=1, num_heads=8, head_dim=64)
-CLIP = dict(vocab_size=11, max_length=5, width=WIDTH, depth=2, num_heads=1)
+CLIP = dict(vocab_size=600, max_length=5, width=WIDTH, depth=2, num_heads=1)
 IMAGE = dict(
     image_size=6, patch_size=3, width=WIDTH, depth=1, num_heads=1, projection_dim=5, num_levels=1000
 )
-LOW_RES = {"num_levels": 7, "width": 128, "keep": True}
+LOW_RES = {"num_levels": 7, "width": 128, "keep": True, "max_noise_level": 5, "beta_end": 0.03}
 MASKED = {"mask_first": True, "known_mask": 0.0, "hole": 0.0, "keep": True}
 FIRST = {**CLIP, "skip_last": 1, "final_norm": False, "zero_null": True}
 SECOND = {
@@ -173,7 +176,8 @@ def test_whole_models(name, tmp_path):
     assert pipeline.conditioners.keys() == bundle.conditioners.keys()
     assert pipeline.sampling["guidance_scale"] == GUIDANCE.get(name, 7.5)
     if "low_res" in pipeline.conditioners:
-        assert pipeline.conditioners["low_res"].fields["max_noise_level"] == 350
+        fields = pipeline.conditioners["low_res"].fields
+        assert (fields["max_noise_level"], fields["beta_end"]) == (5, 0.03)
 
     # Our own workdir, which keeps what computations need, and what files say.
     convert.write(pipeline, tmp_path / "workdir", "orbax")
@@ -351,6 +355,12 @@ def test_a_shift_of_the_latents_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**settings, "shift_factor": 0.5}))
     read = convert.read(tmp_path)
     assert (read.scale_factor, read.shift) == (0.25, 0.5)
+    convert.write(bundle, tmp_path / "pipeline", "diffusers")
+    shutil.copy(tmp_path / "config.json", tmp_path / "pipeline" / "vae" / "config.json")
+    read = convert.read(tmp_path / "pipeline")
+    assert (read.scale_factor, read.shift) == (0.25, 0.5)
+    model = as_model(replace(read, unet=None, conditioners={}))
+    assert (model.first_stage.scale_factor, model.first_stage.shift) == (0.25, 0.5)
 
 
 def test_fields_of_a_workdir_are_used_or_refused_by_name(tmp_path):
@@ -362,6 +372,9 @@ def test_fields_of_a_workdir_are_used_or_refused_by_name(tmp_path):
         path.write_text(json.dumps({**config, section: {**config[section], **fields}}))
         return convert.read(tmp_path)
 
+    del config["conditioners"]["text"]["head_dim"]  # a field that a run leaves at its default
+    path.write_text(json.dumps(config))
+    assert convert.read(tmp_path).conditioners["text"].fields["head_dim"] == TEXT["head_dim"]
     older = with_fields("sampling", start="sigma", end=0).sampling
     assert (older["spread"], older["last"]) == ("sigma", 0)
     assert not {"start", "end"} & older.keys()
@@ -409,6 +422,18 @@ def test_averages_of_the_original_take_the_place_of_the_live_u_net_if_all_are_th
     np.testing.assert_array_equal(bias(ema=False), live[f"{prefix}out.2.bias"])
 
 
+def test_the_scale_of_the_latents_is_that_which_training_has_measured(tmp_path):
+    path = tmp_path / "model.safetensors"
+    convert.write(make_bundle("text"), path, "compvis")
+    model = yaml.safe_load(path.with_suffix(".yaml").read_text())
+    model["model"]["params"]["scale_by_std"] = True
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(model))
+    with pytest.raises(ValueError, match="scale_by_std, but the file has no scale_factor"):
+        convert.read(path)
+    save_file({**load_file(path), "scale_factor": np.array(0.75, np.float32)}, path)
+    assert convert.read(path).scale_factor == 0.75
+
+
 def test_the_original_has_no_schedules_of_others(tmp_path):
     bundle = make_bundle("text")
     bundle = replace(bundle, diffusion={**bundle.diffusion, "schedule": "edm"})
@@ -427,13 +452,48 @@ def test_boxes_are_told_from_words_by_their_number():
     equal(*({k: t.read() for k, t in p.params.items()} for p in (again["layout"], layout)))
 
 
-@pytest.mark.parametrize("format", ["diffusers", "compvis"])
-def test_conditioners_that_others_lack_are_named_before_anything_is_written(format, tmp_path):
-    bundle = make_bundle("text")
+def test_a_map_of_classes_is_halved_twice_unless_its_yaml_says_otherwise():
+    tensors = {"channel_mapper.weight": in_memory(random((3, 182, 1, 1)))}
+    part = cond_stage.read(Path("semantic.ckpt"), tensors, {})["spatial_rescaler"]
+    released = semantic_synthesis.get_config().conditioners.spatial_rescaler
+    assert SpatialRescaler(**part.fields) == SpatialRescaler(**released)
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("diffusers", "text"), ("compvis", "text"), ("diffusers", "refiner"), ("compvis", "refiner")],
+)
+def test_conditioners_that_others_lack_are_named_before_anything_is_written(format, name, tmp_path):
+    bundle = make_bundle(name)
     maps = convert.Part({}, {"embedding/embedding": in_memory(random((11, 8)))})
-    bundle = replace(bundle, conditioners={**bundle.conditioners, "word_map": maps})
-    with pytest.raises(ValueError, match=r"conditioned by text \+ word_map.*; save it as orbax"):
-        convert.write(bundle, tmp_path / "model.safetensors", format)
+    sets = [{**bundle.conditioners, "word_map": maps}]
+    if name == "refiner":
+        sets.append({"clip_text_2": bundle.conditioners["clip_text_2"]})
+    for conditioners in sets:
+        named = r" \+ ".join(sorted(conditioners))
+        with pytest.raises(ValueError, match=f"conditioned by {named}[;,].*save it as orbax"):
+            others = replace(bundle, conditioners=conditioners)
+            convert.write(others, tmp_path / "model.safetensors", format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["diffusers", "compvis"])
+def test_inputs_that_others_would_take_in_another_way_are_refused(format, tmp_path):
+    """Files don't say the order of mask and picture: it is that of the released models."""
+    bundle = make_bundle("clip")
+    for fields, reason in (
+        ({}, r"take masked_image.hole=0.0, this model has -1.0; save it as orbax"),
+        (
+            {**MASKED, "mask_first": False},
+            "masked_image.mask_first=True, this model has False",
+        ),
+    ):
+        other = bundle.with_part("masked_image", convert.Part(fields, {}))
+        with pytest.raises(ValueError, match=reason):
+            convert.write(other, tmp_path / "model.safetensors", format)
+    upscaler = make_bundle("open-clip").with_part("low_res", convert.Part({}, {}))
+    with pytest.raises(ValueError, match="no released model shows the meaning"):
+        convert.write(upscaler, tmp_path / "model.safetensors", format)
     assert not list(tmp_path.iterdir())
 
 
@@ -445,6 +505,8 @@ def test_half_precision_files_are_half_as_long(tmp_path):
     assert half < 0.55 * whole
     tensors = load_file(tmp_path / "float16.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {np.dtype(np.float16)}
+    with pytest.raises(ValueError, match="a workdir has float32 parameters: dtype=float16 is for"):
+        convert.write(bundle, tmp_path / "run", "orbax", "float16")
 
 
 def test_the_command_says_what_is_there_and_converts_it(tmp_path):
@@ -478,6 +540,9 @@ def test_what_a_model_lacks_is_said():
     assert text.endswith("missing           a tokenizer")
     alone = describe(replace(bundle, autoencoder=None, conditioners={}))
     assert alone.endswith("missing           a first stage, a conditioner (context of width 64)")
+    xl = make_bundle("refiner")
+    lacks = [missing(replace(xl, conditioners=parts)) for parts in ({}, {"sizes": SIZES})]
+    assert lacks[0] == [*lacks[1], f"a conditioner (vector of width {VECTORS['refiner']})"]
 
 
 def test_what_describes_no_model_is_refused_in_one_line(tmp_path):

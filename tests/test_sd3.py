@@ -17,6 +17,7 @@ from latent_diffusion.convert import diffusers
 from latent_diffusion.convert import sd3 as files
 from latent_diffusion.convert.bundle import Bundle, as_part, conditioner_shapes
 from latent_diffusion.convert.mmdit import shapes
+from latent_diffusion.convert.pretrained import read_pretrained
 from latent_diffusion.convert.scheduler import ASSUMED, from_diffusers, to_diffusers
 from latent_diffusion.core.rng import example_keys
 from latent_diffusion.data.tokenizers import T5Tokenizer
@@ -202,6 +203,31 @@ def test_a_single_file_holds_every_array_bitwise(t5, projection, tmp_path):
     eye = model.denoiser.params["conditioner"]["clip_text"]["text_projection"]["kernel"]
     assert np.array_equal(eye, np.eye(64)) != projection
     assert (model.defaults["num_steps"], model.defaults["guidance_scale"]) == (28, 7.0)
+
+
+def test_a_single_file_takes_a_run_whose_noise_is_that_of_the_released_models():
+    """A run's `diffusion` has its objective beside, and betas that a flow doesn't use."""
+    made = bundle()
+    run = {**made.diffusion, "loss": "l2", "beta_start": 0.1, "timestep_sampling": "logit_normal"}
+    tensors = files.as_single(replace(made, diffusion=run))
+    assert tensors.keys() == files.as_single(made).keys()
+    for other in ({"prediction": "v"}, {"schedule": "cosine"}, {"num_timesteps": 500}):
+        with pytest.raises(ValueError, match="a flow with shift=3; save it as diffusers"):
+            files.as_single(replace(made, diffusion={**run, **other}))
+
+
+def test_each_text_encoder_is_read_from_its_own_folder_of_a_pipeline(tmp_path):
+    made = bundle()
+    network = replace(made.mmdit, fields={**made.mmdit.fields, "patch_size": 2})
+    convert.write(replace(made, mmdit=network), tmp_path, "diffusers")
+    whole = convert.read(tmp_path)
+    for name, part in made.conditioners.items():
+        fields = {"skip_last": 1, "final_norm": False, "projection_dim": 64}
+        alone = read_pretrained(name, tmp_path, fields if name.startswith("clip") else {})
+        for read in (alone, whole.conditioners[name]):
+            assert read.params.keys() == part.params.keys()
+            for path, tensor in part.params.items():
+                np.testing.assert_array_equal(read.params[path].read(), tensor.read())
 
 
 def test_a_file_without_an_encoder_of_clip_is_refused(tmp_path):

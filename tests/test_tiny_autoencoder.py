@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import latent_diffusion as ldm
+from latent_diffusion import convert
 from latent_diffusion.convert import autoencoder_tiny
 from latent_diffusion.convert.bundle import Bundle, as_part, flat
 from latent_diffusion.core.rng import init_key
@@ -96,6 +97,13 @@ def test_it_is_read_from_both_files_and_written_for_diffusers_and_for_us(tmp_pat
     (tmp_path / "taesd_encoder.safetensors").unlink()
     with pytest.raises(ValueError, match="its encoder must lie beside it, as in taesd_decoder"):
         ldm.load(tmp_path / "taesd_decoder.safetensors")
+
+
+def test_scale_and_shift_of_its_latents_are_settings_of_diffusers(tmp_path):
+    bundle = Bundle(autoencoder=as_part(FIELDS, made()), scale_factor=2.0, shift=0.5)
+    convert.write(bundle, tmp_path / "tiny", "diffusers")
+    read = convert.read(tmp_path / "tiny")
+    assert (read.scale_factor, read.shift) == (2.0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -119,12 +119,14 @@ def write(
 ) -> None:
     """Write a bundle in one of `FORMATS`.
 
-    dtype: for floating-point parameters; None keeps their dtypes. progress: is called with the
-    number of parameters in each tensor that is written. Raises ValueError where the format can't
-    express the model, and for a workdir that would join other files; a folder that was absent or
-    empty is then absent.
+    dtype: for floating-point parameters, which in a workdir are float32; None keeps their dtypes.
+    progress: is called with the number of parameters in each tensor that is written. Raises
+    ValueError where the format can't express the model, and for a workdir that would join other
+    files; a folder that was absent or empty is then absent.
     """
     writer, path = lookup(FORMATS, format, "format"), Path(path)
+    if format == "orbax" and dtype is not None and jnp.dtype(dtype) != jnp.float32:
+        raise ValueError(f"a workdir has float32 parameters: dtype={dtype} is for other formats")
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if format == "orbax" and not empty:  # its checkpoints would stay

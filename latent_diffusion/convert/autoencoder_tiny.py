@@ -89,6 +89,7 @@ def as_component(bundle: Bundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "encoder_block_out_channels": widths,
         "decoder_block_out_channels": widths,
         "scaling_factor": decimal(bundle.scale_factor),
+        "shift_factor": decimal(bundle.shift),
     }
     return config, write_tensors(_TABLE, bundle.autoencoder.params)
 

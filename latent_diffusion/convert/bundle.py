@@ -111,6 +111,8 @@ class Bundle:
         if self.autoencoder is None:
             return 8
         fields = self.autoencoder.fields
+        if fields.get("regularization") == "identity":  # a run's config has other fields beside
+            return 1
         return 2 ** (len(fields.get("channel_mult") or fields.get("encoder_blocks") or (1,)) - 1)
 
     @property
@@ -291,25 +293,27 @@ def _makes(diffusion: Mapping[str, Any], schedule: NoiseSchedule) -> bool:
 def with_folded_scale(bundle: Bundle, shifts: bool = False) -> Bundle:
     """The same model with a scalar latent scale and no shift, for formats with nothing else.
 
-    shifts: whether the format has a scalar shift for autoencoders without a codebook. The scale s
-    and shift m of each channel move into the 1×1 convolutions beside the latent:
-    quant_conv returns (z − m)·s and log-variances + 2 log s, post_quant_conv takes z/s + m. Raises
-    ValueError for an autoencoder with a codebook.
+    shifts: whether the format has a scalar shift for KL and tiny autoencoders. The scale s and
+    shift m of each channel move into the 1×1 convolutions beside the latent: quant_conv returns
+    (z − m)·s and log-variances + 2 log s, post_quant_conv takes z/s + m. Raises ValueError for an
+    autoencoder with a codebook or without these convolutions.
     """
     scale = np.asarray(bundle.scale_factor, np.float32)
     shift = np.asarray(bundle.shift, np.float32)
     if bundle.autoencoder is None or (scale.ndim == 0 and not shift.any()):
         return bundle
     fields = bundle.autoencoder.fields
-    if shifts and scale.ndim == shift.ndim == 0 and fields["regularization"] == "kl":
+    kind = fields["regularization"]
+    if shifts and scale.ndim == shift.ndim == 0 and kind in ("kl", "tiny"):
         return bundle
-    if fields["regularization"] == "tiny":
-        raise ValueError("this format has one scale for all channels of a tiny autoencoder")
-    if fields["regularization"] in WITH_CODEBOOK:
+    if kind in ("tiny", "identity"):
+        what = "a tiny autoencoder" if kind == "tiny" else "pixels"
+        raise ValueError(f"this format has one scale for all channels of {what}; save it as orbax")
+    if kind in WITH_CODEBOOK:
         raise ValueError("this format has one scale for all channels, and codes can't be rescaled")
     width = fields["embed_dim"]
     scale, shift = np.broadcast_to(scale, width), np.broadcast_to(shift, width)
-    twice = fields["regularization"] == "kl"
+    twice = kind == "kl"
     gain = np.concatenate([scale, np.ones(width, np.float32)]) if twice else scale
     offset = np.concatenate([-shift * scale, 2 * np.log(scale)]) if twice else -shift * scale
     old = {k: bundle.autoencoder.params[k] for k in bundle.autoencoder.params if "quant_conv" in k}
@@ -319,7 +323,10 @@ def with_folded_scale(bundle: Bundle, shifts: bool = False) -> Bundle:
     array["post_quant_conv/kernel"] = after / scale[:, None]
     array["quant_conv/kernel"] = array["quant_conv/kernel"] * gain
     array["quant_conv/bias"] = array["quant_conv/bias"] * gain + offset
-    folded = {path: in_memory(value.astype(np.float32)) for path, value in array.items()}
+    folded = {
+        path: in_memory(value.astype(np.float32)).astype(old[path].dtype, f"autoencoder/{path}")
+        for path, value in array.items()
+    }
     part = replace(bundle.autoencoder, params={**bundle.autoencoder.params, **folded})
     notes = {name: note for name, note in bundle.notes.items() if name != "autoencoder"}
     return replace(bundle, autoencoder=part, scale_factor=1.0, shift=0.0, notes=notes)

@@ -210,13 +210,6 @@ def as_component(bundle: Bundle, name: str) -> tuple[Json, dict[str, Tensor], st
     return config, tensors, STEMS[writer is None]
 
 
-def write_component(bundle: Bundle, name: str, path: Path, progress: Progress) -> Json:
-    """Write the folder of one of a bundle's parts; returns its config.json."""
-    config, tensors, stem = as_component(bundle, name)
-    write_folder(path, config, tensors, stem, progress)
-    return config
-
-
 def write_folder(
     path: Path,
     config: Json,

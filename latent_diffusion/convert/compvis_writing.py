@@ -26,7 +26,7 @@ from latent_diffusion.convert.compvis import (
     UNET,
     UNUSED,
 )
-from latent_diffusion.convert.inputs import table_of
+from latent_diffusion.convert.inputs import check_inputs, table_of
 from latent_diffusion.convert.settings import decimal
 from latent_diffusion.convert.tables import matching, prefixed, write_tensors
 from latent_diffusion.core.types import lookup
@@ -93,6 +93,7 @@ def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     lookup(BETAS, bundle.diffusion["schedule"], "schedule of the original")
     predictions = dict.fromkeys(PARAMETERIZATIONS)
     lookup(predictions, bundle.diffusion["prediction"], "prediction of the original")
+    check_inputs(bundle)
     linear, fields = bundle.linear_projections, bundle.unet.fields
     widths, side = input_widths(bundle.unet), bundle.latent_size
     if not isinstance(side, int):

@@ -363,7 +363,8 @@ def _write_clip(part: Part) -> Written:
         config = {"target": f"{ENCODERS}.FrozenCLIPEmbedder"}
         prefix, tensors = CLIP_PREFIX, clip_text.transformers_tensors(part)
     pad_id = 0 if module.activation == "gelu" else module.empty[1]
-    for name, theirs in (("pad_id", pad_id), ("final_norm", True), ("projection_dim", None)):
+    usual = {"pad_id": pad_id, "final_norm": True, "projection_dim": None, "zero_null": False}
+    for name, theirs in usual.items():
         if (ours := getattr(module, name)) != theirs:
             raise ValueError(
                 f"the original's CLIP has {name}={theirs}, this model {ours}; save it as diffusers"

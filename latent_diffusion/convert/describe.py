@@ -7,6 +7,7 @@ from latent_diffusion.convert.bundle import Bundle, Part, input_widths
 _TEXT = {"text", "clip_text", "clip_text_2", "t5_text", "bert"}
 _IMAGE = {"clip_image", "image_embedding"}
 _CONTEXT = _TEXT | _IMAGE | {"class_label", "layout", "neighbours"}
+_VECTOR = _IMAGE | {"clip_text_2", "sizes", "class_label", "bert"}
 
 
 def describe(bundle: Bundle) -> str:
@@ -38,7 +39,7 @@ def missing(bundle: Bundle) -> list[str]:
     names = bundle.conditioners.keys()
     if context and not names & _CONTEXT:
         absent.append(f"a conditioner (context of width {context})")
-    if vector and not names & (_IMAGE | {"clip_text_2"}):
+    if vector and not names & _VECTOR:
         absent.append(f"a conditioner (vector of width {vector})")
     if names & _TEXT and bundle.tokenizer is None:
         absent.append("a tokenizer")

@@ -12,27 +12,29 @@ from typing import Any
 from latent_diffusion.convert import clip_image, dit, scheduler, sd3, sdxl, tokenizers
 from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_folded_scale
 from latent_diffusion.convert.components import (
+    CLIP_TEXTS,
     COMPONENTS,
     IMAGE_ENCODER,
     STEMS,
     VERSION,
     Json,
     Progress,
+    as_component,
     open_weights,
     read_component,
     read_size,
     read_text_encoder,
     save_json,
-    write_component,
     write_folder,
 )
-from latent_diffusion.convert.inputs import conditioners_for, table_of
+from latent_diffusion.convert.inputs import check_inputs, conditioners_for, table_of
 from latent_diffusion.convert.settings import Settings
 from latent_diffusion.convert.tables import read_tensors, write_tensors
 from latent_diffusion.core.types import lookup
 from latent_diffusion.data.tokenizers import of_encoder
 from latent_diffusion.files.reading import read_json
 from latent_diffusion.files.tensors import find_weights
+from latent_diffusion.nets.conditioners.clip_text import ClipText
 
 log = logging.getLogger(__name__)
 
@@ -326,21 +328,26 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     if not parts:
         raise ValueError("there is nothing to save: the model is empty")
     if len(parts) == 1:
-        write_component(bundle, parts[0], path, progress)
+        write_folder(path, *as_component(bundle, parts[0]), progress)
         return
     pipeline = _pipeline(bundle)
-    index: Json = {"_class_name": pipeline, "_diffusers_version": VERSION}
-    names = _folders(pipeline)
-    for name in parts:
-        config = write_component(bundle, name, path / names[name], progress)
-        kind = config.get("_class_name") or config["architectures"][0]
-        index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
+    check_inputs(bundle)
+    _check_texts(bundle, pipeline)
+    tokenizers.check_words(bundle.tokenizer)
+    components = {name: as_component(bundle, name) for name in parts}
     settings = bundle.notes.get("scheduler")
     if settings is None or not _says(settings, bundle):
         changed, settings = settings, scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
         if changed is not None and not _says(settings, bundle):
             kind = settings["_class_name"]
             log.warning("%s: its %s isn't all that the sampling defaults say", path, kind)
+    # From here on nothing is refused, so that a folder never has parts of two models.
+    index: Json = {"_class_name": pipeline, "_diffusers_version": VERSION}
+    names = _folders(pipeline)
+    for name, (config, tensors, stem) in components.items():
+        write_folder(path / names[name], config, tensors, stem, progress)
+        kind = config.get("_class_name") or config["architectures"][0]
+        index[names[name]] = [_LIBRARIES.get(name, "diffusers"), kind]
     save_json(path / "scheduler" / "scheduler_config.json", settings)
     index["scheduler"] = ["diffusers", settings["_class_name"]]
     if bundle.tokenizer is not None and bundle.conditioners.keys() & {"text", "clip_text"}:
@@ -405,6 +412,26 @@ def _pipeline(bundle: Bundle) -> str:
     if conditioners == ("text",) and bundle.conditioners["text"].fields["max_length"] != _LENGTH:
         return PIPELINES["clip_text",]  # this pipeline takes the length from the tokenizer
     return PIPELINES[conditioners]
+
+
+def _check_texts(bundle: Bundle, pipeline: str) -> None:
+    """Raise ValueError for a text encoder of CLIP that the pipeline uses in another way."""
+    parts = bundle.conditioners.items()
+    encoders = {name: ClipText(**part.fields) for name, part in parts if name in CLIP_TEXTS}
+    for name, module in encoders.items():
+        usual: Json = {"final_norm": True, "projection_dim": None, "zero_null": False}
+        if sdxl.is_sdxl(pipeline):
+            zero_null = encoders["clip_text_2"].zero_null
+            usual = sdxl.text_fields(name, module.projection_dim, zero_null)
+        elif sd3.is_sd3(pipeline):
+            usual = {"zero_null": False, **sd3.text_fields(name, module.projection_dim)}
+        usual.pop("pad_id", None)  # which is that of the tokenizer
+        for field, value in usual.items():
+            if (ours := getattr(module, field)) != value:
+                raise ValueError(
+                    f"diffusers' {pipeline} has {name}.{field}={value}, this model {ours}; save it "
+                    "as orbax"
+                )
 
 
 def _folders(pipeline: str) -> dict[str, str]:

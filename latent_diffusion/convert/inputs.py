@@ -6,10 +6,13 @@ channels distinguishes the models of the paper and those of Stable Diffusion.
 
 from collections.abc import Mapping
 
-from latent_diffusion.convert.bundle import Part
+from latent_diffusion.convert.bundle import Bundle, Part, input_widths
 from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.nets.conditioners import CONDITIONERS
 
 NOISE_LEVEL, CLASS = "noise_level/embedding", "embedding/embedding"
+_CONCATENATED = ("masked_image", "low_res", "depth")
+_NOISE = ("max_noise_level", "beta_start", "beta_end")  # fields of low_res that files hold
 
 
 def conditioners_for(
@@ -62,3 +65,29 @@ def table_of(conditioners: Mapping[str, Part]) -> Tensor | None:
         return classes.params[CLASS]
     low_res = conditioners.get("low_res")
     return None if low_res is None else low_res.params.get(NOISE_LEVEL)
+
+
+def check_inputs(bundle: Bundle) -> None:
+    """Raise ValueError where a file's readers would take the U-Net's further channels for others.
+
+    Files don't say how a mask, a small picture or a depth map enters the U-Net; see
+    `conditioners_for`.
+    """
+    names = [name for name in _CONCATENATED if name in bundle.conditioners]
+    if bundle.unet is None or not names:
+        return
+    text = bool(bundle.conditioners.keys() & {"text", "clip_text", "clip_text_2"})
+    channels, out_channels = input_widths(bundle.unet)[0], bundle.unet.fields["out_channels"]
+    table = table_of(bundle.conditioners)
+    taken = conditioners_for(channels, out_channels, text, table)
+    for name in names:
+        module = CONDITIONERS[name]
+        ours = module(**bundle.conditioners[name].fields)
+        theirs = module(**taken[name].fields if name in taken else {})
+        for field in module.__dataclass_fields__:
+            own, usual = getattr(ours, field), getattr(theirs, field)
+            if field not in _NOISE and own != usual:
+                raise ValueError(
+                    f"readers of this format take {name}.{field}={usual}, this model has {own}; "
+                    "save it as orbax"
+                )

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from latent_diffusion.convert import frozen_parts
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.experiment import read_config
-from latent_diffusion.core.types import Params
+from latent_diffusion.core.types import Params, lookup
 from latent_diffusion.data.tokenizers import Tokenizer, load_tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.nets.conditioners import tables, with_rows
+from latent_diffusion.nets.conditioners import CONDITIONERS, tables, with_rows
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
@@ -89,13 +89,22 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
 
 
 def conditioner_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The fields of a run's conditioners, with the form of the sentences that it reads."""
-    conditioners: dict[str, dict[str, Any]] = config.conditioners.to_dict()
+    """All fields of a run's conditioners, with the form of the sentences that it reads."""
+    conditioners: dict[str, dict[str, Any]] = {
+        name: {**_defaults(lookup(CONDITIONERS, name, "conditioner")), **fields}
+        for name, fields in config.conditioners.to_dict().items()
+    }
     form = config.data.get("layout", {})
     for name in ("layout", "layout_tokens"):
         if name in conditioners and form.get("centres"):
             conditioners[name] |= {"centres": True, "encode_crop": form["encode_crop"]}
     return conditioners
+
+
+def _defaults(module: Any) -> dict[str, Any]:
+    """The fields of a class of modules, with their defaults."""
+    fields = module.__dataclass_fields__.items()
+    return {name: field.default for name, field in fields if name not in ("parent", "name")}
 
 
 def _out_channels(name: str, network: Part) -> int:
@@ -130,8 +139,7 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
     tokenizer = base.tokenizer
     if (directory / workdir.TOKENIZER).exists():
         tokenizer = load_tokenizer(directory / workdir.TOKENIZER)
-    base = _of_run(base, bundle, config, tokenizer)
-    return replace(base, diffusion=config.diffusion.to_dict(), lora=adapted)
+    return replace(_of_run(base, bundle, config, tokenizer), lora=adapted)
 
 
 def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Params) -> Bundle:
@@ -151,7 +159,7 @@ def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Para
 
 
 def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer | None) -> Bundle:
-    """The adapted model, with the first stage, the sampling and the picture size of its run.
+    """The adapted model, with the first stage, the noise, the sampling and the size of its run.
 
     A distilled model doesn't get the scheduler of its teacher.
     """
@@ -164,6 +172,7 @@ def _of_run(base: Bundle, run: Bundle, config: ConfigDict, tokenizer: Tokenizer 
         autoencoder=run.autoencoder,
         scale_factor=run.scale_factor,
         shift=run.shift,
+        diffusion=config.diffusion.to_dict(),
         sampling=config.sampling.to_dict(),
         image_size=run.image_size,
         tokenizer=tokenizer,

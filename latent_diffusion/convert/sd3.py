@@ -155,7 +155,9 @@ def as_single(bundle: Bundle) -> dict[str, Tensor]:
     """The tensors of a single file, not yet read; ValueError where the format can't do it."""
     assert bundle.mmdit is not None
     diffusion, sampling = from_diffusers(SCHEDULER)
-    if dict(bundle.diffusion) != diffusion or bundle.sampling.get("shift") != sampling["shift"]:
+    noise = ("schedule", "num_timesteps", "prediction")  # a flow has no other field
+    same = all(bundle.diffusion.get(name) == diffusion[name] for name in noise)
+    if not same or bundle.sampling.get("shift") != sampling["shift"]:
         raise ValueError(
             "this format doesn't say how the noise is spaced, which must be that of the released "
             f"models, a flow with shift={sampling['shift']:g}; save it as diffusers"

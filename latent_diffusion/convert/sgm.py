@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.convert import clip_text, sdxl
-from latent_diffusion.convert.bundle import Bundle, Part
+from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.encoders import read_encoder
 from latent_diffusion.convert.settings import Settings, check_class
 from latent_diffusion.convert.tables import within
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor, in_memory
 from latent_diffusion.nets.conditioners.clip_text import ClipText
+from latent_diffusion.nets.conditioners.sizes import Sizes
 
 _short = reprlib.repr
 
@@ -146,8 +147,15 @@ def _use(module: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
 def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of the text encoders and the markers, and the yaml's further settings.
 
-    Raises ValueError for an encoder that sgm's code doesn't have.
+    Raises ValueError for conditioners that no model of sgm's code has together, and for an encoder
+    that it doesn't have.
     """
+    names = bundle.conditioners.keys()
+    if not {"clip_text_2", "sizes"} <= names <= {*_PREFIXES, "sizes", "masked_image", "depth"}:
+        raise ValueError(
+            f"the original has no model conditioned by {' + '.join(sorted(names))}; save it as "
+            "orbax"
+        )
     tensors: dict[str, Tensor] = {}
     for index, name in enumerate(_encoders(bundle)):
         part = bundle.conditioners[name]
@@ -213,9 +221,9 @@ def _models(bundle: Bundle) -> list[dict[str, Any]]:
             kind = "FrozenOpenCLIPEmbedder2"
             params = {"layer": "penultimate", "always_return_pooled": True, "legacy": False}
         models.append({"input_key": "txt", "target": f"{modules}.{kind}", "params": params})
-    sizes: Part = bundle.conditioners["sizes"]
-    keys = [*_KEYS[:2], "aesthetic_score" if sizes.fields["aesthetic_score"] else _KEYS[2]]
-    params, target = {"outdim": sizes.fields["width"]}, f"{modules}.ConcatTimestepEmbedderND"
+    sizes = Sizes(**bundle.conditioners["sizes"].fields)
+    keys = [*_KEYS[:2], "aesthetic_score" if sizes.aesthetic_score else _KEYS[2]]
+    params, target = {"outdim": sizes.width}, f"{modules}.ConcatTimestepEmbedderND"
     models += [{"input_key": key, "target": target, "params": dict(params)} for key in keys]
     return [{"is_trainable": False, **model} for model in models]
 

@@ -64,6 +64,7 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
     readers = ("clip_text", "clip_text_2") if name == "clip_text" else (name,)
     for reader in (bundle.conditioners[key] for key in readers if key in bundle.conditioners):
         rows = reader.fields.get("vocab_size", tokenizer.vocab_size)
+        _check_rows(path, tokenizer, rows)
         for word, ids in tokenizer.added.items():
             if max(ids) >= rows:
                 raise ValueError(
@@ -78,6 +79,15 @@ def with_tokenizer(bundle: Bundle, path: Path) -> Bundle:
         fields = {**part.fields, "empty": tokenizer.empty}
         bundle = bundle.with_part("clip_text_2", replace(part, fields=fields))
     return _with_t5(bundle, path) if has_t5(bundle) else bundle
+
+
+def _check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
+    """Raise ValueError for a tokenizer whose tokens have no rows in a text encoder's table."""
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{path}: a tokenizer of {tokenizer.vocab_size} tokens, but a text encoder's table has "
+            f"{rows} rows: it is another model's"
+        )
 
 
 def has_t5(bundle: Bundle) -> bool:
@@ -117,6 +127,7 @@ def _with_t5(bundle: Bundle, path: Path) -> Bundle:
         )
     part = bundle.conditioners["t5_text"]
     t5 = T5Tokenizer.read(third, part.fields.get("max_length"))
+    _check_rows(third, t5, part.fields.get("vocab_size", t5.vocab_size))
     part = replace(part, fields=text.with_tokenizer(part.fields, t5))
     return replace(
         bundle.with_part("t5_text", part), tokenizer=ClipT5Tokenizer(bundle.tokenizer, t5)
@@ -128,16 +139,23 @@ def padded(tokenizer: Tokenizer, pad_id: int) -> Tokenizer:
     if not isinstance(tokenizer, ClipTokenizer) or tokenizer.pad_id == pad_id:
         return tokenizer
     words, length = tokenizer.vocabulary, tokenizer.max_length
-    return ClipTokenizer(words, tokenizer.merges, length, words[pad_id], tokenizer.any_case)
+    other = ClipTokenizer(words, tokenizer.merges, length, words[pad_id], tokenizer.any_case)
+    other.added = tokenizer.added
+    return other
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
-    """Write the files that transformers reads; returns the name of the class that reads them."""
-    if tokenizer.added:
+def check_words(tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError for a tokenizer with added words, which transformers' files can't hold."""
+    if tokenizer is not None and tokenizer.added:
         raise ValueError(
             f"these files have no place for the added words {', '.join(tokenizer.added)}; save the "
             "model as orbax, or the words alone as textual_inversion"
         )
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
+    """Write the files that transformers reads; returns the name of the class that reads them."""
+    check_words(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, ClipTokenizer):
         return _write_clip(tokenizer, folder)

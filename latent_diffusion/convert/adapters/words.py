@@ -19,6 +19,7 @@ from latent_diffusion.nets.conditioners import CONDITIONERS, tables
 
 _A1111 = ("string_to_param.*", "emb_params")  # tensors in their .pt and .safetensors files
 _SDXL = ("clip_l", "clip_g")
+_ANOTHERS = {"clip_text": "clip_g", "clip_text_2": "clip_l"}  # encoder -> vectors of the other one
 
 
 class Words(Adapter):
@@ -42,7 +43,7 @@ class Words(Adapter):
         left = dict(self.vectors)
         for name, part, table in tables_of(bundle):
             width = part.params[table].shape[1]
-            keys = [key for key in left if key in ("", name, *_SDXL)]
+            keys = [k for k in left if k in ("", name, *_SDXL) and k != _ANOTHERS.get(name)]
             match = next((key for key in keys if left[key].shape[1] == width), None)
             if match is None:
                 widths = ", ".join(str(rows.shape[1]) for rows in self.vectors.values())
@@ -73,7 +74,8 @@ def is_words(file: TensorFile) -> bool:
     if all(n in marks or n.startswith("string_to_param.") for n in names):
         return bool(names)
     # diffusers' files are {"<word>": vectors}; several words have vectors of one width.
-    plain = all("." not in n for n in names) and all(1 <= len(shape) <= 2 for shape in shapes)
+    plain = all("." not in n or (n[0], n[-1]) == ("<", ">") for n in names)
+    plain = plain and all(1 <= len(shape) <= 2 for shape in shapes)
     return plain and len({shape[-1] for shape in shapes}) == 1
 
 
