@@ -21,8 +21,12 @@ from latent_diffusion.data.tokenizers import (
     ClipTokenizer,
     WordTokenizer,
     load_tokenizer,
+    with_words,
     words,
 )
+from latent_diffusion.data.tokenizers import clip as clip_words
+from latent_diffusion.data.tokenizers import rows as token_rows
+from latent_diffusion.data.tokenizers.bert import split_words as bert_words
 from latent_diffusion.data.tokenizers.clip_t5 import ClipT5Tokenizer
 from latent_diffusion.data.tokenizers.t5 import T5Tokenizer
 
@@ -98,6 +102,16 @@ def test_long_captions_are_cut_with_one_warning(caplog):
     ]
 
 
+def test_what_a_tokenizer_remembers_of_texts_is_bounded(monkeypatch, caplog):
+    """A server reads other texts for months."""
+    monkeypatch.setattr(token_rows, "MOST_NAMED", 2)
+    monkeypatch.setattr(clip_words, "MOST_WORDS", 3)
+    tokenizer, texts = ClipTokenizer(CLIP, MERGES, max_length=3), ["cat a", "a cat", "at ca", "b c"]
+    tokens = [tokenizer([text])[0].tolist() for text in texts * 2]
+    assert tokens == [make("clip")([text.split()[0]])[0, :3].tolist() for text in texts * 2]
+    assert len(caplog.records) == len(tokenizer._cut) == 2 and len(tokenizer._merged) <= 3
+
+
 def test_a_bare_string_is_refused():
     with pytest.raises(TypeError, match="expected a list of captions"):
         WordTokenizer([], 2, 2)("pilot")
@@ -118,6 +132,23 @@ def test_clip_merges_pairs_in_the_order_they_were_learned():
         ],
     )
     assert tokenizer.vocab_size == len(CLIP) and tokenizer.unknown_words("得") == []
+
+
+def test_clip_splits_texts_as_its_authors_do(tmp_path):
+    """Numerals stand alone, letters and signs in runs; letters are composed and made small."""
+    assert list(clip_words.split_words("no.2024's x² -- it's")) == [
+        *("no", ".", "2", "0", "2", "4", "'s", "x", "²", "--", "it", "'s")
+    ]
+    tokenizer = ClipTokenizer(CLIP, MERGES, max_length=9)
+    for one, other, same in (
+        ("e\u0301", "é", True), ("ΟΣ", "οσ", True), ("ΟΣ", "ος", False), ("a\xa0at", "a at", True),
+    ):  # fmt: skip
+        assert np.array_equal(*tokenizer([one, other])) == same
+    # The packages of CLIP have more merges than the model knows.
+    packed = tmp_path / "bpe.txt.gz"
+    lines = ["header", *(f"a{i} b" for i in range(50_000))]
+    packed.write_bytes(gzip.compress("\n".join(lines).encode(), 1))
+    assert ClipTokenizer.read(packed).vocab_size == 49408
 
 
 def test_clip_pads_as_told_and_says_what_it_cut(caplog):
@@ -141,6 +172,9 @@ def test_clip_reads_the_files_there_are(tmp_path):
     packed = tmp_path / "bpe.txt.gz"
     packed.write_bytes(gzip.compress("\n".join(["header", *MERGES, ""]).encode()))
     assert ClipTokenizer.read(packed, max_length=9, pad="!").to_dict() == want
+    merges = tmp_path / "pipeline" / "tokenizer" / "merges.txt"
+    merges.write_bytes(b"\xef\xbb\xbf" + merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert ClipTokenizer.read(tmp_path / "pipeline").to_dict() == want  # as Windows writes it
     with pytest.raises(ValueError, match=r"nowhere is no CLIP tokenizer: .*No such file"):
         ClipTokenizer.read(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no CLIP tokenizer: ValueError: the vocabulary has no"):
@@ -265,6 +299,27 @@ def test_an_added_word_needs_a_row_of_the_text_encoder(tmp_path):
             with_tokenizer(bundle, tmp_path / "clip")
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    """Its further tokens have no rows in the table; their embeddings would be NaN."""
+    pair = make("clip_t5")
+    for name, own in (("tokenizer", pair.clip), ("tokenizer_3", pair.t5)):
+        write_tokenizer(own, tmp_path / name)
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT), encoding="utf-8")
+    rows = {"clip_text": pair.clip.vocab_size, "t5_text": pair.t5.vocab_size, "text": len(BERT)}
+
+    def read(**lacking):
+        sizes = {name: number - lacking.get(name, 0) for name, number in rows.items()}
+        parts = {n: Part({"vocab_size": x, "max_length": 8}, {}, {}) for n, x in sizes.items()}
+        words = parts.pop("text")
+        with_tokenizer(Bundle(conditioners=parts), tmp_path / "tokenizer")
+        with_tokenizer(Bundle(conditioners={"text": words}), tmp_path / "vocab.txt")
+
+    read()
+    for name, number in rows.items():
+        with pytest.raises(ValueError, match=f"of {number} tokens, .* table has {number - 1} rows"):
+            read(**{name: 1})
+
+
 def test_an_added_word_needs_a_row_of_both_encoders_and_both_tokenizers(tmp_path):
     for folder in ("tokenizer", "tokenizer_2"):
         write_clip(tmp_path / folder)
@@ -306,6 +361,17 @@ def test_an_encoder_that_pads_with_token_0_does_so_unless_the_files_say_otherwis
     assert pad_id("clip_text_2", "other", repad=True) == 0
 
 
+def test_what_a_folder_cannot_hold_stays_in_a_tokenizer_with_other_padding(tmp_path):
+    tokenizer = ClipTokenizer(CLIP, MERGES, 6, any_case=SPECIAL[:1])
+    write_tokenizer(padded(tokenizer, 0), tmp_path / "clip")
+    want = {**tokenizer.to_dict(), "pad": "!"}
+    assert ClipTokenizer.read(tmp_path / "clip").to_dict() == want
+    more = padded(with_words(tokenizer, {"<it>": [len(CLIP)]}), 0)
+    assert more(["<it>"])[0].tolist() == [len(CLIP) - 2, len(CLIP), len(CLIP) - 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="no place for the added words <it>; save the model as"):
+        write_tokenizer(more, tmp_path / "other")
+
+
 def test_three_text_encoders_have_the_tokenizers_of_their_folders(tmp_path):
     pair = make("clip_t5")
     for name, own in (("tokenizer", pair.clip), ("tokenizer_3", pair.t5)):
@@ -316,6 +382,10 @@ def test_three_text_encoders_have_the_tokenizers_of_their_folders(tmp_path):
     read = with_tokenizer(Bundle(conditioners=parts), tmp_path / "tokenizer")
     read = with_second(read, tmp_path / "tokenizer_2")
     np.testing.assert_array_equal(read.tokenizer(CAPTIONS), pair(CAPTIONS))
+    shorter = ClipT5Tokenizer.read(tmp_path, pair.clip.max_length + 3)  # T5 has the rest
+    np.testing.assert_array_equal(shorter(["a"]), pair(["a"])[:, :-2])
+    with pytest.raises(ValueError, match="max_length=6 leaves no room for T5 behind CLIP's 6"):
+        ClipT5Tokenizer.read(tmp_path, pair.clip.max_length)
     fields = {name: part.fields for name, part in read.conditioners.items()}
     assert [fields[name]["pad_id"] for name in lengths] == [pair.clip.pad_id, 33, pair.t5.pad_id]
     assert [fields[n]["empty"] for n in lengths] == [pair.clip.empty] * 2 + [pair.t5.empty]
@@ -328,6 +398,23 @@ def test_bert_takes_the_longest_piece_that_fits():
     np.testing.assert_array_equal(tokens, expected)
     assert tokenizer.unknown_words("woman judge, 得") == ["judge", ","]
     assert tokenizer.vocab_size == len(BERT)
+
+
+def test_bert_splits_at_signs_and_drops_accents_and_control_characters():
+    assert list(bert_words("Sa\u0303o+$5\u200b,\x00得é!")) == [
+        *("sao", "+", "$", "5", ",", "得", "e", "!")
+    ]
+    long = BertTokenizer([*BERT, "a", "##a"], 200)
+    assert [len(long._pieces(n * "a")) for n in (100, 101)] == [100, 1]
+
+
+def test_t5_normalises_as_its_charsmap_says():
+    tokenizer = make("t5")
+    plain = T5Tokenizer(t5_vocabulary.VOCABULARY, tokenizer.max_length)
+    changes = {"a\u200bred": "a red", "re\x1fd": "red", "x²": "x2", "ﬁ": "fi", "e\u0301": "é"}
+    for one, other in changes.items():
+        np.testing.assert_array_equal(*tokenizer([one, other]))
+        assert not np.array_equal(*plain([one, other]))
 
 
 def test_bert_says_what_it_cut(caplog):
@@ -344,6 +431,8 @@ def test_bert_reads_the_files_there_are(tmp_path):
     (folder / "vocab.txt").write_text("\n".join(BERT) + "\n", encoding="utf-8")
     for path in (tmp_path / "pipeline", folder, folder / "vocab.txt"):
         assert BertTokenizer.read(path, 6).to_dict() == make("bert").to_dict()
+    (folder / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert BertTokenizer.read(folder, 6).to_dict() == make("bert").to_dict()
     single = tmp_path / "tokenizer.json"
     single.write_text(json.dumps({"model": {"vocab": {t: i for i, t in enumerate(BERT)}}}))
     assert BertTokenizer.read(single, 6).to_dict() == make("bert").to_dict()

@@ -13,10 +13,11 @@ from tiny import make_batch, make_config
 import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert.adapters import read_adapter, write_words
-from latent_diffusion.convert.bundle import Bundle, as_part
+from latent_diffusion.convert.bundle import Bundle, Part, as_part
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer, with_words
+from latent_diffusion.files.tensor import in_memory
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -82,6 +83,8 @@ def test_files_of_all_programs_hold_the_same_vectors_and_both_layouts_are_writte
         assert written.keys() == {key}
         np.testing.assert_array_equal(written[key], vectors)
         assert read_adapter(tmp_path / "noun.safetensors").word == "noun"
+    dotted = read_adapter(file_of(tmp_path, {"<v1.5>": vectors}, "dotted"))
+    assert dotted.word == "<v1.5>"
     pair = {"clip_l": draw(2, 6), "clip_g": draw(2, 10)}
     read = read_adapter(file_of(tmp_path, pair, "pair"))
     assert read.word == "pair" and read.vectors.keys() == pair.keys()
@@ -143,6 +146,30 @@ def test_of_added_words_that_begin_alike_the_longest_is_read(names):
     np.testing.assert_array_equal(more(["noun-2 noun"]), [[9, 10, 8, 0]])
 
 
+def test_further_words_leave_an_added_word_its_rows(tmp_path):
+    """As a run on other captions takes the words of a textual inversion that it starts from."""
+    tokenizer = with_words(WordTokenizer.train(["a red cat"], 8, 4), {"<it>": [8, 9]})
+    more = tokenizer.extended(["a <it> dog", "it cat", "dog"], 1)
+    np.testing.assert_array_equal(more(["<it> dog it cat"]), [[8, 9, 5, 1]])
+    assert more.vocab_size == 8
+    many = tokenizer.extended(["p q r s t"], 9)
+    np.testing.assert_array_equal(many(["p r s t", "<it> q cat"]), [[5, 7, 1, 1], [8, 9, 6, 3]])
+    noun = with_words(tokenizer, {"noun": [10]}).extended(["Noun noun dog"], 9)
+    noun.save(tmp_path / "words.json")  # a file in which "noun" would be two words isn't read
+    again = load_tokenizer(tmp_path / "words.json")
+    np.testing.assert_array_equal(again(["noun dog Noun"]), [[10, 5, 1, 0]])
+
+
+def test_encoders_of_one_width_get_their_own_vectors(tmp_path):
+    table = {"token_embedding/embedding": in_memory(draw(9, 6))}
+    bundle = Bundle(conditioners={n: Part({}, table) for n in ("clip_text", "clip_text_2")})
+    pair = {"clip_l": draw(2, 6), "clip_g": draw(2, 6, seed=1)}
+    changes = read_adapter(file_of(tmp_path, pair)).changes(bundle)
+    for name, key in (("clip_text", "clip_l"), ("clip_text_2", "clip_g")):
+        rows = changes[f"conditioner/{name}/token_embedding/embedding"].rows
+        np.testing.assert_array_equal(rows, pair[key])
+
+
 def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     own = {"textual_inversion.word": "<it>", "textual_inversion.start": "red cat"}
     config = make_config("denoising", **own, **{"textual_inversion.num_vectors": 3})
@@ -187,6 +214,7 @@ def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
         checkpoints.save(0, {"ema_params": state.ema_params})
     read = convert.read(run)
     whole = read.conditioners["text"].params["token_emb/embedding"].read()
+    assert read.diffusion == config.diffusion.to_dict() != ASSUMED  # that of the run
     np.testing.assert_array_equal(whole[:rows], table)
     np.testing.assert_array_equal(whole[rows:], state.ema_params["words"]["text"])
     convert.write(read, tmp_path / "it.safetensors", "textual_inversion")

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from latent_diffusion.data.tokenizers.added import Words, read_added, with_added, with_words
 from latent_diffusion.data.tokenizers.rows import (
+    MOST_WORDS,
     Piece,
     check_length,
     fill_rows,
@@ -181,6 +182,8 @@ class ClipTokenizer:
                     continue
                 for word in split_words(text):
                     if word not in self._merged:
+                        if len(self._merged) >= MOST_WORDS:
+                            self._merged.clear()
                         self._merged[word] = self._merge(word)
                     pieces += self._merged[word]
         return pieces

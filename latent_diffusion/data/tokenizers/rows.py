@@ -11,6 +11,9 @@ from jaxtyping import Int
 
 logger = logging.getLogger(__name__)
 
+MOST_NAMED = 1000  # most captions for which a tokenizer warns that they are cut
+MOST_WORDS = 1 << 16  # most words whose pieces a tokenizer keeps
+
 
 class reading_as:
     """Turn the exceptions of reading a wrong file into a ValueError of one line: PATH is KIND: …
@@ -50,8 +53,8 @@ def fill_rows(
 ) -> Int[np.ndarray, "N L"]:
     """Return rows [start, caption, end, pad …]; a caption that is too long loses its last tokens.
 
-    cut: captions for which a warning was logged; this call adds others to it. join: makes the text
-    of the lost pieces, for the warning.
+    cut: captions for which a warning was logged; this call adds others to it, MOST_NAMED at most.
+    join: makes the text of the lost pieces, for the warning.
     """
     if isinstance(captions, str):
         raise TypeError(f"expected a list of captions, got the string {captions!r}")
@@ -59,7 +62,7 @@ def fill_rows(
     room = max_length - len(start) - len(end)
     for row, caption in zip(tokens, captions, strict=True):
         pieces = pieces_of(caption)
-        if len(pieces) > room and caption not in cut:
+        if len(pieces) > room and len(cut) < MOST_NAMED and caption not in cut:
             cut.add(caption)
             logger.warning(
                 "caption of %d tokens cut to %d (max_length=%d), lost: %r",

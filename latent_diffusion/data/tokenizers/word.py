@@ -64,11 +64,21 @@ class WordTokenizer:
         return cls(_ranked(captions)[: max(vocab_size - 2, 0)], vocab_size, max_length)
 
     def extended(self, captions: Iterable[str], num_words: int) -> "WordTokenizer":
-        """This tokenizer with the `num_words` most frequent other words, in further rows."""
-        others = [word for word in _ranked(captions) if word not in self._ids]
+        """This tokenizer with the `num_words` most frequent other words, in further rows.
+
+        Rows of added words keep their places, and no word gets a row behind them.
+        """
+        texts = (without_added(self.added, caption) for caption in captions)
+        known = self._ids.keys() | {word.lower() for word in self.added}
+        others = [word for word in _ranked(texts) if word not in known]
+        if self.added:
+            free = min(min(ids) for ids in self.added.values()) - 2 - len(self.vocabulary)
+            num_words = min(num_words, free)
         vocabulary = (*self.vocabulary, *others[:num_words])
         vocab_size = max(self.vocab_size, len(vocabulary) + 2)
-        return WordTokenizer(vocabulary, vocab_size, self.max_length)
+        more = WordTokenizer(vocabulary, vocab_size, self.max_length)
+        more.added = self.added
+        return more
 
     def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
         """Token ids, padded with 0 on the right. Longer captions are cut, with one warning each."""
