@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.convert import compvis, dit
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS
@@ -113,6 +114,55 @@ def test_config_builds(name):
     spec = batch_spec(config)
     assert spec["image"].shape == (config.batch_size, *[config.data.image_size] * 2, 3)
     assert importlib.import_module(f"configs.{name.partition(':')[0]}").__doc__.count("\n") > 3
+
+
+# Width of the context and scale of the latents of a released model, whose single file has no yaml.
+SINGLE = {
+    "celebahq": (None, 1.0),
+    "churches": (None, 1.0),
+    "cin256": (512, 1.0),
+    "cin256_v2": (512, 1.0),
+    "text2img256": (640, 1.0),
+    "txt2img_1p4b": (1280, 0.18215),
+    "layout2img": (512, 1.0),
+    "semantic_synthesis": (None, 1.0),
+    "super_resolution": (None, 1.0),
+    "inpainting": (None, 1.0),
+    "rdm": (768, 0.22765929),
+    "sd_v1": (768, 0.18215),
+    "sd_v2:768": (1024, 0.18215),
+    "sd_v2_upscaler": (1024, 0.08333),
+    "sdxl": (2048, 0.13025),
+    "sdxl_refiner": (1280, 0.13025),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_file_without_yaml_is_the_model_that_its_config_trains(name):
+    (context, scale), config = SINGLE[name], get(name)
+    first_stage, noise = make_autoencoder(config.autoencoder), config.diffusion
+    latent = first_stage.latent_channels
+    released = compvis.RELEASED[config.unet.model_channels, context, latent]
+    assert released.heads == {field: config.unet[field] for field in released.heads}
+    assert config.unet.num_head_channels is None or "num_head_channels" in released.heads
+    assert (released.beta_start, released.beta_end) == (noise.beta_start, noise.beta_end)
+    assert (released.prediction, released.scale_factor) == (noise.prediction, scale)
+    if not name.startswith("sdxl"):  # whose side is another constant
+        fields = {"out_channels": latent, "model_channels": config.unet.model_channels}
+        side = compvis._side(fields, context, noise.prediction)
+        assert side * first_stage.downsampling == config.data.image_size
+
+
+@pytest.mark.parametrize("variant", ["", ":flow"])
+def test_a_file_of_dit_or_sit_is_the_model_that_its_config_trains(variant):
+    config = get("dit_xl_2" + variant)
+    noise, sampling = (dit._SIT, dit._SIT_SAMPLING) if variant else (dit.DIFFUSION, dit._SAMPLING)
+    betas = () if variant else ("beta_start", "beta_end")
+    for field in ("schedule", "prediction", "num_timesteps", "zero_terminal_snr", *betas):
+        assert noise[field] == config.diffusion[field]
+    for field in ("num_steps", "spacing", "guidance_channels"):
+        assert sampling[field] == config.sampling[field]
+    assert dit._HEADS[config.dit.width] == config.dit.num_heads
 
 
 def test_derived_stable_diffusions_add_channels():

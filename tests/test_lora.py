@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import make_batch, make_config
 
 from latent_diffusion import convert
@@ -258,6 +258,15 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(kin
                 np.testing.assert_allclose(x, other.params[path].read(), rtol=1e-4, atol=1e-4)
                 changed += not np.array_equal(x, old.params[path].read())
         assert changed == sum(path.endswith("down") for path in flatten_dict(factors, sep="/"))
+        ends = {"lora": "lora_magnitude_vector", "kohya": "dora_scale"}[names]
+        written = {k: x.shape for k, x in load_file(file).items() if k.endswith(ends)}
+        assert len(written) == (0 if kind == "lora" else changed + 2)
+        own = {"lora": ((1, 8, 1, 1), (16,)), "kohya": ((8, 1, 1, 1), (16, 1))}[names]  # as theirs
+        for name, shape in written.items():
+            if "conv2" in name or "q_proj" in name:
+                assert shape == own["q_proj" in name]
+        if names == "lora":
+            assert header["unet.use_dora"] == header["text_encoder.use_dora"] == (kind == "dora")
         # Every number comes back bitwise, in the layout of the others.
         modules = {name.replace(".", "_"): m for name, m in read_adapter(file).modules.items()}
         assert len(modules) == changed + 2  # q, k and v are one kernel here
