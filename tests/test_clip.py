@@ -110,10 +110,10 @@ def test_pictures_are_held_against_their_captions(folder, tmp_path):
     options = {"samples": str(root), "metrics": ["clip"], "num_images": 4}
     with pytest.raises(ValueError, match="needs --clip_path: a CLIPModel's folder"):
         evaluate(**options)
-    with pytest.raises(ValueError, match=r"a caption for each of 4 pictures; .*prompts.txt has 0"):
+    with pytest.raises(ValueError, match=r"a caption for each of 8 pictures; .*prompts.txt has 0"):
         evaluate(**options, clip_path=str(folder))
     captions = ["a b", "c", "b b b", "a"]
-    (root / "prompts.txt").write_text("".join(f"{line}\n" for line in captions))
+    (root / "prompts.txt").write_text("".join(f"{line}\n" for line in [*captions, *"cccc"]))
     record = evaluate(**options, clip_path=str(folder))
     clip = load_clip(folder)
     x = np.stack([np.asarray(Image.open(root / f"{i}.png")) for i in range(4)])

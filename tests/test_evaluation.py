@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
 from types import SimpleNamespace
@@ -15,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import several
+from conftest import ROOT
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+import latent_diffusion as ldm
 from configs import default
 from latent_diffusion import data
 from latent_diffusion.convert.clip import Clip
-from latent_diffusion.evaluate import command, generate, inception, scores
+from latent_diffusion.evaluate import command, features, generate, inception, scores
 from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.clip_score import measure_clip_score
 from latent_diffusion.evaluate.collect import collect
@@ -42,6 +45,7 @@ from latent_diffusion.evaluate.inception_score import inception_score, measure_i
 from latent_diffusion.evaluate.kernel import kernel_distance, measure_kernel
 from latent_diffusion.evaluate.measured import mean_of
 from latent_diffusion.evaluate.neighbours import measure_density_coverage, measure_precision_recall
+from latent_diffusion.evaluate.reconstruction import score_reconstructions
 from latent_diffusion.evaluate.resize import FILTERS
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.nets.losses.similarity import psnr, ssim
@@ -163,6 +167,13 @@ def test_kernel_distance_is_zero_on_average_for_equal_distributions():
     x, y = RNG.normal(size=(2, 600, 4))
     same = measure_kernel(x, y, "kd", subsets=24, size=100)
     assert abs(same.value) < 3 * same.error / 24**0.5 + 0.02
+
+    def squared_mmd(x, y):
+        within = [np.sum((z @ z.T / 4 + 1) ** 3 * (1 - np.eye(100))) / 9900 for z in (x, y)]
+        return sum(within) - 2 * np.mean((x @ y.T / 4 + 1) ** 3)
+
+    draws = [squared_mmd(*(RNG.permutation(z)[:100] for z in (x, y))) for _ in range(50)]
+    assert same.error == pytest.approx(np.std(draws), rel=0.5)  # of a subset, not of the mean
     assert measure_kernel(x + 1, y, "kd", subsets=8, size=100).value > 1
 
 
@@ -172,6 +183,8 @@ def test_inception_score_lies_between_one_and_the_number_of_classes():
     assert inception_score(np.zeros((40, 4))) == pytest.approx(1)
     assert inception_score(sure + RNG.normal(size=(40, 1))) == pytest.approx(4)  # shifts cancel
     assert measure_inception_score(np.zeros((40, 4))).error == pytest.approx(0)
+    by_class = sure[np.argsort(np.arange(40) % 4)]
+    assert measure_inception_score(by_class).value > 1.5  # parts are drawn at random
 
 
 def test_precision_and_recall_of_constructed_manifolds():
@@ -187,6 +200,8 @@ def test_precision_and_recall_of_constructed_manifolds():
     assert measure_density_coverage(far, line)["coverage"].value == 0
     same = measure_density_coverage(line, line)
     assert same["coverage"].value == 1 and same["density"].value == pytest.approx(1, abs=0.25)
+    moved = measure_precision_recall(both + 3000, line + 3000)  # as ReLU's features are
+    assert moved["precision"].value == pytest.approx(0.5, abs=0.05)
 
 
 def test_neighbours_agree_with_all_distances_beyond_one_block(monkeypatch):
@@ -214,6 +229,27 @@ def test_psnr_and_ssim_of_known_pairs():
     np.testing.assert_allclose(ssim(flat, flat / 2), expected, rtol=1e-3)
     with pytest.raises(ValueError, match="SSIM needs 11 pixels a side, got 8x8"):
         ssim(x[:, :8, :8], x[:, :8, :8])
+
+
+def test_a_classifiers_features_are_its_last_layer_over_standardised_pictures(monkeypatch):
+    seen = []
+
+    def net(layer):
+        return lambda: SimpleNamespace(apply=lambda _, x: seen.append(x) or [0 * x, layer * x])
+
+    monkeypatch.setattr(features, "load_lpips_params", lambda *_: {"net": {}})
+    for name, key, layer in (("alexnet", "alex", 1), ("vgg16", "vgg", 2)):
+        monkeypatch.setitem(features.NETS, key, net(layer))
+        grey = jnp.full((2, 8, 8, 3), 127.5)
+        out = make_features(name).apply({}, grey)["features"]
+        expected = layer * np.array([0.030 / 0.458, 0.088 / 0.448, 0.188 / 0.450])
+        np.testing.assert_allclose(out, np.tile(expected, (2, 1)), rtol=1e-4)
+        two = jnp.array([0.0, 255]).reshape(1, 1, 2, 1) * jnp.ones((1, 2, 1, 3))
+        make_features(name, filter="tensorflow").apply({}, two)
+        # By this filter the first half goes from one pixel to the other, and the second is flat.
+        red = 0.458 * np.asarray(seen[-1])[0, 0, :, 0] - 0.030
+        assert red.shape == (224,)
+        np.testing.assert_allclose(red[[0, 56, 112, 223]], [-1, 0, 1, 1], atol=1e-5)
 
 
 def test_clip_score_is_a_clipped_cosine():
@@ -259,7 +295,10 @@ def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_
             raise KeyboardInterrupt
         return x[start:stop]
 
+    rows = set()
+
     def step(state, constants, batch, rng, *, axis_name=None):
+        rows.add(len(batch["image"]))
         return {"double": 2 * batch["image"], "sum": batch["image"].sum(1) + constants}
 
     with pytest.raises(KeyboardInterrupt):
@@ -270,6 +309,9 @@ def test_collecting_does_not_depend_on_batches_and_goes_on_where_it_stopped(tmp_
     for name in ("double", "sum"):
         np.testing.assert_array_equal(arrays[name], other[name])
     np.testing.assert_allclose(arrays["sum"], x.sum(1) + 1, rtol=1e-6)
+    assert rows == {1}
+    collect(step, jnp.ones(()), lambda a, b: x[a:b], 37, tmp_path / "c", 4096)
+    assert rows == {1, 2}  # no device has more than its share of a chunk
 
 
 # ---------------------------------------------------------------------------- names and bad input
@@ -284,8 +326,23 @@ def test_results_bear_the_name_of_their_features():
         *("fd_alexnet", "kd_alexnet", "precision_alexnet", "recall_alexnet"),
         *("density_alexnet", "coverage_alexnet"),
     ]
+    squared = {(a, b): np.square(p[:, None] - q).sum(-1) for a, p in (("x", x), ("y", y))
+               for b, q in (("x", x), ("y", y))}  # fmt: skip
+    balls = {(a, k): np.sort(squared[a, a], 1)[:, k] for a in "xy" for k in (3, 5)}
+    inside = squared["x", "y"] <= balls["y", 5]
+    found = {name.removesuffix("_alexnet"): result.value for name, result in ours.items()}
+    assert found["precision"] == np.mean((squared["x", "y"] <= balls["y", 3]).any(1))
+    assert found["recall"] == np.mean((squared["y", "x"] <= balls["x", 3]).any(1))
+    assert found["density"] == pytest.approx(inside.sum(1).mean() / 5)
+    assert found["coverage"] == inside.any(0).mean()
     theirs = scores.score(["fid", "kid", "is", "pr"], arrays, reference, "inception")
     assert list(theirs) == ["fid", "kid", "inception_score", "precision", "recall"]
+    fewer = scores.Reference(features=y[:30])
+    for metric in ("kid", "is"):  # of random parts
+        drawn = [
+            [*scores.score([metric], arrays, fewer, "inception", seed).values()] for seed in (0, 1)
+        ]
+        assert drawn[0] != drawn[1], metric
     narrow = scores.score(["pr"], {"features": 0.1 * x}, reference, "inception")
     assert narrow["recall"].value < 0.5 < narrow["precision"].value
     assert theirs["fid"].value == pytest.approx(frechet_distance(gaussian(x), gaussian(y)))
@@ -328,6 +385,15 @@ def test_inception_has_the_published_size_and_says_where_its_weights_come_from(t
         make_features("dino")
 
 
+def test_reconstructions_are_held_against_their_pictures():
+    x, y = RNG.normal(size=(2, 40, 3))
+    arrays = {"features": x, "features_rec": y, "lpips": np.array([1.0, 3.0])}
+    found = score_reconstructions(arrays, "vgg", "inception")
+    assert list(found) == ["lpips_vgg", "rfid"] and found["lpips_vgg"].value == 2
+    assert found["rfid"].value == pytest.approx(frechet_distance(gaussian(y), gaussian(x)))
+    assert [*score_reconstructions(arrays, "alex", "vgg16")] == ["lpips_alex", "rfd_vgg16"]
+
+
 def test_folders_with_something_wrong_are_named(tmp_path):
     write_pictures(tmp_path / "good", 3)
     (tmp_path / "good" / "grid.png").write_bytes(b"no sample")
@@ -361,6 +427,16 @@ def test_folders_with_something_wrong_are_named(tmp_path):
     np.testing.assert_array_equal(
         open_images(str(tmp_path / "wide"), 4).read(0, 1), wide[None, :, 4:8]
     )
+    np.savez(tmp_path / "wide.npz", wide[None])
+    np.testing.assert_array_equal(
+        open_images(str(tmp_path / "wide.npz"), 4).read(0, 1), wide[None, :, 4:8]
+    )
+    (tmp_path / "many").mkdir()
+    for number in (99999, 100000, 7):  # as sample.py names them
+        level = np.full((1, 1, 3), number % 256, np.uint8)
+        Image.fromarray(level).save(tmp_path / "many" / f"{number:05d}.png")
+    read = open_images(str(tmp_path / "many")).read(0, 3)
+    assert read[:, 0, 0, 0].tolist() == [7, 99999 % 256, 100000 % 256]
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="arr_0 must be uint8"):
         open_images(str(tmp_path / "floats.npz"))
@@ -393,16 +469,24 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     def score(*metrics, scale=1.0, seed=0):
         return record(*metrics, guidance_scale=scale, seed=seed)["metrics"]
 
+    with pytest.raises(ValueError, match="rfid means Inception features, not 'alexnet'; rfd is"):
+        record("rfid")
     first = score("fd")
     assert score("fd", scale=3.0) != first == score("fd")
     assert score("fd", seed=1) != first
     kept = {"save_images": str(tmp_path / "kept"), "guidance_scale": 1.0, "seed": 0}
     assert record("fd", **kept)["metrics"] == first  # known, but its pictures are still to be kept
     assert len(list((tmp_path / "kept").glob("*.png"))) == 24
+    shutil.rmtree(tmp_path / "kept")
+    assert record("fd", **kept)["metrics"] == first  # they are drawn again
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 24
     alone = score("clip")
     assert score("fd", "clip") == pytest.approx({**first, **alone})
     assert record("fd")["reference"] == "synthetic@train"
     assert record("psnr")["images"] == "synthetic@test"  # of the first stage
+    for name in ("num_steps", "reference", "save_images", "save_reference"):
+        with pytest.raises(ValueError, match=f"--{name}=3 has no effect on reconstructions: leave"):
+            record("psnr", **{name: 3})
     with pytest.raises(ValueError, match="metrics=fd,psnr mixes reconstructions and samples"):
         record("fd", "psnr")
 
@@ -422,7 +506,93 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     assert record("fd")["metrics"] == by_config  # still remembered
     with Checkpointer(tmp_path / "checkpoints") as checkpoints:  # of step 0, as before
         checkpoints.save(0, {"ema_params": {"gain": jnp.full((), 0.1)}})
-    assert record("fd")["metrics"] != by_config  # of other parameters
+    last = record("fd", seed=3)
+    assert last["metrics"] != by_config  # of other parameters
+    noted = {"seed": 3, "filter": "bicubic", "step": 0, "num_images": 24, "images": "samples"}
+    assert noted.items() <= last.items() and "guidance_scale" not in last
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["guidance_scale"] == 1.0 and json.loads(lines[-1]) == last
+
+    def while_a_run_goes_on(path):
+        with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+            checkpoints.save(1, {"ema_params": {"gain": jnp.full((), 0.2)}})
+        return made[0]
+
+    monkeypatch.setattr(command, "load", while_a_run_goes_on)
+    with pytest.raises(ValueError, match="got a checkpoint of step 1 while its model was read"):
+        record("fd")
+
+
+def test_collected_arrays_belong_to_their_pictures_and_options(tmp_path, monkeypatch):
+    """In a folder of their own, whichever the working directory is."""
+    asked = {"workdir": "w", "weights": "1", "features": "vgg16", "features_path": "/a"}
+    asked |= {"filter": "bicubic", "image_size": 8, "metrics": ["psnr"], "lpips": "alex"}
+    asked |= {"clip_path": None, "seed": 0, "save_images": None, "defaults": {}, "batch_size": 8}
+    asked |= {"sampler": None, "num_steps": None, "guidance_scale": None, "samples": None}
+    given = []
+
+    def folder(kind="reconstructions", images=None, count=5, **options):
+        command._collected(
+            {**asked, **options}, tmp_path, kind, images or ImageSet("x", 9, None), count,
+            lambda *_, directory, **__: given.append(directory),
+        )  # fmt: skip
+        return given[-1]
+
+    first = folder()
+    monkeypatch.chdir(tmp_path)
+    here = folder(features_path="a")
+    assert first == folder(batch_size=3) and here == folder(features_path=str(tmp_path / "a"))
+    others = [here, folder("reference"), folder(images=ImageSet("y", 9, None)), folder(count=6)]
+    changed = {"features": "alexnet", "filter": "bilinear", "features_path": "b", "image_size": 9}
+    changed |= {"lpips": "vgg", "metrics": ["psnr", "ssim"], "weights": "2"}
+    others += [folder(**{name: value}) for name, value in changed.items()]
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+        write_pictures(tmp_path / place / "real", 2, start=7)
+        monkeypatch.chdir(tmp_path / place)
+        others.append(folder(images=open_images("real")))
+    assert folder(images=open_images("real")) == others[-1]
+    Image.new("RGB", (8, 8)).save("real/00008.png")
+    np.savez("real.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    others += [folder(images=open_images(name)) for name in ("real", "real.npz")]
+    np.savez("real.npz", np.ones((2, 4, 4, 3), np.uint8))
+    os.utime("real.npz", (1, 1))
+    others.append(folder(images=open_images("real.npz")))
+    assert len({first, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize("task", ["autoencoding", "denoising"])
+def test_without_metrics_a_workdir_is_scored_as_the_page_says(task, tmp_path, monkeypatch):
+    config = several.make_config(task=task)
+    workdir.save_config(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("_score_first_stage", "_score_samples"):
+        monkeypatch.setattr(
+            command, name, lambda options, *_, name=name: {name: options["metrics"]}
+        )
+    record = evaluate(workdir=str(tmp_path))
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    metrics = record["_score_first_stage" if task == "autoencoding" else "_score_samples"]
+    assert f"| `{','.join(metrics)}` |" in page and len(metrics) == 2 + (task == "autoencoding")
+
+
+def test_a_converted_model_has_no_data_to_be_scored_with(tmp_path):
+    ldm.Model(first_stage=answers.first_stage(), image_size=4).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model is a converted model without data: write its sam"):
+        evaluate(workdir=str(tmp_path / "model"))
+
+
+def test_samples_are_as_many_as_the_page_says_under_conditions_of_the_test_split(monkeypatch):
+    source, splits = data.ArraySource({"caption": ["a", "b", "c"]}), []
+    model = answers.model(answers.TEXT)
+    monkeypatch.setattr(command, "_load", lambda options: model)
+    monkeypatch.setattr(data, "make_source", lambda config, split: splits.append(split) or source)
+    options = {"seed": 0, "num_images": 0, "batch_size": 8, "save_images": None, "split": "train"}
+    options |= {"sampler": "heun", "num_steps": 7, "guidance_scale": None}
+    images, _ = command._samples_of_model(options, several.make_config())
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    assert splits == ["test"] and f"(by default {images.count:,}), under the conditions" in page
+    assert images.count == 50_000 and len(images.captions(7)) == 7
 
 
 def test_samples_of_every_chunk_are_new_and_have_their_names(tmp_path, monkeypatch):
@@ -434,6 +604,8 @@ def test_samples_of_every_chunk_are_new_and_have_their_names(tmp_path, monkeypat
     made = generate.samples(SimpleNamespace(sample=sample), {}, 4, 0, 64, tmp_path)
     first, second = made.read(0, 2), made.read(2, 4)
     assert (first != second).any()
+    large = generate.samples(SimpleNamespace(sample=sample), {}, 4, 2**32, 64)
+    assert (large.read(0, 2) != first).any()
     for i, image in enumerate([*first, *second]):
         np.testing.assert_array_equal(Image.open(tmp_path / f"{i:05d}.png"), image)
 
@@ -453,14 +625,18 @@ def test_samples_are_of_captions_in_an_order_that_the_seed_decides():
         conditions(("tokens", "class_label"), captions=[["a", "b"], ["c"]])
 
 
-def test_captions_are_the_first_lines_beside_the_pictures(tmp_path):
+def test_captions_are_the_first_lines_beside_the_pictures(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     pictures = ImageSet("x", 3, lambda *_: None)
+    fewer = ImageSet("x", 2, lambda *_: None)  # one was removed, but which?
     assert command._captions({"samples": str(tmp_path)}, pictures, 2) == ["a", "b"]
     beside = {"samples": str(tmp_path / "samples.npz")}
     assert command._captions(beside, pictures, 3) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"a caption for each of 4 pictures; .* has 3"):
-        command._captions(beside, pictures, 4)
+    with pytest.raises(ValueError, match=r"a caption for each of 2 pictures; .* has 3"):
+        command._captions(beside, fewer, 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="with their prompts, but this model takes none"):
+        command._captions({"samples": None}, pictures, 3)
 
 
 def test_nets_see_levels_and_clip_sees_its_range():
@@ -468,6 +644,7 @@ def test_nets_see_levels_and_clip_sees_its_range():
     levels = levels_of(grey)
     np.testing.assert_array_equal(levels, np.tile(grey, (1, 1, 1, 3)))
     np.testing.assert_array_equal(levels_of(grey / 127.5 - 1), levels)
+    np.testing.assert_array_equal(levels_of(3 * (grey / 127.5 - 1))[0, 0, :, 0], [0, 45, 255])
     seen = []
     clip = Mock(spec=Clip, params={}, of_images=lambda params, x: seen.append(x) or x)
     with_clip(None, clip).apply({"net": {}, "clip": {}}, levels)
@@ -494,6 +671,17 @@ def test_folders_are_scored_by_the_command(tmp_path):
         command._reference({**options, "metrics": ["clip"], "reference": "b"}, tmp_path, None, None)
     with pytest.raises(ValueError, match="metrics=fd need --reference"):
         evaluate(**options)
+    for name, message in (
+        ("batch_size", "batch_size=-1 must be at least 1"),
+        ("image_size", "image_size=-1 must be at least 0"),
+        ("seed", "seed=-1 must be at least 0"),
+        ("num_images", "num_images=-1 must be at least 0"),
+        ("num_steps", "num_steps=-1 has no effect on --samples, which exist already: leave it"),
+        ("split", "split=-1 has no effect on --samples"),
+        ("num_image", "unknown option 'num_image'; known: .*num_images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(**options, reference=statistics, **{name: -1})
 
 
 def test_a_score_is_a_number_or_one_line_says_why_not(tmp_path, monkeypatch):
@@ -505,14 +693,39 @@ def test_a_score_is_a_number_or_one_line_says_why_not(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"weights\.npz: lin0/kernel has numbers that are not fin"):
         evaluate(**options, reference=str(tmp_path / "a"), features_path=str(weights))
 
-    net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
     monkeypatch.setattr(command, "make_features", lambda *given: net)
+    kept = tmp_path / "kept.npz"
+    write_pictures(tmp_path / "black", 23)
+    Image.new("RGB", (8, 8)).save(tmp_path / "black" / "00023.png")
+    asked = {"reference": str(tmp_path / "a"), "save_reference": str(kept)}
+
+    def logarithms(params, levels):
+        return {"features": jnp.log(levels.mean((1, 2)))}
+
+    net = FeatureNet("alexnet", {}, logarithms)
+    with pytest.raises(ValueError, match="features of picture 23 has numbers that are not finite"):
+        evaluate(**{**options, "samples": str(tmp_path / "black")}, **asked)
+    assert load_statistics(kept).count == 24  # the reference is there before samples are made
+    net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
     for name, mean in (("huge", np.full(3, 1e200)), ("other", np.zeros(2))):
         np.savez(tmp_path / f"{name}.npz", mu=mean, sigma=np.eye(len(mean)))
     with pytest.raises(ValueError, match=r"huge\.npz is inf ± nan: their numbers are too large"):
         evaluate(**options, reference=str(tmp_path / "huge.npz"))
     with pytest.raises(ValueError, match=r"other\.npz has statistics of 2 features, but alexnet h"):
         evaluate(**options, reference=str(tmp_path / "other.npz"))
+
+    def scored(params, levels):
+        means = levels.mean((1, 2))
+        return {"features": means, "logits": means}
+
+    net = FeatureNet("inception", {}, scored)
+    options |= {"features": "inception", "metrics": ["is"]}
+    assert evaluate(**options)["reference"] == "none"
+    kept.unlink()
+    evaluate(**options, **asked)
+    assert load_statistics(kept).count == 24
+    with pytest.raises(ValueError, match="metrics=is need --reference"):
+        evaluate(**options, save_reference=str(kept))
 
     def step(state, constants, batch, rng, *, axis_name=None):
         return {"psnr": jnp.where(batch["image"] == 3, jnp.nan, 1.0)}

@@ -49,12 +49,15 @@ connect = shared_flags.cluster()
 def evaluate(**options: Any) -> dict[str, Any]:
     """Score a workdir or pictures. options: values of the flags, by name; the rest are defaults.
 
-    Returns the record that the command prints and logs. Raises ValueError, in one line, for input
-    that can't be scored.
+    Returns the record that the command prints and logs. Raises ValueError, in one line, for an
+    unknown name, and for input that can't be scored.
     """
+    from latent_diffusion.core.types import lookup
     from latent_diffusion.evaluate import command
 
     defaults = {flag.name: flag.default for flag in _FLAGS} | dict.fromkeys(SAMPLING)
+    for name in options:
+        lookup(defaults, name, "option")
     return command.evaluate(defaults | options)
 
 

@@ -42,6 +42,7 @@ def collect(
     work on their share. Raises ValueError for outputs that aren't finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    batch_size = min(batch_size, CHUNK, count)
     batch_size += -batch_size % jax.device_count()
     run = parallel.compile_eval(step, "auto")
     done, arrays = _resume(directory)
@@ -114,11 +115,11 @@ def _run_chunk(
 
 
 def cache_folder(root: Path, work: Mapping[str, Any]) -> Path:
-    """The folder under `root` for some work; equal work has the same folder.
+    """The folder under `root` for some work, as process 0 describes it; equal work has the same.
 
     work: everything on which the results depend. It is written into the folder.
     """
-    text = json.dumps(work, sort_keys=True, default=str)
+    text = processes.from_first(json.dumps(work, sort_keys=True, default=str))
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

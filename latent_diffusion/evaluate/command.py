@@ -3,9 +3,10 @@
 import functools
 import hashlib
 import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from latent_diffusion.convert.clip import Clip, load_clip
 from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.data.captions import read_lines
 from latent_diffusion.evaluate import SAMPLING, generate, reconstruction, scores
-from latent_diffusion.evaluate.collect import cache_folder, collect_features
+from latent_diffusion.evaluate.collect import PROGRESS, cache_folder, collect_features
 from latent_diffusion.evaluate.features import FeatureNet, make_features, with_clip
 from latent_diffusion.evaluate.frechet import Gaussian, load_statistics, save_statistics
 from latent_diffusion.evaluate.images import ImageSet, open_images
 from latent_diffusion.evaluate.measured import Measured
 from latent_diffusion.files.arrays import open_npz
 from latent_diffusion.generation.loading import load
+from latent_diffusion.generation.model import Model
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.checkpoint import Checkpointer
@@ -43,8 +45,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     """
     if (options["workdir"] is None) == (options["samples"] is None):
         raise ValueError("give either --workdir or --samples")
-    if options["num_images"] < 0:
-        raise ValueError(f"num_images={options['num_images']} must be at least 1 (or 0, for all)")
+    for name, least in (("num_images", 0), ("image_size", 0), ("batch_size", 1), ("seed", 0)):
+        if options[name] < least:
+            raise ValueError(f"{name}={options[name]} must be at least {least}")
+    if options["workdir"] is None:
+        _refuse(options, ("split", "save_images", *SAMPLING), "--samples, which exist already")
     processes.check_same(options, "set of options")
     start = time.perf_counter()
     if options["workdir"] is None:
@@ -60,11 +65,39 @@ def evaluate(options: Options) -> dict[str, Any]:
     return record
 
 
-def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
-    config = read_config(directory)
+def _refuse(options: Options, names: Iterable[str], what: str) -> None:
+    """Raise ValueError for an option that would have no effect."""
+    for name in names:
+        if options[name] is not None:
+            raise ValueError(f"--{name}={options[name]} has no effect on {what}: leave it out")
+
+
+def _checkpoint(directory: Path) -> dict[str, Any]:
+    """The `step` and a hash of the `weights` of the latest checkpoint in a workdir."""
     with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
         step = max(checkpoints.all_steps(), default=0)
         sums = json.dumps((checkpoints.metadata() or {}).get("fingerprints"), sort_keys=True)
+    return {"step": step, "weights": hashlib.sha256(sums.encode()).hexdigest()}
+
+
+def _load(options: Options) -> Model:
+    """The model of a workdir. Raises ValueError if it isn't that of the options' checkpoint."""
+    model, now = load(options["workdir"]), _checkpoint(Path(options["workdir"]))
+    if now != {name: options[name] for name in now}:
+        raise ValueError(
+            f"{options['workdir']} got a checkpoint of step {now['step']} while its model was read,"
+            " since a run goes on there: try again"
+        )
+    return model
+
+
+def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
+    config = read_config(directory)
+    if not config.data.get("name"):
+        raise ValueError(
+            f"{directory} is a converted model without data: write its samples by sample.py, and "
+            "score them by --samples and --reference"
+        )
     usual = ["psnr", "ssim", "lpips"] if config.task == "autoencoding" else None
     metrics = options["metrics"] or usual or scores.DEFAULT
     of_stage = [name for name in metrics if name in reconstruction.METRICS]
@@ -75,14 +108,16 @@ def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
             f"{directory} holds a first stage; its metrics: {', '.join(reconstruction.METRICS)}"
         )
     score = _score_first_stage if of_stage else _score_samples
-    cache = directory / "evaluations" / f"step_{step}"
-    options = {**options, "metrics": metrics, "weights": hashlib.sha256(sums.encode()).hexdigest()}
-    return {"step": step, **score(options, cache, config)}
+    options = {**options, "metrics": metrics, **_checkpoint(directory)}
+    cache = directory / "evaluations" / f"step_{options['step']}"
+    return {"step": options["step"], **score(options, cache, config)}
 
 
 def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dict[str, Any]:
     """Score reconstructions of the test split by posterior modes."""
     metrics, net_name = options["metrics"], options["features"]
+    others = ("reference", "save_reference", "save_images", *SAMPLING)
+    _refuse(options, others, "reconstructions")
     if "rfid" in metrics and net_name != "inception":
         raise ValueError(f"rfid means Inception features, not {net_name!r}; rfd is the same")
     net: Any = _features(options) if {"rfid", "rfd"} & set(metrics) else None
@@ -90,7 +125,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
     path = options["features_path"] if net is None else None  # of one network or the other
     images = generate.of_data(config, options["split"] or "test")
     count = _count(options, images)
-    first_stage = load(options["workdir"]).first_stage
+    first_stage = _load(options).first_stage
     assert first_stage is not None  # every workdir has a first stage
     collect = functools.partial(
         reconstruction.collect_reconstructions,
@@ -119,6 +154,8 @@ def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> 
     count = _count(options, images)
     scores.check_counts(metrics, count)
     reference, reference_name = _reference(options, cache, config, net)
+    if options["save_reference"] and jax.process_index() == 0:
+        save_statistics(options["save_reference"], reference.gaussian())
     captions = None if clip is None else _captions(options, images, count)
     both: Any = net if clip is None else with_clip(net, clip)
     nets = {"features": both.name, "clip_path": None if clip is None else options["clip_path"]}
@@ -127,9 +164,7 @@ def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> 
     arrays = _collected({**options, **nets}, cache, "samples", images, count, collect)
     if clip is not None and captions is not None:
         arrays["captions"] = clip.embed_texts(captions)
-    if options["save_reference"] and jax.process_index() == 0:
-        save_statistics(options["save_reference"], reference.gaussian())
-    results = scores.score(metrics, arrays, reference, options["features"])
+    results = scores.score(metrics, arrays, reference, options["features"], options["seed"])
     return _record(options, results, images.name, reference_name)
 
 
@@ -147,19 +182,21 @@ def _captions(options: Options, images: ImageSet, count: int) -> list[str]:
     """The captions of the pictures: a model's prompts, or the prompts.txt beside the pictures."""
     if images.captions is not None:
         return images.captions(count)
-    path = Path(options["samples"] or "")
+    if options["samples"] is None:
+        raise ValueError("clip compares pictures with their prompts, but this model takes none")
+    path = Path(options["samples"])
     path = (path if path.is_dir() else path.parent) / "prompts.txt"
     lines = read_lines(path) if path.is_file() else []
-    if len(lines) < count:
+    if len(lines) != images.count:
         raise ValueError(
-            f"clip needs a caption for each of {count} pictures; {path} has {len(lines)}"
+            f"clip needs a caption for each of {images.count} pictures; {path} has {len(lines)}"
         )
     return lines[:count]
 
 
 def _samples_of_model(options: Options, config: ConfigDict) -> tuple[ImageSet, Options]:
     """Samples of the model of a workdir, and the options of its config that draw them."""
-    model, seed = load(options["workdir"]), options["seed"]
+    model, seed = _load(options), options["seed"]
     count = options["num_images"] or DEFAULT_SAMPLES
     source = data.make_source(config.data, "test")
     transform = data.make_transform(config.data, train=False)
@@ -180,12 +217,13 @@ def _reference(
 ) -> tuple[scores.Reference, str]:
     """The reference's features or statistics, and its name."""
     spec, metrics = options["reference"], options["metrics"]
-    if spec is None and set(metrics) <= set(scores.WITHOUT_REFERENCE):
+    if set(metrics) <= set(scores.WITHOUT_REFERENCE) and not (spec or options["save_reference"]):
         return scores.Reference(), "none"
     if spec is None and config is None:
         raise ValueError(f"metrics={','.join(metrics)} need --reference")
     if net is None:
-        raise ValueError(f"metrics={','.join(metrics)} need no --reference: leave it out")
+        flag = "save_reference" if spec is None else "reference"
+        raise ValueError(f"metrics={','.join(metrics)} need no --{flag}: leave it out")
     if spec is not None and spec.endswith(".npz") and Path(spec).is_file():
         with open_npz(spec) as file:
             holds_statistics = "mu" in file and "arr_0" not in file
@@ -240,8 +278,15 @@ def _collected(
         relevant += ("clip_path", "seed", "save_images", "defaults", *SAMPLING)
     if kind == "reconstructions":
         relevant += ("metrics", "lpips")
-    work = {"kind": kind, "of": images.name, "count": count}
-    folder = cache_folder(cache, work | {name: options[name] for name in relevant})
+    work: dict[str, Any] = {name: options[name] for name in relevant}
+    work |= {"kind": kind, "of": images.name, "version": images.version, "count": count}
+    for name in ("features_path", "clip_path", "save_images"):
+        if work.get(name):
+            work[name] = os.path.abspath(work[name])
+    folder = cache_folder(cache, work)
+    kept = work.get("save_images")
+    if kept and jax.process_index() == 0 and not (Path(kept) / "00000.png").exists():
+        (folder / PROGRESS).unlink(missing_ok=True)  # the pictures aren't there any more
     with Progress(count, unit="image") as progress:
 
         def report(done: int) -> None:

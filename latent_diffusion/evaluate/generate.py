@@ -13,7 +13,7 @@ from latent_diffusion import data
 from latent_diffusion.core.rng import seed_key
 from latent_diffusion.core.types import Config
 from latent_diffusion.evaluate.collect import CHUNK
-from latent_diffusion.evaluate.images import ImageSet
+from latent_diffusion.evaluate.images import ImageSet, version_of
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
 from latent_diffusion.runtime.metrics import to_uint8
@@ -120,4 +120,4 @@ def of_data(config: Config, split: str) -> ImageSet:
         return to_uint8(np.stack([example["image"] for example in seen]))
 
     name = f"{config.data.name}@{split}"
-    return ImageSet(name, len(source), read)
+    return ImageSet(name, len(source), read, version=version_of(getattr(source, "paths", ())))

@@ -1,6 +1,7 @@
 """Sets of pictures to score: a folder, an ADM-style `.npz`, or a prepared TFDS data set."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,27 @@ GRID = "grid.png"  # sample.py writes it beside the samples
 class ImageSet:
     """`count` pictures of equal size; read(start, stop) returns them as uint8 [n H W 3].
 
-    captions(n): the captions of the first n pictures; None without captions.
+    captions(n): the captions of the first n pictures; None without captions. version: tells files
+    from others of the same names (see `version_of`); "" for pictures that aren't files.
     """
 
     name: str
     count: int
     read: Callable[[int, int], np.ndarray]
     captions: Callable[[int], list[str]] | None = None
+    version: str = ""
+
+
+def version_of(paths: Iterable[Path]) -> str:
+    """A hash of the places, sizes and times of some files; "" without files."""
+    found = []
+    for path in paths:
+        try:
+            status = path.stat()
+            found.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append((str(path.absolute()), 0, 0))  # a link to nowhere
+    return hashlib.sha256(repr(found).encode()).hexdigest() if found else ""
 
 
 def open_images(spec: str, image_size: int = 0) -> ImageSet:
@@ -67,7 +82,7 @@ def _stacked(named: list[tuple[str, np.ndarray]], image_size: int) -> np.ndarray
 
 def _open_folder(folder: Path, image_size: int) -> ImageSet:
     paths = [path for path in pictures.files(folder) if pictures.is_picture(path)]
-    paths = [path for path in paths if path.name != GRID]
+    paths = sorted((path for path in paths if path.name != GRID), key=_by_number)
     if not paths:
         raise ValueError(f"{folder} holds no images ({' '.join(sorted(pictures.SUFFIXES))})")
     if not image_size:
@@ -80,7 +95,12 @@ def _open_folder(folder: Path, image_size: int) -> ImageSet:
             raise _unreadable(paths, folder, error) from None
         return _stacked(named, image_size)
 
-    return ImageSet(str(folder), len(paths), read)
+    return ImageSet(str(folder), len(paths), read, version=version_of(paths))
+
+
+def _by_number(path: Path) -> tuple[str, int, str]:
+    """A key that puts 100000.png, which `sample.py` writes, after 99999.png."""
+    return str(path.parent), len(path.stem) * path.stem.isdigit(), path.name
 
 
 def _check_sizes(paths: list[Path], folder: Path) -> None:
@@ -127,7 +147,7 @@ def _open_npz(path: Path, image_size: int) -> ImageSet:
     def read(start: int, stop: int) -> np.ndarray:
         return np.stack([_square(image, image_size) for image in images[start:stop]])
 
-    return ImageSet(str(path), len(images), read)
+    return ImageSet(str(path), len(images), read, version=version_of([path]))
 
 
 def _open_tfds(spec: str, image_size: int) -> ImageSet:

@@ -42,7 +42,8 @@ class Reference:
         return self.features
 
 
-Metric = Callable[[Arrays, Reference, str], dict[str, Measured]]  # str: the net's name
+# The last two arguments: the net's name, the seed of random parts of the pictures.
+Metric = Callable[[Arrays, Reference, str, int], dict[str, Measured]]
 
 
 def _named(name: str, net: str) -> str:
@@ -55,18 +56,23 @@ def frechet_name(net: str) -> str:
     return _named("fd", net)
 
 
-def _frechet(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
+def _frechet(arrays: Arrays, reference: Reference, net: str, _: int) -> dict[str, Measured]:
     name = frechet_name(net)
     return {name: measure_frechet(arrays["features"], reference.gaussian(), name)}
 
 
-def _kernel(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
+def _kernel(arrays: Arrays, reference: Reference, net: str, seed: int) -> dict[str, Measured]:
     name = _named("kd", net)
-    return {name: measure_kernel(arrays["features"], reference.points(name), name)}
+    points = reference.points(name)
+    return {name: measure_kernel(arrays["features"], points, name, seed=seed)}
+
+
+def _inception(arrays: Arrays, _: Reference, net: str, seed: int) -> dict[str, Measured]:
+    return {"inception_score": measure_inception_score(arrays["logits"], seed=seed)}
 
 
 def _of_points(measure: Callable[..., dict[str, Measured]], metric: str) -> Metric:
-    def run(arrays: Arrays, reference: Reference, net: str) -> dict[str, Measured]:
+    def run(arrays: Arrays, reference: Reference, net: str, _: int) -> dict[str, Measured]:
         results = measure(arrays["features"], reference.points(metric))
         return {_named(name, net): value for name, value in results.items()}
 
@@ -76,7 +82,7 @@ def _of_points(measure: Callable[..., dict[str, Measured]], metric: str) -> Metr
 METRICS: dict[str, Metric] = {
     "fid": _frechet,
     "kid": _kernel,
-    "is": lambda arrays, *_: {"inception_score": measure_inception_score(arrays["logits"])},
+    "is": _inception,
     "fd": _frechet,
     "kd": _kernel,
     "pr": _of_points(measure_precision_recall, "pr"),
@@ -112,11 +118,14 @@ def check_counts(metrics: Sequence[str], count: int) -> None:
 
 
 def score(
-    metrics: list[str], arrays: Arrays, reference: Reference, net: str
+    metrics: list[str], arrays: Arrays, reference: Reference, net: str, seed: int = 0
 ) -> dict[str, Measured]:
-    """All results of `metrics`. arrays: outputs of the feature net `net` for samples."""
+    """All results of `metrics`. arrays: outputs of the feature net `net` for samples.
+
+    seed: chooses the subsets of the kernel distance and the parts of the Inception score.
+    """
     check_metrics(metrics, net)
     results: dict[str, Measured] = {}
     for metric in metrics:
-        results |= METRICS[metric](arrays, reference, net)
+        results |= METRICS[metric](arrays, reference, net, seed)
     return results
