@@ -85,6 +85,10 @@ def check(
 
     for program in programs:
         lookup(dict.fromkeys(["train", "sample"]), program, "program")
+    if config.task not in DENOISERS and "train" not in programs:
+        raise ValueError(
+            f"the program sample is for {' and '.join(DENOISERS)}, not for task {config.task!r}"
+        )
     _, chip, _ = parse_topology(topology)
     memory = int(chip.memory * GIB)
     options = {"optimization_level": LOWEST_LEVEL} if quick else {}
@@ -93,7 +97,7 @@ def check(
     devices = topology_devices(topology)
     config = config.copy_and_resolve_references().unlock()
     plain = config.copy_and_resolve_references()
-    for part in (plain[plain.backbone], plain.autoencoder):
+    for part in (plain.get(plain.backbone, {}), plain.autoencoder):
         if "attention" in part:
             part.attention = "xla"  # it has no loops or kernels, which are hard to count
     if chip.platform == "cuda":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -51,6 +52,8 @@ def test_other_bad_input_is_one_line(here):
         compile_check.check(several.make_config(), "v5e:2x4", ["eval"])
     with pytest.raises(ValueError, match="batch_size=12 doesn't divide over 8 devices"):
         compile_check.check(several.make_config(batch_size=12), "v5e:2x4", ["train"])
+    with pytest.raises(ValueError, match="is for denoising and distillation, not for task 'autoen"):
+        compile_check.check(several.make_config(task="autoencoding"), "v5e:2x4", ["sample"])
 
 
 def test_a_sampler_in_half_precision_decodes_in_float32():
@@ -71,6 +74,7 @@ def test_the_devices_are_those_of_the_topology(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"backbone": "unett"}, "unknown backbone 'unett'; known: dit"),
         ({"parallel.mode": "ddp"}, "unknown parallel mode 'ddp'"),
         ({"parallel.mesh": {"data": 3}}, "mesh data 3 × fsdp 1 × tensor 1 needs 3 devices"),
         ({"parallel.mesh": {"data": 4, "tensor": 2}, "batch_size": 6}, "over 4 devices"),
@@ -114,11 +118,20 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     file = tmp_path / "results.json"
     for _ in range(2):  # the second replaces the first
         compile_check.write_json(file, config, "tiny", "v5e:2x4", [train, sample])
-    names = [(row["config"], row["program"]) for row in json.loads(file.read_text())]
-    assert names == [("tiny", "sample"), ("tiny", "train")]
+    counts = [row._replace(peak=0, network=None) for row in (train, sample)]
+    compile_check.write_json(file, config, "tiny", "v5e:2x4", counts)  # they replace nothing
+    rows = json.loads(file.read_text())
+    assert [(row["config"], row["program"]) for row in rows] == [
+        ("tiny", "sample"),
+        ("tiny", "train"),
+    ]
+    assert [row["peak"] for row in rows] == [sample.peak, train.peak]
 
     (counted,) = compile_check.check(config, "v5e:2x4", ["train"], compile=False)
     assert counted.flops == train.flops and counted.peak == 0
+    alone = several.make_config(**{"parallel.mode": "single"})
+    (single,) = compile_check.check(alone, "v5e:2x4", ["train"], compile=False)
+    assert single.mode == "pmap" and single.flops == 8 * counted.flops  # per chip
     assert train.arguments - counted.arguments < 2**20  # the batch
 
     given = {"compile": False, "params": "bfloat16"}
@@ -142,6 +155,17 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     config.parallel.mode = "pmap"
     (known,) = compile_check.check(config, "v5e:2x4", ["train"])
     assert known.problem.startswith("state and constants alone take") and known.seconds == 0
+
+
+def test_a_plan_beyond_the_memory_of_a_gpu_is_a_problem():
+    """Its compiler doesn't refuse it."""
+    planned = SimpleNamespace(peak_memory_in_bytes=3 * GIB, argument_size_in_bytes=GIB)
+    compiled = SimpleNamespace(memory_analysis=lambda: planned, as_text=lambda: "")
+    lowered = SimpleNamespace(compile=lambda options: compiled)
+    row = Checked("train", "pmap", 0, 1.0)
+    fits, small = (compile_check._compile(lowered, row, n * GIB, {}) for n in (3, 2))
+    assert fits == row._replace(arguments=GIB, peak=3 * GIB, network={})
+    assert small == fits._replace(problem="needs 3.0 GiB")
 
 
 @pytest.mark.parametrize(

@@ -418,7 +418,7 @@ def test_what_is_written_behind_plan_reaches_the_call(rate):
     flags += ["--config.parallel.mode=mesh", "--config.parallel.mesh.fsdp=4"]
     facts, topology, given = python(PLAN, *flags, *([f"--images_per_core={rate}"] if rate else []))
     assert facts == [1, 2, 3, 4, 5, rate or [7, "kl_f4", "file"]] and topology == "v5e:2x2"
-    asked = {"batch_size": 10, "num_steps": 7, "images": 9, "shares": 4}
+    asked = {"batch_size": 10, "num_steps": 7, "images": 9, "parts": 4, "shares": 4}
     assert given == {**asked, "checkpoint_steps": 5000, "picture": 3e3, "storage_rate": 5e8}
 
 

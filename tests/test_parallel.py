@@ -344,9 +344,12 @@ ENTRY %main.9 (a: f32[8]) -> f32[8] {
   %h = bf16[4,4]{1,0} all-gather-done(%g)
   %s = (f32[8]{0}, f32[2]{0}, pred[3]{0}) all-reduce-start(%a, %b, %c), to_apply=%add.1
   %d = (f32[8]{0}, f32[2]{0}, pred[3]{0}) all-reduce-done(%s)
+  %r = ((f32[2], f32[4]), (f32[8], f32[16])) reduce-scatter-start(%a, %y), dimensions={0}
+  %e = (f32[8]{0}, f32[16]{0}) reduce-scatter-done(%r)
 }
 """  # noqa: E501
-    assert hlo.total_bytes(text) == {"all-reduce": 5 * 32 + 32 + 8 + 3, "all-gather": 32}
+    parts = {"all-reduce": 5 * 32 + 32 + 8 + 3, "all-gather": 32, "reduce-scatter": 32 + 64}
+    assert hlo.total_bytes(text) == parts
     assert host_transfers(text + '  %s = f32[] custom-call(), custom_call_target="callback"')
 
 
@@ -547,6 +550,9 @@ def test_fsdp_leaves_small_and_indivisible_arrays_whole():
         "exact": ("fsdp", None),
         "large": ("fsdp", None),
     }
+    usual = {n: jax.ShapeDtypeStruct((n, 1024), jnp.float32) for n in (1016, 1024)}  # up to 4 MiB
+    shardings = parallel.infer_shardings(usual, mesh, [(".*", "fsdp")])
+    assert [tuple(s.spec) for s in shardings.values()] == [(), ("fsdp", None)]
 
 
 def test_describe_counts_bytes_per_device():

@@ -9,7 +9,7 @@ import several
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from configs import openmoji_preview
+from configs import openmoji_layout, openmoji_preview, openmoji_prior
 from latent_diffusion.models.first_stage import init_first_stage, make_autoencoder
 from latent_diffusion.runtime.parallel import chips
 from latent_diffusion.training import planning
@@ -58,30 +58,34 @@ def test_a_report_says_what_binds_and_whether_it_fits():
     assert "DOES NOT FIT" not in fits
     with pytest.raises(ValueError, match="unknown chip 'v9'; known: a100"):
         plan(FACTS, "v9:4x4", **RUN)
-    with pytest.raises(ValueError, match="batch_size 8 isn't a multiple of the 16 chips"):
+    with pytest.raises(ValueError, match="batch_size 8 isn't a multiple of 16, the number of its parts"):
         plan(FACTS, "v5e:4x4", **{**RUN, "batch_size": 8})
     assert set(planning.HOSTS) == set(chips.CHIPS)
 
 
 @pytest.mark.parametrize(
-    ("mode", "mesh", "shares"),
+    ("mode", "mesh", "cuts"),
     [
-        ("pmap", {"data": -1, "fsdp": 1, "tensor": 1}, 1),
-        ("mesh", {"data": -1, "fsdp": 1, "tensor": 1}, 1),
-        ("mesh", {"data": 1, "fsdp": -1, "tensor": 1}, 16),
-        ("mesh", {"data": 2, "fsdp": -1, "tensor": 2}, 8),
+        ("pmap", {"data": -1, "fsdp": 1, "tensor": 1}, (16, 1)),
+        ("mesh", {"data": -1, "fsdp": 1, "tensor": 1}, (16, 1)),
+        ("mesh", {"data": 1, "fsdp": -1, "tensor": 1}, (16, 16)),
+        ("mesh", {"data": 2, "fsdp": -1, "tensor": 2}, (8, 8)),
+        ("mesh", {"data": -1, "fsdp": 4}, (16, 4)),
     ],
 )
-def test_the_state_is_cut_over_fsdp_and_tensor(mode, mesh, shares):
+def test_the_batch_is_cut_over_data_and_fsdp_and_the_state_over_fsdp_and_tensor(mode, mesh, cuts):
     settings = ConfigDict({"mode": mode, "mesh": mesh})
-    assert planning.num_shares(settings, "v5e:4x4") == shares
+    assert planning.cuts(settings, "v5e:4x4") == cuts
 
 
-@pytest.mark.parametrize("mesh", [{"data": -1, "fsdp": 32}, {"data": 2, "fsdp": 4}])
-def test_a_mesh_of_other_chips_is_refused(mesh):
-    settings = ConfigDict({"mode": "mesh", "mesh": {"tensor": 1, **mesh}})
-    with pytest.raises(ValueError, match=r"parallel\.mesh=.* doesn't fit the 16 chips of v5e:4x4"):
-        planning.num_shares(settings, "v5e:4x4")
+def test_a_plan_takes_the_batches_and_meshes_that_training_takes():
+    eight = plan(FACTS, "v5e:4x4", **{**RUN, "batch_size": 8}, parts=8, shares=2)
+    assert eight.seconds["compute"] == pytest.approx(8 / 16 / 1000)  # 16 chips share the work
+    with pytest.raises(ValueError, match="batch_size 12 isn't a multiple of 8, the number of its parts"):
+        plan(FACTS, "v5e:4x4", **{**RUN, "batch_size": 12}, parts=8)
+    for mesh in ({"data": 64, "fsdp": 4}, {"data": 64, "fsdp": -1}):
+        with pytest.raises(ValueError, match=r"mesh data 64 × .* but there are 16"):
+            planning.cuts(ConfigDict({"mode": "mesh", "mesh": mesh}), "v5e:4x4")
 
 
 @pytest.mark.parametrize("regularization", ["kl", "vq", "identity"])
@@ -97,6 +101,21 @@ def test_latents_of_a_picture_and_its_mirror_image_are_counted_in_bfloat16(regul
     assert planning._latent_bytes(config) == stored
 
 
+def test_latents_of_a_prior_are_codes():
+    config = openmoji_prior.get_config("smoke")
+    side = config.data.image_size // make_autoencoder(config.autoencoder).downsampling
+    assert planning._latent_bytes(config) == 2 * 4 * side**2
+
+
+def test_pictures_of_layouts_are_measured_without_their_boxes():
+    assert planning.measure(openmoji_layout.get_config("smoke")) > 10
+
+
+def test_a_backbone_that_is_none_is_one_line():
+    with pytest.raises(ValueError, match="unknown backbone 'unett'; known: dit"):
+        planning.count(several.make_config(backbone="unett"))
+
+
 def test_facts_are_counted_once_and_remembered(tmp_path):
     config = several.make_config(**{"batch_size": 8})
     facts = planning.known_facts(config, "tiny", str(tmp_path / "facts.json"))
@@ -104,7 +123,9 @@ def test_facts_are_counted_once_and_remembered(tmp_path):
     assert facts.state > 3 * facts.gradients > 0  # parameters, average, two moments
     (tmp_path / "facts.json").write_text(json.dumps({"tiny": FACTS._asdict()}))
     assert planning.known_facts(config, "tiny", str(tmp_path / "facts.json")) == FACTS
-    assert planning.known_facts(config, "other", None).flops == facts.flops
+    more = {"batch_size": 16, "grad_accumulation": 2, "unet.remat": "full"}
+    other = planning.known_facts(several.make_config(**more), "other", None)
+    assert other.flops == facts.flops  # of a picture, without recomputation
 
 
 def test_the_key_of_facts_is_of_the_experiment():

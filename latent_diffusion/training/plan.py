@@ -23,10 +23,15 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.", l
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 ...")
 IMAGES = flags.DEFINE_integer("images", None, "Pictures of the data set.", lower_bound=1)
 PER_CORE = flags.DEFINE_float(
-    "images_per_core", None, "Pictures per second that a core prepares; by default measured."
+    "images_per_core",
+    None,
+    "Pictures per second that a core prepares; by default measured.",
+    lower_bound=1e-3,
 )
 PICTURE = flags.DEFINE_float("picture_kb", 107.0, "Size of a stored picture, as ImageNet's JPEGs.")
-STORAGE = flags.DEFINE_float("storage_rate", 1.0, "GB/s that a host reads from its storage.")
+STORAGE = flags.DEFINE_float(
+    "storage_rate", 1.0, "GB/s that a host reads from its storage.", lower_bound=1e-3
+)
 FACTS = flags.DEFINE_string("facts", None, "JSON file that stores the counts.")
 
 
@@ -40,6 +45,7 @@ def main(_: list[str]) -> None:
     config = CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
+        parts, shares = planning.cuts(config.parallel, str(TOPOLOGY.value))
         facts = planning.known_facts(config, planning.key(name, config), FACTS.value)
         if PER_CORE.value:
             facts = facts._replace(images_per_core=PER_CORE.value)
@@ -49,7 +55,8 @@ def main(_: list[str]) -> None:
             batch_size=config.batch_size,
             num_steps=config.num_steps,
             images=int(IMAGES.value or 1),
-            shares=planning.num_shares(config.parallel, str(TOPOLOGY.value)),
+            parts=parts,
+            shares=shares,
             checkpoint_steps=config.checkpoint.every_steps,
             picture=1e3 * PICTURE.value,
             storage_rate=1e9 * STORAGE.value,

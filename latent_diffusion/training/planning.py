@@ -3,13 +3,13 @@
 import hashlib
 import io
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from latent_diffusion import data
@@ -75,7 +75,7 @@ def count(config: Any) -> Facts:
     """The facts of an experiment, from shapes and a measurement on this machine."""
     config = config.copy_and_resolve_references().unlock()
     config.batch_size = config.grad_accumulation = 1
-    for part in (config[config.backbone], config.autoencoder):
+    for part in (config.get(config.backbone, {}), config.autoencoder):
         if "attention" in part:
             part.attention = "xla"
         if "remat" in part:
@@ -100,6 +100,8 @@ def _latent_bytes(config: Any) -> int:
         return 0
     module = make_autoencoder(stage)
     side = config.data.image_size // module.downsampling
+    if config.task == "prior":  # whose shards hold codes of 32 bits
+        return 2 * 4 * side**2
     numbers = 2 if stage.regularization == "kl" else 1
     return 2 * 2 * numbers * side**2 * module.latent_channels
 
@@ -110,7 +112,8 @@ def measure(config: Any) -> float:
     levels = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG")
-    transform = data.make_transform(config.data, train=True)
+    without_boxes = ConfigDict({**dict(config.data), "layout": {}})  # which no JPEG has
+    transform = data.make_transform(without_boxes, train=True)
     start = time.process_time()
     for seed in range(MEASURED):
         file.seek(0)
@@ -125,13 +128,16 @@ def plan(
     batch_size: int,
     num_steps: int,
     images: int,
+    parts: int | None = None,
     shares: int = 1,
     checkpoint_steps: int = 0,
     picture: float = 107e3,
     storage_rate: float = 1e9,
 ) -> Plan:
-    """The lower bounds of a run. shares: number of shards of the state. picture: bytes per picture.
+    """The lower bounds of a run.
 
+    parts, shares: the numbers of parts of the batch, by default one for each chip, and of shards of
+    the state (see `cuts`). picture: bytes per picture.
     Raises ValueError for an unknown chip and for a batch that the chips can't share. An all-reduce
     over n chips sends 2 (n − 1)/n of the gradients over each chip's links; FSDP sends as many bytes
     of gradients and parameters together.
@@ -140,8 +146,9 @@ def plan(
     chips = num_chips(topology)
     in_host, cores = HOSTS[name]
     hosts = -(-chips // in_host)
-    if batch_size % chips:
-        raise ValueError(f"batch_size {batch_size} isn't a multiple of the {chips} chips")
+    parts = parts or chips
+    if batch_size % parts:
+        raise ValueError(f"batch_size {batch_size} isn't a multiple of {parts}, the number of its parts")
     traffic = 2 * facts.state / shares + facts.constants
     seconds = {
         "compute": batch_size * facts.flops / (chips * chip.tflops * 1e12),
@@ -168,19 +175,16 @@ def plan(
     )
 
 
-def num_shares(settings: Any, topology: str) -> int:
-    """The number of shards of the state, by `config.parallel`, over a topology's chips.
+def cuts(settings: Any, topology: str) -> tuple[int, int]:
+    """The numbers of parts of the batch and of shards of the state over a topology's chips.
 
-    Raises ValueError for a mesh that doesn't fit the chips.
+    settings: `config.parallel`. Raises ValueError for a mesh that doesn't have as many chips.
     """
+    chips = num_chips(topology)
     if settings.mode != "mesh":
-        return 1
-    asked, chips = dict(settings.mesh), num_chips(topology)
-    rest = chips // math.prod(size for size in asked.values() if size > 0)
-    sizes = {axis: rest if size < 0 else size for axis, size in asked.items()}
-    if math.prod(sizes.values()) != chips:
-        raise ValueError(f"parallel.mesh={asked} doesn't fit the {chips} chips of {topology}")
-    return sizes["fsdp"] * sizes["tensor"]
+        return chips, 1
+    sizes = parallel.mesh_sizes(dict(settings.mesh), chips)
+    return sizes["data"] * sizes["fsdp"], sizes["fsdp"] * sizes["tensor"]
 
 
 def report(run: Plan, topology: str, batch_size: int) -> str:

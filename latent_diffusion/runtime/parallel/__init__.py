@@ -23,6 +23,7 @@ from latent_diffusion.runtime.parallel.modes import (
     check_batch_size,
     devices,
     make_mesh,
+    mesh_sizes,
     num_parts,
     process_rows,
     process_shard,

@@ -52,21 +52,7 @@ def make_mesh(
     Raises ValueError where the product isn't the number of devices.
     """
     over = jax.devices() if over is None else over
-    asked = dict(axis_sizes) if axis_sizes else {"data": -1}
-    for name in asked:
-        lookup(dict.fromkeys(MESH_AXES), name, "mesh axis")
-    sizes = {name: int(asked.get(name, 1)) for name in MESH_AXES}
-    shown = " × ".join(f"{name} {size}" for name, size in sizes.items())
-    count = len(over)
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh {shown}: sizes must be positive, and at most one may be -1")
-    product = int(np.prod([size for size in sizes.values() if size != -1]))
-    if free:
-        sizes[free[0]] = count // product
-        product *= sizes[free[0]]
-    if product != count:
-        raise ValueError(f"mesh {shown} needs {product or 'more'} devices, but there are {count}")
+    sizes = mesh_sizes(axis_sizes, len(over))
     per_process = set(Counter(device.process_index for device in over).values())
     if len(per_process) > 1:
         raise ValueError(
@@ -76,6 +62,25 @@ def make_mesh(
     # With explicit axes, shardings would be part of the types of the model's arrays.
     auto = (AxisType.Auto,) * 3
     return Mesh(np.asarray(ordered).reshape(tuple(sizes.values())), MESH_AXES, axis_types=auto)
+
+
+def mesh_sizes(axis_sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """The sizes of all axes of a mesh over `count` devices; see `make_mesh`."""
+    asked = dict(axis_sizes) if axis_sizes else {"data": -1}
+    for name in asked:
+        lookup(dict.fromkeys(MESH_AXES), name, "mesh axis")
+    sizes = {name: int(asked.get(name, 1)) for name in MESH_AXES}
+    shown = " × ".join(f"{name} {size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {shown}: sizes must be positive, and at most one may be -1")
+    product = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free:
+        sizes[free[0]] = count // product
+        product *= sizes[free[0]]
+    if product != count:
+        raise ValueError(f"mesh {shown} needs {product or 'more'} devices, but there are {count}")
+    return sizes
 
 
 def devices(settings: Any, over: Sequence[Any] | None = None) -> tuple[str, Mesh | None]:
