@@ -7,8 +7,8 @@ import sys
 
 from conftest import FAST_COMPILATION, ROOT
 
-from benchmarks import first_image, ours
-from benchmarks.measure import Setting
+from benchmarks import first_image, ours, report
+from benchmarks.measure import Setting, ratios
 
 
 def test_quick_writes_rows_and_a_table(tmp_path):
@@ -25,6 +25,26 @@ def test_quick_writes_rows_and_a_table(tmp_path):
     assert encode["gflop"] > 0 and encode["ours_peak_mb"] > 50
     assert pipeline["name"] == "input_pipeline" and pipeline["images_per_second"] > 0
     assert "`encode`" in path.with_suffix(".md").read_text()
+
+
+def test_a_second_run_of_a_day_replaces_the_rows_that_it_measures(tmp_path):
+    machine = {"device": "cpu", "processor": "x", "threads": 2, "python": "3", "versions": {}}
+    machine["matmul_gflops"] = {"ours": 10.0}
+
+    def row(name, ours, theirs=None):
+        seconds = {"ours": ours} | ({} if theirs is None else {"pytorch": theirs})
+        return report.with_fractions({"name": name, **ratios(seconds), "gflop": 5.0}, 20.0)
+
+    def saved(machine, *rows):
+        path = report.save(tmp_path, machine, list(rows), ("encode", "decode"))
+        return json.loads(path.read_text())["rows"]
+
+    saved(machine, row("decode", 2.0, 4.0), row("encode", 1.0))
+    faster = {**machine, "matmul_gflops": {"ours": 11.0}}  # as every run measures again
+    encode, decode = saved(faster, row("encode", 0.5))
+    assert encode["ours_seconds"] == 0.5 and encode["ratio_to_pytorch"] is None
+    assert decode["ratio_to_pytorch"] == 0.5 and decode["pytorch_matmul_fraction"] == 5 / 4 / 20
+    assert [r["name"] for r in saved({**machine, "threads": 4}, row("encode", 1.0))] == ["encode"]
 
 
 def test_every_promised_row_has_its_call():

@@ -196,6 +196,8 @@ def test_a_scale_for_each_step_loses_those_of_the_steps_that_strength_skips():
     given = {"guidance_scale": [1, 2, 3, 4], "strength": 0.5}
     _, planned = plan(SCHEDULE, "eps", DEFAULTS, given)
     np.testing.assert_array_equal(planned.guidance_scale, [3, 4])
+    visited, _ = plan(SCHEDULE, "eps", DEFAULTS, {"num_steps": 50, "strength": 0.58})
+    assert len(visited) == 29 + 1  # 0.58 · 50 is a little less than 29 in floating point
 
 
 def test_pure_noise_tells_a_network_of_eps_nothing():

@@ -35,6 +35,18 @@ def event_file_text(workdir):
     return b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
 
 
+def shown(workdir):
+    """(name, step, number or size of the picture) of everything that TensorBoard shows."""
+    found, data = [], event_file_text(workdir)
+    while data:  # length, checksum, event, checksum
+        end = 12 + int.from_bytes(data[:8], "little")
+        event, data = event_pb2.Event.FromString(data[12:end]), data[end + 4 :]
+        for value in event.summary.value:
+            size = (value.image.height, value.image.width)
+            found.append((value.tag, event.step, value.simple_value if size == (0, 0) else size))
+    return found
+
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -51,15 +63,19 @@ def test_scalars_and_images_reach_the_workdir(tmp_path):
     ]
     png = PIL.Image.open(tmp_path / "run/images/samples_00000003.png")
     np.testing.assert_array_equal(np.asarray(png), metrics.to_uint8(image))
-    assert b"train/loss" in event_file_text(tmp_path / "run")
-    assert b"samples" in event_file_text(tmp_path / "run")
+    assert shown(tmp_path / "run") == [
+        ("train/loss", 1, 0.5),
+        ("train/loss", 3, 0.25),
+        ("samples", 3, (4, 5)),
+    ]
 
 
 def test_two_calls_for_one_step_share_a_line(tmp_path):
     with Writer(tmp_path) as writer:
         writer.scalars(1, {"loss": 1})
-        writer.scalars(2, {"loss": 2})
+        writer.scalars(2, {"loss": 2, "eval/psnr": 19.123456})
         writer.scalars(2, {"eval/psnr": 20})
+        assert read_lines(tmp_path)[-1] == {"step": 2, "loss": 2, "eval/psnr": 20}
         writer.scalars(3, {"loss": 3})
         with pytest.raises(ValueError, match="step 2 come after those of step 3"):
             writer.scalars(2, {"loss": 0})

@@ -148,7 +148,7 @@ def plan(
     hosts = -(-chips // in_host)
     parts = parts or chips
     if batch_size % parts:
-        raise ValueError(f"batch_size {batch_size} isn't a multiple of {parts}, the number of its parts")
+        raise ValueError(f"batch_size {batch_size} isn't a multiple of its {parts} parts")
     traffic = 2 * facts.state / shares + facts.constants
     seconds = {
         "compute": batch_size * facts.flops / (chips * chip.tflops * 1e12),
