@@ -15,6 +15,7 @@ from benchmarks import reference
 from benchmarks.measure import Call
 from latent_diffusion import data
 from latent_diffusion.core.rng import example_keys, sampling_keys
+from latent_diffusion.models import sampling
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.process.plan import plan
@@ -82,7 +83,8 @@ def ddim_50_cfg(folder: Path, quick: bool) -> Call:
     def sample(network, z_T, context):
         cond, null = (ldm.Conditioning(context=c) for c in (context, jnp.zeros_like(context)))
         keys = sampling_keys(example_keys(jax.random.key(0), len(z_T)))
-        return network.sample(keys, cond, null, timesteps, z_T.shape[1:], options, z_T=z_T)
+        given = (keys, cond, null, timesteps, z_T.shape[1:], options)
+        return sampling.sample(network, *given, z_T=z_T)
 
     z_t, t, context = (np.concatenate([arrays[key]] * 2) for key in ("z_t", "t", "context"))
     once = _flops_of_unet(network, z_t, t, ldm.Conditioning(context=context))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.core.rng import example_keys, init_key, normal_per_example, sampling_keys
 from latent_diffusion.core.types import Conditioning
+from latent_diffusion.models import sampling
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
@@ -59,7 +60,7 @@ def main() -> None:
 
     def once(denoiser, interval):
         timesteps, options = planned(interval)
-        return denoiser.sample(keys, cond, null, timesteps, SHAPE, options)
+        return sampling.sample(denoiser, keys, cond, null, timesteps, SHAPE, options)
 
     def every_step(denoiser, interval):
         schedule, network, (timesteps, _) = denoiser.schedule, denoiser.denoise, planned(interval)

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
 from conftest import FAST_COMPILATION, ROOT
 
-from benchmarks import first_image, ours, report
+from benchmarks import first_image, ours, prepared_sampling, reference, report
 from benchmarks.measure import Setting, ratios
+from latent_diffusion.nets.unet import UNet
+from latent_diffusion.tasks import TASKS
 
 
 def test_quick_writes_rows_and_a_table(tmp_path):
@@ -52,6 +55,32 @@ def test_every_promised_row_has_its_call():
     rows = {"unet_forward", "ddim_50_cfg", "encode", "decode", "input_pipeline", *steps}
     assert rows | {"matmul"} == set(ours.CALLS)
     assert callable(first_image.compare) and callable(ours.first_image)
+
+
+def test_guided_sampling_is_timed_as_a_call_of_its_shape(tmp_path, monkeypatch):
+    """Traced alone; `make bench BENCH=--quick` runs it."""
+    task = TASKS["denoising"](reference.denoising(True))
+    arrays = reference.inputs(True)
+    batch = {"image": arrays["z_t"], "neighbours": arrays["context"]}
+    state, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    network = task.denoiser.replace(params=state.params)
+    monkeypatch.setattr(ours, "denoiser", lambda folder, quick: network)
+    monkeypatch.setattr(ours, "_flops_of_unet", lambda *given: 1.0)
+    monkeypatch.setattr(ours, "_call", lambda call, *given, flops: jax.eval_shape(call, *given))
+    assert ours.ddim_50_cfg(tmp_path, True).shape == arrays["z_t"].shape
+
+
+def test_both_ways_of_sampling_are_timed(monkeypatch, capsys):
+    def traced(calls):
+        shapes = {jax.eval_shape(call).shape for call in calls.values()}
+        assert shapes == {(1, *prepared_sampling.SHAPE)}
+        return dict.fromkeys(calls, 1.0)
+
+    small = UNet(4, 32, (1,), 1, (1,), num_heads=4)
+    monkeypatch.setattr(prepared_sampling, "UNet", lambda *given, **fields: small)
+    monkeypatch.setattr(prepared_sampling, "median_seconds", traced)
+    prepared_sampling.main()
+    assert capsys.readouterr().out.count("ratio 1.00") == 2
 
 
 def test_pytorchs_side_runs_in_the_interpreter_that_has_it(tmp_path):

@@ -77,7 +77,6 @@ class Writer:
             self._record, self._start = {"step": step}, self._lines.tell()
         self._record |= {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         self._lines.write(json.dumps(self._record).encode() + b"\n")
-        self._lines.truncate()  # an earlier line of the step may have been longer
         self._lines.flush()
         self._check_events()
         for name, value in numbers.items():
