@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from answers import RNG, TEXT, model
+from answers import RNG, SIDE, TEXT, model
 from conftest import ROOT
 
 from latent_diffusion.core.rng import example_keys, sampling_keys, seed_key
@@ -118,6 +118,13 @@ def test_images_of_several_calls_can_be_made_in_one():
     np.testing.assert_allclose(together, np.concatenate(apart), atol=1e-6)
     with pytest.raises(ValueError, match=r"rng has \(4,\) keys; expected one key, or 3"):
         made.sample(keys, "red cat", num_images=3, mode="single")
+    others = jnp.stack([jax.random.key(seed, impl="rbg") for seed in (3, 4)])
+    want = made.sample(jnp.stack(calls), "red cat", num_images=2, mode="single")
+    got = made.sample(others, "red cat", num_images=2, mode="single")
+    np.testing.assert_array_equal(got, want)
+    for wrong in (5, jax.random.key_data(RNG)):  # the second is as jax.random.PRNGKey makes it
+        with pytest.raises(ValueError, match=r"^rng=.* must be a key: jax.random.key\(seed\)$"):
+            made.sample(wrong, "red cat", num_images=2, mode="single")
 
 
 def test_a_string_is_one_prompt():
@@ -136,6 +143,16 @@ def test_a_parameter_that_is_not_finite_is_named_instead_of_drawn():
     made = model(TEXT, bias=np.nan)
     with pytest.raises(ValueError, match=r"parameter denoiser/params/unet/bias isn't finite"):
         made.sample(RNG, "red cat", mode="single")
+
+
+def test_an_image_that_is_not_finite_is_named_by_its_number():
+    start = np.zeros((4, SIDE, SIDE, 3), np.float32)
+    start[3, 0, 0, 0] = np.nan
+    with pytest.raises(
+        ValueError, match=r"^image 3 isn't finite: its latents grew beyond all boun"
+    ):
+        made = model(TEXT, gain=1.0)
+        made.sample(RNG, ["red cat"] * 4, z_T=start, batch_size=2, mode="single")
 
 
 BROKEN = """

@@ -4,7 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion.core.rng import bernoulli_per_example, example_keys, init_key, seed_key
+from latent_diffusion.core.rng import (
+    bernoulli_per_example,
+    example_keys,
+    init_key,
+    normal_per_example,
+    seed_key,
+)
 
 
 def test_an_example_has_its_key_on_whatever_device_it_lies():
@@ -17,6 +23,16 @@ def test_an_example_has_its_key_on_whatever_device_it_lies():
 
     parts = jax.pmap(part, "batch")(np.zeros(8))
     np.testing.assert_array_equal(np.asarray(parts).reshape(16, -1), whole)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_an_example_draws_alone_by_any_generator_of_jax(impl):
+    """Under vmap the generator `rbg` would draw by the first key for all."""
+    keys = example_keys(jax.random.key(3, impl=impl), 4)
+    want = example_keys(jax.random.key(3), 4)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys, want)))
+    noise = normal_per_example(keys, (2,))
+    np.testing.assert_array_equal(normal_per_example(keys[2:], (2,)), noise[2:])
 
 
 def test_a_probability_is_that_of_true():

@@ -112,7 +112,18 @@ def example_keys(rng: Key[Array, ""], batch_size: int, axis_name: str | None = N
 
 def keys_of_examples(rng: Key[Array, ""], index: Int[Array, " B"]) -> Keys:
     """The keys of the examples with these global indices."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+    return jax.vmap(jax.random.fold_in, (None, 0))(independent(rng), index)
+
+
+def independent(keys: Key[Array, "*B"]) -> Key[Array, "*B"]:
+    """The keys, but those of JAX's `rbg` and `unsafe_rbg` as keys of `threefry2x32`.
+
+    Under vmap JAX draws by the first `rbg` key alone, so that the noise of an example would depend
+    on its companions.
+    """
+    if "rbg" not in str(jax.random.key_impl(keys)):
+        return keys
+    return jax.random.wrap_key_data(jax.random.key_data(keys)[..., :2], impl="threefry2x32")
 
 
 def split_per_example(keys: Keys, num: int) -> tuple[Keys, ...]:

@@ -8,6 +8,7 @@ host; those that do can't be stored on disk.
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_diffusion.convert.adapters import adapted
-from latent_diffusion.core.rng import keys_of_examples, sampling_keys
-from latent_diffusion.core.trees import leaves_by_path
+from latent_diffusion.core.rng import independent, keys_of_examples, sampling_keys
+from latent_diffusion.core.trees import is_key, leaves_by_path
 from latent_diffusion.core.types import Array, Batch, Keys
 from latent_diffusion.generation import controls, guides, image_prompts
 from latent_diffusion.models.sampling import begin, denoise_of, finish, noise_keys
@@ -90,6 +91,8 @@ def run(
     denoiser. Raises ValueError, in one line, if an image isn't finite.
     """
     total = len(batch["index"])
+    if not is_key(rng):
+        raise ValueError(f"rng={reprlib.repr(rng)} must be a key: jax.random.key(seed)")
     if rng.shape not in ((), (total,)):
         raise ValueError(f"rng has {rng.shape} keys; expected one key, or {total} for the images")
     rows = batch_rows(total, batch_size, parallel.num_parts(mode))
@@ -99,13 +102,15 @@ def run(
     for start in range(0, total, rows):
         index = np.minimum(np.arange(start, start + rows), total - 1)  # repeat the last
         part = {key: value[index] for key, value in batch.items()}
-        keys = rng[index] if rng.ndim else keys_of_examples(rng, jnp.asarray(part["index"]))
+        indices = jnp.asarray(part["index"])
+        keys = independent(rng[index]) if rng.ndim else keys_of_examples(rng, indices)
         part["keys"] = np.asarray(jax.random.key_data(keys))
         part = parallel.process_rows(part, mode)
-        inputs = (leaves, planned, part, rng if rng.ndim == 0 else rng[0])
+        inputs = (leaves, planned, part, keys[0])
         if any(function is not None for function in watch):
             num_batches = None if images else -(-total // rows)
-            images.append(_watched(structures, inputs, watch, num_batches))
+            count = min(rows, total - start)
+            images.append(_watched(structures, inputs, watch, count, num_batches))
         else:
             images.append(_compiled(*structures, images_of or _sample)(*inputs))
         _check_finite(images[-1], start, networks)
@@ -113,10 +118,15 @@ def run(
 
 
 def _watched(
-    structures: tuple[Any, ...], inputs: tuple[Any, ...], watch: Watch, num_batches: int | None
+    structures: tuple[Any, ...],
+    inputs: tuple[Any, ...],
+    watch: Watch,
+    count: int,
+    num_batches: int | None,
 ) -> np.ndarray:
     """The images of a batch, and calls of the functions of `watch` at each evaluation.
 
+    count: the number of its images; the other rows are padding, which `preview` doesn't see.
     num_batches: of the whole call, for its first batch, which tells `progress` their number.
     """
     mode, (leaves, planned, batch, rng) = structures[0], inputs
@@ -136,7 +146,7 @@ def _watched(
             watch.progress(t)
         made["state"] = run_part(_evaluate)
         if watch.preview is not None:
-            watch.preview(t, parallel.gathered(made["state"].seen, mode))
+            watch.preview(t, parallel.gathered(made["state"].seen, mode)[:count])
         jax.block_until_ready(made["state"].z)  # else `progress` would run ahead
     images: np.ndarray = run_part(_end)
     return images
