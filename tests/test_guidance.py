@@ -127,6 +127,7 @@ def test_several_prompts():
     ("chosen", "beside"),
     [
         ({}, {}),
+        ({"guidance_rescale": 0.5}, {}),
         ({"cfg_pp": True}, {}),
         ({"perpendicular": 0.5}, {"negative": OTHER}),
         ({}, {"weights": [0.5]}),

@@ -134,7 +134,8 @@ def classifier_free(
         null, cond = evaluate(z_t, t)
         pred = null + _scale_at(scale, t, null) * (cond - null)
         if rescale is not None:
-            size = z_t.shape[-1]  # further channels are a learned variance
+            # Further channels aren't guided, or are a learned variance.
+            size = z_t.shape[-1] if channels is None else channels
             spread = _std(cond[..., :size]) / _std(pred[..., :size])
             pred = pred.at[..., :size].multiply(1 + rescale * (spread - 1))
         return to_z_0_and_eps(kind, pred, schedule.alpha_t(t), schedule.sigma_t(t), z_t)
