@@ -498,6 +498,10 @@ def test_a_picture_that_is_a_condition_may_be_the_start_as_well():
     made = reading({"clip_image": {**sizes, "projection_dim": 6}})
     kept = made.sample(RNG, image=IMAGES[:1], strength=0.0, mode="single")
     CLOSE(kept, IMAGES[:1])
+    # As a condition alone it has any size, also one that f doesn't divide.
+    made = made.replace(first_stage=made.first_stage.replace(module=Coarse(3)))
+    with pytest.raises(ValueError, match="parallel mode"):  # before anything is compiled
+        made.sample(RNG, image=noise(1, 9, 7, 3), mode="none")
 
 
 class Both(Reading):
@@ -558,6 +562,23 @@ def test_a_call_with_a_refiner_is_two_calls_bitwise():
     ):
         with pytest.raises(ValueError, match=message):
             base.sample(RNG, **{**given, **changes})
+
+
+class Counter:
+    """A progress function with a total."""
+
+    total, calls = None, 0
+
+    def __call__(self, t):
+        self.calls += 1
+
+
+def test_progress_with_a_refiner_reaches_the_total_of_both_models():
+    sizes = {"sizes": {"width": 6}}
+    base, other = mixing(sizes, 0.0), mixing(sizes, 0.3)
+    counter = Counter()
+    base.sample(RNG, num_steps=5, mode="single", refiner=(other, 0.4), progress=counter)
+    assert counter.calls == counter.total == 5
 
 
 def test_a_refiner_fills_the_hole_of_the_first_model():
@@ -678,8 +699,25 @@ def test_a_latent_with_any_pixel_of_the_hole_is_made_anew():
 
 
 def test_previews_are_estimates_of_the_latents():
-    seen = []
-    sample(preview=lambda t, z_0: seen.append((int(t), z_0)), guidance_scale=1.0)
-    assert {t for t, _ in seen} == {999}
-    z_0 = np.concatenate([z_0 for _, z_0 in seen])
-    CLOSE(z_0 / SCALE + SHIFT, pixels(told(*PROMPTS)))
+    """Without the rows that fill a batch: three images are computed as four."""
+    seen, prompts = [], (*PROMPTS, "green")
+    sample(prompts, preview=lambda t, z_0: seen.append((int(t), z_0)), guidance_scale=1.0)
+    ((t, z_0),) = seen
+    assert t == 999
+    CLOSE(z_0 / SCALE + SHIFT, pixels(told(*prompts)))
+
+
+class Telling(Identity):
+    """A first stage whose pictures tell the height of the latent."""
+
+    def decode(self, z):
+        return jnp.full_like(z, z.shape[1] / 10)
+
+
+def test_the_decoder_sees_tiles_as_well():
+    made = model(TEXT)
+    made = made.replace(
+        first_stage=made.first_stage.replace(module=Telling(3)),
+        denoiser=made.denoiser.replace(network=Mixing()),
+    )
+    CLOSE(sample(made=made, guidance_scale=1.0, tile_size=2, tile_overlap=0), 0.2)

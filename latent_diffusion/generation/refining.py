@@ -31,8 +31,32 @@ def sample(model: Any, refiner: Any, rng: Any, call: Mapping[str, Any]) -> np.nd
         second["image"] = None
     _check_meeting(denoisers, (model.defaults, other.defaults), share, call)
     second["z_T"] = model.sample(rng, **first)
+    if call.get("progress") is not None:
+        second["progress"] = _GoesOn(call["progress"])
     images: np.ndarray = other.sample(rng, **second)
     return images
+
+
+class _GoesOn:
+    """A progress function that goes on: its `total`, if it has one, becomes that of both calls."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress, self._before = progress, getattr(progress, "total", None)
+
+    @property
+    def total(self) -> int | None:
+        """The number of evaluations of both models."""
+        total: int | None = getattr(self._progress, "total", None)
+        return total
+
+    @total.setter
+    def total(self, total: int) -> None:
+        if hasattr(self._progress, "total"):
+            self._progress.total = (self._before or 0) + total
+
+    def __call__(self, t: Any) -> None:
+        """Pass an evaluation on."""
+        self._progress(t)
 
 
 def _checked(refiner: Any) -> tuple[Any, float]:

@@ -1,6 +1,7 @@
 """Samples from a trained model to disk, for `sample.py`."""
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from latent_diffusion.core.rng import seed_key
 from latent_diffusion.data import pictures
@@ -20,7 +20,7 @@ from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.loading import load
 from latent_diffusion.generation.start_picture import fitted
 from latent_diffusion.runtime import processes
-from latent_diffusion.runtime.metrics import image_grid, to_uint8
+from latent_diffusion.runtime.metrics import as_picture, image_grid, to_uint8
 
 
 def read_prompts(prompts: str | None, prompts_file: str | None) -> list[str] | None:
@@ -28,6 +28,10 @@ def read_prompts(prompts: str | None, prompts_file: str | None) -> list[str] | N
     if prompts is not None and prompts_file is not None:
         raise ValueError("give --prompts or --prompts_file, not both")
     if prompts is not None:
+        try:
+            prompts.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{prompts!r} has bytes that aren't UTF-8") from None
         return [prompt.strip() for prompt in prompts.split(";")]
     if prompts_file is not None:
         return read_lines(Path(prompts_file))
@@ -101,7 +105,8 @@ class ProgressBar:
 
     @total.setter
     def total(self, total: int) -> None:
-        self._bar.reset(total)
+        self._bar.total = total
+        self._bar.refresh()
 
     def __call__(self, t: Any) -> None:
         """Count one evaluation."""
@@ -205,22 +210,25 @@ def sample_to_disk(
     if height or width:
         options["image_size"] = size
     options |= _fitted(model.conditioner.keys, size, options)
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # better an error now than after the sampling
     start = time.perf_counter()
     images = to_uint8(model.sample(rng, prompts, class_labels, num_images=num_images, **options))
     seconds = time.perf_counter() - start
     if jax.process_index() != 0:
         return images
-    out.mkdir(parents=True, exist_ok=True)
     if (out / "prompts.txt").is_file():  # a line for each picture of an earlier call
-        for i in range(len(images), len((out / "prompts.txt").read_bytes().splitlines())):
+        for i in range(len(images), (out / "prompts.txt").read_bytes().count(b"\n")):
             (out / f"{i:05d}.png").unlink(missing_ok=True)
     for i, image in enumerate(images):
-        Image.fromarray(image).save(out / f"{i:05d}.png")
-    Image.fromarray(image_grid(images, columns=num_images)).save(out / "grid.png")
+        as_picture(image).save(out / f"{i:05d}.png")
+    as_picture(image_grid(images, columns=num_images)).save(out / "grid.png")
     np.savez(out / "samples.npz", images)  # key arr_0, as ADM's evaluation reads it
     rows = len(images) // num_images
     labels = [""] * rows if class_labels is None else [str(label) for label in class_labels]
-    names = labels if prompts is None else prompts
+    names = [name.replace("\n", " ") for name in (labels if prompts is None else prompts)]
+    names *= rows // len(names)  # of another condition there may be several for one prompt
     lines = [name for name in names for _ in range(num_images)]
     (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(

@@ -170,6 +170,11 @@ def to_uint8(
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
+def as_picture(image: UInt8[np.ndarray, "H W C"]) -> PIL.Image.Image:
+    """The image as Pillow's picture, which is grey if the image has one channel."""
+    return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def image_grid(
     images: Num[Array | np.ndarray, "N H W 3"], columns: int
 ) -> UInt8[np.ndarray, "GH GW 3"]:

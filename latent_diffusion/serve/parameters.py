@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from latent_diffusion.runtime.metrics import as_picture
+
 JSON_KEY, TEXT_KEY = "latent_diffusion", "parameters"
 # A1111's samplers, without the spacing's name at the end -> names of `process.samplers.SAMPLERS`
 SAMPLERS = {
@@ -50,8 +52,7 @@ def to_png(
         info.add_itxt(JSON_KEY, json.dumps(dict(settings), ensure_ascii=False))
         size = {"image_size": image.shape[:2]}
         info.add_itxt(TEXT_KEY, to_text({**defaults, **settings, **size}, model))
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.save(out, "PNG", pnginfo=info)
+    as_picture(image).save(out, "PNG", pnginfo=info)
     return out.getvalue()
 
 
