@@ -17,6 +17,7 @@ from latent_diffusion.convert.adapters import adapted, read_adapter, weights_of
 from latent_diffusion.convert.adapters.adapter import weight_of_names
 from latent_diffusion.convert.adapters.peft_settings import PeftSettings
 from latent_diffusion.convert.bundle import with_denoiser
+from latent_diffusion.generation.adapters import _changes
 from latent_diffusion.optimisation.deltas import delta
 
 OUT, IN, RANK, SIDE = 6, 4, 2, 3
@@ -414,6 +415,10 @@ def test_the_longest_prefix_of_whole_names_decides_the_weight():
     for wrong in ("unet.up_blocks.1", "unet.up", "text"):
         with pytest.raises(ValueError, match=f"file: no module '{wrong}'; there are"):
             weights(**{wrong: 1})
+    for wrong in (None, "0.5", np.nan, [1.0]):
+        for weight in (wrong, {"unet": wrong}):
+            with pytest.raises(ValueError, match=r"^file: the weight .* isn't a finite number$"):
+                weight_of_names(names, weight, "file")
 
 
 def test_sampling_with_adapters_is_sampling_with_the_merged_model(tmp_path, caplog):
@@ -453,6 +458,19 @@ def test_sampling_with_adapters_is_sampling_with_the_merged_model(tmp_path, capl
         sampled(whole, [("one", 1.0)])
     with pytest.raises(ValueError, match="adapters are pairs"):
         sampled(whole, [one])
+
+
+def test_an_adapter_is_matched_to_each_model_anew(tmp_path):
+    style = ldm.load_adapter(adapter_files(tmp_path)[0])
+    first, again = (_changes(model(), style) for _ in range(2))
+    assert first is again
+    denoiser = model().denoiser
+    kernel = {"in_layers_2": {"kernel": jnp.zeros((3, 3, 9, 8))}}
+    block = {**denoiser.params["unet"]["middle_block_0"], **kernel}
+    unet = {**denoiser.params["unet"], "middle_block_0": block}
+    other = model().replace(denoiser=denoiser.replace(params={**denoiser.params, "unet": unet}))
+    with pytest.raises(ValueError, match=r"conv1 is \(8, 9, 3, 3\); LoRA doesn't fit it"):
+        _changes(other, style)
 
 
 def test_a_call_that_is_watched_has_its_adapters(tmp_path):

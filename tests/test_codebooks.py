@@ -110,6 +110,9 @@ def test_large_and_odd_images_go_through_the_model(mode):
         assert np.abs(one - other).max() > 1e-5
     with pytest.raises(ValueError, match="tile size 15 and overlap 8 must be multiples of f=2"):
         model.decode(z, tile_size=15, tile_overlap=8)
+    for call, given in ((model.encode, x), (model.decode, z)):
+        with pytest.raises(ValueError, match="tile_overlap=8 needs tile_size: give both"):
+            call(given, tile_overlap=8)
 
 
 def test_latents_are_drawn_with_a_key_and_likeliest_without():

@@ -1,6 +1,7 @@
 """Conditions as users give them to `Model.sample`, and what they are told about wrong ones."""
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from latent_diffusion.convert.adapters import ControlWeights
 from latent_diffusion.convert.orbax import conditioner_fields
 from latent_diffusion.convert.text import of_corners
 from latent_diffusion.data.layout import LayoutTokens, Object
+from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.generation import conditions, guides, sampling
 from latent_diffusion.generation.model import Model
@@ -84,6 +86,8 @@ def test_every_condition_by_name_for_one_example_or_for_each():
         ("class_label", {"class_labels": [6]}, r"class_labels: 6 must lie in \[0, 6\)"),
         ("class_label", {"class_labels": [-1]}, r"class_labels: -1 must lie in \[0, 6\)"),
         ("class_label", {"class_labels": [1.5]}, "class_labels: got float64, expected integers"),
+        ("class_label", {"class_labels": []}, r"class_labels has shape \(0,\), expected \[N\]"),
+        ("class_label", {"class_labels": [[1, 2]]}, r"class_labels has shape \(1, 2\), expected"),
         (
             "layout",
             {"layout": [(3, (0.1, 0.2, 1.2, 0.9))]},
@@ -97,6 +101,7 @@ def test_every_condition_by_name_for_one_example_or_for_each():
         ("layout", {"layout": [3, 4]}, r"layout: 3: write \(class, \(left"),
         ("layout", {"layout": 3}, r"layout: 3: write \(class, \(left"),
         ("layout", {"layout": []}, r"layout: \[\]: write \(class, \(left"),
+        ("layout", {"layout": [(3, BOX)] * 3}, "layout: 3 objects, but this model takes 2 at most"),
         ("layout", {"layout": [(25, BOX)]}, r"class 25 must lie in \[0, 25\)"),
         (
             "layout",
@@ -124,6 +129,11 @@ def test_every_condition_by_name_for_one_example_or_for_each():
             "low_res",
             {"low_res": SMALL, "noise_level": 30},
             r"noise_level: 30 must lie in \[0, 30\)",
+        ),
+        (
+            "low_res",
+            {"low_res": SMALL, "noise_level": [[3]]},
+            r"noise_level has shape \(1, 1\), exp",
         ),
         ("neighbours", {"neighbours": np.ones((2, 5))}, r"expected \[N any 6\]"),
         ("image_embedding", {"image_embedding": np.ones(5)}, r"expected \[N 6\]"),
@@ -220,6 +230,11 @@ def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
         ({"classifier_labels": [1]}, "give classifier and classifier_labels"),
         ({"target": np.zeros((2, 4, 4, 3))}, "2 of target for 4 images"),
         ({"target": np.zeros((4, 4, 1))}, r"target has shape \(4, 4, 1\), expected \[N h w 3\]"),
+        (
+            {"target": np.uint8(target)},
+            r"target: dtype uint8, expected floats in \[-1, 1\]: x / 127",
+        ),
+        ({"target": 127.5 * target + 127.5}, r"target: values up to 2\d\d.*, expected \[-1, 1\]"),
         ({"target": target, "target_distance": "l3"}, "unknown target_distance 'l3'; known: l2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -236,9 +251,20 @@ def test_a_classifier_must_know_the_noise_and_the_labels():
     for other in (make_schedule("cosine"), make_schedule(num_timesteps=10)):
         with pytest.raises(ValueError, match="classifier was trained with another noise schedule"):
             sample(other, 0)
-    for label in (-1, 3):
-        with pytest.raises(ValueError, match=rf"classifier_labels: .{label}. must lie in \[0, 3\)"):
+    for label in (-1, 3, 2**40):
+        with pytest.raises(ValueError, match=rf"classifier_labels: {label} must lie in \[0, 3\)"):
             sample(make_schedule(), label)
+    with pytest.raises(ValueError, match="classifier_labels: got float64, expected integers"):
+        sample(make_schedule(), 1.7)
+
+
+@pytest.mark.parametrize("tokenizer", [None, WordTokenizer.train(["red"], 4, 3)])
+def test_texts_are_for_models_that_read_prompts(tokenizer):
+    """A tokenizer alone, as a run may have, makes no text of a class."""
+    made = model("class_label").replace(tokenizer=tokenizer)
+    for name, value in (("negative_prompts", "red"), ("more_prompts", [("red", 0.5)])):
+        with pytest.raises(ValueError, match=f"^{name} given, but this model reads no prompts$"):
+            made.sample(RNG, class_labels=[1], mode="single", **{name: value})
 
 
 def test_scales_of_guidance_for_which_a_model_was_not_distilled_are_warned_of(caplog):
@@ -280,6 +306,12 @@ def test_bounds_of_conditions():
                 continue
             with pytest.raises(ValueError, match=f"{name}: {value} pixels, expected at least"):
                 conditions.batch_of(sizes, list, given, SIZE, SIZE)
+    assert conditions.in_range(np.full((1, 2, 2, 3), 1.9, np.float32)).max() > 1.8  # a decoder's
+    tokens = make_conditioner({"class_token": {"num_classes": 3}})  # without a null class
+    given = ({"class_labels": 2}, SIZE, SIZE)
+    np.testing.assert_array_equal(conditions.batch_of(tokens, list, *given)["class_label"], [2])
+    with pytest.raises(ValueError, match=r"class_labels: 3 must lie in \[0, 3\)"):
+        conditions.batch_of(tokens, list, {"class_labels": 3}, SIZE, SIZE)
     for reach in (2.5, np.nan):
         with pytest.raises(ValueError, match=r"values up to .*, expected \[-1, 1\]"):
             conditions.in_range(np.full((1, 2, 2, 3), reach, np.float32))
@@ -361,6 +393,7 @@ class Painter(Recorder):
     def sample(self, rng, prompts, class_labels, num_images, **options):
         self.options = options
         count = num_images * len(prompts or class_labels or [""])
+        count *= len(options.get("image_embedding", [0]))
         levels = np.linspace(-1, 1, count, dtype=np.float32)[:, None, None, None]
         return np.tile(levels, (1, *self.trained_size, 3))
 
@@ -380,6 +413,37 @@ def test_the_files_of_a_call_are_prompt_major(tmp_path, monkeypatch):
     assert (tmp_path / "prompts.txt").read_text().splitlines() == ["4", "7"]
     left = sorted(path.name for path in tmp_path.glob("0*.png"))
     assert left == ["00000.png", "00001.png", "00006.png"]
+
+
+def test_a_line_of_the_prompts_is_of_one_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "load", lambda *_, **__: Painter())
+    given = {"prompts": ["a\nb"], "image_embedding": np.ones((3, 6)), "num_images": 2}
+    sampling.sample_to_disk("here", tmp_path, **given)
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == ["a b"] * 6
+    with pytest.raises(ValueError, match=r"^'caf\\udce9' has bytes that aren't UTF-8$"):
+        sampling.read_prompts("caf\udce9", None)
+
+
+def test_pictures_of_one_channel_are_grey(tmp_path, monkeypatch):
+    class Grey(Painter):
+        def sample(self, *given, **options):
+            return super().sample(*given, **options)[..., :1]
+
+    monkeypatch.setattr(sampling, "load", lambda *_, **__: Grey())
+    images = sampling.sample_to_disk("here", tmp_path, num_images=2)
+    written = Image.open(tmp_path / "00001.png")
+    assert written.mode == "L"
+    np.testing.assert_array_equal(written, images[1, ..., 0])
+
+
+def test_a_folder_that_takes_no_pictures_is_named_before_the_sampling(tmp_path, monkeypatch):
+    painter, file = Painter(), tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(sampling, "load", lambda *_, **__: painter)
+    for out in (file, Path("/proc/self")):
+        with pytest.raises(OSError, match=str(out)):
+            sampling.sample_to_disk("here", out)
+    assert not hasattr(painter, "options")
 
 
 def test_a_side_that_is_not_given_is_that_of_the_hints_or_of_training(tmp_path, monkeypatch):
@@ -446,6 +510,8 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
     np.testing.assert_array_equal(options_of(Recorder(), image=same, strength=0.5)["image"], same)
     assert "resized" not in capsys.readouterr().out
     assert options_of(Recorder("image"), image=image)["image"] is image  # a condition of any size
+    start = options_of(Recorder("image"), image=image, strength=0.5)["image"]
+    assert start.shape == (1, 8, 8, 3)
     with pytest.raises(ValueError, match="mask has 12×16 pixels, but image has 24×16"):
         options_of(Recorder(), image=image, mask=mask[:, :, :12])
 

@@ -23,11 +23,12 @@ from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.convert.unet import shapes as unet_shapes
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.core.types import Conditioning
-from latent_diffusion.generation.controls import entries, numbers_of
+from latent_diffusion.generation.controls import bound, entries, inputs, numbers_of, with_nets
 from latent_diffusion.nets import control
 from latent_diffusion.nets.control import HINT, control_net, init_control
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process.hints import edges
+from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -162,6 +163,27 @@ def test_hints_in_the_other_order_and_nets_whose_outputs_are_means():
         np.testing.assert_array_equal(own["scales"], np.float32(0.5))
     (own,) = numbers_of([(net, HINTS, 0.5)])
     assert own["null"] == 1
+    each = jnp.arange(len(net.blocks)) / 8
+    np.testing.assert_array_equal(numbers_of([(net, HINTS, each)])[0]["scales"], each)
+
+
+def test_a_hint_determines_the_size_of_the_pictures():
+    wide = np.concatenate([HINTS, HINTS], 2)
+    with pytest.raises(ValueError, match="parallel mode"):  # before anything is compiled
+        sampled([(random_control(), wide, 1.0)], mode="none")
+
+
+def test_a_window_is_of_the_timesteps_that_the_network_sees():
+    net = random_control()
+    options = SamplingOptions(network_timesteps="round")
+    tree, hint = net.tree(model().denoiser.params["unet"]), {"hint_0": jnp.asarray(HINTS)}
+    _, own, _ = bound(model(), [(net, HINTS, 1.0)])[0]
+    denoiser = with_nets(model().denoiser, (own,))
+    numbers = numbers_of([(net, HINTS, 1.0, {"start": 0.5})])
+    told, _ = inputs(denoiser, [tree], hint, numbers, jnp.array([900.6, 300.6, -1.0]), options)
+    after, until = np.asarray(told["controls"][0].window[0])
+    used = [after < t <= until for t in (901, 301)]  # in the second of two steps
+    assert used == [False, True]
 
 
 def test_a_hint_of_a_net_for_inpainting_has_holes_of_minus_one():

@@ -168,17 +168,26 @@ OF_A_FILE = {"network_timesteps": "round", "spread": "sigma"}  # of its schedule
         # What asks for nothing isn't there at all.
         ({"guidance_scale": 1, "clip_x0": 0}, [751, 501, 251, 1, -1], {"guidance_scale": None}),
         ({"guidance_scale": np.float64(2)}, [751, 501, 251, 1, -1], {"guidance_scale": 2.0}),
+        ({"guidance_scale": jnp.array(2.0)}, [751, 501, 251, 1, -1], {"guidance_scale": 2.0}),
         # Image-to-image takes the last share of the steps, and of scales by step.
         ({"strength": 1.0}, [751, 501, 251, 1, -1], {"strength": None}),
         ({"strength": 0.75}, [501, 251, 1, -1], {"strength": 0.75}),
         ({"strength": 0.3}, [1, -1], {}),
         ({"strength": 0}, [-1], {}),
+        # A step that begins at the very share of the noise belongs to the first of two calls.
+        ({"end": 0.251}, [751, 501, 251, 1], {}),
+        ({"start": 0.251}, [1, -1], {}),
     ],
 )
 def test_what_is_asked_for_goes_over_the_defaults(given, timesteps, options):
     visited, planned = plan(SCHEDULE, "eps", DEFAULTS, {"clip_x0": None, **given})
     assert visited.tolist() == timesteps
     assert {name: getattr(planned, name) for name in options} == options
+
+
+def test_the_share_of_steps_that_strength_leaves_is_not_rounded_down_by_rounding_errors():
+    visited, _ = plan(SCHEDULE, "eps", {}, {"num_steps": 100, "strength": 0.29})
+    assert len(visited) - 1 == 29  # 0.29 · 100 is 28.999999999999996
 
 
 def test_another_sampler_sees_and_starts_from_what_it_would_without_the_files_scheduler():
@@ -198,6 +207,31 @@ def test_a_scale_for_each_step_loses_those_of_the_steps_that_strength_skips():
     np.testing.assert_array_equal(planned.guidance_scale, [3, 4])
     visited, _ = plan(SCHEDULE, "eps", DEFAULTS, {"num_steps": 50, "strength": 0.58})
     assert len(visited) == 29 + 1  # 0.58 · 50 is a little less than 29 in floating point
+
+
+def test_a_network_with_its_guidance_in_it_refuses_what_needs_the_null():
+    """And is told the scale minus one, as it was distilled."""
+    told = Conditioning(context=jnp.ones((2, 3, 6)))
+
+    def given(negative=None, more=(), **options):
+        _, planned = plan(SCHEDULE, "v", {}, {"num_steps": 3, **options})
+        return sampling._with_guidance_input(told, planned, negative, more)
+
+    with_scale, left = given(guidance_scale=7.5)
+    np.testing.assert_array_equal(with_scale.guidance, [6.5, 6.5])
+    assert left.guidance_scale is None
+    np.testing.assert_array_equal(given()[0].guidance, [0, 0])
+    for name, wrong in {
+        "guidance_interval": {"guidance_interval": (100, 900)},
+        "guidance_rescale": {"guidance_rescale": 0.5},
+        "perpendicular": {"perpendicular": 1.0},
+        "cfg_pp": {"cfg_pp": True},
+        "negative_prompts": {"negative": told},
+        "more_prompts": {"more": [(told, 1.0)]},
+        "a guidance_scale for each step": {"guidance_scale": (2, 3, 4)},
+    }.items():
+        with pytest.raises(ValueError, match=f"has its guidance in it, which rules out {name}$"):
+            given(**wrong)
 
 
 def test_pure_noise_tells_a_network_of_eps_nothing():

@@ -209,11 +209,16 @@ def test_functions_that_look_on_change_nothing(options):
 
 def test_pictures_have_the_size_of_their_noise_or_of_the_picture_they_start_from():
     z_T = np.random.default_rng(2).normal(size=(2, 4, 8, 3)).astype(np.float32)
-    np.testing.assert_array_equal(sample(z_T=z_T), sample(z_T=z_T, image_size=(4, 8)))
+    np.testing.assert_array_equal(sample(z_T=z_T), sample(z_T=z_T, image_size=np.array([4, 8])))
     half = sample(image=IMAGE[:, :4], strength=0.0)
     np.testing.assert_allclose(half, np.repeat(IMAGE[:, :4], 2, 0), atol=1e-6)
     filled = sample(image=IMAGE[:, :4], mask=MASK[:, :4])
     np.testing.assert_array_equal(filled[:, :, :4], np.repeat(IMAGE[:, :4, :4], 2, 0))
+
+
+def test_words_that_nobody_knows_are_named(caplog):
+    model().condition("red bird cat")
+    assert caplog.messages == ["unknown words in 'red bird cat': bird"]
 
 
 def test_a_tile_below_the_trained_size_is_warned_of(caplog):
@@ -236,6 +241,7 @@ def test_a_tile_below_the_trained_size_is_warned_of(caplog):
         ({"num_steps": 0}, r"num_steps must lie in 1 … 1000 \(the schedule's T\), got 0"),
         ({"num_steps": 1001}, "num_steps must lie in 1 … 1000"),
         ({"num_steps": 4.5}, "num_steps=4.5 must be an integer"),
+        ({"num_steps": True}, "num_steps=True must be an integer"),
         ({"num_stesp": 4}, "unknown option 'num_stesp' for sampler 'ddim' with spacing 'trailing'"),
         ({"sampler": "heun", "eta": 1.0}, "unknown option 'eta' for sampler 'heun'"),
         ({"spacing": "even"}, "unknown spacing 'even'; known: ays"),
@@ -265,6 +271,16 @@ def test_a_tile_below_the_trained_size_is_warned_of(caplog):
         ),
         ({"image": IMAGE, "mask": MASK * 255}, r"mask: values in \[0, 255\], expected \[0, 1\]"),
         ({"mask": MASK}, "mask says where an image is made anew: give image, too"),
+        ({"image_size": 8}, r"image_size=8 must be \(height, width\), whole numbers of pixels"),
+        ({"image_size": (8.0, 8.0)}, r"image_size=\(8.0, 8.0\) must be \(height, width\), whole"),
+        ({"more_prompts": ["cat"]}, r"more_prompts: 'cat': write \(text, weight\)"),
+        ({"more_prompts": [("cat", None)]}, r"more_prompts: \('cat', None\): write"),
+        ({"more_prompts": [("cat", np.nan)]}, r"more_prompts: \('cat', nan\): write"),
+        ({"negative_prompts": 5}, "negative_prompts=5 must be a text, or a list of texts"),
+        ({"spacing": "karras", "rho": 0.0}, r"rho must lie in \(0, inf\), got 0"),
+        ({"threshold_limit": 2.0}, "threshold_limit needs dynamic_threshold: give both"),
+        ({"classifier_scale": 2.0}, "classifier_scale needs classifier: give both"),
+        ({"target_distance": "lpips"}, "target_distance needs target: give both"),
         ({"image_size": (10**9, 8)}, "image_size 1000000000×8: sides lie in 1 … 65536 pixels"),
         (
             {"z_T": np.zeros((2, 4, 4, 3)), "image_size": (8, 8)},

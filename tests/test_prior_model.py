@@ -246,6 +246,18 @@ def test_around_the_hole_pixels_stay_and_codes_are_seen():
         assert np.abs(got - sample(causal, image=-image, mask=hole))[:, 5:, 5:].max() > 0.01
 
 
+def test_pictures_lie_in_their_range():
+    stage = model().first_stage
+    conv = {
+        "kernel": stage.params["decoder"]["conv_out"]["kernel"],
+        "bias": jnp.array([9.0, -9, 0]),
+    }
+    params = {**stage.params, "decoder": {**stage.params["decoder"], "conv_out": conv}}
+    loud = model().replace(first_stage=stage.replace(params=params))
+    images = loud.sample(RNG, class_labels=[0, 2], mode="single")
+    assert images.min() == -1 and images.max() == 1
+
+
 def test_logits_of_codes_under_a_condition():
     one = model()
     codes = one.encode_to_indices(jnp.zeros((1, 8, 8, 3))).reshape(1, -1)

@@ -403,6 +403,7 @@ def test_dropout_of_ddims_noise_keeps_its_mean():
     whole, left = noise(), noise(noise_dropout=0.75)
     np.testing.assert_allclose(left[left != 0], 4 * whole[left != 0], rtol=1e-5)
     assert abs(np.mean(left == 0) - 0.75) < 0.06
+    assert abs(np.mean(left)) < 0.25 * np.std(whole)  # four standard errors: none is preferred
 
 
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
@@ -451,6 +452,43 @@ def test_order_option(name, orders):
     assert sorted(errors.values(), reverse=True) == [errors[order] for order in orders]
 
 
+def test_steps_of_third_order_are_those_of_k_diffusion():
+    """Its DPM-Solver++(3M) without noise, for estimates of z_0 of the last three steps."""
+    timesteps = levels(6, end=0)
+    table = SAMPLERS["dpm_solver_pp_3m_sde"].table(LINEAR, timesteps, eta=0.0)
+    lam = np.asarray(LINEAR.log_snr_t(timesteps), np.float64) / 2
+    for i in range(2, 6):
+        h, h_1, h_2 = lam[i + 1] - lam[i], lam[i] - lam[i - 1], lam[i - 1] - lam[i - 2]
+        x = np.eye(3)  # the estimate here, the one before, the one before that
+        d_0, d_1 = (x[0] - x[1]) * h / h_1, (x[1] - x[2]) * h / h_2
+        slope = d_0 + (d_0 - d_1) * h_1 / (h_1 + h_2)
+        curve = (d_0 - d_1) * h / (h_1 + h_2)
+        phi_2 = np.expm1(-h) / h + 1
+        want = -np.expm1(-h) * x[0] + phi_2 * slope - (phi_2 / h - 0.5) * curve
+        got = table.z_0[i] / LINEAR.alpha_t(timesteps[i + 1])
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-4)
+
+
+def test_ipndm_goes_on_with_four_predictions():
+    eps = np.asarray(SAMPLERS["ipndm"].table(LINEAR, levels(8, end=0)).eps)
+    adams = np.array(
+        [[24, 0, 0, 0], [36, -12, 0, 0], [23 * 2, -16 * 2, 5 * 2, 0], [55, -59, 37, -9]]
+    )
+    want = adams[[0, 1, 2, 3, 3, 3, 3, 3]] / 24
+    np.testing.assert_allclose(eps / eps.sum(1, keepdims=True), want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_last_group_is_completed_in_first_order_unless_that_is_unwanted():
+    tables = [
+        SAMPLERS["dpm_solver_pp_singlestep"].table(
+            LINEAR, levels(4, end=0), lower_order_final=falls
+        )
+        for falls in (True, False)
+    ]
+    # Where a step returns to the start of its group.
+    assert [table.keep.tolist() for table in tables] == [[0, 1, 0, 0], [0, 1, 0, 1]]
+
+
 def test_groups_have_at_most_three_steps():
     with pytest.raises(ValueError, match=r"order=4 of dpm_solver_pp_singlestep must be 1, 2 or 3"):
         ours("dpm_solver_pp_singlestep", levels(16, end=0), order=4)
@@ -465,6 +503,8 @@ def test_consistency_sampling_mixes_in_its_input():
     np.testing.assert_allclose(answer, out * z_0 + skip * START, rtol=1e-4)
     wider = ours("lcm", timesteps, timestep_scaling=0.1, sigma_data=1.0)
     np.testing.assert_allclose(wider, START / 2 + z_0 / math.sqrt(2), rtol=1e-4)
+    noise = SAMPLERS["lcm"].table(LINEAR, jnp.array([500, 300, 0])).noise
+    np.testing.assert_array_equal(noise, [LINEAR.sigmas[300], 0])  # none after the last step
 
 
 def test_trajectory_consistency_without_noise_is_ddim_at_whole_timesteps():

@@ -240,6 +240,10 @@ def test_bad_input_is_one_clear_line():
         spacing("uniform", LINEAR, 5, last=3)
     with pytest.raises(ValueError, match=r"given timesteps must lie in 0 … 999"):
         spacing("given", LINEAR, 2, timesteps=[1000, 3])
+    for own in ({"name": "given"}, {"name": "karras", "within": "given"}):
+        with pytest.raises(ValueError, match="the spacing 'given' needs timesteps, a list of them"):
+            spacing(schedule=LINEAR, num_steps=2, **own)
+    assert spacing("given", LINEAR, 1, timesteps=999).tolist() == [999, -1]
     with pytest.raises(ValueError, match=r"num_steps must lie in 1 … 50"):
         spacing("lcm", LINEAR, 51)
 

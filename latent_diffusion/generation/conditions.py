@@ -6,7 +6,7 @@ class_label). A condition has either a single example, which applies to all, or 
 
 import operator
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,8 +108,12 @@ def _of_one_length(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: np.repeat(value, longest // len(value), 0) for key, value in batch.items()}
 
 
-def _integers(name: str, value: Any, end: int) -> np.ndarray:
-    value = np.atleast_1d(value)
+def labels(name: str, value: Any, end: int) -> np.ndarray:
+    """Integers [N] in [0, end) from one or several; ValueError for anything else."""
+    return _integers(name, _of_shape(name, np.atleast_1d(value), ()), end)
+
+
+def _integers(name: str, value: np.ndarray, end: int) -> np.ndarray:
     if value.dtype.kind not in "iu":
         raise ValueError(f"{name}: got {value.dtype}, expected integers")
     if value.size and not 0 <= value.min() <= value.max() < end:
@@ -140,8 +144,8 @@ def _of_shape(name: str, value: np.ndarray, shape: tuple[int | None, ...]) -> np
         want in (None, got) for want, got in zip(shape, value.shape[1:], strict=True)
     )
     if not fits or not len(value):
-        expected = " ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} has shape {value.shape}, expected [N {expected}]")
+        expected = " ".join(["N", *("any" if n is None else str(n) for n in shape)])
+        raise ValueError(f"{name} has shape {value.shape}, expected [{expected}]")
     return value
 
 
@@ -161,7 +165,10 @@ def _layout(part: Any, value: Any) -> np.ndarray:
     if rest:
         raise ValueError(f"layout: max_length={part.max_length} isn't 3·n or 3·n + 2; give tokens")
     tokens = LayoutTokens(part.vocab_size, size, crop, centres)
-    return np.stack([tokens.build(_objects(example)) for example in ([value] if single else value)])
+    examples = [_objects(example) for example in ([value] if single else value)]
+    if (most := max(map(len, examples))) > size:
+        raise ValueError(f"layout: {most} objects, but this model takes {size} at most")
+    return np.stack([tokens.build(objects) for objects in examples])
 
 
 def _objects(example: Any) -> list[Object]:
@@ -210,7 +217,7 @@ def _pixels(name: str, value: Any, low: int) -> np.ndarray:
 
 # batch key -> function (conditioner, value, (height, width), size of the latent) -> batch entry
 _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
-    "class_label": lambda part, x, *_: _integers(
+    "class_label": lambda part, x, *_: labels(
         "class_labels", x, part.num_classes + (getattr(part, "null", 0) is not None)
     ),
     "layout": lambda part, x, *_: _layout(part, x),
@@ -218,7 +225,7 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "image": lambda part, x, size, _: _image(part, x, size),
     "mask": lambda part, x, size, _: numbers("mask", x, (*size, 1), 0, 1),
     "low_res": lambda part, x, _, latent: numbers("low_res", x, (*latent, 3), -1, 1),
-    "noise_level": lambda part, x, *_: _integers("noise_level", x, part.max_noise_level),
+    "noise_level": lambda part, x, *_: labels("noise_level", x, part.max_noise_level),
     "depth": lambda part, x, *_: numbers("depth", x, (None, None, 1)),
     "neighbours": lambda part, x, *_: numbers("neighbours", x, (None, part.width)),
     "image_embedding": lambda part, x, *_: numbers("image_embedding", x, (part.width,)),
@@ -257,18 +264,19 @@ def check_start(conditioner: Conditioner, image: Any, z_T: Any) -> None:
         raise ValueError("this model is a refiner: give image with strength, or z_T of its base")
 
 
-def in_range(images: Array | np.ndarray) -> jax.Array:
-    """The images; ValueError unless their range is [-1, 1]. Under jit only the dtype is checked."""
+def in_range(images: Array | np.ndarray, name: str = "images") -> jax.Array:
+    """The images; ValueError unless their range is [-1, 1]. Under jit only the dtype is checked.
+
+    Reconstructions slightly exceed the range, so up to 2 is allowed. name: of the argument.
+    """
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images have dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1"
-        )
+        raise ValueError(f"{name}: dtype {images.dtype}, expected floats in [-1, 1]: x / 127.5 - 1")
     images = jnp.asarray(images)
     if isinstance(images, jax.core.Tracer) or images.size == 0:
         return images
     reach = float(jnp.max(jnp.abs(images)))
     if not reach <= 2:  # NaN fails too
-        raise ValueError(f"images have values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
+        raise ValueError(f"{name}: values up to {reach:g}, expected [-1, 1]: x / 127.5 - 1")
     return images
 
 
@@ -308,10 +316,22 @@ def for_all(entries: Mapping[str, np.ndarray], total: int) -> dict[str, np.ndarr
 
 def texts(name: str, value: str | Sequence[str]) -> list[str]:
     """One text or several as a list; ValueError for anything else."""
-    values = [value] if isinstance(value, str) else list(value)
+    several = list(value) if isinstance(value, Iterable) else []
+    values = [value] if isinstance(value, str) else several
     if not values or not all(isinstance(text, str) for text in values):
         raise ValueError(f"{name}={value!r} must be a text, or a list of texts")
     return values
+
+
+def size_in_pixels(name: str, value: Any) -> tuple[int, int]:
+    """(height, width) from two whole numbers; ValueError for anything else."""
+    try:
+        height, width = map(operator.index, value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}={reprlib.repr(value)} must be (height, width), whole numbers of pixels"
+        ) from None
+    return height, width
 
 
 def array(name: str, value: Array | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

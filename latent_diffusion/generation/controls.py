@@ -1,6 +1,6 @@
 """Control nets and T2I-Adapters of a sampling call: hints, scales, windows, the network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -91,7 +91,7 @@ def numbers_of(controls: Sequence[Any]) -> list[dict[str, Any]]:
     numbers = []
     for adapter, _, weight, settings in checked(controls):
         count = len(adapter.blocks)
-        if isinstance(weight, Sequence | np.ndarray):
+        if not isinstance(weight, Mapping) and np.ndim(weight):
             if len(weight) != count:
                 raise ValueError(f"{adapter.path}: {len(weight)} weights for {count} outputs")
             scales = np.asarray(weight, np.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion.core.types import Params, lookup
-from latent_diffusion.generation.conditions import for_all
+from latent_diffusion.generation import conditions
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.losses.perceptual import LPIPS, load_lpips_params
@@ -50,16 +50,14 @@ def entries(
     if (classifier is None) != (labels is None):
         raise ValueError("a classifier guides to classes: give classifier and classifier_labels")
     if classifier is not None:
-        batch["guide_label"] = np.atleast_1d(np.asarray(labels, np.int32))
         end = classifier.unet.out_channels
-        if not 0 <= batch["guide_label"].min() <= batch["guide_label"].max() < end:
-            raise ValueError(f"classifier_labels: {labels} must lie in [0, {end})")
+        batch["guide_label"] = conditions.labels("classifier_labels", labels, end)
     if target is not None:
-        target = np.asarray(target, np.float32)
+        target = np.asarray(conditions.in_range(np.asarray(target), "target"), np.float32)
         batch["target"] = target[None] if target.ndim == 3 else target
         if batch["target"].ndim != 4 or batch["target"].shape[3] != channels:
             raise ValueError(f"target has shape {target.shape}, expected [N h w {channels}]")
-    return for_all(batch, total)
+    return conditions.for_all(batch, total)
 
 
 def load_distance(name: str) -> Params | None:

@@ -20,7 +20,7 @@ from latent_diffusion.generation import adapters as adapting
 from latent_diffusion.generation import codes, conditions, guides, program, refining
 from latent_diffusion.generation import controls as controlling
 from latent_diffusion.generation import image_prompts as picturing
-from latent_diffusion.generation.prompts import Tokenize, beside, make_tokenize
+from latent_diffusion.generation.prompts import Tokenize, beside, check_beside, make_tokenize
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.first_stage import FirstStage
@@ -29,6 +29,7 @@ from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.process.options import check_needs
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.tiling import (
+    check_overlap,
     overlap_of_tiles,
     pad_to_multiple,
     tile_of_latent,
@@ -269,6 +270,7 @@ class Model(flax.struct.PyTreeNode):
         denoiser = model._need("denoiser")
         changes = {"image": image, "negative_prompts": negative_prompts}
         conditions.check_start(denoiser.conditioner, image, z_T)
+        check_beside(model, negative_prompts, more_prompts)
         check_needs({**options, **changes, "classifier": classifier, "target": target})
         timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
         guides.warn_of_scale(self.origin, chosen)
@@ -281,7 +283,7 @@ class Model(flax.struct.PyTreeNode):
         sized = {"mask": mask, "z_T": z_T, "known": image if starts else None}
         more_texts = [text for text, _ in more_prompts]
         tokenize = make_tokenize(model, prompt_weights, prompts, negative_prompts, more_texts)
-        preferred = image_size or controlling.size_of(controls)
+        preferred = controlling.size_of(controls) if image_size is None else image_size
         examples, size = model._conditions(values, preferred, tokenize, **sized)
         batch = conditions.repeated(examples, num_images)
         total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
@@ -388,7 +390,9 @@ class Model(flax.struct.PyTreeNode):
         """
         conditioner = self.conditioner
         implied = conditions.size_of({**values, **sized}, self._downsampling())
-        size = image_size or implied or self.trained_size
+        size = implied or self.trained_size
+        if image_size is not None:
+            size = conditions.size_in_pixels("image_size", image_size)
         latent = self._latent_size(size)
         return conditions.batch_of(conditioner, tokenize, values, size, latent), size
 
@@ -401,6 +405,7 @@ def _encode(
     tile: int | None,
     overlap: int | None,
 ) -> jax.Array:
+    check_overlap(tile, overlap)
     if tile is None:
         return first_stage.latents(first_stage.moments(images), keys)
     overlap = overlap_of_tiles(tile, overlap, first_stage.module.downsampling)

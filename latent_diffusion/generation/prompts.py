@@ -1,6 +1,8 @@
 """Prompts as batch entries: `tokens` [N L], and their weights if prompts have weights."""
 
 import logging
+import math
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +57,24 @@ def _tokens(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
             log.warning("unknown words in %r: %s", prompt, ", ".join(unknown))
     tokens: np.ndarray = tokenizer(list(prompts))
     return tokens
+
+
+def check_beside(
+    model: Any, negative: str | Sequence[str] | None, more: Sequence[tuple[str, float | int]]
+) -> None:
+    """Raise ValueError for texts that the model doesn't read, and for pairs that are none."""
+    given = {"negative_prompts": negative is not None, "more_prompts": len(more) > 0}
+    if "tokens" not in model.conditioner.keys and any(given.values()):
+        name = next(name for name in given if given[name])
+        raise ValueError(f"{name} given, but this model reads no prompts")
+    for pair in more:
+        try:
+            text, weight = pair
+            fits = isinstance(text, str) and math.isfinite(weight)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"more_prompts: {reprlib.repr(pair)}: write (text, weight)")
 
 
 def beside(

@@ -36,6 +36,7 @@ class Option:
 
     def checked(self, name: str, value: Any) -> Any:
         """The value with the option's type; ValueError for a wrong type, number or length."""
+        value = _plain(value)
         if self.count == 1 or (self.count is None and isinstance(value, numbers.Real)):
             return self._checked_entry(name, value)
         if not isinstance(value, Iterable) or isinstance(value, str):
@@ -53,8 +54,7 @@ class Option:
             str: (str, "a text"),
             object: (object, "a function"),
         }
-        if getattr(value, "ndim", None) == 0:  # a scalar of NumPy or JAX
-            value = value.item()
+        value = _plain(value)
         allowed, words = wanted[self.kind]
         if not isinstance(value, allowed) or isinstance(value, bool) != (self.kind is bool):
             raise ValueError(f"{name}={value!r} must be {words}")
@@ -64,6 +64,11 @@ class Option:
         if value != self.off and not in_range(value, self.range):
             raise ValueError(f"{name} must lie in {self.range or 'the reals'}, got {value:g}")
         return value
+
+
+def _plain(value: Any) -> Any:
+    """The value; a scalar of NumPy or JAX as Python's."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def in_range(value: float | int, range: str) -> bool:

@@ -96,13 +96,18 @@ def _beta(high: float, low: float, num: int, end: int) -> np.ndarray:
 
 
 def _listed(
-    log_snr: np.ndarray, num: int, end: int, timesteps: Sequence[float | int]
+    log_snr: np.ndarray,
+    num: int,
+    end: int,
+    timesteps: Sequence[float | int] | float | int | None = None,
 ) -> np.ndarray:
     """The timesteps of a list; if it has another length than S, its log-SNR is interpolated.
 
     Sabour et al. 2024, section 4.
     """
-    listed = np.sort(np.asarray(timesteps, np.float64))[::-1]
+    if timesteps is None:
+        raise ValueError("the spacing 'given' needs timesteps, a list of them")
+    listed = np.sort(np.atleast_1d(np.asarray(timesteps, np.float64)))[::-1]
     if not (listed[0] <= len(log_snr) - 1 and listed[-1] >= 0):
         raise ValueError(f"given timesteps must lie in 0 … {len(log_snr) - 1}, got {timesteps}")
     if len(listed) == num:

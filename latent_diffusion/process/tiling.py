@@ -65,8 +65,15 @@ def overlap_of_tiles(size: int, overlap: int | None, f: int) -> int:
     return size // 4 // f * f if overlap is None else overlap
 
 
+def check_overlap(size: int | None, overlap: int | None) -> None:
+    """Raise ValueError for an overlap of tiles without their size."""
+    if size is None and overlap is not None:
+        raise ValueError(f"tile_overlap={overlap} needs tile_size: give both")
+
+
 def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
     """A tile's side and overlap in the latent, from side and overlap in pixels."""
+    check_overlap(size, overlap)
     if size is None:
         return None
     overlap = overlap_of_tiles(size, overlap, f)

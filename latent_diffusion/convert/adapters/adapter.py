@@ -156,10 +156,14 @@ def weight_of_names(names: Sequence[str], weight: Weight, source: str) -> np.nda
 
     weight: one number for all names, or numbers by prefixes of names ("unet.up_blocks",
     "text_encoder"), of which the longest counts; a name without a prefix gets the weight of "",
-    by default 1. source: for messages. Raises ValueError for a prefix that no name begins with.
+    by default 1. source: for messages. Raises ValueError for a prefix that no name begins with, and
+    for a weight that is no finite number.
     """
     by_prefix = dict(weight) if isinstance(weight, Mapping) else {"": weight}
-    for prefix in by_prefix:
+    for prefix, value in by_prefix.items():
+        number = np.asarray(value)
+        if number.ndim or number.dtype.kind not in "biuf" or not np.isfinite(number):
+            raise ValueError(f"{source}: the weight {str(value)[:40]} isn't a finite number")
         if not any(_within(name, prefix) for name in names):
             blocks = sorted({".".join(name.split(".")[:3]) for name in names})
             raise ValueError(f"{source}: no module {prefix!r}; there are {', '.join(blocks)}")
