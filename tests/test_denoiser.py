@@ -58,6 +58,8 @@ VARIANTS = {
 def test_what_is_computed_once_changes_nothing(name):
     """The network with prepared keys, values and embeddings is the network."""
     denoiser, conditioning, null = made(**VARIANTS[name])
+    if name == "context":  # whose network is told another time than the timestep
+        denoiser = denoiser.replace(schedule=make_schedule("edm", 1000, 0.002, 80.0))
     t = jnp.array([900.0, 300.5, 7.0])
     z_t = random(5, 6, *SHAPE)
 
@@ -74,6 +76,18 @@ def test_what_is_computed_once_changes_nothing(name):
         ours, expected = both(now)
         assert float(jnp.std(expected)) > 0.1
         np.testing.assert_allclose(ours, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_what_is_stored_does_not_grow_with_the_steps_where_examples_differ():
+    """A vector of each example makes all projections of the timestep its own: B·N of them."""
+    denoiser, conditioning, null = made(vector=True)
+
+    def stored(steps):
+        t = jnp.linspace(0, 999, steps)
+        made_before = jax.eval_shape(lambda: denoiser.prepare(t, SHAPE, null, conditioning))
+        return sum(x.size for x in jax.tree.leaves(made_before)) - steps
+
+    assert stored(2) == stored(500)
 
 
 def test_tiles_see_their_part_of_the_latent_and_of_what_stands_beside_it():

@@ -36,19 +36,17 @@ BACKBONES: dict[str, Any] = {"unet": UNet, "dit": DiT, "mmdit": MMDiT}
 class Prepared(flax.struct.PyTreeNode):
     """A conditioning, and the network's intermediate results that don't depend on the latent.
 
-    of_context: keys and values of the cross-attention, [B ...]. of_timestep: projections of the
-    timestep embedding at all N timesteps, [B N F]; None if all examples share them.
+    of_context: keys and values of the cross-attention, [B ...].
     """
 
     conditioning: Conditioning
     of_context: Any
-    of_timestep: Any
 
 
 class Embedded(flax.struct.PyTreeNode):
     """The N timesteps of the evaluations, and the projections of their embeddings.
 
-    of_timestep: [1 N F] if all examples share them, else None.
+    of_timestep: [1 N F] if all examples share them, else empty.
     """
 
     t: Float[Array, " N"]
@@ -110,7 +108,7 @@ class Denoiser(flax.struct.PyTreeNode):
         shape: tuple[int, int, int],
         *conditionings: Conditioning,
     ) -> tuple[Embedded, tuple[Prepared, ...]]:
-        """Compute everything that doesn't depend on the latent once, for all timesteps t.
+        """Compute once what doesn't depend on the latent, for all timesteps t.
 
         `prepared_network` takes the results. The whole network is traced to compute them; the
         compiler removes the parts whose results are unused.
@@ -130,12 +128,11 @@ class Denoiser(flax.struct.PyTreeNode):
             return jax.vmap(lambda t: compute("of_timestep", t, conditioning), out_axes=1)(t)
 
         # If no vector is added to the timestep's embedding, all examples share its projections.
+        # Else there are B·N of them, too many to store: 25 GB for 64 pictures of DiT-XL.
         alike = all(c.vector is None and c.guidance is None for c in conditionings)
-        shared = of_timesteps(jax.tree.map(lambda x: x[:1], conditionings[0])) if alike else None
-        return Embedded(t, shared), tuple(
-            Prepared(c, compute("of_context", t[0], c), None if alike else of_timesteps(c))
-            for c in conditionings
-        )
+        shared = of_timesteps(jax.tree.map(lambda x: x[:1], conditionings[0])) if alike else {}
+        contexts = (compute("of_context", t[0], c) for c in conditionings)
+        return Embedded(t, shared), tuple(map(Prepared, conditionings, contexts))
 
     def prepared_network(self, embedded: Embedded) -> guidance.Network:
         """The network, which takes a `Prepared` in place of a conditioning."""
@@ -143,11 +140,9 @@ class Denoiser(flax.struct.PyTreeNode):
 
         def network(z_t: Array, now: Array, prepared: Prepared) -> Array:
             row = jnp.argmin(jnp.abs(embedded.t - now[0]))
-            shared = embedded.of_timestep
-            of_timestep = prepared.of_timestep if shared is None else shared
             stored = {
                 "of_context": prepared.of_context,
-                "of_timestep": jax.tree.map(lambda x: x[:, row], of_timestep),
+                "of_timestep": jax.tree.map(lambda x: x[:, row], embedded.of_timestep),
             }
             time = self.schedule.time_t(now)
             variables = {"params": layer_params(params, z_t), **stored}
