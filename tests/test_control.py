@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from test_model import RNG, model
@@ -63,6 +63,14 @@ def test_a_net_made_of_the_fields_of_a_u_net_has_the_size_of_the_released_ones(
     for path, x in flatten_dict(tree, sep="/").items():
         if not path.startswith((HINT, "zero_convs", "middle_block_out")):
             assert x.shape == theirs[path].shape
+
+
+@pytest.mark.parametrize("f", [1, 2, 8, 32])
+def test_a_hint_shrinks_to_the_size_of_the_latent(f):
+    net = control_net(UNet(model_channels=8), f)
+    hint = jax.ShapeDtypeStruct((1, 64, 96, 3), "float32")
+    made, _ = jax.eval_shape(net.hint_net.init_with_output, RNG, hint)
+    assert made.shape == (1, 64 // f, 96 // f, 8)
 
 
 def random_control(seed=0, scale=0.3, **own):
@@ -150,6 +158,31 @@ def test_a_window_ends_where_steps_do_and_guess_mode_weighs_as_its_definition():
     guess = sampled([(net, HINTS, 0.7, {"guess": True})])
     same = sampled([(net, HINTS, 0.7 * weights, {"null": False})])
     np.testing.assert_allclose(guess, same, atol=1e-5)
+
+
+def test_a_net_sees_no_other_adapter_and_may_see_no_concat_and_average_its_outputs():
+    weights = random_control()
+    net = control_net(model().denoiser.network, 1)
+    tree = unflatten_dict({tuple(k.split("/")): x for k, x in weights.params.items()})
+    rng = np.random.default_rng(0)
+    z, hint = (
+        jnp.asarray(rng.normal(size=(1, 8, 8, c)), jnp.float32) for c in (3, net.model_channels)
+    )
+    told = Conditioning(context=jnp.ones((1, 3, 6)))
+
+    def outputs(net=net, **more):
+        return net.apply({"params": tree}, z, jnp.ones(1), told.replace(**more), hint)
+
+    want = outputs()
+    features = tuple(jnp.ones(x.shape) for x in want)  # of a T2I-Adapter: the net has the hint
+    jax.tree.map(np.testing.assert_array_equal, outputs(features=features), want)
+    without = outputs(net.clone(takes_concat=False), concat=jnp.ones((1, 8, 8, 2)))
+    jax.tree.map(np.testing.assert_array_equal, without, want)
+    distilled = control_net(model().denoiser.network.clone(guidance_dim=4), 1)
+    jax.tree.map(np.testing.assert_array_equal, outputs(distilled, guidance=jnp.ones(1)), want)
+    pooled = outputs(net.clone(global_pooling=True))
+    for one, other in zip(pooled, want, strict=True):
+        np.testing.assert_allclose(one, other.mean((1, 2), keepdims=True), atol=1e-5)
 
 
 def test_hints_in_the_other_order_and_nets_whose_outputs_are_means():

@@ -97,8 +97,10 @@ def control_net(unet: UNet, downsampling: int = 8, **overrides: Any) -> ControlN
     names = [f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")]
     fields = {name: getattr(unet, name) for name in names}
     levels = 1 + round(math.log2(downsampling))
-    channels = (16, 32, 96, 256, 256)[:levels]
-    return ControlNet(**{**fields, "hint_channels": channels, "pool": "", **overrides}, parent=None)
+    channels = (16, 32, 96, *[256] * levels)[:levels]
+    # It sees no guidance scale, as in diffusers: released nets are for U-Nets without this input.
+    own = {"hint_channels": channels, "pool": "", "guidance_dim": None}
+    return ControlNet(**{**fields, **own, **overrides}, parent=None)
 
 
 def init_control(
