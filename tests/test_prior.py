@@ -1,6 +1,7 @@
 """The transformer over codes: what each position sees, with and without a cache; its size."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -210,3 +211,15 @@ def test_a_map_becomes_the_codes_of_its_own_first_stage(key):
     dropped = conditioner.apply(variables, batch, ~keep)
     assert np.unique(dropped.token_maps).tolist() == [7]
     assert conditioner.parts()[0].keys == (key,)
+
+
+def test_a_depth_map_of_any_size_has_the_codes_of_its_picture():
+    """A smaller one would be fewer tokens in front, and so move all codes that follow."""
+    fields = {**MAPS, "key": "depth", "autoencoder": {**TINY, "image_channels": 1}}
+    conditioner = make_conditioner({"code_map": fields})
+    stage = SimpleNamespace(module=Autoencoder(channel_mult=(1, 1)))
+    rows = np.linspace(0, 1, 8, dtype=np.float32)
+    small = np.broadcast_to(rows[:, None], (8, 6)).reshape(1, 8, 6, 1)
+    told = conditioner.prepare({"depth": jnp.asarray(small)}, stage, (4, 4), None)["depth"]
+    assert told.shape == (1, 8, 8, 1)
+    np.testing.assert_allclose(told[0, ..., 0], np.tile(rows[:, None], 8), atol=1e-6)

@@ -33,8 +33,12 @@ def cubic(old: int, new: int, align_corners: bool = False) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def bicubic_aligned(x: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B h w C"]:
-    """Bicubic interpolation with aligned corners, not antialiased."""
-    rows = jnp.asarray(cubic(x.shape[1], height, align_corners=True))
-    columns = jnp.asarray(cubic(x.shape[2], width, align_corners=True))
+def bicubic(
+    x: Float[Array, "B H W C"], height: int, width: int, align_corners: bool = False
+) -> Float[Array, "B h w C"]:
+    """Bicubic interpolation, not antialiased; x itself if it has the size."""
+    if x.shape[1:3] == (height, width):
+        return x
+    rows = jnp.asarray(cubic(x.shape[1], height, align_corners))
+    columns = jnp.asarray(cubic(x.shape[2], width, align_corners))
     return jnp.einsum("hH,wW,bHWc->bhwc", rows, columns, x)

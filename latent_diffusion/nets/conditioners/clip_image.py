@@ -12,7 +12,7 @@ from latent_diffusion.nets.clip import ClipLayer
 from latent_diffusion.nets.conditioners.null import zeros_where
 from latent_diffusion.nets.conditioners.pictures import level_and_noise
 from latent_diffusion.nets.layers import Conv, Dense, layer_norm, timestep_embedding
-from latent_diffusion.nets.resize import bicubic_aligned
+from latent_diffusion.nets.resize import bicubic
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
 
@@ -108,7 +108,7 @@ class ClipImage(nn.Module):
         return jnp.concatenate([noised * std + mean, sinusoids], axis=-1)
 
     def _patches(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B L D"]:
-        x = bicubic_aligned(image, self.image_size, self.image_size)
+        x = bicubic(image, self.image_size, self.image_size, align_corners=True)
         x = ((x + 1) / 2 - _MEAN) / _STD
         window = (self.patch_size, self.patch_size, "VALID")
         x = Conv(self.width, *window, False, dtype=self.dtype, name="patch_embedding")(x)

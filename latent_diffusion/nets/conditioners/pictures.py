@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from latent_diffusion.core.rng import normal_per_example, split_per_example
 from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Float, Keys
 from latent_diffusion.nets.conditioners.null import zeros_where
-from latent_diffusion.nets.resize import cubic
+from latent_diffusion.nets.resize import bicubic
 from latent_diffusion.process.diffusion import q_sample
 from latent_diffusion.process.schedules import make_schedule
 
@@ -150,9 +150,7 @@ class Depth(nn.Module):
         self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
     ) -> Batch:
         """Resize the map to the latent."""
-        depth = batch["depth"]
-        rows, columns = (jnp.asarray(cubic(*n)) for n in zip(depth.shape[1:3], size, strict=True))
-        return {**batch, "depth": jnp.einsum("ih,bhwc,jw->bijc", rows, depth, columns)}
+        return {**batch, "depth": bicubic(batch["depth"], size[0], size[1])}
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:

@@ -17,6 +17,7 @@ from flax.core import FrozenDict
 from latent_diffusion.core.types import Array, Batch, Bool, Conditioning, Keys
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners.text import sentences
+from latent_diffusion.nets.resize import bicubic
 
 
 def _dropped(drop: Bool[Array, " B"], tokens: Any, null: int | None) -> Array:
@@ -156,9 +157,9 @@ class Coordinates(nn.Module):
 class CodeMap(nn.Module):
     """The codes of a first stage of depth or segmentation maps, as a map of tokens.
 
-    key: "depth" (each map is scaled to [-1, 1], and repeated if the first stage has several
-    channels) or "segmentation" (one-hot). autoencoder: the fields of this first stage, which is
-    trained before and frozen here.
+    key: "depth" (each map is resized to the picture, scaled to [-1, 1], and repeated if the first
+    stage has several channels) or "segmentation" (one-hot). autoencoder: the fields of this first
+    stage, which is trained before and frozen here.
     """
 
     key: str = "segmentation"
@@ -180,6 +181,16 @@ class CodeMap(nn.Module):
     def end(self) -> int:
         """One more than the largest token."""
         return max(self.offset + self.autoencoder["num_codes"], (self.null or 0) + 1)
+
+    @nn.nowrap
+    def prepare(
+        self, batch: Batch, first_stage: Any, size: tuple[int, ...], rng: Keys | None
+    ) -> Batch:
+        """Resize a depth map to the picture, whose codes have `size`."""
+        if self.key != "depth":
+            return batch
+        height, width = (n * first_stage.module.downsampling for n in size[:2])
+        return {**batch, "depth": bicubic(batch["depth"], height, width)}
 
     @nn.compact
     def __call__(self, batch: Batch, drop: Bool[Array, " B"]) -> Conditioning:
