@@ -16,7 +16,7 @@ from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.core.rng import example_keys, init_key
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
-from latent_diffusion.training import start
+from latent_diffusion.training import init_from, start
 
 RNG = jax.random.key(3)
 SCALE, SHIFT = np.float32([0.5, 2.0]), np.float32([0.25, -1.0])
@@ -118,6 +118,32 @@ def test_a_run_keeps_the_first_stage_and_its_model_is_written_as_taesd(frozen, t
         assert (module.regularization, module.encoder_blocks) == ("tiny", (1, 0))
     with pytest.raises(ValueError, match=r"must have encoder or decoder in its name"):
         tiny.save(tmp_path / "taesd.safetensors", format="compvis")
+
+
+def test_a_tiny_autoencoder_is_a_first_stage_and_a_start_of_others(frozen, tmp_path):
+    """Its blocks are fields that the sections of other autoencoders lack."""
+    _, path = frozen
+    begin(preview(path), tmp_path / "run")
+    resolved = start.resolve(preview(path, init_from=str(tmp_path / "run")), tmp_path / "again")
+    assert tuple(resolved.autoencoder.encoder_blocks) == (1, 0)
+    task = TASKS["autoencoding"](resolved)
+    batch = {"image": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
+    shapes, _ = jax.eval_shape(task.init, RNG, batch)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    state = init_from.start_from(resolved, state, init_from.read(resolved))
+    kept = ldm.load(tmp_path / "run").first_stage
+    jax.tree.map(np.testing.assert_array_equal, state.params["autoencoder"], kept.params)
+
+    config = few("denoising", **{"data.image_size": 8, "first_stage.path": str(tmp_path / "run")})
+    on_top = start.resolve(config, tmp_path / "denoiser")
+    assert TASKS["denoising"](on_top).autoencoder == kept.module
+    with pytest.raises(ValueError, match=r"holds autoencoder.regularization='kl', from which 'tin"):
+        start.resolve(preview(path, init_from=str(path)), tmp_path / "other")
+    adapted = preview(path, **{"init_from": str(tmp_path / "run"), "lora.rank": 2})
+    with pytest.raises(
+        ValueError, match=r"^lora\.rank, control .* are for denoisers, not for task"
+    ):
+        start.resolve(adapted, tmp_path / "other")
 
 
 def test_a_first_stage_that_does_not_fit_is_one_line(frozen, tmp_path, monkeypatch):

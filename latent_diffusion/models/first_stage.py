@@ -100,8 +100,10 @@ def make_autoencoder(config: Config) -> nn.Module:
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
     if config["regularization"] == "tiny":
-        own = TinyAutoencoder.__dataclass_fields__  # a config may have those of others, too
-        fields = {name: value for name, value in module_fields(config).items() if name in own}
+        own = TinyAutoencoder.__dataclass_fields__
+        # Beside fields that a file decides, a config keeps those of other autoencoders.
+        others = Autoencoder.__dataclass_fields__.keys() - own
+        fields = {name: x for name, x in module_fields(config).items() if name not in others}
         blocks = {half: tuple(fields[half]) for half in ("encoder_blocks", "decoder_blocks")}
         return TinyAutoencoder(**{**fields, **blocks})  # lists from a file aren't hashable
     return Autoencoder(**module_fields(config))

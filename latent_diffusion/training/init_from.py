@@ -21,7 +21,9 @@ from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.models.denoiser import BACKBONES
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.conditioners import CONDITIONERS, tables
+from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import DENOISERS
@@ -54,6 +56,11 @@ def read(config: ConfigDict) -> convert.Bundle | None:
         return None
     if config.task not in ("autoencoding", *DENOISERS):
         raise ValueError(f"init_from serves autoencoding and denoising, not {config.task!r}")
+    if config.task == "autoencoding" and adapts(config):
+        raise ValueError(
+            "lora.rank, control and textual_inversion.word are for denoisers, not for "
+            "task='autoencoding'"
+        )
     return convert.read(config.init_from)
 
 
@@ -87,14 +94,14 @@ def facts(config: ConfigDict, bundle: convert.Bundle, every: bool = False) -> di
     fields: dict[str, Any] = {}
     if config.task == "autoencoding":
         if bundle.autoencoder is not None and _comes_whole(config, "autoencoder", bundle):
-            fields |= _fields("autoencoder", _kind(bundle.autoencoder), bundle.autoencoder)
+            fields |= _of_autoencoder(config, bundle.autoencoder)
     elif bundle.denoiser is not None and _comes_whole(config, bundle.denoiser[0], bundle):
         name, network = bundle.denoiser
         fields |= {"backbone": name, **_fields(name, BACKBONES[name], network)}
         if bundle.diffusion is not ASSUMED:
             fields |= {f"diffusion.{name}": bundle.diffusion[name] for name in _NOISE}
         if bundle.autoencoder is not None:
-            fields |= _fields("autoencoder", _kind(bundle.autoencoder), bundle.autoencoder)
+            fields |= _of_autoencoder(config, bundle.autoencoder)
             fields["first_stage.path"] = str(config.init_from)
     if config.task == "distillation":  # whether guidance is an input is the student's choice
         fields.pop(f"{config.backbone}.guidance_dim", None)
@@ -120,9 +127,16 @@ def _comes_whole(config: ConfigDict, path: str, bundle: convert.Bundle) -> bool:
     return all(re.search(config.init_from_only, p) for p in paths)
 
 
-def _kind(autoencoder: convert.Part) -> Any:
-    """The class of a first stage's module."""
-    return type(make_autoencoder(autoencoder.fields))
+def _of_autoencoder(config: ConfigDict, part: convert.Part) -> dict[str, Any]:
+    """The fields of a first stage; ValueError if a preview is to start from another kind."""
+    wanted, there = config.autoencoder.regularization, part.fields["regularization"]
+    if config.task == "autoencoding" and (wanted == "tiny") != (there == "tiny"):
+        raise ValueError(
+            f"init_from={config.init_from} holds autoencoder.regularization={there!r}, from which "
+            f"{wanted!r} can't start"
+        )
+    module = TinyAutoencoder if there == "tiny" else Autoencoder
+    return _fields("autoencoder", module, part)
 
 
 def _fields(section: str, module: Any, part: convert.Part) -> dict[str, Any]:
