@@ -297,7 +297,7 @@ def diffusion() -> ConfigDict:
     # "linear" (√β is linear) | "sqrt_linear" (β is) | "sqrt" | "cosine" | "rectified_flow" | "edm"
     c.schedule = "linear"
     c.num_timesteps = 1000
-    c.beta_start = 0.0015  # for "edm": the ends of sigma
+    c.beta_start = 0.0015  # for "edm": the ends of sigma, such as 0.002 and 80
     c.beta_end = 0.0195
     c.zero_terminal_snr = False
     c.prediction = "eps"  # "eps" | "x0" | "v" | "flow" | "edm"

@@ -1,5 +1,6 @@
 """Evaluation, pictures and sampling, held against results that are computed by hand."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -27,15 +28,21 @@ from answers import (
     read,
 )  # fmt: skip
 
+from latent_diffusion.core.rng import example_keys
 from latent_diffusion.generation.model import Model
+from latent_diffusion.models import sampling as sampling_of_models
 from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.autoencoder import Identity
-from latent_diffusion.nets.conditioners import make_conditioner
+from latent_diffusion.nets.conditioners import Conditioner, make_conditioner
 from latent_diffusion.nets.discriminator import PatchGAN
+from latent_diffusion.nets.losses.perceptual import LPIPS
 from latent_diffusion.nets.unet import UNet
+from latent_diffusion.process import objectives
 from latent_diffusion.process.schedules import make_schedule
 from latent_diffusion.runtime import parallel
+from latent_diffusion.tasks import denoising as denoising_task
 from latent_diffusion.tasks.autoencoding import Autoencoding
 from latent_diffusion.tasks.autoencoding import Constants as PerceptualConstants
 from latent_diffusion.tasks.autoencoding import State as PerceptualState
@@ -104,6 +111,10 @@ def test_the_pictures_of_a_run_are_guided_samples_of_the_averaged_parameters():
     told, untold = (numbers(state.ema_params, drop=drop) for drop in (False, True))
     CLOSE(images["samples"], pixels(untold + 3.0 * (told - untold)))
     np.testing.assert_array_equal(images["inputs"], IMAGES)
+    hole = np.zeros((4, SIDE, SIDE, 1), np.float32)
+    hole[:, :2] = 1
+    filled = task.show(state, constants, {**BATCH, "mask": jnp.asarray(hole)}, RNG)["samples"]
+    np.testing.assert_array_equal(filled, np.where(hole, images["samples"], IMAGES))
 
 
 def test_a_step_moves_against_the_gradient_and_the_average_follows():
@@ -122,6 +133,48 @@ def test_a_step_moves_against_the_gradient_and_the_average_follows():
     rate = 1 - min(0.5, 2 / 11)  # warm-up
     CLOSE(after.ema_params["unet"]["bias"], rate * after.params["unet"]["bias"])
     assert int(after.step) == 1 and float(metrics["grad_norm"]) > abs(float(grads))
+
+
+def test_whatever_is_drawn_at_random_has_keys_of_its_own(monkeypatch):
+    """Equal keys would tie, for example, the timestep to whether its condition is dropped."""
+    seen = {}
+
+    def watch(owner, name, place=0):
+        function = getattr(owner, name)
+
+        def watched(*given, **more):
+            seen.update({name: given[place]} if len(given) > place else {})
+            return function(*given, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("normal_per_example", "bernoulli_per_example"):
+        watch(denoising_task, name)
+    for name in ("offset_noise", "perturb_input"):
+        watch(objectives, name)
+    watch(Denoising, "timesteps", 1)
+    watch(FirstStage, "encode", 2)
+    watch(Conditioner, "prepare", 4)
+    task, state, constants = denoising(offset_noise=0.1, input_perturbation=0.1)
+    keys = example_keys(RNG, 4)
+    task._loss(state.params, None, constants, BATCH, keys, {"dropout": keys[0]})
+    assert len(seen) == 7
+    step = [keys, *seen.values()]
+    seen.clear()
+    watch(sampling_of_models, "normal_per_example")
+    task.show(state, constants, BATCH, RNG)
+    for together in (step, [seen["normal_per_example"], seen["prepare"]]):
+        rows = np.concatenate([jax.random.key_data(keys) for keys in together])
+        assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+def test_the_bound_of_the_variance_counts_for_each_of_all_timesteps(monkeypatch):
+    """0.001 of 1,000 timesteps is the weight of DiT's code, whose bound is a sum over them."""
+    monkeypatch.setattr(denoising_task, "bound", lambda *given: jnp.ones(len(given[-1])))
+    monkeypatch.setattr(Denoiser, "with_variance", lambda self, field: self)
+    task, state, constants = denoising(variance_weight=0.003)
+    seen = task.eval_step(state, constants, BATCH, RNG)
+    CLOSE(seen["loss"] - seen["simple"], np.full(4, 3.0))
 
 
 def test_eight_devices_move_as_one():
@@ -159,8 +212,8 @@ class Scores(UNet):
 
     @nn.compact
     def __call__(self, z_t, t, conditioning=None, train=False):
-        scores = self.param("scores", nn.initializers.zeros, (3,))
-        return jnp.broadcast_to(scores, (len(z_t), 3))
+        scores = self.param("scores", nn.initializers.zeros, (self.out_channels,))
+        return jnp.broadcast_to(scores, (len(z_t), len(scores)))
 
 
 def test_a_classifier_is_evaluated_by_its_averaged_parameters():
@@ -186,6 +239,24 @@ def test_a_classifier_is_evaluated_by_its_averaged_parameters():
         live["unet"]["scores"] - 0.1 * (jax.nn.softmax(live["unet"]["scores"]) - shares),
     )
     assert float(metrics["accuracy"]) == 0.25
+    late = dataclasses.replace(task, ema_decay=0.5), state.replace(step=jnp.asarray(1000))
+    after, _ = late[0].train_step(late[1], Constants(first_stage()), BATCH, RNG)
+    CLOSE(
+        after.ema_params["unet"]["scores"],
+        (average["unet"]["scores"] + after.params["unet"]["scores"]) / 2,
+    )
+    with pytest.raises(ValueError, match=r"a classifier needs class_label; the batch has image$"):
+        task.eval_step(state, Constants(first_stage()), {"image": BATCH["image"]}, RNG)
+
+
+def test_a_label_among_the_best_five_is_a_hit_of_its_own():
+    classifier = NoisyClassifier({}, make_schedule(), Scores(8))
+    task = Classifying(classifier, first_stage().module, optax.sgd(0.1), (SIDE, SIDE, 3))
+    falling, labels = {"unet": {"scores": -jnp.arange(8.0)}}, jnp.arange(8)
+    z_0, keys = jnp.zeros((8, SIDE, SIDE, 3)), jax.random.split(RNG, 8)
+    seen = task._scores(falling, z_0, 0 * labels, keys, labels)
+    assert seen["accuracy"].tolist() == [1] + 7 * [0]
+    assert seen["accuracy_5"].tolist() == 5 * [1] + 3 * [0]
 
 
 class Reconstruction(NamedTuple):
@@ -214,6 +285,25 @@ def test_reconstructions_are_those_of_the_averaged_parameters_if_there_are_any(a
     CLOSE(seen["psnr"], 10 * np.log10(4 / mse))
     images = task.show(state, PerceptualConstants(None), BATCH, RNG)
     CLOSE(images["reconstructions"], gain * IMAGES)
+
+
+@pytest.mark.parametrize(("reduction", "count"), [("sum", 4), ("mean", IMAGES.size)])
+def test_errors_are_summed_over_a_picture_or_averaged(reduction, count, monkeypatch):
+    """Rombach et al. 2022: the sum in models with a KL, the mean in models with a codebook."""
+    distance = jnp.arange(4.0)
+    monkeypatch.setattr(Autoencoding, "_distance", lambda self, c, x, y: distance * (x != y).any())
+    options = {"reduction": reduction, "perceptual_weight": 0.5}
+    task = Autoencoding(
+        Scaled(), PatchGAN(), LPIPS(), optax.identity(), optax.identity(), **options
+    )
+    nll, metrics = task._reconstruction_loss(
+        0.2 * BATCH["image"], jnp.array(0.3), BATCH["image"], PerceptualConstants(None)
+    )
+    errors = np.abs(0.8 * IMAGES) + 0.5 * np.arange(4.0)[:, None, None, None]
+    CLOSE(nll, np.sum(errors / np.exp(0.3) + 0.3) / count)
+    CLOSE(metrics["rec_loss"], np.mean(errors))
+    state = PerceptualState(0, {"autoencoder": {"gain": jnp.array(0.2)}}, None, *[None] * 5)
+    CLOSE(task.eval_step(state, PerceptualConstants(None), BATCH, RNG)["lpips"], distance)
 
 
 # ---------------------------------------------------------------------------- whole sampling calls

@@ -133,8 +133,9 @@ def test_splash_is_attention_and_for_tpus_only():
         expected = jax.nn.dot_product_attention(3 * q, k, v)
         got = splash_attention(3 * q, k, v, interpret=True)
         np.testing.assert_allclose(got, expected, atol=2e-5)
-    with pytest.raises(ValueError, match="attention='splash' is for TPUs, this is a cpu"):
-        attend(q, k, v, "splash")
+    for name, kind in (("splash", "TPUs"), ("cudnn", "GPUs")):
+        with pytest.raises(ValueError, match=f"attention='{name}' is for {kind}, this is a cpu"):
+            attend(q, k, v, name)
     with traced_for(TPU):
         causal = attend(k, k, v, "splash", causal=True)
     np.testing.assert_array_equal(causal, attend(k, k, v, "xla", causal=True))
@@ -212,11 +213,13 @@ def test_what_cudnn_gets_is_padded_and_what_it_gives_is_cut(monkeypatch):
         ]
         return [jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *pair) for pair in pairs]
 
-    worst = differences(*draws((1, 9, 2, 20), (1, 13, 2, 20), (1, 13, 2, 20)))
+    with traced_for(H100):
+        worst = differences(*draws((1, 9, 2, 20), (1, 13, 2, 20), (1, 13, 2, 20)))
     assert max(jax.tree.leaves(worst)) < 1e-5
     assert seen[0] == ((1, 16, 2, 24), (1, 16, 2, 24), False)
     whole = draws((1, 16, 2, 8), (1, 8, 2, 8), (1, 8, 2, 8))
-    jax.eval_shape(lambda q, k, v: attend(q, k, v, "cudnn"), *whole)
+    with traced_for(H100):
+        jax.eval_shape(lambda q, k, v: attend(q, k, v, "cudnn"), *whole)
     assert seen[-1] == ((1, 16, 2, 8), (1, 8, 2, 8), True)
 
 

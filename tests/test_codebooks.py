@@ -235,3 +235,10 @@ def test_conditional_discriminator_sees_the_condition():
     assert state.disc_params["conv_in"]["kernel"].shape[2] == 3 + 1
     batch = make_batch(config) | {"mask": np.ones(spec["mask"].shape, np.float32)}
     jax.eval_shape(task.train_step, state, constants, batch, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"disc_condition='mask' must be .*; the batch has image "):
+        pictures = {"image": batch["image"]}
+        jax.eval_shape(task.train_step, state, constants, pictures, jax.random.key(0))
+    config.autoencoding.disc_condition = "segmentation"  # has no channels
+    task, spec = TASKS["autoencoding"](config), batch_spec(config)
+    with pytest.raises(ValueError, match=r"'segmentation' must be .*, segmentation \[1, 16, 16\]"):
+        jax.eval_shape(task.init, jax.random.key(0), spec)

@@ -170,6 +170,12 @@ def test_depth_is_resized_like_bicubic_and_spans_its_own_range():
     np.testing.assert_allclose(depth.max((1, 2, 3)), 1.0, atol=2e-3)
     np.testing.assert_allclose(cubic(12, 24).sum(1), 1.0, atol=1e-6)
     np.testing.assert_array_equal(cubic(5, 5), np.eye(5))
+    # By torch's kernel: (a + 2)x³ − (a + 3)x² + 1 below 1, a(x³ − 5x² + 8x − 4) below 2; a = −3/4.
+    quarters = [-0.03515625, 0.26171875, 0.87890625, -0.10546875]
+    np.testing.assert_allclose(cubic(8, 16)[6, 1:5], quarters, atol=1e-6)
+    aligned = cubic(5, 9, align_corners=True)  # every second sample is one of the old
+    np.testing.assert_allclose(aligned[::2], np.eye(5), atol=1e-6)
+    np.testing.assert_allclose(aligned[3, :4], [-0.09375, 0.59375, 0.59375, -0.09375], atol=1e-6)
 
 
 def test_what_is_kept_stays_while_the_rest_is_dropped():
@@ -317,6 +323,16 @@ def test_several_conditioners_join_along_their_axes():
     )
     shapes = [leaf.shape for leaf in jax.tree.leaves(both)]
     assert shapes == [(1, 2, 2, 4), (1, 2, 5), (1, 4)]
+
+
+def test_conditions_that_can_not_be_joined_are_named():
+    config = {"class_label": SMALL["class_label"] | {"width": 5}, "text": SMALL["text"]}
+    with pytest.raises(ValueError, match=r"context of the shapes \[3, 1, 5\] and \[3, 4, 6\], "):
+        _apply(config, NEVER)
+    config = {name: SMALL[name] for name in ("spatial_rescaler", "word_map")}
+    config["spatial_rescaler"] = config["spatial_rescaler"] | {"num_stages": 2}
+    with pytest.raises(ValueError, match=r"concat of the shapes \[3, 2, 2, 2\] and \[3, 4, 4, 2\]"):
+        _apply(config, NEVER)
 
 
 def test_a_wrong_condition_is_named():

@@ -210,6 +210,9 @@ def test_schedules_of_karras_preconditioning():
     variance = schedule.alpha_t(t) ** 2 * 0.25 + schedule.sigma_t(t) ** 2
     np.testing.assert_allclose(variance, 1.0, rtol=1e-4)
     assert LINEAR.time_t(t) is t
+    for ends in ((0.0015, 0.0195), (80.0, 0.002), (0.0, 80.0)):  # those of beta, for example
+        with pytest.raises(ValueError, match=r"beta_start=.*; for Karras' schedule they are the l"):
+            make_schedule("edm", 1000, *ends)
 
 
 def test_exponential_spacing_is_even_in_log_snr():

@@ -13,6 +13,7 @@ from latent_diffusion.generation.loading import load_classifier
 from latent_diffusion.models.first_stage import init_first_stage
 from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.nets.losses.perceptual import LPIPS
+from latent_diffusion.nets.pooling import Pooling
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.process import steering
 from latent_diffusion.process.diffusion import Prediction
@@ -157,6 +158,35 @@ def test_half_a_unet_scores_classes(pool):
     if pool == "attention":
         np.testing.assert_allclose(count / 1e6, 111.6, atol=0.05)
     assert not any(name.startswith("output_blocks") for name in variables["params"])
+    other = jnp.zeros((2, 64, 32, 4))
+    if pool == "attention":
+        with pytest.raises(
+            ValueError, match=r"reads latents of 64 positions at its end, .* not 128"
+        ):
+            jax.eval_shape(net.apply, variables, other, jnp.zeros(2))
+    else:
+        assert jax.eval_shape(net.apply, variables, other, jnp.zeros(2)).shape == (2, 1000)
+
+
+def test_the_mean_of_the_positions_attends_to_them_and_is_scored():
+    """A head of a transformer by hand: queries of the mean, keys and values of all."""
+    module, rng = Pooling("attention", 3, head_dim=4, num_groups=2), np.random.default_rng(0)
+    h = rng.normal(size=(2, 2, 3, 8)).astype(np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(h), [])["params"]
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    groups = h.reshape(2, 6, 2, 4)
+    mean, var = (f(groups, (1, 3), keepdims=True) for f in (np.mean, np.var))
+    x = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(2, 6, 8)
+    x = x * params["norm"]["scale"] + params["norm"]["bias"]
+    x = x / (1 + np.exp(-x))
+    x = np.concatenate([x.mean(1, keepdims=True), x], 1) + params["positions"]
+    qkv = x @ params["qkv"]["kernel"] + params["qkv"]["bias"]
+    q, k, v = np.moveaxis(qkv.reshape(2, 7, 3, 2, 4), 2, 0)
+    weights = np.exp(np.einsum("bnd,bsnd->bns", q[:, 0], k) / 2)
+    mixed = np.einsum("bns,bsnd->bnd", weights / weights.sum(-1, keepdims=True), v).reshape(2, 8)
+    want = mixed @ params["proj_out"]["kernel"] + params["proj_out"]["bias"]
+    got = module.apply({"params": params}, jnp.asarray(h), [])
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
 def test_a_classifier_is_loaded_with_its_averaged_parameters(tmp_path):

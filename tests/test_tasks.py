@@ -1,6 +1,7 @@
 """Facts about the two train steps, on models small enough to differentiate by hand."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -110,11 +111,14 @@ def test_one_pass_gradients_equal_three_separate_differentiations():
 
         x_rec = reconstruct(params).x
         d_disc = jax.grad(lambda p: hinge_d_loss(logits(x, p), logits(x_rec, p)))(state.disc_params)
-        return jax.grad(total)(params), d_disc, weight
+        logged = {"loss": total(params), "d_weight": weight, "g_loss": adversarial(params)}
+        logged |= {"logits_real": logits(x).mean(), "logits_fake": logits(x_rec).mean()}
+        return jax.grad(total)(params), d_disc, logged
 
-    grads, disc_grads, weight = literal(state.params)
+    grads, disc_grads, logged = literal(state.params)
     after, metrics = step(state, constants, batch, RNG)
-    np.testing.assert_allclose(metrics["d_weight"], weight, rtol=1e-4)
+    for name, value in logged.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
     # Adam's first moment after one step is (1 - b1) times the gradient.
     b1 = 0.5
     for expected, opt_state in ((grads, after.opt_state), (disc_grads, after.disc_opt_state)):
@@ -156,6 +160,30 @@ def test_denoising_learns_and_leaves_the_first_stage_alone():
 def test_the_averages_of_every_task_follow_as_the_config_says(task):
     made = TASKS[task](make_config(task, ema_decay=0.05))
     assert getattr(made, "student", made).ema_decay == 0.05
+
+
+class Drawn(Exception):
+    """Ends a step where it draws its keys."""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_step_of_every_task_has_a_key_of_its_own(task, monkeypatch):
+    config = make_config(task)
+    made = TASKS[task](config)
+    state, constants = jax.eval_shape(made.init, jax.random.key(0), batch_spec(config))
+
+    def drawn(rng, *given):
+        raise Drawn(jax.random.key_data(rng).tolist())
+
+    monkeypatch.setattr(sys.modules[type(made).__module__], "example_keys", drawn)
+    batch = {"image": jnp.zeros((1, SIZE, SIZE, 3)), "class_label": jnp.zeros(1, jnp.int32)}
+    batch["codes"] = jnp.zeros((1, 8, 8), jnp.int32)
+    seen = [jax.random.key_data(RNG).tolist()]
+    for step in range(3):
+        with pytest.raises(Drawn) as keys:
+            made.train_step(state.replace(step=jnp.asarray(step)), constants, batch, RNG)
+        seen.append(keys.value.args[0])
+    assert len({tuple(key) for key in seen}) == 4
 
 
 def test_frozen_means_frozen():
@@ -231,6 +259,29 @@ def test_the_average_of_the_first_stage_follows_its_new_parameters():
         *map(jax.tree.leaves, (state.params, after.params, after.ema_params)), strict=True
     ):
         np.testing.assert_allclose(ema, decay * old + (1 - decay) * new, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value", "allowed"),
+    [
+        ("denoising", "diffusion.max_noise", 20.0, r"\(0, 1\]"),  # per cent
+        ("denoising", "diffusion.shift", 0.0, r"\(0, inf\)"),
+        ("denoising", "diffusion.drop_rate", 10.0, r"\[0, 1\]"),
+        ("denoising", "unet.dropout", 10.0, r"\[0, 1\)"),
+        ("distillation", "distillation.target_decay", 1.0, r"\[0, 1\)"),
+        ("prior", "prior.pkeep", 90.0, r"\[0, 1\]"),
+        ("autoencoding", "autoencoding.gumbel_temperature", (1.0, 0.0), r"\(0, inf\)"),
+        ("autoencoding", "autoencoder.codebook_ema_decay", 1.0, r"\[0, 1\)"),
+    ],
+)
+def test_shares_and_factors_outside_their_ranges_are_one_line(task, field, value, allowed):
+    with pytest.raises(ValueError, match=rf"^{field}=.* must lie in {allowed}$"):
+        TASKS[task](make_config(task, **{field: value}))
+
+
+def test_a_classifier_is_a_u_net():
+    with pytest.raises(ValueError, match=r"backbone='dit', but a classifier is half a U-Net"):
+        TASKS["classifying"](make_config("classifying", backbone="dit"))
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,11 @@ def attend(
         sizes = q.shape[1], k.shape[1], q.shape[3]
         implementation = choose(machine, q.dtype, *sizes, causal=causal, masked=masked)
     function = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
-    if implementation == "splash" and machine.platform != "tpu":
+    kind = {"splash": "tpu", "cudnn": "gpu"}.get(implementation, machine.platform)
+    if kind != machine.platform:
         raise ValueError(
-            f"attention='splash' is for TPUs, this is a {machine.platform}; use 'auto'"
+            f"attention={implementation!r} is for {kind.upper()}s, this is a {machine.platform}; "
+            "use 'auto'"
         )
     if masked or (causal and implementation != "cudnn"):
         mask = None if mask is None else mask[:, None, None, :]

@@ -58,6 +58,13 @@ class Pooling(nn.Module):
         x = self._normed(h).reshape(h.shape[0], -1, channels)
         x = jnp.concatenate([jnp.mean(x, 1, keepdims=True), x], 1)
         init = nn.initializers.normal(channels**-0.5)
+        if self.has_variable("params", "positions"):
+            learned: Array = self.get_variable("params", "positions")
+            if len(learned) != x.shape[1]:
+                raise ValueError(
+                    f"pool: a classifier with 'attention' reads latents of {len(learned) - 1} "
+                    f"positions at its end, as in its training, not {x.shape[1] - 1}"
+                )
         x = x + self.param("positions", init, (x.shape[1], channels))
         qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.split(qkv.reshape(*x.shape[:2], 3, -1, self.head_dim), 3, axis=2)

@@ -82,6 +82,19 @@ def in_range(value: float | int, range: str) -> bool:
     return above and (value <= high if range[-1] == "]" else value < high)
 
 
+def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
+    """Raise ValueError for a field of a config, named "section.field", outside its range.
+
+    A field may hold several numbers; one that the config lacks (of an older version) passes.
+    """
+    for path, allowed in ranges.items():
+        section, _, name = path.partition(".")
+        value = config[section].get(name)
+        values = value if isinstance(value, tuple | list) else [value]
+        if value is not None and not all(in_range(number, allowed) for number in values):
+            raise ValueError(f"{path}={value} must lie in {allowed}")
+
+
 def _choice(default: Any, kind: type, help: str, **fields: Any) -> Any:
     """A field of a dataclass of options; `fields` are further fields of `Option`."""
     made = Option(default, kind, help, **fields)

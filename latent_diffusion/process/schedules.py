@@ -169,8 +169,14 @@ def make_schedule(
 def _edm(num: int, low: float, high: float, sigma_data: float) -> NoiseSchedule:
     """(z_0 + s eps) / √(s² + sigma_data²), even in log s from `low` to `high` (Karras et al. 2022).
 
-    The network's time input is 0.25 log s.
+    The network's time input is 0.25 log s. Raises ValueError for ends that can't be those of s,
+    such as the usual ends of beta.
     """
+    if not 0 < low < high or high < 1:
+        raise ValueError(
+            f"beta_start={low}, beta_end={high}; for Karras' schedule they are the least and the "
+            "largest sigma, such as 0.002 and 80"
+        )
     s = np.geomspace(low, high, num)
     scale = np.hypot(s, sigma_data)
     return _tabulate(1 / scale, s / scale, 0.25 * np.log(s))

@@ -44,8 +44,14 @@ from latent_diffusion.optimisation.optimizers import (
     make_optimizer,
     path_mask,
 )
+from latent_diffusion.process.options import check_ranges
 
 Metrics = dict[str, jax.Array]
+RANGES = {
+    "autoencoding.gumbel_temperature": "(0, inf)",
+    "autoencoder.codebook_ema_decay": "[0, 1)",
+    "autoencoder.dropout": "[0, 1)",
+}
 
 
 class State(flax.struct.PyTreeNode):
@@ -300,9 +306,15 @@ class Autoencoding:
 
     def _beside_condition(self, image: jax.Array, batch: Batch) -> jax.Array:
         """The discriminator's input: the image, and the channels of a condition if there is one."""
-        if not self.disc_condition:
+        if not (name := self.disc_condition):
             return image
-        return jnp.concatenate([image, batch[self.disc_condition].astype(image.dtype)], -1)
+        if name not in batch or batch[name].shape[:-1] != image.shape[:-1]:
+            entries = ", ".join(f"{key} {list(x.shape)}" for key, x in sorted(batch.items()))
+            raise ValueError(
+                f"autoencoding.disc_condition={name!r} must be a picture of the image's size, such "
+                f"as a mask (data.mask); the batch has {entries}"
+            )
+        return jnp.concatenate([image, batch[name].astype(image.dtype)], -1)
 
     def _temperature(self, step: jax.Array) -> jax.Array:
         """The Gumbel softmax's temperature at a step; each step changes it by the same factor."""
@@ -371,6 +383,7 @@ def _with_latent_std(metrics: Metrics) -> Metrics:
 
 def make_autoencoding(config: Config) -> Autoencoding:
     """Build the task from a resolved experiment config."""
+    check_ranges(config, RANGES)
     fields = dict(config["autoencoding"])
     disc, net = dict(fields.pop("discriminator")), fields.pop("perceptual")
     fields.pop("perceptual_path")  # read by the loop, which loads the weights

@@ -71,7 +71,8 @@ class Classifying:
     ) -> tuple[State, Metrics]:
         """One update of the classifier. axis_name: the mapped axis under pmap."""
         rng = jax.random.fold_in(rng, state.step)
-        keys = example_keys(rng, batch["class_label"].shape[0], axis_name)
+        labels = _labels(batch)
+        keys = example_keys(rng, labels.shape[0], axis_name)
         k_z, k_t, k_eps = split_per_example(keys, 3)
         z_0 = constants.first_stage.encode(batch, k_z)
         num_timesteps = self.classifier.schedule.num_timesteps
@@ -83,7 +84,7 @@ class Classifying:
             return jnp.mean(values["loss"]), values
 
         value_and_grad = value_and_grad_in_parts(loss_fn, self.grad_accumulation)
-        (_, values), grads = value_and_grad(state.params, z_0, t, k_eps, batch["class_label"])
+        (_, values), grads = value_and_grad(state.params, z_0, t, k_eps, labels)
         metrics = pmean({name: jnp.mean(value) for name, value in values.items()}, axis_name)
         grads = pmean(grads, axis_name)
         state = state.updated(self.tx, grads, self.ema_decay)
@@ -93,7 +94,7 @@ class Classifying:
         self, state: State, constants: Constants, batch: Batch, rng: Rng, *, axis_name: Axis = None
     ) -> Metrics:
         """Per-example [B] loss and hits of the averaged parameters, at each of some timesteps."""
-        labels = batch["class_label"]
+        labels = _labels(batch)
         keys = example_keys(rng, labels.shape[0], axis_name)
         z_0 = constants.first_stage.encode(batch)
         values: Metrics = {}
@@ -136,8 +137,20 @@ class Classifying:
         return {"loss": loss, **{name: hit.astype(jnp.float32) for name, hit in hits.items()}}
 
 
+def _labels(batch: Batch) -> Array:
+    """The classes of a batch; ValueError for data without classes."""
+    if "class_label" not in batch:
+        raise ValueError(
+            f"a classifier needs class_label; the batch has {', '.join(sorted(batch))}"
+        )
+    labels: Array = batch["class_label"]
+    return labels
+
+
 def make_classifying(config: Config) -> Classifying:
     """Build the task from a resolved experiment config."""
+    if (name := config.get("backbone", "unet")) != "unet":
+        raise ValueError(f"backbone={name!r}, but a classifier is half a U-Net: backbone='unet'")
     size, fields = config["data"]["image_size"], config["classifier"]
     sizes = {"out_channels": fields["num_classes"], "pool": fields["pool"]}
     unet = make_network("unet", config["unet"], **sizes)

@@ -47,11 +47,19 @@ from latent_diffusion.process.diffusion import prediction_target, prior_bits_per
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.hints import HINTS
 from latent_diffusion.process.learned_variance import bound
+from latent_diffusion.process.options import check_ranges
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.tiling import tile_of_latent
 from latent_diffusion.tasks import beside
 
 Metrics = dict[str, jax.Array]
+RANGES = {
+    "diffusion.drop_rate": "[0, 1]",
+    "diffusion.max_noise": "(0, 1]",
+    "diffusion.shift": "(0, inf)",
+    "diffusion.huber_c": "(0, inf)",
+    "unet.dropout": "[0, 1)",
+}
 
 
 class State(flax.struct.PyTreeNode):
@@ -386,6 +394,7 @@ def _check(config: Config, denoiser: Denoiser) -> None:
 
 def make_denoising(config: Config) -> Denoising:
     """Build the task from a resolved experiment config."""
+    check_ranges(config, RANGES)
     autoencoder = make_autoencoder(config["autoencoder"])
     conditioner = make_conditioner(config["conditioners"])
     size = config["data"]["image_size"]

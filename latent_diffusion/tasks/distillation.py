@@ -42,6 +42,7 @@ from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import global_norm
 from latent_diffusion.process import consistency, objectives
 from latent_diffusion.process.diffusion import Prediction, expand, q_sample, to_z_0_and_eps
+from latent_diffusion.process.options import check_ranges
 from latent_diffusion.process.spacings import distilled_timesteps
 from latent_diffusion.tasks.denoising import (
     Constants,
@@ -224,6 +225,7 @@ def _jump(denoiser: Denoiser, pred: Array, z_t: Array, t: Array, end: Array) -> 
 def make_distillation(config: Config) -> Distillation:
     """Build the task from a resolved experiment config; ValueError for fields that don't fit."""
     fields, names = config["distillation"], frozenset(config["conditioners"])
+    check_ranges(config, {"distillation.target_decay": "[0, 1)"})
     other = {
         "control": config["control"],
         "textual_inversion.word": config["textual_inversion"]["word"],

@@ -29,8 +29,17 @@ from latent_diffusion.models.prior import Prior, check_null, check_size, make_pr
 from latent_diffusion.optimisation.micro_batches import value_and_grad_in_parts
 from latent_diffusion.optimisation.optimizers import global_norm, make_optimizer
 from latent_diffusion.process.decoding import masked_share
+from latent_diffusion.process.options import check_ranges
 from latent_diffusion.process.plan import plan_prior
 from latent_diffusion.tasks.denoising import Constants, Metrics, State
+
+RANGES = {
+    "prior.pkeep": "[0, 1]",
+    "prior.label_smoothing": "[0, 1)",
+    "prior.min_masked": "[0, 1]",
+    "prior.drop_rate": "[0, 1]",
+    "transformer.dropout": "[0, 1)",
+}
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,7 @@ class PriorTraining:
 def make_prior_training(config: Config) -> PriorTraining:
     """Build the task from a resolved experiment config; ValueError for parts that don't fit."""
     fields, size = config["prior"], config["data"]["image_size"]
+    check_ranges(config, RANGES)
     if "code_map" in config["conditioners"] and "code_map" not in config["pretrained"]:
         raise ValueError(
             "conditioners.code_map needs pretrained.code_map: the first stage of its maps, trained "

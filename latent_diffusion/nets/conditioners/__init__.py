@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 
 from latent_diffusion.core.rng import split_per_example
@@ -78,11 +79,18 @@ _ENCODED = ("context", "vector")  # outputs that a batch may hold, see `encoded_
 def combine(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings: `concat` along channels, `context` along tokens, `vector` along width.
 
-    A prior's `tokens` are joined along their length, and so are its `token_maps`.
+    A prior's `tokens` are joined along their length, and so are its `token_maps`. Raises ValueError
+    if other axes differ.
     """
 
     def join(field: str, axis: int) -> Array | None:
         arrays = [value for part in parts if (value := getattr(part, field)) is not None]
+        shapes = [list(array.shape) for array in arrays]
+        if len({str(np.delete(shape, axis)) for shape in shapes}) > 1:
+            raise ValueError(
+                f"conditioners give {field} of the shapes {' and '.join(map(str, shapes))}, which "
+                f"may only differ in axis {axis}"
+            )
         return jnp.concatenate(arrays, axis) if arrays else None
 
     axes = {"concat": -1, "context": 1, "vector": -1, "tokens": 1, "token_maps": 1}
