@@ -165,6 +165,43 @@ def test_a_file_of_dit_or_sit_is_the_model_that_its_config_trains(variant):
     assert dit._HEADS[config.dit.width] == config.dit.num_heads
 
 
+# Loss, ends of beta, batch, learning rate, steps: the configs of the released models, and Tab. 12,
+# 13 and 15 of the paper; None where neither states it.
+RECIPES = {
+    "celebahq": ("l2", 0.0015, 0.0195, 48, 9.6e-5, 410_000),
+    "ffhq": ("l2", 0.0015, 0.0195, 42, 8.4e-5, 635_000),
+    "bedrooms": ("l2", 0.0015, 0.0195, 48, 9.6e-5, 1_900_000),
+    "churches": ("l1", 0.0015, 0.0155, 96, 5e-5, 500_000),
+    "cin256": ("l2", 0.0015, 0.0195, 64, 6.4e-5, 2_900_000),
+    "cin256:f4": ("l2", 0.0015, 0.0195, 40, 8e-5, 2_000_000),
+    "cin256_v2": ("l2", 0.0015, 0.0195, 1200, 1e-4, 178_000),
+    "text2img256": ("l2", 0.0015, 0.0195, 28, 5.6e-5, None),
+    "txt2img_1p4b": ("l2", 0.00085, 0.012, 680, 1e-4, 390_000),
+    "layout2img": ("l1", 0.0015, 0.0205, 24, 4.8e-5, 4_400_000),
+    "semantic_synthesis": ("l1", 0.0015, 0.0205, 48, 4.8e-5, 360_000),
+    "super_resolution": ("l2", 0.0015, 0.0155, 64, 6.4e-5, 860_000),
+    "inpainting": ("l1", 0.0015, 0.0205, 128, None, 360_000),
+    "rdm": ("l2", 0.0015, 0.015, None, 1e-4, None),
+    "sd_v1": ("l2", 0.00085, 0.012, 2048, 1e-4, 515_000),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_the_published_one(name):
+    config = get(name)
+    noise = config.diffusion
+    loss, *wanted = RECIPES[name]
+    have = [noise.beta_start, noise.beta_end, config.batch_size]
+    have += [config.optimizer.learning_rate, config.num_steps]
+    pairs = zip(have, wanted, strict=True)
+    assert noise.loss == loss
+    assert have == pytest.approx([x if want is None else want for x, want in pairs])
+    # Latents of a codebook have about unit variance, as they are.
+    coded = config.autoencoder.regularization == "vq"
+    assert (config.first_stage.normalization == "none") == coded
+    assert (noise.schedule, noise.prediction, noise.num_timesteps) == ("linear", "eps", 1000)
+
+
 def test_derived_stable_diffusions_add_channels():
     for name, more in (("sd_v1:inpainting", 5), ("sd_v2:inpainting", 5), ("sd_v2:depth", 1)):
         assert beside(get(name))[1] == more

@@ -198,6 +198,11 @@ def test_distributions_of_timesteps():
     np.testing.assert_allclose(np.quantile(middle, [0.159, 0.5, 0.841]), [269, 500, 731], atol=15)
     high = TIMESTEP_SAMPLING["logit_normal"](keys, LINEAR, mean=1.0, std=0.1)
     np.testing.assert_allclose(np.mean(high), 731, atol=5)
+    # Esser et al. 2024, eq. 20 with s = 1.29: t falls in u.
+    u = np.array([0.9, 0.75, 0.5, 0.25, 0.1])
+    shares = 1 - u - 1.29 * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
+    both = TIMESTEP_SAMPLING["mode"](keys, LINEAR)
+    np.testing.assert_allclose(np.quantile(both, 1 - u), 1000 * shares, atol=15)
     even = LINEAR.log_snr[TIMESTEP_SAMPLING["importance"](keys, LINEAR)]
     low, top = LINEAR.log_snr[-1], LINEAR.log_snr[0]
     np.testing.assert_allclose(np.mean(even), (low + top) / 2, atol=0.15)

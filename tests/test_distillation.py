@@ -181,11 +181,29 @@ def test_one_evaluation_learns_the_guided_prediction():
     plain, *_ = made("eps", "guidance", (1.0, 1.0), False)
     exact = plain._loss({"unet": {"weights": weights}}, None, constants, BATCH_OF, keys)
     np.testing.assert_allclose(exact, 0.0, atol=1e-12)
+    weighted = replace(task, student=replace(task.student, loss_weight="min_snr"))
+    t = np.floor(1000 * np.asarray(uniform_per_example(split_per_example(keys, 5)[1]))).astype(int)
+    noise = task.student.denoiser.schedule
+    snr = np.square(np.asarray(noise.alphas, np.float64) / np.asarray(noise.sigmas))[t]
+    got = weighted._loss({"unet": {"weights": weights}}, None, constants, BATCH_OF, keys)
+    np.testing.assert_allclose(got, np.minimum(1, 5 / snr) * same, rtol=1e-3, atol=1e-9)
+
+
+def test_a_student_is_evaluated_by_its_averaged_parameters():
+    task, state, constants = made("eps")
+    seen = task.eval_step(state, constants, BATCH_OF, RNG)["loss"]
+    keys, average = example_keys(RNG, BATCH), state.ema_params
+    np.testing.assert_array_equal(seen, task._loss(average, average, constants, BATCH_OF, keys))
+    live = task._loss(state.params, state.params, constants, BATCH_OF, keys)
+    assert np.abs(seen - live).max() > 1e-4
 
 
 def test_targets_are_made_by_an_average_and_have_no_gradient():
     task, state, constants = made("eps")
+    state = state.replace(step=jnp.asarray(1000))  # the average is warm
     after, _ = task.train_step(state, constants, BATCH_OF, RNG)
+    average = 0.9 * state.ema_params["unet"]["weights"] + 0.1 * after.params["unet"]["weights"]
+    np.testing.assert_allclose(after.ema_params["unet"]["weights"], average, rtol=1e-6)
     want = 0.95 * state.target["unet"]["weights"] + 0.05 * after.params["unet"]["weights"]
     np.testing.assert_allclose(after.target["unet"]["weights"], want, rtol=1e-6)
     alone, own, _ = made("eps", target_decay=0.0)

@@ -16,6 +16,7 @@ from latent_diffusion.models.first_stage import (
     with_measured_scale,
 )
 from latent_diffusion.nets.autoencoder import Identity
+from latent_diffusion.runtime import parallel
 from latent_diffusion.tasks import autoencoding
 
 
@@ -37,6 +38,15 @@ def test_scalar_scale_is_one_over_the_standard_deviation_of_everything():
     first_stage, z = _measured("scalar")
     np.testing.assert_allclose(first_stage.scale_factor, 1 / np.std(z), rtol=1e-5)
     assert float(first_stage.shift) == 0.0  # the paper doesn't centre
+
+
+def test_the_scale_is_measured_on_all_devices():
+    plain = FirstStage({}, jnp.ones(()), jnp.zeros(()), Identity())
+    batch = {"image": np.asarray(_pixels(0))}
+    step = parallel.compile_step(latent_sums, "pmap", donate_state=False)
+    _, many = step({}, plain, batch, jax.random.key(0))
+    _, one = latent_sums({}, plain, batch, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), many, one)
 
 
 def test_channel_scale_gives_every_channel_mean_0_and_variance_1():

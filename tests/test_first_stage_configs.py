@@ -54,6 +54,32 @@ def test_config_builds_with_its_downsampling_and_size(name):
     assert TASKS[config.task](config).autoencoder == module
 
 
+# Batch, first step of the discriminator, its weight and its layers (the released models).
+RECIPES = {
+    "kl_f4": (10, 50_001, 0.5, 3),
+    "kl_f8": (4, 50_001, 0.5, 3),
+    "kl_f16": (6, 50_001, 0.5, 3),
+    "kl_f32": (6, 50_001, 0.5, 3),
+    "vq_f4": (8, 0, 0.75, 3),
+    "vq_f4_noattn": (8, 11, 0.75, 3),
+    "vq_f8": (10, 1, 0.6, 2),
+    "vq_f8_n256": (10, 250_001, 0.75, 3),
+    "vq_f16": (14, 250_001, 0.75, 2),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_that_of_the_released_model(name):
+    config, has_codes = get(name), name.startswith("vq")
+    loss, adam, batch = config.autoencoding, config.optimizer, config.batch_size
+    layers = loss.discriminator.num_layers
+    assert (batch, loss.disc_start, loss.adversarial_weight, layers) == RECIPES[name]
+    assert loss.adversarial_start == loss.disc_start and loss.disc_loss == "hinge"
+    assert (loss.reduction, loss.reg_weight) == (("mean", 1.0) if has_codes else ("sum", 1e-6))
+    assert loss.learn_logvar == (not has_codes)
+    assert (adam.name, adam.b1, adam.b2, adam.learning_rate) == ("adam", 0.5, 0.9, 4.5e-6 * batch)
+
+
 def test_unknown_variant_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown variant 'c4'; known: c8"):
         get("kl_f16:c4")

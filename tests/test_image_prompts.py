@@ -94,6 +94,16 @@ def random_adapter(plus=False, seed=3, encoder=True, width=6, inner=8):
     return adapter.replace(encoder=tree, encoder_fields=own)
 
 
+def test_the_tokens_of_an_encoder_are_those_before_its_last_layer():
+    encoder = random_adapter(True)
+    variables, drop = {"params": encoder.encoder}, jnp.zeros(2, bool)
+    _, stored = ClipImage(**VIT, projection_dim=10).apply(
+        variables, {"image": jnp.asarray(PICTURES)}, drop, capture_intermediates=True
+    )
+    layers = stored["intermediates"]
+    np.testing.assert_array_equal(layers["penultimate"][0], layers["layers_0"]["__call__"][0])
+
+
 def style(seed):
     """A LoRA of one attention of the model of test_model."""
     rng = np.random.default_rng(seed)

@@ -24,6 +24,7 @@ from latent_diffusion.evaluate.__main__ import evaluate
 from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.models.prior import Prior
 from latent_diffusion.optimisation.optimizers import make_optimizer
 from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.tasks import TASKS
@@ -73,14 +74,42 @@ def test_a_causal_prior_is_evaluated_by_the_likelihood_of_the_averaged_parameter
 
 
 def test_training_smooths_labels_and_logs_bits_without():
-    fields = [("transformer.dropout", 0.0), ("prior.label_smoothing", 0.25)]
-    plain, smooth = setup(*fields[:1]), setup(*fields)
-    (_, a), (_, b) = (jax.jit(made[0].train_step)(*made[1:], RNG) for made in (plain, smooth))
+    fields = [("transformer.dropout", 0.0), ("prior.drop_rate", 0.0)]
+    plain, smooth = setup(*fields), setup(*fields, ("prior.label_smoothing", 0.25))
+    task, state, constants, batch = plain
+    state = state.replace(step=jnp.asarray(1000, jnp.int32))  # the average is warm
+    (after, a), (_, b) = (
+        jax.jit(made[0].train_step)(state, constants, batch, RNG) for made in (plain, smooth)
+    )
     assert float(a["bits_per_code"]) == pytest.approx(float(b["bits_per_code"]), rel=1e-5)
     assert float(a["loss"]) == pytest.approx(float(a["bits_per_code"]) * np.log(2), rel=1e-5)
-    # Nearly uniform logits: the smoothed part is about log K, too, but not the same.
+    prior, codes = task.prior.replace(params=state.params), batch["codes"].reshape(BATCH, -1)
+    logits = prior.logits(jnp.asarray(codes), prior.condition(batch, jnp.zeros(BATCH, bool)))
+    every = np.mean([bits_of(logits, np.full_like(codes, code)) for code in range(CODES)])
+    want = (0.75 * bits_of(logits, codes).mean() + 0.25 * every) * np.log(2)
+    assert float(b["loss"]) == pytest.approx(want, rel=1e-5)
     assert float(b["loss"]) != pytest.approx(float(a["loss"]), rel=1e-4)
     assert float(a["perplexity"]) == pytest.approx(2 ** float(a["bits_per_code"]), rel=1e-5)
+    head = [x["transformer"]["head"]["kernel"] for x in (state.ema_params, after.params)]
+    average = after.ema_params["transformer"]["head"]["kernel"]
+    np.testing.assert_allclose(average, 0.9 * head[0] + 0.1 * head[1], atol=1e-6)
+
+
+def test_the_pictures_of_a_run_are_guided_samples_of_the_averaged_prior(monkeypatch):
+    task, state, constants, batch = setup()
+    seen = []
+
+    def sample(prior, keys, conditioning, null, *given):
+        seen.extend([prior.params["transformer"], conditioning.tokens, null.tokens])
+        return jnp.zeros((BATCH, 8, 8), jnp.int32)
+
+    monkeypatch.setattr(Prior, "sample", sample)
+    monkeypatch.setattr(FirstStage, "decode_indices", lambda self, indices: indices)
+    task.show(state, constants, batch, RNG)
+    params, tokens, null = seen
+    jax.tree.map(np.testing.assert_array_equal, params, state.ema_params["transformer"])
+    np.testing.assert_array_equal(tokens[:, 0], CODES + batch["class_label"])
+    assert (null == 25).all()  # the null token of the smoke variant
 
 
 @pytest.mark.parametrize("pkeep", [1.0, 0.7, 0.0])

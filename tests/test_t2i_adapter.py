@@ -13,7 +13,7 @@ from test_control import HINTS, plain, random_control, sampled
 
 from latent_diffusion.convert.adapters import T2IWeights, read_adapter, write_t2i
 from latent_diffusion.generation.controls import entries
-from latent_diffusion.nets.t2i_adapter import T2IAdapter
+from latent_diffusion.nets.t2i_adapter import T2IAdapter, _unshuffled
 from latent_diffusion.nets.unet import UNet
 from latent_diffusion.runtime.metrics import to_uint8
 
@@ -96,6 +96,15 @@ def test_a_net_of_one_channel_sees_the_brightness_as_pillow_has_it():
     ((seen, want, turned),), _ = net.init_with_output(jax.random.key(0), hints)
     np.testing.assert_allclose(seen, want, atol=0.02)
     assert np.abs(turned - seen).max() > 0.05
+
+
+def test_squares_of_pixels_become_channels_in_the_order_of_torch():
+    """torch.nn.PixelUnshuffle: channel c·s² + i·s + j has the pixels (i, j) of channel c."""
+    x, side = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3), 2
+    got = np.asarray(_unshuffled(jnp.asarray(x), side))
+    assert got.shape == (2, 2, 3, 12)
+    for c, i, j in np.ndindex(3, side, side):
+        np.testing.assert_array_equal(got[..., c * 4 + i * 2 + j], x[:, i::2, j::2, c])
 
 
 @pytest.mark.parametrize("kind", ["full", "full_xl", "light"])
