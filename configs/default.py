@@ -153,7 +153,7 @@ def data() -> ConfigDict:
     c.balance = 0.0
     c.workers = 0  # processes per host that prepare training batches; 0 = only threads
     c.caption_column = ""  # image_folder: captions' column in metadata; "" = "text" or "caption"
-    c.features = ConfigDict()  # tfds: batch key -> the data set's feature
+    c.features = ConfigDict()  # tfds, parquet: batch key -> the data set's feature or column
     # Conditions that are computed from the examples:
     c.low_res = ""  # small pictures, by a name in data.degradations: "bicubic" | "bsrgan_light" ...
     c.low_res_factor = 4

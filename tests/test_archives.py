@@ -103,7 +103,13 @@ def test_tars_are_indexed_again_when_they_change_and_only_then(tmp_path, caches,
     assert not made
     (tmp_path / "tars" / "00001.tar").write_bytes(tar_of(members(10)))
     assert_whole(everything(tmp_path / "tars"), 11)
-    assert made
+    assert len(made) == 1
+    (tmp_path / "tars" / "00001.tar").write_bytes(tar_of(members(11)))  # as long as before
+    assert everything(tmp_path / "tars").captions()[10] == "number 11" and len(made) == 2
+    monkeypatch.setattr(tars, "FORMAT", 0)
+    everything(tmp_path / "tars")
+    assert len(made) == 3
+    (tmp_path / "tars" / "00001.tar").write_bytes(tar_of(members(10)))
     (file,) = caches.iterdir()
     file.write_bytes(file.read_bytes()[:50])  # a damaged index is made anew
     assert_whole(everything(tmp_path / "tars"), 11)
@@ -165,6 +171,19 @@ def test_a_class_is_an_integer(tmp_path, caplog):
         everything(tmp_path, "parquet")[0]
     assert "class_label is 1.5, expected an integer" in caplog.text
     assert "class_label is None, expected" in caplog.text
+
+
+def test_a_row_without_a_value_is_skipped(tmp_path, caplog):
+    """It would be NaN in the batch."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"image": [png(0), png(1)], "text": ["red", None], "score": [1.5, None]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    named = config(name="parquet", dir=str(tmp_path), train_split="all")
+    named.features = {"image": "image", "caption": "text", "aesthetic_score": "score"}
+    assert data.make_source(named, "train")[1]["aesthetic_score"] == 1.5
+    assert "no aesthetic_score (column 'score')" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tars", "parquet"])
@@ -308,6 +327,9 @@ def test_the_index_of_a_large_folder_is_of_its_share_for_tests(tmp_path, monkeyp
 
     small = names(100)
     assert names(5) == small and len(small[0]) < len(small[1])
+    fields = {"name": "image_folder", "dir": str(folder), "test_fraction": 0.3}
+    train, test = (data.make_source(config(**fields), split).paths for split in ("train", "test"))
+    assert [path.name for path in test] == small[0] and len({*train, *test}) == 12
 
 
 def test_each_split_of_tars_keeps_its_index(tmp_path, monkeypatch):

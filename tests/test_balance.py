@@ -5,9 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import make_config
 
+from configs import default
 from latent_diffusion import data
+from latent_diffusion.data import image_folder
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.training import start as starting
 
@@ -34,6 +37,19 @@ def test_shares_of_the_classes(balance, counts):
 def test_data_without_classes_stays_as_it_is():
     plain = data.Balanced(data.ArraySource({"number": [1, 2, 3]}), 0.5)
     assert [plain[i]["number"] for i in range(len(plain))] == [1, 2, 3]
+
+
+def test_the_classes_of_a_folder_are_known_without_its_pictures(tmp_path, monkeypatch):
+    for name in ("a/1", "a/2", "b/3"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    opened, read = [], image_folder.read_image
+    monkeypatch.setattr(image_folder, "read_image", lambda path: opened.append(path) or read(path))
+    fields = default.data()
+    fields.update({"name": "image_folder", "dir": str(tmp_path), "train_split": "all"})
+    balanced = data.Balanced(data.make_source(fields, "train"), 1.0)
+    assert len(opened) <= 1
+    assert sorted(balanced[i]["name"] for i in range(4)) == ["1.png", "2.png", "3.png", "3.png"]
 
 
 def test_a_bad_balance_is_one_line():

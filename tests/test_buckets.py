@@ -1,5 +1,6 @@
 """Batches of pictures of many shapes: one bucket each, little cut away, nothing repeated."""
 
+import itertools
 import logging
 
 import jax
@@ -103,6 +104,21 @@ def test_every_batch_has_pictures_of_one_bucket():
                 height / target[0], width / target[1]
             )
             assert min(corner) == 0 and max(corner) <= max(target) * (cut - 1) / 2 + 1
+
+
+def test_every_epoch_leaves_out_other_pictures_and_has_its_order():
+    def seen(seed):
+        bucketed = data.Bucketed(pictures(), config(), 4, seed=seed)
+        steps = [[bucketed[4 * s + i] for i in range(4)] for s in range(40)]
+        labels = [[example["class_label"] for example in batch] for batch in steps]
+        return labels, [batch[0]["size"] for batch in steps]
+
+    labels, sizes = seen(0)
+    trained = np.unique([label for batch in labels for label in batch])
+    assert len(trained) == 26  # all but the three wide ones
+    epochs = [sizes[i : i + 5] for i in range(0, 40, 5)]
+    assert any(sum(a != b for a, b in itertools.pairwise(epoch)) > 2 for epoch in epochs)
+    assert seen(1)[0] != labels == seen(0)[0]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

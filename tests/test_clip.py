@@ -97,6 +97,9 @@ def test_a_data_set_is_embedded_once_and_for_all(folder, tmp_path):
     smaller = ConfigDict({**config, "train_split": "test"})
     with pytest.raises(ValueError, match=r"train.npz has 5 embeddings, the data 3 pictures"):
         data.make_source(smaller, "train")
+    (tmp_path / "pictures" / "train" / "0.png").rename(tmp_path / "pictures" / "train" / "9.png")
+    with pytest.raises(ValueError, match=r"train.npz has 0.png as picture 0, the data 1.png; make"):
+        data.make_source(config, "train")
     config.embedding_path = str(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"no .*elsewhere/test.npz; python -m latent_diff.*embed"):
         data.make_source(config, "test")

@@ -1,5 +1,7 @@
 """Training on crops: the data, the config, and the measures of the samples."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from configs import openmoji_crops
 from demo import crops
 from latent_diffusion import data
+from latent_diffusion.data import windows
 from latent_diffusion.data.openmoji_wide import OpenMojiWide
 from latent_diffusion.data.synthetic import SyntheticSource
 from latent_diffusion.data.windows import corner, cut, window
@@ -63,6 +66,28 @@ def test_a_crop_lies_where_its_corner_says():
         assert cut(line, where, (8, 16)).shape == (8, 16, 3)
     where = window((900, 1), (4, 16), "center", 0, np.random.default_rng(0))
     assert (cut(line.reshape(900, 1, 3), where, (4, 16)) == 449 % 256).all()
+
+
+def test_of_a_line_only_the_window_is_resized():
+    """The whole of it would have 384×384,000 pixels."""
+    line = np.repeat(np.arange(1000) // 4, 3).astype(np.uint8).reshape(1, 1000, 3)
+    where = window((1, 1000), (256, 256), "center", 384, np.random.default_rng(0))
+    tracemalloc.start()
+    seen = cut(line, where, (256, 256))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert seen.shape == (256, 256, 3) and np.abs(seen.astype(int) - 125).max() <= 1
+
+
+def test_the_window_of_a_large_picture_is_that_of_the_whole(monkeypatch):
+    y, x = np.mgrid[:90, :160]
+    image = np.stack([x, y, (x + y) // 2], -1).astype(np.uint8)
+    for crop, side in (("center", 48), ("random", 48), ("random", 0)):
+        where = window((90, 160), (32, 32), crop, side, np.random.default_rng(3))
+        monkeypatch.setattr(windows, "LARGEST", 2**26)
+        whole = cut(image, where, (32, 32)).astype(int)
+        monkeypatch.setattr(windows, "LARGEST", 0)
+        assert np.abs(cut(image, where, (32, 32)) - whole).max() <= 1
 
 
 def test_ink_off_the_middle_and_at_the_border_is_measured():

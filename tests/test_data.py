@@ -1,12 +1,15 @@
 """Batches: the contract, the pipeline, the transforms, and the sources that need no files."""
 
+import concurrent.futures
 import itertools
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,11 +21,11 @@ from latent_diffusion import data
 from latent_diffusion.data import DATASETS, ArraySource, epoch, iterate, make_source, make_transform
 from latent_diffusion.data.contract import KEYS, check_batch
 from latent_diffusion.data.retrieval import Embedded
-from latent_diffusion.data.sources import Remember
+from latent_diffusion.data.sources import Readable, Remember
 from latent_diffusion.data.synthetic import SHAPES
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.data.transforms import to_float, to_uint8
-from latent_diffusion.data.windows import CROPS, fit, resize
+from latent_diffusion.data.windows import CROPS, cut_labels, fit, resize
 
 
 def config(**changes):
@@ -99,7 +102,12 @@ def compare_workers(folder):
     fields.image_size = 16
     source = data.Bucketed(Remember(make_source(fields, "train")), fields, 2, seed=0)
     tokenizer = WordTokenizer.train(data.captions(source.source), 64, 4)
-    transform = make_transform(fields, train=True, tokenizer=tokenizer, as_bytes=True)
+    made = make_transform(fields, train=True, tokenizer=tokenizer, as_bytes=True)
+
+    def transform(example, rng):  # Ctrl-C is the main process's business
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert ignored == (multiprocessing.parent_process() is not None)
+        return made(example, rng)
 
     def batches(start_step, count, **how):
         how |= {"batch_size": 2, "seed": 0, "shuffle": False, "repeat": False}
@@ -217,6 +225,9 @@ def test_contract(key):
         check_batch({key: batch[key].astype(np.float64)})
     with pytest.raises(ValueError, match=rf"batch\['{key}'\]: got shape .* expected \[B"):
         check_batch({key: batch[key][None]})
+    if np.isfinite(KEYS[key].high):
+        with pytest.raises(ValueError, match=rf"batch\['{key}'\]: got values in \[5, 5\]"):
+            check_batch({key: batch[key] * 5})
     if np.isfinite(KEYS[key].low):
         with pytest.raises(ValueError, match=rf"batch\['{key}'\]: got values in \[-5, -5\]"):
             check_batch({key: batch[key] * -5})
@@ -278,6 +289,22 @@ def test_remember_reads_once_up_to_its_limit():
         source[0]["x"][:] = 7
 
 
+def test_sizes_of_many_pictures_are_read_in_blocks(monkeypatch):
+    """In the order of the pictures, of which few wait in the pool."""
+    blocks = []
+
+    class Pool(ThreadPoolExecutor):
+        def map(self, function, numbers):
+            blocks.append(len(numbers))
+            return super().map(function, numbers)
+
+    monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("latent_diffusion.data.sources.BLOCK", 40)
+    sizes = Readable(100).sizes(lambda index: (index, 2 * index))
+    np.testing.assert_array_equal(sizes, [(i, 2 * i) for i in range(100)])
+    assert blocks == [40, 40, 20]
+
+
 def test_synthetic():
     source, test = make_source(config(image_size=16), "train"), make_source(config(), "test")
     example = source[5]
@@ -308,6 +335,12 @@ def test_synthetic_end_to_end():
 @pytest.mark.parametrize(
     ("changes", "split", "message"),
     [
+        (
+            {"caption_column": "prompt"},
+            "train",
+            "data.caption_column is for image_folder, not for",
+        ),
+        ({"features": {"caption": "a"}}, "train", "data.features is for tfds and parquet, not for"),
         ({"name": "mnist"}, "train", "unknown data.name 'mnist'; known: .*openmoji"),
         ({}, "dev", "unknown split 'dev'; known: test, train"),
         ({"train_split": "half"}, "train", "unknown split of synthetic 'half'; known: test, train"),
@@ -419,6 +452,14 @@ def test_maps_of_a_picture_that_is_no_square_have_its_height_and_width():
     out = make_transform(config(crop="center"), train=False)(example)
     for key in ("depth", "mask", "segmentation"):
         np.testing.assert_allclose(out[key].reshape(4, 6, 1), numbers)
+
+
+def test_a_smaller_map_has_the_values_in_the_middle_of_its_pixels():
+    """As Pillow takes the nearest."""
+    labels = np.random.default_rng(0).integers(0, 99, (8, 12)).astype(np.int32)
+    for size in ((4, 4), (2, 3), (8, 6), (3, 5)):
+        nearest = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(cut_labels(labels, None, size), nearest)
 
 
 def test_shorter_side_scales_before_the_window():

@@ -24,6 +24,7 @@ from latent_diffusion.data.pictures import (
     read_levels,
     read_mask,
     size_of,
+    stored_size,
 )
 
 RED = (200, 0, 0)
@@ -114,6 +115,29 @@ def test_exif_orientation(tmp_path):
     grey = save(tmp_path / "b.jpg", 200, mode="L", exif=exif)
     assert read_mask(grey).shape == read_depth(grey).shape == (6, 4, 1)
     assert read_levels(grey).shape == (6, 4)
+
+
+def test_a_size_is_read_without_the_pixels(tmp_path):
+    """Also if the EXIF data of a PNG come after them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    header = (b"IHDR", struct.pack(">IIBBBBB", 6, 4, 8, 0, 0, 0, 0))
+    turned, broken = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")), (b"IDAT", b"nothing")
+    pixels = zlib.compress(bytes(4 * 7))
+    whole = [(b"IDAT", pixels[:9]), (b"IDAT", pixels[9:])]
+    path = tmp_path / "a.png"
+    for chunks, size in (
+        ([header, broken, broken], (4, 6)),
+        ([header, turned, broken], (6, 4)),
+        ([header, *whole, turned], (6, 4)),
+        ([header, *whole, (b"tEXt", b"a\0b")], (4, 6)),
+    ):
+        path.write_bytes(png(*chunks))
+        assert size_of(path) == size
+        assert stored_size(path) == (4, 6)
+    assert read_image(path).shape == (4, 6, 3)
+    path.write_bytes(png(header, *whole, turned))
+    assert read_image(path).shape == (6, 4, 3)
 
 
 def test_animations_and_floats(tmp_path):
@@ -367,6 +391,16 @@ def test_a_column_is_no_setting_of_plain_texts(tmp_path):
             r"metadata.jsonl:2: class_label is -1, which is out of range",
         ),
         ("jsonl", {"class_label": 2**31}, r"metadata.jsonl:2: class_label is \d+, which is out of"),
+        ("jsonl", {"class_label": [1, 2]}, r"jsonl:2: class_label has shape \(2,\), expected one"),
+        ("jsonl", {"original_size": 512}, r"jsonl:2: original_size has shape \(\), expected \[2\]"),
+        ("jsonl", {"boxes": [[0, 0, 9, 9]]}, r"jsonl:2: boxes is .* out of range: \[0, 1\]"),
+        ("jsonl", {"boxes": [[0, 0, 1]]}, r"jsonl:2: boxes has shape \(1, 3\), expected \[N 4\]"),
+        ("jsonl", {"boxes": [[0, 0, 1, 1]]}, r"jsonl:2: 1 boxes and 0 labels"),
+        (
+            "jsonl",
+            {"boxes": [[0.5, 0, 0.2, 1]], "labels": [1]},
+            r"jsonl:2: boxes has \[0.5, 0.0, 0.2, 1.0\], expected left, top, right, bottom",
+        ),
         (
             "jsonl",
             {"aesthetic_score": math.nan},
@@ -398,6 +432,17 @@ def test_names_as_file_systems_write_them(tmp_path, caplog):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert everything(tmp_path).captions() == ["over"]
     assert "1 described files are missing" in caplog.text and "xxx" in caplog.text
+
+
+def test_maps_whose_names_the_file_system_writes_otherwise_are_found(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "cat" / "1.png")
+        save(tmp_path / split / "u\u0308.png", 7, mode="L")
+        row = {"file_name": "cat/1.png", "segmentation": "\u00fc.png"}
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row))
+    source = make_source(config(tmp_path), "train")
+    assert (len(source), source.class_names) == (1, ("cat",))
+    assert (source[0]["segmentation"] == 7).all()
 
 
 def test_files_beside_those_that_are_read_are_named(tmp_path, caplog):
@@ -491,21 +536,22 @@ def test_unreadable_files_are_named_once_and_replaced(tmp_path, caplog):
     whole = save(tmp_path / "c.png", (3, 3, 3), size=(64, 64)).read_bytes()
     (tmp_path / "c.png").write_bytes(whole[: len(whole) // 2])
     save(tmp_path / "d.png", (4, 4, 4))
+    (tmp_path / "e.png").write_bytes(b"")  # behind the last one comes the first
     source = everything(tmp_path)
     transform = make_transform(config(tmp_path), train=False)
     with caplog.at_level(logging.WARNING):
-        batches = [next(epoch(source, transform, 4))["image"][:, 0, 0, 0] for _ in range(2)]
-    expected = np.float32([1, 4, 4, 4]) / np.float32(127.5) - 1
+        batches = [next(epoch(source, transform, 5))["image"][:, 0, 0, 0] for _ in range(2)]
+    expected = np.float32([1, 4, 4, 4, 1]) / np.float32(127.5) - 1
     np.testing.assert_allclose(batches, [expected, expected], atol=1e-6)
-    assert {p.name for p in source.unreadable} == {"b.png", "c.png"}
-    assert caplog.text.count("b.png") >= 1 and len(caplog.records) == 2
+    assert {p.name for p in source.unreadable} == {"b.png", "c.png", "e.png"}
+    assert caplog.text.count("b.png") >= 1 and len(caplog.records) == 3
     for name in "ad":
         (tmp_path / f"{name}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 4 images can be read"):
+    with pytest.raises(ValueError, match="none of the 5 images can be read"):
         everything(tmp_path)[0]
 
 
-def test_folder_errors(tmp_path):
+def test_folder_errors(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"needs data\.dir"):
         make_source(config(""), "train")
     with pytest.raises(ValueError, match=r"data\.dir: no folder .*/nowhere"):
@@ -515,6 +561,8 @@ def test_folder_errors(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no images in .*; it has 1 \.heic, which isn't read"):
         make_source(config(tmp_path), "train")
+    save(tmp_path / "b.png")
+    assert len(everything(tmp_path)) == 1 and "these files aren't read: 1 .heic" in caplog.text
     with pytest.raises(ValueError, match=r"unknown split 'half'.*known: all, test, train"):
         make_source(config(tmp_path, train_split="half"), "train")
 
@@ -522,7 +570,7 @@ def test_folder_errors(tmp_path):
 def test_rows_of_metadata_for_one_picture_are_its_captions(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    rows = "file_name,text,class_label\na.png,red,1\nb.png,blue,2\na.png,scarlet,1\n"
+    rows = "file_name,caption,class_label\na.png,red,1\nb.png,blue,2\na.png,scarlet,1\n"
     rows += "a.png,ruby,1\n"
     (tmp_path / "metadata.csv").write_text(rows)
     source = everything(tmp_path)
@@ -612,6 +660,15 @@ def test_an_index_of_another_version_is_made_anew(tmp_path, monkeypatch):
         make_source(changed, "train")
     monkeypatch.setattr(image_folder, "_read", read)
     assert len(make_source(changed, "train")) == 1
+
+
+def test_the_index_of_a_large_folder_has_the_captions_of_the_column(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_folder, "LARGE", 0)
+    written(tmp_path / "pictures", "jsonl")
+    for column in ("text", "prompt"):
+        changed = config(tmp_path / "pictures", train_split="all", caption_column=column)
+        assert make_source(changed, "train").captions() == [row[column] for row in ROWS]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -57,6 +57,14 @@ def test_objects_outside_the_crop_are_left_out_and_boxes_follow_it_unless_it_is_
     np.testing.assert_allclose(mirrored((0.1, 0.2, 0.5, 0.6)), (0.5, 0.2, 0.9, 0.6))
 
 
+@pytest.mark.parametrize(
+    "box",
+    [(0.0, 0.4, 0.3, 0.6), (0.7, 0.4, 1.0, 0.6), (0.4, 0.0, 0.6, 0.3), (0.4, 0.7, 0.6, 1.0)],
+)
+def test_an_object_on_either_side_of_the_crop_is_left_out(box):
+    assert PAPER.inverse(PAPER.build([Object(3, box)], (0.3, 0.3, 0.7, 0.7)))[0] == []
+
+
 def test_too_many_objects_are_cut_off_and_the_order_is_random_only_with_a_generator():
     many = [Object(i, (0, 0, 1, 1)) for i in range(40)]
     sentence = PAPER.build(many)

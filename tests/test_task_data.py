@@ -6,7 +6,7 @@ from PIL import Image
 
 from configs import default
 from latent_diffusion import data
-from latent_diffusion.data import ArraySource, make_transform, retrieval
+from latent_diffusion.data import ArraySource, degradations, make_transform, retrieval
 from latent_diffusion.data.degradations import (
     DEGRADATIONS,
     LIGHT,
@@ -52,6 +52,12 @@ def test_masks_are_zeros_and_ones_and_scale_with_the_picture(name):
     np.testing.assert_array_equal(draw_mask(name, 64, rng(3)), draw_mask(name, 64, rng(3)))
 
 
+def test_boxes_keep_their_distance_from_the_border():
+    for seed in range(60):
+        mask = draw_mask("boxes", 256, rng(seed))[..., 0]
+        assert mask[9:-9, 9:-9].sum() == mask.sum() > 0
+
+
 def test_shares_of_the_masks():
     full = np.mean([draw_mask("lama_or_all", 32, rng(i)).mean() == 1 for i in range(400)])
     assert 0.18 < full < 0.35
@@ -81,6 +87,20 @@ def test_what_each_resizing_sees():
     # MATLAB and Pillow agree away from the border; both see twice as far as OpenCV.
     np.testing.assert_allclose(halves["matlab_bicubic"], halves["pil_bicubic"], atol=1e-5)
     assert halves["matlab_bicubic"][0] > 0.05
+    # sinc(x) · sinc(x / 4) at 1/2, −3/2 and 5/2, as a share of its sum over eight pixels; those of
+    # the second row are negative, so that it is clipped to 0.
+    near, far = np.sinc(0.5) * np.sinc(0.125), np.sinc(2.5) * np.sinc(0.625)
+    total = 2 * (near + far + np.sinc(1.5) * np.sinc(0.375) + np.sinc(3.5) * np.sinc(0.875))
+    np.testing.assert_allclose(halves["cv_lanczos"], [0, near / total, far / total], atol=1e-6)
+
+
+def test_matlab_mirrors_the_picture_at_its_border():
+    levels = np.linspace(0.1, 0.9, 12) ** 2
+    mirrored = np.concatenate([levels[::-1], levels, levels[::-1]])
+    image = np.repeat(mirrored[:, None, None], 4, 1).astype(np.float32)
+    whole = resample(image, 18, 2, "matlab_bicubic")[6:12]
+    alone = resample(image[12:24], 6, 2, "matlab_bicubic")
+    np.testing.assert_allclose(alone, whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
@@ -111,6 +131,22 @@ def test_picking_every_fourth_pixel_does_not_move_the_picture():
     np.testing.assert_allclose(picked[6:-6, 12, 0], expected[6:-6], atol=1e-3)
     kernel = gaussian_kernel(25, 4 * np.eye(2))
     np.testing.assert_allclose([kernel.sum(), kernel[12, 14] / kernel[12, 12]], [1, np.exp(-0.5)])
+
+
+@pytest.mark.parametrize(("name", "low"), [("bsrgan", 30), ("bsrgan_light", 80)])
+def test_a_degraded_picture_comes_out_of_jpeg(name, low, monkeypatch):
+    """Of a quality of up to 95, which the degradation limits from below."""
+    made, jpeg, qualities = [], degradations._jpeg, set()
+
+    def seen(image, rng, quality):
+        qualities.add(quality)
+        made.append(jpeg(image, rng, quality))
+        return made[-1]
+
+    monkeypatch.setattr(degradations, "_jpeg", seen)
+    for i in range(20):
+        assert DEGRADATIONS[name](PICTURE / np.float32(255), 4, rng(i)) is made[-1]
+    assert qualities == {(low, 95)} and len(made) > 20
 
 
 def test_the_picture_is_shrunk_before_it_is_brought_to_size():
@@ -149,6 +185,9 @@ def test_a_scene_shows_its_objects_in_their_boxes(scenes):
         np.testing.assert_array_equal(inner, np.broadcast_to(colour, inner.shape))
         rows, columns = np.nonzero(seen == labels[-1] + 1)
         assert rows.min() == top and columns.max() + 1 == right
+    # A drawing lies where it hides little of those behind it.
+    for i in range(100):
+        assert set(scenes[i]["labels"] + 1) <= set(np.unique(scenes[i]["segmentation"]))
     again = OpenMojiScenes(scenes.drawings, "train", 32)[3]
     np.testing.assert_array_equal(again["image"], scenes[3]["image"])
     other = OpenMojiScenes(scenes.drawings, "test", 32)[3]
@@ -176,6 +215,9 @@ def test_evaluation_tells_objects_in_their_order(scenes):
     for i in range(8):
         objects, _ = layout.inverse(made(scenes[i], rng(i))["layout"])
         assert [label for label, _ in objects] == list(scenes[i]["labels"])
+    train = make_transform(config(layout={"vocab_size": 1024, "max_objects": 4}), train=True)
+    orders = {tuple(train(scenes[0], rng(i))["layout"][:12:3]) for i in range(20)}
+    assert len(orders) > 1 and len({tuple(sorted(order)) for order in orders}) == 1
 
 
 def test_the_transform_makes_what_the_config_names():
@@ -192,6 +234,7 @@ def test_the_transform_makes_what_the_config_names():
         ({"low_res": "bicubik"}, "unknown data.low_res 'bicubik'; known: bicubic, bsrgan"),
         ({"mask": "cats"}, "unknown data.mask 'cats'; known: boxes, lama"),
         ({"low_res": "bicubic", "low_res_factor": 3}, "low_res_factor=3 doesn't divide 16×16"),
+        ({"low_res": "bicubic", "low_res_factor": 0}, "low_res_factor=0 doesn't divide 16×16"),
         ({"layout": {"vocab_size": 99}}, "no boxes for a layout; the example has: image"),
         ({"embedding": "resnet"}, "unknown data.embedding 'resnet'; known: alexnet"),
     ],
@@ -232,6 +275,12 @@ def test_search_is_exact_and_leaves_out_itself(tmp_path, search_by, monkeypatch)
     Database(np.where(table == table[3, 0], np.nan, table)).save(tmp_path / "nan.npz")
     with pytest.raises(ValueError, match=r"nan\.npz: embedding has numbers that are not finite"):
         load_database(tmp_path / "nan.npz")
+    np.savez(tmp_path / "other.npz", embedding=table)
+    with pytest.raises(ValueError, match=r"other\.npz: it holds no database .*: no name"):
+        load_database(tmp_path / "other.npz")
+    Database(np.arange(3)).save(tmp_path / "flat.npz")
+    with pytest.raises(ValueError, match=r"flat\.npz: embedding is int64 \[3\], expected floats"):
+        load_database(tmp_path / "flat.npz")
     (tmp_path / "bad.npz").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"bad\.npz: no \.npz file"):
         load_database(tmp_path / "bad.npz")

@@ -53,6 +53,8 @@ DATASETS: dict[str, Callable[[Any, str], Any]] = {
     "tars": tars.make,
     "tfds": tfds.make,  # "tfds:NAME"
 }
+# Fields of some data sets alone; shards may be named in the config that they were made with.
+_OWN = {"caption_column": ("image_folder",), "features": ("tfds", "parquet")}
 
 
 def make_source(data_config: Any, split: str) -> Any:
@@ -61,9 +63,14 @@ def make_source(data_config: Any, split: str) -> Any:
     `data_config.train_split` and `test_split` name the splits of the data set for the two roles;
     shards lie in folders of the roles themselves.
     `data_config.embedding` adds image embeddings, and neighbours in the training set.
-    Raises a ValueError of one line for an unknown data set or split.
+    Raises a ValueError of one line for an unknown data set or split, and for a field that isn't of
+    this data set.
     """
-    make = lookup(DATASETS, data_config.name.partition(":")[0], "data.name")
+    kind = data_config.name.partition(":")[0]
+    make = lookup(DATASETS, kind, "data.name")
+    for field, kinds in _OWN.items():
+        if data_config.get(field) and kind not in (*kinds, "latents"):
+            raise ValueError(f"data.{field} is for {' and '.join(kinds)}, not for {kind}")
     roles = {"train": data_config.train_split, "test": data_config.test_split}
     name = lookup(roles, split, "split")
     if data_config.name == "latents":  # which have embeddings, too

@@ -10,8 +10,8 @@ class Balanced(Around):
 
     balance 0 leaves the classes as they are; 1 makes them equally frequent; 1/2 is square-root
     sampling (Mahajan et al. 2018, §2.2). Examples of the largest class come once. All examples are
-    read once, for their `class_label`; data without labels are one class. Raises ValueError for a
-    balance outside [0, 1].
+    read once, for their `class_label`, unless the source has a method `label_of`; data without
+    labels are one class. Raises ValueError for a balance outside [0, 1].
     """
 
     def __init__(self, source: Source, balance: float):
@@ -19,7 +19,8 @@ class Balanced(Around):
             raise ValueError(f"data.balance={balance}, expected a number in [0, 1]")
         labels = np.zeros(len(source), np.int64)
         if len(source) and "class_label" in source[0]:
-            labels = np.array([source[i]["class_label"] for i in range(len(source))])
+            label_of = getattr(source, "label_of", lambda i: source[i]["class_label"])
+            labels = np.array([label_of(i) for i in range(len(source))])
         self.source = source
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
         factors = (counts.max() / counts) ** balance

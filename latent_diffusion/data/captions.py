@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.data.contract import KEYS
+from latent_diffusion.data.contract import KEYS, Key
 from latent_diffusion.data.sources import Example, check_caption, flat
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("text", "caption")  # columns of captions, where the config names none
 MAPS = ("mask", "depth", "segmentation")  # keys for which a row has the name of a picture
 _MADE = {"image", "tokens", "weight", "crop_top_left", "target_size"}  # made by the transform
-_NUMBERS = (set(KEYS) | {"boxes", "labels"}) - _MADE - set(MAPS)
-_NO_OBJECTS = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int)}
+_OBJECTS = {"boxes": Key(np.float32, "B N 4", 0, 1), "labels": Key(np.int32, "B N", 0)}
+_NUMBERS = {k: key for k, key in (KEYS | _OBJECTS).items() if k not in {*_MADE, *MAPS}}
 Rows = Iterator[tuple[str, dict[str, Any]]]  # the place of a row, for messages, and the row
 
 
@@ -75,6 +75,8 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
         described = {path: {"caption": text.strip()} for path, text in texts.items()}
     by_name = {_composed(path): path for path in paths}
     described = {by_name.get(_composed(path), path): entry for path, entry in described.items()}
+    for entry in described.values():
+        entry.update({k: by_name.get(_composed(entry[k]), entry[k]) for k in MAPS if k in entry})
     if missing := sorted(path for path in described if not os.path.isfile(path)):
         logger.warning("%d described files are missing: %s", len(missing), missing[0])
     maps = {entry[key] for entry in described.values() for key in MAPS if key in entry}
@@ -84,13 +86,14 @@ def describe(paths: list[Path], files: list[Path], column: str = "") -> dict[Pat
 def maps_of(files: list[Path]) -> set[Path]:
     """The files that metadata among `files` names as maps of pictures; nothing else is checked."""
     metadata = [(file, _ROWS[file.name](file)) for file in files if file.name in _ROWS]
-    return {
-        _beside(file, name)
+    named = {
+        _composed(_beside(file, name))
         for file, rows in metadata
         for _, row in rows
         for name in map(row.get, MAPS)
         if isinstance(name, str)
     }
+    return {file for file in files if _composed(file) in named} if named else set()
 
 
 def _composed(path: Path) -> str:
@@ -166,29 +169,43 @@ def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
             if not isinstance(value, str):
                 raise ValueError(f"{where}: {key} is {value!r}, expected the name of a picture")
             entry[key] = _beside(file, value)
-    for key in _NUMBERS & row.keys():
-        value = row.pop(key)
-        try:
-            value = json.loads(value) if isinstance(value, str) else value
-            array = np.asarray(value)
-        except ValueError:
-            array = np.asarray(None)
-        if key in _NO_OBJECTS and not array.size:
-            array = _NO_OBJECTS[key]
-        whole = key in ("class_label", "labels") or (key in KEYS and KEYS[key].dtype is np.int32)
-        if array.dtype.kind not in ("iu" if whole else "iuf"):
-            wanted = "integers" if array.ndim else "an integer"
+    for name in _NUMBERS.keys() & row.keys():
+        entry[name] = _numbers(where, name, row.pop(name))
+    boxes, labels = entry.get("boxes", ()), entry.get("labels", ())
+    if len(boxes) != len(labels):
+        raise ValueError(f"{where}: {len(boxes)} boxes and {len(labels)} labels")
+    for box in boxes:
+        if not (box[0] <= box[2] and box[1] <= box[3]):
             raise ValueError(
-                f"{where}: {key} is {value!r}, expected {wanted if whole else 'numbers'}"
+                f"{where}: boxes has {box.tolist()}, expected left, top, right, bottom"
             )
-        low, high = (KEYS[key].low, KEYS[key].high) if key in KEYS else (-np.inf, np.inf)
-        largest = np.iinfo(np.int32).max if whole else np.finfo(np.float32).max
-        if array.size and not max(low, -largest) <= array.min() <= array.max() <= min(
-            high, largest
-        ):
-            raise ValueError(f"{where}: {key} is {value!r}, which is out of range")  # or NaN
-        entry[key] = value if array.ndim == 0 else array
     return entry
+
+
+def _numbers(where: str, name: str, value: Any) -> Any:
+    """The value of a batch key in a row, an array unless it is a single number."""
+    key, (_, *dims) = _NUMBERS[name], _NUMBERS[name].shape.split()
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if name in _OBJECTS and not array.size:
+        array = np.zeros([0 if dim == "N" else int(dim) for dim in dims], key.dtype)
+    whole = key.dtype is np.int32
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        wanted = "integers" if array.ndim else "an integer"
+        raise ValueError(f"{where}: {name} is {value!r}, expected {wanted if whole else 'numbers'}")
+    fixed = [(i, int(dim)) for i, dim in enumerate(dims) if dim.isdigit()]
+    if array.ndim != len(dims) or any(array.shape[i] != count for i, count in fixed):
+        wanted = f"[{' '.join(dims)}]" if dims else "one number"
+        raise ValueError(f"{where}: {name} has shape {array.shape}, expected {wanted}")
+    largest = np.iinfo(np.int32).max if whole else np.finfo(np.float32).max
+    low, high = max(key.low, -largest), min(key.high, largest)
+    if array.size and not low <= array.min() <= array.max() <= high:
+        limits = f"[{key.low:g}, {key.high:g}]"
+        raise ValueError(f"{where}: {name} is {value!r}, which is out of range: {limits}")  # or NaN
+    return array if dims else value
 
 
 def _jsonl(file: Path) -> Rows:

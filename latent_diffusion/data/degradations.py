@@ -165,7 +165,7 @@ def degrade(
     Raises ValueError for an unknown name, or sides that aren't multiples of the factor.
     """
     make = lookup(DEGRADATIONS, name, "data.low_res")
-    if image.shape[0] % factor or image.shape[1] % factor:
+    if factor < 1 or image.shape[0] % factor or image.shape[1] % factor:
         raise ValueError(
             f"data.low_res_factor={factor} doesn't divide {image.shape[1]}×{image.shape[0]} pixels"
         )

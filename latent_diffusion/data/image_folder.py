@@ -39,7 +39,7 @@ from latent_diffusion.data.sources import Example, Readable, Remember, check_spl
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the index; another number when its content changes
+FORMAT = 3  # of the index; another number when its content changes
 LARGE = 10_000  # files; the index of a larger folder is stored until a file changes
 SPLIT_FOLDERS = ("train", "test", "val")
 # Suffixes of pictures that Pillow or this reader doesn't read; a warning names them.
@@ -70,6 +70,11 @@ class ImageFolderSource(Readable):
     def captions(self) -> list[str]:
         """All captions, in order; no image is opened."""
         return flat([entry.get("caption", "") for entry in self.annotations])
+
+    def label_of(self, index: int) -> int:
+        """The class of a picture, which isn't opened."""
+        label: int = self.annotations[index]["class_label"]
+        return label
 
     @property
     def num_classes(self) -> int:

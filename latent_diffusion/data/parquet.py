@@ -75,6 +75,8 @@ class ParquetSource(Readable):
         label = values.get("class_label", 0)
         if not isinstance(label, int):
             raise ValueError(f"class_label is {label!r}, expected an integer")
+        if missing := [key for key, value in values.items() if value is None]:
+            raise ValueError(f"no {missing[0]} (column {self.columns[missing[0]]!r})")
         return values
 
     def _read_group(self, number: int) -> Any:

@@ -102,6 +102,11 @@ def size_of(path: Source) -> tuple[int, int]:
     return _read(path, _size)
 
 
+def stored_size(path: Source) -> tuple[int, int]:
+    """Height and width of the picture before it is turned; nothing of it is decoded."""
+    return _read(path, lambda file: file.size[::-1])
+
+
 def _read(path: Source, decode: Callable[[Image.Image], Any]) -> Any:
     if not isinstance(path, io.BytesIO) and not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")  # also for pipes, whose reading may never end
@@ -117,12 +122,27 @@ def _turned(decode: Callable[[Image.Image], np.ndarray]) -> Callable[[Image.Imag
     return lambda file: decode(ImageOps.exif_transpose(file))
 
 
-def _size(file: Image.Image) -> tuple[int, int]:
-    turns = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+def _size(file: Any) -> tuple[int, int]:
+    header = file.format == "PNG" and _ends_with_pixels(file.fp)
+    exif = Image.Image.getexif(file) if header else file.getexif()  # which decodes any PNG
+    turns = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     if turns and file.format == "TIFF":  # which Pillow turns itself, at the latest when it decodes
         file.load()
         turns = False
     return file.size if turns else file.size[::-1]
+
+
+def _ends_with_pixels(png: Any) -> bool:
+    """Whether nothing, such as EXIF data, comes after the pixels of an open PNG file."""
+    place, pixels, more, kind = png.tell(), False, False, b""
+    png.seek(8)  # behind the signature
+    while kind != b"IEND" and len(head := png.read(8)) == 8:
+        kind = head[4:]
+        more |= pixels and kind not in (b"IDAT", b"IEND")
+        pixels |= kind == b"IDAT"
+        png.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # its content and checksum
+    png.seek(place)
+    return not more
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -20,6 +20,7 @@ from latent_diffusion.files.arrays import check_finite, open_npz
 
 ROWS = 1024  # number of queries in a block
 PRECOMPUTED = "precomputed"
+SAMPLE = 16  # pictures whose names are compared with those of precomputed embeddings
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def database_of(source: Any, data_config: Any, embedder: Embedder) -> Database:
     def pictures() -> Iterator[np.ndarray]:
         for i in range(len(source)):
             example, rng = source[i], np.random.default_rng(0)
-            names.append(str(example.get("name", i)))
+            names.append(_name(example, i))
             image = example["image"]
             where = window(image.shape[:2], size, crop, data_config.shorter_side, rng)
             yield cut(image, where, size)
@@ -173,7 +174,18 @@ def _precomputed(source: Any, data_config: Any, split: str) -> Database:
             f"{path} has {count} embeddings, the data {len(source)} pictures; make it again for "
             "this data"
         )
+    places = np.linspace(0, count - 1, SAMPLE if len(database.names) == count else 0).astype(int)
+    for i in places.tolist():
+        have, had = (name.rpartition("/")[2] for name in (_name(source[i], i), database.names[i]))
+        if have != had:
+            raise ValueError(
+                f"{path} has {had} as picture {i}, the data {have}; make it again for this data"
+            )
     return database
+
+
+def _name(example: Example, index: int) -> str:
+    return str(example.get("name", index))
 
 
 def with_embeddings(source: Any, split: str, database: Any, data_config: Any) -> Embedded:

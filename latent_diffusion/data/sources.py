@@ -15,6 +15,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 4096  # pictures whose sizes are read at a time
 Example = dict[str, Any]
 
 
@@ -123,8 +124,10 @@ class Readable:
             except ValueError:
                 return (1, 1)  # `read` logs its name
 
+        # Of all at once, a million would wait in the pool, with a kilobyte of memory each.
+        blocks = (range(i, min(i + BLOCK, len(self))) for i in range(0, len(self), BLOCK))
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            return np.array(list(pool.map(size, range(len(self)))))
+            return np.array([pair for block in blocks for pair in pool.map(size, block)])
 
 
 class Around:

@@ -11,6 +11,7 @@ from latent_diffusion.core.types import lookup
 from latent_diffusion.data.layout import Box
 
 Size = tuple[int, int]  # height and width
+LARGEST = 2**26  # pixels of a picture that is resized as a whole before it is cut
 
 
 def resize(
@@ -120,6 +121,13 @@ def cut(
     """The picture in the window, resized to `size`."""
     if where is None:
         return resize(image, *size)
+    if where.height * where.width > LARGEST:  # only what the window sees
+        height, width = image.shape[:2]
+        left, top, right, bottom = where.crop
+        box = (left * width, top * height, min(right * width, width), min(bottom * height, height))
+        seen = (where.columns, where.rows)
+        part = Image.fromarray(image).resize(seen, Image.Resampling.BICUBIC, box)
+        return resize(np.asarray(part), *size)
     image = resize(image, where.height, where.width)
     rows = slice(where.top, where.top + where.rows)
     return resize(image[rows, where.left : where.left + where.columns], *size)
