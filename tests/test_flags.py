@@ -429,7 +429,33 @@ def test_a_port_that_no_machine_has_is_refused():
     assert "flag --port=65536: 65536 is not an integer in the range [0, 65535]" in done.stderr
 
 
-def test_a_token_that_no_header_can_carry_is_refused():
-    command = [sys.executable, "-m", "latent_diffusion.serve", "--model=x", "--token=wörd"]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--token=wörd"], "--token has letters, digits and signs"),
+        (["--adapter=a=x", "--adapter=a=y"], "--adapter=a=…: two adapters have this name"),
+    ],
+)
+def test_what_no_server_can_have_is_refused(flags, message):
+    command = [sys.executable, "-m", "latent_diffusion.serve", "--model=x", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "error: --token has letters, digits and signs" in done.stderr
+    assert done.returncode == 1 and f"error: {message}" in done.stderr
+
+
+BOUNDS = """
+import json, sys
+from absl import flags
+import latent_diffusion.serve.__main__
+refused = []
+for name in ("max_images", "max_waiting", "max_pixels", "max_steps", "batch_size"):
+    try:
+        flags.FLAGS(["serve", f"--{name}=0"])
+    except flags.IllegalFlagValueError as error:
+        refused.append(name)
+print(json.dumps(refused))
+"""
+
+
+def test_a_server_has_room_for_something():
+    limits = ["max_images", "max_waiting", "max_pixels", "max_steps", "batch_size"]
+    assert python(BOUNDS) == limits

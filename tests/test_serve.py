@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import re
+import struct
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from answers import CLASS, SIDE, TEXT, model
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_answers import LEVELS, reading
+from test_image_folder import png
 from test_prior_model import CLASSES, SIZES, VQ
 from test_prompts import clip_model
 
@@ -50,6 +52,9 @@ def in_base64(array):
     return base64.b64encode(png_of(array)).decode()
 
 
+# The head of a picture, which is nothing but that.
+HEAD = png((b"IHDR", struct.pack(">IIBBBBB", 9, 9, 8, 0, 0, 0, 0)), (b"IDAT", b"nothing"))
+HEAD = base64.b64encode(HEAD).decode()
 WHITE = in_base64(np.full((SIDE, SIDE, 3), 255, np.uint8))
 
 
@@ -128,6 +133,7 @@ def test_the_description_is_of_this_model():
     options = {option["name"]: option for option in told["options"]}
     assert options["num_steps"]["default"] == made.defaults["num_steps"] == 1
     assert options["guidance_scale"]["many"] and not options["num_steps"]["many"]
+    assert options["guidance_rescale"]["range"] == "[0, 1]"
     sizes = describe(reading({"sizes": {"width": 6}}), "tiny", LIMITS, {})["conditions"]
     assert not any(condition["needed"] for condition in sizes.values())  # the picture's by default
     assert describe(model(TEXT), "tiny", LIMITS, {})["negative_prompts"]
@@ -164,7 +170,7 @@ def test_a_request_gets_the_pictures_of_model_sample_and_their_settings(server):
             Image.open(io.BytesIO(content)).info["parameters"]
         )  # for A1111's readers
         assert (theirs["num_steps"], theirs["image_size"]) == (1, [SIDE, SIDE])
-    assert state["evaluations"] == 1 and state["preview"] is None
+    assert state["evaluations"] == 1 and state["preview"] is None and state["seconds"] > 0
 
 
 def test_equal_requests_share_a_call_and_each_gets_its_pictures(server):
@@ -289,9 +295,20 @@ def test_a_client_that_asks_for_a_change_waits_for_nothing_else(server, drawn, m
     path, start = f"/api/jobs/{state['id']}?after=", time.monotonic()
     state = ask_json(server, "GET", f"{path}{state['version'] + 100}")[1]
     assert state["state"] == "running"  # the version is another one already
+    server.jobs.find(state["id"]).preview = b"a picture"
+    shown = ask_json(server, "GET", path.partition("?")[0])[1]["preview"]
+    assert base64.b64decode(shown) == b"a picture"
     assert time.monotonic() - start < 5
     threading.Timer(0.2, drawn.go_on.set).start()
     assert ask_json(server, "GET", f"{path}{state['version']}")[1]["state"] == "done"
+
+
+def test_a_job_may_end_while_its_state_is_told():
+    previews = iter([b"a picture", None])
+    facts = {"id": "1", "state": "running", "version": 3, "evaluations": 1, "seconds": 0.0}
+    facts |= {"pictures": [], "error": "", "request": SimpleNamespace(seed=5)}
+    job = type("Ending", (), {**facts, "preview": property(lambda _: next(previews))})()
+    assert base64.b64decode(handler._state(job)["preview"]) == b"a picture"
 
 
 def test_a_client_of_openai_that_leaves_cancels_and_one_that_is_cancelled_is_told(server, drawn):
@@ -311,6 +328,12 @@ def test_a_client_of_openai_that_leaves_cancels_and_one_that_is_cancelled_is_tol
     assert ask(server, "DELETE", f"/api/jobs/{second.id}")[0] == 200
     assert stays.getresponse().status == 503
     stays.close()
+
+
+def test_an_address_that_is_taken_is_named(server):
+    host, port = server.server_address[:2]
+    with pytest.raises(OSError, match=f"{host}:{port}: Address already in use"):
+        make_server(model(TEXT), "tiny", (host, port))
 
 
 def test_adapters_are_requested_by_their_names(drawn):
@@ -393,6 +416,77 @@ def test_a_cancelled_request_stops_at_its_next_step(server):
         del jobs.progress
     job = jobs.find(state["id"])
     assert job.evaluations <= 2 and job.pictures == []
+
+
+def test_a_request_that_is_cancelled_as_its_call_begins_takes_nothing_from_the_others(drawn):
+    server = serving(model(TEXT))
+    jobs, sample, queued = server.jobs, server.jobs._sample, []
+
+    def late(batch):
+        jobs.cancel(queued[0])
+        sample(batch)
+
+    jobs._sample = late
+    with jobs.changed:
+        each = [{"prompts": "red", "seed": i, "image": WHITE, "strength": 0.5} for i in range(2)]
+        queued += [jobs.submit(read(request, jobs.model, LIMITS)) for request in each]
+    drawn.go_on.set()
+    assert jobs.wait(queued[1], 60)
+    (call,) = drawn.calls
+    assert call["prompts"] == ["red", "red"] and call["image"].shape == (2, SIDE, SIDE, 3)
+    assert [job.state for job in queued] == ["cancelled", "done"]
+    server.shutdown()
+    server.server_close()
+
+
+def test_after_a_failed_call_no_preview_is_of_another_request(monkeypatch):
+    monkeypatch.setattr(Jobs, "_draw_previews", lambda self: None)
+    jobs, seen = Jobs(model(TEXT), "tiny", LIMITS), []
+
+    def picky(self, rng, preview, **options):
+        seen.append(jobs._latents)
+        preview(None, np.zeros((len(rng), SIDE, SIDE, 3)))
+        raise ValueError("too much")
+
+    monkeypatch.setattr(Model, "sample", picky)
+    with jobs.changed:
+        each = [{"prompts": "red", "seed": i} for i in range(2)]
+        queued = [jobs.submit(read(request, jobs.model, LIMITS)) for request in each]
+    assert all(jobs.wait(job, 60) for job in queued)
+    jobs.close()
+    assert seen == [None, None, None]
+
+
+def test_a_preview_that_fails_is_not_the_last(monkeypatch):
+    drawn, again = [], threading.Event()
+
+    def draw(self, latents, running):
+        drawn.append(latents)
+        if len(drawn) == 1:
+            raise MemoryError("out of memory")
+        again.set()
+
+    monkeypatch.setattr(Jobs, "_draw", draw)
+    monkeypatch.setattr(jobs_module, "PREVIEW_SECONDS", 0)
+    jobs = Jobs(model(TEXT), "tiny", LIMITS)
+    for _ in range(2):
+        jobs.preview(None, np.zeros((1, SIDE, SIDE, 3)))
+        deadline = time.monotonic() + 5
+        while jobs._latents is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert again.wait(5)
+    jobs.close()
+
+
+def test_the_latents_of_a_call_are_previewed(server):
+    jobs, seen = server.jobs, []
+    jobs.preview = lambda t, z_0: seen.append(np.shape(z_0))
+    try:
+        finished(server, {"prompts": "red", "seed": 1, "num_images": 2})
+    finally:
+        del jobs.preview
+    ((count, *shape),) = seen  # rows of padding may follow those of the images
+    assert count >= 2 and shape == [SIDE, SIDE, 3]
 
 
 def test_previews_are_pictures_of_the_running_call(server, monkeypatch):
@@ -489,8 +583,9 @@ BAD = [  # path, body, status, words of the message
     ("/api/jobs", {"prompts": "red", "image_size": [4]}, 400, "image_size=.* must be .height, wid"),
     ("/api/jobs", {"prompts": "red", "image_size": [16, 16]}, 400, "16×16 are more than 64 pixels"),
     ("/api/jobs", {"prompts": "red", "image": "?"}, 400, "image must be a picture in base64"),
-    ("/api/jobs", {"prompts": "red", "image": "aGFsbG8="}, 400, "image can't be read as a picture"),
+    ("/api/jobs", {"prompts": "red", "image": "aGFsbG8="}, 400, "image can't be .* file image$"),
     ("/api/jobs", {"prompts": "red", "image": in_base64(np.zeros((9, 9), np.uint8))}, 400, "9×9"),
+    ("/api/jobs", {"prompts": "red", "image": HEAD}, 400, "image: 9×9 are more"),
     ("/api/jobs", {"prompts": "red", "image": WHITE}, 0, "image needs"),
     ("/api/jobs", {"prompts": "red", "adapters": [["x", 1]]}, 400, "unknown adapter 'x'"),
     ("/api/jobs", {"prompts": "red", "layout": []}, 400, "layout: write 1 to 100 objects"),
@@ -602,6 +697,11 @@ def test_head_is_answered_as_get_without_content(server):
             assert answer.status == 200 and bool(content) == (method == "GET")
             lengths.append(answer.headers["Content-Length"])
         assert lengths[0] == lengths[1]
+        # No browser guesses types, runs scripts of other sites, or shows the page inside of others.
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        policy = answer.headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
+        assert answer.headers["Cache-Control"] == "no-store"
     connection.close()
 
 
@@ -649,6 +749,9 @@ def test_few_of_the_finished_jobs_are_remembered(monkeypatch):
             assert jobs.wait(done[-1], 60)
         found = [jobs.find(job.id) is not None for job in done]
         assert found == [False, False, True, True, True, True]
+        with jobs.changed:  # those that wait are kept, however many they are
+            waiting = [jobs.submit(read({"class_labels": 1}, jobs.model, LIMITS)) for _ in "12345"]
+            assert all(jobs.find(job.id) is job for job in waiting)
     finally:
         jobs.close()
 
@@ -678,8 +781,21 @@ def test_the_words_of_a1111_are_read_and_written():
     theirs = Image.open(io.BytesIO(to_png(image, settings, "m", {}))).info["parameters"]
     assert from_text(theirs) == settings
     assert from_png(io.BytesIO(to_png(image, settings, "m", {}))) == settings
+    info, out = PngInfo(), io.BytesIO()
+    info.add_text("parameters", theirs)  # alone, as A1111 writes it
+    Image.new("L", (1, 1)).save(out, "PNG", pnginfo=info)
+    assert from_png(out) == settings
     with pytest.raises(ValueError, match="Steps: 'many' is no number"):
         from_text("cat\nSteps: many, Seed: 1")
+
+
+@pytest.mark.parametrize("noise", [" ", "a", "a: ", 'a: "'])
+def test_a_text_of_any_kind_is_read_at_once(noise):
+    start = time.process_time()
+    text = f"cat\nSteps: 3, {2000 * noise}, Seed: 5"
+    found = from_text(text)
+    assert time.process_time() - start < 2
+    assert (found["prompts"], found["num_steps"], found["seed"]) == ("cat", 3, 5)
 
 
 def test_text_for_a1111_keeps_what_it_has_no_name_for():
@@ -746,6 +862,19 @@ def test_every_field_of_a_request_reaches_the_call():
     for name, value in want.items():
         np.testing.assert_array_equal(arguments.pop(name), value)
     assert arguments == {**size, **rest}
+
+
+def test_the_usual_steps_of_a_model_are_limited_too():
+    made = model(TEXT)
+    made = made.replace(defaults={**made.defaults, "num_steps": 101})
+    with pytest.raises(ValueError, match=r"num_steps=101 must be .* in \[1, 100\]"):
+        read({"prompts": "red"}, made, LIMITS)
+    assert read({"prompts": "red", "num_steps": 100}, made, LIMITS).shared["num_steps"] == 100
+
+
+def test_a_request_without_a_seed_gets_one_of_its_own():
+    seeds = {read({"prompts": "red"}, model(TEXT), LIMITS).seed for _ in range(4)}
+    assert len(seeds) == 4 and max(seeds) < 2**32
 
 
 def test_a_model_without_conditions_is_told_the_number_of_images():

@@ -23,11 +23,11 @@ PORT = flags.DEFINE_integer(
     "port", 8188, "Port to listen on; 0 takes a free port.", lower_bound=0, upper_bound=65535
 )
 TOKEN = flags.DEFINE_string("token", None, "Bearer token that requests must have.")
-MAX_IMAGES = flags.DEFINE_integer("max_images", 16, "Images of one request, at most.")
-MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait; others get 503.")
-MAX_PIXELS = flags.DEFINE_integer("max_pixels", 2**22, "Pixels of any picture, at most.")
-MAX_STEPS = flags.DEFINE_integer("max_steps", 1000, "Steps of one request, at most.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images sampled at once, at most.")
+MAX_IMAGES = flags.DEFINE_integer("max_images", 16, "Images of one request, at most.", 1)
+MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait; others get 503.", 1)
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", 2**22, "Pixels of any picture, at most.", 1)
+MAX_STEPS = flags.DEFINE_integer("max_steps", 1000, "Steps of one request, at most.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images sampled at once, at most.", 1)
 
 
 def main(argv: list[str]) -> None:
@@ -47,6 +47,9 @@ def main(argv: list[str]) -> None:
         pairs = [entry.partition("=") for entry in ADAPTER.value]
         if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
             raise ValueError(f"--adapter={wrong[0]}: write NAME=FILE")
+        names = [name for name, *_ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"--adapter={twice[0]}=…: two adapters have this name")
         model = load(path, **loading)
         limits = Limits(MAX_IMAGES.value, MAX_PIXELS.value, MAX_STEPS.value, MAX_WAITING.value)
         encoder = IMAGE_ENCODER.value

@@ -99,6 +99,9 @@ def make_server(
     jobs = Jobs(model, name, limits, batch_size)
     try:
         return Server(address, jobs, adapters or {}, token)
+    except OSError as error:
+        jobs.close()
+        raise OSError(f"{address[0]}:{address[1]}: {error.strerror or error}") from error
     except BaseException:
         jobs.close()
         raise
@@ -348,7 +351,7 @@ def _exact(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(job: Job) -> dict[str, Any]:
-    preview = None if job.preview is None else base64.b64encode(job.preview).decode()
+    preview = job.preview  # looked at once, since it goes when the job ends
     return {
         "id": job.id,
         "state": job.state,
@@ -357,6 +360,6 @@ def _state(job: Job) -> dict[str, Any]:
         "evaluations": round(job.evaluations),
         "seconds": round(job.seconds, 3),
         "pictures": [f"/api/jobs/{job.id}/{i}.png" for i in range(len(job.pictures))],
-        "preview": preview,
+        "preview": None if preview is None else base64.b64encode(preview).decode(),
         "error": job.error,
     }

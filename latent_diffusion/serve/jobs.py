@@ -157,8 +157,10 @@ class Jobs:
                 for job in self._running:
                     job.state = "running"
                     job.version += 1
+                # A job that is cancelled from now on loses its request, which others may share.
+                batch = [(job, job.request) for job in self._running]
                 self.changed.notify_all()
-            self._sample(self._running)
+            self._sample(batch)
             with self.changed:
                 self._running, self._latents = [], None
 
@@ -174,28 +176,30 @@ class Jobs:
                 images += more
         return batch
 
-    def _sample(self, batch: Sequence[Job]) -> None:
+    def _sample(self, batch: Sequence[tuple[Job, Request]]) -> None:
+        jobs, requests = zip(*batch, strict=True)
         try:
-            pictures = self._pictures([job.request for job in batch])
+            pictures = self._pictures(requests)
         except Exception as error:  # after any error, the next request must be answered
-            if all(job.ended for job in batch):
+            if all(job.ended for job in jobs):
                 return
             if len(batch) > 1:  # a request with an error must not affect the others
-                for job in batch:
+                for job, request in batch:
                     if not job.ended:
-                        self._running = [job]
-                        self._sample([job])
+                        with self.changed:
+                            self._running, self._latents = [job], None
+                        self._sample([(job, request)])
                 return
             expected = isinstance(error, ValueError | OverflowError | MemoryError)
             if not expected:
                 log.exception("sampling failed")
             with self.changed:
-                batch[0].error = str(error).partition("\n")[0][:500] or type(error).__name__
-                self._end(batch[0], "failed")
+                jobs[0].error = str(error).partition("\n")[0][:500] or type(error).__name__
+                self._end(jobs[0], "failed")
             return
         with self.changed:
             self.counts["calls"] += 1
-            for job, of_job in zip(batch, pictures, strict=True):
+            for job, of_job in zip(jobs, pictures, strict=True):
                 self.counts["images"] += len(of_job)
                 if not job.ended:
                     job.pictures = of_job
@@ -243,7 +247,10 @@ class Jobs:
                     return
                 latents, self._latents = self._latents, None
                 running = list(self._running)
-            self._draw(latents, running)
+            try:
+                self._draw(latents, running)
+            except Exception as error:  # such as too little memory; the pictures may still be made
+                log.warning("a preview failed: %s", error)
             time.sleep(PREVIEW_SECONDS)
 
     def _draw(self, latents: Any, running: Sequence[Job]) -> None:

@@ -36,7 +36,8 @@ SAMPLERS = {
     "LCM": "lcm",
 }
 SPACINGS = {"Karras": "karras", "Exponential": "exponential", "Beta": "beta"}
-_PAIR = re.compile(r'\s*([\w /-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+# A pair "name: value", or what isn't one up to the next comma: no letter is looked at twice.
+_PAIR = re.compile(r'([\w\s/-]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)|[^,]*(?:,|$)')
 
 
 def to_png(
@@ -109,7 +110,8 @@ def from_text(text: str) -> dict[str, Any]:
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt:")
     if prompt.startswith("Negative prompt:"):
         prompt, negative = "", prompt.removeprefix("Negative prompt:")
-    pairs = {match[1].strip(): match[2].strip().strip('"') for match in _PAIR.finditer(last)}
+    found = (match for match in _PAIR.finditer(last) if match[1])
+    pairs = {match[1].strip(): match[2].strip().strip('"') for match in found}
     if any(key.startswith("Hires ") for key in pairs):  # then the strength is that of a second pass
         pairs.pop("Denoising strength", None)
     settings: dict[str, Any] = {"prompts": prompt.strip()}

@@ -85,7 +85,7 @@ class Upload(io.BytesIO):
         super().__init__(content)
         self.name = name
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name
 
 
@@ -106,9 +106,9 @@ def read(
         raise ValueError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(allowed))}")
     num_images = _integer("num_images", data.get("num_images", 1), 1, limits.max_images)
     seed = _seed(data.get("seed", secrets.randbits(32)))
-    steps = data.get("num_steps")
-    if steps is not None:
-        _integer("num_steps", steps, 1, limits.max_steps)
+    if "num_steps" in options:
+        usual = model.defaults.get("num_steps") or options["num_steps"].default
+        _integer("num_steps", data.get("num_steps", usual), 1, limits.max_steps)
     shared: dict[str, Any] = {name: data[name] for name in option_names if name in data}
     _check_options(model, shared)
     size = _size(data.get("image_size"), limits)
@@ -332,7 +332,7 @@ def _upload(name: str, value: Any, limits: Limits) -> Upload:
         file = Upload(base64.b64decode(content, validate=True) if comma else b"", name)
     except (binascii.Error, ValueError):
         raise ValueError(f"{name} must be a picture in base64") from None
-    _check_pixels(name, *pictures.size_of(file), limits)
+    _check_pixels(name, *pictures.stored_size(file), limits)
     file.seek(0)
     return file
 

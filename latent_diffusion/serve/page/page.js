@@ -39,6 +39,7 @@ function login() {
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve, reject) => dialog.addEventListener("close", () => {
     const given = $("token").value;
+    $("token").value = ""; // so that Escape doesn't give a wrong token again
     if (!/^[!-~]+$/.test(given)) return reject(new Error("this server needs its token, in ASCII"));
     token = given;
     sessionStorage.setItem("token", token);
@@ -254,6 +255,7 @@ function addLayout(parent) {
   canvas.addEventListener("pointerdown", (event) => { begin = at(event); canvas.setPointerCapture(event.pointerId); });
   canvas.addEventListener("pointermove", (event) => { if (begin) show(box(at(event))); });
   canvas.addEventListener("pointerup", (event) => {
+    if (!begin) return; // pressed elsewhere
     const made = box(at(event));
     begin = null;
     if (made[1][0] < made[1][2] && made[1][1] < made[1][3]) boxes.push(made);
@@ -370,12 +372,16 @@ function isShown(name, value) {
   }
 }
 
-// Shows the settings of a picture, and says which of them the page can't show.
+// Shows the settings of a picture, says which of them the page can't show, and which pictures of
+// the form, which a PNG doesn't carry, stay in it.
 function show(request) {
+  const names = (list) => list.map((name) => NAMES[name] || name.replaceAll("_", " ")).join(", ");
   for (const [name, write] of Object.entries(writers)) write(request[name]);
   const lost = Object.keys(request).filter((name) => name !== "image_index" && !isShown(name, request[name]));
-  const without = lost.map((name) => NAMES[name] || name.replaceAll("_", " ")).join(", ");
-  status(`These are the settings of the picture${without && `, without: ${without}`}.`, lost.length > 0);
+  const stay = Object.keys(readers).filter((name) => !(name in writers || name in request) && readers[name]() !== undefined);
+  const without = lost.length ? `, without: ${names(lost)}` : "";
+  const beside = stay.length ? `; still in the form: ${names(stay)}` : "";
+  status(`These are the settings of the picture${without}${beside}.`, lost.length + stay.length > 0);
 }
 
 async function make(event) {
