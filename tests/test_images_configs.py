@@ -83,12 +83,16 @@ def test_a_class_beyond_those_of_the_model_is_refused_where_it_is_read(task):
         config.conditioners = ConfigDict({"class_label": class_label})
     count = 3 if task == "denoising" else config.classifier.num_classes
     picture = np.zeros((8, 8, 3), np.uint8)
-    source = ArraySource({"image": [picture] * 2, "class_label": [count - 1, count]})
+    source = ArraySource({"image": [picture] * 3, "class_label": [count - 1, count, -1]})
     source, transform = start._encoded_once(config, None, source, None, None, None)
     rng = np.random.default_rng(0)
     assert transform(source[0], rng)["class_label"] == count - 1
     with pytest.raises(ValueError, match=rf"class_label={count} of .*\.num_classes={count}: give"):
         transform(source[1], rng)
+    with pytest.raises(ValueError, match=r"class_label=-1 of .*: classes are numbers from 0"):
+        transform(source[2], rng)
+    with pytest.raises(ValueError, match=r"no class_label, which the model reads; .*: image$"):
+        transform({"image": picture}, rng)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,6 +1,7 @@
 """Latents in shards: the right ones, whole, and no other training than on the pictures."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import shutil
@@ -264,6 +265,20 @@ def test_shards_lie_on_any_file_system_that_fsspec_knows(made, tmp_path, monkeyp
         shards.make(SimpleNamespace(dir=out), "train")
 
 
+def test_a_file_system_that_remembers_its_files_is_asked_anew(tmp_path, monkeypatch):
+    """As those of object stores do."""
+    folder = Folder(f"memory://{tmp_path.name}")
+    remembered = functools.lru_cache(folder._system.ls)
+    monkeypatch.setattr(folder._system, "ls", remembered)
+    monkeypatch.setattr(
+        folder._system, "invalidate_cache", lambda path=None: remembered.cache_clear()
+    )
+    folder._system.makedirs(folder._root)
+    assert folder.sizes() == {}
+    folder._system.pipe_file(f"{folder._root}/a", b"123")
+    assert folder.sizes() == {"a": 3}
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -334,6 +349,7 @@ def test_processes_share_the_shards(made, tmp_path, monkeypatch, count):
         ({"data.image_size": 16}, "data.image_size=16, but .* was made with 8"),
         ({"data.crop": "random"}, "data.crop='random', but"),
         ({"data.sizes": True}, "data.sizes=True was not asked for when"),
+        ({"data.embedding": "alexnet"}, "data.embedding='alexnet', but .* was made with ''"),
         ({"data.low_res": "bicubic"}, "a condition made of pictures was not asked for"),
         ({"task": "autoencoding"}, "data.name='latents' has no pictures, which autoencoding"),
         ({"first_stage.cache": True}, "is cached: set first_stage.cache=False"),
@@ -369,6 +385,12 @@ def test_an_index_that_does_not_match_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             loop.train(on_shards(pixels(), out), tmp_path / "run")
     shutil.copytree(folder, tmp_path / "damaged")
+    others = json.loads(json.dumps(index["shards"]))
+    others[0][1], others[1][1] = 99, 101  # as many together
+    (tmp_path / "damaged/train/index.json").write_text(json.dumps({**index, "shards": others}))
+    with pytest.raises(ValueError, match=r"00000\S+ 100 examples; index.json says 99"):
+        source_of(tmp_path / "damaged" / "train")[0]
+    (tmp_path / "damaged/train/index.json").write_text(json.dumps(index))
     shard = tmp_path / "damaged" / "train" / shards.shard_name(2)
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ValueError, match=r"00002.array_record: "):

@@ -51,7 +51,7 @@ def class_counts(config: ConfigDict) -> dict[str, int]:
 def check_classes(config: ConfigDict, source: Any) -> None:
     """Raise ValueError if the data have more classes than the model, which would be the null.
 
-    Some sources know their classes only example by example: see `with_checked_classes`.
+    Some sources know their classes only example by example: see `with_checked_examples`.
     """
     counts = class_counts(config)
     if not counts:
@@ -64,21 +64,30 @@ def check_classes(config: ConfigDict, source: Any) -> None:
             )
 
 
-def with_checked_classes(config: ConfigDict, transform: Any) -> Any:
-    """The transform, which raises ValueError for a class that the model doesn't have."""
-    counts = class_counts(config)
+def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
+    """The transform, which raises ValueError for an example that the model can't read.
+
+    It lacks a condition, or its class isn't one of the model's. Latents may stand for the picture,
+    and the transform itself knows whether there is a caption.
+    """
+    counts, conditions = class_counts(config), batch_spec(config).keys() - {"image", "tokens"}
 
     def checked(example: Any, rng: Any = None) -> Any:
         out = transform(example, rng)
+        if absent := sorted(conditions - out.keys()):
+            raise ValueError(
+                f"no {absent[0]}, which the model reads; the example has: {', '.join(example)}"
+            )
         for section, count in counts.items():
-            if (label := int(out.get("class_label", 0))) >= count:
+            if not 0 <= (label := int(out.get("class_label", 0))) < count:
+                remedy = "give it more" if label > 0 else "classes are numbers from 0"
                 raise ValueError(
                     f"class_label={label} of {example.get('name', 'an example')}, and "
-                    f"{section}.num_classes={count}: give it more"
+                    f"{section}.num_classes={count}: {remedy}"
                 )
         return out
 
-    return checked if counts else transform
+    return checked
 
 
 def _square(config: ConfigDict, f: int = 1) -> tuple[int, int]:

@@ -78,7 +78,8 @@ def check_shards(config: ConfigDict, source: ShardSource) -> None:
         raise ValueError("data.name='latents' is cached: set first_stage.cache=False")
     if made["kind"] != kind:
         raise ValueError(f"{folder} has {made['kind']}, but task={config.task!r} needs {kind}")
-    for field in SHARD_FIELDS:
+    embedded = ("embedding", "num_neighbours") if config.data.embedding else ()
+    for field in (*SHARD_FIELDS, *embedded):
         have, had = config.data[field], made["data"][field]
         if have != had:
             raise ValueError(f"data.{field}={have!r}, but {folder} was made with {had!r}")

@@ -30,7 +30,7 @@ from latent_diffusion.training import (
     teacher,
     texts,
 )
-from latent_diffusion.training.batch_spec import batch_spec, check_classes, with_checked_classes
+from latent_diffusion.training.batch_spec import batch_spec, check_classes, with_checked_examples
 from latent_diffusion.training.batches import train_batches
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -204,7 +204,7 @@ def _encoded_once(
 ) -> tuple[Any, Any]:
     """The training examples and their transform, with latents and texts that are encoded once."""
     transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
-    transform = with_checked_classes(config, transform)
+    transform = with_checked_examples(config, transform)
     inner = getattr(source, "source", source)  # within buckets
     shards = inner if isinstance(inner, ShardSource) else None
     with_texts = shards if shards is not None and shards.made.get("texts") else None
