@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 import several
+from tiny import make_config
 
 import latent_diffusion as ldm
+from latent_diffusion.convert.frozen_parts import load_autoencoder_params
 from latent_diffusion.optimisation.averages import (
     WIDEST,
     _inner_product,
@@ -129,6 +131,20 @@ def test_a_run_saves_snapshots_of_which_a_command_makes_a_workdir(tmp_path):
         with pytest.raises(ValueError, match=message):
             rebuild(tmp_path / "run", **{"width": 0.1, **options})
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("ema_decay", "entry"), [(0.0, "params"), (0.9, "ema_params")])
+def test_an_average_of_a_first_stage_is_where_its_run_has_parameters(ema_decay, entry, tmp_path):
+    run, params = tmp_path / "run", {"autoencoder": {"kernel": np.arange(3, dtype=np.float32)}}
+    workdir.save_config(make_config("autoencoding", ema_decay=ema_decay), run)
+    with Checkpointer(run / "averages") as snapshots:
+        snapshots.save(1, {"0.1": params}, {"widths": ["0.1"]})
+    rebuild(run, 0.1, tmp_path / "out")
+    loaded = load_autoencoder_params(tmp_path / "out")
+    np.testing.assert_allclose(loaded["kernel"], [0, 1, 2], rtol=1e-6)
+    np.testing.assert_array_equal(
+        loaded["kernel"], workdir.load_entry(tmp_path / "out", entry)["autoencoder"]["kernel"]
+    )
 
 
 def test_snapshots_without_averages_are_refused_at_the_start(tmp_path):

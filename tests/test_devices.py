@@ -157,3 +157,22 @@ def test_products_that_nobody_uses_are_not_counted():
     both = jax.jit(lambda x: (x @ w, (x + 1) @ w))
     assert parallel.count_flops(both, x) == 2 * (2 * 4 * 8 * 8)
     assert parallel.count_flops(lambda x: both(x)[0], x) == 2 * 4 * 8 * 8
+
+
+def test_of_branches_the_dearest_counts_and_of_spread_pictures_what_is_no_zero():
+    w, x = np.ones((8, 8), np.float32), np.ones((4, 8), np.float32)
+
+    def branches(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+
+    assert parallel.count_flops(branches, x) == 2 * (2 * 4 * 8 * 8)
+
+    def spread(x, kernel):
+        padding, dimensions = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, lhs_dilation=(2, 2), dimension_numbers=dimensions
+        )
+
+    # Each of 4 × 4 pixels with 2 features meets each of 2 × 2 taps with 3 outputs.
+    picture, kernel = np.ones((1, 4, 4, 2), np.float32), np.ones((2, 2, 2, 3), np.float32)
+    assert parallel.count_flops(spread, picture, kernel) == 2 * (4 * 4 * 2) * (2 * 2 * 3)

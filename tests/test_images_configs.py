@@ -74,14 +74,16 @@ def test_more_classes_than_the_model_has_are_refused(tmp_path):
         check_classes(config, make_source(config.data, "train"))
 
 
-@pytest.mark.parametrize("task", ["denoising", "classifying"])
+@pytest.mark.parametrize("task", ["denoising", "classifying", "prior"])
 def test_a_class_beyond_those_of_the_model_is_refused_where_it_is_read(task):
     """Tars, Parquet files and shards don't say how many classes they have."""
     config = make_config(task, **{"first_stage.cache": False})
     if task == "denoising":
         class_label = {"num_classes": 3, "width": 8}
         config.conditioners = ConfigDict({"class_label": class_label})
-    count = 3 if task == "denoising" else config.classifier.num_classes
+    if task == "prior":
+        config.conditioners = ConfigDict({"class_token": {"num_classes": 3}})
+    count = config.classifier.num_classes if task == "classifying" else 3
     picture = np.zeros((8, 8, 3), np.uint8)
     source = ArraySource({"image": [picture] * 3, "class_label": [count - 1, count, -1]})
     source, transform = start._encoded_once(config, None, source, None, None, None)

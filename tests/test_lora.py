@@ -71,6 +71,9 @@ def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
 def test_factors_of_a_convolution_are_a_convolution_and_a_map_and_dora_keeps_the_norms():
     rng = np.random.default_rng(0)
     kernel, x = (rng.normal(size=s).astype(np.float32) for s in ((3, 3, 4, 6), (1, 5, 5, 4)))
+    wide = {"kernel": np.zeros((2, 2, 64, 4), np.float32)}
+    wide = low_rank.init(jax.random.key(0), wide, {"rank": 64, "targets": ("",), "kind": "lora"})
+    np.testing.assert_allclose(np.std(wide["kernel"]["down"]), 256**-0.5, rtol=0.05)
     config = {"rank": 2, "targets": ("",), "kind": "dora"}
     factors = low_rank.init(jax.random.key(0), {"kernel": kernel}, config)["kernel"]
     np.testing.assert_allclose(low_rank.adapted(kernel, factors, 1.0), kernel, rtol=1e-6)

@@ -47,7 +47,8 @@ def test_every_example_is_encoded_once_and_anew_only_for_other_pictures(made, mo
 
     encode = moments._encoded
     monkeypatch.setattr(moments, "_encoded", None)
-    config.data.dir = "where the same pictures lie now"
+    config.data.update({"dir": "where the same pictures lie now", "search": "faiss", "workers": 0})
+    config.data.embedding_path = "and their embeddings"
     again = moments.with_moments(config, directory, first_stage, source_of(images))
     np.testing.assert_array_equal(again[3]["moments"], cached[3]["moments"])
 
@@ -68,6 +69,11 @@ def test_what_fails_midway_leaves_nothing_that_passes_for_whole(made, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         moments.with_moments(config, directory, first_stage, source_of(images))
     assert list(directory.glob("moments-*")) == []
+
+
+def test_pictures_are_kept_for_conditions_that_are_made_of_them():
+    seen = lambda **fields: moments.pictures_are_seen(make_config("denoising", **fields))  # noqa: E731
+    assert not seen() and seen(control="edges") and seen(**{"data.low_res": "bicubic"})
 
 
 @pytest.mark.parametrize(("field", "value"), [("flip", True), ("crop", "random")])

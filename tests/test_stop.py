@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import jax
 import pytest
 import several
 
@@ -12,6 +13,7 @@ from latent_diffusion.runtime import parallel
 from latent_diffusion.runtime.parallel import initialisation
 from latent_diffusion.training import loop
 from latent_diffusion.training.evaluator import Evaluator
+from latent_diffusion.training.stop import Interrupted, Stop
 
 FIELDS = {
     "num_steps": 2,
@@ -64,6 +66,36 @@ def logged(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     own = ("images_per_second", "peak_memory_gib")  # of the machine, not of the run
     return [{k: v for k, v in json.loads(line).items() if k not in own} for line in lines]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_next_acts_at_once(signum):
+    acted = []
+    before = signal.signal(signum, lambda *_: acted.append(signum))
+    try:
+        with Stop() as stop:
+            assert stop.poll() is None
+            os.kill(os.getpid(), signum)
+            assert stop.signum is None and stop.poll() == signum == stop.signum
+            os.kill(os.getpid(), signum)
+            assert acted == [signum]
+    finally:
+        signal.signal(signum, before)
+    assert Interrupted(signum, 3).exit_code == 128 + signum
+
+
+def test_an_interrupt_of_one_process_of_several_is_a_termination_of_all(monkeypatch):
+    """JAX's runtime, which tells the others, listens to SIGTERM alone."""
+    noticed = []
+    before = signal.signal(signal.SIGTERM, lambda *_: noticed.append("by the runtime"))
+    try:
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        with Stop():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert noticed == ["by the runtime"]
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("every", [0, 1])

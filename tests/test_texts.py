@@ -126,6 +126,24 @@ def test_every_text_is_encoded_once_and_anew_only_for_others(made, tmp_path, mon
         file = other
 
 
+def test_the_file_of_texts_is_that_of_captions_tokenizer_encoders_and_their_fields():
+    captions, encoders = ["a", "b"], {"clip_text": {"kernel": np.ones(3)}}
+
+    def identity(captions=captions, encoders=encoders, tokenizer=None, **fields):
+        config = config_of(**fields)
+        return texts._identity(config, encoders, captions, tokenizer or Letters())
+
+    found = [
+        identity(),
+        identity(captions=["a", "c"]),
+        identity(encoders={"clip_text": {"kernel": np.zeros(3)}}),
+        identity(encoders={"clip_text_2": {"kernel": np.ones(3)}}),
+        identity(tokenizer=lambda prompts: Letters()(prompts) + 1),
+        identity(**{"conditioners.clip_text.skip_last": 0}),
+    ]
+    assert len({*found}) == len(found) and identity() == found[0]
+
+
 def test_only_frozen_encoders_of_texts_are_asked():
     def found(*given, **fields):
         config = config_of(*given, **fields)
