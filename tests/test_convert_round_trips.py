@@ -359,7 +359,8 @@ def test_a_shift_of_the_latents_is_read(tmp_path):
     shutil.copy(tmp_path / "config.json", tmp_path / "pipeline" / "vae" / "config.json")
     read = convert.read(tmp_path / "pipeline")
     assert (read.scale_factor, read.shift) == (0.25, 0.5)
-    model = as_model(replace(read, unet=None, conditioners={}))
+    convert.write(replace(read, unet=None, conditioners={}), tmp_path / "run", "orbax")
+    model = as_model(convert.read(tmp_path / "run"))
     assert (model.first_stage.scale_factor, model.first_stage.shift) == (0.25, 0.5)
 
 

@@ -219,7 +219,10 @@ def test_a_single_file_takes_a_run_whose_noise_is_that_of_the_released_models():
 def test_each_text_encoder_is_read_from_its_own_folder_of_a_pipeline(tmp_path):
     made = bundle()
     network = replace(made.mmdit, fields={**made.mmdit.fields, "patch_size": 2})
-    convert.write(replace(made, mmdit=network), tmp_path, "diffusers")
+    second = made.conditioners["clip_text_2"].fields  # with other numbers than the first
+    part = as_part(second, drawn(conditioner_shapes("clip_text_2", second), seed=1))
+    made = replace(made, mmdit=network).with_part("clip_text_2", part)
+    convert.write(made, tmp_path, "diffusers")
     whole = convert.read(tmp_path)
     for name, part in made.conditioners.items():
         fields = {"skip_last": 1, "final_norm": False, "projection_dim": 64}
