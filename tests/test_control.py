@@ -375,6 +375,11 @@ def test_bad_controls_are_refused_in_a_line(controls, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_net_is_for_pictures_that_shrink_as_its_hints_do():
+    with pytest.raises(ValueError, match="net: its hints shrink by 1, the pictures by f=2"):
+        random_control().net(model().denoiser.network, model().denoiser.params["unet"], 2)
+
+
 def test_a_net_is_no_change_of_parameters_and_a_change_is_no_net(tmp_path):
     with pytest.raises(ValueError, match=r"^net: give this adapter as controls="):
         model().sample(RNG, ["red cat"], adapters=[(random_control(), 1.0)])

@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from key_lists import read_key_list
 from safetensors.numpy import load_file, save_file
 from test_control import HINTS, plain, random_control, sampled
 from test_model import IMAGE, RNG, model
 
+from latent_diffusion import convert
+from latent_diffusion.convert import clip_image
 from latent_diffusion.convert.adapters import ImagePrompt, read_adapter, write_image_prompt
 from latent_diffusion.convert.adapters import image_prompt as files
 from latent_diffusion.convert.adapters.adapter import LowRank
+from latent_diffusion.convert.bundle import as_part
 from latent_diffusion.convert.tables import write_tensors
 from latent_diffusion.convert.unet import shapes as unet_shapes
 from latent_diffusion.core.types import Conditioning
@@ -283,6 +286,27 @@ def test_files_are_read_and_written_bitwise(plus, tmp_path):
     }
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         write_image_prompt(adapter, tmp_path / "ip.bin")
+
+
+def test_the_image_encoder_beside_a_file_has_the_width_that_it_takes(tmp_path):
+    path, rng = tmp_path / "ip.safetensors", np.random.default_rng(0)
+    write_image_prompt(random_adapter(encoder=False), path)
+    for width in (10, 9):
+        fields = {**VIT, "projection_dim": width}
+        drawn = {
+            k: rng.normal(size=x.shape).astype(np.float32)
+            for k, x in flatten_dict(clip_image.shapes(fields), sep="/").items()
+        }
+        encoder = as_part(fields, unflatten_dict(drawn, sep="/"))
+        whole = convert.Bundle(conditioners={"clip_image": encoder})
+        convert.write(whole, tmp_path / "image_encoder", "diffusers")
+        if width == 10:
+            read = flatten_dict(read_adapter(path).encoder, sep="/")
+            assert read.keys() == drawn.keys()
+            for name, array in drawn.items():
+                np.testing.assert_array_equal(read[name], array)
+    with pytest.raises(ValueError, match=r"takes 10 numbers, of which the image enc.* makes 9"):
+        read_adapter(path)
 
 
 IP = random_adapter()
