@@ -71,10 +71,14 @@ for (let i = 0; i < 20; i += 1) await page.keyboard.press("ArrowLeft"); // the c
 await page.keyboard.press("ArrowRight");
 await page.keyboard.press("Space");
 const requests = [];
-page.on("request", (request) => { if (request.method() === "POST") requests.push(request.postDataJSON()); });
+page.on("request", (request) => { if (request.url().endsWith("/api/jobs")) requests.push(request.postDataJSON()); });
 await make();
 await page.waitForFunction(() => document.querySelectorAll("figure").length === 6);
 assert.match(requests.at(-1).mask, /^data:image\/png;base64,/);
+
+// Settings of another picture don't take them out of the form, which the page says.
+await page.locator("#settings").setInputFiles(`${folder}/saved.png`);
+await status("^These are the settings of the picture; still in the form: Picture, Mask\\.$");
 await page.getByRole("button", { name: "Remove" }).click();
 await page.getByRole("button", { name: "Clear mask" }).click();
 
