@@ -2,17 +2,19 @@
 
 Command   python train.py --config=configs/openmoji_class.py --workdir=runs/gallery/class
           after configs/openmoji_autoencoder.py in runs/demo/first_stage
-Cost      2 to 5 minutes on two CPU cores
-Expected  the pictures of docs/gallery.md
+Cost      35 to 45 minutes on two CPU cores
+Expected  the pictures and distances of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
 
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.openmoji_unconditional import with_context
+from configs.openmoji_unconditional import for_half_an_hour, with_context
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = with_context(variant, 1500, "class_label", num_classes=9, width=128)
+    c = with_context(variant, 10000, "class_label", num_classes=9, width=128)
+    if variant != "smoke":
+        for_half_an_hour(c)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -79,10 +79,10 @@ def first_stage_scenes() -> ConfigDict:
 
 def diffusion() -> ConfigDict:
     """Latent diffusion in the same latent space, for the comparison with the priors."""
-    c = openmoji_unconditional.get_config()
+    num_steps = 7200  # the time of 2,800 steps of the priors
+    c = openmoji_unconditional.without_condition("", num_steps)
     c.autoencoder = first_stage().autoencoder
     c.first_stage.path = "runs/prior/first_stage"
-    c.num_steps = 7200  # the time of 2,800 steps of the priors
     return c
 
 

@@ -6,7 +6,8 @@ Every folder in the workdir with a trained denoiser or prior becomes NAME.png be
 for each of some test examples: condition | samples | ground truth. A folder with a classifier (see
 configs/openmoji_classifier.py) becomes a picture of the unconditional model guided to each class. A
 text model also draws image_to_image.png, and the unconditional model image_guiding.png. A denoiser
-whose conditions may have any size also draws NAME_larger.png, at twice the size of training.
+whose conditions may have any size also draws NAME_larger.png, at twice the size of training. Of a
+model of classes, the share of samples is printed that a judge takes for their class.
 """
 
 import sys
@@ -19,7 +20,8 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageDraw, ImageFont
 
-from demo.judged import first_caption
+from demo import judge
+from demo.judged import PER_GROUP, first_caption
 from latent_diffusion import data
 from latent_diffusion.data import retrieval
 from latent_diffusion.data.layout import LayoutTokens, plot
@@ -62,6 +64,32 @@ def draw_task(directory: Path, rows: int, samples: int, seed: int, scale: int = 
     truth = [to_uint8(example["image"]) for example in batch]
     shown = [_condition(config, source, e, b, keys) for e, b in zip(examples, batch, strict=True)]
     return sheet([(c, s, t) for c, s, t in zip(shown, images, truth, strict=True)])
+
+
+def class_accuracies(directory: Path, per_class: int, seed: int) -> tuple[float, float]:
+    """How often a judge recognises the class of a model's samples, and of held-out pictures.
+
+    The judge is fitted on the training pictures; both numbers are means over the classes.
+    """
+    config, model = workdir.load_config(directory), load(directory)
+    real = {}
+    for split in ("train", "test"):
+        source = data.make_source(config.data, split)
+        examples = [source[i] for i in range(len(source))]
+        images = np.stack([example["image"] for example in examples])
+        real[split] = images, np.array([example["class_label"] for example in examples])
+    fitted = judge.fit(*real["train"])
+    labels = np.repeat(np.unique(real["train"][1]), per_class)
+    drawn = model.sample(
+        jax.random.key(seed),
+        num_images=len(labels),
+        batch_size=per_class,
+        class_labels=labels.tolist(),
+    )
+    return (
+        judge.balanced_accuracy(fitted, to_uint8(drawn), labels),
+        judge.balanced_accuracy(fitted, *real["test"]),
+    )
 
 
 def draw_classifier(directory: Path, guided: Path, samples: int, seed: int) -> Image.Image:
@@ -237,6 +265,11 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
         config = workdir.load_config(folder)
         if config.task in ("denoising", "prior"):
             save(folder.name, draw_task(folder, rows, samples, seed))
+            if make_conditioner(config.conditioners).keys == ("class_label",):
+                ours, held_out = class_accuracies(folder, PER_GROUP, seed)
+                print(
+                    f"class recognised: {ours:.0%} of samples, {held_out:.0%} of held-out pictures"
+                )
         if config.task == "denoising":
             if {"low_res", "segmentation"} & set(make_conditioner(config.conditioners).keys):
                 save(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))
