@@ -82,7 +82,6 @@ def class_accuracies(directory: Path, per_class: int, seed: int) -> tuple[float,
     labels = np.repeat(np.unique(real["train"][1]), per_class)
     drawn = model.sample(
         jax.random.key(seed),
-        num_images=len(labels),
         batch_size=per_class,
         class_labels=labels.tolist(),
     )

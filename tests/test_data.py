@@ -335,12 +335,6 @@ def test_synthetic_end_to_end():
 @pytest.mark.parametrize(
     ("changes", "split", "message"),
     [
-        (
-            {"caption_column": "prompt"},
-            "train",
-            "data.caption_column is for image_folder, not for",
-        ),
-        ({"features": {"caption": "a"}}, "train", "data.features is for tfds and parquet, not for"),
         ({"name": "mnist"}, "train", "unknown data.name 'mnist'; known: .*openmoji"),
         ({}, "dev", "unknown split 'dev'; known: test, train"),
         ({"train_split": "half"}, "train", "unknown split of synthetic 'half'; known: test, train"),
@@ -350,6 +344,41 @@ def test_make_source_errors(changes, split, message):
     with pytest.raises(ValueError, match=message) as error:
         make_source(config(**changes), split)
     assert "\n" not in str(error.value)
+
+
+def test_fields_that_a_data_set_ignores_are_refused_in_new_runs():
+    for field, value, kinds in (
+        ("caption_column", "prompt", "image_folder"),
+        ("features", {"caption": "a"}, "tfds and parquet"),
+    ):
+        with pytest.raises(ValueError, match=f"data.{field} is for {kinds}, not for synthetic"):
+            data.check_fields(config(**{field: value}))
+        data.check_fields(config(**{field: value, "name": "latents"}))
+
+
+WORKER = """
+import multiprocessing, time
+from latent_diffusion.data import pipeline
+
+def work():
+    pipeline._worker_starts(0, 1)
+    print("started", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    time.sleep(600)
+"""
+
+
+def test_a_worker_ends_with_the_main_process_even_if_that_is_killed(tmp_path):
+    (tmp_path / "main.py").write_text(WORKER)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "main.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout.readline() == "started\n"
+        process.kill()
+        assert process.stdout.read() == ""  # until the worker has closed it
 
 
 def test_documented_names():

@@ -213,9 +213,6 @@ def test_what_is_written_behind_convert_reaches_the_call(tmp_path):
     expected |= {"source": "here", "target": str(tmp_path / "there"), "lora": [["style", 0.5]]}
     assert told == expected
     assert "target" not in python(CONVERT, "here", "--dry_run")
-    (tmp_path / "there.yaml").touch()  # perhaps that of there.ckpt
-    with pytest.raises(AssertionError, match=r"there\.yaml exists; remove it first"):
-        python(CONVERT, "here", tmp_path / "there.safetensors", "--to=compvis")
 
 
 @pytest.mark.parametrize("format", ["lora", "kohya", "textual_inversion", "a1111"])

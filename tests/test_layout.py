@@ -6,6 +6,7 @@ import pytest
 from latent_diffusion.data.layout import (
     LayoutTokens,
     Object,
+    as_objects,
     attribute_label,
     inside,
     mirrored,
@@ -88,3 +89,14 @@ def test_the_plot_has_a_colour_for_each_class_along_its_box():
     edge = picture[14:18, 30:45].min(0)  # the upper edge, wherever it is rounded to
     assert (edge == edge[0]).all() and (edge[0] != 255).any()
     assert (picture[40:45, 40:45] == 255).all()
+
+
+def test_boxes_may_jut_out_but_are_shares_and_have_labels():
+    boxes = np.array([[-0.01, 0, 0.5, 1.0000001]])
+    assert as_objects(boxes, [3]) == [Object(3, (-0.01, 0.0, 0.5, 1.0000001))]
+    assert as_objects(np.zeros((0, 4)), []) == []
+    for box in ([0, 0, 9, 9], [0.5, 0, 0.2, 1], [0, 0.5, 1, 0.2], [-9, 0, 1, 1]):
+        with pytest.raises(ValueError, match=r"a box is \(.*, expected left, top, right, bottom"):
+            as_objects(np.array([box], float), [3])
+    with pytest.raises(ValueError, match="1 boxes and 2 labels"):
+        as_objects(boxes, [3, 4])

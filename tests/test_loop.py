@@ -45,8 +45,8 @@ class Speed(metrics.Throughput):
         super().__init__()
         self.events = events
 
-    def skip(self):
-        super().skip()
+    def skip(self, seconds):
+        super().skip(seconds)
         self.events.append(("skip", sum(kind == "take" for kind, _ in self.events)))
 
 

@@ -59,11 +59,9 @@ def test_what_is_added_is_the_scaled_product_and_nothing_at_first():
     merged = low_rank.merge(params, factors, 8.0)
     np.testing.assert_allclose(merged["a"]["kernel"], want, rtol=1e-5)
     np.testing.assert_array_equal(merged["b"]["kernel"], params["b"]["kernel"])
-    for targets in (("c",), ("^a/", "c")):
-        with pytest.raises(ValueError, match=r"lora\.targets: 'c' matches no kernel"):
+    for targets in (("c",), ()):
+        with pytest.raises(ValueError, match=r"lora\.targets=.* match no kernel"):
             low_rank.init(jax.random.key(0), params, {**config, "targets": targets})
-    with pytest.raises(ValueError, match=r"lora\.targets is empty"):
-        low_rank.init(jax.random.key(0), params, {**config, "targets": ()})
     with pytest.raises(ValueError, match=r"lora\.kind='loha'; known: lora, dora"):
         low_rank.init(jax.random.key(0), params, {**config, "kind": "loha"})
 

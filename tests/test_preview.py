@@ -14,6 +14,7 @@ import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.convert.bundle import Bundle, as_part
 from latent_diffusion.core.rng import example_keys, init_key
+from latent_diffusion.models.first_stage import own_fields
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import init_from, start
@@ -116,6 +117,8 @@ def test_a_run_keeps_the_first_stage_and_its_model_is_written_as_taesd(frozen, t
         resolved = start.resolve(config, tmp_path / "new")
         module = TASKS[config.task](resolved).autoencoder
         assert (module.regularization, module.encoder_blocks) == ("tiny", (1, 0))
+        fields = own_fields(resolved.autoencoder.to_dict())
+        assert tuple(fields["encoder_blocks"]) == (1, 0) and "channel_mult" not in fields
     with pytest.raises(ValueError, match=r"must have encoder or decoder in its name"):
         tiny.save(tmp_path / "taesd.safetensors", format="compvis")
 

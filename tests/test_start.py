@@ -248,7 +248,16 @@ def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path):
     constants = SimpleNamespace(
         conditioner={"bert": {"bias": np.ones(1)}}, base={"base_net": np.ones(1)}
     )
-    starting._check_frozen(config, state, constants)
+    starting._check_patterns(config, state, constants)
+    config.lora.update({"rank": 1, "targets": ("unet", "base_net")})  # the second has no kernel
+    with pytest.raises(ValueError, match=r"^lora\.targets='base_net' matches no parameter; they"):
+        starting._check_patterns(config, state, constants)
+
+
+def test_a_classifier_is_half_a_u_net(tmp_path):
+    config = few("classifying", backbone="dit")
+    with pytest.raises(ValueError, match=r"backbone='dit', but a classifier is half a U-Net"):
+        starting.check_new(config)
 
 
 @pytest.mark.parametrize("field", ["unet.dtype", "autoencoder.dtype", "conditioners.text.dtype"])

@@ -8,6 +8,7 @@ code of the paper (CompVis) and its successors, whose models are single files.
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from latent_diffusion.convert.orbax import read_orbax, write_orbax
 from latent_diffusion.convert.tokenizers import with_tokenizer
 from latent_diffusion.core.types import lookup
 from latent_diffusion.files.reading import reading
+from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.runtime import workdir
 
 __all__ = [
@@ -110,6 +112,12 @@ def _refuse(path: Path, kind: str, **arguments: Any) -> None:
             raise ValueError(f"{path}: {name}={value} is for {kind}")
 
 
+def _defaults(conditioner: str) -> dict[str, Any]:
+    """The fields of a conditioner that a run may leave out, with their defaults."""
+    fields = lookup(CONDITIONERS, conditioner, "conditioner").__dataclass_fields__.items()
+    return {name: field.default for name, field in fields if name not in ("parent", "name")}
+
+
 def write(
     bundle: Bundle,
     path: str | os.PathLike,
@@ -128,6 +136,10 @@ def write(
     if format == "orbax" and dtype is not None and jnp.dtype(dtype) != jnp.float32:
         raise ValueError(f"a workdir has float32 parameters: dtype={dtype} is for other formats")
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))
+    if format != "orbax":  # the other writers read all fields
+        for name, part in bundle.conditioners.items():
+            fields = {**_defaults(name), **part.fields}
+            bundle = bundle.with_part(name, replace(part, fields=fields))
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if format == "orbax" and not empty:  # its checkpoints would stay
         raise ValueError(f"{path} isn't empty: choose another folder, or remove it first")

@@ -83,9 +83,8 @@ def convert(source: Path, target: Path | None = None, to: str = "") -> None:
     print(describe(bundle))
     if target is None:
         return
-    for file in (target, target.with_suffix(".yaml")) if to == "compvis" else (target,):
-        if file.exists() and not (file.is_dir() and not any(file.iterdir())):
-            raise ValueError(f"{file} exists; remove it first")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists; remove it first")
     total = sum(t.size for _, part in bundle.parts() for t in part.params.values())
     with tqdm(total=total, unit="", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         write(bundle, target, to, DTYPE.value, bar.update)

@@ -50,7 +50,8 @@ def write_compvis(
     """Write one .safetensors file under the original's names, and its yaml beside it.
 
     progress: is called with the number of parameters in each tensor that is written. Raises
-    ValueError where the original's code can't express the model.
+    ValueError where the original's code can't express the model, and where the yaml would replace
+    that of another file.
     """
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a file of the original must end in .safetensors")
@@ -66,9 +67,10 @@ def write_compvis(
             write_safetensors(file, tensors, progress=progress)
         return
     tensors, config = as_compvis(with_folded_scale(bundle))
+    if (file := path.with_suffix(".yaml")).exists() and not path.exists():
+        raise ValueError(f"{file} exists, and the yaml of {path.name} would replace it")
     write_safetensors(path, tensors, progress=progress)
-    text_of_yaml = yaml.safe_dump({"model": config}, sort_keys=False)
-    path.with_suffix(".yaml").write_text(text_of_yaml, encoding="utf-8")
+    file.write_text(yaml.safe_dump({"model": config}, sort_keys=False), encoding="utf-8")
 
 
 def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:

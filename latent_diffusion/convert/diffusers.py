@@ -341,7 +341,8 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         if changed is not None and not _says(settings, bundle):
             kind = settings["_class_name"]
             log.warning("%s: its %s isn't all that the sampling defaults say", path, kind)
-    # From here on nothing is refused, so that a folder never has parts of two models.
+    # From here on only numbers beyond the range of a dtype are refused, so that a folder hardly
+    # ever has parts of two models.
     index: Json = {"_class_name": pipeline, "_diffusers_version": VERSION}
     names = _folders(pipeline)
     for name, (config, tensors, stem) in components.items():

@@ -81,12 +81,14 @@ def check_inputs(bundle: Bundle) -> None:
     table = table_of(bundle.conditioners)
     taken = conditioners_for(channels, out_channels, text, table)
     for name in names:
-        module = CONDITIONERS[name]
+        module, skipped = CONDITIONERS[name], set(_NOISE)
         ours = module(**bundle.conditioners[name].fields)
         theirs = module(**taken[name].fields if name in taken else {})
+        if not getattr(ours, "num_levels", 1):  # then no level is embedded
+            skipped.add("width")
         for field in module.__dataclass_fields__:
             own, usual = getattr(ours, field), getattr(theirs, field)
-            if field not in _NOISE and own != usual:
+            if field not in skipped and own != usual:
                 raise ValueError(
                     f"readers of this format take {name}.{field}={usual}, this model has {own}; "
                     "save it as orbax"

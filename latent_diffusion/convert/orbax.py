@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from latent_diffusion.convert import frozen_parts
 from latent_diffusion.convert.bundle import Bundle, Part, as_params, as_part
 from latent_diffusion.convert.experiment import read_config
-from latent_diffusion.core.types import Params, lookup
+from latent_diffusion.core.types import Params
 from latent_diffusion.data.tokenizers import Tokenizer, load_tokenizer
 from latent_diffusion.files.tensor import Tensor, in_memory
-from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
-from latent_diffusion.nets.conditioners import CONDITIONERS, tables, with_rows
+from latent_diffusion.models.first_stage import FirstStage, make_autoencoder, own_fields
+from latent_diffusion.nets.conditioners import tables, with_rows
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
@@ -37,7 +37,7 @@ def read_orbax(directory: Path) -> Bundle:
         )
     if config.task == "classifying":
         raise ValueError(f"{directory} is a classifier, no model: give it to load_classifier")
-    fields = config.autoencoder.to_dict() if "autoencoder" in config else {}
+    fields = own_fields(config.autoencoder.to_dict()) if "autoencoder" in config else {}
     notes = config.origin.to_dict() if "origin" in config else {}
     if config.task == "distillation":
         notes["guidance_range"] = guidance_range(config)
@@ -89,22 +89,13 @@ def _with_network(bundle: Bundle, directory: Path, config: ConfigDict) -> Bundle
 
 
 def conditioner_fields(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """All fields of a run's conditioners, with the form of the sentences that it reads."""
-    conditioners: dict[str, dict[str, Any]] = {
-        name: {**_defaults(lookup(CONDITIONERS, name, "conditioner")), **fields}
-        for name, fields in config.conditioners.to_dict().items()
-    }
+    """The fields of a run's conditioners, with the form of the sentences that it reads."""
+    conditioners: dict[str, dict[str, Any]] = config.conditioners.to_dict()
     form = config.data.get("layout", {})
     for name in ("layout", "layout_tokens"):
         if name in conditioners and form.get("centres"):
             conditioners[name] |= {"centres": True, "encode_crop": form["encode_crop"]}
     return conditioners
-
-
-def _defaults(module: Any) -> dict[str, Any]:
-    """The fields of a class of modules, with their defaults."""
-    fields = module.__dataclass_fields__.items()
-    return {name: field.default for name, field in fields if name not in ("parent", "name")}
 
 
 def _out_channels(name: str, network: Part) -> int:

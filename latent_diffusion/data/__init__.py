@@ -57,20 +57,23 @@ DATASETS: dict[str, Callable[[Any, str], Any]] = {
 _OWN = {"caption_column": ("image_folder",), "features": ("tfds", "parquet")}
 
 
+def check_fields(data_config: Any) -> None:
+    """Raise ValueError for a field that the data set ignores."""
+    kind = data_config.name.partition(":")[0]
+    for field, kinds in _OWN.items():
+        if data_config.get(field) and kind not in (*kinds, "latents"):
+            raise ValueError(f"data.{field} is for {' and '.join(kinds)}, not for {kind}")
+
+
 def make_source(data_config: Any, split: str) -> Any:
     """The source `data_config.name` for the role "train" or "test".
 
     `data_config.train_split` and `test_split` name the splits of the data set for the two roles;
     shards lie in folders of the roles themselves.
     `data_config.embedding` adds image embeddings, and neighbours in the training set.
-    Raises a ValueError of one line for an unknown data set or split, and for a field that isn't of
-    this data set.
+    Raises a ValueError of one line for an unknown data set or split.
     """
-    kind = data_config.name.partition(":")[0]
-    make = lookup(DATASETS, kind, "data.name")
-    for field, kinds in _OWN.items():
-        if data_config.get(field) and kind not in (*kinds, "latents"):
-            raise ValueError(f"data.{field} is for {' and '.join(kinds)}, not for {kind}")
+    make = lookup(DATASETS, data_config.name.partition(":")[0], "data.name")
     roles = {"train": data_config.train_split, "test": data_config.test_split}
     name = lookup(roles, split, "split")
     if data_config.name == "latents":  # which have embeddings, too

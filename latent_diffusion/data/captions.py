@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("text", "caption")  # columns of captions, where the config names none
 MAPS = ("mask", "depth", "segmentation")  # keys for which a row has the name of a picture
 _MADE = {"image", "tokens", "weight", "crop_top_left", "target_size"}  # made by the transform
-_OBJECTS = {"boxes": Key(np.float32, "B N 4", 0, 1), "labels": Key(np.int32, "B N", 0)}
+_OBJECTS = {"boxes": Key(np.float32, "B N 4"), "labels": Key(np.int32, "B N", 0)}
 _NUMBERS = {k: key for k, key in (KEYS | _OBJECTS).items() if k not in {*_MADE, *MAPS}}
 Rows = Iterator[tuple[str, dict[str, Any]]]  # the place of a row, for messages, and the row
 
@@ -171,14 +171,6 @@ def _entry(where: str, file: Path, row: dict[str, Any], column: str) -> Example:
             entry[key] = _beside(file, value)
     for name in _NUMBERS.keys() & row.keys():
         entry[name] = _numbers(where, name, row.pop(name))
-    boxes, labels = entry.get("boxes", ()), entry.get("labels", ())
-    if len(boxes) != len(labels):
-        raise ValueError(f"{where}: {len(boxes)} boxes and {len(labels)} labels")
-    for box in boxes:
-        if not (box[0] <= box[2] and box[1] <= box[3]):
-            raise ValueError(
-                f"{where}: boxes has {box.tolist()}, expected left, top, right, bottom"
-            )
     return entry
 
 
@@ -203,7 +195,7 @@ def _numbers(where: str, name: str, value: Any) -> Any:
     largest = np.iinfo(np.int32).max if whole else np.finfo(np.float32).max
     low, high = max(key.low, -largest), min(key.high, largest)
     if array.size and not low <= array.min() <= array.max() <= high:
-        limits = f"[{key.low:g}, {key.high:g}]"
+        limits = f"[{low:g}, {high:g}]"
         raise ValueError(f"{where}: {name} is {value!r}, which is out of range: {limits}")  # or NaN
     return array if dims else value
 

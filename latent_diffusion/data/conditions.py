@@ -37,7 +37,10 @@ def make_conditions(data_config: Any, train: bool) -> Callable[..., Example]:
         if tokens is not None:
             if "boxes" not in example:
                 raise ValueError(f"no boxes for a layout; the example has: {', '.join(example)}")
-            objects = as_objects(example["boxes"], example["labels"])
+            try:
+                objects = as_objects(example["boxes"], example.get("labels", ()))
+            except ValueError as error:
+                raise ValueError(f"{example.get('name', 'an example')}: {error}") from None
             if flip:
                 objects = [Object(label, mirrored(box)) for label, box in objects]
                 crop = mirrored(crop)

@@ -167,6 +167,18 @@ def plot(
 
 
 def as_objects(boxes: Float[np.ndarray, "N 4"], labels: Int[np.ndarray, " N"]) -> list[Object]:
-    """The objects of arrays of boxes and classes."""
-    corners = [[float(v) for v in box] for box in boxes]
-    return [Object(int(n), (a, b, c, d)) for n, (a, b, c, d) in zip(labels, corners, strict=True)]
+    """The objects of arrays of boxes and classes; boxes may jut out of the picture.
+
+    Raises ValueError for boxes in pixels, with their corners in another order, or without labels.
+    """
+    if len(boxes) != len(labels):
+        raise ValueError(f"{len(boxes)} boxes and {len(labels)} labels")
+    objects = []
+    for label, (left, top, right, bottom) in zip(labels, boxes, strict=True):
+        box = float(left), float(top), float(right), float(bottom)
+        if not (-1 <= box[0] <= box[2] <= 2 and -1 <= box[1] <= box[3] <= 2):
+            raise ValueError(
+                f"a box is {box}, expected left, top, right, bottom in shares of the picture"
+            )
+        objects.append(Object(int(label), box))
+    return objects

@@ -6,8 +6,10 @@ batch, so the position in the data is the step alone: a run resumes with `start_
 numbers of processes, threads and workers don't change the batch of step s.
 """
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -66,6 +68,14 @@ def _worker_starts(index: int, count: int) -> None:
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process has ended, also if it was killed."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def iterate(

@@ -108,7 +108,9 @@ def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
             f"{directory} holds a first stage; its metrics: {', '.join(reconstruction.METRICS)}"
         )
     score = _score_first_stage if of_stage else _score_samples
-    options = {**options, "metrics": metrics, **_checkpoint(directory)}
+    checkpoint = _checkpoint(directory)
+    processes.check_same(checkpoint, "checkpoint")  # a save may have come between
+    options = {**options, "metrics": metrics, **checkpoint}
     cache = directory / "evaluations" / f"step_{options['step']}"
     return {"step": options["step"], **score(options, cache, config)}
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from latent_diffusion import data
 from latent_diffusion.core.rng import seed_key
@@ -16,7 +15,7 @@ from latent_diffusion.evaluate.collect import CHUNK
 from latent_diffusion.evaluate.images import ImageSet, version_of
 from latent_diffusion.generation.conditions import argument
 from latent_diffusion.generation.model import Model
-from latent_diffusion.runtime.metrics import to_uint8
+from latent_diffusion.runtime.metrics import as_picture, to_uint8
 
 
 class Rows:
@@ -88,7 +87,7 @@ def samples(
         if images_dir is not None and jax.process_index() == 0:
             images_dir.mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(pixels, start):
-                Image.fromarray(image).save(images_dir / f"{i:05d}.png")
+                as_picture(image).save(images_dir / f"{i:05d}.png")
         return pixels
 
     prompts = conditions.get("prompts")

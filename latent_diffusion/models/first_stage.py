@@ -92,6 +92,17 @@ class FirstStage(flax.struct.PyTreeNode):
         return self.module.apply({"params": self.params}, *args, method=method)
 
 
+def own_fields(config: Config) -> dict[str, Any]:
+    """The fields of an autoencoder of this kind.
+
+    Beside the fields of a tiny one, which a file decides, a config keeps those of others.
+    """
+    if config["regularization"] != "tiny":
+        return dict(config)
+    others = Autoencoder.__dataclass_fields__.keys() - TinyAutoencoder.__dataclass_fields__
+    return {name: value for name, value in config.items() if name not in others}
+
+
 def make_autoencoder(config: Config) -> nn.Module:
     """The autoencoder that `config` describes.
 
@@ -100,10 +111,7 @@ def make_autoencoder(config: Config) -> nn.Module:
     if config["regularization"] == "identity":
         return Identity(config["image_channels"])
     if config["regularization"] == "tiny":
-        own = TinyAutoencoder.__dataclass_fields__
-        # Beside fields that a file decides, a config keeps those of other autoencoders.
-        others = Autoencoder.__dataclass_fields__.keys() - own
-        fields = {name: x for name, x in module_fields(config).items() if name not in others}
+        fields = module_fields(own_fields(config))
         blocks = {half: tuple(fields[half]) for half in ("encoder_blocks", "decoder_blocks")}
         return TinyAutoencoder(**{**fields, **blocks})  # lists from a file aren't hashable
     return Autoencoder(**module_fields(config))

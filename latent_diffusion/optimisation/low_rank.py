@@ -21,19 +21,16 @@ KINDS = ("lora", "dora")
 def init(rng: jax.Array, params: Params, config: Config) -> Params:
     """Factors for every kernel whose path matches `targets`; A is random, B zero, so W + A·B is W.
 
-    config: `rank`, `kind`, and `targets` (regular expressions). Raises ValueError if a pattern
-    matches no kernel.
+    config: `rank`, `kind`, and `targets` (regular expressions). Raises ValueError if no kernel
+    matches.
     """
     if config["kind"] not in KINDS:
         raise ValueError(f"lora.kind={config['kind']!r}; known: {', '.join(KINDS)}")
     flat = flatten_dict(params, sep="/")
     kernels = [path for path in flat if path.endswith("kernel")]
-    for pattern in config["targets"]:
-        if not any(re.search(pattern, path) for path in kernels):
-            raise ValueError(f"lora.targets: {pattern!r} matches no kernel")
     targets = [path for path in kernels if any(re.search(t, path) for t in config["targets"])]
     if not targets:
-        raise ValueError("lora.targets is empty: name kernels")
+        raise ValueError(f"lora.targets={tuple(config['targets'])} match no kernel")
     factors = {}
     for path, key in zip(targets, jax.random.split(rng, len(targets)), strict=True):
         *rows, columns = flat[path].shape

@@ -276,9 +276,10 @@ class Throughput:
             self._since, self._images = now, 0
         return rate
 
-    def skip(self) -> None:
-        """Ignore the time since the last reading, which was for evaluation, pictures or a save."""
-        self._since, self._images = None, 0
+    def skip(self, seconds: float) -> None:
+        """Leave out the time of an evaluation, of pictures or a save."""
+        if self._since is not None:
+            self._since += seconds
 
 
 def peak_memory() -> float:

@@ -54,25 +54,9 @@ def connect(
     watchdog.start()
     partners.watch()
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=timeout + 60,
-            heartbeat_timeout_seconds=partners.TIMEOUT,
-        )
+        _join(coordinator, num_processes, process_id, timeout)
         _use_all_devices()
         counts = Counter(device.process_index for device in jax.devices())
-    except ValueError as error:
-        raise ValueError(
-            "--distributed found no cluster (TPU pod, GKE, Slurm, Open MPI); "
-            "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
-        ) from error
-    except RuntimeError as error:  # of JAX's runtime, whose port may be taken
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"can't join the processes of {coordinator or 'the cluster'}: {reason}"
-        ) from error
     finally:
         watchdog.cancel()
     for process, count in counts.items():
@@ -81,6 +65,30 @@ def connect(
                 f"process {process} has another number of devices than process 0: "
                 f"{count} instead of {counts[0]}"
             )
+
+
+def _join(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
+    """Initialise JAX's runtime of several processes; ValueError, in one line, if it can't."""
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=partners.TIMEOUT,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "--distributed found no cluster (TPU pod, GKE, Slurm, Open MPI); "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+    except RuntimeError as error:  # the port may be taken
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"can't join the processes of {coordinator or 'the cluster'}: {reason}"
+        ) from error
 
 
 def _use_all_devices() -> None:

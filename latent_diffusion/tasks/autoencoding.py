@@ -49,7 +49,7 @@ from latent_diffusion.process.options import check_ranges
 Metrics = dict[str, jax.Array]
 RANGES = {
     "autoencoding.gumbel_temperature": "(0, inf)",
-    "autoencoder.codebook_ema_decay": "[0, 1)",
+    "autoencoder.codebook_ema_decay": "[0, 1]",
     "autoencoder.dropout": "[0, 1)",
 }
 

@@ -149,8 +149,6 @@ def _labels(batch: Batch) -> Array:
 
 def make_classifying(config: Config) -> Classifying:
     """Build the task from a resolved experiment config."""
-    if (name := config.get("backbone", "unet")) != "unet":
-        raise ValueError(f"backbone={name!r}, but a classifier is half a U-Net: backbone='unet'")
     size, fields = config["data"]["image_size"], config["classifier"]
     sizes = {"out_channels": fields["num_classes"], "pool": fields["pool"]}
     unet = make_network("unet", config["unet"], **sizes)

@@ -225,7 +225,7 @@ def _jump(denoiser: Denoiser, pred: Array, z_t: Array, t: Array, end: Array) -> 
 def make_distillation(config: Config) -> Distillation:
     """Build the task from a resolved experiment config; ValueError for fields that don't fit."""
     fields, names = config["distillation"], frozenset(config["conditioners"])
-    check_ranges(config, {"distillation.target_decay": "[0, 1)"})
+    check_ranges(config, {"distillation.target_decay": "[0, 1]"})
     other = {
         "control": config["control"],
         "textual_inversion.word": config["textual_inversion"]["word"],

@@ -12,7 +12,7 @@ from latent_diffusion.runtime.checkpoint import CheckpointError
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training import settings
 from latent_diffusion.training.batch_spec import batch_spec
-from latent_diffusion.training.start import check_sizes, with_files
+from latent_diffusion.training.start import check_new, with_files
 
 
 def dry_run(config: ConfigDict) -> str:
@@ -27,7 +27,8 @@ def dry_run(config: ConfigDict) -> str:
         config = with_files(config)
     except (ValueError, OSError, CheckpointError) as error:
         problems.append(f"without the files that decide fields of the config: {error}")
-    check_sizes(config)
+    else:
+        check_new(config)
     task = make_task(config)
     mode, mesh = parallel.devices(config.parallel)
     try:

@@ -49,7 +49,7 @@ def encode(
     if config.task == "autoencoding" or config.data.name == "latents":
         raise ValueError("encode takes the config of a run that will train on latents of pictures")
     config = start.with_files(config)
-    start.check_sizes(config)
+    start.check_new(config)
     for split in splits:
         source = data.make_source(config.data, split)
         train = {"dtype": dtype, "crops": crops} if split == "train" else None

@@ -1,5 +1,6 @@
 """The training loop, which joins tasks, data, devices, checkpoints and logs."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,14 @@ def _steps(
             averages = _averages_due(config, step)
             if saves or averages or any(_looks(config, step)):
                 log.look(step, values, state.params, ends)
-                unseen = None
-            if saves:
-                checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
-            if averages:
-                snapshots.save(step, state, run.mode)
-            looked = _look_at(config, run, state, step, best, stop, writer)
-            if saves or averages or looked:
-                log.speed.skip()
+                unseen, began = None, time.perf_counter()
+                if saves:
+                    whole = parallel.to_global(state, run.mode)
+                    checkpoints.save(step, whole, {"seed": config.seed})
+                if averages:
+                    snapshots.save(step, state, run.mode)
+                _look_at(config, run, state, step, best, stop, writer)
+                log.speed.skip(time.perf_counter() - began)
     if stop.signum:
         checkpoints.save(step, parallel.to_global(state, run.mode), {"seed": config.seed})
         checkpoints.wait()
@@ -150,14 +151,11 @@ def _look_at(
     best: Best,
     stop: Stop,
     writer: metrics.Writer,
-) -> bool:
-    """Evaluate, then draw, if it is due at this step and not done yet; never after a signal.
-
-    Returns whether anything was due.
-    """
+) -> None:
+    """Evaluate, then draw, if it is due at this step and not done yet; never after a signal."""
     evaluates, draws = _looks(config, step)
     if not (evaluates or draws):
-        return False
+        return
     done = writer.logged(step)
     measured = {name: value for name, value in done.items() if name.startswith("eval_")}
     # `checkpoint.best` may have named another metric when this step was evaluated.
@@ -172,7 +170,6 @@ def _look_at(
         for name, grid in run.evaluator.draw(state, run.rng).items():
             writer.image(step, name, grid)
         stop.poll()
-    return True
 
 
 def _looks(config: ConfigDict, step: int) -> tuple[bool, bool]:

@@ -17,7 +17,7 @@ _BUILDS_ON = {
     "classifying": ("denoising", "openmoji_unconditional.py"),
     "prior": ("autoencoding", "openmoji_prior.py:first_stage"),
 }
-_OF_THE_RUN = ("dtype", "remat")  # how the autoencoder computes, which is up to each run
+_COMPUTING = ("dtype", "remat")  # how the autoencoder computes, which is up to each run
 _OF_TINY = ("encoder_blocks", "decoder_blocks")  # fields that only tiny autoencoders have
 
 
@@ -52,6 +52,6 @@ def resolve(config: ConfigDict) -> ConfigDict:
         f"{section}.{name}": value
         for section in sections
         for name, value in earlier[section].items()
-        if name in (*config[section], *_OF_TINY) and name not in _OF_THE_RUN
+        if name in (*config[section], *_OF_TINY) and name not in _COMPUTING
     }
     return settings.decided(config, fields, f"first_stage.path={path}")

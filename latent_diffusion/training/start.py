@@ -81,7 +81,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     run = workdir.load_run(directory)
     if run is None:
         config = with_files(config)
-        check_sizes(config)
+        check_new(config)
     else:
         config = settings.continued(config, run, directory)
     processes.check_same({**config.to_dict(), "workdir": str(directory)}, "config")
@@ -97,8 +97,17 @@ def with_files(config: ConfigDict) -> ConfigDict:
     return frozen.resolve(stages.resolve(config))
 
 
-def check_sizes(config: ConfigDict) -> None:
-    """Raise ValueError for pictures whose sides the autoencoder can't divide."""
+def check_new(config: ConfigDict) -> None:
+    """Raise ValueError for what a new run can't be, but an earlier one may have been.
+
+    These are fields that its data set or its network ignores, and pictures whose sides the
+    autoencoder can't divide.
+    """
+    data.check_fields(config.data)
+    if config.task == "classifying" and config.backbone != "unet":
+        raise ValueError(
+            f"backbone={config.backbone!r}, but a classifier is half a U-Net: backbone='unet'"
+        )
     f = make_autoencoder(config.autoencoder).downsampling
     for field in ("image_size", "bucket_step"):
         if config.data[field] % f:
@@ -131,7 +140,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     init = functools.partial(task.init, batch_spec=batch_spec(config))
     if run is None:
         state, constants = parallel.initialise(init, init_rng, mode, **layout)
-        _check_frozen(config, state, constants)
+        _check_patterns(config, state, constants)
     else:
         state, constants = jax.eval_shape(init, init_rng)
     constants = frozen.load_constants(config, constants, train_source, run, bundle)
@@ -175,10 +184,10 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     )
 
 
-def _check_frozen(config: ConfigDict, state: Any, constants: Any) -> None:
-    """Raise ValueError for a pattern of `optimizer.frozen` that is found in no parameter's path.
+def _check_patterns(config: ConfigDict, state: Any, constants: Any) -> None:
+    """Raise ValueError for a pattern of `optimizer.frozen` or `lora.targets` that matches nothing.
 
-    It may be found in the path of a parameter that is frozen anyway.
+    What `optimizer.frozen` matches may be frozen anyway.
     """
     trained = (state.params, getattr(state, "disc_params", None))
     at_rest = (
@@ -186,12 +195,13 @@ def _check_frozen(config: ConfigDict, state: Any, constants: Any) -> None:
         getattr(constants, "base", None),
     )
     paths = [path for tree in (*trained, *at_rest) for path in leaves_by_path(tree)]
-    for pattern in config.optimizer.frozen:
-        if not any(re.search(pattern, path) for path in paths):
-            parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in paths}))
-            raise ValueError(
-                f"optimizer.frozen={pattern!r} matches no parameter; they begin with {parts}"
-            )
+    kernels = [path for path in paths if path.endswith("kernel")]
+    targets = config.lora.targets if config.lora.rank else ()
+    checked = [("optimizer.frozen", pattern, paths) for pattern in config.optimizer.frozen]
+    for field, pattern, among in checked + [("lora.targets", t, kernels) for t in targets]:
+        if not any(re.search(pattern, path) for path in among):
+            parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in among}))
+            raise ValueError(f"{field}={pattern!r} matches no parameter; they begin with {parts}")
 
 
 def _encoded_once(

@@ -181,11 +181,12 @@ class ClipTokenizer:
                     pieces.append(Piece(self._ids[text], text))
                     continue
                 for word in split_words(text):
-                    if word not in self._merged:
+                    pieces_of = self._merged.get(word)
+                    if pieces_of is None:
                         if len(self._merged) >= MOST_WORDS:
-                            self._merged.clear()
-                        self._merged[word] = self._merge(word)
-                    pieces += self._merged[word]
+                            self._merged = {}  # other threads may read the old one
+                        self._merged[word] = pieces_of = self._merge(word)
+                    pieces += pieces_of
         return pieces
 
     def _merge(self, word: str) -> list[Piece]:

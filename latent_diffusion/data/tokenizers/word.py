@@ -1,5 +1,6 @@
 """A tokenizer of whole words, numbered by their frequency in the training captions."""
 
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -13,6 +14,8 @@ from jaxtyping import Int
 
 from latent_diffusion.data.tokenizers.added import Words, with_added, without_added
 from latent_diffusion.data.tokenizers.rows import Piece, check_length, fill_rows, write_json
+
+logger = logging.getLogger(__name__)
 
 PAD, UNK = 0, 1
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*]")  # # and * are words: captions of keycaps
@@ -73,6 +76,12 @@ class WordTokenizer:
         others = [word for word in _ranked(texts) if word not in known]
         if self.added:
             free = min(min(ids) for ids in self.added.values()) - 2 - len(self.vocabulary)
+            if free < min(num_words, len(others)):
+                logger.warning(
+                    "%d words of the captions get no row of the text encoder, in whose last rows "
+                    "are added words",
+                    min(num_words, len(others)) - free,
+                )
             num_words = min(num_words, free)
         vocabulary = (*self.vocabulary, *others[:num_words])
         vocab_size = max(self.vocab_size, len(vocabulary) + 2)
