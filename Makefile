@@ -36,7 +36,7 @@ CHECKED = adversarial attention clip codebooks conditioners convolution decoding
 	perceptual posterior prior_model quantizer rng samplers schedules steering t2i_adapter tasks \
 	tiling tiny_autoencoder
 CHECKED_TESTS = $(CHECKED:%=tests/test_%.py)
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CHECKS = --jaxtyping-packages=latent_diffusion,beartype.beartype
 
 test: $(VENV)/.test

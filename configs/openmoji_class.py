@@ -2,7 +2,7 @@
 
 Command   python train.py --config=configs/openmoji_class.py --workdir=runs/gallery/class
           after configs/openmoji_autoencoder.py in runs/demo/first_stage
-Cost      35 to 45 minutes on two CPU cores
+Cost      about 40 minutes on two CPU cores
 Expected  the pictures and distances of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """

@@ -3,7 +3,7 @@
 Command   python train.py --config=configs/openmoji_unconditional.py
           --workdir=runs/gallery/unconditional
           after configs/openmoji_autoencoder.py in runs/demo/first_stage
-Cost      30 to 40 minutes on two CPU cores
+Cost      about 40 minutes on two CPU cores
 Expected  the pictures and distances of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
 """
