@@ -45,7 +45,7 @@ def test_the_scale_is_measured_on_all_devices():
     batch = {"image": np.asarray(_pixels(0))}
     step = parallel.compile_step(latent_sums, "pmap", donate_state=False)
     _, many = step({}, plain, batch, jax.random.key(0))
-    _, one = latent_sums({}, plain, batch, jax.random.key(0))
+    _, one = latent_sums({}, plain, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), many, one)
 
 

@@ -100,7 +100,7 @@ def test_a_net_of_one_channel_sees_the_brightness_as_pillow_has_it():
 
 def test_squares_of_pixels_become_channels_in_the_order_of_torch():
     """torch.nn.PixelUnshuffle: channel c·s² + i·s + j has the pixels (i, j) of channel c."""
-    x, side = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3), 2
+    x, side = np.arange(2.0 * 4 * 6 * 3).reshape(2, 4, 6, 3), 2
     got = np.asarray(_unshuffled(jnp.asarray(x), side))
     assert got.shape == (2, 2, 3, 12)
     for c, i, j in np.ndindex(3, side, side):
