@@ -10,11 +10,11 @@ Variants  :smoke (synthetic shapes, a few steps)
 from ml_collections import ConfigDict
 
 from configs import default
-from configs.openmoji_unconditional import for_half_an_hour, with_context
+from configs.openmoji_unconditional import for_longer, with_context
 
 
 def get_config(variant: str = "") -> ConfigDict:
     c = with_context(variant, 10000, "class_label", num_classes=9, width=128)
     if variant != "smoke":
-        for_half_an_hour(c)
+        for_longer(c)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

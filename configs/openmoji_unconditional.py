@@ -16,7 +16,7 @@ from configs import default, openmoji_text
 def get_config(variant: str = "") -> ConfigDict:
     c = without_condition(variant, num_steps=12000)
     if variant != "smoke":
-        for_half_an_hour(c)
+        for_longer(c)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})
 
 
@@ -42,7 +42,7 @@ def without_condition(variant: str, num_steps: int) -> ConfigDict:
     return c
 
 
-def for_half_an_hour(c: ConfigDict) -> None:
+def for_longer(c: ConfigDict) -> None:
     """A wider and deeper U-Net, and averages over more steps: for conditions that say little."""
     c.unet.update({"model_channels": 64, "num_res_blocks": 2, "num_heads": 4})
     c.optimizer.learning_rate = 1e-3

@@ -262,15 +262,16 @@ def draw(root: Path, rows: int, samples: int, seed: int) -> list[Path]:
     unconditional = root / "unconditional"
     for folder in folders:
         config = workdir.load_config(folder)
+        keys = make_conditioner(config.conditioners).keys
         if config.task in ("denoising", "prior"):
             save(folder.name, draw_task(folder, rows, samples, seed))
-            if make_conditioner(config.conditioners).keys == ("class_label",):
+            if keys == ("class_label",):
                 ours, held_out = class_accuracies(folder, PER_GROUP, seed)
                 print(
                     f"class recognised: {ours:.0%} of samples, {held_out:.0%} of held-out pictures"
                 )
         if config.task == "denoising":
-            if {"low_res", "segmentation"} & set(make_conditioner(config.conditioners).keys):
+            if {"low_res", "segmentation"} & set(keys):
                 save(f"{folder.name}_larger", draw_task(folder, rows, samples, seed, scale=2))
             if config.tokenizer.name != "none":
                 save("image_to_image", draw_image_to_image(folder, rows, seed))
