@@ -11,9 +11,10 @@ shows hint | samples | truth. For a subject, learned as a word or by DreamBooth,
 share of samples whose nearest neighbour in the features of LPIPS is a picture of the subject, among
 these and pictures of the training split; and the demo's judge on both models. For a style, it
 measures the share of samples that a judge takes for Twemoji's, and another judge's accuracy on
-their groups, for captions that weren't in the adapter's training; both are fitted on real pictures
-of both styles. The sheet style.png shows a sample of the base | samples | Twemoji's. The numbers go
-to adapters.json in the workdir of the adapter.
+their groups, for captions that weren't in the adapter's training, and both for reconstructions of
+Twemoji's pictures of these captions; both judges are fitted on real pictures of both styles. The
+sheet style.png shows a sample of the base | samples | Twemoji's. The numbers go to adapters.json in
+the workdir of the adapter.
 """
 
 import json
@@ -171,13 +172,19 @@ def evaluate_style(base: Path, style: Path) -> dict[str, float]:
     others = [e for e, s in zip(examples, styles, strict=True) if s == 0]
     prompts, labels = training_captions([e for e in others if e["caption"] in unseen], PER_GROUP)
     drawn = {}
-    for when, path in (("before", base), ("after", style)):
-        samples = load(path).sample(jax.random.key(1), prompts, num_images=SAMPLES, batch_size=120)
-        drawn[when] = to_uint8(samples).reshape(len(prompts), SAMPLES, *samples.shape[1:])
-        judged, groups = drawn[when].reshape(samples.shape), np.repeat(labels, SAMPLES)
+
+    def measure(suffix: str, judged: Pictures, groups: Any) -> None:
         in_style = of_style.predict(judge.features(judged)) == 1
-        numbers[f"of_the_style_{when}"] = float(in_style.mean())
-        numbers[f"group_accuracy_{when}"] = judge.balanced_accuracy(of_group, judged, groups)
+        numbers[f"of_the_style_{suffix}"] = float(in_style.mean())
+        numbers[f"group_accuracy_{suffix}"] = judge.balanced_accuracy(of_group, judged, groups)
+
+    for when, path in (("before", base), ("after", style)):
+        model = load(path)
+        samples = model.sample(jax.random.key(1), prompts, num_images=SAMPLES, batch_size=120)
+        drawn[when] = to_uint8(samples).reshape(len(prompts), SAMPLES, *samples.shape[1:])
+        measure(when, drawn[when].reshape(samples.shape), np.repeat(labels, SAMPLES))
+    real = np.stack([to_float(truth[prompt]) for prompt in prompts])
+    measure("reconstructed", to_uint8(reconstructions(model, real)), labels)  # a perfect adapter
     shown = range(0, len(prompts), len(prompts) // 12)
     rows = [(drawn["before"][i, 0], drawn["after"][i], truth[prompts[i]]) for i in shown]
     gallery.sheet(rows, ("base", "samples", "Twemoji")).save(style / "style.png")
