@@ -18,7 +18,11 @@ COMMANDS = (
     "-m latent_diffusion.evaluate",
     "-m latent_diffusion.convert",
     "-m latent_diffusion.serve",
+    "-m latent_diffusion.encode",
     "-m latent_diffusion.compile_check",
+    "-m latent_diffusion.training.plan",
+    "-m latent_diffusion.training.averages",
+    "-m latent_diffusion.training.embed",
 )
 
 

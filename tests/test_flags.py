@@ -29,6 +29,7 @@ def python(code, *arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+PACKAGE = ROOT / "latent_diffusion"
 FLAGS = """
 import importlib, json, sys
 from absl import flags
@@ -305,6 +306,21 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
     assert not seen
     shared_flags.run(main, config=False, positional=True)
     assert seen == [["command", "word"]]
+
+
+def test_a_misspelt_field_is_named_by_commands_that_need_other_flags_too(tmp_path):
+    flags = ["--config=configs/kl_f4.py", f"--out={tmp_path}", "--config.data.dri=x"]
+    command = [sys.executable, "-m", "latent_diffusion.encode", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --config.data.dri: data has no field 'dri'; known: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_all_commands_of_the_package_start_alike():
+    """So that each finds installed configs, and refuses wrong flags in one line."""
+    starts = [path for path in PACKAGE.rglob("*.py") if "app.run(" in path.read_text("utf-8")]
+    assert [path.name for path in starts] == ["flags.py"]
 
 
 def test_a_config_of_the_working_directory_comes_before_the_installed_one(tmp_path, monkeypatch):

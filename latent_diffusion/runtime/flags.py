@@ -78,8 +78,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _unknown_field(argv: list[str]) -> str:
     """A message about the first --config.NAME that the config doesn't have; "" without one."""
-    files = [argument for argument in argv if argument.lstrip("-").startswith("config=")]
-    sys.argv = [argv[0], *files]  # the config's flag searches here for fields
+    others = [argument for argument in argv[1:] if not argument.lstrip("-").startswith("config.")]
+    sys.argv = [argv[0], *others]  # the config's flag searches here for fields
     flags.FLAGS(sys.argv)
     for argument in argv[1:]:
         path = argument.lstrip("-").partition("=")[0]
@@ -123,7 +123,7 @@ def model() -> Callable[[], tuple[str, dict[str, Any]]]:
     workdir = flags.DEFINE_string("workdir", None, "A workdir of latent denoising, or of a prior.")
     other = flags.DEFINE_string("model", None, "Any other path that latent_diffusion.load reads.")
     more = (
-        flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file."),
+        flags.DEFINE_string("tokenizer", None, "A tokenizer's folder or file; see load."),
         flags.DEFINE_string("dtype", None, "bfloat16, float16 or int8, not for the first stage."),
         flags.DEFINE_bool(
             "scan", None, "Compile transformers as loops, which is faster; see load."

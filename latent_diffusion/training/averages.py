@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.core.types import Params
 from latent_diffusion.optimisation.averages import averages_of, weights
+from latent_diffusion.runtime import flags as shared_flags
 from latent_diffusion.runtime import parallel, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer, CheckpointError
 from latent_diffusion.runtime.startup import quiet_and_cached
@@ -106,4 +107,4 @@ if __name__ == "__main__":
     WIDTH = flags.DEFINE_float("width", None, "Relative to the step, e.g. 0.1.", required=True)
     STEP = flags.DEFINE_integer("step", None, "Step of a snapshot; default: the last.")
     OUT = flags.DEFINE_string("out", None, "A new folder.", required=True)
-    app.run(main)
+    shared_flags.run(main, config=False)

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from latent_diffusion import data
 from latent_diffusion.convert.clip import load_clip
 from latent_diffusion.data.embedders import Embedder
 from latent_diffusion.data.retrieval import database_of
+from latent_diffusion.runtime import flags as shared_flags
 from latent_diffusion.runtime.startup import quiet_and_cached
 
 
@@ -46,4 +47,4 @@ if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Names the data.", lock_config=True)
     CLIP = flags.DEFINE_string("clip", None, "A CLIPModel's folder.", required=True)
     OUT = flags.DEFINE_string("out", None, "Folder of the embeddings.", required=True)
-    app.run(main)
+    shared_flags.run(main)
