@@ -1,6 +1,6 @@
 """Speed and memory against PyTorch, on the same machine, weights and threads, in one run.
 
-    python -m benchmarks                    # all rows: a quarter of an hour on two CPU cores
+    python -m benchmarks                    # all rows: about 20 minutes on two CPU cores
     python -m benchmarks --only=encode,decode --seconds=60
     python -m benchmarks --pytorch_python=/elsewhere/bin/python    # which has PyTorch
 

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.batch_size = 64  # global: the sum over all devices and processes
     c.grad_accumulation = 1  # micro-batches per step: less memory, the same results
     c.num_steps = 100_000
-    c.ema_decay = 0.9999  # with warm-up; 0 = no average (autoencoding only)
+    c.ema_decay = 0.9999  # with warm-up; 0 = no average, only the last parameters
 
     c.init_from = ""  # a path that latent_diffusion.load reads: start from its parameters
     c.init_from_only = ""  # a regex over parameter paths, such as "unet/"; "" = all
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
     c.first_stage = ConfigDict()
     # The workdir of an autoencoder; for classifying, of a denoiser; for a tiny autoencoder, any
-    # model that `load` reads. "" = the first stage of init_from
+    # model that `load` reads. A first stage of init_from takes its place (see init_from_changes)
     c.first_stage.path = ""
     # For a tiny autoencoder: the fields of the first stage whose latents it decodes
     c.first_stage.autoencoder = ConfigDict()

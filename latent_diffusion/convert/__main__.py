@@ -1,11 +1,12 @@
 """Convert a checkpoint from one format to another.
 
     python -m latent_diffusion.convert SRC DST --to=diffusers|compvis|orbax [--dtype=float16]
+    python -m latent_diffusion.convert SRC DST --to=lora|kohya|textual_inversion|a1111
     python -m latent_diffusion.convert SRC --dry_run
 
-SRC is anything that `latent_diffusion.load` reads. DST is a folder, or a .safetensors file for
-compvis. Tensors are converted one by one, so that the largest determines the memory. `lora` and
-`kohya` write the adaptation of a workdir that has one, and nothing else.
+SRC is anything that `latent_diffusion.load` reads. DST is a folder for diffusers and orbax, else a
+.safetensors file. Tensors are converted one by one, so that the largest determines the memory. The
+formats of the second line are for the workdir of a LoRA or of a new word, and hold nothing else.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "float16", "bfloat16"], "Dtype of parameters; default: SRC's."
 )
 CONFIG = flags.DEFINE_string("config", None, "The yaml of a single file of the original.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer of a single file.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer's folder or file; see load.")
 LORA = flags.DEFINE_multi_string("lora", [], "A LoRA to merge, FILE or FILE:WEIGHT; repeatable.")
 VARIANT = flags.DEFINE_string("variant", None, "Read the fp16 or non_ema files of a folder.")
 EMA = flags.DEFINE_bool(

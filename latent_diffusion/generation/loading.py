@@ -43,9 +43,9 @@ def load(
 
     config: the yaml of a single file; None takes a yaml of the same name beside it, if any.
     ema: averaged (True) or live (False) parameters of a single file that has both; None prefers
-    the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: for a file with a text
-    encoder, which has no tokenizer: a pipeline's folder, a tokenizer's, or a vocabulary; None looks
-    for them beside the file. lora: files to merge, with their weights. dtype: "bfloat16" or
+    the average. variant: "fp16" or "non_ema" files of a folder. tokenizer: a pipeline's folder, a
+    tokenizer's, or a vocabulary, in place of the model's own; a single file has none, and None
+    looks beside it. lora: files to merge, with their weights. dtype: "bfloat16" or
     "float16", in which the networks compute and have their parameters, except for the first stage,
     which stays in float32; None is float32 for all parameters. "int8": kernels in eight bits, see
     `nets/eight_bits.py`, and all else as with "bfloat16". scan: whether the denoiser's transformers

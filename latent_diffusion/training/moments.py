@@ -45,7 +45,8 @@ def with_moments(
     if config.data.flip or config.data.crop == "random" or config.data.bucket_step:
         raise ValueError(
             "first_stage.cache=True needs data.flip=False, data.crop not 'random' and "
-            "data.bucket_step=0; python -m latent_diffusion.encode serves them all"
+            "data.bucket_step=0: set first_stage.cache=False, or use shards of "
+            "python -m latent_diffusion.encode, which serve them all"
         )
     kind = kind_of(config)
     path = directory / f"{kind}-{_identity(config, first_stage, source)}.npy"
