@@ -125,7 +125,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep = 3  # the number of newest checkpoints that stay
     c.checkpoint.best = ""  # also store the best in best/, by this metric: "eval_psnr" ...
-    c.checkpoint.best_mode = "min"  # "min" | "max"
+    c.checkpoint.best_mode = ""  # "min" | "max"; "" = "max" for PSNR and accuracies, else "min"
     c.checkpoint.averages_every_steps = 0  # between snapshots of optimizer.averages; all stay
     return c
 

@@ -54,6 +54,18 @@ def test_the_best_state_is_kept_across_restarts(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("metric", "steps"),
+    [("eval_psnr", [1, 3]), ("eval_accuracy_500", [1, 3]), ("eval_lpips", [1, 2])],
+)
+def test_the_metric_says_which_value_is_the_best(metric, steps, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with Best(tmp_path, metric, default.get_config().checkpoint.best_mode) as best:
+        state = SimpleNamespace(ema_params={"x": jnp.ones(1)})
+        values = {1: 20.0, 2: 19.0, 3: 25.0}
+        assert [step for step in values if best.offer(step, state, {metric: values[step]})] == steps
+
+
 def kept(directory):
     return json.loads((directory / "best" / "best.json").read_text())
 

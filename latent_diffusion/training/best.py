@@ -7,6 +7,7 @@ parameters, and in `best.json` their step and the number.
 import contextlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,23 @@ from latent_diffusion.runtime import processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 
 SIGNS = {"min": 1.0, "max": -1.0}
+HIGHER_IS_BETTER = r"eval_(psnr|accuracy\w*)"  # of an evaluation's numbers; others are errors
 RECORD = "best.json"
 ENTRIES = ("metric", "value", "step")  # of best.json, and of the checkpoint's metadata
 
 
 class Best:
-    """Saves the parameters with the lowest (or highest) value of `metric`; a context manager.
+    """Saves the parameters with the best value of `metric`; a context manager.
 
-    metric: a name in the evaluation's log ("eval_loss", "eval_fd_alexnet"); "" saves nothing.
+    metric: a name in the evaluation's log ("eval_loss", "eval_fd_alexnet"); "" saves nothing. mode:
+    whether the lowest or the highest value is the best; "" decides it by the metric.
     best.json is written when its checkpoint is on disk: by `settle`, at the end of the run, or by
     the next start, which reads the values from the checkpoint.
     """
 
     def __init__(self, run: Path, metric: str, mode: str):
-        self._sign = lookup(SIGNS, mode, "checkpoint.best_mode")
+        usual = "max" if re.fullmatch(HIGHER_IS_BETTER, metric) else "min"
+        self._sign = lookup(SIGNS, mode or usual, "checkpoint.best_mode")
         self._run, self._metric = run, metric
         self._directory = run / "best"
         self._record: dict[str, Any] = {}
