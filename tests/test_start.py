@@ -6,12 +6,15 @@ import resource
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from test_convert_round_trips import make_bundle
 from tiny import make_config
 
-from latent_diffusion import data
+from configs import sd_v1
+from latent_diffusion import convert, data
 from latent_diffusion.convert import frozen_parts
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer
 from latent_diffusion.models.first_stage import FirstStage
@@ -22,6 +25,7 @@ from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.denoising import Constants
 from latent_diffusion.training import frozen, init_from, loop, settings, stages
 from latent_diffusion.training import start as starting
+from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.dry_run import dry_run
 from latent_diffusion.training.start import resolve, start
 from latent_diffusion.training.tokenizer import make_tokenizer
@@ -244,14 +248,30 @@ def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path):
     assert workdir.load_run(tmp_path) is None and not (tmp_path / "config.json").exists()
     # What is frozen anyway may be named, too.
     config = few("denoising", **{"optimizer.frozen": ("unet/", "conditioner/bert/", "base_")})
-    state = SimpleNamespace(params={"unet": {"kernel": np.ones(1)}})
-    constants = SimpleNamespace(
-        conditioner={"bert": {"bias": np.ones(1)}}, base={"base_net": np.ones(1)}
-    )
+    state = SimpleNamespace(params={"lora": {"unet": np.ones(1)}})
+    base = {"unet": {"kernel": np.ones(1)}, "base_net": np.ones(1)}
+    constants = SimpleNamespace(conditioner={"bert": {"kernel": np.ones(1)}}, base=base)
     starting._check_patterns(config, state, constants)
-    config.lora.update({"rank": 1, "targets": ("unet", "base_net")})  # the second has no kernel
-    with pytest.raises(ValueError, match=r"^lora\.targets='base_net' matches no parameter; they"):
-        starting._check_patterns(config, state, constants)
+    for targets, message in (
+        (("unet", "base_net"), "='base_net' matches no parameter; they"),  # it has no kernel
+        (("unet", "bert/"), "='bert/' matches only the encoder of pretrained.bert, which isn't"),
+    ):
+        config.lora.update({"rank": 1, "targets": targets})
+        with pytest.raises(ValueError, match=rf"^lora\.targets{message}"):
+            starting._check_patterns(config, state, constants)
+
+
+def test_a_lora_also_adapts_the_text_encoder_of_stable_diffusion(tmp_path):
+    convert.write(make_bundle("clip"), tmp_path / "SD", "diffusers")
+    config = sd_v1.get_config("lora")
+    config.init_from = str(tmp_path / "SD")
+    config.data.image_size, config.tokenizer.max_length = 16, 5
+    config.lora.targets = (*config.lora.targets, "conditioner/clip_text/.*self_attn/(qkv|out_proj)")
+    config = starting.with_files(config)
+    init = TASKS["denoising"](config).init
+    state, constants = jax.eval_shape(init, jax.random.key(0), batch_spec(config))
+    assert state.params["lora"].keys() == {"unet", "conditioner"} and not constants.conditioner
+    starting._check_patterns(config, state, constants)
 
 
 def test_a_classifier_is_half_a_u_net(tmp_path):

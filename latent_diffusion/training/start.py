@@ -187,21 +187,25 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
 def _check_patterns(config: ConfigDict, state: Any, constants: Any) -> None:
     """Raise ValueError for a pattern of `optimizer.frozen` or `lora.targets` that matches nothing.
 
-    What `optimizer.frozen` matches may be frozen anyway.
+    What `optimizer.frozen` matches may be frozen anyway; pretrained conditioners aren't adapted.
     """
     trained = (state.params, getattr(state, "disc_params", None))
-    at_rest = (
-        {"conditioner": getattr(constants, "conditioner", None)},
-        getattr(constants, "base", None),
-    )
-    paths = [path for tree in (*trained, *at_rest) for path in leaves_by_path(tree)]
-    kernels = [path for path in paths if path.endswith("kernel")]
+    base = getattr(constants, "base", None)
+    pretrained = leaves_by_path({"conditioner": getattr(constants, "conditioner", None)})
+    paths = [path for tree in (*trained, base) for path in leaves_by_path(tree)] + [*pretrained]
+    kernels = [path for path in leaves_by_path(base) if path.endswith("kernel")]
     targets = config.lora.targets if config.lora.rank else ()
     checked = [("optimizer.frozen", pattern, paths) for pattern in config.optimizer.frozen]
     for field, pattern, among in checked + [("lora.targets", t, kernels) for t in targets]:
-        if not any(re.search(pattern, path) for path in among):
-            parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in among}))
-            raise ValueError(f"{field}={pattern!r} matches no parameter; they begin with {parts}")
+        if any(re.search(pattern, path) for path in among):
+            continue
+        if named := {path.split("/")[1] for path in pretrained if re.search(pattern, path)}:
+            raise ValueError(
+                f"{field}={pattern!r} matches only the encoder of pretrained.{min(named)}, which "
+                "isn't adapted; that of init_from is, in an experiment without pretrained (:lora)"
+            )
+        parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in among}))
+        raise ValueError(f"{field}={pattern!r} matches no parameter; they begin with {parts}")
 
 
 def _encoded_once(
