@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
-    c.optimizer.weight_decay = 0.01
+    c.optimizer.weight_decay = 0.01  # of adamw
     c.optimizer.no_decay = ()  # regexes over paths of parameters without weight decay
     c.optimizer.frozen = ()  # regexes over paths of parameters that aren't trained
     c.optimizer.grad_clip = 0.0  # global norm; 0 = off

@@ -34,9 +34,10 @@ def test_shares_of_the_classes(balance, counts):
         assert max(of_class) - min(of_class) <= 1 and min(of_class) >= 1
 
 
-def test_data_without_classes_stays_as_it_is():
+def test_data_without_classes_stays_as_it_is(caplog):
     plain = data.Balanced(data.ArraySource({"number": [1, 2, 3]}), 0.5)
     assert [plain[i]["number"] for i in range(len(plain))] == [1, 2, 3]
+    assert "data.balance=0.5 changes nothing: the data have no classes" in caplog.text
 
 
 def test_the_classes_of_a_folder_are_known_without_its_pictures(tmp_path, monkeypatch):

@@ -1,8 +1,12 @@
 """Class balancing: an epoch in which pictures of small classes come several times."""
 
+import logging
+
 import numpy as np
 
 from latent_diffusion.data.sources import Around, Example, Source
+
+log = logging.getLogger(__name__)
 
 
 class Balanced(Around):
@@ -11,7 +15,7 @@ class Balanced(Around):
     balance 0 leaves the classes as they are; 1 makes them equally frequent; 1/2 is square-root
     sampling (Mahajan et al. 2018, §2.2). Examples of the largest class come once. All examples are
     read once, for their `class_label`, unless the source has a method `label_of`; data without
-    labels are one class. Raises ValueError for a balance outside [0, 1].
+    labels stay as they are, which a warning says. Raises ValueError for a balance outside [0, 1].
     """
 
     def __init__(self, source: Source, balance: float):
@@ -21,6 +25,8 @@ class Balanced(Around):
         if len(source) and "class_label" in source[0]:
             label_of = getattr(source, "label_of", lambda i: source[i]["class_label"])
             labels = np.array([label_of(i) for i in range(len(source))])
+        elif balance:
+            log.warning("data.balance=%s changes nothing: the data have no classes", balance)
         self.source = source
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
         factors = (counts.max() / counts) ** balance
