@@ -53,6 +53,15 @@ def test_both_stages_train_on_a_folder_and_draw_its_captions(pictures, tmp_path)
     assert model.tokenizer.unknown_words("a red ball") == ["a"]
 
 
+def test_a_missing_first_stage_is_to_be_trained_on_the_same_folder(tmp_path):
+    config = images_text.get_config("smoke")
+    config.data.dir, config.first_stage.path = "mine", str(tmp_path / "gone")
+    with pytest.raises(ValueError, match="gone is not usable: ") as raised:
+        start.resolve(config, tmp_path)
+    command = f"train.py --config=configs/images_autoencoder.py --workdir={tmp_path / 'gone'}"
+    assert f"{command} --config.data.dir=mine," in str(raised.value)
+
+
 def test_more_classes_than_the_model_has_are_refused(tmp_path):
     for i in range(4):
         (tmp_path / f"class {i}").mkdir()

@@ -247,8 +247,10 @@ class SamplingOptions:
     learned_variance: Any = _choice(
         None, bool, "whether ddpm's variance is the network's (dit.learned_variance)"
     )
-    timestep_scaling: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
-    sigma_data: Any = _number(None, "(0, inf)", "of an lcm's boundary condition")
+    timestep_scaling: Any = _number(
+        None, "(0, inf)", "factor of the timestep in lcm's boundary condition"
+    )
+    sigma_data: Any = _number(None, "(0, inf)", "spread of the data in lcm's boundary condition")
     order: Any = _choice(None, int, "order of lms, deis, unipc and singlestep", range="[1, 4]")
     solver_type: Any = _choice(
         None, str, "midpoint or heun, of DPM-Solver; bh1 or bh2, of unipc: the second-order step"

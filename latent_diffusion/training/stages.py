@@ -33,9 +33,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.task in DENOISERS and config.init_from == config.first_stage.path != "":
         return config  # `init_from` has already set the architecture
     earlier_task, example = _BUILDS_ON[config.task]
+    more = ""
+    if config.task in DENOISERS and config.data.name == "image_folder":
+        example = "images_autoencoder.py"
+        more = f" --config.data.dir={config.data.dir or 'PICTURES'}"
     hint = (
         f"train one with: python train.py --config=configs/{example} "
-        f"--workdir={config.first_stage.path or 'runs/first_stage'}, "
+        f"--workdir={config.first_stage.path or 'runs/first_stage'}{more}, "
         "and name its workdir by --config.first_stage.path"
     )
     if not config.first_stage.path:
