@@ -1,7 +1,7 @@
 """Layout to image at 256² on VQ latents, f=4: OpenImages (Rombach et al. 2022, Tab. 9 and 15).
 
 Command   python train.py --config=configs/layout2img.py --workdir=runs/layout2img
-          --config.data.name=YOUR_DATA_WITH_boxes_AND_labels
+          --config.data.dir=IMAGES_WITH_boxes_AND_labels
           --config.first_stage.path=WORKDIR_OF_vq_f4
 Cost      246.28 M parameters and 54.66 M of layout transformer; 4,400,000 batches of 24
 Expected  FID 32.02 on OpenImages (200 steps, eta 0)

@@ -1,7 +1,7 @@
 """Landscapes from label maps, on VQ latents, f=4 (Rombach et al. 2022, section 4.3.2, Tab. 15).
 
 Command   python train.py --config=configs/semantic_synthesis.py --workdir=runs/semantic_synthesis
-          --config.data.name=YOUR_DATA_WITH_segmentation --config.first_stage.path=WORKDIR_OF_vq_f4
+          --config.data.dir=IMAGES_WITH_segmentation --config.first_stage.path=WORKDIR_OF_vq_f4
 Variants  :512 (finetuned on larger crops: --config.init_from=WORKDIR_OF_THIS)
 Cost      215.23 M parameters; 360,000 batches of 48
 Expected  no number is published; the model also samples at 512×1024 and above
