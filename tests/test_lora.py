@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from safetensors.numpy import load_file, save_file
 from tiny import make_batch, make_config
 
 from latent_diffusion import convert
-from latent_diffusion.convert import clip_text, unet
+from latent_diffusion.convert import clip_text, frozen_parts, unet
 from latent_diffusion.convert.adapters import read_adapter, read_weights, write_kohya_lora
+from latent_diffusion.convert.adapters.adapter import LowRank
 from latent_diffusion.convert.adapters.names import pairs_of
+from latent_diffusion.convert.adapters.writing import of_workdir
+from latent_diffusion.convert.bundle import conditioner_shapes
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.optimisation import low_rank
@@ -290,6 +294,54 @@ def test_a_workdir_of_an_adaptation_is_the_adapted_model_and_writes_it_alone(kin
             np.testing.assert_array_equal(module["lora_up"], joint["up"][:, columns].T)
             if kind == "dora":
                 np.testing.assert_array_equal(module["magnitude"], joint["magnitude"][columns])
+
+
+def test_an_adapted_unet_keeps_the_text_encoder_that_its_run_took_from_elsewhere(tmp_path):
+    base, run, bundle = tmp_path / "base", tmp_path / "run", make_bundle()
+    convert.write(replace(bundle, conditioners={}, diffusion=ASSUMED), base, "orbax")
+    params = {"unet": convert.as_params(bundle.unet)}
+    config = {"rank": 2, "targets": ("attn2/to_k",), "kind": "lora"}
+    factors = random_tree(low_rank.init(jax.random.key(0), params, config), 3)
+    settings = workdir.load_config(base)
+    settings.init_from, settings.lora = str(base), {"rank": 2, "alpha": 3.0, "kind": "lora"}
+    settings.conditioners = {"clip_text": CLIP, "sizes": {}}
+    settings.pretrained = {"clip_text": "elsewhere"}
+    workdir.save_config(settings, run)
+    encoder = convert.as_params(bundle.conditioners["clip_text"])
+    frozen_parts.save_conditioner(run, "clip_text", encoder, CLIP, "elsewhere")
+    with Checkpointer(run / "checkpoints") as checkpoints:
+        checkpoints.save(0, {"ema_params": {"lora": factors}})
+    read = convert.read(run)
+    assert [*read.conditioners] == ["clip_text", "sizes"] and read.lora
+    again = convert.as_params(read.conditioners["clip_text"])
+    jax.tree.map(np.testing.assert_array_equal, again, encoder)
+
+
+def test_an_adapter_of_a_workdir_changes_kernels_for_which_others_have_no_name():
+    text = dict(vocab_size=9, max_length=5, width=16, depth=1, num_heads=2, head_dim=8)
+    encoder = convert.as_part(text, random_tree(conditioner_shapes("text", text), 1))
+    base = replace(make_bundle(), conditioners={"text": encoder})
+    config = {"rank": 2, "targets": ("text/.*to_q", "attn2/to_k"), "kind": "dora"}
+    params = {
+        "unet": convert.as_params(base.unet),
+        "conditioner": {"text": convert.as_params(encoder)},
+    }
+    factors = random_tree(low_rank.init(jax.random.key(0), params, config), 3)
+    paths = {name: {k.rpartition(f"{name}/")[2]: {**x, "alpha": np.float32(3)}
+             for k, x in low_rank.flatten_factors(factors).items() if f"{name}/" in k}
+             for name in ("unet", "text")}  # fmt: skip
+    adapter = LowRank(path="run", modules=of_workdir(replace(base, lora=paths)))
+    changes, want = adapter.changes(base), low_rank.merge(params, factors, 3.0)
+    before, after = (flatten_dict(tree, sep="/") for tree in (params, want))
+    assert changes.keys() == {k for k in before if not np.array_equal(before[k], after[k])}
+    assert "conditioner/text/layers_0_attn/to_q/kernel" in changes
+    for path, change in changes.items():
+        added = before[path] + change.delta(np.asarray(before[path]), np.ones(1))
+        np.testing.assert_allclose(added, after[path], rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="has no name for 1 adapted kernels: text/layers_0_attn/to"
+    ):
+        write_kohya_lora(replace(base, lora=paths), Path("x.safetensors"))
 
 
 def test_weights_of_adaptations_as_a_user_writes_them():

@@ -109,11 +109,26 @@ def _out_channels(name: str, network: Part) -> int:
     return network.params[last].shape[-1]
 
 
-def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Params) -> Bundle:
-    """Read the model that the run adapted from `init_from`, and add the run's factors to it."""
+def _base(directory: Path, config: ConfigDict) -> Bundle:
+    """Read the model of `init_from` with the run's conditioners.
+
+    The workdir has those that were pretrained elsewhere; others may have no parameters.
+    """
     from latent_diffusion.convert import read
 
     base = read(config.init_from)
+    conditioners: dict[str, Part] = {}
+    for name, fields in conditioner_fields(config).items():
+        part = base.conditioners.get(name, Part(fields, {}))
+        if config.get("pretrained", {}).get(name, config.init_from) != config.init_from:
+            part = as_part(fields, frozen_parts.load_conditioner(directory, name)[0])
+        conditioners[name] = part
+    return replace(base, conditioners=conditioners)
+
+
+def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Params) -> Bundle:
+    """Read the model that the run adapted from `init_from`, and add the run's factors to it."""
+    base = _base(directory, config)
     adapted: dict[str, dict[str, Any]] = {}
     for path, of_kernel in low_rank.flatten_factors(factors).items():
         part, _, kernel = path.removeprefix("conditioner/").partition("/")
@@ -135,9 +150,7 @@ def _adapted(bundle: Bundle, directory: Path, config: ConfigDict, factors: Param
 
 def _with_words(bundle: Bundle, directory: Path, config: ConfigDict, words: Params) -> Bundle:
     """Read the model of `init_from`, and add the run's word to its tables and its tokenizer."""
-    from latent_diffusion.convert import read
-
-    base, words = read(config.init_from), {n: np.asarray(x) for n, x in words.items()}
+    base, words = _base(directory, config), {n: np.asarray(x) for n, x in words.items()}
     more = with_rows(
         {n: p.fields for n, p in base.conditioners.items()}, len(next(iter(words.values())))
     )

@@ -5,7 +5,6 @@ and `adapter` applies these formulas to the parameters.
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,11 @@ from latent_diffusion.convert.adapters.words import (
     write_own,
     write_words,
 )
-from latent_diffusion.convert.adapters.writing import write_diffusers_lora, write_kohya_lora
+from latent_diffusion.convert.adapters.writing import (
+    of_workdir,
+    write_diffusers_lora,
+    write_kohya_lora,
+)
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.orbax import read_orbax
 from latent_diffusion.core.types import lookup
@@ -134,10 +137,7 @@ def _read_workdir(path: Path, config: dict[str, Any], word: str | None) -> Adapt
         return own.replace(path=str(path), word=word or own.word)
     if not bundle.lora:
         raise ValueError("this workdir is a model, no adapter: give it to load")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "lora.safetensors"
-        write_diffusers_lora(bundle, file)
-        return read_low_rank(file, *open_adapter(file)).replace(path=str(path))
+    return LowRank(path=str(path), modules=of_workdir(bundle))
 
 
 def with_lora(bundle: Bundle, path: Path, weight: Weight = 1.0) -> Bundle:

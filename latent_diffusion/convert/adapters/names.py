@@ -1,13 +1,13 @@
 """The names that the modules of a model have in files of adapters."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from latent_diffusion.convert import clip_text, dit, mmdit, unet
 from latent_diffusion.convert.bundle import Bundle, Part
-from latent_diffusion.convert.tables import Layout, Pair, Table, pairs, prefixed
+from latent_diffusion.convert.tables import CONV, LINEAR, Layout, Pair, Table, pairs, prefixed
 
 BACKBONES = ("unet", "dit", "mmdit")
 _ENCODERS = {"clip_text": "text_encoder", "clip_text_2": "text_encoder_2"}
@@ -62,6 +62,27 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
             yield name, part, prefix, pair
 
 
+def own_pairs(bundle: Bundle, named: Collection[str]) -> Iterator[tuple[str, Part, str, Pair]]:
+    """Like `pairs_of`, for kernels of the denoiser that have no name in diffusers.
+
+    Only adapters of workdirs have them. named: the paths of all others (see `section_path`).
+    """
+    parts = [(name, part) for name, part in bundle.parts() if name not in ("autoencoder", "prior")]
+    for name, part in parts:
+        for path, tensor in part.params.items():
+            module, _, leaf = path.rpartition("/")
+            if leaf == "kernel" and section_path(name, path) not in named:
+                layout = CONV if len(tensor.shape) == 4 else LINEAR
+                theirs = (module.replace("/", ".") + ".weight",)
+                prefix = name if name in BACKBONES else f"conditioner.{name}"
+                yield name, part, prefix, Pair(path, theirs, layout)
+
+
+def section_path(part: str, path: str) -> str:
+    """The path of a part's parameter in the parameters of a `Denoiser`."""
+    return f"{part}/{path}" if part in BACKBONES else f"conditioner/{part}/{path}"
+
+
 def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     """{module: {"weight" | "bias": place}}, for each spelling of a module's name in files."""
     two = has_two(bundle)
@@ -70,8 +91,7 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
     for part_name, part, prefix, pair in pairs_of(bundle):
         modules, arrays = zip(*(name.rpartition(".")[::2] for name in pair.theirs), strict=True)
         names = tuple(f"{prefix}.{module}" for module in modules)
-        section = part_name if part_name in BACKBONES else f"conditioner/{part_name}"
-        path = f"{section}/{pair.ours}"
+        path = section_path(part_name, pair.ours)
         for i, shape in enumerate(_shapes(pair, part)):
             place = Place(path, names, i, pair.layout, shape)
             for spelling in _spellings(prefix, modules[i], two):
@@ -81,6 +101,10 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
         if name in BACKBONES:
             for spelling, array, place in _original(bundle, name, part, paths):
                 by_spelling.setdefault(spelling, {})[array] = place
+    for part_name, part, prefix, pair in own_pairs(bundle, paths):
+        module = f"{prefix}.{pair.theirs[0].removesuffix('.weight')}"
+        path, (shape,) = section_path(part_name, pair.ours), _shapes(pair, part)
+        by_spelling[module] = {"weight": Place(path, (module,), 0, pair.layout, shape)}
     return by_spelling
 
 

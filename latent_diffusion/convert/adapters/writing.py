@@ -1,4 +1,4 @@
-"""Write the LoRA that was trained in a workdir, in the names of diffusers or kohya's sd-scripts.
+"""The LoRA of a workdir: as an adapter, and in files with the names of diffusers or kohya.
 
 CLIP's q, k and v are one kernel here and separate in files: each gets a copy of the factor A.
 """
@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert.adapters.names import has_two, kohya_prefix, pairs_of
+from latent_diffusion.convert.adapters.names import (
+    has_two,
+    kohya_prefix,
+    own_pairs,
+    pairs_of,
+    section_path,
+)
 from latent_diffusion.convert.adapters.peft_settings import METADATA
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.tables import Pair
@@ -61,6 +67,24 @@ def _write(
         raise ValueError(f"this format has no name for {len(nameless)} adapted kernels: {some}")
     metadata = {METADATA: json.dumps(settings, sort_keys=True)} if settings else None
     write_safetensors(path, tensors, metadata, progress)
+
+
+def of_workdir(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """The `modules` of the `LowRank` that a workdir has trained, as its files have them.
+
+    Kernels without a name in diffusers, such as those of a `text` conditioner, have our names.
+    """
+    named = [*pairs_of(bundle)]
+    paths = {section_path(part, pair.ours) for part, _, _, pair in named}
+    modules: dict[str, dict[str, Any]] = {}
+    for part, _, prefix, pair in (*named, *own_pairs(bundle, paths)):
+        factors = bundle.lora.get(part, {}).get(pair.ours)
+        for theirs, arrays in _theirs(pair, factors).items() if factors else ():
+            by_name = dict(zip(("lora_down", "lora_up", "magnitude"), arrays, strict=False))
+            scale = np.float32(factors["alpha"] / factors["down"].shape[-1])
+            module = f"{prefix}.{theirs.removesuffix('.weight')}"
+            modules[module] = {"weight": {**by_name, "scale": scale}}
+    return modules
 
 
 def _theirs(pair: Pair, factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, ...]]:
