@@ -29,7 +29,7 @@ from latent_diffusion.tasks.denoising import make_denoising
 from latent_diffusion.training import frozen
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.best import Best
-from latent_diffusion.training.tokenizer import check_reads
+from latent_diffusion.training.tokenizer import check_reads, make_tokenizer
 
 BERT = dict(vocab_size=64, max_positions=8, width=16, depth=1, num_heads=2)
 CLIP = dict(vocab_size=9, max_length=4, width=64, depth=2, num_heads=1)
@@ -107,6 +107,21 @@ def test_a_run_keeps_its_own_copy(bert_folder, tmp_path):
     same(convert.as_params(part), trained)
     with pytest.raises(ValueError, match="has no conditioner of this name; it has "):
         read_pretrained("clip_text", run, {})
+
+
+def test_the_words_of_a_frozen_encoder_are_those_of_its_run(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    WordTokenizer(["red", "heart"], 9, 3).save(run / workdir.TOKENIZER)
+    captions = ArraySource({"caption": ["blue heart"]})
+    config = make_config("denoising")
+    _, fresh = make_tokenizer(config, captions, None, None)
+    assert fresh(["heart"]).tolist() == [[3, 0, 0, 0]]
+    config.pretrained.text = str(run)
+    config.conditioners.text.update({"vocab_size": 9, "max_length": 3})  # as `frozen.resolve` does
+    resolved, tokenizer = make_tokenizer(config, captions, None, None)
+    assert tokenizer(["blue red heart"]).tolist() == [[1, 2, 3]]
+    assert resolved.tokenizer.max_length == 3 and resolved.asked.tokenizer.max_length == 4
 
 
 def test_clips_text_encoder_is_found_in_every_place(tmp_path):

@@ -16,6 +16,7 @@ from latent_diffusion.convert.adapters import read_adapter, write_words
 from latent_diffusion.convert.bundle import Bundle, Part, as_part
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.core.rng import init_key
+from latent_diffusion.data import ArraySource
 from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer, with_words
 from latent_diffusion.files.tensor import in_memory
 from latent_diffusion.runtime import workdir
@@ -204,9 +205,13 @@ def test_training_moves_the_new_rows_alone_bitwise(tmp_path):
     assert np.abs(trained[0] - first[0]).max() > 1e-3
     # As the loop leaves it: the workdir is a model whose prompts may have the word.
     config.init_from = str(base_dir)
-    settings, words = make_tokenizer(config, None, None, bundle)
+    captions = ArraySource({"caption": ["red cat", "red <it>"]})
+    settings, words = make_tokenizer(config, captions, None, bundle)
     assert settings is config or settings == config
     np.testing.assert_array_equal(words(["red <it>"])[0, 1:], [rows, rows + 1, rows + 2])
+    for others in (["red cat"], ["red cat red cat <it>"]):  # the last is cut after four tokens
+        with pytest.raises(ValueError, match="word='<it>' is in none of the training captions"):
+            make_tokenizer(config, ArraySource({"caption": others}), None, bundle)
     saved = {k: v for k, v in config.to_dict().items() if k != "autoencoder"}
     workdir.save_config(ConfigDict(saved), run)
     words.save(run / workdir.TOKENIZER)

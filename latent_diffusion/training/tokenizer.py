@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
@@ -35,20 +36,44 @@ def make_tokenizer(
         tokenizer = load_tokenizer(run / TOKENIZER)
     elif start is not None and "tokenizer.name" in init_from.facts(config, start):
         config, tokenizer = _from_parameters(config, source, start.tokenizer)
+    elif (path := _of_words(config)) is not None:
+        tokenizer = load_tokenizer(path)
+        fields = {"name": tokenizer.kind, "max_length": tokenizer.max_length}
+        decided = {f"tokenizer.{name}": value for name, value in fields.items()}
+        config = settings.decided(config, decided, str(path))
     else:
         tokenizer = _new(config.tokenizer, source)
     if run is None and config.textual_inversion.word:
-        tokenizer = _with_new_word(config, tokenizer)
+        tokenizer = _with_new_word(config, source, tokenizer)
     check_reads(make_conditioner(config.conditioners), tokenizer)
     return config, tokenizer
 
 
-def _with_new_word(config: ConfigDict, tokenizer: Tokenizer) -> Tokenizer:
+def _of_words(config: ConfigDict) -> Path | None:
+    """The tokenizer of the run from which a frozen text encoder comes, if its tokens are words.
+
+    The encoder's rows stand for these words. Words of other captions would have other numbers.
+    """
+    conditioner = make_conditioner(config.conditioners)
+    parts = zip(conditioner.config, conditioner.parts(), strict=True)
+    readers = [name for name, part in parts if "tokens" in part.keys]
+    runs = [Path(config.pretrained[name]) for name in readers if name in config.pretrained]
+    if config.tokenizer.name != WordTokenizer.kind:
+        return None  # other tokenizers don't depend on captions
+    return next((run / TOKENIZER for run in runs if (run / "checkpoints").is_dir()), None)
+
+
+def _with_new_word(config: ConfigDict, source: Any, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the word `textual_inversion.word`, whose rows are after all others."""
     fields = config.textual_inversion
     first = rows_of_words(make_conditioner(config.conditioners).config)
     rows = range(first, first + fields.num_vectors)
     more: Tokenizer = with_words(tokenizer, {fields.word: rows})
+    if not np.isin(more(data.captions(source)), rows).any():
+        raise ValueError(
+            f"textual_inversion.word={fields.word!r} is in none of the training captions, as far "
+            f"as tokenizer.max_length={tokenizer.max_length} reads them: it would learn nothing"
+        )
     return more
 
 
