@@ -12,6 +12,7 @@ from test_stop import compiled_once
 from tiny import make_batch, make_config
 
 import latent_diffusion as ldm
+from latent_diffusion import data
 from latent_diffusion.core.rng import example_keys
 from latent_diffusion.data.tokenizers import WordTokenizer
 from latent_diffusion.tasks import TASKS
@@ -80,6 +81,9 @@ def test_pictures_of_the_class_are_drawn_once(tmp_path):
     pictures = np.stack([source[i]["image"] for i in range(6)])
     assert pictures.dtype == np.uint8 and len(np.unique(pictures, axis=0)) == 6  # no noise twice
     assert source[5]["caption"] == "red cat"
+    fields = {"data.crop": "random", "data.shorter_side": 24}  # of the subject's pictures
+    transform = data.make_transform(dreambooth(**fields).data, True, tokenizer, as_bytes=True)
+    np.testing.assert_array_equal(transform(source[5])["image"], pictures[5])
     # A run that is started again, or goes on with other fields, finds them.
     again = [make(dreambooth()), make(dreambooth(seed=7), goes_on=True)]
     assert len(drawn) == 2

@@ -13,6 +13,7 @@ import latent_diffusion as ldm
 from latent_diffusion import convert
 from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks.denoising import Constants
 from latent_diffusion.training import init_from
 from latent_diffusion.training.batch_spec import batch_spec
 
@@ -140,6 +141,15 @@ def test_an_adaptation_is_of_a_whole_model(folder):
     config.lora.rank = 1
     with pytest.raises(ValueError, match=r"^init_from_only='unet/': an adaptation is of the whole"):
         init_from.resolve(config)
+
+
+def test_an_adaptation_adds_no_inputs(folder):
+    conditioners = {"masked_image": {}, **source()[0].conditioners.to_dict()}
+    config = make_config("denoising", init_from=str(folder), conditioners=conditioners)
+    config.lora.rank = 1
+    base = {"unet": {"input_blocks_0_0": {"kernel": jnp.zeros((3, 3, 5, 8))}}}
+    with pytest.raises(ValueError, match=r"has 2 channels of latent and conditions, this run 5: "):
+        init_from.base_from(config, Constants(None, base=base), init_from.read(config))
 
 
 def test_loaded_codes_count_as_used_once():

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import data
 from latent_diffusion.core.rng import seed_key
+from latent_diffusion.data.layout import WHOLE
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import parallel, processes, workdir
 from latent_diffusion.runtime.metrics import to_uint8
@@ -93,7 +94,8 @@ def make_source(
                 np.save(file, drawn)
         processes.barrier("pictures of the class are drawn")
     pictures = np.load(path, mmap_mode="r")
-    return data.ArraySource({"image": pictures, "caption": _captions(config, len(pictures))})
+    arrays = {"image": pictures, "caption": _captions(config, len(pictures))}
+    return data.ArraySource({**arrays, "window": [WHOLE] * len(pictures)})  # they are cut already
 
 
 def _captions(config: ConfigDict, count: int) -> list[str]:

@@ -166,10 +166,20 @@ def adapts(config: ConfigDict) -> bool:
 
 
 def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None) -> Any:
-    """The constants; an adaptation's base becomes the model of `config.init_from`."""
+    """The constants; an adaptation's base becomes the model of `config.init_from`.
+
+    Raises ValueError if the run has other conditions beside the latent than this model: their
+    kernel would stay zero.
+    """
     if bundle is None or config.task not in DENOISERS or not adapts(config):
         return constants
     tensors = parameters_of(bundle, config.task)
+    fresh = flatten_dict(constants.base, sep="/").get(CONV_IN)
+    if fresh is not None and CONV_IN in tensors and fresh.shape != tensors[CONV_IN].shape:
+        raise ValueError(
+            f"init_from={config.init_from} has {tensors[CONV_IN].shape[2]} channels of latent and "
+            f"conditions, this run {fresh.shape[2]}: an adaptation has its model's conditions"
+        )
     return constants.replace(base=_filled(constants.base, tensors, "", str(config.init_from)))
 
 
