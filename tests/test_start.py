@@ -239,6 +239,21 @@ def test_a_number_that_would_lose_everything_is_refused(field, tmp_path):
         resolve(few("autoencoding", **{field: 0}), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer.frozen", ("unet/", "(")),
+        ("optimizer.no_decay", ("(",)),
+        ("lora.targets", ("(",)),
+        ("init_from_only", "("),
+        ("parallel.rules", (("(", "replicate"),)),
+    ],
+)
+def test_a_pattern_that_is_no_regular_expression_is_refused(field, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"^{field}='\(' is no regular expression: missing \)"):
+        resolve(few("denoising", **{field: value}), tmp_path)
+
+
 def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path):
     """It is misspelt, and what should stay as it is would be trained."""
     config = few("autoencoding", **{"optimizer.frozen": ("encoder/", "^conv_in/", "decodr/")})

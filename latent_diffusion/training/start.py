@@ -71,6 +71,7 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     for section, field in _AT_LEAST_ONE:
         if (value := config[section][field]) is not None and value < 1:
             raise ValueError(f"{section}.{field}={value} must be at least 1")
+    _check_expressions(config)
     if config.data.layout.centres and "layout_map" in config.conditioners:
         raise ValueError("layout_map fills boxes: it needs data.layout.centres=False")
     if config.data.bucket_step and config.task in ("prior", "classifying"):
@@ -89,6 +90,24 @@ def resolve(config: ConfigDict, directory: Path) -> ConfigDict:
     mode, mesh = parallel.devices(config.parallel)
     parallel.check_batch_size(config.batch_size, mode, mesh, config.grad_accumulation)
     return config
+
+
+def _check_expressions(config: ConfigDict) -> None:
+    """Raise ValueError for a pattern that is no regular expression."""
+    patterns = {
+        "optimizer.frozen": config.optimizer.frozen,
+        "optimizer.no_decay": config.optimizer.no_decay,
+        "lora.targets": config.lora.targets,
+        "init_from_only": (config.init_from_only,),
+        "parallel.rules": [rule[0] for rule in config.parallel.rules],
+    }
+    for field, expressions in patterns.items():
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                message = f"{field}={expression!r} is no regular expression: {error}"
+                raise ValueError(message) from error
 
 
 def with_files(config: ConfigDict) -> ConfigDict:
