@@ -5,6 +5,8 @@ import os
 import jax
 import numpy as np
 import pytest
+import test_control
+import test_image_prompts
 import test_model
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -59,6 +61,11 @@ OTHERS = (
     {"image_size": (16, 16)},
     {"clip_x0": 1.0},
     {"negative_prompts": "dog"},
+    {
+        "adapters": [(test_image_prompts.style(0), 1.0)],
+        "controls": [(test_control.random_control(), test_control.HINTS[:1], 1.0)],
+        "image_prompts": [(test_image_prompts.random_adapter(), test_model.IMAGE, 1.0)],
+    },
 )
 
 

@@ -46,7 +46,7 @@ _read_config, config_from_fields = encoder_settings(
     harmless=("is_decoder", "add_cross_attention"),
 )
 _WHOLE = "vision_model"
-_ROW = Layout(lambda w: w[0], lambda x: (x[None],))
+_ROW = Layout("row", lambda w: w[0], lambda x: (x[None],))
 # Mean and standard deviation of the embeddings, for adding noise; in files, apart from the encoder.
 STATISTICS = ("mean", "std")
 # The text half of a whole CLIP in OpenCLIP's names.

@@ -3,6 +3,7 @@
 A file of the authors is a flat list of tensors without settings.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,7 @@ _SETTINGS = Settings(
 )
 
 
+@functools.cache  # as in `tables`
 def _patches(side: int) -> Layout:
     """The layout of a linear map of patches that files store as a convolution without overlap."""
 
@@ -91,7 +93,7 @@ def _patches(side: int) -> Layout:
     def write(k: np.ndarray) -> tuple[np.ndarray, ...]:
         return (k.reshape(side, side, -1, k.shape[-1]).transpose(3, 2, 0, 1),)
 
-    return Layout(read, write)
+    return Layout(f"patches of {side}", read, write)
 
 
 def patch_kind(side: int) -> Kind:
@@ -144,7 +146,10 @@ def _copies(name: str, depth: int) -> Kind:
     """The kind of a linear map of which each of `depth` blocks has a copy."""
 
     def copied(layout: Layout) -> Layout:
-        return Layout(lambda *w: layout.read(_same(name, w)), lambda k: layout.write(k) * depth)
+        copies = f"{depth} copies, {layout.name}"
+        return Layout(
+            copies, lambda *w: layout.read(_same(name, w)), lambda k: layout.write(k) * depth
+        )
 
     return tuple(
         Leaf(ours, tuple(f".{i}.{name}.{theirs}" for i in range(depth)), copied(layout))

@@ -134,7 +134,11 @@ def _swapped(layout: Layout) -> Layout:
     def swap(w: np.ndarray) -> np.ndarray:
         return np.roll(w, len(w) // 2, axis=0)
 
-    return Layout(lambda w: layout.read(swap(w)), lambda k: tuple(swap(w) for w in layout.write(k)))
+    return Layout(
+        f"swapped, {layout.name}",
+        lambda w: layout.read(swap(w)),
+        lambda k: tuple(swap(w) for w in layout.write(k)),
+    )
 
 
 _SWAPPED: Kind = (

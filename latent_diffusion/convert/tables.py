@@ -20,23 +20,29 @@ from latent_diffusion.files.tensor import Tensor, is_float
 class Layout(NamedTuple):
     """read: makes our array from theirs. write: makes their arrays from ours, the exact inverse.
 
-    Both take arrays of NumPy and of JAX.
+    Both take arrays of NumPy and of JAX. name: differs from that of any other layout, so that it
+    stands for the functions in the descriptions of stored programs (`runtime.programs`).
     """
 
+    name: str
     read: Callable[..., Any]
     write: Callable[[Any], tuple[Any, ...]]
 
+    def __repr__(self) -> str:
+        return f"Layout({self.name})"
 
-def _one(read: Callable, write: Callable) -> Layout:
-    return Layout(read, lambda x: (write(x),))
+
+def _one(name: str, read: Callable, write: Callable) -> Layout:
+    return Layout(name, read, lambda x: (write(x),))
 
 
-SAME = _one(lambda w: w, lambda k: k)
-CONV = _one(lambda w: w.transpose(2, 3, 1, 0), lambda k: k.transpose(3, 2, 0, 1))  # OIHW, HWIO
-LINEAR = _one(lambda w: w.T, lambda k: k.T)  # [out in], [in out]
+SAME = _one("same", lambda w: w, lambda k: k)
+# OIHW, HWIO
+CONV = _one("conv", lambda w: w.transpose(2, 3, 1, 0), lambda k: k.transpose(3, 2, 0, 1))
+LINEAR = _one("linear", lambda w: w.T, lambda k: k.T)  # [out in], [in out]
 # A linear map that is stored as a convolution over one position, in two or one dimensions.
-LINEAR_2D = _one(lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
-LINEAR_1D = _one(lambda w: w[:, :, 0].T, lambda k: k.T[:, :, None])
+LINEAR_2D = _one("linear_2d", lambda w: w[:, :, 0, 0].T, lambda k: k.T[:, :, None, None])
+LINEAR_1D = _one("linear_1d", lambda w: w[:, :, 0].T, lambda k: k.T[:, :, None])
 
 
 @functools.cache  # layouts are in the keys of compiled programs: equal ones must be identical
@@ -55,7 +61,7 @@ def _joint(num_heads: int, interleaved: bool) -> Layout:
         parts = [split.take(i, axis) for i in range(3)]
         return tuple(p.reshape(*p.shape[:-2], -1).T for p in parts)
 
-    return Layout(read, write)
+    return Layout(f"joint, {num_heads} heads, interleaved: {interleaved}", read, write)
 
 
 class Leaf(NamedTuple):

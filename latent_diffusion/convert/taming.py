@@ -36,7 +36,7 @@ from latent_diffusion.nets.prior import CodeTransformer
 PRIOR, FIRST_STAGE, COND_STAGE = "transformer.", "first_stage_model.", "cond_stage_model."
 MARK = f"{PRIOR}tok_emb.weight"  # the tensor by which these files are recognised
 _MASK = r"blocks\.\d+\.attn\.mask"  # a buffer, the lower triangle
-_POSITIONS = Layout(lambda w: w[0], lambda p: (p[None],))  # [1 L D], [L D]
+_POSITIONS = Layout("positions", lambda w: w[0], lambda p: (p[None],))  # [1 L D], [L D]
 TABLE: Table = (
     Rule("tok_emb", "tok_emb", "embedding"),
     Rule("", "pos_emb", (Leaf("pos_emb", ("",), _POSITIONS),)),
