@@ -14,7 +14,8 @@ from latent_diffusion.models.denoiser import Denoiser
 from latent_diffusion.models.sampling import in_tiles
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
-from latent_diffusion.process.plan import plan
+from latent_diffusion.process.options import OPTIONS
+from latent_diffusion.process.plan import SHARED, plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
 
@@ -187,7 +188,7 @@ OF_A_FILE = {"network_timesteps": "round", "spread": "sigma"}  # of its schedule
         ({"guidance_scale": jnp.array(2.0)}, [751, 501, 251, 1, -1], {"guidance_scale": 2.0}),
         # Image-to-image takes the last share of the steps, and of scales by step.
         ({"strength": 1.0}, [751, 501, 251, 1, -1], {"strength": None}),
-        ({"strength": 0.75}, [501, 251, 1, -1], {"strength": 0.75}),
+        ({"strength": 0.75}, [501, 251, 1, -1], {"strength": True}),
         ({"strength": 0.3}, [1, -1], {}),
         ({"strength": 0}, [-1], {}),
         # A step that begins at the very share of the noise belongs to the first of two calls.
@@ -204,6 +205,23 @@ def test_what_is_asked_for_goes_over_the_defaults(given, timesteps, options):
 def test_the_share_of_steps_that_strength_leaves_is_not_rounded_down_by_rounding_errors():
     visited, _ = plan(SCHEDULE, "eps", {}, {"num_steps": 100, "strength": 0.29})
     assert len(visited) - 1 == 29  # 0.29 · 100 is 28.999999999999996
+
+
+def test_other_numbers_are_the_same_program_where_the_docs_say_so():
+    """A program's inputs: timesteps and options."""
+
+    def program(**given):
+        leaves, structure = jax.tree.flatten(plan(SCHEDULE, "eps", DEFAULTS, given))
+        return structure, [np.shape(leaf) for leaf in leaves]
+
+    numbers = {name for name in SHARED if OPTIONS[name].traced}
+    assert {"guidance_scale", "clip_x0"} < numbers
+    for name in numbers:
+        one, other = (x if OPTIONS[name].count != 2 else (0, 100 * x) for x in (0.5, 0.75))
+        if name == "threshold_limit":
+            one, other = 1 + one, 1 + other
+        assert program(**{name: one}) == program(**{name: other}), name
+    assert program(strength=0.5) == program(strength=0.6) != program(strength=0.75)
 
 
 def test_another_sampler_sees_and_starts_from_what_it_would_without_the_files_scheduler():

@@ -229,10 +229,11 @@ class SamplingOptions:
         None, "[1, inf)", "largest bound of dynamic_threshold", needs="dynamic_threshold"
     )
     quantize_x0: Any = _choice(False, bool, "estimates of z_0 become their closest codes")
-    strength: Any = _number(
+    strength: Any = _choice(
         1.0,
-        "[0, 1]",
+        float,
         "share of the steps, counted from the end, that change image",
+        range="[0, 1]",
         off=1.0,
         needs="image",
     )

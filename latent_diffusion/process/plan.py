@@ -178,12 +178,17 @@ def _check_guidance(
 def _last_share(
     timesteps: np.ndarray, options: SamplingOptions
 ) -> tuple[np.ndarray, SamplingOptions]:
-    """The last timesteps, and options with the last guidance scales, as `strength` chooses."""
+    """The last timesteps, and options with the last guidance scales, as `strength` chooses.
+
+    Of `strength` the options then say only whether it has an effect.
+    """
     total, strength = len(timesteps) - 1, options.strength
     skipped = 0 if strength is None else total - int(strength * total + 1e-6)
     if isinstance(options.guidance_scale, tuple):
         options = dataclasses.replace(options, guidance_scale=options.guidance_scale[skipped:])
-    return timesteps[skipped:], options
+    # Another share with as many steps is the same program.
+    changes = None if strength in (None, OPTIONS["strength"].off) else True
+    return timesteps[skipped:], dataclasses.replace(options, strength=changes)
 
 
 def _between(
@@ -197,7 +202,7 @@ def _between(
     start, end = options.start, options.end
     if start == OPTIONS["start"].off and end == OPTIONS["end"].off:
         return timesteps, dataclasses.replace(options, start=None, end=None)
-    if options.strength is not None and options.strength != OPTIONS["strength"].off:
+    if options.strength is not None:
         raise ValueError("give strength, or start and end: both choose the steps")
     if end != OPTIONS["end"].off and options.sampler in ("lcm", "tcd"):
         raise ValueError(
