@@ -804,6 +804,20 @@ class Telling(Identity):
         return jnp.full_like(z, z.shape[1] / 10)
 
 
+class Told(Identity):
+    """A first stage whose latents tell the height of the picture."""
+
+    def encode(self, x):
+        return jnp.full_like(x, x.shape[1] / 10)
+
+
+class Copying(Answering):
+    """A network that answers the latents beside its own."""
+
+    def __call__(self, z_t, t, conditioning=None, train=False):
+        return conditioning.concat[..., :3]
+
+
 def test_the_decoder_sees_tiles_as_well():
     made = model(TEXT)
     made = made.replace(
@@ -811,3 +825,19 @@ def test_the_decoder_sees_tiles_as_well():
         denoiser=made.denoiser.replace(network=Mixing()),
     )
     CLOSE(sample(made=made, guidance_scale=1.0, tile_size=2, tile_overlap=0), 0.2)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_picture_that_is_changed_or_filled_is_encoded_in_tiles(filled):
+    made, tiles = model(TEXT), {"tile_size": 2, "tile_overlap": 0}
+    given = {"image": np.zeros((1, SIDE, SIDE, 3), np.float32), "strength": 0.0}
+    if filled:  # by a network that sees the picture as a condition
+        conditioner = make_conditioner({"masked_image": {}})
+        denoiser = made.denoiser.replace(network=Copying(), conditioner=conditioner)
+        made = made.replace(denoiser=denoiser)
+        given["mask"] = np.ones((1, SIDE, SIDE, 1), np.float32)
+        del given["strength"]
+    made = made.replace(first_stage=made.first_stage.replace(module=Told(3)))
+    prompts = None if filled else "red"
+    for more, height in (({}, SIDE), (tiles, 2)):
+        CLOSE(made.sample(RNG, prompts, mode="single", **given, **more), height / 10)

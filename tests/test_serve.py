@@ -1,6 +1,7 @@
 """The page and the HTTP API: what is asked for is what is answered, and nothing breaks it."""
 
 import base64
+import dataclasses
 import http.client
 import io
 import json
@@ -497,6 +498,12 @@ def test_previews_are_pictures_of_the_running_call(server, monkeypatch):
     z_0 = np.asarray(jobs.model.encode(np.zeros((1, SIDE, SIDE, 3), np.float32)))
     jobs._draw(z_0, [job])
     assert np.abs(pixels(job.preview).astype(int) - 127).max() <= 1
+    # Pictures that are made in tiles may be too large for a preview of the whole.
+    decoded = []
+    monkeypatch.setattr(Model, "decode", lambda *given, **tiles: decoded.append(tiles) or z_0)
+    job.request = dataclasses.replace(job.request, shared={"tile_size": 2})
+    jobs._draw(z_0, [job])
+    assert decoded == [{"tile_size": 2, "tile_overlap": None}]
     job.state = "done"
 
 

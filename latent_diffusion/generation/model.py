@@ -28,13 +28,7 @@ from latent_diffusion.models.prior import Prior
 from latent_diffusion.nets.conditioners import Conditioner
 from latent_diffusion.process.options import check_needs
 from latent_diffusion.process.plan import plan
-from latent_diffusion.process.tiling import (
-    check_overlap,
-    overlap_of_tiles,
-    pad_to_multiple,
-    tile_of_latent,
-    tiled,
-)
+from latent_diffusion.process.tiling import pad_to_multiple
 from latent_diffusion.runtime import parallel
 
 log = logging.getLogger(__name__)
@@ -75,11 +69,11 @@ class Model(flax.struct.PyTreeNode):
         ValueError for images of another range (but not for reconstructions, which may slightly
         exceed it).
         """
-        first_stage = self._need("first_stage")
+        first_stage = self._need("first_stage").in_tiles(tile_size, tile_overlap)
         images = conditions.in_range(images)
         keys = None if rng is None else example_keys(rng, images.shape[0])
         images = pad_to_multiple(images, first_stage.module.downsampling)
-        return _encode(first_stage, images, keys, tile_size, tile_overlap)
+        return _encode(first_stage, images, keys)
 
     def decode(
         self,
@@ -93,7 +87,7 @@ class Model(flax.struct.PyTreeNode):
 
         tile_size, tile_overlap: as in `encode`, in pixels of the image.
         """
-        images = _decode(self._need("first_stage"), latents, tile_size, tile_overlap)
+        images = _decode(self._need("first_stage").in_tiles(tile_size, tile_overlap), latents)
         return images if size is None else images[:, : size[0], : size[1]]
 
     def encode_to_indices(self, images: Num[Array | np.ndarray, "B H W C"]) -> Int[Array, "B h w"]:
@@ -397,27 +391,14 @@ class Model(flax.struct.PyTreeNode):
         return conditions.batch_of(conditioner, tokenize, values, size, latent), size
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "overlap"))
-def _encode(
-    first_stage: FirstStage,
-    images: jax.Array,
-    keys: jax.Array | None,
-    tile: int | None,
-    overlap: int | None,
-) -> jax.Array:
-    check_overlap(tile, overlap)
-    if tile is None:
-        return first_stage.latents(first_stage.moments(images), keys)
-    overlap = overlap_of_tiles(tile, overlap, first_stage.module.downsampling)
-    return first_stage.latents(tiled(first_stage.moments, images, tile, overlap), keys)
+@jax.jit
+def _encode(first_stage: FirstStage, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+    return first_stage.latents(first_stage.moments(images), keys)
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "overlap"))
-def _decode(
-    first_stage: FirstStage, latents: jax.Array, tile: int | None, overlap: int | None
-) -> jax.Array:
-    f = first_stage.module.downsampling
-    return first_stage.decode(latents, tile_of_latent(tile, overlap, f))
+@jax.jit
+def _decode(first_stage: FirstStage, latents: jax.Array) -> jax.Array:
+    return first_stage.decode(latents)
 
 
 @functools.partial(jax.jit, static_argnames="method")

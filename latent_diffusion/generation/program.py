@@ -27,7 +27,6 @@ from latent_diffusion.models.sampling import begin, denoise_of, finish, noise_ke
 from latent_diffusion.nets.conditioners.sizes import SIZES
 from latent_diffusion.process.guidance import paste
 from latent_diffusion.process.samplers import table as sampler
-from latent_diffusion.process.tiling import tile_of_latent
 from latent_diffusion.runtime import parallel
 
 
@@ -212,6 +211,7 @@ def _begin(call: Call) -> dict[str, Any]:
         changed = {path: of_network[path] for path in paths & of_network.keys()}
     denoiser = controls.with_params(denoiser, networks["controls"])
     size, f = batch["index"].shape[0], first_stage.module.downsampling
+    first_stage = first_stage.in_tiles(options.tile_size, options.tile_overlap)
     keys = sampling_keys(image_keys)
     prepared = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
 
@@ -268,9 +268,7 @@ def _advance(call: Call, stop: Array) -> sampler.State:
         keys,
         nearest=first_stage.nearest if options.quantize_x0 else None,
         guide=guides.guide(batch, denoiser.schedule, first_stage, *guiding),
-        tile=tile_of_latent(
-            options.tile_size, options.tile_overlap, first_stage.module.downsampling
-        ),
+        tile=first_stage.in_tiles(options.tile_size, options.tile_overlap).tile,
     )
     noise = noise_keys(batch["sampling"], keys)
     return sampler.advance_until(batch["sampling"].table, batch["state"], stop, denoise, noise)
@@ -282,9 +280,8 @@ def _end(call: Call) -> Array:
     z_0 = finish(batch["sampling"], batch["state"].z)
     if options.end is not None:
         return z_0
-    f = first_stage.module.downsampling
-    tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
-    images = jnp.clip(first_stage.decode(z_0, tile), -1.0, 1.0)
+    first_stage = first_stage.in_tiles(options.tile_size, options.tile_overlap)
+    images = jnp.clip(first_stage.decode(z_0), -1.0, 1.0)
     if "mask" in batch:  # a model of inpainting: the picture around the hole doesn't change
         return paste(images, batch["image"], batch["mask"])
     return images if "hole" not in batch else paste(images, batch["known"], batch["hole"])

@@ -27,22 +27,35 @@ from latent_diffusion.core.types import (
 )
 from latent_diffusion.nets.autoencoder import Autoencoder, Identity
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
-from latent_diffusion.process.tiling import tiled
+from latent_diffusion.process.tiling import tile_of_latent, tiled
 
 
 class FirstStage(flax.struct.PyTreeNode):
     """An autoencoder that no longer learns, with the scale of its latents.
 
-    scale_factor, shift: [] (one scalar, as in the paper) or [c] (per channel).
+    scale_factor, shift: [] (one scalar, as in the paper) or [c] (per channel). tile: side and
+    overlap of the tiles through which pictures are encoded and decoded, in the latent; None: as a
+    whole (see `process.tiling`).
     """
 
     params: Params
     scale_factor: Any
     shift: Any
     module: nn.Module = flax.struct.field(pytree_node=False)
+    tile: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
+
+    def in_tiles(self, size: int | None, overlap: int | None) -> "FirstStage":
+        """The first stage with tiles of `size` and `overlap` pixels; None as size: without tiles.
+
+        Raises ValueError for numbers that f doesn't divide, and for an overlap without a size.
+        """
+        return self.replace(tile=tile_of_latent(size, overlap, self.module.downsampling))
 
     def moments(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w m"]:
         """The encoder's output, which can be cached: sampling and scaling come after it."""
+        if self.tile is not None:
+            side, overlap = (self.module.downsampling * n for n in self.tile)
+            return tiled(lambda x: self._apply("encode", x), x, side, overlap)
         return self._apply("encode", x)
 
     def latents(
@@ -57,12 +70,10 @@ class FirstStage(flax.struct.PyTreeNode):
         moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
         return self.latents(moments, keys)
 
-    def decode(
-        self, z: Float[Array, "B h w c"], tile: tuple[int, int] | None = None
-    ) -> Float[Array, "B H W C"]:
-        """Pixels from scaled latents. tile: (side, overlap) in the latent, None for the whole."""
-        if tile is not None:
-            return tiled(self.decode, z, *tile)
+    def decode(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
+        """Pixels from scaled latents."""
+        if self.tile is not None:
+            return tiled(self.replace(tile=None).decode, z, *self.tile)
         return self._apply("decode", z / self.scale_factor + self.shift)
 
     def indices(self, batch: Batch) -> Int[Array, "B h w"]:

@@ -60,23 +60,17 @@ def tiled(
     return total / weight
 
 
-def overlap_of_tiles(size: int, overlap: int | None, f: int) -> int:
-    """The overlap in pixels: by default a quarter of a tile, cut to whole latent positions."""
-    return size // 4 // f * f if overlap is None else overlap
+def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
+    """A tile's side and overlap in the latent, from side and overlap in pixels.
 
-
-def check_overlap(size: int | None, overlap: int | None) -> None:
-    """Raise ValueError for an overlap of tiles without their size."""
+    None as overlap is a quarter of a tile, cut to whole positions. Raises ValueError for an overlap
+    without a size, and for pixels that f doesn't divide.
+    """
     if size is None and overlap is not None:
         raise ValueError(f"tile_overlap={overlap} needs tile_size: give both")
-
-
-def tile_of_latent(size: int | None, overlap: int | None, f: int) -> tuple[int, int] | None:
-    """A tile's side and overlap in the latent, from side and overlap in pixels."""
-    check_overlap(size, overlap)
     if size is None:
         return None
-    overlap = overlap_of_tiles(size, overlap, f)
+    overlap = size // 4 // f * f if overlap is None else overlap
     if size % f or overlap % f:
         raise ValueError(f"tile size {size} and overlap {overlap} must be multiples of f={f}")
     return size // f, overlap // f

@@ -256,14 +256,17 @@ class Jobs:
     def _draw(self, latents: Any, running: Sequence[Job]) -> None:
         """Set each job's preview to its first picture, if the latents include those of all jobs.
 
-        `Model.sample` may compute the images of a call in parts.
+        `Model.sample` may compute the images of a call in parts. Pictures that are made in tiles
+        are decoded in tiles.
         """
         if len(running) > 1 and len(latents) < sum(job.request.num_images for job in running):
             return
         start = 0
         for job in running:
             z_0 = jnp.asarray(latents[start : start + 1])
-            image = to_uint8(np.asarray(self.model.decode(z_0)))[0]
+            options = {**self.model.defaults, **job.request.shared}
+            tiles = {name: options.get(name) for name in ("tile_size", "tile_overlap")}
+            image = to_uint8(np.asarray(self.model.decode(z_0, **tiles)))[0]
             start += job.request.num_images
             with self.changed:
                 if not job.ended:

@@ -49,7 +49,6 @@ from latent_diffusion.process.hints import HINTS
 from latent_diffusion.process.learned_variance import bound
 from latent_diffusion.process.options import check_ranges
 from latent_diffusion.process.plan import plan
-from latent_diffusion.process.tiling import tile_of_latent
 from latent_diffusion.tasks import beside
 
 Metrics = dict[str, jax.Array]
@@ -227,20 +226,19 @@ class Denoising:
         keys = sampling_keys(example_keys(rng, size, axis_name))
         timesteps, options = plan(denoiser.schedule, denoiser.prediction, self.sampling, {})
         first_stage, latent = constants.first_stage, self._latent(constants)
+        first_stage = first_stage.in_tiles(options.tile_size, options.tile_overlap)
         entries = denoiser.conditioner.prepare(batch, first_stage, latent[:2], keys.conditions)
         drops = (jnp.zeros(size, bool), jnp.ones(size, bool))
         conditioning, null = (
             self._hinted(denoiser.condition(entries, drop), state.ema_params, constants, batch)
             for drop in drops
         )
-        f = first_stage.module.downsampling
-        tile = tile_of_latent(options.tile_size, options.tile_overlap, f)
         z_0 = sample(
             *(denoiser, keys, conditioning, null, timesteps, latent, options),
             nearest=first_stage.nearest if options.quantize_x0 else None,
-            tile=tile,
+            tile=first_stage.tile,
         )
-        images = {"samples": first_stage.decode(z_0, tile)}
+        images = {"samples": first_stage.decode(z_0)}
         if "mask" in entries:
             images["samples"] = paste(images["samples"], batch["image"], batch["mask"])
         if self.control:
