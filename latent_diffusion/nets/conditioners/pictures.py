@@ -34,7 +34,11 @@ class LowRes(nn.Module):
     keep: bool = False
 
     keys = ("low_res",)
-    usual_level = 20  # the default of a sampling call
+
+    @property
+    def usual_level(self) -> int:
+        """The default of a sampling call."""
+        return min(20, self.max_noise_level - 1)
 
     @property
     def optional(self) -> tuple[str, ...]:
