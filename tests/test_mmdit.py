@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion.core.rng import example_keys, sampling_keys
 from latent_diffusion.core.types import Conditioning
+from latent_diffusion.models.denoiser import Denoiser
+from latent_diffusion.models.sampling import sample
+from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.dit import positions_2d
 from latent_diffusion.nets.mmdit import MMDiT
+from latent_diffusion.process.plan import plan
+from latent_diffusion.process.schedules import make_schedule
 
 SMALL = {"out_channels": 3, "width": 16, "depth": 2, "num_heads": 2, "max_positions": 5}
 T = jnp.array([3.0, 700.0])
@@ -85,6 +91,23 @@ def test_positions_are_cut_from_the_middle_of_the_table(size, top, left):
             assert changed.any((0, 3)).sum() == 4
     rows, columns = (n // 2 for n in size)
     assert seen[top : top + rows, left : left + columns].all() and seen.sum() == rows * columns
+
+
+def test_a_picture_beyond_the_table_of_positions_is_made_in_tiles():
+    mmdit, params, _, conditioning = network()
+    schedule, parts = make_schedule("rectified_flow", 1000), make_conditioner({})
+    denoiser = Denoiser({"mmdit": params}, schedule, mmdit, parts, "flow", "mmdit")
+    timesteps, options = plan(schedule, "flow", {}, {"num_steps": 2, "guidance_scale": 2.0})
+    keys = sampling_keys(example_keys(jax.random.key(0), 2))
+
+    def sampled(tile):
+        call = (denoiser, keys, conditioning, conditioning, timesteps, (12, 16, 3), options)
+        return jax.eval_shape(lambda: sample(*call, tile=tile)).shape
+
+    assert sampled((8, 4)) == (2, 12, 16, 3)
+    for tile in (None, (12, 4)):
+        with pytest.raises(ValueError, match="allow 10 at most"):
+            sampled(tile)
 
 
 def test_the_table_of_positions_is_not_trained():

@@ -244,6 +244,7 @@ def _begin(call: Call) -> dict[str, Any]:
         z_0=None if picture is None else first_stage.encode({"image": picture}),
         # A latent position is in the hole as soon as one of its pixels is.
         mask=None if hole is None else nn.max_pool(hole, (f, f), (f, f)),
+        tile=first_stage.tile,
     )
     return {"sampling": sampling, "adapted": changed, "state": sampler.start(sampling.table, z)}
 

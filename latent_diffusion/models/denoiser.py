@@ -1,5 +1,6 @@
 """The conditional denoiser: network, conditioner and noise schedule as one pytree."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -110,6 +111,7 @@ class Denoiser(flax.struct.PyTreeNode):
     ) -> tuple[Embedded, tuple[Prepared, ...]]:
         """Compute once what doesn't depend on the latent, for all timesteps t.
 
+        shape: (h, w, c) of the latents that the network sees, which may be tiles of the whole.
         `prepared_network` takes the results. The whole network is traced to compute them; the
         compiler removes the parts whose results are unused.
         """
@@ -117,6 +119,7 @@ class Denoiser(flax.struct.PyTreeNode):
 
         @functools.partial(jax.jit, static_argnums=0)
         def compute(collection: str, t: Array, conditioning: Conditioning) -> Any:
+            conditioning = _first_tile(conditioning, *shape[:2])
             leaves = jax.tree.leaves(conditioning)
             z_t = jnp.zeros((leaves[0].shape[0] if leaves else 1, *shape))
             t = jnp.broadcast_to(self.schedule.time_t(t), z_t.shape[:1])
@@ -150,6 +153,17 @@ class Denoiser(flax.struct.PyTreeNode):
             return out
 
         return network
+
+
+def _first_tile(conditioning: Conditioning, height: int, width: int) -> Conditioning:
+    """The conditioning of a latent's first rows and columns, without features of adapters."""
+
+    def cut(x: Array) -> Array:
+        return x[:, :height, :width]
+
+    concat = None if conditioning.concat is None else cut(conditioning.concat)
+    controls = tuple(dataclasses.replace(c, hint=cut(c.hint)) for c in conditioning.controls)
+    return dataclasses.replace(conditioning, concat=concat, controls=controls, features=())
 
 
 def make_denoiser(config: Config, conditioner: Conditioner, out_channels: int) -> Denoiser:

@@ -63,7 +63,7 @@ def sample(
     conditioning ... options, start: arguments of `begin`. nearest, guide, tile: see `denoise_of`.
     """
     given = (keys, conditioning, null, timesteps, shape, options)
-    sampling, z = begin(denoiser, *given, **start)
+    sampling, z = begin(denoiser, *given, tile=tile, **start)
     if len(sampling.table.t):
         denoise = denoise_of(denoiser, sampling, keys, nearest=nearest, guide=guide, tile=tile)
         z = run(sampling.table, denoise, z, noise_keys(sampling, keys))
@@ -84,6 +84,7 @@ def begin(
     z_T: Float[Array, "B h w c"] | None = None,
     z_0: Float[Array, "B h w c"] | None = None,
     mask: Float[Array, "B h w 1"] | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Sampling, Float[Array, "B h w c"]]:
     """All that is computed before the first evaluation, and the latent there.
 
@@ -92,7 +93,7 @@ def begin(
     null, or is avoided with the weight `options.perpendicular`. more: further conditionings and
     their weights, beside the first of weight 1. z_T: start noise instead of fresh noise. z_0: a
     picture's latents; with `options.strength` its coarse part stays, with mask (1 = hole) the part
-    outside holes.
+    outside holes. tile: see `denoise_of`.
     """
     if (count := options.guidance_channels or 0) > shape[-1]:
         raise ValueError(f"guidance_channels={count}: the latent has {shape[-1]} channels")
@@ -121,7 +122,9 @@ def begin(
     others = [c for c, _ in more] + ([] if negative is None else [negative])
     chosen = _with_variance(denoiser, options)
     t = _rounding(options)(table.t)
-    embedded, prepared = chosen.prepare(t, shape, null, conditioning, *others)
+    height, width = (n if tile is None else min(n, tile[0]) for n in shape[:2])
+    seen = (height, width, shape[2])
+    embedded, prepared = chosen.prepare(t, seen, null, conditioning, *others)
     weights = tuple(weight for _, weight in more)
     return Sampling(timesteps, options, table, embedded, prepared, weights, picture, mask), z
 
