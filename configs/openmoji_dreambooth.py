@@ -18,27 +18,36 @@ from ml_collections import ConfigDict
 
 from configs import default, openmoji_text
 
-# A face, and further captions of every group. With pictures of only the subject's class, so small
-# a model remembers that class and forgets the others.
-CLASS_PROMPTS = (
-    "face;grinning face;cat;dog;bird;fish;tree;flower;apple;pizza;cake;cup;car;bus;airplane;ship;"
-    "house;clock;sun;moon;book;telephone;hammer;key;guitar;soccer ball;trophy;hat;shirt;shoe;man;"
-    "woman;child;person running;woman cook;hand;thumbs up;red heart;blue circle;arrow;flag;"
-    "black flag;japan;france"
-)
+PER_GROUP = 38  # captions of each of the nine groups
+
+
+def class_prompts() -> str:
+    """The captions of the prior: "face", and others evenly spaced over the groups.
+
+    With pictures of only the subject's class, so small a model remembers that class and forgets the
+    others.
+    """
+    from latent_diffusion.data import openmoji
+
+    training = [emoji for emoji in openmoji.catalogue() if emoji.split == "train"]
+    captions = ["face"]
+    for label in range(len(openmoji.GROUPS)):
+        of_group = [emoji.caption for emoji in training if emoji.class_label == label]
+        captions += [of_group[i * len(of_group) // PER_GROUP] for i in range(PER_GROUP)]
+    return ";".join(captions)
 
 
 def get_config(variant: str = "") -> ConfigDict:
     c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
     c.init_from = "runs/demo/denoiser"
-    c.dreambooth.class_prompt = CLASS_PROMPTS
+    c.dreambooth.class_prompt = "face" if variant == "smoke" else class_prompts()
     c.dreambooth.prior_weight = 2.0
-    c.dreambooth.num_images = 5 * len(CLASS_PROMPTS.split(";"))
+    c.dreambooth.num_images = len(c.dreambooth.class_prompt.split(";"))
     c.data.name = "image_folder"
     c.data.test_split = "train"
     c.first_stage.cache = False  # pictures of two sources
     c.batch_size = 8
-    c.num_steps = 200
+    c.num_steps = 250
     c.optimizer.learning_rate = 8e-5
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0

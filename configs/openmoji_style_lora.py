@@ -1,14 +1,17 @@
 """Another style for the demo's text model: a LoRA of a few drawings of Twemoji.
 
-The demo's model only knows OpenMoji, whose drawings have black outlines; the pictures of the folder
-`data.dir` have flat colours. Their captions don't name the style: the adaptation adds it.
+The adapted model only knows OpenMoji, whose drawings have black outlines; the pictures of the
+folder `data.dir` have flat colours. Their captions don't name the style: the adaptation adds it.
+The first stage knows both styles, as Stable Diffusion's knows all kinds of pictures. That of the
+demo would give outlines to whatever it decodes.
 
 Command   python -m demo.folders --out=runs/style/pictures --style=twemoji --count=200
           python train.py --config=configs/openmoji_style_lora.py --workdir=runs/style/lora
-          after configs/openmoji_text.py in runs/demo/denoiser; then
-          python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
+          after configs/openmoji_autoencoder.py:two_styles in runs/two_styles/first_stage, and
+          configs/openmoji_text.py:style_base in runs/style/base; then
+          python -m demo.adapters --base=runs/style/base --style=runs/style/lora
 Cost      2 minutes on two CPU cores
-Expected  89 % of samples in the style, but subjects are lost (docs/adapters.md)
+Expected  99 % of samples in the style, but subjects are lost (docs/adapters.md)
 Variants  :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """
 
@@ -18,8 +21,8 @@ from configs import default, openmoji_text
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = openmoji_text.get_config("smoke" if variant == "smoke" else "")
-    c.init_from = "runs/demo/denoiser"
+    c = openmoji_text.get_config("smoke" if variant == "smoke" else "style_base")
+    c.init_from = "runs/style/base"
     c.data.name = "image_folder"
     c.data.dir = "runs/style/pictures"
     c.data.test_split = "train"

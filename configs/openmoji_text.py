@@ -10,6 +10,7 @@ Cost      8 to 12 minutes on two CPU cores
 Expected  python -m demo.openmoji --workdir=runs/demo then measures a skin tone of 86 % on held-out
           combinations, a group of 89 % on training captions, and 96 % of the colours
 Variants  :two_styles (OpenMoji and Twemoji; an experiment, which needs longer training)
+          :style_base (OpenMoji alone, on latents of both styles; for openmoji_style_lora.py)
           :v (diffusion by v-prediction, for docs/backbones.md)
           :smoke (synthetic shapes, a few steps)
 """
@@ -71,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.ema_decay = 0.995
     c.log.images_every_steps = 800
     c.checkpoint.every_steps = 800
-    variants = {"v": of_v, "smoke": smoke, "two_styles": two_styles}
+    variants = {"v": of_v, "smoke": smoke, "two_styles": two_styles, "style_base": style_base}
     return default.apply_variant(c, variant, variants)
 
 
@@ -85,6 +86,12 @@ def two_styles(c: ConfigDict) -> None:
     """Captions may name the style: "twemoji red heart"."""
     c.first_stage.path = "runs/two_styles/first_stage"
     c.tokenizer.max_length = c.conditioners.text.max_length = 16
+
+
+def style_base(c: ConfigDict) -> None:
+    """OpenMoji's pictures, in the latents of a first stage that knows both styles."""
+    c.autoencoder = openmoji_autoencoder.get_config("two_styles").autoencoder
+    c.first_stage.path = "runs/two_styles/first_stage"
 
 
 def smoke(c: ConfigDict) -> None:

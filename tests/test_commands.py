@@ -317,7 +317,7 @@ def test_sigterm_saves_and_says_so_by_its_exit_code(tmp_path):
         ((TEXT, "--dry_run", "--config.data.image_size=64"), "conditioners.word_map.height=16"),
         (
             ("--config=configs/openmoji_text.py:smok",),
-            "unknown variant 'smok'; known: smoke, two_styles, v",
+            "unknown variant 'smok'; known: smoke, style_base, two_styles, v",
         ),
         ((AUTOENCODER, "--config.task=segmenting"), "unknown task 'segmenting'; known: "),
         ((AUTOENCODER, "--config.data.name=mnist"), "unknown data.name 'mnist'; known: "),
