@@ -8,8 +8,8 @@ Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then
           python sample.py --workdir=runs/subject --prompts="it face" --out=…
 Cost      a minute on two CPU cores
-Expected  73 % of samples are nearest to the subject; other groups lose 5 points, with :lora 4
-          (docs/adapters.md)
+Expected  83 % of samples are nearest to the subject, with :lora 38 %; other tones and groups lose
+          4 points, with :lora 3 (docs/adapters.md)
 Variants  :lora (a low-rank adaptation of U-Net and text encoder, which adds no words)
           :smoke (a few steps; needs the smoke run of configs/openmoji_text.py)
 """

@@ -10,7 +10,7 @@ Cost      8 to 12 minutes on two CPU cores
 Expected  python -m demo.openmoji --workdir=runs/demo then measures a skin tone of 86 % on held-out
           combinations, a group of 89 % on training captions, and 96 % of the colours
 Variants  :two_styles (OpenMoji and Twemoji; an experiment, which needs longer training)
-          :style_base (OpenMoji alone, on latents of both styles; for openmoji_style_lora.py)
+          :style_base (OpenMoji alone, on latents of both styles; for the LoRA of a style)
           :v (diffusion by v-prediction, for docs/backbones.md)
           :smoke (synthetic shapes, a few steps)
 """
