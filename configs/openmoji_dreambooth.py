@@ -3,6 +3,7 @@
 The pictures are in the folder `data.dir`; the captions beside them (see `data.captions`) have a
 word for the subject, which may be new, and one for its class: "it face". Before training, the model
 draws pictures of the class and of other things, which are half of each batch (Ruiz et al. 2023).
+The captions of these pictures are OpenMoji's, so that the config needs the extra `openmoji`.
 
 Command   python train.py --config=configs/openmoji_dreambooth.py --workdir=runs/subject
           --config.data.dir=DIR, after configs/openmoji_text.py in runs/demo/denoiser; then

@@ -1,8 +1,8 @@
-"""The numbers and pictures of docs/adapters.md: adapters that were trained for the demo's model.
+"""The numbers and pictures of docs/adapters.md: adapters of small models of the demo's pictures.
 
     python -m demo.adapters --base=runs/demo/denoiser --control=runs/control
     python -m demo.adapters --base=runs/demo/denoiser --subject=runs/subject --prompt="it face"
-    python -m demo.adapters --base=runs/demo/denoiser --style=runs/style/lora
+    python -m demo.adapters --base=runs/style/base --style=runs/style/lora
 
 For a control net, it measures the F1 of edges between samples and their hints, which are edges of
 held-out pictures, also for the uncontrolled model at the same prompts, for both with empty prompts,
@@ -184,7 +184,7 @@ def evaluate_style(base: Path, style: Path) -> dict[str, float]:
         drawn[when] = to_uint8(samples).reshape(len(prompts), SAMPLES, *samples.shape[1:])
         measure(when, drawn[when].reshape(samples.shape), np.repeat(labels, SAMPLES))
     real = np.stack([to_float(truth[prompt]) for prompt in prompts])
-    measure("reconstructed", to_uint8(reconstructions(model, real)), labels)  # a perfect adapter
+    measure("reconstructed", to_uint8(reconstructions(model, real)), labels)
     shown = range(0, len(prompts), len(prompts) // 12)
     rows = [(drawn["before"][i, 0], drawn["after"][i], truth[prompts[i]]) for i in shown]
     gallery.sheet(rows, ("base", "samples", "Twemoji")).save(style / "style.png")

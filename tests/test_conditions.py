@@ -71,9 +71,10 @@ def test_every_condition_by_name_for_one_example_or_for_each():
     assert batch["layout"].dtype == batch["segmentation"].dtype == np.int32
     np.testing.assert_array_equal(batch["layout"][0, :8:3], [3, 0, 0])  # classes, then the crop
     np.testing.assert_array_equal(batch["noise_level"], [20] * 3)  # where nothing is said
-    low = make_conditioner({"low_res": {"num_levels": 7, "max_noise_level": 5}})
-    few = conditions.batch_of(low, lambda prompts: None, {"low_res": SMALL}, SIZE, (4, 4))
-    np.testing.assert_array_equal(few["noise_level"], [4])  # its highest
+    for levels, fields in ((7, {"max_noise_level": 5}), (5, {})):
+        low = make_conditioner({"low_res": {"num_levels": levels, **fields}})
+        few = conditions.batch_of(low, lambda prompts: None, {"low_res": SMALL}, SIZE, (4, 4))
+        np.testing.assert_array_equal(few["noise_level"], [4])  # its highest
     two = batch_of(["layout"], layout=[[(3, BOX)], [(4, BOX), (1, BOX)]])
     np.testing.assert_array_equal(two["layout"][:, [0, 3]], [[3, 25], [4, 1]])
     tokens = batch_of(["layout"], layout=two["layout"])["layout"]

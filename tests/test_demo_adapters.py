@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import openmoji_style_lora
+from configs import openmoji_dreambooth, openmoji_style_lora
 from demo import adapters, folders
 from latent_diffusion import data
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
@@ -58,6 +58,11 @@ def test_a_style_is_a_folder_of_many_subjects(tmp_path):
     assert len({example["caption"] for example in examples}) == 6
     held_out = {emoji.caption for emoji in folders.catalogue("twemoji") if emoji.split == "test"}
     assert not held_out & {example["caption"] for example in examples}
+
+
+def test_the_prior_has_other_captions_of_each_group():
+    captions = openmoji_dreambooth.class_prompts().split(";")
+    assert len(captions) == len({*captions}) == 1 + 9 * openmoji_dreambooth.PER_GROUP
 
 
 def test_a_subject_is_a_folder_of_one_drawing_at_other_places(tmp_path):

@@ -308,9 +308,14 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
     assert seen == [["command", "word"]]
 
 
-def test_a_misspelt_field_is_named_by_commands_that_need_other_flags_too(tmp_path):
-    flags = ["--config=configs/kl_f4.py", f"--out={tmp_path}", "--config.data.dri=x"]
-    command = [sys.executable, "-m", "latent_diffusion.encode", *flags]
+@pytest.mark.parametrize(
+    "others",
+    [("--out=x", "--config.data.dri=x"), ("--wrkdir=x", "--config.data.dri=x"),
+     ("--noconfig.data.dri",)],
+)  # fmt: skip
+def test_a_misspelt_field_is_named_by_commands_that_need_other_flags_too(others):
+    command = [sys.executable, "-m", "latent_diffusion.encode", "--config=configs/kl_f4.py"]
+    command += others
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: --config.data.dri: data has no field 'dri'; known: ")

@@ -150,6 +150,9 @@ def test_an_adaptation_adds_no_inputs(folder):
     base = {"unet": {"input_blocks_0_0": {"kernel": jnp.zeros((3, 3, 5, 8))}}}
     with pytest.raises(ValueError, match=r"has 2 channels of latent and conditions, this run 5: "):
         init_from.base_from(config, Constants(None, base=base), init_from.read(config))
+    base["unet"]["input_blocks_0_0"]["kernel"] = jnp.zeros((3, 3, 2, 9))  # of another width
+    with pytest.raises(ValueError, match=r"does not fit: .*\(3, 3, 2, 9\)"):
+        init_from.base_from(config, Constants(None, base=base), init_from.read(config))
 
 
 def test_loaded_codes_count_as_used_once():

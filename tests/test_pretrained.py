@@ -111,7 +111,7 @@ def test_a_run_keeps_its_own_copy(bert_folder, tmp_path):
 
 def test_the_words_of_a_frozen_encoder_are_those_of_its_run(tmp_path):
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
+    run.mkdir()
     WordTokenizer(["red", "heart"], 9, 3).save(run / workdir.TOKENIZER)
     captions = ArraySource({"caption": ["blue heart"]})
     config = make_config("denoising")
@@ -122,6 +122,13 @@ def test_the_words_of_a_frozen_encoder_are_those_of_its_run(tmp_path):
     resolved, tokenizer = make_tokenizer(config, captions, None, None)
     assert tokenizer(["blue red heart"]).tolist() == [[1, 2, 3]]
     assert resolved.tokenizer.max_length == 3 and resolved.asked.tokenizer.max_length == 4
+    other = tmp_path / "other"
+    other.mkdir()
+    WordTokenizer(["blue"], 9, 3).save(other / workdir.TOKENIZER)
+    config.conditioners.word_map = {"vocab_size": 9, "height": 2, "width": 2, "channels": 1}
+    config.pretrained.word_map = str(other)
+    with pytest.raises(ValueError, match=r"run/tokenizer.json and .*differ, but one tokenizer"):
+        make_tokenizer(config, captions, None, None)
 
 
 def test_clips_text_encoder_is_found_in_every_place(tmp_path):

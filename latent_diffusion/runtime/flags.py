@@ -1,5 +1,6 @@
 """Flags that several commands share. JAX isn't imported before a run starts: --help is fast."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -69,7 +70,7 @@ def _parse(argv: list[str]) -> list[str]:
         return rest
     except (AttributeError, LookupError, TypeError) as error:
         reason = _unknown_field(argv) or str(error)
-    except (ValueError, OSError, flags.Error) as error:
+    except (ValueError, OSError, ModuleNotFoundError, flags.Error) as error:
         reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
         if isinstance(error, OSError):
             reason = f"--config: {reason}"
@@ -78,11 +79,14 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _unknown_field(argv: list[str]) -> str:
     """A message about the first --config.NAME that the config doesn't have; "" without one."""
-    others = [argument for argument in argv[1:] if not argument.lstrip("-").startswith("config.")]
+    others = [argument for argument in argv[1:] if not re.match(r"--?(no)?config\.", argument)]
     sys.argv = [argv[0], *others]  # the config's flag searches here for fields
-    flags.FLAGS(sys.argv)
+    with contextlib.suppress(flags.Error):  # other flags may be wrong or missing, too
+        flags.FLAGS(sys.argv)
+    if flags.FLAGS["config"].value is None:
+        return ""
     for argument in argv[1:]:
-        path = argument.lstrip("-").partition("=")[0]
+        path = re.sub("^--?(no)?", "", argument).partition("=")[0]
         part: Any = flags.FLAGS["config"].value
         above = "the config"
         for name in path.split(".")[1:] if path.startswith("config.") else ():

@@ -174,10 +174,10 @@ def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None)
     if bundle is None or config.task not in DENOISERS or not adapts(config):
         return constants
     tensors = parameters_of(bundle, config.task)
-    fresh = flatten_dict(constants.base, sep="/").get(CONV_IN)
-    if fresh is not None and CONV_IN in tensors and fresh.shape != tensors[CONV_IN].shape:
+    fresh, there = flatten_dict(constants.base, sep="/").get(CONV_IN), tensors.get(CONV_IN)
+    if fresh is not None and there is not None and fresh.shape[2] != there.shape[2]:
         raise ValueError(
-            f"init_from={config.init_from} has {tensors[CONV_IN].shape[2]} channels of latent and "
+            f"init_from={config.init_from} has {there.shape[2]} channels of latent and "
             f"conditions, this run {fresh.shape[2]}: an adaptation has its model's conditions"
         )
     return constants.replace(base=_filled(constants.base, tensors, "", str(config.init_from)))

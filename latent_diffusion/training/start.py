@@ -221,7 +221,7 @@ def _check_patterns(config: ConfigDict, state: Any, constants: Any) -> None:
         if named := {path.split("/")[1] for path in pretrained if re.search(pattern, path)}:
             raise ValueError(
                 f"{field}={pattern!r} matches only the encoder of pretrained.{min(named)}, which "
-                "isn't adapted; that of init_from is, in an experiment without pretrained (:lora)"
+                "isn't adapted: take it from init_from, as configs/sd_v1.py:lora does"
             )
         parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in among}))
         raise ValueError(f"{field}={pattern!r} matches no parameter; they begin with {parts}")

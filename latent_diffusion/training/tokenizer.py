@@ -53,6 +53,7 @@ def _of_words(config: ConfigDict) -> Path | None:
     """The tokenizer of the run from which a frozen text encoder comes, if its tokens are words.
 
     The encoder's rows stand for these words. Words of other captions would have other numbers.
+    Raises ValueError if the encoders of two runs have other words.
     """
     conditioner = make_conditioner(config.conditioners)
     parts = zip(conditioner.config, conditioner.parts(), strict=True)
@@ -60,7 +61,12 @@ def _of_words(config: ConfigDict) -> Path | None:
     runs = [Path(config.pretrained[name]) for name in readers if name in config.pretrained]
     if config.tokenizer.name != WordTokenizer.kind:
         return None  # other tokenizers don't depend on captions
-    return next((run / TOKENIZER for run in runs if (run / "checkpoints").is_dir()), None)
+    paths = [run / TOKENIZER for run in runs if (run / TOKENIZER).is_file()]
+    if len({path.read_bytes() for path in paths}) > 1:
+        raise ValueError(
+            f"pretrained: {' and '.join(map(str, paths))} differ, but one tokenizer serves both"
+        )
+    return paths[0] if paths else None
 
 
 def _with_new_word(config: ConfigDict, source: Any, tokenizer: Tokenizer) -> Tokenizer:
@@ -69,7 +75,8 @@ def _with_new_word(config: ConfigDict, source: Any, tokenizer: Tokenizer) -> Tok
     first = rows_of_words(make_conditioner(config.conditioners).config)
     rows = range(first, first + fields.num_vectors)
     more: Tokenizer = with_words(tokenizer, {fields.word: rows})
-    if not np.isin(more(data.captions(source)), rows).any():
+    captions = [text for text in data.captions(source) if fields.word.lower() in text.lower()]
+    if not captions or not np.isin(more(captions), rows).any():
         raise ValueError(
             f"textual_inversion.word={fields.word!r} is in none of the training captions, as far "
             f"as tokenizer.max_length={tokenizer.max_length} reads them: it would learn nothing"

@@ -38,7 +38,7 @@ class LowRes(nn.Module):
     @property
     def usual_level(self) -> int:
         """The default of a sampling call."""
-        return min(20, self.max_noise_level - 1)
+        return min(20, self.max_noise_level - 1, self.num_levels - 1)
 
     @property
     def optional(self) -> tuple[str, ...]:
