@@ -55,12 +55,12 @@ def _of_words(config: ConfigDict) -> Path | None:
     The encoder's rows stand for these words. Words of other captions would have other numbers.
     Raises ValueError if the encoders of two runs have other words.
     """
+    if config.tokenizer.name != WordTokenizer.kind:
+        return None  # other tokenizers don't depend on captions
     conditioner = make_conditioner(config.conditioners)
     parts = zip(conditioner.config, conditioner.parts(), strict=True)
     readers = [name for name, part in parts if "tokens" in part.keys]
     runs = [Path(config.pretrained[name]) for name in readers if name in config.pretrained]
-    if config.tokenizer.name != WordTokenizer.kind:
-        return None  # other tokenizers don't depend on captions
     paths = [run / TOKENIZER for run in runs if (run / TOKENIZER).is_file()]
     if len({path.read_bytes() for path in paths}) > 1:
         raise ValueError(
