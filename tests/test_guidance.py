@@ -10,6 +10,7 @@ import pytest
 from latent_diffusion.core.rng import example_keys
 from latent_diffusion.process import constraints, guidance
 from latent_diffusion.process.diffusion import Prediction
+from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.process.plan import plan
 from latent_diffusion.process.samplers import SAMPLERS
 from latent_diffusion.process.schedules import make_schedule
@@ -218,6 +219,24 @@ def test_eps_follows_a_constraint_or_stays(name):
     close(stays.eps, before.eps)
     close(stays.z_0, follows.z_0)
     assert bool(jnp.any(stays.z_0 != before.z_0))
+
+
+@pytest.mark.parametrize("recompute_eps", [True, False])
+@pytest.mark.parametrize(
+    ("given", "nearest", "name"),
+    [
+        ({"clip_x0": 1.0}, None, "clip"),
+        ({"dynamic_threshold": 0.995, "threshold_limit": None}, None, "dynamic_threshold"),
+        ({}, jnp.round, "quantize"),
+    ],
+)
+def test_an_option_is_its_constraint(given, nearest, name, recompute_eps):
+    off = {"clip_x0": None, "dynamic_threshold": None}
+    denoise, options = answers(BIG), SamplingOptions(**{**off, **given})
+    got = constraints.constrained(denoise, SCHEDULE, options, nearest, recompute_eps)(Z, T)
+    want = CONSTRAINTS[name](denoise, SCHEDULE, recompute_eps=recompute_eps)(Z, T)
+    close(got.z_0, want.z_0)
+    close(got.eps, want.eps)
 
 
 def test_constraints_do_what_they_say():

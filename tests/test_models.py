@@ -1,10 +1,12 @@
 """The networks: sizes of the released ones, and what their parts promise."""
 
 import flax.errors
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.nets.attention import AttentionBlock
@@ -165,6 +167,30 @@ def test_every_unet_option_builds_and_keeps_the_latent_size(fields):
     )
     assert out.shape == (2, 4, 6, fields.get("num_codes", 2))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_every_residual_block_drops_in_training_alone():
+    unet = UNet(**SMALL_UNET, resblock_updown=True, dropout=0.5)
+    conditioning = Conditioning(context=jnp.zeros((1, 3, 7)))
+    given = (jnp.zeros((1, 4, 4, 2)), jnp.zeros(1), conditioning)
+    variables = jax.eval_shape(unet.init, KEY, *given)
+    idle = {}
+
+    def watched(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout):
+            idle["/".join(context.module.path[:-1])] = kwargs["deterministic"]
+        return call(*args, **kwargs)
+
+    leaves = flatten_dict(variables["params"], sep="/")
+    blocks = {path.split("/in_layers_0")[0] for path in leaves if "/in_layers_0/" in path}
+    for train in (True, False):
+
+        def applied(v, train=train):
+            return unet.apply(v, *given, train, rngs={"dropout": KEY})
+
+        with nn.intercept_methods(watched):
+            jax.eval_shape(applied, variables)
+        assert idle == dict.fromkeys(blocks, not train) and len(blocks) == 10
 
 
 def test_features_of_every_skip_and_of_the_middle_reach_the_prediction():

@@ -126,6 +126,10 @@ def test_dropout_and_recomputation_change_training_alone():
     other = jnp.where(jnp.arange(6) < 3, CODES, (CODES + 1) % 11)
     same = np.abs(np.asarray(trained - dropping.apply(variables, other, told, True, rngs=rngs)))
     assert same[:, :4].max() == 0 < same[:, 4:].max()
+    # Of a masked prior every position sees all codes, in training, too.
+    masked = dropping.clone(causal=False)
+    seen = [masked.apply(variables, codes, told, True, rngs=rngs) for codes in (CODES, other)]
+    assert np.abs(np.asarray(seen[0] - seen[1]))[:, 0].max() > 1e-3
 
 
 def test_bad_input_is_one_line():

@@ -149,25 +149,31 @@ def test_one_step_draws_every_code_from_masks_alone():
     np.testing.assert_array_equal(got.reshape(2, -1), want)
 
 
-@pytest.mark.parametrize("choice_temperature", [0.0, 6.0])
-def test_two_steps_keep_the_codes_that_were_most_certain(choice_temperature):
-    """With noise in the order of certainty, half of which is left after half of the steps."""
+@pytest.mark.parametrize(("choice_temperature", "known"), [(0.0, 0), (6.0, 0), (0.0, 9)])
+def test_two_steps_keep_the_codes_that_were_most_certain(choice_temperature, known):
+    """With noise in the order of certainty, half of which is left after half of the steps.
+
+    known: so many codes are given; the others alone are counted and drawn.
+    """
     prior, asked, _ = prior_of(causal=False)
+    fixed, codes = np.arange(16) < known, np.arange(32).reshape(2, 16) % CODES
 
     def draw(tokens, step):
         of_step = [jax.random.gumbel(jax.random.fold_in(key, step), (16, CODES)) for key in keys()]
         logits = prior.logits(tokens, asked)
-        made = jnp.argmax(logits + np.stack(of_step), -1)
+        made = jnp.where(fixed, codes, jnp.argmax(logits + np.stack(of_step), -1))
         sure = jnp.take_along_axis(jax.nn.log_softmax(logits), made[..., None], -1)[..., 0]
-        return np.asarray(made), np.asarray(sure)
+        return np.asarray(made), np.where(fixed, np.inf, sure)
 
-    masks = jnp.full((2, 16), prior.transformer.mask_token)
+    masks = jnp.where(fixed, codes, prior.transformer.mask_token)
     first, sure = draw(masks, 0)
     noise = [jax.random.gumbel(jax.random.fold_in(key, 1), (16,)) for key in keys()]
     sure = sure + choice_temperature / 2 * np.stack(noise)
-    again = np.argsort(np.argsort(sure, 1, "stable"), 1) < 11  # ⌊16 · cos(π/4)⌋ of them
+    count = int((16 - known) * np.cos(np.pi / 4))
+    again = np.argsort(np.argsort(sure, 1, "stable"), 1) < count
     second, _ = draw(jnp.where(again, masks, first), 2)
-    got = masked(num_steps=2, choice_temperature=choice_temperature)
+    given = (codes.reshape(2, 4, 4), np.broadcast_to(fixed.reshape(4, 4), (2, 4, 4)))
+    got = masked(num_steps=2, choice_temperature=choice_temperature, known=given)
     np.testing.assert_array_equal(got.reshape(2, -1), np.where(again, second, first))
     assert np.any((first != second) & again)
 

@@ -452,6 +452,16 @@ def test_order_option(name, orders):
     assert sorted(errors.values(), reverse=True) == [errors[order] for order in orders]
 
 
+@pytest.mark.parametrize("name", ["dpm_solver_2m", "dpm_solver_3m", "dpm_solver_pp_2m"])
+def test_a_last_step_of_first_order_sees_the_last_prediction_alone(name):
+    timesteps = levels(6, end=0)
+    for euler in (False, True):
+        fields = {"lower_order_final": False, "euler_at_final": euler}
+        table = SAMPLERS[name].table(LINEAR, timesteps, **fields)
+        weights = np.asarray(table.z_0 if "_pp_" in name else table.eps)
+        assert np.any(weights[-1, 1:] != 0) != euler and np.all(weights[-2, 1:] != 0)
+
+
 def test_steps_of_third_order_are_those_of_k_diffusion():
     """Its DPM-Solver++(3M) without noise, for estimates of z_0 of the last three steps."""
     timesteps = levels(6, end=0)

@@ -75,6 +75,8 @@ def test_features_are_made_once_a_call_and_weights_are_traced(caplog, monkeypatc
     assert np.abs(beside - want).max() > 1e-3
     both = sampled([(random_control(), HINTS, 0.0), (net, HINTS, 1.0)])
     np.testing.assert_allclose(both, want, atol=1e-4)
+    halves = sampled([(net, HINTS, 0.75), (net, HINTS, 0.25)])  # features of several add up
+    np.testing.assert_allclose(halves, want, atol=1e-4)
     with pytest.raises(ValueError, match="net: end is a setting of control nets"):
         sampled([(net, HINTS, 1.0, {"end": 0.5})])
     with pytest.raises(ValueError, match="tile_size doesn't go with a T2I-Adapter"):
