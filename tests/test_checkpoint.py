@@ -231,6 +231,22 @@ def test_damaged_step_is_skipped_named_and_can_be_saved_again(tmp_path, caplog, 
     assert [path.name for path in tmp_path.glob("*rejected*")] == ["2.rejected-1"]
 
 
+def test_all_damaged_steps_after_the_last_good_one_are_saved_again(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    for step in "23":
+        drop_tree(tmp_path / step)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore().step == 1
+        for step in (2, 3):
+            checkpointer.save(step, make_state(step))
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        restored = checkpointer.restore(jax.eval_shape(make_state))
+        assert restored.step == 3 and checkpointer.all_steps() == [1, 2, 3]
+        assert_same(make_state(3), restored.state)
+    rejected = sorted(path.name for path in tmp_path.glob("*rejected*"))
+    assert rejected == ["2.rejected-1", "3.rejected-1"]
+
+
 def test_no_flipped_bit_is_restored(tmp_path, caplog):
     save_steps(tmp_path / "run", 1, 2)
     files = sorted(path for path in (tmp_path / "run" / "2").rglob("*") if path.is_file())

@@ -127,6 +127,11 @@ def test_both_programs_are_compiled_and_what_they_need_is_found(here, tmp_path, 
     ]
     assert [row["peak"] for row in rows] == [sample.peak, train.peak]
 
+    # Sampling in bfloat16 is another row; training is in float32 whatever sampling is in.
+    compile_check.write_json(file, config, "tiny", "v5e:2x4", [train, sample], "bfloat16")
+    rows = [(row["program"], row["params"]) for row in json.loads(file.read_text())]
+    assert sorted(rows) == [("sample", "bfloat16"), ("sample", "float32"), ("train", "float32")]
+
     (counted,) = compile_check.check(config, "v5e:2x4", ["train"], compile=False)
     assert counted.flops == train.flops and counted.peak == 0
     alone = several.make_config(**{"parallel.mode": "single"})

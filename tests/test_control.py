@@ -160,6 +160,14 @@ def test_a_window_ends_where_steps_do_and_guess_mode_weighs_as_its_definition():
     np.testing.assert_allclose(guess, same, atol=1e-5)
 
 
+def test_negative_prompts_see_the_hint_or_not_as_the_unconditional_does():
+    net, alone = random_control(), {"negative_prompts": "blue cat", "guidance_scale": 0.0}
+    without = sampled(**alone)
+    unseen = sampled([(net, HINTS, 1.0, {"null": False})], **alone)
+    np.testing.assert_allclose(unseen, without, atol=1e-5)
+    assert np.abs(sampled([(net, HINTS, 1.0)], **alone) - without).max() > 1e-3
+
+
 def test_a_net_sees_no_other_adapter_and_may_see_no_concat_and_average_its_outputs():
     weights = random_control()
     net = control_net(model().denoiser.network, 1)
@@ -419,6 +427,10 @@ def test_training_moves_the_net_alone_and_its_workdir_is_an_adapter(tmp_path):
     for _ in range(3):
         state, values = step(state, constants, batch, jax.random.key(1))
     assert np.isfinite(values["loss"])
+    # The pictures of a run are of the averaged parameters, those of its hints, too.
+    averaged = state.replace(params=None)
+    shown = jax.eval_shape(task.show, averaged, constants, batch, jax.random.key(2))
+    assert shown["samples"].shape == shown["inputs"].shape
     after = flatten_dict(state.params["control"], sep="/")
     moved = {path for path in after if not np.array_equal(after[path], before[path])}
     assert {f"{HINT}/conv_0/kernel", "middle_block_out_0/kernel", "zero_convs_0_0/kernel"} <= moved

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -306,6 +307,29 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
     assert not seen
     shared_flags.run(main, config=False, positional=True)
     assert seen == [["command", "word"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ({"workdir": "a"}, "a"),
+        ({"model": "b"}, "b"),
+        ({}, None),
+        ({"workdir": "a", "model": "b"}, None),
+    ],
+)
+def test_a_model_has_one_path(given, path, monkeypatch):
+    def define(name, *_):
+        return SimpleNamespace(name=name, value=given.get(name))
+
+    defined = SimpleNamespace(DEFINE_string=define, DEFINE_bool=define)
+    monkeypatch.setattr(shared_flags, "flags", defined)
+    read = shared_flags.model()
+    if path:
+        assert read() == (path, {"tokenizer": None, "dtype": None, "scan": None})
+    else:
+        with pytest.raises(app.UsageError, match="give either --workdir or --model"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -263,10 +263,11 @@ def test_split_and_class_folders(tmp_path):
     save(tmp_path / "train/dog/1.png")
     save(tmp_path / "train/cat/deep/2.png")
     save(tmp_path / "test/dog/3.JPG")
+    save(tmp_path / "test/ape/4.png")  # a class of one split alone has a number in all
     train, test = (make_source(config(tmp_path), split) for split in ("train", "test"))
-    assert train.class_names == test.class_names == ("cat", "dog")
-    assert [train[i]["class_label"] for i in range(2)] == [0, 1]
-    assert test[0]["class_label"] == 1 and test[0]["name"] == "3.JPG"
+    assert train.class_names == test.class_names == ("ape", "cat", "dog")
+    assert [train[i]["class_label"] for i in range(2)] == [1, 2]
+    assert [test[i]["class_label"] for i in range(2)] == [0, 2] and test[1]["name"] == "3.JPG"
     with pytest.raises(ValueError, match=r"unknown split 'val' of .*; known: train, test"):
         make_source(config(tmp_path, test_split="val"), "test")
 

@@ -1,6 +1,7 @@
 """Sampling programs on disk: a second start reads them, and only where they are the same."""
 
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import test_control
 import test_image_prompts
 import test_model
+from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 
 from latent_diffusion.generation import program
@@ -144,6 +146,18 @@ def found(description="three times", factor=3):
 def forget_what_jax_has_cached(folder):
     jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     compilation_cache.reset_cache()
+
+
+def test_every_file_of_the_package_is_part_of_a_programs_name(monkeypatch):
+    read, read_bytes = set(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or read_bytes(path))
+    before = programs._code.__wrapped__()
+    assert {
+        ROOT / "latent_diffusion/process/plan.py",
+        ROOT / "latent_diffusion/nets/unet.py",
+    } < read
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"\n")
+    assert programs._code.__wrapped__() != before
 
 
 SURROUNDINGS = {

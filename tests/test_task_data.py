@@ -9,6 +9,7 @@ from latent_diffusion import data
 from latent_diffusion.data import ArraySource, degradations, make_transform, retrieval
 from latent_diffusion.data.degradations import (
     DEGRADATIONS,
+    FULL,
     LIGHT,
     _order,
     _shrink,
@@ -122,6 +123,24 @@ def test_the_full_degradation_hurts_more_than_the_light_one_and_both_keep_the_pi
         for name in ("bsrgan", "bsrgan_light")
     }
     assert 1.3 * errors["bsrgan_light"] < errors["bsrgan"] < 40
+
+
+@pytest.mark.parametrize(("strength", "divisor"), [(FULL, 1.0), (LIGHT, 4.0)])
+def test_blurs_of_both_kinds_are_four_times_as_narrow_in_the_light_degradation(
+    strength, divisor, monkeypatch
+):
+    round_ones, long_ones, kernel = [], [], degradations.gaussian_kernel
+
+    def seen(size, covariance):
+        widths = np.linalg.eigvalsh(covariance)
+        (round_ones if np.ptp(widths) < 1e-9 else long_ones).append(widths.max())
+        return kernel(size, covariance)
+
+    monkeypatch.setattr(degradations, "gaussian_kernel", seen)
+    for i in range(60):
+        degradations._blur(PICTURE / np.float32(255), 2, rng(i), strength)
+    for widths, widest in ((round_ones, (2.4 / divisor) ** 2), (long_ones, 6 / divisor)):
+        assert len(widths) > 15 and 0.5 * widest < max(widths) <= widest
 
 
 def test_picking_every_fourth_pixel_does_not_move_the_picture():
