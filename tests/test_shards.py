@@ -111,7 +111,10 @@ def made(monkeypatch):
     )
     images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, 3 * SIZE, 3), np.uint8)
     captions = [["one", f"number {i}"] for i in range(COUNT)]
-    source = data.ArraySource({"image": images, "caption": captions, "other": np.arange(COUNT)})
+    maps = images[..., 0] // 32  # classes of pixels
+    source = data.ArraySource(
+        {"image": images, "caption": captions, "segmentation": maps, "other": np.arange(COUNT)}
+    )
     monkeypatch.setattr(data, "make_source", lambda config, split: source)
     monkeypatch.setattr(start, "with_files", lambda config: config)
     monkeypatch.setattr(frozen, "read_first_stage", lambda *_: (first_stage, True))
@@ -137,6 +140,9 @@ def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
             columns = slice(round(left * 3 * SIZE), round(right * 3 * SIZE))
             cut = source[i]["image"][:, columns] / np.float32(127.5) - 1
             assert (top, bottom, cut.shape) == (0, 1, (SIZE, SIZE, 3))
+            np.testing.assert_array_equal(
+                crop["segmentation"], source[i]["segmentation"][:, columns]
+            )
             want = of_picture(np.stack([cut, cut[:, ::-1]]))
             got = [mirror["moments"] for mirror in crop["mirrors"]]
             np.testing.assert_allclose(got, want, atol=1e-5)
