@@ -233,6 +233,8 @@ def test_convolutions_norms_biases_and_text_encoders_are_found_in_all_names(tmp_
         "lora_unet_conv_in.diff_b": draw(8, seed=2),
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": draw(RANK, 16),
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": draw(64, RANK),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": np.float32(1.0),  # not of the bias
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.diff_b": draw(64, seed=4),
         f"unet.{BLOCK}.to_out.0.lora_A.weight": DOWN,
         f"unet.{BLOCK}.to_out.0.lora_B.weight": UP,
         f"unet.{BLOCK}.to_out.0.lora_B.bias": draw(8, seed=3),
@@ -244,7 +246,8 @@ def test_convolutions_norms_biases_and_text_encoders_are_found_in_all_names(tmp_
         "unet/middle_block_0/in_layers_0/bias": 2 * draw(8, seed=1),
         "unet/input_blocks_0_0/kernel": 2 * draw(8, 3, 3, 3).transpose(2, 3, 1, 0),
         "unet/input_blocks_0_0/bias": 2 * draw(8, seed=2),
-        "clip_text/layers_0/fc1/kernel": 2 * (draw(64, RANK) @ draw(RANK, 16)).T,
+        "clip_text/layers_0/fc1/kernel": 2 / RANK * (draw(64, RANK) @ draw(RANK, 16)).T,
+        "clip_text/layers_0/fc1/bias": 2 * draw(64, seed=4),
         f"unet/{KERNEL}": (UP @ DOWN).T,
         f"unet/{KERNEL.replace('kernel', 'bias')}": draw(8, seed=3),
     }

@@ -191,6 +191,9 @@ def test_sizes_that_are_not_square(pipeline, tmp_path):
     assert ldm.load(tmp_path / "orbax").image_size == (16, 24)
     model.save(tmp_path / "diffusers", "diffusers")
     assert config_of(tmp_path / "diffusers" / "unet")["sample_size"] == [8, 12]
+    larger = replace(convert.read(path), image_size=(32, 64))
+    convert.write(larger, tmp_path / "larger", "diffusers")
+    assert convert.read(tmp_path / "larger").image_size == (32, 64)
     with pytest.raises(ValueError, match="square pictures"):
         model.save(tmp_path / "a.safetensors", "compvis")
     assert "8 × 12 × 4" in describe(convert.read(path))
@@ -511,6 +514,9 @@ def test_a_folder_without_a_tokenizer_takes_the_one_that_is_named(tmp_path):
     assert convert.read(file).tokenizer is None
     (tmp_path / "words").rename(tmp_path / "tokenizer")  # is found beside a single file
     assert convert.read(file).tokenizer.to_dict() == read.to_dict()
+    write_clip(tmp_path / "named", pad_token="!")
+    named = convert.read(file, tokenizer=tmp_path / "named").tokenizer
+    assert named.to_dict() == ClipTokenizer.read(tmp_path / "named", 5).to_dict() != read.to_dict()
 
 
 def test_a_refiner_has_the_tokenizer_of_its_only_encoder(tmp_path):

@@ -305,6 +305,9 @@ def test_the_image_encoder_beside_a_file_has_the_width_that_it_takes(tmp_path):
             assert read.keys() == drawn.keys()
             for name, array in drawn.items():
                 np.testing.assert_array_equal(read[name], array)
+            (tmp_path / "image_encoder").rename(tmp_path / "named")
+    named = flatten_dict(read_adapter(path, image_encoder=tmp_path / "named").encoder, sep="/")
+    assert all(np.array_equal(named[name], read[name]) for name in read)
     with pytest.raises(ValueError, match=r"takes 10 numbers, of which the image enc.* makes 9"):
         read_adapter(path)
 
