@@ -36,10 +36,12 @@ CHECKED = adversarial attention clip codebooks conditioners convolution decoding
 	perceptual posterior prior_model quantizer rng samplers schedules steering t2i_adapter tasks \
 	tiling tiny_autoencoder
 CHECKED_TESTS = $(CHECKED:%=tests/test_%.py)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+CHECKS = --jaxtyping-packages=latent_diffusion,beartype.beartype
+
 # Where two workers share two cores, a thread of OpenBLAS would wait for a core while another one waits for
 # the thread: a small eigenproblem takes a hundred times as long.
-PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-CHECKS = --jaxtyping-packages=latent_diffusion,beartype.beartype
+test types mutants: export OPENBLAS_NUM_THREADS = 1
 
 test: $(VENV)/.test
 	$(PYTEST) $(CHECKED_TESTS:%=--ignore=%)

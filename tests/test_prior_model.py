@@ -149,11 +149,13 @@ def test_one_step_draws_every_code_from_masks_alone():
     np.testing.assert_array_equal(got.reshape(2, -1), want)
 
 
-@pytest.mark.parametrize(("choice_temperature", "known"), [(0.0, 0), (6.0, 0), (0.0, 9)])
-def test_two_steps_keep_the_codes_that_were_most_certain(choice_temperature, known):
+@pytest.mark.parametrize(
+    ("choice_temperature", "known", "count"), [(0.0, 0, 11), (6.0, 0, 11), (0.0, 9, 4)]
+)
+def test_two_steps_keep_the_codes_that_were_most_certain(choice_temperature, known, count):
     """With noise in the order of certainty, half of which is left after half of the steps.
 
-    known: so many codes are given; the others alone are counted and drawn.
+    known: so many of 16 codes are given. count: ⌊(16 − known) · cos(π/4)⌋ codes are drawn again.
     """
     prior, asked, _ = prior_of(causal=False)
     fixed, codes = np.arange(16) < known, np.arange(32).reshape(2, 16) % CODES
@@ -169,11 +171,11 @@ def test_two_steps_keep_the_codes_that_were_most_certain(choice_temperature, kno
     first, sure = draw(masks, 0)
     noise = [jax.random.gumbel(jax.random.fold_in(key, 1), (16,)) for key in keys()]
     sure = sure + choice_temperature / 2 * np.stack(noise)
-    count = int((16 - known) * np.cos(np.pi / 4))
     again = np.argsort(np.argsort(sure, 1, "stable"), 1) < count
     second, _ = draw(jnp.where(again, masks, first), 2)
     given = (codes.reshape(2, 4, 4), np.broadcast_to(fixed.reshape(4, 4), (2, 4, 4)))
-    got = masked(num_steps=2, choice_temperature=choice_temperature, known=given)
+    known = {"known": given} if known else {}
+    got = masked(num_steps=2, choice_temperature=choice_temperature, **known)
     np.testing.assert_array_equal(got.reshape(2, -1), np.where(again, second, first))
     assert np.any((first != second) & again)
 

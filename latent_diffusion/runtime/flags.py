@@ -79,17 +79,16 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _unknown_field(argv: list[str]) -> str:
     """A message about the first --config.NAME that the config doesn't have; "" without one."""
-    others = [argument for argument in argv[1:] if not re.match(r"--?(no)?config\.", argument)]
+    others = [argument for argument in argv[1:] if not _path_of_field(argument)]
     sys.argv = [argv[0], *others]  # the config's flag searches here for fields
     with contextlib.suppress(flags.Error):  # other flags may be wrong or missing, too
         flags.FLAGS(sys.argv)
     if flags.FLAGS["config"].value is None:
         return ""
-    for argument in argv[1:]:
-        path = re.sub("^--?(no)?", "", argument).partition("=")[0]
+    for path in filter(None, map(_path_of_field, argv[1:])):
         part: Any = flags.FLAGS["config"].value
         above = "the config"
-        for name in path.split(".")[1:] if path.startswith("config.") else ():
+        for name in path.split(".")[1:]:
             names = list(part) if hasattr(part, "keys") else []
             if name.partition("[")[0] not in names:
                 return (
@@ -97,6 +96,12 @@ def _unknown_field(argv: list[str]) -> str:
                 )
             part, above = part[name.partition("[")[0]], name
     return ""
+
+
+def _path_of_field(argument: str) -> str:
+    """config.NAME of --config.NAME, --config.NAME=VALUE or --noconfig.NAME; "" of other flags."""
+    field = re.match(r"(?:--?(?:no)?)?(config\.[^=]*)", argument)
+    return field[1] if field else ""
 
 
 def cluster() -> Callable[[], None]:
