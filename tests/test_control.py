@@ -32,6 +32,7 @@ from latent_diffusion.process.options import SamplingOptions
 from latent_diffusion.runtime import workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks.beside import hinted, with_control
 from latent_diffusion.training import init_from
 from latent_diffusion.training.batch_spec import batch_spec
 
@@ -225,6 +226,18 @@ def test_a_window_is_of_the_timesteps_that_the_network_sees():
     after, until = np.asarray(told["controls"][0].window[0])
     used = [after < t <= until for t in (901, 301)]  # in the second of two steps
     assert used == [False, True]
+
+
+def test_in_training_a_net_counts_at_every_timestep():
+    denoiser, weights = model().denoiser, random_control()
+    net, (z_t, context) = control_net(denoiser.network, 1), np.ones((2, 2, 8, 8, 3), np.float32)
+    plain = Conditioning(context=jnp.asarray(context[:, :3, :2, 0]).reshape(2, 1, 6))
+    tree = unflatten_dict(weights.params, sep="/")
+    added = with_control(denoiser, net, tree, denoiser.params)
+    told = hinted(plain, net, tree, jnp.asarray(HINTS))
+    t = jnp.array([0, 999])
+    seen, without = added.denoise(z_t, t, told), denoiser.denoise(z_t, t, plain)
+    assert np.abs(seen - without).max((1, 2, 3)).min() > 0.05
 
 
 def test_a_hint_of_a_net_for_inpainting_has_holes_of_minus_one():

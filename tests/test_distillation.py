@@ -145,6 +145,7 @@ def by_hand(kind, loss, scales, embedded, steps, phases):
         ("v", "l2", (2.0, 2.0), False, 1),
         ("v", "l2", (2.0, 2.0), False, 5),
         ("flow", "l2", (2.0, 5.0), False, 1),
+        ("v", "l2", (1.0, 4.0), True, 1),
     ],
 )
 def test_the_loss_is_that_of_latent_consistency(kind, loss, scales, embedded, phases):
