@@ -718,6 +718,30 @@ def test_pages_of_other_sites_are_refused(server):
         assert ask(server, "GET", "/api/model", headers={"Origin": origin})[0] == status
 
 
+def test_other_names_of_this_machine_are_refused_without_a_token(server, monkeypatch):
+    """A site can make one of its names lead here (DNS rebinding): then the browser shares all."""
+    rebound = {"Host": "evil.example:8188", "Origin": "http://evil.example:8188"}
+    for method, path in (("GET", "/"), ("GET", "/api/model"), ("POST", "/api/jobs")):
+        status, answer = ask_json(server, method, path, {}, {**JSON, **rebound})
+        assert status == 403
+        assert answer["error"]["message"].endswith("only, not as 'evil.example:8188'")
+    assert ask(server, "GET", "/", headers={"Host": "localhost.evil.example"})[0] == 403
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:9000", "[::1]:80"):  # tunnels' ports
+        own = {"Host": host, "Origin": f"http://{host}"}
+        assert ask(server, "GET", "/api/model", headers=own)[0] == 200
+    monkeypatch.setattr(server, "names", named("127.0.0.2", None))
+    for host, status in (("127.0.0.2:1", 200), ("[::1", 400)):
+        assert ask(server, "GET", "/", headers={"Host": host})[0] == status
+    assert not named("127.0.0.1", "secret") and not named("0.0.0.0", None)
+
+
+def named(host, token):
+    """The names of a server at an address."""
+    server = make_server(model(CLASS), "tiny", (host, 0), token=token)
+    server.server_close()
+    return server.names
+
+
 def test_metrics_count(server):
     before = server.jobs.counts["images"]
     finished(server, {"prompts": "red", "seed": 1, "num_images": 3})
@@ -755,12 +779,43 @@ def test_few_of_the_finished_jobs_are_remembered(monkeypatch):
             done.append(jobs.submit(request))
             assert jobs.wait(done[-1], 60)
         found = [jobs.find(job.id) is not None for job in done]
-        assert found == [False, False, True, True, True, True]
+        assert found == [False, False, False, True, True, True]
         with jobs.changed:  # those that wait are kept, however many they are
             waiting = [jobs.submit(read({"class_labels": 1}, jobs.model, LIMITS)) for _ in "12345"]
             assert all(jobs.find(job.id) is job for job in waiting)
     finally:
         jobs.close()
+
+
+def test_large_pictures_make_room_for_later_ones(drawn, monkeypatch):
+    drawn.go_on.set()
+    monkeypatch.setattr(jobs_module, "REMEMBERED_BYTES", 2500)
+    monkeypatch.setattr(jobs_module, "to_png", lambda *given: bytes(1000))
+    server = serving(model(TEXT))
+    asked = [finished(server, {"prompts": "red", "num_images": n}) for n in (1, 1, 1, 4)]
+    for state in asked[:3]:  # the last one's are more than the bound, but nobody has had them
+        for path in (f"/api/jobs/{state['id']}", *state["pictures"]):
+            status, answer = ask_json(server, "GET", path)
+            assert status == 404 and answer["error"]["message"].endswith("room for later ones")
+    assert all(ask(server, "GET", path)[0] == 200 for path in asked[3]["pictures"])
+    last = [finished(server, {"prompts": "red"}) for _ in "123"]
+    kept = [ask(server, "GET", state["pictures"][0])[0] for state in (asked[3], *last)]
+    assert kept == [404, 404, 200, 200]
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_jobs_that_ended_first_are_forgotten_first(drawn, monkeypatch):
+    """One that waited for its call is the newest when it has been answered."""
+    monkeypatch.setattr(jobs_module, "REMEMBERED", 1)
+    jobs = Jobs(model(TEXT), "tiny", LIMITS)
+    with jobs.changed:
+        each = [{"prompts": "red", "guidance_scale": scale} for scale in (1.0, 3.0, 1.0)]
+        queued = [jobs.submit(read(request, jobs.model, LIMITS)) for request in each]
+    drawn.go_on.set()
+    assert jobs.wait(queued[1], 60)
+    assert [jobs.find(job.id) is not None for job in queued] == [False, True, False]
+    jobs.close()
 
 
 def test_the_words_of_a1111_are_read_and_written():

@@ -15,6 +15,7 @@
 
 import base64
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -69,6 +70,10 @@ class Server(ThreadingHTTPServer):
         self.jobs, self.adapters, self.token = jobs, adapters, token
         self.description = describe(jobs.model, jobs.name, jobs.limits, adapters)
         super().__init__(address, Handler)
+        own = str(self.server_address[0])
+        self.names: set[str] = set()  # that a request may have for this server; empty: any
+        if token is None and ipaddress.ip_address(own).is_loopback:
+            self.names = {"localhost", "127.0.0.1", "::1", own, address[0].lower()}
 
     def server_close(self) -> None:
         """Close the server and the queue."""
@@ -211,10 +216,19 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.UNAUTHORIZED, "this server needs its token", scheme)
 
     def _check_origin(self) -> None:
-        """Refuse requests from pages of other sites that run in a user's browser."""
-        origin = self.headers.get("Origin")
-        if origin and urllib.parse.urlsplit(origin).netloc != self.headers.get("Host"):
+        """Refuse requests from pages of other sites that run in a user's browser.
+
+        A site may also name this machine as one of its own (DNS rebinding), which its Host shows.
+        """
+        origin, host = self.headers.get("Origin"), self.headers.get("Host", "")
+        if origin and urllib.parse.urlsplit(origin).netloc != host:
             raise Refused(HTTPStatus.FORBIDDEN, f"a page of {origin[:100]} may not use this server")
+        names = self.server.names
+        if names and urllib.parse.urlsplit(f"//{host}").hostname not in names:
+            raise Refused(
+                HTTPStatus.FORBIDDEN,
+                f"without --token this server answers as localhost only, not as {host[:100]!r}",
+            )
 
     def _read_body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -290,7 +304,8 @@ class Handler(BaseHTTPRequestHandler):
     def _job(self, job_id: str) -> Job:
         job = self.server.jobs.find(job_id)
         if job is None:
-            raise Refused(HTTPStatus.NOT_FOUND, f"no request has the identifier {job_id}")
+            message = f"no request has the identifier {job_id}, or it made room for later ones"
+            raise Refused(HTTPStatus.NOT_FOUND, message)
         return job
 
     def _picture(self, job: Job, number: int) -> None:

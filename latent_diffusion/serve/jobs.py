@@ -20,6 +20,7 @@ from latent_diffusion.serve.requests import Limits, Request, call
 log = logging.getLogger(__name__)
 
 REMEMBERED = 128  # jobs whose pictures can still be fetched after they have ended
+REMEMBERED_BYTES = 2**29  # of these pictures, at most; those of the last job stay in any case
 PREVIEW_SECONDS = 0.25  # between two previews
 
 
@@ -103,7 +104,6 @@ class Jobs:
             self._jobs[job.id] = job
             self._waiting.append(job)
             self.counts["requests"] += 1
-            self._forget()
             self.changed.notify_all()
         return job
 
@@ -230,13 +230,18 @@ class Jobs:
         job.seconds = time.monotonic() - job.created
         job.version += 1
         self.counts[state] += 1
+        self._forget()
         self.changed.notify_all()
 
     def _forget(self) -> None:
-        """Remove the oldest jobs that have ended, if there are many."""
+        """Remove the jobs that ended first, if many have ended or their pictures are large."""
         ended = [job for job in self._jobs.values() if job.ended]
-        for job in ended[: max(len(ended) - REMEMBERED, 0)]:
-            del self._jobs[job.id]
+        ended.sort(key=lambda job: job.created + job.seconds, reverse=True)
+        num_bytes = 0
+        for later, job in enumerate(ended):
+            num_bytes += sum(map(len, job.pictures))
+            if later >= REMEMBERED or (later and num_bytes > REMEMBERED_BYTES):
+                del self._jobs[job.id]
 
     def _draw_previews(self) -> None:
         """Decode the latest latents from time to time, while the call runs."""
