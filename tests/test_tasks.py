@@ -1,5 +1,6 @@
 """Facts about the two train steps, on models small enough to differentiate by hand."""
 
+import dataclasses
 import functools
 import sys
 
@@ -12,6 +13,7 @@ from tiny import BATCH, SIZE, make_batch, make_config
 
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.nets.losses.adversarial import hinge_d_loss
+from latent_diffusion.optimisation.optimizers import make_optimizer
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.training.batch_spec import batch_spec
 
@@ -72,6 +74,19 @@ def test_discriminator_learns_from_its_step_on_and_reaches_the_generator_from_it
         # Until its verdict counts, it is all one to the generator which discriminator judges.
         reaches = _moved(judged.params, state.params)
         assert reaches == (number >= 3) == bool(metrics["adversarial_factor"])
+
+
+def test_weight_decay_begins_with_the_discriminator():
+    made, state, *_ = _setup("autoencoding", *GATED)
+    decay = {**make_config("autoencoding").optimizer, "name": "adamw", "weight_decay": 0.5}
+    tx = make_optimizer({**decay, "learning_rate": 0.1, "warmup_steps": 0}, 9)
+    made = dataclasses.replace(made, disc_tx=tx)
+    state = state.replace(disc_opt_state=tx.init(state.disc_params))
+    grads = jax.tree.map(jnp.zeros_like, (state.params, state.disc_params))
+    update = jax.jit(lambda state: made._update(state, *grads).disc_params)
+    for number in range(3):
+        after = update(state.replace(step=jnp.int32(number)))
+        assert _moved(state.disc_params, after) == (number >= 2)
 
 
 def test_one_pass_gradients_equal_three_separate_differentiations():

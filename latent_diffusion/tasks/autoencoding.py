@@ -358,6 +358,8 @@ class Autoencoding:
         disc_updates, disc_opt_state = self.disc_tx.update(
             disc_grads, state.disc_opt_state, state.disc_params
         )
+        begun = gate(state.step, self.disc_start)  # weight decay needs no gradient
+        disc_updates = jax.tree.map(lambda update: begun * update, disc_updates)
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = ema_update(ema_params, params, state.step, self.ema_decay)
