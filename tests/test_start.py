@@ -465,7 +465,9 @@ def test_a_run_goes_on_with_what_was_asked_or_what_files_decided(tmp_path):
             settings.continued(ConfigDict({**first, "unet": {"width": width}}), run, tmp_path)
 
 
-@pytest.mark.parametrize("field", ["data.dir", "data.embedding_path", "init_from"])
+@pytest.mark.parametrize(
+    "field", ["data.dir", "data.embedding_path", "init_from", "distillation.teacher"]
+)
 def test_the_data_of_a_run_may_move_but_are_not_exchanged(field, tmp_path):
     def resumed(before, now):
         run, config = (few("denoising", **{field: str(path)}) for path in (before, now))
@@ -478,6 +480,15 @@ def test_the_data_of_a_run_may_move_but_are_not_exchanged(field, tmp_path):
     assert resumed(tmp_path / "here", tmp_path / "link") == str(tmp_path / "link")
     with pytest.raises(ValueError, match=f"{field}=.*leave the field as it was"):
         resumed(tmp_path / "there", tmp_path / "here")
+
+
+def test_what_a_teacher_decided_moves_with_it(tmp_path):
+    """An adaptation that is distilled reads its base again, from `init_from`."""
+    old, new = str(tmp_path / "gone"), str(tmp_path)
+    asked, run = (few("distillation", **{"distillation.teacher": path}) for path in (new, old))
+    run = settings.decided(run, {"init_from": old, "pretrained.text": old, "unet.depth": 3}, old)
+    resumed = settings.continued(asked, run, tmp_path)
+    assert (resumed.init_from, resumed.pretrained.text) == (new, new) and resumed.unet.depth == 3
 
 
 def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tmp_path):

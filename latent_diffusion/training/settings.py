@@ -38,8 +38,10 @@ MAY_CHANGE = {
     r"first_stage\.cache": "cached latents are the same",
     r"data\.(flip|search|workers)": "the pictures are the same",
 }
-_PATHS = r"init_from|pretrained\..*|.*(path|\.dir)"
-_MAY_MOVE = r"init_from|data\.(dir|embedding_path)"  # the same files may be in another folder
+_TEACHER = "distillation.teacher"
+_PATHS = rf"init_from|{_TEACHER}|pretrained\..*|.*(path|\.dir)"
+# The same files may be in another folder.
+_MAY_MOVE = rf"init_from|{_TEACHER}|data\.(dir|embedding_path)"
 _FREE = r"(conditioners|pretrained|data\.features)\..*"  # sections without default entries
 
 
@@ -78,12 +80,13 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
     asked = flatten_dict(run.get("asked", ConfigDict()).to_dict(), sep=".")
     asked = {name: _as_json(value) for name, value in asked.items()}
     tree, now, before = config.to_dict(), flat(config), flat(run)
+    teacher = before.get(_TEACHER)  # decides paths as well, e.g. `init_from`, which go with it
     for name in dict.fromkeys(["task", *now, *before]):
         have, had = now.get(name), before.get(name)
         if have == had or name.startswith("asked."):
             continue
         if name in asked and have == asked[name]:
-            _set(tree, name, had)
+            _set(tree, name, now.get(_TEACHER) if teacher and had == teacher else had)
         elif name not in before and not re.fullmatch(_FREE, name):
             continue  # an older version didn't have the field
         elif not _is_free(name, have, had) or _adds_arrays(name, have, had, config.task):
