@@ -1,6 +1,6 @@
 """The names that the modules of a model have in files of adapters."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -62,16 +62,17 @@ def pairs_of(bundle: Bundle, kohya: bool = False) -> Iterator[tuple[str, Part, s
             yield name, part, prefix, pair
 
 
-def own_pairs(bundle: Bundle, named: Collection[str]) -> Iterator[tuple[str, Part, str, Pair]]:
+def own_pairs(bundle: Bundle) -> Iterator[tuple[str, Part, str, Pair]]:
     """Like `pairs_of`, for kernels of the denoiser that have no name in diffusers.
 
-    Only adapters of workdirs have them. named: the paths of all others (see `section_path`).
+    Only adapters of workdirs have them.
     """
+    named = {(name, pair.ours) for name, _, _, pair in pairs_of(bundle)}
     parts = [(name, part) for name, part in bundle.parts() if name not in ("autoencoder", "prior")]
     for name, part in parts:
         for path, tensor in part.params.items():
             module, _, leaf = path.rpartition("/")
-            if leaf == "kernel" and section_path(name, path) not in named:
+            if leaf == "kernel" and (name, path) not in named:
                 layout = CONV if len(tensor.shape) == 4 else LINEAR
                 theirs = (module.replace("/", ".") + ".weight",)
                 prefix = name if name in BACKBONES else f"conditioner.{name}"
@@ -101,7 +102,7 @@ def places(bundle: Bundle) -> dict[str, dict[str, Place]]:
         if name in BACKBONES:
             for spelling, array, place in _original(bundle, name, part, paths):
                 by_spelling.setdefault(spelling, {})[array] = place
-    for part_name, part, prefix, pair in own_pairs(bundle, paths):
+    for part_name, part, prefix, pair in own_pairs(bundle):
         module = f"{prefix}.{pair.theirs[0].removesuffix('.weight')}"
         path, (shape,) = section_path(part_name, pair.ours), _shapes(pair, part)
         by_spelling[module] = {"weight": Place(path, (module,), 0, pair.layout, shape)}

@@ -11,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert.adapters.names import (
-    has_two,
-    kohya_prefix,
-    own_pairs,
-    pairs_of,
-    section_path,
-)
+from latent_diffusion.convert.adapters.names import has_two, kohya_prefix, own_pairs, pairs_of
 from latent_diffusion.convert.adapters.peft_settings import METADATA
 from latent_diffusion.convert.bundle import Bundle
 from latent_diffusion.convert.tables import Pair
@@ -74,10 +68,8 @@ def of_workdir(bundle: Bundle) -> dict[str, dict[str, Any]]:
 
     Kernels without a name in diffusers, such as those of a `text` conditioner, have our names.
     """
-    named = [*pairs_of(bundle)]
-    paths = {section_path(part, pair.ours) for part, _, _, pair in named}
     modules: dict[str, dict[str, Any]] = {}
-    for part, _, prefix, pair in (*named, *own_pairs(bundle, paths)):
+    for part, _, prefix, pair in (*pairs_of(bundle), *own_pairs(bundle)):
         factors = bundle.lora.get(part, {}).get(pair.ours)
         for theirs, arrays in _theirs(pair, factors).items() if factors else ():
             by_name = dict(zip(("lora_down", "lora_up", "magnitude"), arrays, strict=False))
