@@ -793,6 +793,8 @@ def test_large_pictures_make_room_for_later_ones(drawn, monkeypatch):
     monkeypatch.setattr(jobs_module, "to_png", lambda *given: bytes(1000))
     server = serving(model(TEXT))
     asked = [finished(server, {"prompts": "red", "num_images": n}) for n in (1, 1, 1, 4)]
+    with server.jobs.changed:  # one that has no pictures takes no room
+        server.jobs.cancel(server.jobs.submit(read({"prompts": "red"}, model(TEXT), LIMITS)))
     for state in asked[:3]:  # the last one's are more than the bound, but nobody has had them
         for path in (f"/api/jobs/{state['id']}", *state["pictures"]):
             status, answer = ask_json(server, "GET", path)

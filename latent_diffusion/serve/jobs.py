@@ -20,7 +20,7 @@ from latent_diffusion.serve.requests import Limits, Request, call
 log = logging.getLogger(__name__)
 
 REMEMBERED = 128  # jobs whose pictures can still be fetched after they have ended
-REMEMBERED_BYTES = 2**29  # of these pictures, at most; those of the last job stay in any case
+REMEMBERED_BYTES = 2**29  # of these pictures, at most; the last ones stay in any case
 PREVIEW_SECONDS = 0.25  # between two previews
 
 
@@ -238,9 +238,9 @@ class Jobs:
         ended = [job for job in self._jobs.values() if job.ended]
         ended.sort(key=lambda job: job.created + job.seconds, reverse=True)
         num_bytes = 0
-        for later, job in enumerate(ended):
-            num_bytes += sum(map(len, job.pictures))
-            if later >= REMEMBERED or (later and num_bytes > REMEMBERED_BYTES):
+        for count, job in enumerate(ended):
+            later_bytes, num_bytes = num_bytes, num_bytes + sum(map(len, job.pictures))
+            if count >= REMEMBERED or (later_bytes and num_bytes > REMEMBERED_BYTES):
                 del self._jobs[job.id]
 
     def _draw_previews(self) -> None:
