@@ -35,6 +35,7 @@ def made(vector=False, **fields):
         concat=random(1, 3, 4, 4, 1),
         context=random(2, 3, 5, 6),
         vector=random(3, 3, 32) if vector else None,
+        guidance=random(4, 3) if "guidance_dim" in fields else None,
     )
     init = jax.jit(unet.init)(init_key(0), jnp.zeros((3, *SHAPE)), jnp.zeros(3), null)
     leaves, tree = jax.tree.flatten(init["params"])
@@ -52,6 +53,7 @@ VARIANTS = {
         "disable_self_attentions": (True,),
         "remat": "full",
     },
+    "guidance": {"guidance_dim": 4},
 }
 
 
