@@ -432,6 +432,12 @@ def test_an_option_of_sampling_changes_the_pictures(option):
     assert before.shape != after.shape or np.abs(before - after).max() > 1e-3
 
 
+def test_an_ancestral_sampler_without_noise_is_eulers():
+    options = {"num_steps": 4, "spacing": "uniform"}
+    without = mixed_pictures({**options, "sampler": "euler_ancestral", "eta": 0.0})
+    CLOSE(without, mixed_pictures({**options, "sampler": "euler"}))
+
+
 def test_a_call_goes_on_where_another_stopped():
     made = model(TEXT)
     made = made.replace(denoiser=made.denoiser.replace(network=Mixing()))

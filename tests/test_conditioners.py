@@ -112,6 +112,12 @@ def test_drop_is_per_example_and_hides_the_condition(name):
     np.testing.assert_allclose(mixed, jnp.concatenate([always[:1], never[1:]]), atol=1e-6)
 
 
+def test_the_null_of_a_layout_is_the_layout_without_objects():
+    empty = {"layout": jnp.full_like(BATCH["layout"], SMALL["layout"]["vocab_size"] - 1)}
+    config = {"layout": SMALL["layout"]}
+    np.testing.assert_array_equal(_apply(config, ALWAYS), _apply(config, NEVER, empty))
+
+
 @pytest.mark.parametrize("name", ["text", "layout"])
 def test_the_inner_width_of_attention_is_that_of_its_heads(name):
     conditioner = make_conditioner({name: SMALL[name] | {"num_heads": 3, "head_dim": 5}})

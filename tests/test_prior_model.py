@@ -252,6 +252,9 @@ def test_around_the_hole_pixels_stay_and_codes_are_seen():
         np.testing.assert_array_equal(got[:, :5], np.repeat(image, 2, 0)[:, :5])
         assert np.abs(got - image)[:, 5:, 5:].max() > 0.01
         assert np.abs(got - sample(causal, image=-image, mask=hole))[:, 5:, 5:].max() > 0.01
+    image, hole = (np.concatenate([x, x], 2) for x in (image, hole))
+    got = sample(image=image, mask=hole, image_size=(8, 16))
+    np.testing.assert_array_equal(got[:, :5], np.repeat(image, 2, 0)[:, :5])
 
 
 def test_pictures_lie_in_their_range():

@@ -434,6 +434,21 @@ def test_no_step_adds_more_noise_than_its_level_has():
 
 
 @pytest.mark.parametrize(
+    "name", ["euler_ancestral", "dpm2_ancestral", "dpm_solver_pp_2s_ancestral"]
+)
+def test_a_last_step_to_a_noisy_level_draws_noise(name):
+    """Of black pictures only their noise is left, whose deviation is that of the level."""
+
+    def black(z_t, t):
+        return Prediction(0 * z_t, z_t / LINEAR.sigma_t(t))
+
+    timesteps = jnp.array([900.0, 600.0, 300.0])
+    start = LINEAR.sigma_t(timesteps[0]) * Z_T
+    got = SAMPLERS[name](black, start, timesteps, LINEAR, KEYS)
+    np.testing.assert_allclose(np.std(got), LINEAR.sigma_t(timesteps[-1]), rtol=0.08)
+
+
+@pytest.mark.parametrize(
     ("name", "orders"),
     [
         ("lms", (1, 2, 3)),

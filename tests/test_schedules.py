@@ -188,9 +188,10 @@ def test_beta_spacing_has_even_quantiles():
 
 @pytest.mark.parametrize("name", ["karras", "exponential", "beta"])
 def test_curves_lie_within_another_spacing_or_given_bounds(name):
-    leading = spacing("leading", LINEAR, 20, offset=3)
-    steps = spacing(name, LINEAR, 20, within="leading", offset=3)
-    np.testing.assert_allclose(steps[jnp.array([0, -2, -1])], leading[jnp.array([0, -2, -1])])
+    for within in ("leading", "open_leading"):
+        outer = np.round(spacing(within, LINEAR, 20, offset=3))
+        steps = spacing(name, LINEAR, 20, within=within, offset=3)
+        np.testing.assert_allclose(steps[np.array([0, -2, -1])], outer[np.array([0, -2, -1])])
     ended = spacing(name, LINEAR, 5, within="linspace", last=0)
     np.testing.assert_allclose(ended[jnp.array([0, -2, -1])], [999, 0, 0], atol=1e-3)
     bound = spacing(name, LINEAR, 5, sigma_min=0.1, sigma_max=5.0)

@@ -360,6 +360,14 @@ def test_every_field_that_may_change_exists():
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
+def test_fields_of_networks_that_leave_the_parameters_alone_may_change():
+    same = r"(?!conditioners).*\.(attention|dropout|dtype|remat|scan)"
+    names = [name for name in settings.flat(few("denoising")) if re.fullmatch(same, name)]
+    assert len(names) >= 15
+    for name in names:
+        assert any(re.fullmatch(pattern, name) for pattern in settings.MAY_CHANGE), name
+
+
 WORDS = ["blue heart", "red heart", "red circle", "heart", "heart", "a tiny heart", "red", "red"]
 
 
