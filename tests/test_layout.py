@@ -54,6 +54,10 @@ def test_objects_outside_the_crop_are_left_out_and_boxes_follow_it_unless_it_is_
     (first, second), _ = relative.inverse(relative.build(hidden, crop))
     np.testing.assert_allclose(first.box, (0.0, 0.4, 0.2, 1.0), atol=0.01)
     assert second.box == inside(OBJECTS[1].box, crop) == (0.0, 0.0, 1.0, 1.0)
+    centres = LayoutTokens(encode_crop=False, centres=True)
+    (first, second), _ = centres.inverse(centres.build(hidden, crop))
+    np.testing.assert_allclose(first.box, (0.1, 0.7) * 2, atol=0.01)
+    np.testing.assert_allclose(second.box, (0.5, 0.5) * 2, atol=0.01)
     np.testing.assert_allclose(mirrored(mirrored(OBJECTS[0].box)), OBJECTS[0].box)
     np.testing.assert_allclose(mirrored((0.1, 0.2, 0.5, 0.6)), (0.5, 0.2, 0.9, 0.6))
 

@@ -194,6 +194,7 @@ def test_clip_looks_for_special_tokens_in_any_case_where_its_files_say_so(tmp_pa
     tokenizer = ClipTokenizer.read(tmp_path / "a", 40)
     row = tokenizer(["cat<|STARTOFTEXT|>cat <|EndOfText|>"])[0].tolist()
     assert row[:5] == [start, CLIP.index("cat</w>"), start, CLIP.index("cat</w>"), end]
+    assert ClipTokenizer.from_dict(tokenizer.to_dict()).to_dict() == tokenizer.to_dict()
     write_clip(tmp_path / "b", **both, pad_token=SPECIAL[1])  # one of its roles lacks the flag
     assert ClipTokenizer.read(tmp_path / "b", 40).any_case == (SPECIAL[0],)
     words = tokenizer(["<|startoftext|!>x"])[0], plain(["<|STARTOFTEXT|>! x"])[0]
