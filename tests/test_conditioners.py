@@ -166,6 +166,8 @@ def test_noise_on_the_small_picture_is_that_of_its_level_and_its_key():
     keys = example_keys(jax.random.key(2), 200)
     drawn = conditioner.prepare(many, None, (4, 4), keys)["noise_level"]
     assert int(drawn.min()) == 0 and int(drawn.max()) == 29
+    few = make_conditioner({"low_res": {"num_levels": 5}})  # fewer than max_noise_level
+    assert int(few.prepare(many, None, (4, 4), keys)["noise_level"].max()) == 4
     vectors = _conditioning(noise, NEVER, told).vector
     assert float(jnp.abs(vectors[0] - vectors[1]).max()) > 0.1
 

@@ -75,6 +75,9 @@ def test_every_condition_by_name_for_one_example_or_for_each():
         low = make_conditioner({"low_res": {"num_levels": levels, **fields}})
         few = conditions.batch_of(low, lambda prompts: None, {"low_res": SMALL}, SIZE, (4, 4))
         np.testing.assert_array_equal(few["noise_level"], [4])  # its highest
+        beyond = {"low_res": SMALL, "noise_level": 5}
+        with pytest.raises(ValueError, match=r"noise_level: 5 must lie in \[0, 5\)"):
+            conditions.batch_of(low, lambda prompts: None, beyond, SIZE, (4, 4))
     two = batch_of(["layout"], layout=[[(3, BOX)], [(4, BOX), (1, BOX)]])
     np.testing.assert_array_equal(two["layout"][:, [0, 3]], [[3, 25], [4, 1]])
     tokens = batch_of(["layout"], layout=two["layout"])["layout"]

@@ -131,6 +131,7 @@ def test_the_description_is_of_this_model():
     assert (told["size"], told["factor"]) == ([4, 8], 2) and not told["negative_prompts"]
     needed = {name: condition["needed"] for name, condition in told["conditions"].items()}
     assert needed == {"low_res": True, "noise_level": False}
+    assert told["conditions"]["noise_level"]["max_noise_level"] == 30
     options = {option["name"]: option for option in told["options"]}
     assert options["num_steps"]["default"] == made.defaults["num_steps"] == 1
     assert options["guidance_scale"]["many"] and not options["num_steps"]["many"]

@@ -225,7 +225,7 @@ _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "image": lambda part, x, size, _: _image(part, x, size),
     "mask": lambda part, x, size, _: numbers("mask", x, (*size, 1), 0, 1),
     "low_res": lambda part, x, _, latent: numbers("low_res", x, (*latent, 3), -1, 1),
-    "noise_level": lambda part, x, *_: labels("noise_level", x, part.max_noise_level),
+    "noise_level": lambda part, x, *_: labels("noise_level", x, part.end_of_levels),
     "depth": lambda part, x, *_: numbers("depth", x, (None, None, 1)),
     "neighbours": lambda part, x, *_: numbers("neighbours", x, (None, part.width)),
     "image_embedding": lambda part, x, *_: numbers("image_embedding", x, (part.width,)),

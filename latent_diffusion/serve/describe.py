@@ -13,7 +13,7 @@ from latent_diffusion.serve.requests import PICTURED, Limits, options_of
 
 _CHOICES: dict[str, Iterable[str]] = {"sampler": SAMPLERS, "spacing": SPACINGS}
 # Fields of conditioners that describe the values of a condition.
-_DETAILS = ("num_classes", "vocab_size", "max_length", "max_noise_level", "width")
+_DETAILS = ("num_classes", "vocab_size", "max_length", "width")
 
 
 def describe(
@@ -29,6 +29,8 @@ def describe(
     needed = set()
     for part in conditioner.parts():
         details = {field: getattr(part, field) for field in _DETAILS if hasattr(part, field)}
+        if "noise_level" in getattr(part, "optional", ()):
+            details["max_noise_level"] = part.end_of_levels
         usual = part.defaults((height, width)) if hasattr(part, "defaults") else {}
         for key in (*part.keys, *getattr(part, "optional", ())):
             conditions.setdefault(argument(key), {}).update(details)

@@ -60,8 +60,8 @@ class ClipImage(nn.Module):
         return ("noise_level",) if self.num_levels else ()
 
     @property
-    def max_noise_level(self) -> int:
-        """The bound below which random levels lie."""
+    def end_of_levels(self) -> int:
+        """The bound below which all levels lie, random ones and those that a call gives."""
         return self.num_levels
 
     @nn.nowrap

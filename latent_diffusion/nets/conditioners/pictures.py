@@ -20,7 +20,7 @@ class LowRes(nn.Module):
     The picture has the latent's size and is concatenated unchanged; the null condition is zeros.
 
     num_levels: the number of noise levels; 0 means no noise. With levels, the picture is noised to
-    the batch's `noise_level`, or to a random level below max_noise_level. An embedding of the level
+    the batch's `noise_level`, or to a random level below `end_of_levels`. An embedding of the level
     [B width] becomes the vector: it tells the denoiser how far to trust the picture (Ho et al.
     2021). The default schedule is from Stable Diffusion v2's ×4 upscaler.
     keep: the picture stays where conditions are dropped, so guidance depends only on the others.
@@ -36,9 +36,14 @@ class LowRes(nn.Module):
     keys = ("low_res",)
 
     @property
+    def end_of_levels(self) -> int:
+        """The bound below which all levels lie, random ones and those that a call gives."""
+        return min(self.max_noise_level, self.num_levels)
+
+    @property
     def usual_level(self) -> int:
         """The default of a sampling call."""
-        return min(20, self.max_noise_level - 1, self.num_levels - 1)
+        return min(20, self.end_of_levels - 1)
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -59,7 +64,7 @@ class LowRes(nn.Module):
         if not self.num_levels:
             return batch
         schedule = make_schedule("linear", self.num_levels, self.beta_start, self.beta_end)
-        end, shape = self.max_noise_level, low_res.shape[1:]
+        end, shape = self.end_of_levels, low_res.shape[1:]
         level, noise = level_and_noise("low_res", batch, rng, end, shape)
         return {**batch, "low_res": q_sample(schedule, low_res, level, noise), "noise_level": level}
 
