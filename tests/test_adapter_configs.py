@@ -1,5 +1,6 @@
 """The experiments of adapters run, and go on, in smoke variants, on the text model's smoke run."""
 
+import json
 import re
 import shutil
 
@@ -18,6 +19,7 @@ from configs import (
     openmoji_textual_inversion,
 )
 from demo import folders
+from latent_diffusion.runtime import workdir
 from latent_diffusion.training import loop
 
 RNG = jax.random.key(0)
@@ -107,6 +109,11 @@ def test_the_experiment_runs_on_the_base_and_goes_on_after_a_stop(case, base, tm
         )
         assert plain.shape == (1, 8, 8, 3)
         assert not any(np.array_equal(image, plain) for image in images)
+        began = json.loads((directory / workdir.BASE).read_text())
+        assert began.keys() == flatten_dict(ldm.load(base).denoiser.params, sep="/").keys()
+        (directory / workdir.BASE).write_text(json.dumps(began | {"unet/out_2/bias": "other"}))
+        with pytest.raises(ValueError, match=r"^init_from=.*: 1 of .* differ, e.g. unet/out_2/bi"):
+            loop.train(config, directory)
         return
     model = ldm.load(directory)
     assert model.sample(RNG, [caption], **options).shape == (1, 8, 8, 3)

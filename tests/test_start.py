@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from test_convert_round_trips import make_bundle
 from tiny import make_config
 
@@ -287,6 +288,35 @@ def test_a_lora_also_adapts_the_text_encoder_of_stable_diffusion(tmp_path):
     state, constants = jax.eval_shape(init, jax.random.key(0), batch_spec(config))
     assert state.params["lora"].keys() == {"unet", "conditioner"} and not constants.conditioner
     starting._check_patterns(config, state, constants)
+
+
+def test_guidance_without_a_condition_is_refused_before_a_step():
+    config = few("denoising", conditioners={}, **{"sampling.guidance_scale": 2.0})
+    config.tokenizer.name = "none"
+    with pytest.raises(ValueError, match=r"^sampling.guidance_scale=2.0 needs a condition, and"):
+        TASKS["denoising"](config)
+    config.sampling.guidance_scale = 1.0
+    TASKS["denoising"](config)
+
+
+@pytest.mark.parametrize("name", ["word_map", "layout_map"])
+def test_maps_of_one_size_are_refused_for_pictures_of_several(name):
+    config = few("denoising", **{"data.bucket_step": 4})
+    config.conditioners = ConfigDict({name: {}})
+    message = rf"^data.bucket_step=4 gives latents .*, and conditioners.{name} has maps of one"
+    with pytest.raises(ValueError, match=message):
+        starting.check_new(config)
+
+
+def test_pictures_without_captions_are_refused_before_they_are_encoded(runs, tmp_path):
+    for i in range(8):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+    config = few("denoising", **{"first_stage.path": str(runs[0])})
+    config.data.update({"name": "image_folder", "dir": str(tmp_path)})
+    config.data.update({"train_split": "all", "test_split": "all"})
+    with pytest.raises(ValueError, match="no caption to tokenize; the example has: name, image"):
+        begin(config, tmp_path / "run")
+    assert set(contents(tmp_path / "run")) <= {".lock"}
 
 
 def test_a_classifier_is_half_a_u_net(tmp_path):

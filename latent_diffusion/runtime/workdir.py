@@ -5,12 +5,13 @@
     first_stage.safetensors  the frozen first stage with its latent scale (latent denoising)
     conditioner_NAME.safetensors  a pretrained conditioner with its fields (latent denoising)
     teacher.safetensors    the teacher's network (distillation)
+    base.json              fingerprints of the frozen model that an adaptation builds on
     moments-IDENTITY.npy   the training set's latents, where they are encoded once; or codes-…
     texts-IDENTITY.npy     the same for its captions
     checkpoints/ images/ metrics.jsonl, TensorBoard events
 
 A denoiser's workdir has copies of all frozen parts, so that it can be moved, and later changes of
-the originals have no effect.
+the originals have no effect. Of an adaptation's base it has fingerprints alone.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 FIRST_STAGE = "first_stage.safetensors"
 TEACHER = "teacher.safetensors"
+BASE = "base.json"
 
 
 @contextlib.contextmanager

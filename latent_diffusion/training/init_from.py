@@ -8,6 +8,7 @@ the loaded parameters, too; the optimiser's state is new.
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion import convert
 from latent_diffusion.convert.scheduler import ASSUMED
+from latent_diffusion.files.reading import read_json, reading
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.models.denoiser import BACKBONES
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
@@ -26,6 +28,8 @@ from latent_diffusion.nets.conditioners import CONDITIONERS, tables
 from latent_diffusion.nets.tiny_autoencoder import TinyAutoencoder
 from latent_diffusion.optimisation import low_rank
 from latent_diffusion.runtime import parallel
+from latent_diffusion.runtime.checkpoint import fingerprints
+from latent_diffusion.runtime.workdir import BASE
 from latent_diffusion.tasks import DENOISERS
 from latent_diffusion.training import settings
 
@@ -181,6 +185,25 @@ def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None)
             f"conditions, this run {fresh.shape[2]}: an adaptation has its model's conditions"
         )
     return constants.replace(base=_filled(constants.base, tensors, "", str(config.init_from)))
+
+
+def check_base(config: ConfigDict, constants: Any, run: Path | None) -> dict[str, str]:
+    """Fingerprints of an adaptation's base, by path; empty for other runs.
+
+    run: the workdir of a run that is resumed, which has those of its beginning (earlier versions
+    wrote none). Raises ValueError if they differ.
+    """
+    base = fingerprints(constants.base) if adapts(config) else {}
+    if run is not None and (run / BASE).is_file():
+        with reading(run / BASE):
+            before = read_json(run / BASE)
+        if changed := sorted(name for name in base if before.get(name) != base[name]):
+            raise ValueError(
+                f"init_from={config.init_from} isn't the model with which the run in {run} began: "
+                f"{len(changed)} of {len(base)} parameters differ, e.g. {changed[0]}; put that "
+                "model there again, or start in another workdir"
+            )
+    return base
 
 
 def start_from(config: ConfigDict, state: Any, bundle: convert.Bundle | None) -> Any:

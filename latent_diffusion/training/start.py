@@ -1,6 +1,7 @@
 """The start of a run, with its frozen parts, state, data and compiled steps."""
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,8 +120,8 @@ def with_files(config: ConfigDict) -> ConfigDict:
 def check_new(config: ConfigDict) -> None:
     """Raise ValueError for what a new run can't be, but an earlier one may have been.
 
-    These are fields that its data set or its network ignores, and pictures whose sides the
-    autoencoder can't divide.
+    These are fields that its data set or its network ignores, pictures whose sides the autoencoder
+    can't divide, and maps of one size for pictures of several.
     """
     data.check_fields(config.data)
     if config.task == "classifying" and config.backbone != "unet":
@@ -134,6 +135,13 @@ def check_new(config: ConfigDict) -> None:
                 f"data.{field}={config.data[field]} must be divisible by f={f}, by which the "
                 "autoencoder divides each side"
             )
+    of_one_size = [name for name in ("word_map", "layout_map") if name in config.conditioners]
+    if config.data.bucket_step and of_one_size:
+        raise ValueError(
+            f"data.bucket_step={config.data.bucket_step} gives latents of several sizes, and "
+            f"conditioners.{of_one_size[0]} has maps of one: set data.bucket_step=0, or leave it "
+            "out"
+        )
 
 
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
@@ -154,6 +162,9 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     task = lookup(TASKS, config.task, "task")(config)
     if config.data.bucket_step:
         train_source = data.Bucketed(train_source, config.data, config.batch_size, config.seed)
+    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
+    transform = with_checked_examples(config, transform)
+    transform(train_source[0])  # raises an error for what all lack before anything is encoded
 
     init_rng = init_key(config.seed)
     init = functools.partial(task.init, batch_spec=batch_spec(config))
@@ -166,6 +177,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     constants = preview.load(config, constants, run)
     constants = teacher.load(config, constants, run, bundle)
     constants = init_from.base_from(config, constants, bundle)
+    base = init_from.check_base(config, constants, run)
     step = 0
     if run is None:
         state = init_from.start_from(config, state, bundle)
@@ -177,7 +189,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     constants = parallel.place(constants, mode, mesh)
     evaluator = Evaluator(config, task, constants, test_source, tokenizer, mode, layout)
     train_source, transform = _encoded_once(
-        config, directory, train_source, tokenizer, state, constants
+        config, directory, train_source, tokenizer, state, constants, transform
     )
     sources = [train_source]
     if config.dreambooth.class_prompt:
@@ -185,7 +197,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
         draw = functools.partial(show, state, constants)
         resumed = run is not None
         sources.append(class_pictures.make_source(config, directory, resumed, tokenizer, draw))
-    _write(config, directory, run, constants, tokenizer)
+    _write(config, directory, run, constants, tokenizer, base)
 
     options = (transform, step, len(sources), config.data.workers)
     batches, *class_batches = (train_batches(config, s, *options) for s in sources)
@@ -234,10 +246,9 @@ def _encoded_once(
     tokenizer: Any,
     state: Any,
     constants: Any,
+    transform: Any,
 ) -> tuple[Any, Any]:
     """The training examples and their transform, with latents and texts that are encoded once."""
-    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
-    transform = with_checked_examples(config, transform)
     inner = getattr(source, "source", source)  # within buckets
     shards = inner if isinstance(inner, ShardSource) else None
     with_texts = shards if shards is not None and shards.made.get("texts") else None
@@ -265,7 +276,12 @@ def _encoded_once(
 
 
 def _write(
-    config: ConfigDict, directory: Path, run: Path | None, constants: Any, tokenizer: Any
+    config: ConfigDict,
+    directory: Path,
+    run: Path | None,
+    constants: Any,
+    tokenizer: Any,
+    base: dict[str, str],
 ) -> None:
     """Write the files of the workdir, all of them or none; only process 0 writes."""
     resumed = run is not None
@@ -278,3 +294,5 @@ def _write(
             frozen.save(config, constants, folder)
             if tokenizer is not None:
                 tokenizer.save(folder / workdir.TOKENIZER)
+            if base:
+                workdir.write_whole(folder / workdir.BASE, json.dumps(base, indent=2) + "\n")

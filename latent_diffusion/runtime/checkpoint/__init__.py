@@ -12,5 +12,6 @@ from latent_diffusion.runtime.checkpoint.errors import (
     CheckpointError,
     WorkdirInUse,
 )
+from latent_diffusion.runtime.checkpoint.integrity import fingerprints
 from latent_diffusion.runtime.checkpoint.lock import WorkdirLock, acquire_lock
 from latent_diffusion.runtime.checkpoint.trees import load_tree, save_tree, tree_hash
