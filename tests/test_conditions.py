@@ -207,6 +207,28 @@ def test_an_inpainting_model_is_told_the_picture_and_keeps_what_is_not_missing()
     np.testing.assert_array_equal(told.concat[0, ..., 3:], 2 * MASK - 1)
 
 
+GREY = np.float32(IMAGE @ [0.299, 0.587, 0.114])[..., None]
+
+
+def test_a_grey_first_stage_sees_the_brightness_of_a_picture():
+    module = make_autoencoder({"regularization": "identity", "image_channels": 1})
+    made = model().replace(first_stage=init_first_stage(module, RNG, jnp.zeros((1, *SIZE, 1))))
+    np.testing.assert_allclose(made.encode(IMAGE[None]), GREY[None], atol=1e-6)
+    np.testing.assert_array_equal(made.encode(np.repeat(GREY, 3, -1)[None]), GREY[None])
+    np.testing.assert_array_equal(conditions.in_channels(IMAGE, 3), IMAGE)
+    conditioner = make_conditioner({"masked_image": {}})
+    told = {"image": IMAGE, "mask": MASK}
+    batch = conditions.batch_of(conditioner, lambda prompts: None, told, SIZE, SIZE, 1)
+    np.testing.assert_allclose(batch["image"], GREY[None], atol=1e-6)
+    painted = made.replace(denoiser=made.denoiser.replace(conditioner=conditioner))
+    concat = painted.condition(**told).concat
+    np.testing.assert_allclose(concat[0, ..., :1], np.where(MASK > 0, -1, GREY), atol=1e-6)
+    known = conditions.known_image(IMAGE, MASK, False, (*SIZE, 1), 2)["known"]
+    np.testing.assert_allclose(known, np.stack([GREY] * 2), atol=1e-6)
+    with pytest.raises(ValueError, match=r"image: values in \[.*\], expected \[-1, 1\]"):
+        conditions.known_image(9 * IMAGE, MASK, False, (*SIZE, 1), 2)
+
+
 def test_a_noised_condition_belongs_to_its_image_whatever_the_batch():
     made = model("low_res")
     given = {"low_res": IMAGE, "noise_level": 25, "batch_size": 2, "mode": "single"}
@@ -366,7 +388,7 @@ def test_conditions_from_files(tmp_path):
 class Recorder:
     """A model that records the options of a call."""
 
-    trained_size = (8, 8)
+    trained_size, first_stage = (8, 8), None
 
     def __init__(self, *keys):
         self.conditioner = SimpleNamespace(keys=keys)
@@ -516,6 +538,13 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
     capsys.readouterr()
     np.testing.assert_array_equal(options_of(Recorder(), image=same, strength=0.5)["image"], same)
     assert "resized" not in capsys.readouterr().out
+    # A map or a small picture determines the result's size, and so the picture's.
+    enlarging = Recorder("low_res")
+    enlarging.first_stage = SimpleNamespace(module=SimpleNamespace(downsampling=2))
+    for name, x in (("low_res", np.zeros((1, 3, 5, 3))), ("segmentation", np.zeros((1, 6, 10)))):
+        options = options_of(enlarging, image=image, strength=0.5, **{name: x})
+        assert options["image"].shape == (1, 6, 10, 3)
+    assert options_of(enlarging, low_res=np.zeros((1, 3, 5, 3)), width=4)["image_size"] == (6, 4)
     assert options_of(Recorder("image"), image=image)["image"] is image  # a condition of any size
     start = options_of(Recorder("image"), image=image, strength=0.5)["image"]
     assert start.shape == (1, 8, 8, 3)

@@ -308,6 +308,8 @@ BAD = [
     ({"top_k": -1}, r"top_k must lie in \[1, inf\), got -1"),
     ({"negative_prompts": ["a"]}, "negative_prompts is for denoisers"),
     ({"z_T": np.zeros((2, 4, 4, 2))}, "z_T is for denoisers"),
+    ({"progress": print}, "progress looks on .* of a denoiser: a prior draws its codes in one"),
+    ({"preview": print}, "preview looks on between the evaluations of a denoiser"),
     ({"adapters": [(None, 1.0)]}, "adapters is for denoisers"),
     ({"negative_original_size": (4, 4)}, "negative_original_size is for denoisers"),
     ({"negative_crop_top_left": (0, 0)}, "negative_crop_top_left is for denoisers"),

@@ -576,6 +576,9 @@ def test_a_picture_and_its_mask_are_cut_as_by_sample(server):
     values = read({**sent, "image_size": [SIDE, 3 * SIDE]}, server.jobs.model, LIMITS).values
     np.testing.assert_array_equal(to_uint8(values["image"][0]), wide)
     np.testing.assert_array_equal(255 * values["mask"][0], wide[..., :1])
+    maps = {"segmentation": in_base64(wide[..., 0])}  # which decide, too
+    values = read({**sent, **maps}, server.jobs.model, LIMITS).values
+    np.testing.assert_array_equal(to_uint8(values["image"][0]), wide)
     with pytest.raises(ValueError, match="mask has 4×4 pixels, but image has 12×4"):
         read({**sent, "mask": in_base64(middle)}, server.jobs.model, LIMITS)
 

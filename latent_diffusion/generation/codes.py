@@ -43,6 +43,12 @@ def draw(
         value = options.pop(name)
         if not (value is None or (isinstance(value, tuple) and not value)):
             raise ValueError(f"{name} is for denoisers: this model draws codes with a prior")
+    for name in ("progress", "preview"):
+        if options.pop(name, None) is not None:
+            raise ValueError(
+                f"{name} looks on between the evaluations of a denoiser: a prior draws its codes "
+                "in one program"
+            )
     image, mask = options.pop("image"), options.pop("mask")
     chosen = plan_prior(model.defaults, options, prior.transformer.causal)
     if chosen.guidance_scale is not None:

@@ -61,12 +61,13 @@ def batch_of(
     given: Mapping[str, Any],
     size: tuple[int, int],
     latent_size: tuple[int, int],
+    channels: int = 3,
 ) -> dict[str, np.ndarray]:
     """The batch entries [N ...] that a conditioner reads.
 
     given: conditions by name. tokenize: turns prompts into `tokens` and so on. size, latent_size:
-    (height, width) of the picture and of its latent. Raises ValueError for conditions that the
-    model doesn't have or can't read, and for missing conditions.
+    (height, width) of the picture and of its latent. channels: of the picture. Raises
+    ValueError for conditions that the model doesn't have or can't read, and for missing ones.
     """
     given = _with_defaults(conditioner, given, size)
     check_names(conditioner, given)
@@ -83,7 +84,7 @@ def batch_of(
         if key == "tokens":
             batch |= tokenize(texts("prompts", value))
         else:
-            batch[key] = _READERS[key](part, value, size, latent_size)
+            batch[key] = _READERS[key](part, value, (*size, channels), latent_size)
     return _of_one_length(batch)
 
 
@@ -200,10 +201,11 @@ def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
     return _integers("segmentation", maps, part.num_classes)
 
 
-def _image(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
-    """A picture with holes has the size of the result; a picture that is varied has any size."""
-    shape = (*size, 3) if "mask" in part.keys else (None, None, 3)
-    return numbers("image", value, shape, -1, 1)
+def _image(part: Any, value: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture with holes has the shape of the result; one that is varied is RGB of any size."""
+    if "mask" not in part.keys:
+        return numbers("image", value, (None, None, 3), -1, 1)
+    return numbers("image", in_channels(np.asarray(value), shape[2]), shape, -1, 1)
 
 
 def _pixels(name: str, value: Any, low: int) -> np.ndarray:
@@ -215,15 +217,15 @@ def _pixels(name: str, value: Any, low: int) -> np.ndarray:
     return _integers(name, value, 2**24)  # float32 has such integers exactly
 
 
-# batch key -> function (conditioner, value, (height, width), size of the latent) -> batch entry
+# batch key -> function (conditioner, value, (H, W, C) of the picture, size of the latent) -> entry
 _READERS: dict[str, Callable[[Any, Any, Any, Any], np.ndarray]] = {
     "class_label": lambda part, x, *_: labels(
         "class_labels", x, part.num_classes + (getattr(part, "null", 0) is not None)
     ),
     "layout": lambda part, x, *_: _layout(part, x),
-    "segmentation": lambda part, x, size, _: _segmentation(part, x, size),
-    "image": lambda part, x, size, _: _image(part, x, size),
-    "mask": lambda part, x, size, _: numbers("mask", x, (*size, 1), 0, 1),
+    "segmentation": lambda part, x, shape, _: _segmentation(part, x, shape[:2]),
+    "image": lambda part, x, shape, _: _image(part, x, shape),
+    "mask": lambda part, x, shape, _: numbers("mask", x, (*shape[:2], 1), 0, 1),
     "low_res": lambda part, x, _, latent: numbers("low_res", x, (*latent, 3), -1, 1),
     "noise_level": lambda part, x, *_: labels("noise_level", x, part.end_of_levels),
     "depth": lambda part, x, *_: numbers("depth", x, (None, None, 1)),
@@ -280,6 +282,14 @@ def in_range(images: Array | np.ndarray, name: str = "images") -> jax.Array:
     return images
 
 
+def in_channels(images: Any, channels: int) -> Any:
+    """The images [… C]; for a first stage of one channel, RGB becomes its brightness (BT.601)."""
+    if channels != 1 or images.ndim < 3 or images.shape[-1] != 3:
+        return images
+    red, green, blue = (images[..., i : i + 1] for i in range(3))
+    return red + 0.587 * (green - red) + 0.114 * (blue - red)  # grey stays exactly as it is
+
+
 def known_image(
     image: Array | np.ndarray | None,
     mask: Array | np.ndarray | None,
@@ -297,7 +307,7 @@ def known_image(
         return {}
     if mask is None and not varied:
         raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
-    entries = {"image": numbers("image", image, shape, -1, 1)}
+    entries = {"image": numbers("image", in_channels(np.asarray(image), shape[2]), shape, -1, 1)}
     if mask is not None:
         entries["mask"] = numbers("mask", mask, (*shape[:2], 1), 0, 1)
     names = {"image": "known", "mask": "hole"}

@@ -67,13 +67,14 @@ class Model(flax.struct.PyTreeNode):
         tile_size: encode large images in tiles of this side, in pixels (see `tiling`); None encodes
         the whole image at once. tile_overlap: pixels, by default a quarter of the tile. Raises
         ValueError for images of another range (but not for reconstructions, which may slightly
-        exceed it).
+        exceed it). A first stage of one channel sees the brightness of RGB.
         """
         first_stage = self._need("first_stage").in_tiles(tile_size, tile_overlap)
         images = conditions.in_range(images)
         keys = None if rng is None else example_keys(rng, images.shape[0])
-        images = pad_to_multiple(images, first_stage.module.downsampling)
-        return _encode(first_stage, images, keys)
+        seen = conditions.in_channels(images, self._channels())
+        seen = pad_to_multiple(seen, first_stage.module.downsampling)
+        return _encode(first_stage, seen, keys)
 
     def decode(
         self,
@@ -92,7 +93,9 @@ class Model(flax.struct.PyTreeNode):
 
     def encode_to_indices(self, images: Num[Array | np.ndarray, "B H W C"]) -> Int[Array, "B h w"]:
         """Codebook indices of a vq first stage; ValueError for a first stage without codebook."""
-        return _apply(self._need("first_stage"), "encode_to_indices", conditions.in_range(images))
+        first_stage = self._need("first_stage")
+        images = conditions.in_channels(conditions.in_range(images), self._channels())
+        return _apply(first_stage, "encode_to_indices", images)
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
         """Images from codebook indices."""
@@ -220,7 +223,7 @@ class Model(flax.struct.PyTreeNode):
         one for all or one for each image, and determine the size by default. `image_prompts`:
         (IP-Adapter, pictures, weight); pictures are [N H W 3] in [-1, 1] of any size, or embeddings
         [N D], one for all or one for each image, or a list of such arrays, to which the network
-        attends together (see docs/adapters.md).
+        attends together (see docs/adapters.md). A grey model takes `image` in RGB, too.
 
         Of these, a prior takes `prompt_weights`, and `image` with `mask`, whose hole it draws
         again; it draws pictures larger than those of training through windows.
@@ -280,7 +283,7 @@ class Model(flax.struct.PyTreeNode):
         preferred = controlling.size_of(controls) if image_size is None else image_size
         examples, size = model._conditions(values, preferred, tokenize, **sized)
         batch = conditions.repeated(examples, num_images)
-        total, channels = len(batch["index"]), getattr(first_stage.module, "image_channels", 3)
+        total, channels = len(batch["index"]), self._channels()
         latent = (*self._latent_size(size), first_stage.module.latent_channels)
 
         if starts:
@@ -362,6 +365,10 @@ class Model(flax.struct.PyTreeNode):
         """f; without a first stage 8, the most common value."""
         return 8 if self.first_stage is None else self.first_stage.module.downsampling
 
+    def _channels(self) -> int:
+        """The channels of a picture."""
+        return getattr(getattr(self.first_stage, "module", None), "image_channels", 3)
+
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of a picture's latent; ValueError for sides that f doesn't divide."""
         f = self._downsampling()
@@ -388,7 +395,8 @@ class Model(flax.struct.PyTreeNode):
         if image_size is not None:
             size = conditions.size_in_pixels("image_size", image_size)
         latent = self._latent_size(size)
-        return conditions.batch_of(conditioner, tokenize, values, size, latent), size
+        channels = self._channels()
+        return conditions.batch_of(conditioner, tokenize, values, size, latent, channels), size
 
 
 @jax.jit

@@ -16,9 +16,8 @@ from latent_diffusion.data.captions import read_lines
 from latent_diffusion.data.transforms import to_float
 from latent_diffusion.files.arrays import read_npy
 from latent_diffusion.generation.adapters import load_adapter
-from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.loading import load
-from latent_diffusion.generation.start_picture import fitted
+from latent_diffusion.generation.start_picture import fitted, usual_size
 from latent_diffusion.runtime import processes
 from latent_diffusion.runtime.metrics import as_picture, image_grid, to_uint8
 
@@ -167,11 +166,11 @@ def sample_to_disk(
     """Sample, write NNNNN.png, grid.png, samples.npz and prompts.txt; returns uint8 [N H W C].
 
     tokenizer, lora, dtype, scan: see `load`. adapters: paths and weights, see `Model.sample`.
-    height, width: size of the images, by default as in training. An `image` to start from, and its
-    `mask`, are cropped to their middle and resized to this size. controls: paths of nets, pictures
-    of hints, which have the size of the images, and weights. refiner: path and share of the noise,
-    see `Model.sample`. image_prompts: paths of IP-Adapters, pictures and weights; image_encoder:
-    see `load_adapter`.
+    height, width: size of the images, by default that of a hint, of `segmentation` or of the
+    enlarged `low_res`, or as in training. An `image` to start from, and its `mask`, are cropped to
+    their middle and resized to this size. controls: paths of nets, pictures of hints, which have
+    the size of the images, and weights. refiner: path and share of the noise, see `Model.sample`.
+    image_prompts: paths of IP-Adapters, pictures and weights; image_encoder: see `load_adapter`.
     Only process 0 writes and prints.
     """
     if options.get("mask") is not None and options.get("image") is None:
@@ -205,7 +204,7 @@ def sample_to_disk(
         (load_adapter(file, image_encoder=image_encoder), read_picture(picture), weight)
         for file, picture, weight in image_prompts
     ]
-    usual = size_of(options["controls"]) or model.trained_size
+    usual = usual_size(model, options)
     size = (height or usual[0], width or usual[1])
     if height or width:
         options["image_size"] = size

@@ -1,12 +1,14 @@
 """The picture that a sampling call changes, resized to the result."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from latent_diffusion.data import windows
 from latent_diffusion.data.transforms import to_float, to_uint8
+from latent_diffusion.generation import conditions, controls
 
 
 def changes_pictures(keys: Collection[str]) -> bool:
@@ -15,6 +17,21 @@ def changes_pictures(keys: Collection[str]) -> bool:
     keys: batch entries that the model reads as conditions.
     """
     return "image" not in keys or "mask" in keys
+
+
+def usual_size(model: Any, given: Mapping[str, Any]) -> tuple[int, int]:
+    """(H, W) of the result where a call names none: of its hints, its maps, or training pictures.
+
+    given: the arguments of `Model.sample`. The picture that it changes is resized to this size.
+    """
+    f = 1 if model.first_stage is None else model.first_stage.module.downsampling
+    maps = {name: given.get(name) for name in ("segmentation", "low_res")}
+    size: tuple[int, int] = (
+        controls.size_of(given.get("controls", ()))
+        or conditions.size_of(maps, f)
+        or model.trained_size
+    )
+    return size
 
 
 def fitted(

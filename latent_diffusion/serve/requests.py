@@ -22,7 +22,7 @@ from latent_diffusion.generation.controls import size_of
 from latent_diffusion.generation.model import Model
 from latent_diffusion.generation.prompts import num_chunks
 from latent_diffusion.generation.sampling import read_hint
-from latent_diffusion.generation.start_picture import changes_pictures, fitted
+from latent_diffusion.generation.start_picture import changes_pictures, fitted, usual_size
 from latent_diffusion.process.options import OPTIONS, Option
 from latent_diffusion.process.plan import plan, plan_prior, prior_options
 from latent_diffusion.serve.openai import BY_ALPHA
@@ -139,7 +139,8 @@ def read(
     if preferred is None:
         _check_implied(model, values, limits)
     start = (values.get("image"), values.get("mask"), data.get("strength"))
-    values |= fitted(model.conditioner.keys, preferred or model.trained_size, *start)
+    fit = preferred or usual_size(model, values)
+    values |= fitted(model.conditioner.keys, fit, *start)
     with_pictures = {name for name, read in _CONDITIONS.items() if read in _PICTURE_READERS}
     settings = {k: v for k, v in data.items() if k not in {*with_pictures, *PICTURED}}
     settings |= {"seed": seed, "num_images": num_images}
