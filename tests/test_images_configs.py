@@ -95,7 +95,7 @@ def test_a_class_beyond_those_of_the_model_is_refused_where_it_is_read(task):
     count = config.classifier.num_classes if task == "classifying" else 3
     picture = np.zeros((8, 8, 3), np.uint8)
     source = ArraySource({"image": [picture] * 3, "class_label": [count - 1, count, -1]})
-    source, transform = start._encoded_once(config, None, source, None, None, None)
+    transform = start._transform(config, None)
     rng = np.random.default_rng(0)
     assert transform(source[0], rng)["class_label"] == count - 1
     with pytest.raises(ValueError, match=rf"class_label={count} of .*\.num_classes={count}: give"):

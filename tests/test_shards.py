@@ -374,7 +374,7 @@ def test_shards_within_buckets_are_of_the_runs_first_stage_too(folder, tmp_path)
     other = SimpleNamespace(first_stage=FirstStage({"x": np.ones(1)}, 1.0, 0.0, None))
     config = on_shards(pixels(), folder)
     with pytest.raises(ValueError, match="has latents of another first stage than that of this"):
-        start._encoded_once(config, tmp_path, bucketed, None, None, other)
+        start._encoded_once(config, tmp_path, bucketed, None, None, other, None)
 
 
 def test_an_index_that_does_not_match_is_refused(folder, tmp_path):

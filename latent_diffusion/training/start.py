@@ -162,8 +162,7 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
     task = lookup(TASKS, config.task, "task")(config)
     if config.data.bucket_step:
         train_source = data.Bucketed(train_source, config.data, config.batch_size, config.seed)
-    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
-    transform = with_checked_examples(config, transform)
+    transform = _transform(config, tokenizer)
     transform(train_source[0])  # raises an error for what all lack before anything is encoded
 
     init_rng = init_key(config.seed)
@@ -237,6 +236,12 @@ def _check_patterns(config: ConfigDict, state: Any, constants: Any) -> None:
             )
         parts = ", ".join(sorted({"/".join(path.split("/")[:2]) for path in among}))
         raise ValueError(f"{field}={pattern!r} matches no parameter; they begin with {parts}")
+
+
+def _transform(config: ConfigDict, tokenizer: Any) -> Any:
+    """The transform of the training examples, which refuses those that the model can't read."""
+    transform = data.make_transform(config.data, train=True, tokenizer=tokenizer, as_bytes=True)
+    return with_checked_examples(config, transform)
 
 
 def _encoded_once(
