@@ -316,6 +316,8 @@ def test_the_header_has_settings_of_each_text_encoder():
     settings = PeftSettings("file", header)
     for module, rank, scale in (("text_encoder.x", 2, 4), ("text_encoder_2.x", 4, 3)):
         assert settings.scale(module, "LoRA", rank) == scale
+    of_loha = PeftSettings("file", {"r": 2, "alpha": 12})  # whose α has another name
+    assert of_loha.scale("unet.x", "LoHa", 2) == 6
 
 
 UNSUPPORTED = [

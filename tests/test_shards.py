@@ -111,9 +111,9 @@ def made(monkeypatch):
     )
     images = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, 3 * SIZE, 3), np.uint8)
     captions = [["one", f"number {i}"] for i in range(COUNT)]
-    maps = images[..., 0] // 32  # classes of pixels
+    maps = {"segmentation": images[..., 0] // 32, "depth": images[..., 1].astype(np.float32)}
     source = data.ArraySource(
-        {"image": images, "caption": captions, "segmentation": maps, "other": np.arange(COUNT)}
+        {"image": images, "caption": captions, **maps, "other": np.arange(COUNT)}
     )
     monkeypatch.setattr(data, "make_source", lambda config, split: source)
     monkeypatch.setattr(start, "with_files", lambda config: config)
@@ -143,6 +143,7 @@ def test_every_window_and_its_mirror_image_is_encoded(made, tmp_path):
             np.testing.assert_array_equal(
                 crop["segmentation"], source[i]["segmentation"][:, columns]
             )
+            np.testing.assert_allclose(crop["depth"][..., 0], source[i]["depth"][:, columns])
             want = of_picture(np.stack([cut, cut[:, ::-1]]))
             got = [mirror["moments"] for mirror in crop["mirrors"]]
             np.testing.assert_allclose(got, want, atol=1e-5)
