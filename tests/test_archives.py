@@ -249,11 +249,18 @@ def test_parquet_with_pictures(tmp_path, as_struct):
     write("b.parquet", range(11, 20))
     shutil.copy(tmp_path / "a.parquet", tmp_path / "._a.parquet")
     assert_whole(everything(tmp_path, "parquet"))
-    sizes = [
-        len(data.make_source(config(name="parquet", dir=str(tmp_path)), s))
-        for s in ("train", "test")
-    ]
-    assert sum(sizes) == 20 and 0 < sizes[1] < 20
+
+    def held_out(directory, split):
+        source = data.make_source(config(name="parquet", dir=str(directory)), split)
+        return [source[i]["caption"] for i in range(len(source))]
+
+    train, test = (held_out(tmp_path, split) for split in ("train", "test"))
+    assert len(train) + len(test) == 20 and test and not {*train} & {*test}
+    (tmp_path / "moved").mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        shutil.copy(tmp_path / name, tmp_path / "moved")
+    assert held_out(tmp_path / "moved", "test") == test  # wherever the folder lies
+    shutil.rmtree(tmp_path / "moved")
     write("test-00000-of-00001.parquet", range(3))
     write("train-00000-of-00001.parquet", range(5), unused=range(5))
     fields = {"name": "parquet", "dir": str(tmp_path)}
