@@ -225,6 +225,8 @@ def test_a_grey_first_stage_sees_the_brightness_of_a_picture():
     np.testing.assert_allclose(concat[0, ..., :1], np.where(MASK > 0, -1, GREY), atol=1e-6)
     known = conditions.known_image(IMAGE, MASK, False, (*SIZE, 1), 2)["known"]
     np.testing.assert_allclose(known, np.stack([GREY] * 2), atol=1e-6)
+    white = conditions.known_image(IMAGE > -2, MASK, False, (*SIZE, 1), 2)["known"]
+    np.testing.assert_array_equal(white, np.ones_like(known))
     with pytest.raises(ValueError, match=r"image: values in \[.*\], expected \[-1, 1\]"):
         conditions.known_image(9 * IMAGE, MASK, False, (*SIZE, 1), 2)
 
@@ -388,7 +390,7 @@ def test_conditions_from_files(tmp_path):
 class Recorder:
     """A model that records the options of a call."""
 
-    trained_size, first_stage = (8, 8), None
+    trained_size, downsampling = (8, 8), 2
 
     def __init__(self, *keys):
         self.conditioner = SimpleNamespace(keys=keys)
@@ -540,7 +542,6 @@ def test_a_picture_to_start_from_is_cut_and_resized(tmp_path, monkeypatch, capsy
     assert "resized" not in capsys.readouterr().out
     # A map or a small picture determines the result's size, and so the picture's.
     enlarging = Recorder("low_res")
-    enlarging.first_stage = SimpleNamespace(module=SimpleNamespace(downsampling=2))
     for name, x in (("low_res", np.zeros((1, 3, 5, 3))), ("segmentation", np.zeros((1, 6, 10)))):
         options = options_of(enlarging, image=image, strength=0.5, **{name: x})
         assert options["image"].shape == (1, 6, 10, 3)

@@ -40,6 +40,7 @@ OUTSIDE |= {
 }
 OUTSIDE |= {
     "adapter_config.json",
+    "base.json",
     "best.json",
     "best/",
     "evaluations/",

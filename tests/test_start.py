@@ -527,6 +527,8 @@ def test_what_a_teacher_decided_moves_with_it(tmp_path):
     run = settings.decided(run, {"init_from": old, "pretrained.text": old, "unet.depth": 3}, old)
     resumed = settings.continued(asked, run, tmp_path)
     assert (resumed.init_from, resumed.pretrained.text) == (new, new) and resumed.unet.depth == 3
+    named = [few("distillation", **{"distillation.teacher": p, "init_from": p}) for p in (new, old)]
+    assert settings.continued(*named, tmp_path).init_from == new  # by the config itself, too
 
 
 def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tmp_path):

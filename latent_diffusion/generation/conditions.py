@@ -205,7 +205,7 @@ def _image(part: Any, value: Any, shape: tuple[int, int, int]) -> np.ndarray:
     """A picture with holes has the shape of the result; one that is varied is RGB of any size."""
     if "mask" not in part.keys:
         return numbers("image", value, (None, None, 3), -1, 1)
-    return numbers("image", in_channels(np.asarray(value), shape[2]), shape, -1, 1)
+    return numbers("image", in_channels(np.asarray(value, np.float32), shape[2]), shape, -1, 1)
 
 
 def _pixels(name: str, value: Any, low: int) -> np.ndarray:
@@ -307,7 +307,8 @@ def known_image(
         return {}
     if mask is None and not varied:
         raise ValueError("image needs strength (image-to-image) or mask (inpainting)")
-    entries = {"image": numbers("image", in_channels(np.asarray(image), shape[2]), shape, -1, 1)}
+    image = in_channels(np.asarray(image, np.float32), shape[2])
+    entries = {"image": numbers("image", image, shape, -1, 1)}
     if mask is not None:
         entries["mask"] = numbers("mask", mask, (*shape[:2], 1), 0, 1)
     names = {"image": "known", "mask": "hole"}

@@ -107,6 +107,11 @@ class Model(flax.struct.PyTreeNode):
         size = self.image_size
         return size if isinstance(size, tuple) else (size, size)
 
+    @property
+    def downsampling(self) -> int:
+        """f, pixels per latent position along each side; without a first stage 8, as is usual."""
+        return 8 if self.first_stage is None else self.first_stage.module.downsampling
+
     def condition(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -260,7 +265,7 @@ class Model(flax.struct.PyTreeNode):
             call |= {"negative_prompts": negative_prompts, "more_prompts": more_prompts}
             call |= {f"negative_{name}": value for name, value in opposite.items()}
             call |= {"classifier": classifier, "classifier_labels": classifier_labels, **options}
-            window = min(self.trained_size) // self._downsampling()
+            window = min(self.trained_size) // self.downsampling
             latent = (*self._latent_size(size), window)
             return codes.draw(self, batch, latent, call, rng, batch_size, mode)
         model = adapting.with_words(self, adapters) if self.denoiser is not None else self
@@ -361,17 +366,13 @@ class Model(flax.struct.PyTreeNode):
         """The part that has conditions: the prior or the denoiser."""
         return self.prior or self._need("denoiser")
 
-    def _downsampling(self) -> int:
-        """f; without a first stage 8, the most common value."""
-        return 8 if self.first_stage is None else self.first_stage.module.downsampling
-
     def _channels(self) -> int:
         """The channels of a picture."""
         return getattr(getattr(self.first_stage, "module", None), "image_channels", 3)
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of a picture's latent; ValueError for sides that f doesn't divide."""
-        f = self._downsampling()
+        f = self.downsampling
         if not 0 < min(size) <= max(size) <= LARGEST:
             raise ValueError(f"image_size {size[0]}×{size[1]}: sides lie in 1 … {LARGEST} pixels")
         if size[0] % f or size[1] % f:
@@ -390,7 +391,7 @@ class Model(flax.struct.PyTreeNode):
         sized: other arguments of the call that imply the size, see `conditions.size_of`.
         """
         conditioner = self.conditioner
-        implied = conditions.size_of({**values, **sized}, self._downsampling())
+        implied = conditions.size_of({**values, **sized}, self.downsampling)
         size = implied or self.trained_size
         if image_size is not None:
             size = conditions.size_in_pixels("image_size", image_size)

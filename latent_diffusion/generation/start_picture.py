@@ -24,11 +24,10 @@ def usual_size(model: Any, given: Mapping[str, Any]) -> tuple[int, int]:
 
     given: the arguments of `Model.sample`. The picture that it changes is resized to this size.
     """
-    f = 1 if model.first_stage is None else model.first_stage.module.downsampling
     maps = {name: given.get(name) for name in ("segmentation", "low_res")}
     size: tuple[int, int] = (
         controls.size_of(given.get("controls", ()))
-        or conditions.size_of(maps, f)
+        or conditions.size_of(maps, model.downsampling)
         or model.trained_size
     )
     return size

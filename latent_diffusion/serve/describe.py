@@ -30,7 +30,7 @@ def describe(
     for part in conditioner.parts():
         details = {field: getattr(part, field) for field in _DETAILS if hasattr(part, field)}
         if "noise_level" in getattr(part, "optional", ()):
-            details["max_noise_level"] = part.end_of_levels
+            details["max_noise_level"] = part.end_of_levels  # the API's name for this bound
         usual = part.defaults((height, width)) if hasattr(part, "defaults") else {}
         for key in (*part.keys, *getattr(part, "optional", ())):
             conditions.setdefault(argument(key), {}).update(details)
@@ -40,7 +40,7 @@ def describe(
         "name": name,
         "kind": "denoiser" if model.prior is None else "prior",
         "size": [height, width],
-        "factor": 1 if model.first_stage is None else model.first_stage.module.downsampling,
+        "factor": model.downsampling,
         "conditions": {
             condition: {"needed": condition in needed, **details}
             for condition, details in conditions.items()

@@ -224,10 +224,11 @@ class Handler(BaseHTTPRequestHandler):
         if origin and urllib.parse.urlsplit(origin).netloc != host:
             raise Refused(HTTPStatus.FORBIDDEN, f"a page of {origin[:100]} may not use this server")
         names = self.server.names
-        if names and urllib.parse.urlsplit(f"//{host}").hostname not in names:
+        if names and host and urllib.parse.urlsplit(f"//{host}").hostname not in names:
             raise Refused(
                 HTTPStatus.FORBIDDEN,
-                f"without --token this server answers as localhost only, not as {host[:100]!r}",
+                f"without --token this server answers to {', '.join(sorted(names))}, not to "
+                f"{host[:100]!r}",
             )
 
     def _read_body(self) -> bytes:

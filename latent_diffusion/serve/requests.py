@@ -235,8 +235,7 @@ def _check_pixels(name: str, height: int, width: int, limits: Limits) -> None:
 
 def _check_implied(model: Model, values: Mapping[str, Any], limits: Limits) -> None:
     """Raise ValueError if the conditions imply a picture that is too large."""
-    f = 1 if model.first_stage is None else model.first_stage.module.downsampling
-    if implied := implied_size(values, f):
+    if implied := implied_size(values, model.downsampling):
         _check_pixels("the picture of these conditions", *implied, limits)
 
 

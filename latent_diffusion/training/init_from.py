@@ -190,11 +190,13 @@ def base_from(config: ConfigDict, constants: Any, bundle: convert.Bundle | None)
 def check_base(config: ConfigDict, constants: Any, run: Path | None) -> dict[str, str]:
     """Fingerprints of an adaptation's base, by path; empty for other runs.
 
-    run: the workdir of a run that is resumed, which has those of its beginning (earlier versions
-    wrote none). Raises ValueError if they differ.
+    run: the workdir of a run that is resumed, which has those of its beginning. Raises ValueError
+    if they differ. Earlier versions wrote none: then nothing is compared.
     """
-    base = fingerprints(constants.base) if adapts(config) else {}
-    if run is not None and (run / BASE).is_file():
+    if not adapts(config) or (run is not None and not (run / BASE).is_file()):
+        return {}
+    base = fingerprints(constants.base)
+    if run is not None:
         with reading(run / BASE):
             before = read_json(run / BASE)
         if changed := sorted(name for name in base if before.get(name) != base[name]):

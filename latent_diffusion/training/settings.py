@@ -80,13 +80,15 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
     asked = flatten_dict(run.get("asked", ConfigDict()).to_dict(), sep=".")
     asked = {name: _as_json(value) for name, value in asked.items()}
     tree, now, before = config.to_dict(), flat(config), flat(run)
-    teacher = before.get(_TEACHER)  # decides paths as well, e.g. `init_from`, which go with it
+    teacher, old_teacher = now.get(_TEACHER), before.get(_TEACHER)
     for name in dict.fromkeys(["task", *now, *before]):
         have, had = now.get(name), before.get(name)
+        if old_teacher and had == old_teacher and name != _TEACHER:
+            had = teacher  # another path that leads to the teacher, which may have moved
         if have == had or name.startswith("asked."):
             continue
         if name in asked and have == asked[name]:
-            _set(tree, name, now.get(_TEACHER) if teacher and had == teacher else had)
+            _set(tree, name, had)
         elif name not in before and not re.fullmatch(_FREE, name):
             continue  # an older version didn't have the field
         elif not _is_free(name, have, had) or _adds_arrays(name, have, had, config.task):
