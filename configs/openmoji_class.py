@@ -1,7 +1,7 @@
 """OpenMoji by its nine groups: smileys, people, animals, food, places, activities, objects …
 
 Command   python train.py --config=configs/openmoji_class.py --workdir=runs/gallery/class
-          after configs/openmoji_autoencoder.py in runs/demo/first_stage
+          after configs/openmoji_autoencoder.py:fine in runs/gallery/fine
 Cost      about 40 minutes on two CPU cores
 Expected  the pictures and distances of docs/gallery.md
 Variants  :smoke (synthetic shapes, a few steps)
@@ -17,4 +17,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c = with_context(variant, 10000, "class_label", num_classes=9, width=128)
     if variant != "smoke":
         for_longer(c)
+        c.first_stage.path = "runs/gallery/fine"
+        c.sampling.update({"sampler": "dpm_solver_pp_2m_sde", "num_steps": 30})
     return default.apply_variant(c, variant, {"smoke": lambda c: None})
