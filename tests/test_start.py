@@ -294,9 +294,9 @@ def test_guidance_without_a_condition_is_refused_before_a_step():
     config = few("denoising", conditioners={}, **{"sampling.guidance_scale": 2.0})
     config.tokenizer.name = "none"
     with pytest.raises(ValueError, match=r"^sampling.guidance_scale=2.0 needs a condition, and"):
-        TASKS["denoising"](config)
+        starting.check_new(config)
     config.sampling.guidance_scale = 1.0
-    TASKS["denoising"](config)
+    starting.check_new(config)
 
 
 @pytest.mark.parametrize("name", ["word_map", "layout_map"])

@@ -400,12 +400,6 @@ def make_denoising(config: Config) -> Denoising:
     denoiser = make_denoiser(config, conditioner, out_channels=autoencoder.latent_channels)
     # Raise errors for bad options now, not during training.
     _, options = plan(denoiser.schedule, denoiser.prediction, config["sampling"], {})
-    in_network = getattr(denoiser.network, "guidance_dim", None) is not None
-    if options.guidance_scale is not None and not conditioner.keys and not in_network:
-        raise ValueError(
-            f"sampling.guidance_scale={config['sampling']['guidance_scale']} needs a condition, "
-            "and there are no conditioners: set it to 1"
-        )
     for field, value in (
         ("diffusion.variance_weight", config["diffusion"]["variance_weight"]),
         ("sampling.learned_variance", options.learned_variance),

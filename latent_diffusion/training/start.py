@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from latent_diffusion import data
@@ -19,7 +20,7 @@ from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.models.first_stage import make_autoencoder
 from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
-from latent_diffusion.tasks import TASKS
+from latent_diffusion.tasks import DENOISERS, TASKS
 from latent_diffusion.training import (
     class_pictures,
     frozen,
@@ -121,7 +122,7 @@ def check_new(config: ConfigDict) -> None:
     """Raise ValueError for what a new run can't be, but an earlier one may have been.
 
     These are fields that its data set or its network ignores, pictures whose sides the autoencoder
-    can't divide, and maps of one size for pictures of several.
+    can't divide, maps of one size for pictures of several, and guidance without a condition.
     """
     data.check_fields(config.data)
     if config.task == "classifying" and config.backbone != "unet":
@@ -135,6 +136,13 @@ def check_new(config: ConfigDict) -> None:
                 f"data.{field}={config.data[field]} must be divisible by f={f}, by which the "
                 "autoencoder divides each side"
             )
+    scale = config.sampling.guidance_scale
+    guided = config.task in DENOISERS and np.any(np.asarray(scale) != 1)
+    if guided and not config.conditioners and config[config.backbone].get("guidance_dim") is None:
+        raise ValueError(
+            f"sampling.guidance_scale={scale} needs a condition, and there are no conditioners: "
+            "set it to 1"
+        )
     of_one_size = [name for name in ("word_map", "layout_map") if name in config.conditioners]
     if config.data.bucket_step and of_one_size:
         raise ValueError(
