@@ -10,6 +10,7 @@ from tiny import make_config
 
 from latent_diffusion.generation import guides
 from latent_diffusion.generation.loading import load_classifier
+from latent_diffusion.models.classifier import NoisyClassifier
 from latent_diffusion.models.first_stage import init_first_stage
 from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.nets.losses.perceptual import LPIPS
@@ -233,20 +234,20 @@ def test_a_target_pulls_by_the_perceptual_distance():
 
 
 def test_a_classifier_and_a_target_guide_together():
-    class Bright:
+    class Bright(NoisyClassifier):
         """The first class is the brighter, the more of it there is."""
 
-        def log_prob(self, z_t, t, label):
-            return jnp.where(label == 0, 1.0, -1.0) * z_t.sum((1, 2, 3))
+        def log_prob(self, z_t, t, labels):
+            return jnp.where(labels == 0, 1.0, -1.0) * z_t.sum((1, 2, 3))
 
     pixels = init_first_stage(Identity(3), jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     entries = {"guide_label": jnp.array([0]), "target": -jnp.ones((1, 4, 4, 3))}
     options = SamplingOptions(target_scale=0.1, classifier_scale=0.5)
-    z_t, t = jnp.full((1, 4, 4, 3), 0.2), jnp.array([500])
+    z_t, t = jnp.full((1, 4, 4, 3), 0.2), jnp.array(500)
 
     def guided(*names):
         batch = {name: entries[name] for name in names}
-        classifier = Bright() if "guide_label" in names else None
+        classifier = Bright({}, SCHEDULE, UNet(2, 8)) if "guide_label" in names else None
         wrap = guides.guide(batch, SCHEDULE, pixels, classifier, None, options)
         denoise = wrap(lambda z_t, t: with_eps(SCHEDULE.alpha_t(t) * z_t, z_t, t))
         return float(denoise(z_t, t).z_0.mean())
