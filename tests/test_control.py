@@ -229,10 +229,9 @@ def test_a_window_is_of_the_timesteps_that_the_network_sees():
 
 
 def test_in_training_a_net_counts_at_every_timestep():
-    denoiser, weights = model().denoiser, random_control()
-    net, (z_t, context) = control_net(denoiser.network, 1), np.ones((2, 2, 8, 8, 3), np.float32)
-    plain = Conditioning(context=jnp.asarray(context[:, :3, :2, 0]).reshape(2, 1, 6))
-    tree = unflatten_dict(weights.params, sep="/")
+    denoiser, tree = model().denoiser, unflatten_dict(random_control().params, sep="/")
+    net, z_t = control_net(denoiser.network, 1), jnp.ones((2, 8, 8, 3))
+    plain = Conditioning(context=jnp.ones((2, 1, 6)))
     added = with_control(denoiser, net, tree, denoiser.params)
     told = hinted(plain, net, tree, jnp.asarray(HINTS))
     t = jnp.array([0, 999])

@@ -136,8 +136,8 @@ def check_new(config: ConfigDict) -> None:
                 f"data.{field}={config.data[field]} must be divisible by f={f}, by which the "
                 "autoencoder divides each side"
             )
-    scale = config.sampling.guidance_scale
-    guided = config.task in DENOISERS and np.any(np.asarray(scale) != 1)
+    scale = config.sampling.guidance_scale  # None stands for the default, 1
+    guided = config.task in DENOISERS and scale is not None and np.any(np.asarray(scale) != 1)
     if guided and not config.conditioners and config[config.backbone].get("guidance_dim") is None:
         raise ValueError(
             f"sampling.guidance_scale={scale} needs a condition, and there are no conditioners: "
