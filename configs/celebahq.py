@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def faces(batch_size: int, num_steps: int, learning_rate: float) -> ConfigDict:
     """The U-Net and recipe that CelebA-HQ, FFHQ and LSUN bedrooms share."""
-    c = default.paper_denoiser(vq_f4.get_config(), batch_size, num_steps)
+    c = default.paper_denoiser(vq_f4, batch_size, num_steps)
     default.unconditional(c)
     c.data.flip = True
     c.unet.update({"model_channels": 224, "channel_mult": (1, 2, 3, 4)})
@@ -41,19 +41,22 @@ def row(c: ConfigDict, variant: str) -> None:
         "f32": (256, (1, 2, 4), 128, 1.3e-4),
     }
     default.apply_variant(c, variant, {name: lambda c: None for name in rows})
-    c.autoencoder = compressed(variant)
+    compress(c, variant)
     c.unet.attention_resolutions = attended(variant)
     c.unet.model_channels, c.unet.channel_mult, c.batch_size, lr = rows[variant]
     c.optimizer.learning_rate, c.num_steps = lr, 500_000
     c.first_stage.normalization = "none"
 
 
-def compressed(variant: str) -> ConfigDict:
-    """The first stage of a compression rate: VQ of the paper's Tab. 8, or pixels."""
+def compress(c: ConfigDict, variant: str) -> None:
+    """Set the first stage of a compression rate: VQ of the paper's Tab. 8, or pixels."""
+    modules = {"f2": vq_f2, "f4": vq_f4, "f8": vq_f8, "f16": vq_f16, "f32": vq_f32}
     if variant == "f1":
-        return ConfigDict({"regularization": "identity", "image_channels": 3})
-    module = {"f2": vq_f2, "f4": vq_f4, "f8": vq_f8, "f16": vq_f16, "f32": vq_f32}[variant]
-    return module.get_config().autoencoder
+        c.autoencoder = ConfigDict({"regularization": "identity", "image_channels": 3})
+        c.first_stage.trained_by = ""
+    else:
+        c.autoencoder = modules[variant].get_config().autoencoder
+        c.first_stage.trained_by = f"vq_{variant}.py"
 
 
 def attended(variant: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from configs import default, kl_f8
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=96, num_steps=500_000)
+    c = default.paper_denoiser(kl_f8, batch_size=96, num_steps=500_000)
     default.unconditional(c)
     c.data.flip = True
     c.unet.update({"model_channels": 192, "channel_mult": (1, 2, 2, 4, 4), "num_heads": 8})

@@ -13,7 +13,7 @@ from configs import celebahq, default, vq_f8
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(vq_f8.get_config(), batch_size=64, num_steps=2_900_000)
+    c = default.paper_denoiser(vq_f8, batch_size=64, num_steps=2_900_000)
     c.conditioners = ConfigDict({"class_label": {"num_classes": 1000, "width": 512}})
     c.unet.update({"model_channels": 256, "channel_mult": (1, 2, 4), "num_head_channels": 32})
     c.optimizer.learning_rate = 6.4e-5
@@ -33,10 +33,11 @@ def row(c: ConfigDict, variant: str) -> None:
         "f32": (256, (1, 2, 4), 112, 4.5e-5),
     }
     default.apply_variant(c, variant, {name: lambda c: None for name in rows})
-    c.autoencoder = celebahq.compressed(variant)
+    celebahq.compress(c, variant)
     c.unet.attention_resolutions = celebahq.attended(variant)
     c.unet.model_channels, c.unet.channel_mult, c.batch_size, lr = rows[variant]
     c.unet.num_heads, c.unet.num_head_channels = 1, None
     c.optimizer.learning_rate, c.num_steps = lr, 2_000_000
     if variant == "f32":  # no row of the paper's Tab. 8 has so many channels
         c.autoencoder.z_channels = c.autoencoder.embed_dim = 32
+        c.first_stage.trained_by = ""

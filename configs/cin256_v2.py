@@ -12,7 +12,7 @@ from configs import default, vq_f4
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(vq_f4.get_config(), batch_size=1200, num_steps=178_000)
+    c = default.paper_denoiser(vq_f4, batch_size=1200, num_steps=178_000)
     c.conditioners = ConfigDict({"class_label": {"num_classes": 1000, "width": 512}})
     c.unet.update({"model_channels": 192, "channel_mult": (1, 2, 3, 5), "num_heads": 1})
     c.unet.attention_resolutions = (8, 4, 2)

@@ -1,6 +1,7 @@
 """Every field with its default. An experiment calls `get_config` and changes some fields."""
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # None until it is set, to its type
@@ -42,6 +43,7 @@ def get_config() -> ConfigDict:
     # The workdir of an autoencoder; for classifying, of a denoiser; for a tiny autoencoder, any
     # model that `load` reads. A first stage of init_from takes its place (see init_from_changes)
     c.first_stage.path = ""
+    c.first_stage.trained_by = ""  # the config that trains it; only messages name it
     # For a tiny autoencoder: the fields of the first stage whose latents it decodes
     c.first_stage.autoencoder = ConfigDict()
     c.first_stage.normalization = "scalar"  # "scalar" (the paper's 1/std) | "channel" | "none"
@@ -175,7 +177,7 @@ def data() -> ConfigDict:
 
 def autoencoder() -> ConfigDict:
     c = ConfigDict()
-    c.regularization = "kl"  # "kl" | "vq" | "gumbel" | "none" | "identity" (pixel space)
+    c.regularization = "kl"  # "kl"|"vq"|"gumbel"|"none"|"identity" (pixels)|"tiny"
     c.channels = 128
     c.channel_mult = (1, 2, 4, 4)  # widths of the levels ÷ channels; f = 2^(levels - 1)
     c.num_res_blocks = 2  # per level; the decoder has one more
@@ -405,17 +407,18 @@ def paper_first_stage(regularization: str, batch_size: int, num_steps: int) -> C
     return c
 
 
-def paper_denoiser(first_stage: ConfigDict, batch_size: int, num_steps: int) -> ConfigDict:
+def paper_denoiser(first_stage: ModuleType, batch_size: int, num_steps: int) -> ConfigDict:
     """The paper's recipe for latent denoising; experiments add the U-Net and the condition.
 
     It takes the middle square of pictures at 256², a constant learning rate, and 200 steps of DDIM
     with eta 1. The networks compute in bfloat16, schedules and losses in float32. first_stage: the
-    config of the first stage, whose workdir is `first_stage.path`.
+    experiment that trains the first stage, whose workdir is `first_stage.path`.
     """
     c = get_config()
     c.batch_size, c.num_steps = batch_size, num_steps
     c.data.update({"name": "image_folder", "image_size": 256, "crop": "center"})
-    c.autoencoder = first_stage.autoencoder
+    c.autoencoder = first_stage.get_config().autoencoder
+    c.first_stage.trained_by = f"{first_stage.__name__.rpartition('.')[2]}.py"
     c.unet.dtype = c.dit.dtype = "bfloat16"
     if c.autoencoder.regularization == "vq":
         c.first_stage.normalization = "none"  # codes have about unit variance

@@ -13,7 +13,7 @@ from configs import default, kl_f8
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=256, num_steps=7_000_000)
+    c = default.paper_denoiser(kl_f8, batch_size=256, num_steps=7_000_000)
     c.data.flip = True
     c.backbone = "dit"
     c.dit.update({"width": 1152, "depth": 28, "num_heads": 16, "learned_variance": True})

@@ -23,6 +23,7 @@ def get_config(variant: str = "64") -> ConfigDict:
     c.data = first_stage.data
     c.autoencoder = first_stage.autoencoder
     c.first_stage.path = "runs/mine/first_stage"
+    c.first_stage.trained_by = f"images_autoencoder.py:{variant}"
     side = c.data.image_size // 4  # the latent's side
     c.conditioners.word_map.update({"height": side, "width": side})
     return default.apply_variant(c, variant, variants)

@@ -13,7 +13,7 @@ from configs import default, vq_f4_noattn
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(vq_f4_noattn.get_config(), batch_size=128, num_steps=360_000)
+    c = default.paper_denoiser(vq_f4_noattn, batch_size=128, num_steps=360_000)
     default.unconditional(c)  # the visible pixels suffice
     c.data.update({"crop": "random", "flip": True, "mask": "lama"})
     c.conditioners = ConfigDict({"masked_image": {}})

@@ -13,7 +13,7 @@ from configs import default, vq_f4
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(vq_f4.get_config(), batch_size=24, num_steps=4_400_000)
+    c = default.paper_denoiser(vq_f4, batch_size=24, num_steps=4_400_000)
     c.data.flip = True
     c.data.layout.vocab_size = 8192
     layout = {"vocab_size": 8192, "max_length": 92, "width": 512, "depth": 16}

@@ -17,6 +17,4 @@ def get_config(variant: str = "") -> ConfigDict:
     c = with_context(variant, 10000, "class_label", num_classes=9, width=128)
     if variant != "smoke":
         for_longer(c)
-        c.first_stage.path = "runs/gallery/fine"
-        c.sampling.update({"sampler": "dpm_solver_pp_2m_sde", "num_steps": 30})
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -9,14 +9,15 @@ Variants  :smoke (synthetic shapes, a few steps)
 
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.openmoji_unconditional import without_condition
+from configs import default, openmoji_unconditional
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = without_condition(variant, num_steps=600)
+    c = openmoji_unconditional.without_condition(variant, num_steps=600)
     c.task = "classifying"
     c.first_stage.path = "runs/gallery/unconditional"
+    c.first_stage.trained_by = f"openmoji_unconditional.py:{variant}".rstrip(":")
+    c.autoencoder = openmoji_unconditional.get_config(variant).autoencoder
     c.classifier.num_classes = 9
     c.unet.num_head_channels = 16
     return default.apply_variant(c, variant, {"smoke": smoke})

@@ -42,10 +42,11 @@ def denoiser(f: int) -> ConfigDict:
     c.batch_size = 16
     c.data.image_size = 64
     c.first_stage.path = f"runs/compression/first_stage_f{f}"
+    c.first_stage.trained_by = f"openmoji_compression.py:first_stage_f{f}"
     if f == 1:
         c.autoencoder = default.autoencoder()
         c.autoencoder.regularization = "identity"
-        c.first_stage.path = ""
+        c.first_stage.path = c.first_stage.trained_by = ""
     else:
         c.autoencoder = first_stage(f).autoencoder
     c.unet.update({"model_channels": 32, "channel_mult": (1, 2, 4), "num_groups": 8})

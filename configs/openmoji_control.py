@@ -2,7 +2,8 @@
 
 Command   python train.py --config=configs/openmoji_control.py --workdir=runs/control
           after configs/openmoji_text.py in runs/demo/denoiser; then
-          python sample.py --workdir=runs/demo/denoiser --control=runs/control:edges.png --out=…
+          python sample.py --workdir=runs/demo/denoiser --control=runs/control:edges.png
+          --prompts="red heart" --out=…; docs/adapters.md has the lines that draw edges.png
 Cost      5 minutes on two CPU cores
 Expected  F1 of edges 0.93 on held-out pictures (docs/adapters.md)
 Variants  :smoke (synthetic shapes, a few steps; needs the smoke run of configs/openmoji_text.py)

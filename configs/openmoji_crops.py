@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = without_condition("smoke" if variant == "smoke" else "", num_steps=1000)
     c.autoencoder = default.autoencoder()
     c.autoencoder.regularization = "identity"
-    c.first_stage.update({"path": "", "cache": False, "normalization": "none"})
+    c.first_stage.update({"path": "", "trained_by": "", "cache": False, "normalization": "none"})
     c.batch_size = 16
     c.data.update({"image_size": 16, "crop": "random", "sizes": True})
     c.conditioners = ConfigDict({"sizes": {"width": 64}})

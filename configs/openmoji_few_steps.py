@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.task = "distillation"
     c.distillation.teacher = "runs/demo/denoiser"
     c.distillation.guidance_scales = (3.0, 3.0)
-    c.first_stage.path = ""  # the teacher has one
+    c.first_stage.path = c.first_stage.trained_by = ""  # the teacher has a first stage
     c.num_steps = 2000
     c.distillation.distilled_steps = 20
 

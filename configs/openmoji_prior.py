@@ -9,7 +9,8 @@ Variants  the default is causal, without a condition; :masked as well
           :diffusion (latent diffusion in the same latents, for the comparison in docs/priors.md)
           :layout :segmentation (causal, of scenes; after :first_stage_scenes, which continues
           runs/prior/first_stage, in runs/prior/first_stage_scenes)
-          :smoke (causal, of classes, on synthetic shapes, a few steps)
+          :smoke (causal, of classes, on synthetic shapes, a few steps; after
+          :first_stage_smoke)
 Cost      the first stage, each prior and :diffusion about 13 minutes on two CPU cores
 Expected  the tables of docs/priors.md (held-out bits per code: 6.32, :mirrored 5.99, masked 6.88,
           :class 6.33, :layout 6.03, :segmentation 5.73)
@@ -26,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     others = {
         "first_stage": first_stage,
         "first_stage_scenes": first_stage_scenes,
+        "first_stage_smoke": first_stage_smoke,
         "diffusion": diffusion,
     }
     if variant in others:
@@ -35,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     autoencoding = first_stage()
     c.autoencoder, c.data = autoencoding.autoencoder, autoencoding.data
     c.first_stage.path = "runs/prior/first_stage"
+    c.first_stage.trained_by = "openmoji_prior.py:first_stage"
     c.first_stage.normalization = "none"
     c.first_stage.cache = True
     c.batch_size = 32
@@ -77,12 +80,21 @@ def first_stage_scenes() -> ConfigDict:
     return c
 
 
+def first_stage_smoke() -> ConfigDict:
+    """A few steps on synthetic shapes."""
+    c = openmoji_autoencoder.get_config("smoke")
+    openmoji_first_stages.vq(c)
+    c.autoencoder.num_codes = 16
+    return c
+
+
 def diffusion() -> ConfigDict:
     """Latent diffusion in the same latent space, for the comparison with the priors."""
     num_steps = 7200  # the time of 2,800 steps of the priors
     c = openmoji_unconditional.without_condition("", num_steps)
     c.autoencoder = first_stage().autoencoder
     c.first_stage.path = "runs/prior/first_stage"
+    c.first_stage.trained_by = "openmoji_prior.py:first_stage"
     return c
 
 
@@ -114,6 +126,7 @@ def of_scenes(c: ConfigDict) -> None:
     """Change the data to scenes, with the first stage of scenes."""
     c.data.name = "openmoji_scenes"
     c.first_stage.path = "runs/prior/first_stage_scenes"
+    c.first_stage.trained_by = "openmoji_prior.py:first_stage_scenes"
     c.num_steps = 1400
     c.prior.drop_rate = 0.1
 
@@ -146,10 +159,9 @@ def segmentation(c: ConfigDict) -> None:
 
 def smoke(c: ConfigDict) -> None:
     """All parts of the full run, on synthetic shapes, in seconds."""
-    tiny = openmoji_autoencoder.get_config("smoke")
-    openmoji_first_stages.vq(tiny)
-    tiny.autoencoder.num_codes = 16
+    tiny = first_stage_smoke()
     c.autoencoder, c.data, c.batch_size = tiny.autoencoder, tiny.data, 8
+    c.first_stage.trained_by = "openmoji_prior.py:first_stage_smoke"
     of_class(c)
     c.conditioners.class_token.update({"offset": 16, "null": 25})
     c.transformer.update({"vocab_size": 27, "max_length": 65, "width": 16, "depth": 1})

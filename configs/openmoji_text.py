@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     first_stage = openmoji_autoencoder.get_config(of_first_stage)
     c.autoencoder = first_stage.autoencoder
     c.first_stage.path = "runs/demo/first_stage"
+    c.first_stage.trained_by = f"openmoji_autoencoder.py:{of_first_stage}".rstrip(":")
     c.first_stage.normalization = "channel"
     c.first_stage.cache = True
     c.data = first_stage.data
@@ -92,6 +93,7 @@ def style_base(c: ConfigDict) -> None:
     """OpenMoji's pictures, in the latents of a first stage that knows both styles."""
     c.autoencoder = openmoji_autoencoder.get_config("two_styles").autoencoder
     c.first_stage.path = "runs/two_styles/first_stage"
+    c.first_stage.trained_by = "openmoji_autoencoder.py:two_styles"
 
 
 def smoke(c: ConfigDict) -> None:

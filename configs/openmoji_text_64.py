@@ -23,6 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     first_stage = openmoji_autoencoder.get_config("64")
     c.autoencoder, c.data = first_stage.autoencoder, first_stage.data
     c.first_stage.path = "runs/demo_64/first_stage"
+    c.first_stage.trained_by = "openmoji_autoencoder.py:64"
     c.num_steps = 8000
     c.conditioners.word_map.update({"height": 16, "width": 16})
     c.unet.channel_mult = (1, 2, 3)
@@ -36,4 +37,5 @@ def smoke(c: ConfigDict) -> None:
     openmoji_text.smoke(c)
     first_stage = openmoji_autoencoder.get_config("smoke")
     c.autoencoder, c.data = first_stage.autoencoder, first_stage.data
+    c.first_stage.trained_by = "openmoji_autoencoder.py:smoke"
     c.conditioners.word_map.update({"height": 8, "width": 8})

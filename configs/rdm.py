@@ -16,7 +16,7 @@ from configs import default, kl_f16
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(kl_f16.get_config(), batch_size=64, num_steps=1_000_000)
+    c = default.paper_denoiser(kl_f16, batch_size=64, num_steps=1_000_000)
     c.data.update({"image_size": 768, "num_neighbours": 4, "embedding": "precomputed"})
     c.conditioners = ConfigDict({"neighbours": {"num_neighbours": 4, "width": 768}})
     c.unet.update({"model_channels": 448, "channel_mult": (1, 2, 3, 4), "num_head_channels": 32})

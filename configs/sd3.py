@@ -25,7 +25,7 @@ from configs import default, kl_f8, openmoji_text, sdxl
 def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         return smoke()
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=1024, num_steps=500_000)
+    c = default.paper_denoiser(kl_f8, batch_size=1024, num_steps=500_000)
     c.data.update({"image_size": 1024, "crop": "random"})
     c.autoencoder.update({"z_channels": 16, "embed_dim": 16})
     c.tokenizer.update({"name": "clip_t5", "max_length": 77 + 256})

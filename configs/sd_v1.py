@@ -16,7 +16,7 @@ from configs import default, kl_f8
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=2048, num_steps=515_000)
+    c = default.paper_denoiser(kl_f8, batch_size=2048, num_steps=515_000)
     c.data.image_size = 512
     c.tokenizer.update({"name": "clip", "max_length": 77})
     c.conditioners = ConfigDict({"clip_text": {}})

@@ -14,7 +14,7 @@ from configs import default, kl_f8
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=2048, num_steps=850_000)
+    c = default.paper_denoiser(kl_f8, batch_size=2048, num_steps=850_000)
     open_clip(c)
     c.data.image_size = 512
     c.unet.update({"num_head_channels": 64, "remat": "full"})

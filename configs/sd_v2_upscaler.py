@@ -13,9 +13,10 @@ from configs import default, kl_f4, sd_v2
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(kl_f4.get_config(), batch_size=2048, num_steps=1_250_000)
+    c = default.paper_denoiser(kl_f4, batch_size=2048, num_steps=1_250_000)
     sd_v2.open_clip(c)
     c.autoencoder.z_channels = c.autoencoder.embed_dim = 4
+    c.first_stage.trained_by = ""  # kl_f4 has three channels
     c.data.update({"image_size": 512, "crop": "random", "shorter_side": 2048, "low_res": "bicubic"})
     c.conditioners.low_res = ConfigDict({"num_levels": 1000, "width": 1024, "keep": True})
     c.unet.update({"model_channels": 256, "channel_mult": (1, 2, 2, 4), "num_heads": 8})

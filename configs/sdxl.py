@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def recipe() -> ConfigDict:
     """The settings that base and refiner share: data, noise, precision and kind of U-Net."""
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=2048, num_steps=100_000)
+    c = default.paper_denoiser(kl_f8, batch_size=2048, num_steps=100_000)
     c.data.update({"image_size": 1024, "crop": "random", "sizes": True})
     c.tokenizer.update({"name": "clip", "max_length": 77})
     c.unet.update({"attention_resolutions": (4, 2), "num_head_channels": 64})

@@ -13,7 +13,7 @@ from configs import default, vq_f4
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(vq_f4.get_config(), batch_size=48, num_steps=360_000)
+    c = default.paper_denoiser(vq_f4, batch_size=48, num_steps=360_000)
     default.unconditional(c)  # the label map suffices
     c.data.update({"crop": "random", "shorter_side": 384, "flip": True})
     c.conditioners = ConfigDict({"spatial_rescaler": {"num_classes": 182, "out_channels": 3}})

@@ -13,7 +13,7 @@ from configs import default, vq_f4
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = default.paper_denoiser(vq_f4.get_config(), batch_size=64, num_steps=860_000)
+    c = default.paper_denoiser(vq_f4, batch_size=64, num_steps=860_000)
     default.unconditional(c)  # the small picture suffices
     c.data.crop = "random"
     c.data.low_res = "bsrgan_light"

@@ -13,7 +13,7 @@ from configs import default, vq_f4
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(vq_f4.get_config(), batch_size=28, num_steps=1_000_000)
+    c = default.paper_denoiser(vq_f4, batch_size=28, num_steps=1_000_000)
     captions(c, width=640)
     c.unet.update({"model_channels": 192, "channel_mult": (1, 2, 3, 5), "num_head_channels": 32})
     c.unet.attention_resolutions = (8, 4, 2)

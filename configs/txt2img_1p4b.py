@@ -13,7 +13,7 @@ from configs import default, kl_f8, text2img256
 
 
 def get_config() -> ConfigDict:
-    c = default.paper_denoiser(kl_f8.get_config(), batch_size=680, num_steps=390_000)
+    c = default.paper_denoiser(kl_f8, batch_size=680, num_steps=390_000)
     text2img256.captions(c, width=1280)
     c.unet.remat = "full"
     c.diffusion.update({"beta_start": 0.00085, "beta_end": 0.012})

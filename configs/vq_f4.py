@@ -3,6 +3,8 @@
 Command   python train.py --config=configs/vq_f4.py --workdir=runs/vq_f4 --config.data.dir=IMAGES
 Variants  :n256 (256 codes)
 Cost      55.32 M parameters; the released weights saw 533,066 batches of 8 images per device
+Start     the released run was resumed, so its discriminator starts at step 0; from scratch, set
+          autoencoding.disc_start and autoencoding.adversarial_start (50,001 in KL models)
 Expected  rFID 0.58, PSNR 27.4 on ImageNet-val at 256² (256 codes: 0.47, 26.4)
 """
 

@@ -3,6 +3,8 @@
 Command   python train.py --config=configs/vq_f4_noattn.py --workdir=runs/vq_f4_noattn
           --config.data.dir=IMAGES
 Cost      53.22 M parameters; the released weights saw 658,131 batches of 8 images per device
+Start     the released run was resumed, so its discriminator starts at step 11; from scratch, set
+          autoencoding.disc_start and autoencoding.adversarial_start (50,001 in KL models)
 Expected  rFID 1.06, PSNR 25.2 on ImageNet-val at 256²
 """
 

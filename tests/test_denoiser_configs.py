@@ -116,6 +116,35 @@ def test_config_builds(name):
     assert importlib.import_module(f"configs.{name.partition(':')[0]}").__doc__.count("\n") > 3
 
 
+TRAINED_HERE = (
+    *("openmoji_text", "openmoji_text:smoke", "openmoji_text:two_styles"),
+    *("openmoji_text:style_base", "openmoji_text_64", "openmoji_text_64:smoke"),
+    *("openmoji_unconditional", "openmoji_unconditional:smoke", "openmoji_class"),
+    *("openmoji_layout", "openmoji_semantic", "openmoji_retrieval", "openmoji_dit"),
+    *("openmoji_compression:f2", "openmoji_compression:f16", "openmoji_style_lora"),
+    *("openmoji_prior", "openmoji_prior:layout", "openmoji_prior:smoke"),
+    *("openmoji_prior:diffusion", "images_text", "images_text:128", "images_text:256"),
+    *("images_text:smoke", "openmoji_classifier", "openmoji_classifier:smoke"),
+)
+# Pixels, and first stages with other channels than any config has.
+FROM_ELSEWHERE = {"celebahq:f1", "cin256:f1", "cin256:f32", "sd_v2_upscaler"}
+
+
+@pytest.mark.parametrize("name", [*RELEASED, *PRINTED, *OTHERS, *TRAINED_HERE])
+def test_a_config_names_the_config_that_trains_its_first_stage(name):
+    """A command in a message trains the architecture that this config expects."""
+    config = get(name)
+    named = config.first_stage.trained_by
+    assert (named == "") == (name in FROM_ELSEWHERE)
+    if named:
+        file, _, variant = named.partition(":")
+        earlier = get(f"{file.removesuffix('.py')}:{variant}")
+        assert earlier.task == ("denoising" if config.task == "classifying" else "autoencoding")
+        assert earlier.autoencoder == config.autoencoder
+        if name in TRAINED_HERE:
+            assert earlier.data.image_size == config.data.image_size
+
+
 # Width of the context and scale of the latents of a released model, whose single file has no yaml.
 SINGLE = {
     "celebahq": (None, 1.0),

@@ -247,10 +247,9 @@ def test_cached_codes_are_integers_of_every_picture(tmp_path):
 def test_a_run_from_the_first_stage_to_samples_and_scores(tmp_path, monkeypatch):
     """And what it refuses: pixels, which have no codes, and another task's workdir."""
     small = {"data.image_size": SIZE, "batch_size": 8, "log.num_images": 2, "num_steps": 2}
-    first = openmoji_prior.get_config("smoke")
-    first.task = "autoencoding"
-    first.autoencoding.update({"perceptual": "none", "disc_start": 9, "adversarial_start": 9})
-    first.autoencoding.discriminator.update({"channels": 8, "num_layers": 1})
+    first = openmoji_prior.get_config("first_stage_smoke")
+    first.autoencoding.update({"disc_start": 9, "adversarial_start": 9})
+    first.autoencoding.discriminator.num_layers = 1
     for config in (first, prior := openmoji_prior.get_config("smoke")):
         config.autoencoder.update({"channel_mult": (1, 1), "num_groups": 4})
         config.update_from_flattened_dict(small)

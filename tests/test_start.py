@@ -187,6 +187,30 @@ def test_a_classifier_takes_the_noise_and_the_latents_of_its_denoiser(tmp_path):
         assert settings.flat(resolved[section]) == settings.flat(theirs[section])
 
 
+def test_a_missing_first_stage_is_named_with_its_command():
+    """The command is that of the config; for one's own pictures, that of their recipe."""
+    trained_by = {"first_stage.path": "runs/fine", "first_stage.trained_by": "openmoji_x.py:fine"}
+    train = "train one with: python train.py --config=configs"
+
+    def message(**fields):
+        with pytest.raises(ValueError) as raised:
+            stages.resolve(few("denoising", **{**trained_by, **fields}))
+        return str(raised.value)
+
+    assert message().endswith(f"; {train}/openmoji_x.py:fine --workdir=runs/fine")
+    found = message(**{"first_stage.path": ""})
+    assert found.startswith("first_stage.path is empty, but denoising needs one; ")
+    assert found.endswith(f"{train}/openmoji_x.py:fine --workdir=runs/first_stage")
+    found = message(**{"first_stage.trained_by": ""})
+    assert found.endswith("it has no readable config.json; name the workdir of one")
+    own = {"data.name": "image_folder", "data.dir": "mine"}
+    assert message(**own).endswith(
+        f"{train}/images_autoencoder.py --workdir=runs/fine --config.data.dir=mine"
+    )
+    found = message(**own, **{"first_stage.trained_by": "vq_f4.py"})
+    assert found.endswith(f"{train}/vq_f4.py --workdir=runs/fine --config.data.dir=mine")
+
+
 @pytest.mark.parametrize("field", ["data.dir", "first_stage.path"])
 def test_a_path_is_the_place_not_its_spelling_and_data_may_move(tmp_path, monkeypatch, field):
     monkeypatch.chdir(tmp_path)

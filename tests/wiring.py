@@ -281,6 +281,7 @@ CONFIG = {
     "first_stage.num_batches": SCALE,
     "first_stage.autoencoder": PREVIEW,
     "first_stage.path": TRAINED,
+    "first_stage.trained_by": "test_start.py::test_a_missing_first_stage_is_named_with_its_command",
     "init_from": "test_init_from.py::test_the_whole_model_and_its_average_start_from_the_file",
     "init_from_changes": "test_init_from.py::test_the_first_stage_comes_along_with_its_scale",
     "init_from_only": "test_init_from.py::test_a_part_by_its_path",

@@ -200,8 +200,9 @@ class Model(flax.struct.PyTreeNode):
         Conditions: a model takes the conditions of its training, and needs all of them: `prompts`,
         `class_labels`, `layout` (lists of (class, (left, top, right, bottom)) in [0, 1], or
         tokens), `segmentation` [N H W] of classes, `low_res` [N h w 3] and its `noise_level`
-        (default 20), `depth` [N H W 1], `neighbours` [N k D], `image_embedding` [N D]; unCLIP takes
-        an `image` of any size and a `noise_level` (default 0), inpainting `image` and `mask`;
+        (default 20, or the highest below), `depth` [N H W 1], `neighbours` [N k D],
+        `image_embedding` [N D]; unCLIP takes an `image` of any size and a `noise_level` (default
+        0), inpainting `image` and `mask`;
         Stable Diffusion XL `original_size` (H, W), `crop_top_left` (y, x) and `target_size` (H, W),
         in pixels, its refiner `aesthetic_score` instead of the last: by default the sizes are the
         picture's, nothing is cropped, and the score is 6. A single example applies to all images.

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     r"input_perturbation|variance_weight)": "the objective may change",
     r"prior\..*": "the objective may change, and sampling is no part of it",
     r"first_stage\.cache": "cached latents are the same",
+    r"first_stage\.trained_by": "messages alone name it",
     r"data\.(flip|search|workers)": "the pictures are the same",
 }
 _TEACHER = "distillation.teacher"

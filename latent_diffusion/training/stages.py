@@ -10,12 +10,12 @@ from latent_diffusion.convert.experiment import read_config
 from latent_diffusion.tasks import DENOISERS
 from latent_diffusion.training import settings
 
-# task -> the task whose workdir it builds on, and a config that trains one
+# task -> the task whose workdir it builds on
 _BUILDS_ON = {
-    "denoising": ("autoencoding", "openmoji_autoencoder.py"),
-    "distillation": ("autoencoding", "openmoji_autoencoder.py"),
-    "classifying": ("denoising", "openmoji_unconditional.py"),
-    "prior": ("autoencoding", "openmoji_prior.py:first_stage"),
+    "denoising": "autoencoding",
+    "distillation": "autoencoding",
+    "classifying": "denoising",
+    "prior": "autoencoding",
 }
 _COMPUTING = ("dtype", "remat")  # how the autoencoder computes, which is up to each run
 _OF_TINY = ("encoder_blocks", "decoder_blocks")  # fields that only tiny autoencoders have
@@ -32,16 +32,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         return config
     if config.task in DENOISERS and config.init_from == config.first_stage.path != "":
         return config  # `init_from` has already set the architecture
-    earlier_task, example = _BUILDS_ON[config.task]
-    more = ""
-    if config.task in DENOISERS and config.data.name == "image_folder":
-        example = "images_autoencoder.py"
-        more = f" --config.data.dir={config.data.dir or 'PICTURES'}"
-    hint = (
-        f"train one with: python train.py --config=configs/{example} "
-        f"--workdir={config.first_stage.path or 'runs/first_stage'}{more}, "
-        "and name its workdir by --config.first_stage.path"
-    )
+    earlier_task, hint = _BUILDS_ON[config.task], _command(config)
     if not config.first_stage.path:
         raise ValueError(f"first_stage.path is empty, but {config.task} needs one; {hint}")
     path = Path(config.first_stage.path)
@@ -59,3 +50,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if name in (*config[section], *_OF_TINY) and name not in _COMPUTING
     }
     return settings.decided(config, fields, f"first_stage.path={path}")
+
+
+def _command(config: ConfigDict) -> str:
+    """How to get an earlier run: the command that trains one, if the config names it."""
+    trained_by, more = config.first_stage.trained_by, ""
+    if config.task in DENOISERS and config.data.name == "image_folder":
+        if trained_by.startswith("openmoji"):  # of pictures that the config doesn't read
+            trained_by = "images_autoencoder.py"
+        more = f" --config.data.dir={config.data.dir or 'PICTURES'}"
+    if not trained_by:
+        return "name the workdir of one"
+    workdir = config.first_stage.path or "runs/first_stage"
+    command = f"python train.py --config=configs/{trained_by} --workdir={workdir}{more}"
+    return f"train one with: {command}"
