@@ -116,9 +116,9 @@ def get_config() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every_steps = 50
     c.log.images_every_steps = 1000  # also at earlier powers of two
-    c.log.num_images = 16
+    c.log.num_images = 16  # evenly spaced test images, as in evaluations
     c.log.eval_every_steps = 0  # 0 = at the end only
-    c.log.eval_batches = 8
+    c.log.eval_batches = 8  # at most so many, spread over the test split
     c.log.distance = ""  # features for a Fréchet distance in evaluations: "alexnet" | "vgg16" | ...
     c.log.distance_path = ""  # their weights; "" = the installed package
     c.log.distance_images = 512  # test images, and as many reconstructions or samples

@@ -173,6 +173,15 @@ def test_epoch_pads_the_last_batch_with_weight_zero(processes):
 
 
 @pytest.mark.parametrize(
+    ("num_batches", "places"),
+    [(0, []), (1, [0, 2, 5, 7]), (2, [0, 1, 2, 3, 5, 6, 7, 8]), (3, [*range(10), 9, 9])],
+)
+def test_a_part_of_an_epoch_is_evenly_spaced(num_batches, places):
+    batches = epoch(numbered(10), noisy, 4, num_batches=num_batches)
+    assert [int(label) for batch in batches for label in batch["class_label"]] == places
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 5, "process_count": 2}, "batch_size 5 is not divisible by 2 processes"),

@@ -207,6 +207,11 @@ def test_a_missing_first_stage_is_named_with_its_command():
     assert message(**own).endswith(
         f"{train}/images_autoencoder.py --workdir=runs/fine --config.data.dir=mine"
     )
+    assert message(**{**own, "data.name": "tars"}).endswith(
+        "images_autoencoder.py --workdir=runs/fine --config.data.name=tars --config.data.dir=mine"
+    )
+    found = message(**{**own, "data.name": "tfds:flowers", "data.dir": ""})
+    assert found.endswith(" --workdir=runs/fine --config.data.name=tfds:flowers")
     found = message(**own, **{"first_stage.trained_by": "vq_f4.py"})
     assert found.endswith(f"{train}/vq_f4.py --workdir=runs/fine --config.data.dir=mine")
 

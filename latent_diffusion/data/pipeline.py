@@ -115,18 +115,17 @@ def iterate(
 
 
 class _Padded:
-    """A source that is padded to `length` by its last example with weight 0."""
+    """`count` evenly spaced examples of a source, padded to `length` by the last with weight 0."""
 
-    def __init__(self, source: Source, length: int):
-        self.source, self.length = source, length
+    def __init__(self, source: Source, count: int, length: int):
+        self.source, self.count, self.length = source, count, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Example:
-        last = len(self.source) - 1
-        example = self.source[min(index, last)]
-        return {**example, "weight": np.float32(index <= last)}
+        place = min(index, self.count - 1) * len(self.source) // self.count
+        return {**self.source[place], "weight": np.float32(index < self.count)}
 
 
 def epoch(
@@ -135,15 +134,19 @@ def epoch(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    num_batches: int | None = None,
 ) -> Iterator[Batch]:
     """Every example once, in order. `weight` [B] is 1, or 0 for the padding of the last batch.
 
     batch_size: that of the global batch, of which each process gets a contiguous block.
+    num_batches: at most so many, of evenly spaced examples.
     """
     local = _local_batch_size(batch_size, process_index, process_count)
     if len(source) == 0:
         raise ValueError("the data has no examples")
-    padded = _Padded(source, -(-len(source) // batch_size) * batch_size)
+    most = len(source) if num_batches is None else num_batches * batch_size
+    count = min(len(source), most)
+    padded = _Padded(source, count, -(-count // batch_size) * batch_size)
 
     def weighted(example: Example, rng: np.random.Generator) -> Example:
         return {**transform(example, rng), "weight": example["weight"]}

@@ -17,6 +17,7 @@ _BUILDS_ON = {
     "classifying": "denoising",
     "prior": "autoencoding",
 }
+_OF_USERS = ("image_folder", "tars", "parquet", "tfds")  # data that no package brings along
 _COMPUTING = ("dtype", "remat")  # how the autoencoder computes, which is up to each run
 _OF_TINY = ("encoder_blocks", "decoder_blocks")  # fields that only tiny autoencoders have
 
@@ -55,10 +56,14 @@ def resolve(config: ConfigDict) -> ConfigDict:
 def _command(config: ConfigDict) -> str:
     """How to get an earlier run: the command that trains one, if the config names it."""
     trained_by, more = config.first_stage.trained_by, ""
-    if config.task in DENOISERS and config.data.name == "image_folder":
+    kind = config.data.name.partition(":")[0]
+    if config.task in DENOISERS and kind in _OF_USERS:
         if trained_by.startswith("openmoji"):  # of pictures that the config doesn't read
             trained_by = "images_autoencoder.py"
-        more = f" --config.data.dir={config.data.dir or 'PICTURES'}"
+        if kind != "image_folder":
+            more = f" --config.data.name={config.data.name}"
+        if config.data.dir or kind != "tfds":
+            more += f" --config.data.dir={config.data.dir or 'PICTURES'}"
     if not trained_by:
         return "name the workdir of one"
     workdir = config.first_stage.path or "runs/first_stage"
