@@ -97,9 +97,9 @@ def levels(num_steps, schedule=LINEAR, end=-1):
     return spacing("exponential", schedule, num_steps, last=end).astype(jnp.float32)
 
 
-def sample(name, mixture, timesteps, schedule=LINEAR, z_T=Z_T, keys=KEYS):
+def sample(name, mixture, timesteps, schedule=LINEAR, z_T=Z_T, keys=KEYS, **own):
     # A network that isn't distilled can't jump as far as trajectory consistency asks.
-    own = {"eta": 0.02} if name == "tcd" else {}
+    own |= {"eta": 0.02} if name == "tcd" else {}
     table = filled(SAMPLERS[name].table(schedule, timesteps, **own))
     return looped(name == "lcm")(table, mixture, schedule, z_T, keys)
 
@@ -126,6 +126,30 @@ def test_reaches_the_right_moments(name, schedule):
         exact = ORDERS.get(name, 1) > 1  # 128 first-order steps still lack some of the std
         np.testing.assert_allclose(jnp.mean(z_0), mean, atol=(0.02 if exact else 0.1) * std)
         np.testing.assert_allclose(jnp.std(z_0), std, rtol=0.02 if exact else 0.08)
+
+
+@pytest.mark.parametrize("schedule", ["zero_terminal_snr", "rectified_flow"])
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - STOCHASTIC))
+def test_few_steps_from_pure_noise_keep_the_mean(name, schedule):
+    """There the latent says nothing of eps: a first step must follow z_0, as DDIM's does."""
+    schedule = SCHEDULES[schedule]
+    for count in (2, 4, 8):
+        timesteps = spacing("trailing", schedule, count).astype(jnp.float32)
+        assert schedule.alpha_t(timesteps[0]) == 0
+        z_0, first_order = (sample(n, GAUSSIAN, timesteps, schedule) for n in (name, "ddim"))
+        np.testing.assert_allclose(jnp.mean(z_0), 1.5, atol=5e-3)
+        std = float(jnp.std(z_0))
+        assert 0.98 * float(jnp.std(first_order)) < std < 1.03 * 0.4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_plms_that_extrapolates_v_converges_on_every_schedule(schedule):
+    schedule = SCHEDULES[schedule]
+    timesteps = spacing("trailing", schedule, 100).astype(jnp.float32)
+    by_v = sample("plms", GAUSSIAN, timesteps, schedule, extrapolated="v")
+    by_eps = sample("plms", GAUSSIAN, timesteps, schedule)
+    np.testing.assert_allclose(jnp.mean(by_v), 1.5, atol=0.03)
+    np.testing.assert_allclose(jnp.std(by_v), jnp.std(by_eps), rtol=0.05)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

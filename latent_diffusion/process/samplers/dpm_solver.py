@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from latent_diffusion.core.types import Array, Float, Int, Number, lookup
 from latent_diffusion.process.samplers.integrals import lagged, multistep_orders, phi, ratio
-from latent_diffusion.process.samplers.table import Levels, Table, is_zero, steps
+from latent_diffusion.process.samplers.table import Levels, Table, along_rho, is_zero, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 
 # x -> the weight of the slope in a second-order step.
@@ -148,9 +148,8 @@ def _noise_multistep(
     h = there.lam - here.lam
     orders = _orders(there, order, lower_order_final, euler_at_final)
     weights = _multistep(h, h, orders, order, solver_type)
-    # Sigma at the step's end, but slightly above 0 where h stands for infinity.
-    sigma = there.alpha * jnp.exp(-there.lam)
-    return Table(here.t, scale=there.alpha / here.safe_alpha, eps=sigma[:, None] * weights)
+    rho = jnp.exp(-there.lam)  # slightly above 0 where h stands for infinity
+    return Table(here.t, *along_rho(here, there, there.rho, rho[:, None] * weights))
 
 
 def _data_multistep(

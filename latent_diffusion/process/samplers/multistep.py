@@ -14,7 +14,7 @@ from latent_diffusion.process.samplers.integrals import (
     phi,
     ratio,
 )
-from latent_diffusion.process.samplers.table import Levels, Table, levels, steps
+from latent_diffusion.process.samplers.table import Levels, Table, along_rho, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 
 # Adams–Bashforth on equal steps (Liu et al. 2022, eq. 12). Row 1 returns to the start with the mean
@@ -46,8 +46,8 @@ _HALF_B: dict[str, Callable[[Array], Array]] = {
 def plms(schedule: NoiseSchedule, timesteps: Timesteps, *, extrapolated: str = "eps") -> Table:
     """PLMS, or PNDM without Runge–Kutta (Liu et al. 2022): S + 1 evaluations, as in the original.
 
-    extrapolated: "eps", or "v" as in diffusers for networks that predict v: in eps = alpha v +
-    sigma z, v is then extrapolated from several evaluations, and z is that at the step's start.
+    extrapolated: "eps", or "v" as in diffusers for networks that predict v: v is then extrapolated
+    from several evaluations, and gives eps with the z at the step's start.
     """
     count = len(timesteps) - 1
     all_levels = levels(schedule, timesteps)
@@ -56,28 +56,30 @@ def plms(schedule: NoiseSchedule, timesteps: Timesteps, *, extrapolated: str = "
     here, there = Levels(*(x[begin] for x in all_levels)), Levels(*(x[end] for x in all_levels))
     # The second evaluation is at the end of the first step, or at its start if there is one step.
     t = jnp.where((row == 1) & (count > 1), there.t, here.t)
-    span = there.alpha * (there.rho - here.rho)
-    scale = there.alpha / here.safe_alpha
-    weights = span[:, None] * jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)]
+    weights = jnp.asarray(_PLMS)[jnp.minimum(row, len(_PLMS) - 1)]
+    span = (there.rho - here.rho)[:, None]
+    scale, z_0, eps = along_rho(here, there, there.rho, span * weights)
     again = jnp.where(row == 1, 1.0, 0.0)
     if lookup({"eps": False, "v": True}, extrapolated, "extrapolated prediction"):
         evaluated = levels(schedule, t)
-        v = here.alpha[:, None] * weights  # v = alpha eps − sigma z_0 at each evaluation
         alphas, sigmas = (
-            jnp.stack([lagged(x, k) for k in range(v.shape[1])], axis=1)
+            jnp.stack([lagged(x, k) for k in range(eps.shape[1])], axis=1)
             for x in (evaluated.alpha, evaluated.sigma)
         )
-        scale = scale + span * here.sigma
-        return Table(t, scale, -v * sigmas, v * alphas, restart=1 - again, keep=again)
-    return Table(t, scale, eps=weights, restart=1 - again, keep=again)
+        # With v = alpha eps − sigma z_0, eps = (alpha v + sigma z) / (alpha² + sigma²).
+        weights = eps / (here.alpha**2 + here.sigma**2)[:, None]
+        scale = scale + here.sigma * jnp.sum(weights, 1)
+        v = here.alpha[:, None] * weights
+        z_0, eps = z_0 - v * sigmas, v * alphas
+    return Table(t, scale, z_0, eps, restart=1 - again, keep=again)
 
 
 def ipndm(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """PLMS with first steps of lower order: one evaluation per step (Zhang & Chen 2023)."""
     here, there = steps(schedule, timesteps)
-    span = there.alpha * (there.rho - here.rho)
+    span = (there.rho - here.rho)[:, None]
     weights = jnp.asarray(_ADAMS)[jnp.minimum(jnp.arange(len(span)), len(_ADAMS) - 1)]
-    return Table(here.t, scale=there.alpha / here.safe_alpha, eps=span[:, None] * weights)
+    return Table(here.t, *along_rho(here, there, there.rho, span * weights))
 
 
 def lms(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 4) -> Table:
@@ -87,7 +89,7 @@ def lms(schedule: NoiseSchedule, timesteps: Timesteps, *, order: int = 4) -> Tab
     nodes, usable = past_nodes(here.rho, step, jnp.asarray(order), order)
     moments = [jnp.full_like(step, 1 / (k + 1)) for k in range(order)]
     weights = step[:, None] * interpolation_weights(nodes, usable, moments)
-    return _adams(here, there, weights)
+    return Table(here.t, *along_rho(here, there, there.rho, weights))
 
 
 def deis(
@@ -107,7 +109,8 @@ def deis(
     nodes, usable = past_nodes(here.lam, h, jnp.where(there.t < 0, 1, orders), order)
     moments = [math.factorial(k) * jnp.exp(-h) * phi(k + 1, h) for k in range(order)]
     span = (-h * here.rho)[:, None]  # d rho = −rho d lam
-    return _adams(here, there, span * interpolation_weights(nodes, usable, moments))
+    weights = span * interpolation_weights(nodes, usable, moments)
+    return Table(here.t, *along_rho(here, there, there.rho, weights))
 
 
 def unipc(
@@ -144,11 +147,6 @@ def unipc(
         keep=jnp.where(free, 0.0, here.sigma / lagged(here.sigma, 1)),
         correction=jnp.where(free[:, None], 0.0, here.alpha[:, None] * correct),
     )
-
-
-def _adams(here: Levels, there: Levels, weights: Float[Array, "S K"]) -> Table:
-    """z/alpha plus the integral of eps."""
-    return Table(here.t, scale=there.alpha / here.safe_alpha, eps=there.alpha[:, None] * weights)
 
 
 def _predictor(

@@ -7,18 +7,18 @@ eps.
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion.core.types import Array, Number
+from latent_diffusion.core.types import Array, Float, Number
 from latent_diffusion.process.samplers.integrals import ratio
-from latent_diffusion.process.samplers.table import Levels, Table, is_zero, levels, steps
+from latent_diffusion.process.samplers.table import Levels, Table, along_rho, is_zero, levels, steps
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 
 
 def heun(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
     """Heun's second-order method (Karras et al. 2022, algorithm 1)."""
     here, there = steps(schedule, timesteps)
-    half = 0.5 * there.alpha * (there.rho - here.rho)
-    scale = there.alpha / here.safe_alpha
-    return _two_stages(here, there, there, there.rho, scale, eps=(half, half))
+    half = 0.5 * (there.rho - here.rho)
+    columns = along_rho(here, there, there.rho, jnp.stack([half, half], axis=1))
+    return _two_stages(here, there, there, there.rho, *columns)
 
 
 def dpm2(schedule: NoiseSchedule, timesteps: Timesteps) -> Table:
@@ -31,11 +31,8 @@ def dpm2_ancestral(schedule: NoiseSchedule, timesteps: Timesteps, *, eta: Number
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = _middle(schedule, here, down)
-    eps = there.alpha * (down - here.rho)
-    scale = there.alpha / here.safe_alpha
-    return _two_stages(
-        here, middle, there, down, scale, eps=(eps,), up=None if is_zero(eta) else up
-    )
+    columns = along_rho(here, there, down, (down - here.rho)[:, None])
+    return _two_stages(here, middle, there, down, *columns, up=None if is_zero(eta) else up)
 
 
 def dpm_solver_pp_2s_ancestral(
@@ -45,10 +42,10 @@ def dpm_solver_pp_2s_ancestral(
     here, there = steps(schedule, timesteps)
     down, up = _ancestral(here, there, eta)
     middle = _middle(schedule, here, down)
-    z_0 = there.alpha * (1 - down / here.rho)
+    z_0 = (there.alpha * (1 - down / here.rho))[:, None]
     scale = there.alpha * down / here.sigma
     return _two_stages(
-        here, middle, there, down, scale, z_0=(z_0,), up=None if is_zero(eta) else up
+        here, middle, there, down, scale, z_0, jnp.zeros_like(z_0), None if is_zero(eta) else up
     )
 
 
@@ -106,8 +103,8 @@ def _two_stages(
     there: Levels,
     down: Array,
     scale: Array,
-    z_0: tuple[Array, ...] = (),
-    eps: tuple[Array, ...] = (),
+    z_0: Float[Array, "S K"],
+    eps: Float[Array, "S K"],
     up: Array | None = None,
 ) -> Table:
     """A first-order step to `middle`, then from the start to rho = `down`, then noise `up`.
@@ -116,8 +113,8 @@ def _two_stages(
     """
     zeros, ones = jnp.zeros_like(scale), jnp.ones_like(scale)
 
-    def columns(*latest: Array) -> Array:
-        return jnp.stack([*latest, *[zeros] * (max(len(z_0), len(eps)) - len(latest))], axis=1)
+    def columns(latest: Array) -> Array:
+        return jnp.zeros_like(z_0).at[:, 0].set(latest)
 
     noise = None if up is None else there.alpha * up
     last = jnp.arange(len(scale)) == len(scale) - 1
@@ -130,7 +127,7 @@ def _two_stages(
         restart=ones,
         keep=zeros,
     )
-    second = Table(middle.t, scale, columns(*z_0), columns(*eps), noise, zeros, ones)
+    second = Table(middle.t, scale, z_0, eps, noise, zeros, ones)
     return _interleave(first, second)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from latent_diffusion.core.rng import normal_per_example, split_per_example, uniform_per_example
 from latent_diffusion.core.types import Array, Float, Keys, Number
 from latent_diffusion.process.diffusion import Denoiser, variance_factor
+from latent_diffusion.process.samplers.integrals import ratio
 from latent_diffusion.process.schedules import NoiseSchedule, Timesteps
 
 _CLEAN_LAM = 50.0  # for clean data, where it is infinite; exp(−50) is negligible beside 1
@@ -71,6 +72,24 @@ class Table(NamedTuple):
     correction: Float[Array, "N K"] | None = None
     dropout: Float[Array, " N"] | None = None
     log_range: Float[Array, " N"] | None = None
+
+
+def along_rho(
+    here: Levels, there: Levels, end: Array, eps: Float[Array, "S K"]
+) -> tuple[Float[Array, " S"], Float[Array, "S K"], Float[Array, "S K"]]:
+    """The columns `scale`, `z_0` and `eps` of steps to rho = `end` at the level `there`.
+
+    eps: weights of the estimates in the integral of eps over rho, since d(z/alpha)/d(rho) is eps.
+    From pure noise, where rho is infinite, a step goes along 1/rho instead: d(z/sigma)/d(1/rho) is
+    z_0, of which the estimates have the same shares.
+    """
+    pure = here.alpha == 0
+    shares = ratio(eps, jnp.sum(eps, 1, keepdims=True))
+    return (
+        jnp.where(pure, there.safe_alpha * end / here.sigma, there.alpha / here.safe_alpha),
+        jnp.where(pure[:, None], there.alpha[:, None] * shares, 0.0),
+        jnp.where(pure[:, None], 0.0, there.alpha[:, None] * eps),
+    )
 
 
 class State(NamedTuple):
