@@ -487,6 +487,14 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     for name in ("num_steps", "reference", "save_images", "save_reference"):
         with pytest.raises(ValueError, match=f"--{name}=3 has no effect on reconstructions: leave"):
             record("psnr", **{name: 3})
+    for metric, given, what in (
+        ("clip", {"split": "test"}, "metrics=clip, which need no reference"),
+        ("fd", {"split": "test", "reference": "there"}, "--reference, which is another one"),
+        ("fd", {"image_size": 8}, "a workdir's own pictures"),
+        ("psnr", {"image_size": 8}, "a workdir's own pictures"),
+    ):
+        with pytest.raises(ValueError, match=f"=(test|8) has no effect on {what}: leave it out"):
+            record(metric, **given)
     with pytest.raises(ValueError, match="metrics=fd,psnr mixes reconstructions and samples"):
         record("fd", "psnr")
 
@@ -512,6 +520,15 @@ def test_an_evaluation_is_remembered_for_the_same_work_alone(tmp_path, monkeypat
     assert noted.items() <= last.items() and "guidance_scale" not in last
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["guidance_scale"] == 1.0 and json.loads(lines[-1]) == last
+
+    source.arrays["caption"] = ["red cat", "blue dog", "green cat"] * 8
+    others = record("fd", seed=3)
+    assert others["metrics"] != last["metrics"]  # of other prompts
+    config.init_from = "base"  # which a LoRA's checkpoint doesn't hold
+    workdir.save_config(config, tmp_path)
+    assert record("fd", seed=3)["metrics"] == others["metrics"]
+    made[0] = answers.model(answers.TEXT, gain=0.9).replace(defaults=made[0].defaults)
+    assert record("fd", seed=3)["metrics"] != others["metrics"]
 
     def while_a_run_goes_on(path):
         with Checkpointer(tmp_path / "checkpoints") as checkpoints:
@@ -559,6 +576,32 @@ def test_collected_arrays_belong_to_their_pictures_and_options(tmp_path, monkeyp
     os.utime("real.npz", (1, 1))
     others.append(folder(images=open_images("real.npz")))
     assert len({first, *others}) == len(others) + 1
+
+
+def test_samples_of_changed_data_are_made_anew(tmp_path):
+    """Adding a picture changes the order of all."""
+    write_pictures(tmp_path, 3)
+    source = data.ArraySource({"caption": ["a", "b", "c"]})
+    source.paths = sorted(tmp_path.iterdir())
+    source.annotations = [{"class_label": i} for i in range(3)]
+    versions = []
+
+    def note(count=2, order=(0, 1, 2), **names):
+        made = {name: generate.Rows(np.array(order), read) for name, read in names.items()}
+        versions.append(generate.version_of_conditions(made, source, count))
+        return versions[-1]
+
+    prompts = {"prompts": "abc".__getitem__}
+    of_text, of_class = note(**prompts), note(class_labels=int)
+    note()
+    note(**prompts, order=(1, 0, 2))
+    note(**prompts, count=3)
+    os.utime(source.paths[1], (1, 1))
+    note(class_labels=int)
+    source.annotations[2]["class_label"] = 0
+    note(class_labels=int)
+    assert len({*versions}) == len(versions) == 7
+    assert note(**prompts) == of_text and note(class_labels=int) == versions[6] != of_class
 
 
 @pytest.mark.parametrize("task", ["autoencoding", "denoising"])
@@ -668,7 +711,8 @@ def test_folders_are_scored_by_the_command(tmp_path):
     with pytest.raises(ValueError, match=r"num_images=25, but .* has only 24"):
         evaluate(**options, reference=statistics, num_images=25)
     with pytest.raises(ValueError, match="metrics=clip need no --reference: leave it out"):
-        command._reference({**options, "metrics": ["clip"], "reference": "b"}, tmp_path, None, None)
+        asked = {**options, "metrics": ["clip"], "reference": "b", "split": None}
+        command._reference(asked, tmp_path, None, None)
     with pytest.raises(ValueError, match="metrics=fd need --reference"):
         evaluate(**options)
     for name, message in (
@@ -682,6 +726,19 @@ def test_folders_are_scored_by_the_command(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(**options, reference=statistics, **{name: -1})
+
+
+def test_a_reference_has_enough_pictures_and_does_not_count(tmp_path, monkeypatch):
+    net = FeatureNet("alexnet", {}, lambda params, levels: {"features": levels.mean((1, 2))})
+    monkeypatch.setattr(command, "make_features", lambda *given: net)
+    for name, count in (("samples", 24), ("many", 40), ("few", 19)):
+        write_pictures(tmp_path / name, count)
+    options = {"samples": str(tmp_path / "samples"), "features": "alexnet"}
+    against = {name: {**options, "reference": str(tmp_path / name)} for name in ("many", "few")}
+    assert evaluate(**against["many"], metrics=["pr", "dc"])["num_images"] == 24
+    with pytest.raises(ValueError, match="fd needs at least 20 images, got 19"):
+        evaluate(**against["few"], metrics=["fd"])
+    assert evaluate(**against["few"], metrics=["pr"], num_images=20)["num_images"] == 20
 
 
 def test_a_score_is_a_number_or_one_line_says_why_not(tmp_path, monkeypatch):

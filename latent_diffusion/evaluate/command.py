@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from latent_diffusion.generation.loading import load
 from latent_diffusion.generation.model import Model
 from latent_diffusion.nets.losses.perceptual import load_lpips_params
 from latent_diffusion.runtime import processes
-from latent_diffusion.runtime.checkpoint import Checkpointer
+from latent_diffusion.runtime.checkpoint import Checkpointer, fingerprints
 from latent_diffusion.runtime.metrics import Progress
 
 DEFAULT_SAMPLES = 50_000
@@ -108,6 +109,8 @@ def _score_workdir(options: Options, directory: Path) -> dict[str, Any]:
             f"{directory} holds a first stage; its metrics: {', '.join(reconstruction.METRICS)}"
         )
     score = _score_first_stage if of_stage else _score_samples
+    if options["image_size"] and options["reference"] is None:
+        _refuse(options, ("image_size",), "a workdir's own pictures")
     checkpoint = _checkpoint(directory)
     processes.check_same(checkpoint, "checkpoint")  # a save may have come between
     options = {**options, "metrics": metrics, **checkpoint}
@@ -138,7 +141,7 @@ def _score_first_stage(options: Options, cache: Path, config: ConfigDict) -> dic
     )
     arrays = _collected(options, cache, "reconstructions", images, count, collect)
     results = reconstruction.score_reconstructions(arrays, lpips, net_name)
-    return _record(options, results, images.name, images.name)
+    return _record(options, results, images.name, images.name, count)
 
 
 def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def _score_samples(options: Options, cache: Path, config: ConfigDict | None) -> 
     if clip is not None and captions is not None:
         arrays["captions"] = clip.embed_texts(captions)
     results = scores.score(metrics, arrays, reference, options["features"], options["seed"])
-    return _record(options, results, images.name, reference_name)
+    return _record(options, results, images.name, reference_name, count)
 
 
 def _features(options: Options) -> Any:
@@ -202,15 +205,20 @@ def _samples_of_model(options: Options, config: ConfigDict) -> tuple[ImageSet, O
     count = options["num_images"] or DEFAULT_SAMPLES
     source = data.make_source(config.data, "test")
     transform = data.make_transform(config.data, train=False)
+    conditions = generate.conditions_of(model, source, transform, count, seed)
     images = generate.samples(
         model,
-        generate.conditions_of(model, source, transform, count, seed),
+        conditions,
         count,
         seed,
         options["batch_size"],
         Path(options["save_images"]) if options["save_images"] else None,
         **{name: options[name] for name in SAMPLING if options[name] is not None},
     )
+    version = generate.version_of_conditions(conditions, source, count)
+    if config.get("init_from") and model.denoiser is not None:  # a LoRA's checkpoint lacks its base
+        version += json.dumps(fingerprints(model.denoiser.params), sort_keys=True)
+    images = replace(images, version=hashlib.sha256(version.encode()).hexdigest())
     return images, dict(model.defaults)
 
 
@@ -220,8 +228,11 @@ def _reference(
     """The reference's features or statistics, and its name."""
     spec, metrics = options["reference"], options["metrics"]
     if set(metrics) <= set(scores.WITHOUT_REFERENCE) and not (spec or options["save_reference"]):
+        _refuse(options, ("split",), f"metrics={','.join(metrics)}, which need no reference")
         return scores.Reference(), "none"
-    if spec is None and config is None:
+    if spec is not None:
+        _refuse(options, ("split",), "--reference, which is another one")
+    elif config is None:
         raise ValueError(f"metrics={','.join(metrics)} need --reference")
     if net is None:
         flag = "save_reference" if spec is None else "reference"
@@ -235,7 +246,8 @@ def _reference(
         real = generate.of_data(config, options["split"] or "train")
     else:
         real = open_images(spec, options["image_size"])
-    scores.check_counts([metric for metric in metrics if metric in scores.OF_POINTS], real.count)
+    compared = [metric for metric in metrics if metric not in scores.WITHOUT_REFERENCE]
+    scores.check_counts(compared, real.count)
     collect = functools.partial(collect_features, net=net)
     arrays = _collected(options, cache, "reference", real, real.count, collect)
     return scores.Reference(features=arrays["features"]), real.name
@@ -300,7 +312,7 @@ def _collected(
 
 
 def _record(
-    options: Options, results: Mapping[str, Measured], images: str, reference: str
+    options: Options, results: Mapping[str, Measured], images: str, reference: str, count: int
 ) -> dict[str, Any]:
     for name, result in results.items():
         if not np.isfinite([result.value, result.error]).all():
@@ -313,7 +325,7 @@ def _record(
         "images": images,
         "reference": reference,
         **{name: options[name] for name in noted if options[name] is not None},
-        "num_images": max(result.count for result in results.values()),
+        "num_images": count,
         "metrics": {name: result.value for name, result in results.items()},
         "errors": {name: result.error for name, result in results.items()},
     }

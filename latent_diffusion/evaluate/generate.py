@@ -1,5 +1,6 @@
 """Sets of pictures: samples of a trained model, computed while they are read; and its data."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def conditions_of(
         return lambda i: transform(source[i], np.random.default_rng(i))[key]
 
     return {argument(key): Rows(rows, reader(key)) for key in keys}
+
+
+def version_of_conditions(conditions: dict[str, Rows], source: Any, count: int) -> str:
+    """A hash of the prompts; for other conditions, of the files and annotations of the data."""
+    found: list[Any] = [list(conditions["prompts"][0:count])] if "prompts" in conditions else []
+    if conditions.keys() - {"prompts"}:
+        annotations = getattr(source, "annotations", None)
+        found += [len(source), version_of(getattr(source, "paths", ())), annotations]
+    return hashlib.sha256(repr(found).encode(errors="surrogateescape")).hexdigest()
 
 
 def samples(

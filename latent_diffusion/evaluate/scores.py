@@ -93,7 +93,6 @@ METRICS: dict[str, Metric] = {
 }
 MINIMUM = {"fid": FRECHET, "fd": FRECHET, "kid": KERNEL, "kd": KERNEL, "is": SPLITS}
 MINIMUM |= {"pr": 5, "dc": 7, "clip": 2}  # pr and dc: a picture, its k neighbours, and one more
-OF_POINTS = ("kid", "kd", "pr", "dc")  # metrics with the same minimum of reference images
 DEFAULT = ["fd", "pr"]
 INCEPTION_ONLY = ("fid", "kid", "is")
 WITHOUT_REFERENCE = ("is", "clip")
