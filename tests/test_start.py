@@ -21,10 +21,10 @@ from latent_diffusion.data.tokenizers import WordTokenizer, load_tokenizer
 from latent_diffusion.models.first_stage import FirstStage
 from latent_diffusion.nets.autoencoder import Identity
 from latent_diffusion.runtime import processes, workdir
-from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock, load_tree
+from latent_diffusion.runtime.checkpoint import Checkpointer, acquire_lock, load_tree, tree_hash
 from latent_diffusion.tasks import TASKS
 from latent_diffusion.tasks.denoising import Constants
-from latent_diffusion.training import frozen, init_from, loop, settings, stages
+from latent_diffusion.training import encoding, frozen, init_from, loop, settings, stages
 from latent_diffusion.training import start as starting
 from latent_diffusion.training.batch_spec import batch_spec
 from latent_diffusion.training.dry_run import dry_run
@@ -185,6 +185,12 @@ def test_a_classifier_takes_the_noise_and_the_latents_of_its_denoiser(tmp_path):
     resolved = stages.resolve(config)
     for section in ("diffusion", "autoencoder"):
         assert settings.flat(resolved[section]) == settings.flat(theirs[section])
+
+
+def test_a_classifier_encodes_by_the_first_stage_of_its_denoiser(runs):
+    latents = encoding._Latents(few("classifying", **{"first_stage.path": str(runs[1])}), "float32")
+    of_first_stage = frozen_parts.load_autoencoder_params(runs[0])
+    assert latents.kind == "moments" and latents.hash == tree_hash(of_first_stage)
 
 
 def test_a_missing_first_stage_is_named_with_its_command():

@@ -40,9 +40,8 @@ def load_constants(
         lpips = None if net == "none" else load_lpips_params(net, path or None)
         return constants if lpips is None else constants.replace(lpips=lpips)
     log.info("first stage: %s", run or config.first_stage.path or "none, the pictures themselves")
-    if config.task == "classifying" or run is not None:  # a denoiser's workdir has the scale, too
-        origin = Path(config.first_stage.path) if run is None else run
-        first_stage = frozen_parts.load_first_stage(origin, constants.first_stage.module)
+    if run is not None:
+        first_stage = frozen_parts.load_first_stage(run, constants.first_stage.module)
     else:
         first_stage = _first_stage(config, constants.first_stage, source, start)
     conditioner = load_conditioners(config, constants.conditioner, run)
@@ -123,6 +122,8 @@ def read_first_stage(
     fresh: gives its shapes. start: the model of `init_from`.
     """
     path = config.first_stage.path
+    if config.task == "classifying":  # a denoiser's workdir has the scale, too
+        return frozen_parts.load_first_stage(Path(path), fresh.module), True
     loaded = init_from.first_stage_of(config, start)
     if loaded is not None:
         check_same_tree(fresh.params, loaded.params, str(path))
