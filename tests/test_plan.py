@@ -128,6 +128,13 @@ def test_facts_are_counted_once_and_remembered(tmp_path):
     assert other.flops == facts.flops  # of a picture, without recomputation
 
 
+def test_the_recomputation_of_a_prior_is_not_counted():
+    config = openmoji_prior.get_config("smoke")
+    flops = planning.count(config).flops
+    config.transformer.remat = True
+    assert planning.count(config).flops == flops
+
+
 def test_the_key_of_facts_is_of_the_experiment():
     """Another variant of a file or another field is another experiment, another batch isn't."""
 

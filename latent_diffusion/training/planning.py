@@ -75,7 +75,7 @@ def count(config: Any) -> Facts:
     """The facts of an experiment, from shapes and a measurement on this machine."""
     config = config.copy_and_resolve_references().unlock()
     config.batch_size = config.grad_accumulation = 1
-    for part in (config.get(config.backbone, {}), config.autoencoder):
+    for part in (config.get(config.backbone, {}), config.transformer, config.autoencoder):
         if "attention" in part:
             part.attention = "xla"
         if "remat" in part:
