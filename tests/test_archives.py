@@ -186,6 +186,33 @@ def test_a_row_without_a_value_is_skipped(tmp_path, caplog):
     assert "no aesthetic_score (column 'score')" in caplog.text
 
 
+def test_maps_in_parquet_are_read_as_those_of_a_folder(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def grey(*levels):
+        file = io.BytesIO()
+        Image.fromarray(np.array([levels], np.uint8)).save(file, "png")
+        return {"bytes": file.getvalue(), "path": "x"}
+
+    columns = {"image": [png(1)], "mask": [grey(0, 255)], "classes": [grey(3, 255)]}
+    columns |= {"far": [grey(7, 9)["bytes"]], "numbers": [[[3, 255]]]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+
+    def source(**features):
+        named = config(name="parquet", dir=str(tmp_path), train_split="all", image_size=1)
+        named.features = features
+        return data.make_source(named, "train")
+
+    maps = {"mask": "mask", "segmentation": "classes", "depth": "far"}
+    example = source(**maps)[0]  # the picture has its usual name
+    assert example["image"].shape == (4, 2, 3)
+    want = {"mask": [[[0], [1]]], "segmentation": [[3, 255]], "depth": [[[7], [9]]]}
+    for key, values in want.items():
+        np.testing.assert_array_equal(example[key], values, err_msg=key)
+    assert source(segmentation="numbers")[0]["segmentation"] == [[3, 255]]
+
+
 @pytest.mark.parametrize("name", ["tars", "parquet"])
 def test_a_folder_without_files_is_an_error_of_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=r"needs data\.dir, the folder of"):

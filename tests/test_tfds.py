@@ -82,6 +82,10 @@ def test_configured_features(folder):
     assert len(data.captions(source)) == 6
     sprites = make_source(config(folder, features={"image": "sprite"}), "train")
     assert (sprites[0]["image"] == np.full((4, 4, 3), 255)).all()
+    titled = make_source(config(folder, features={"caption": "text"}), "train")[0]
+    assert set(titled) == {"image", "caption"} and titled["image"].shape[1] > 3
+    moments = make_source(config(folder, features={"moments": "grey"}), "train")
+    assert set(moments[0]) == {"moments"}
     with pytest.raises(ValueError, match="no caption; mapped: image"):
         data.captions(make_source(config(folder, features={"image": "grey"}), "train"))
 
@@ -118,7 +122,8 @@ def test_other_file_formats_have_no_random_access(folder, tmp_path):
         make_source(config(tmp_path), "train")
 
 
-def test_without_an_image_feature(folder, monkeypatch):
+@pytest.mark.parametrize("features", [{}, {"caption": "text"}])
+def test_without_an_image_feature(folder, features, monkeypatch):
     monkeypatch.setattr("latent_diffusion.data.tfds.USUAL_FEATURES", {"image": ("photo",)})
     with pytest.raises(ValueError, match="name the image feature of 'tiny_colours'; known: grey"):
-        make_source(config(folder), "train")
+        make_source(config(folder, features=features), "train")

@@ -26,13 +26,11 @@ from latent_diffusion.data.captions import FILES, MAPS, describe, maps_of
 from latent_diffusion.data.folders import encoded
 from latent_diffusion.data.index_files import remembered
 from latent_diffusion.data.pictures import (
+    READ_MAPS,
     SUFFIXES,
     file_names,
     is_picture,
-    read_depth,
     read_image,
-    read_levels,
-    read_mask,
     size_of,
 )
 from latent_diffusion.data.sources import Example, Readable, Remember, check_split, flat
@@ -44,7 +42,6 @@ LARGE = 10_000  # files; the index of a larger folder is stored until a file cha
 SPLIT_FOLDERS = ("train", "test", "val")
 # Suffixes of pictures that Pillow or this reader doesn't read; a warning names them.
 _UNREAD = sorted({*Image.EXTENSION, ".avif", ".heic", ".heif", ".jxl", ".webp"} - SUFFIXES)
-_MAPS = {"mask": read_mask, "depth": read_depth, "segmentation": read_levels}
 
 
 def _class_folders(root: Path, paths: list[Path]) -> tuple[str, ...]:
@@ -94,7 +91,7 @@ class ImageFolderSource(Readable):
     def read(self, index: int) -> Example:
         """Example number `index`. Raises ValueError where a file can't be read."""
         path, entry = self.paths[index], self.annotations[index]
-        maps = {key: read(entry[key]) for key, read in _MAPS.items() if key in entry}
+        maps = {key: read(entry[key]) for key, read in READ_MAPS.items() if key in entry}
         return {"name": path.name, **entry, "image": read_image(path), **maps}
 
 

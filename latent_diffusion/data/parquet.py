@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.data.folders import encoded, file_system, visible_files
-from latent_diffusion.data.pictures import read_image, size_of
+from latent_diffusion.data.pictures import READ_MAPS, read_image, size_of
 from latent_diffusion.data.sources import Example, Readable, check_caption, check_split
 from latent_diffusion.data.tfds import feature_map
 from latent_diffusion.files.reading import reading
@@ -49,7 +49,10 @@ class ParquetSource(Readable):
     def read(self, index: int) -> Example:
         """Example number `index`. Raises ValueError where it can't be read."""
         example = {"name": self.name_of(index), **self._values(index, [*self.columns])}
-        return {**example, "image": read_image(_bytes(example["image"]))}
+        for key, read in READ_MAPS.items():
+            if isinstance(example.get(key), bytes | dict):  # others are lists of numbers
+                example[key] = read(_bytes(example[key]))
+        return {**example, "image": read_image(_bytes(example.get("image")))}
 
     def captions(self) -> list[str]:
         """All captions, in order; the pictures are read with them, but not decoded."""

@@ -97,6 +97,9 @@ def read_depth(path: Source) -> Float32[np.ndarray, "H W 1"]:
     return _read(path, _turned(_as_depth))
 
 
+READ_MAPS = {"mask": read_mask, "depth": read_depth, "segmentation": read_levels}
+
+
 def size_of(path: Source) -> tuple[int, int]:
     """Height and width of the picture as it would be read, from the file's header."""
     return _read(path, _size)

@@ -61,7 +61,8 @@ def _open(name: str, data_dir: str | None) -> Any:
 def feature_map(features: Mapping[str, str], available: Any, name: str) -> dict[str, str]:
     """Return {our key: feature}: `features`, or if it is empty, those with the usual names.
 
-    available: the features of the data set `name`. Raises ValueError for a feature that it lacks.
+    The picture's usual name counts wherever `features` has no picture and no latents. available:
+    the features of the data set `name`. Raises ValueError for a feature that it lacks.
     """
     names = ", ".join(sorted(available))
     for key, feature in features.items():
@@ -69,12 +70,13 @@ def feature_map(features: Mapping[str, str], available: Any, name: str) -> dict[
             raise ValueError(
                 f"data.features.{key}: {name!r} has no feature {feature!r}; known: {names}"
             )
-    if features:
+    if features.keys() & {"image", "moments", "codes"}:
         return dict(features)
     present = {key: [f for f in usual if f in available] for key, usual in USUAL_FEATURES.items()}
     if not present["image"]:
         raise ValueError(f"data.features: name the image feature of {name!r}; known: {names}")
-    return {key: matches[0] for key, matches in present.items() if matches}
+    found = {key: matches[0] for key, matches in present.items() if matches}
+    return {"image": found["image"], **features} if features else found
 
 
 def _plain(value: Any) -> Any:
