@@ -117,8 +117,8 @@ def test_every_condition_by_name_for_one_example_or_for_each():
         ),
         (
             "spatial_rescaler",
-            {"segmentation": np.full(SIZE, 4)},
-            r"segmentation: 4 must lie in \[0, 4\)",
+            {"segmentation": np.full(SIZE, -1)},
+            r"segmentation: -1 must lie in \[0, 2147483648\)",
         ),
         (
             "spatial_rescaler",
@@ -343,6 +343,12 @@ def test_bounds_of_conditions():
     np.testing.assert_array_equal(conditions.batch_of(tokens, list, *given)["class_label"], [2])
     with pytest.raises(ValueError, match=r"class_labels: 3 must lie in \[0, 3\)"):
         conditions.batch_of(tokens, list, {"class_labels": 3}, SIZE, SIZE)
+    unlabelled = np.full((1, *SIZE), 255)  # which trains as no class
+    batch = batch_of(["spatial_rescaler"], segmentation=unlabelled)
+    np.testing.assert_array_equal(batch["segmentation"], unlabelled)
+    squares = make_conditioner({"segmentation_tokens": {"num_classes": 4, "factor": 2}})
+    with pytest.raises(ValueError, match=r"segmentation: 255 must lie in \[0, 4\)"):
+        conditions.batch_of(squares, list, {"segmentation": unlabelled}, SIZE, SIZE)
     for reach in (2.5, np.nan):
         with pytest.raises(ValueError, match=r"values up to .*, expected \[-1, 1\]"):
             conditions.in_range(np.full((1, 2, 2, 3), reach, np.float32))

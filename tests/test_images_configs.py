@@ -106,6 +106,21 @@ def test_a_class_beyond_those_of_the_model_is_refused_where_it_is_read(task):
         transform({"image": picture}, rng)
 
 
+@pytest.mark.parametrize("name", ["segmentation_tokens", "spatial_rescaler"])
+def test_a_label_beyond_the_classes_is_refused_where_it_would_be_class_0(name):
+    config = make_config("prior", **{"first_stage.cache": False})
+    config.conditioners = ConfigDict({name: {"num_classes": 4}})
+    labels = np.array([[3, 255], [0, 1]], np.int32)
+    source = ArraySource({"image": [np.zeros((2, 2, 3), np.uint8)], "segmentation": [labels]})
+    transform, rng = start._transform(config, None), np.random.default_rng(0)
+    if name == "spatial_rescaler":
+        assert transform(source[0], rng)["segmentation"].max() == 255
+        return
+    message = r"^label 255 in segmentation of an example, and \S+segmentation_tokens\.num_classes=4"
+    with pytest.raises(ValueError, match=message):
+        transform(source[0], rng)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_denoiser_is_that_of_its_autoencoder(variant):
     first_stage = images_autoencoder.get_config(variant)

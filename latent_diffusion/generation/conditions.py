@@ -198,7 +198,8 @@ def _no_layout(value: Any) -> ValueError:
 def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
     maps = np.asarray(value)
     maps = _of_shape("segmentation", maps[None] if maps.ndim == 2 else maps, size)
-    return _integers("segmentation", maps, part.num_classes)
+    only_classes = getattr(part, "only_classes", False)  # or other labels are of no class
+    return _integers("segmentation", maps, part.num_classes if only_classes else 2**31)
 
 
 def _image(part: Any, value: Any, shape: tuple[int, int, int]) -> np.ndarray:

@@ -37,15 +37,18 @@ _BATCH_SPECS = {  # batch keys that conditioners read -> (shape without B, dtype
 
 def class_counts(config: ConfigDict) -> dict[str, int]:
     """The number of classes of every part of the model that reads classes, by its section."""
-    counts = {}
     if config.task == "classifying":
-        counts["classifier"] = config.classifier.num_classes
-    elif config.task in (*DENOISERS, "prior"):
-        conditioner = make_conditioner(config.conditioners)
-        for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
-            if "class_label" in part.keys:
-                counts[f"conditioners.{name}"] = part.num_classes
-    return counts
+        return {"classifier": config.classifier.num_classes}
+    return {name: part.num_classes for name, part in _parts(config) if "class_label" in part.keys}
+
+
+def _parts(config: ConfigDict) -> list[tuple[str, Any]]:
+    """The conditioners of the model, by their sections."""
+    if config.task not in (*DENOISERS, "prior"):
+        return []
+    conditioner = make_conditioner(config.conditioners)
+    sections = [f"conditioners.{name}" for name in conditioner.config]
+    return list(zip(sections, conditioner.parts(), strict=True))
 
 
 def check_classes(config: ConfigDict, source: Any) -> None:
@@ -67,10 +70,11 @@ def check_classes(config: ConfigDict, source: Any) -> None:
 def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
     """The transform, which raises ValueError for an example that the model can't read.
 
-    It lacks a condition, or its class isn't one of the model's. Latents may stand for the picture,
-    and the transform itself knows whether there is a caption.
+    It lacks a condition, or its class or a label isn't one of the model's. Latents may stand for
+    the picture, and the transform itself knows whether there is a caption.
     """
     counts, conditions = class_counts(config), batch_spec(config).keys() - {"image", "tokens"}
+    of_maps = {n: p.num_classes for n, p in _parts(config) if getattr(p, "only_classes", False)}
 
     def checked(example: Any, rng: Any = None) -> Any:
         out = transform(example, rng)
@@ -84,6 +88,12 @@ def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
                 raise ValueError(
                     f"class_label={label} of {example.get('name', 'an example')}, and "
                     f"{section}.num_classes={count}: {remedy}"
+                )
+        for section, count in of_maps.items():
+            if (label := int(out["segmentation"].max())) >= count:
+                raise ValueError(
+                    f"label {label} in segmentation of {example.get('name', 'an example')}, and "
+                    f"{section}.num_classes={count}: give it more"
                 )
         return out
 

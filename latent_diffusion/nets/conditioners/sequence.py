@@ -106,6 +106,7 @@ class SegmentationTokens(nn.Module):
     null: int | None = None
 
     keys = ("segmentation",)
+    only_classes = True  # a square without any would count as class 0
 
     @property
     def end(self) -> int:
