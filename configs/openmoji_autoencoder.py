@@ -4,7 +4,8 @@ Command   python train.py --config=configs/openmoji_autoencoder.py --workdir=run
 Cost      4 to 6 minutes on two CPU cores
 Expected  PSNR 23.2 dB, AlexNet-LPIPS 0.018 on held-out pictures (eval_psnr, eval_lpips)
 Variants  :scenes (the pictures of layout and semantic synthesis; 4 minutes)
-          :fine (eight channels, PSNR 25.7 dB, for the gallery's model of classes; 12 minutes)
+          :fine (eight channels, PSNR 25.7 dB, for the gallery's class and unconditional models; 12
+          minutes)
           :two_styles (OpenMoji and Twemoji, eight channels; 6 minutes, an experiment)
           :64 (both styles at 64×64, for configs/openmoji_text_64.py; 40 minutes)
           :smoke (synthetic shapes, a few steps)
