@@ -71,18 +71,23 @@ def test_a_model_is_saved_as_it_is_now(pipeline, tmp_path):
 
 
 def test_a_scheduler_is_saved_as_the_model_samples_now(pipeline, tmp_path, caplog):
-    """Pipelines have the scale of guidance and the number of steps, which count as unchanged."""
+    """Pipelines have the scale of guidance and the number of steps: they change no scheduler."""
     path = copied(pipeline, tmp_path / "read")
     file = path / "scheduler" / "scheduler_config.json"
     read = {**json.loads(file.read_text()), "timestep_spacing": "leading", "steps_offset": 0}
     file.write_text(json.dumps(read))
     model = ldm.load(path)
     assert model.defaults["spacing"] != "trailing"
-    for number, (options, written) in enumerate(
+    trailing = {**read, "timestep_spacing": "trailing"}
+    for number, (options, written, unsaid) in enumerate(
         [
-            ({"guidance_scale": 2.0, "num_steps": 7}, read),
-            ({"spacing": "trailing", "offset": None}, {**read, "timestep_spacing": "trailing"}),
-            ({"sampler": "heun"}, {**read, "timestep_spacing": "trailing"}),
+            (
+                {"guidance_scale": 2.0, "num_steps": 7},
+                read,
+                "guidance_scale=2.0 becomes 7.5, num_steps=7 becomes 50",
+            ),
+            ({"spacing": "trailing", "offset": None}, trailing, None),
+            ({"sampler": "heun"}, trailing, "offset=0 becomes None, sampler=heun becomes ddim"),
         ]
     ):
         caplog.clear()
@@ -92,7 +97,36 @@ def test_a_scheduler_is_saved_as_the_model_samples_now(pipeline, tmp_path, caplo
         convert.write(bundle, folder, "diffusers")
         saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         assert saved["timestep_spacing"] == written["timestep_spacing"]
-        assert ("isn't all that the sampling defaults say" in caplog.text) == ("sampler" in options)
+        assert len(caplog.messages) == (unsaid is not None)
+        assert f"isn't all that the sampling defaults say: {unsaid}" in caplog.text or not unsaid
+
+
+def test_a_model_that_no_file_gave_is_warned_about_as_well(tmp_path, caplog):
+    made = models.make_bundle("clip")
+    usual = {"sampler": "ddim", "spacing": "trailing", "guidance_scale": 7.5, "eta": None}
+    convert.write(replace(made, sampling=usual), tmp_path / "a", "diffusers")
+    assert not caplog.records
+    karras = {**usual, "spacing": "karras", "guidance_scale": 3.0}
+    convert.write(replace(made, sampling=karras), tmp_path / "b", "diffusers")
+    assert "guidance_scale=3.0 becomes 7.5, spacing=karras becomes trailing" in caplog.text
+
+
+def test_diffusers_has_no_pipeline_for_pixels(tmp_path):
+    pixels = convert.Part({"regularization": "identity", "image_channels": 4}, {})
+    made = replace(models.make_bundle("clip"), autoencoder=pixels, scale_factor=1.0)
+    with pytest.raises(ValueError, match="no pipeline here for models of pixels; save it as orbax"):
+        convert.write(made, tmp_path / "model", "diffusers")
+
+
+@pytest.mark.parametrize("format", ["diffusers", "compvis"])
+def test_a_text_encoder_without_layers_is_refused(format, tmp_path):
+    fields = {**models.TEXT, "depth": 0}
+    text = models.part(fields, models.text.shapes(fields))
+    made = models.make_bundle("text").with_part("text", text)
+    with pytest.raises(
+        ValueError, match=r"text transformer has layers \(depth=0\); save it as orb"
+    ):
+        convert.write(made, tmp_path / "model.safetensors", format)
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,7 @@ def test_the_index_decides_the_class_of_the_scheduler(tmp_path, caplog):
     assert read("DDIMScheduler").sampling["sampler"] == "ddim"
     other = read("EulerDiscreteScheduler")
     assert other.sampling["sampler"] == "euler" and other.sampling["spacing"] == "trailing"
+    caplog.clear()
     convert.write(other, tmp_path / "again", "diffusers")
     config = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "EulerDiscreteScheduler" and not caplog.records

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 import latent_diffusion as ldm
 from configs import openmoji_dit
+from latent_diffusion.convert.dit import _SIT, DIFFUSION
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.generation.model import Model
@@ -213,13 +214,13 @@ def model_with(**fields):
     classes = {"num_classes": 5, "width": dit.width, "route": "vector"}
     denoiser = Denoiser(
         {"dit": params, "conditioner": {"class_label": {"embedding": {"embedding": table}}}},
-        make_schedule(),
+        make_schedule("rectified_flow" if dit.sit else "sqrt_linear"),
         dit,
         make_conditioner({"class_label": classes}),
-        "eps",
+        "flow" if dit.sit else "eps",
         "dit",
     )
-    return Model(denoiser=denoiser)
+    return Model(denoiser=denoiser, origin={"diffusion": _SIT if dit.sit else DIFFUSION})
 
 
 @pytest.mark.parametrize(
@@ -284,3 +285,14 @@ def test_a_format_refuses_what_it_cannot_say(format, path, fields, message, tmp_
 def test_a_format_with_other_frequencies_says_so(tmp_path, caplog):
     model_with().save(tmp_path / "folder", "diffusers")
     assert "dit.frequency_shift=1, here 0" in caplog.text
+
+
+def test_a_transformer_alone_has_the_noise_of_the_released_ones(tmp_path, caplog):
+    model = model_with(width=384, num_heads=6, depth=1, frequency_shift=1)
+    model.save(tmp_path / "folder", "diffusers")
+    assert not caplog.records
+    other = model.replace(denoiser=model.denoiser.replace(prediction="v"))
+    other.save(tmp_path / "folder", "diffusers")
+    assert "a network alone doesn't say its noise; load takes schedule=sqrt_linear" in caplog.text
+    with pytest.raises(ValueError, match=r"released models .*prediction=eps\); save it as orbax"):
+        other.save(tmp_path / "dit.safetensors", "compvis")

@@ -94,6 +94,17 @@ def test_taming_files_come_back_bitwise(name, tmp_path):
         np.testing.assert_array_equal(again[key], tensor)
 
 
+def test_a_taming_file_says_the_size_of_the_pictures(tmp_path):
+    """Its `resolution` is that size, which here only says where attention is."""
+    fields = {**FIELDS, "resolution": 256, "attn_resolutions": (128,)}
+    one, path = made({"start": {}}, fields), tmp_path / "prior.safetensors"
+    one.save(path, format="compvis")
+    same(one, two := ldm.load(path))
+    assert two.first_stage.module.attn_resolutions == (4,)
+    with pytest.raises(ValueError, match=r"has square pictures, not \(8, 16\); save it as orbax"):
+        one.replace(image_size=(8, 16)).save(path, format="compvis")
+
+
 TEXT = {"vocab_size": 9, "max_length": 2, "width": 8, "depth": 1, "num_heads": 1, "head_dim": 8}
 
 

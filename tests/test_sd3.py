@@ -216,6 +216,14 @@ def test_a_single_file_takes_a_run_whose_noise_is_that_of_the_released_models():
             files.as_single(replace(made, diffusion={**run, **other}))
 
 
+def test_a_single_file_of_other_pictures_than_the_released_models_says_so(tmp_path, caplog):
+    convert.write(replace(bundle(), image_size=1024), tmp_path / "one.safetensors", "compvis")
+    assert not caplog.records
+    convert.write(replace(bundle(), image_size=512), tmp_path / "one.safetensors", "compvis")
+    assert "doesn't say the size of trained pictures: 512 is read as 1024" in caplog.text
+    assert convert.read(tmp_path / "one.safetensors").image_size == 1024
+
+
 def test_each_text_encoder_is_read_from_its_own_folder_of_a_pipeline(tmp_path):
     made = bundle()
     network = replace(made.mmdit, fields={**made.mmdit.fields, "patch_size": 2})

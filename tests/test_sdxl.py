@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,15 @@ from safetensors.numpy import load_file, save_file
 
 import latent_diffusion as ldm
 from latent_diffusion import convert
-from latent_diffusion.convert import clip_text, compvis, sdxl, unet, unet_compvis, unet_diffusers
+from latent_diffusion.convert import (
+    clip_text,
+    compvis,
+    sdxl,
+    sgm,
+    unet,
+    unet_compvis,
+    unet_diffusers,
+)
 from latent_diffusion.core.rng import init_key
 from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.nets.unet import UNet
@@ -338,6 +347,15 @@ MARKS = {  # markers in a file: prediction, zero terminal SNR, spacing
     ("v_pred",): ("v", False, "original"),
     ("v_pred", "ztsnr"): ("v", True, "trailing"),
 }
+
+
+def test_a_single_file_of_other_pictures_than_the_released_model_says_so(tmp_path, caplog):
+    for side, warnings in ((sgm.SIDE, 0), (8, 1)):
+        made = models.make_bundle("xl")
+        made = replace(made, image_size=made.in_pixels(side))
+        convert.write(made, tmp_path / "xl.safetensors", "compvis")
+        assert len(caplog.messages) == warnings
+    assert "doesn't say the size of trained pictures: 16 is read as 256" in caplog.text
 
 
 @pytest.mark.parametrize("markers", MARKS)

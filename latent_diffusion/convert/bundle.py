@@ -14,6 +14,7 @@ from latent_diffusion.convert.shapes import array, parameter_shapes
 from latent_diffusion.convert.tables import Table, matching, read_tensors
 from latent_diffusion.core.types import Params
 from latent_diffusion.files.tensor import Tensor, in_memory
+from latent_diffusion.models.denoiser import schedule_of
 from latent_diffusion.nets.autoencoder import WITH_CODEBOOK, Identity
 from latent_diffusion.nets.conditioners import CONDITIONERS
 from latent_diffusion.process.schedules import BETAS, NoiseSchedule, make_schedule
@@ -276,15 +277,14 @@ def recognise_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
     raise ValueError("the noise schedule has none of the named curves, and files hold only names")
 
 
+def same_noise(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the `diffusion` fields of two models are one noise schedule and one prediction."""
+    return one["prediction"] == other["prediction"] and _makes(one, schedule_of(other))
+
+
 def _makes(diffusion: Mapping[str, Any], schedule: NoiseSchedule) -> bool:
     """Whether the `diffusion` fields of a file make this schedule."""
-    made = make_schedule(
-        diffusion["schedule"],
-        diffusion["num_timesteps"],
-        diffusion["beta_start"],
-        diffusion["beta_end"],
-        zero_terminal_snr=diffusion["zero_terminal_snr"],
-    )
+    made = schedule_of(diffusion)
     return made.num_timesteps == schedule.num_timesteps and np.allclose(
         made.alphas, schedule.alphas, rtol=1e-5, atol=1e-7
     )

@@ -1,5 +1,6 @@
 """Write a model as a single file of the original, and its yaml."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from latent_diffusion.convert import (
     unet,
     unet_compvis,
 )
-from latent_diffusion.convert.bundle import Bundle, input_widths, with_folded_scale
+from latent_diffusion.convert.bundle import Bundle, Size, input_widths, with_folded_scale
 from latent_diffusion.convert.compvis import (
     COND_STAGE,
     FIRST_STAGE,
@@ -33,6 +34,8 @@ from latent_diffusion.core.types import lookup
 from latent_diffusion.files.tensor import Tensor
 from latent_diffusion.files.tensors import write_safetensors
 from latent_diffusion.process.schedules import BETAS
+
+log = logging.getLogger(__name__)
 
 DDPM = "ldm.models.diffusion.ddpm"
 # Classes of later versions of the original's code, by the conditioners of the model.
@@ -60,6 +63,7 @@ def write_compvis(
         return
     if bundle.mmdit is not None:  # Stable Diffusion 3's files have no yaml either
         write_safetensors(path, sd3.as_single(bundle), progress=progress)
+        _warn_of_size(path, bundle, 1024)
         return
     alone = bundle.autoencoder if bundle.unet is None and bundle.prior is None else None
     if alone is not None and alone.fields["regularization"] == "tiny":
@@ -71,6 +75,14 @@ def write_compvis(
         raise ValueError(f"{file} exists, and the yaml of {path.name} would replace it")
     write_safetensors(path, tensors, progress=progress)
     file.write_text(yaml.safe_dump({"model": config}, sort_keys=False), encoding="utf-8")
+    if "clip_text_2" in bundle.conditioners and bundle.autoencoder is not None:
+        _warn_of_size(path, bundle, bundle.in_pixels(sgm.SIDE))
+
+
+def _warn_of_size(path: Path, bundle: Bundle, read: Size) -> None:
+    if bundle.image_size != read:
+        said = f"{path}: such a file doesn't say the size of trained pictures"
+        log.warning("%s: %s is read as %s", said, bundle.image_size, read)
 
 
 def as_compvis(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from latent_diffusion.convert import clip_image, dit, scheduler, sd3, sdxl, tokenizers
-from latent_diffusion.convert.bundle import Bundle, Part, input_widths, with_folded_scale
+from latent_diffusion.convert.bundle import (
+    Bundle,
+    Part,
+    input_widths,
+    same_noise,
+    with_folded_scale,
+)
 from latent_diffusion.convert.components import (
     CLIP_TEXTS,
     COMPONENTS,
@@ -35,6 +41,7 @@ from latent_diffusion.data.tokenizers import of_encoder
 from latent_diffusion.files.reading import read_json
 from latent_diffusion.files.tensors import find_weights
 from latent_diffusion.nets.conditioners.clip_text import ClipText
+from latent_diffusion.process.options import OPTIONS
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +327,8 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     """
     if bundle.prior is not None:
         raise ValueError("diffusers has no pipeline with a prior over codes; save it as orbax")
+    if bundle.autoencoder is not None and bundle.autoencoder.fields["regularization"] == "identity":
+        raise ValueError("diffusers has no pipeline here for models of pixels; save it as orbax")
     bundle = with_folded_scale(bundle, shifts=True)
     table = table_of(bundle.conditioners)
     parts = [name for name, part in bundle.parts() if part.params]
@@ -328,6 +337,10 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     if not parts:
         raise ValueError("there is nothing to save: the model is empty")
     if len(parts) == 1:
+        assumed = _assumed(bundle).diffusion
+        if bundle.denoiser is not None and not same_noise(bundle.diffusion, assumed):
+            said = ", ".join(f"{name}={value}" for name, value in assumed.items())
+            log.warning("%s: a network alone doesn't say its noise; load takes %s", path, said)
         write_folder(path, *as_component(bundle, parts[0]), progress)
         return
     pipeline = _pipeline(bundle)
@@ -336,11 +349,15 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     tokenizers.check_words(bundle.tokenizer)
     components = {name: as_component(bundle, name) for name in parts}
     settings = bundle.notes.get("scheduler")
-    if settings is None or not _says(settings, bundle):
-        changed, settings = settings, scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
-        if changed is not None and not _says(settings, bundle):
-            kind = settings["_class_name"]
-            log.warning("%s: its %s isn't all that the sampling defaults say", path, kind)
+    of_pipeline = {"guidance_scale", "num_steps"}  # settings that no scheduler has
+    bundle = replace(bundle, notes={**bundle.notes, "pipeline": pipeline})
+    unsaid = {} if settings is None else _unsaid(settings, bundle)
+    if settings is None or not unsaid.keys() <= of_pipeline:
+        settings = scheduler.to_diffusers(bundle.diffusion, bundle.sampling)
+        unsaid = _unsaid(settings, bundle)
+    if unsaid:
+        kinds, said = f"{pipeline} with {settings['_class_name']}", ", ".join(unsaid.values())
+        log.warning("%s: a %s isn't all that the sampling defaults say: %s", path, kinds, said)
     # From here on only numbers beyond the range of a dtype are refused, so that a folder hardly
     # ever has parts of two models.
     index: Json = {"_class_name": pipeline, "_diffusers_version": VERSION}
@@ -373,19 +390,21 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
     save_json(path / "model_index.json", index)
 
 
-def _says(settings: Json, bundle: Bundle) -> bool:
-    """Whether a scheduler's settings are the noise and the sampling defaults of a model.
+def _unsaid(settings: Json, bundle: Bundle) -> dict[str, str]:
+    """What a pipeline with a scheduler's settings wouldn't say of a model, by name.
 
-    Pipelines, not schedulers, have the scale of guidance and the number of steps.
+    That is the noise ("diffusion"), or sampling defaults: "name=value" and what is read instead.
     """
-
-    def options(of: Bundle) -> Json:
-        given = {name: value for name, value in of.sampling.items() if value is not None}
-        return {**given, "guidance_scale": None, "num_steps": None}
-
-    said = _with_scheduler(bundle, settings, None)  # a run's `diffusion` has further fields
-    noise = {name: bundle.diffusion.get(name) for name in said.diffusion}
-    return (said.diffusion, options(said)) == (noise, options(bundle))
+    said = _with_scheduler(bundle, settings, None)
+    unsaid = {} if same_noise(bundle.diffusion, said.diffusion) else {"diffusion": "its noise"}
+    for name in sorted({*bundle.sampling, *said.sampling}):
+        usual = OPTIONS[name].default if name in OPTIONS else None
+        ours, read = (
+            usual if of.get(name) is None else of[name] for of in (bundle.sampling, said.sampling)
+        )
+        if ours != read:
+            unsaid[name] = f"{name}={ours} becomes {read}"
+    return unsaid
 
 
 def _pipeline(bundle: Bundle) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.convert.bundle import Bundle, check_depth, read_part
+from latent_diffusion.convert.bundle import Bundle, check_depth, read_part, same_noise
 from latent_diffusion.convert.inputs import CLASS, conditioners_for
 from latent_diffusion.convert.scheduler import ASSUMED
 from latent_diffusion.convert.settings import Settings
@@ -221,6 +221,13 @@ def as_dit(bundle: Bundle, path: Path) -> dict[str, Tensor]:
         log.warning("DiT's code has dit.frequency_shift=0: its pictures will differ slightly")
     if _HEADS.get(dit.width) != dit.num_heads:
         raise ValueError(f"DiT's format has no width={dit.width} with num_heads={dit.num_heads}")
+    noise = _SIT if dit.sit else DIFFUSION
+    if not same_noise(bundle.diffusion, noise):
+        said = ", ".join(f"{name}={value}" for name, value in noise.items())
+        raise ValueError(
+            "DiT's format doesn't say the noise, which must be that of the released models "
+            f"({said}); save it as orbax"
+        )
     tensors = write_tensors(dit_table(bundle.dit.fields), bundle.dit.params)
     side = dit.base_size // dit.patch_size
     positions = in_memory(np.asarray(positions_2d(side, side, dit.width, side))[None])

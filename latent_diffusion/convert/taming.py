@@ -5,6 +5,7 @@ One file holds `transformer.`, `first_stage_model.` and, where an autoencoder en
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from latent_diffusion.convert.taming_stages import (
 )
 from latent_diffusion.core.types import Conditioning
 from latent_diffusion.files.tensor import Tensor
+from latent_diffusion.nets.autoencoder import Autoencoder
 from latent_diffusion.nets.prior import CodeTransformer
 
 PRIOR, FIRST_STAGE, COND_STAGE = "transformer.", "first_stage_model.", "cond_stage_model."
@@ -141,7 +143,7 @@ def as_taming(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {PRIOR + n: t for n, t in write_tensors(TABLE, bundle.prior.params).items()}
     for i in range(module.depth):
         tensors[f"{PRIOR}blocks.{i}.attn.mask"] = _triangle(module.max_length)
-    first_stage, vq = write_vq(bundle.autoencoder)
+    first_stage, vq = write_vq(_at_size(bundle.autoencoder, bundle.image_size))
     tensors |= {FIRST_STAGE + n: t for n, t in first_stage.items()}
     condition, key, config = WRITERS[name](part)
     tensors |= {COND_STAGE + n: t for n, t in condition.items()}
@@ -157,6 +159,21 @@ def as_taming(bundle: Bundle) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "target": "taming.models.cond_transformer.Net2NetTransformer",
         "params": params,
     }
+
+
+def _at_size(part: Part, size: Any) -> Part:
+    """The first stage with the side of pictures as `resolution`, and attention at the same levels.
+
+    taming-transformers has no other setting for the size. ValueError if they aren't square.
+    """
+    if not isinstance(size, int):
+        raise ValueError(f"taming-transformers has square pictures, not {size}; save it as orbax")
+    module = Autoencoder(**part.fields)
+    if size == module.resolution:
+        return part
+    levels = range(len(module.channel_mult))
+    attends = tuple(size >> i for i in levels if module.resolution >> i in module.attn_resolutions)
+    return replace(part, fields={**part.fields, "resolution": size, "attn_resolutions": attends})
 
 
 def _triangle(size: int) -> Tensor:

@@ -129,10 +129,17 @@ def _empty(vocab_size: int) -> Fields:
     return {"empty": (101, 102)} if vocab_size == 30522 else {}
 
 
+def _with_layers(fields: Mapping[str, Any]) -> TextTransformer:
+    module = TextTransformer(**fields)
+    if not module.depth:
+        raise ValueError("this format's text transformer has layers (depth=0); save it as orbax")
+    return module
+
+
 def yaml_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """`cond_stage_config` of the original's yaml; ValueError where its code can't express it."""
-    module = TextTransformer(**fields)
-    if (module.num_heads, module.head_dim) != (8, 64) and module.depth:
+    module = _with_layers(fields)
+    if (module.num_heads, module.head_dim) != (8, 64):
         raise ValueError(
             "the original's text transformer has 8 heads of 64 channels, this model "
             f"{module.num_heads} of {module.head_dim}; save it as orbax"
@@ -151,8 +158,8 @@ def fields_from_config(config: Mapping[str, Any]) -> Fields:
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for LDMBertModel."""
-    module = TextTransformer(**fields)
+    """A config.json for LDMBertModel; ValueError for an encoder without layers."""
+    module = _with_layers(fields)
     return {
         **_SETTINGS.write(module),
         "architectures": ["LDMBertModel"],
