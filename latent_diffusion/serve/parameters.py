@@ -83,6 +83,8 @@ def to_text(settings: Mapping[str, Any], model: str) -> str:
 def from_png(file: Any) -> dict[str, Any]:
     """The settings in a PNG, as fields of a request. Raises ValueError if there are none.
 
+    The request is that of all pictures of the call; which of them this is is left out.
+
     file: a path, or a file in binary mode.
     """
     try:
@@ -97,6 +99,7 @@ def from_png(file: Any) -> dict[str, Any]:
             settings = None
         if not isinstance(settings, dict):
             raise ValueError(f"the text {JSON_KEY!r} in this PNG is no JSON object")
+        settings.pop("image_index", None)
         return settings
     if TEXT_KEY in texts:
         return from_text(texts[TEXT_KEY])

@@ -377,7 +377,7 @@ function isShown(name, value) {
 function show(request) {
   const names = (list) => list.map((name) => NAMES[name] || name.replaceAll("_", " ")).join(", ");
   for (const [name, write] of Object.entries(writers)) write(request[name]);
-  const lost = Object.keys(request).filter((name) => name !== "image_index" && !isShown(name, request[name]));
+  const lost = Object.keys(request).filter((name) => !isShown(name, request[name]));
   const stay = Object.keys(readers).filter((name) => !(name in writers || name in request) && readers[name]() !== undefined);
   const without = lost.length ? `, without: ${names(lost)}` : "";
   const beside = stay.length ? `; still in the form: ${names(stay)}` : "";
