@@ -625,6 +625,14 @@ def test_a_negative_prompt_has_the_sizes_of_the_unconditional():
     assert np.abs(pictures((5, 9)) - pictures((9, 5))).max() > 1e-3
 
 
+def test_a_perpendicular_negative_prompt_is_only_avoided_where_there_is_one():
+    made = reading(TEXT).replace(tokenizer=model(TEXT).tokenizer)
+    options = {"mode": "single", "guidance_scale": 3.0}
+    other = made.replace(defaults={**made.defaults, "perpendicular": 1.0})
+    images = [each.sample(RNG, "red", **options) for each in (made, other)]
+    np.testing.assert_array_equal(*images)
+
+
 def test_a_call_with_a_refiner_is_two_calls_bitwise():
     """Each model gets the conditions that it reads, and the second one the latents."""
     sizes = {"image_embedding": {"width": 6}, "sizes": {"width": 6}}
@@ -653,6 +661,10 @@ def test_a_call_with_a_refiner_is_two_calls_bitwise():
         ({"refiner": (noise(1, 6), 0.4)}, "refiner is a pair of a model and a share of the noise"),
         ({"refiner": (slow, 0.4)}, "refiner starts at timestep 200, but the model stops at 399"),
         ({"refiner": (other, 0.01)}, "no step lies between start=0.01 and end=0"),
+        (
+            {"refiner": (other, 0.4), "image": IMAGES[:1], "strength": 0.5},
+            "strength doesn't go with a refiner",
+        ),
         ({"refiner": (other, 0.4), "depth": noise(1, 2, 2, 1)}, "depth given, but this model"),
         ({"refiner": (other.replace(denoiser=None), 0.4)}, "this model has no denoiser"),
     ):

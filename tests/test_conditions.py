@@ -272,16 +272,19 @@ def test_a_picture_to_resemble_pulls_samples_and_bad_guides_are_named():
             made.sample(RNG, **given, **wrong)
 
 
-def test_a_classifier_must_know_the_noise_and_the_labels():
+def test_a_classifier_must_know_the_noise_the_latents_and_the_labels():
     made, net = model("class_label"), UNet(3, 8, (1,), 1, (1,), num_heads=2, num_groups=4)
 
-    def sample(schedule, label):
-        guide = NoisyClassifier({}, schedule, net)
+    def sample(schedule, label, channels=3):
+        params = {"input_blocks_0_0": {"kernel": np.zeros((3, 3, channels, 8))}}
+        guide = NoisyClassifier(params, schedule, net)
         made.sample(RNG, class_labels=[1], classifier=guide, classifier_labels=[label])
 
     for other in (make_schedule("cosine"), make_schedule(num_timesteps=10)):
         with pytest.raises(ValueError, match="classifier was trained with another noise schedule"):
             sample(other, 0)
+    with pytest.raises(ValueError, match="latents with 4 channels, this model's have 3"):
+        sample(make_schedule(), 0, channels=4)
     for label in (-1, 3, 2**40):
         with pytest.raises(ValueError, match=rf"classifier_labels: {label} must lie in \[0, 3\)"):
             sample(make_schedule(), label)

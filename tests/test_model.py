@@ -246,6 +246,8 @@ def test_a_tile_below_the_trained_size_is_warned_of(caplog):
         ({"sampler": "heun", "eta": 1.0}, "unknown option 'eta' for sampler 'heun'"),
         ({"spacing": "even"}, "unknown spacing 'even'; known: ays"),
         ({"sampler": "dimm"}, "unknown sampler 'dimm'; known: "),
+        ({"sampler": ["ddim"]}, r"sampler=\['ddim'\] must be a text"),
+        ({"spacing": {"trailing": 1}}, r"spacing={'trailing': 1} must be a text"),
         ({"cfg_pp": True}, r"scale of CFG\+\+ must lie in \[0, 1\], got 3"),
         ({"cfg_pp": True, "sampler": "heun"}, "cfg_pp works with ddim, euler, .*, not heun"),
         ({**CFG_PP, "more_prompts": [("cat", 1)]}, "more_prompts and cfg_pp don't go"),
@@ -291,6 +293,25 @@ def test_a_tile_below_the_trained_size_is_warned_of(caplog):
 def test_bad_input_is_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         sample(**options)
+
+
+def test_an_option_finds_what_it_needs_among_the_models_defaults():
+    for default, given in (
+        ({"dynamic_threshold": 0.995}, {"threshold_limit": 2.0}),
+        ({"tile_size": 8}, {"tile_overlap": 2}),
+    ):
+        made = model().replace(defaults={**model().defaults, **default})
+        with pytest.raises(ValueError, match="parallel mode"):  # before anything is compiled
+            made.sample(RNG, "cat", mode="none", **given)
+
+
+def test_pixels_have_no_codes():
+    for call, given in (
+        (model().encode_to_indices, IMAGE),
+        (model().decode_indices, jnp.zeros((1, 8, 8), jnp.int32)),
+    ):
+        with pytest.raises(ValueError, match="pixels and tiny autoencoders have no codebook"):
+            call(given)
 
 
 def test_nearest_latents_are_scaled_entries_of_the_codebook():

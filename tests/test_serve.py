@@ -585,6 +585,7 @@ def test_a_picture_and_its_mask_are_cut_as_by_sample(server):
 
 BAD = [  # path, body, status, words of the message
     ("/api/jobs", {"prompts": "red", "sampler": "none"}, 400, "unknown sampler 'none'"),
+    ("/api/jobs", {"prompts": "red", "sampler": ["ddim"]}, 400, r"sampler=\['ddim'\] must be a"),
     ("/api/jobs", {"prompts": "red", "steps": 3}, 400, "unknown field 'steps'"),
     ("/api/jobs", {"prompts": ["red"]}, 400, "prompts must be one text"),
     ("/api/jobs", {"prompts": "red", "num_images": 9}, 400, r"num_images=9 must .* in \[1, 8\]"),

@@ -25,9 +25,16 @@ log = logging.getLogger(__name__)
 DISTANCES = {"l2": None, "lpips": "alex"}
 
 
-def check_schedule(classifier: NoisyClassifier | None, schedule: NoiseSchedule) -> None:
-    """Raise ValueError for a classifier that was trained with other noise than the denoiser."""
+def check_classifier(
+    classifier: NoisyClassifier | None, schedule: NoiseSchedule, channels: int
+) -> None:
+    """Raise ValueError for a classifier of other noise, or of latents with other channels."""
     if classifier is not None:
+        first = classifier.params.get("input_blocks_0_0")  # of a U-Net; others may lack it
+        if first is not None and (width := first["kernel"].shape[2]) != channels:
+            raise ValueError(
+                f"the classifier is of latents with {width} channels, this model's have {channels}"
+            )
         alphas, expected = (np.asarray(s.alphas) for s in (classifier.schedule, schedule))
         if alphas.shape != expected.shape or not np.allclose(alphas, expected, atol=1e-6):
             raise ValueError("the classifier was trained with another noise schedule")

@@ -98,7 +98,7 @@ class Model(flax.struct.PyTreeNode):
         return _apply(first_stage, "encode_to_indices", images)
 
     def decode_indices(self, indices: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
-        """Images from codebook indices."""
+        """Images from codebook indices; ValueError for a first stage without codebook."""
         return _apply(self._need("first_stage"), "decode_indices", indices)
 
     @property
@@ -274,7 +274,8 @@ class Model(flax.struct.PyTreeNode):
         changes = {"image": image, "negative_prompts": negative_prompts}
         conditions.check_start(denoiser.conditioner, image, z_T)
         check_beside(model, negative_prompts, more_prompts)
-        check_needs({**options, **changes, "classifier": classifier, "target": target})
+        given = {**options, **changes, "classifier": classifier, "target": target}
+        check_needs(given, self.defaults)
         timesteps, chosen = plan(denoiser.schedule, denoiser.prediction, self.defaults, options)
         guides.warn_of_scale(self.origin, chosen)
 
@@ -301,7 +302,7 @@ class Model(flax.struct.PyTreeNode):
         batch |= picturing.entries(image_prompts, total)
         sizes = conditions.negative_sizes(denoiser.conditioner, opposite, total // num_images)
         batch |= {name: np.repeat(rows, total // len(rows), 0) for name, rows in sizes.items()}
-        guides.check_schedule(classifier, denoiser.schedule)
+        guides.check_classifier(classifier, denoiser.schedule, latent[2])
         batch |= guides.entries(classifier, classifier_labels, target, channels, total)
         if z_T is not None:
             batch["z_T"] = conditions.array("z_T", z_T, (total, *latent))
@@ -413,5 +414,9 @@ def _decode(first_stage: FirstStage, latents: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="method")
 def _apply(first_stage: FirstStage, method: str, x: jax.Array) -> jax.Array:
+    if not hasattr(first_stage.module, method):
+        raise ValueError(
+            "pixels and tiny autoencoders have no codebook; 'vq' and 'gumbel' have one"
+        )
     out: Any = first_stage.module.apply({"params": first_stage.params}, x, method=method)
     return out

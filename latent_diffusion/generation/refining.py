@@ -19,6 +19,10 @@ def sample(model: Any, refiner: Any, rng: Any, call: Mapping[str, Any]) -> np.nd
     Raises ValueError if the second model doesn't start where the first stops.
     """
     other, share = _checked(refiner)
+    if call.get("strength") not in (None, OPTIONS["strength"].off):
+        raise ValueError(
+            "strength doesn't go with a refiner; in Python, start says where the first model begins"
+        )
     denoisers = [x._need("denoiser") for x in (model, other)]
     of_first, of_second = (
         {argument(key) for key in (*denoiser.conditioner.keys, *denoiser.conditioner.optional)}

@@ -97,6 +97,8 @@ def begin(
     """
     if (count := options.guidance_channels or 0) > shape[-1]:
         raise ValueError(f"guidance_channels={count}: the latent has {shape[-1]} channels")
+    if negative is None:  # a model's default, for calls with negative_prompts
+        options = dataclasses.replace(options, perpendicular=None)
     if getattr(denoiser.network, "guidance_dim", None) is not None:
         conditioning, options = _with_guidance_input(conditioning, options, negative, more)
     if options.guidance_scale is not None and not jax.tree.leaves(null):

@@ -342,8 +342,9 @@ PRIOR_OPTIONS = options_of(PriorOptions)
 ALL_OPTIONS = {**PRIOR_OPTIONS, **OPTIONS}  # for a shared name, the flag explains the denoiser's
 
 
-def check_needs(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option without the argument that it needs."""
+def check_needs(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError for a given option without what it needs, given or among the defaults."""
+    present = {name for part in (given, defaults) for name, x in part.items() if x is not None}
     for name, made in OPTIONS.items():
-        if made.needs and given.get(name) is not None and given.get(made.needs) is None:
+        if made.needs and given.get(name) is not None and made.needs not in present:
             raise ValueError(f"{name} needs {made.needs}: give both")

@@ -136,7 +136,7 @@ def _values(defaults: Config, requested: Mapping[str, Any]) -> dict[str, Any]:
             replaced = {*more, *(options_of(default) if default in table else ())}
             defaults = {k: value for k, value in defaults.items() if k not in replaced}
     values = {**defaults, **requested}
-    sampler, name = values["sampler"], values["spacing"]
+    sampler, name = (OPTIONS[part].checked(part, values[part]) for part in usual)
     of_sampler = options_of_sampler(sampler)
     allowed = SHARED | {*of_sampler, *options_of_spacing(name)}
     for option in values:
