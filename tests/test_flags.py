@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,16 @@ def test_an_argument_without_dashes_is_refused_unless_the_command_takes_it(monke
     assert seen == [["command", "word"]]
 
 
+def test_a_path_in_the_users_home_may_be_written_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
+    others = ["--prompts=~5 cats", "--config.name=a~/b", "~/model"]  # shells expand the last
+    monkeypatch.setattr(sys, "argv", ["command", "--workdir=~/run", "--config.dir=~/a=b", *others])
+    monkeypatch.setattr(app, "run", lambda main: None)
+    shared_flags.run(print, config=False)
+    assert sys.argv[1:] == ["--workdir=/home/me/run", "--config.dir=/home/me/a=b", *others]
+
+
 @pytest.mark.parametrize(
     ("given", "path"),
     [
@@ -350,6 +361,14 @@ def test_all_commands_of_the_package_start_alike():
     """So that each finds installed configs, and refuses wrong flags in one line."""
     starts = [path for path in PACKAGE.rglob("*.py") if "app.run(" in path.read_text("utf-8")]
     assert [path.name for path in starts] == ["flags.py"]
+
+
+def test_every_command_that_reads_a_config_requires_it():
+    sources = {path: path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
+    readers = [path for path, text in sources.items() if "DEFINE_config_file(" in text]
+    assert len(readers) >= 5
+    for path in readers:
+        assert re.search(r'mark_flags?_as_required\(\[?"config"', sources[path]), path
 
 
 def test_a_config_of_the_working_directory_comes_before_the_installed_one(tmp_path, monkeypatch):

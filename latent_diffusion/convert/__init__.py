@@ -73,6 +73,7 @@ def read(
     any other path, for an argument that is for another kind of path, and for files that are damaged
     or not supported.
     """
+    path = os.path.expanduser(path)
     with reading(path):
         return _read(Path(path), config, ema, variant, tokenizer)
 

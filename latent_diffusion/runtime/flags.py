@@ -1,6 +1,7 @@
 """Flags that several commands share. JAX isn't imported before a run starts: --help is fast."""
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ def run(main: Callable[[list[str]], None], config: bool = True, positional: bool
 
     config: it has the flag --config. Then a fault in the flags is reported in one line, and
     configs/X.py is that of the package where the working directory has no such file. positional:
-    it takes arguments without dashes, which are refused otherwise.
+    it takes arguments without dashes, which are refused otherwise. In --FLAG=~/PATH, which shells
+    leave alone, ~ is the user's home.
     """
     module = sys.modules[main.__module__]
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
@@ -31,6 +33,7 @@ def run(main: Callable[[list[str]], None], config: bool = True, positional: bool
             raise app.UsageError(f"unexpected argument {argv[1]!r}; options start with --")
         main(argv)
 
+    sys.argv = [sys.argv[0], *map(_at_home, sys.argv[1:])]
     options: dict[str, Any] = {}
     if config:
         folder = _configs()
@@ -59,6 +62,13 @@ def _installed(argument: str, folder: Path) -> str:
     if not written or Path("configs", written[2]).exists() or not (folder / written[2]).exists():
         return argument
     return f"{written[1] or ''}{folder / written[2]}{written[3] or ''}"
+
+
+def _at_home(argument: str) -> str:
+    """The argument, in which ~ is the user's home if it is --FLAG=~/PATH."""
+    flag, _, value = argument.partition("=")
+    home = flag.startswith("-") and value.startswith("~/")
+    return f"{flag}={os.path.expanduser(value)}" if home else argument
 
 
 def _parse(argv: list[str]) -> list[str]:

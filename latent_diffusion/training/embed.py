@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Names the data.", lock_config=True)
+    flags.mark_flag_as_required("config")
     CLIP = flags.DEFINE_string("clip", None, "A CLIPModel's folder.", required=True)
     OUT = flags.DEFINE_string("out", None, "Folder of the embeddings.", required=True)
     shared_flags.run(main)
