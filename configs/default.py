@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep = 3  # the number of newest checkpoints that stay
     c.checkpoint.best = ""  # also store the best in best/, by this metric: "eval_psnr" ...
     c.checkpoint.best_mode = ""  # "min" | "max"; "" = "max" for PSNR and accuracies, else "min"
-    c.checkpoint.averages_every_steps = 0  # between snapshots of optimizer.averages; all stay
+    c.checkpoint.averages_every_steps = 0  # snapshots of optimizer.averages; 0 = at the end only
     return c
 
 

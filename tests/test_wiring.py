@@ -31,6 +31,7 @@ from latent_diffusion.evaluate.features import FeatureNet
 from latent_diffusion.evaluate.frechet import frechet_distance, gaussian
 from latent_diffusion.generation.model import Model
 from latent_diffusion.models.first_stage import FirstStage, make_autoencoder
+from latent_diffusion.optimisation.averages import PowerAverages
 from latent_diffusion.process.options import ALL_OPTIONS
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import TASKS
@@ -178,6 +179,7 @@ class Counted(flax.struct.PyTreeNode):
 
     params: Any
     ema_params: Any = None
+    opt_state: Any = PowerAverages(np.zeros((), np.int32), None, {"0.1": np.zeros(1)})
 
 
 class Given(Evaluator):
@@ -220,6 +222,7 @@ def events(directory, monkeypatch, **fields):
         "evaluated": [line["step"] for line in lines if "eval_score" in line],
         "drawn": sorted(int(p.stem[-8:]) for p in (directory / "images").glob("*.png")),
         "saved": sorted(int(path.name) for path in (directory / "checkpoints").glob("[0-9]*")),
+        "averaged": sorted(int(path.name) for path in (directory / "averages").glob("[0-9]*")),
         "best": json.loads(best.read_text())["step"] if best.exists() else None,
     }
 
@@ -232,6 +235,9 @@ EVENTS = [
     ({"log.images_every_steps": 3}, {"drawn": [1, 2, 3, 6, 7]}),
     ({"checkpoint.every_steps": 2}, {"saved": [4, 6, 7]}),
     ({"checkpoint.every_steps": 2, "checkpoint.keep": 2}, {"saved": [6, 7]}),
+    ({}, {"averaged": []}),
+    ({"optimizer.averages": (0.1,)}, {"averaged": [7]}),
+    ({"optimizer.averages": (0.1,), "checkpoint.averages_every_steps": 3}, {"averaged": [3, 6, 7]}),
     ({"checkpoint.best": "eval_score", "log.eval_every_steps": 1}, {"best": 3}),
     (
         *({"checkpoint.best": "eval_score", "checkpoint.best_mode": "max",

@@ -3,7 +3,7 @@
     python -m latent_diffusion.training.averages --workdir=RUN --width=0.1 --out=FOLDER
 
 writes a workdir with only the parameters, for sampling and evaluation. The run needs
-`optimizer.averages` and `checkpoint.averages_every_steps`.
+`optimizer.averages`; there are snapshots every `checkpoint.averages_every_steps` and of its end.
 """
 
 import shutil

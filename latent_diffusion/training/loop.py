@@ -45,7 +45,7 @@ def train(config: ConfigDict, directory: str | Path) -> Any:
         acquire_lock(directory),
         Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         Best(directory, config.checkpoint.best, config.checkpoint.best_mode) as best,
-        Snapshots(directory, bool(config.checkpoint.averages_every_steps)) as snapshots,
+        Snapshots(directory, bool(config.optimizer.averages)) as snapshots,
     ):
         run = start(config, directory, checkpoints)
         best.begin(run.step)
