@@ -590,6 +590,16 @@ def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tm
         ("denoising", {"data.layout.centres": True}, "layout_map fills boxes: it needs"),
     ],
 )
+def test_a_first_stage_moves_with_its_model_and_texts_need_not_be_encoded_once(tmp_path):
+    fields = {"init_from": str(tmp_path / "gone"), "first_stage.path": str(tmp_path / "gone")}
+    run = few("denoising", **fields, **{"cache_texts": True})
+    config = few("denoising", **dict.fromkeys(fields, str(tmp_path)), **{"data.workers": 2})
+    assert settings.continued(config, run, tmp_path) == config
+    config.first_stage.path = "another"
+    with pytest.raises(ValueError, match=r"first_stage\.path='another', but the run in"):
+        settings.continued(config, run, tmp_path)
+
+
 def test_data_that_a_network_does_not_understand_are_refused(task, fields, message, tmp_path):
     config = make_config(task, **fields)
     if task == "denoising":

@@ -35,7 +35,7 @@ MAY_CHANGE = {
     r"diffusion\.(loss|huber_c|loss_weight|elbo_weight|drop_rate|max_noise|offset_noise|"
     r"input_perturbation|variance_weight)": "the objective may change",
     r"prior\..*": "the objective may change, and sampling is no part of it",
-    r"first_stage\.cache": "cached latents are the same",
+    r"first_stage\.cache|cache_texts": "what is encoded once is the same",
     r"first_stage\.trained_by": "messages alone name it",
     r"data\.(flip|search|workers)": "the pictures are the same",
 }
@@ -82,12 +82,15 @@ def continued(config: ConfigDict, run: ConfigDict, directory: Path) -> ConfigDic
     asked = {name: _as_json(value) for name, value in asked.items()}
     tree, now, before = config.to_dict(), flat(config), flat(run)
     teacher, old_teacher = now.get(_TEACHER), before.get(_TEACHER)
+    moved = now.get("init_from"), before.get("init_from")
     for name in dict.fromkeys(["task", *now, *before]):
         have, had = now.get(name), before.get(name)
         if old_teacher and had == old_teacher and name != _TEACHER:
             had = teacher  # another path that leads to the teacher, which may have moved
         if have == had or name.startswith("asked."):
             continue
+        if name == "first_stage.path" and (have, had) == moved:
+            continue  # with the rest of the model
         if name in asked and have == asked[name]:
             _set(tree, name, had)
         elif name not in before and not re.fullmatch(_FREE, name):
