@@ -132,6 +132,13 @@ def test_a_run_that_can_draw_no_class_is_refused(name):
         class_pictures.check(dreambooth(**fields))
 
 
+def test_half_a_batch_divides_over_the_processes(monkeypatch):
+    monkeypatch.setattr(class_pictures.parallel, "process_shard", lambda *_: (0, 2))
+    class_pictures.check(dreambooth(batch_size=8))
+    with pytest.raises(ValueError, match=r"needs half of batch_size=6 to divide over 2 processes$"):
+        class_pictures.check(dreambooth(batch_size=6))
+
+
 def test_a_model_with_other_conditions_than_text_can_not_draw_the_class():
     config = dreambooth()
     class_pictures.check(config)

@@ -290,7 +290,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused(field, value, tmp_pa
         resolve(few("denoising", **{field: value}), tmp_path)
 
 
-def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path):
+def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path, caplog):
     """It is misspelt, and what should stay as it is would be trained."""
     config = few("autoencoding", **{"optimizer.frozen": ("encoder/", "^conv_in/", "decodr/")})
     wanted = r"^optimizer\.frozen='decodr/' matches no parameter; they begin with autoencoder/de"
@@ -303,6 +303,10 @@ def test_a_pattern_that_freezes_nothing_is_refused_where_a_run_begins(tmp_path):
     base = {"unet": {"kernel": np.ones(1)}, "base_net": np.ones(1)}
     constants = SimpleNamespace(conditioner={"bert": {"kernel": np.ones(1)}}, base=base)
     starting._check_patterns(config, state, constants)
+    assert not caplog.messages
+    config.optimizer.no_decay = ("kernel", "bais")
+    starting._check_patterns(config, state, constants)
+    assert caplog.messages == ["optimizer.no_decay='bais' matches no parameter"]
     for targets, message in (
         (("unet", "base_net"), "='base_net' matches no parameter; they"),  # it has no kernel
         (("unet", "bert/"), "='bert/' matches only the encoder of pretrained.bert, which isn't"),
@@ -343,15 +347,38 @@ def test_maps_of_one_size_are_refused_for_pictures_of_several(name):
         starting.check_new(config)
 
 
-def test_pictures_without_captions_are_refused_before_they_are_encoded(runs, tmp_path):
+def test_pictures_without_texts_are_refused_before_they_are_encoded(runs, tmp_path):
     for i in range(8):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
     config = few("denoising", **{"first_stage.path": str(runs[0])})
+    config.tokenizer.name = "none"
+    with pytest.raises(ValueError, match=r"^no tokens, .* \(tokenizer.name='none'\); the"):
+        begin(config, tmp_path / "run")
+    config.tokenizer.name = "word"
     config.data.update({"name": "image_folder", "dir": str(tmp_path)})
     config.data.update({"train_split": "all", "test_split": "all"})
     with pytest.raises(ValueError, match="no caption to tokenize; the example has: name, image"):
         begin(config, tmp_path / "run")
     assert set(contents(tmp_path / "run")) <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"init_from_only": "unet/"}, "init_from_only='unet/' needs a model: name it by init_from"),
+        ({"init_from_changes": ("a",)}, r"init_from_changes=\('a',\) needs a model: name it by"),
+        (
+            {"data.layout.vocab_size": 1024},
+            "conditioners.layout.vocab_size=8192, but data.layout.vocab_size=1024: the same token",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_misread_is_refused_for_new_runs(fields, message):
+    config = few("denoising", **fields)
+    if "data.layout.vocab_size" in fields:
+        config.conditioners = ConfigDict({"layout": {}})
+    with pytest.raises(ValueError, match=f"^{message}"):
+        starting.check_new(config)
 
 
 def test_a_classifier_is_half_a_u_net(tmp_path):
@@ -538,6 +565,14 @@ def test_a_run_goes_on_with_what_was_asked_or_what_files_decided(tmp_path):
             settings.continued(ConfigDict({**first, "unet": {"width": width}}), run, tmp_path)
 
 
+def test_what_a_killed_start_wrote_is_no_part_of_the_next_run(runs, tmp_path):
+    names = ("first_stage.safetensors", "conditioner_text.safetensors", "tokenizer.json")
+    for name in (*names, "own.safetensors"):
+        shutil.copy(runs[1] / "first_stage.safetensors", tmp_path / name)
+    begin(few("autoencoding"), tmp_path)
+    assert {path.name for path in tmp_path.glob("*.*[sn]")} == {"config.json", "own.safetensors"}
+
+
 @pytest.mark.parametrize(
     "field", ["data.dir", "data.embedding_path", "init_from", "distillation.teacher"]
 )
@@ -553,6 +588,16 @@ def test_the_data_of_a_run_may_move_but_are_not_exchanged(field, tmp_path):
     assert resumed(tmp_path / "here", tmp_path / "link") == str(tmp_path / "link")
     with pytest.raises(ValueError, match=f"{field}=.*leave the field as it was"):
         resumed(tmp_path / "there", tmp_path / "here")
+
+
+def test_a_first_stage_moves_with_its_model_and_texts_need_not_be_encoded_once(tmp_path):
+    fields = {"init_from": str(tmp_path / "gone"), "first_stage.path": str(tmp_path / "gone")}
+    run = few("denoising", **fields, **{"cache_texts": True})
+    config = few("denoising", **dict.fromkeys(fields, str(tmp_path)), **{"data.workers": 2})
+    assert settings.continued(config, run, tmp_path) == config
+    config.first_stage.path = "another"
+    with pytest.raises(ValueError, match=r"first_stage\.path='another', but the run in"):
+        settings.continued(config, run, tmp_path)
 
 
 def test_what_a_teacher_decided_moves_with_it(tmp_path):
@@ -590,16 +635,6 @@ def test_a_denoiser_has_its_own_noise_and_the_architecture_of_its_first_stage(tm
         ("denoising", {"data.layout.centres": True}, "layout_map fills boxes: it needs"),
     ],
 )
-def test_a_first_stage_moves_with_its_model_and_texts_need_not_be_encoded_once(tmp_path):
-    fields = {"init_from": str(tmp_path / "gone"), "first_stage.path": str(tmp_path / "gone")}
-    run = few("denoising", **fields, **{"cache_texts": True})
-    config = few("denoising", **dict.fromkeys(fields, str(tmp_path)), **{"data.workers": 2})
-    assert settings.continued(config, run, tmp_path) == config
-    config.first_stage.path = "another"
-    with pytest.raises(ValueError, match=r"first_stage\.path='another', but the run in"):
-        settings.continued(config, run, tmp_path)
-
-
 def test_data_that_a_network_does_not_understand_are_refused(task, fields, message, tmp_path):
     config = make_config(task, **fields)
     if task == "denoising":

@@ -73,6 +73,12 @@ def frozen_files(workdir: Path) -> list[Path]:
     return sorted(path for path in paths if path.name != TEACHER)  # only training reads it
 
 
+def copies(workdir: Path) -> list[Path]:
+    """The files that a run writes at its start, beside its config."""
+    names = (TOKENIZER, FIRST_STAGE, TEACHER, BASE, "conditioner_*.safetensors")
+    return [path for name in names for path in workdir.glob(name)]
+
+
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the resolved experiment; only process 0 writes."""
     if jax.process_index() == 0:

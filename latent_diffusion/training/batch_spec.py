@@ -71,16 +71,18 @@ def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
     """The transform, which raises ValueError for an example that the model can't read.
 
     It lacks a condition, or its class or a label isn't one of the model's. Latents may stand for
-    the picture, and the transform itself knows whether there is a caption.
+    the picture.
     """
-    counts, conditions = class_counts(config), batch_spec(config).keys() - {"image", "tokens"}
+    counts, conditions = class_counts(config), batch_spec(config).keys() - {"image"}
     of_maps = {n: p.num_classes for n, p in _parts(config) if getattr(p, "only_classes", False)}
 
     def checked(example: Any, rng: Any = None) -> Any:
         out = transform(example, rng)
         if absent := sorted(conditions - out.keys()):
+            made_by = " (tokenizer.name='none')" if absent[0] == "tokens" else ""
             raise ValueError(
-                f"no {absent[0]}, which the model reads; the example has: {', '.join(example)}"
+                f"no {absent[0]}, which the model reads{made_by}; the example has: "
+                f"{', '.join(example)}"
             )
         for section, count in counts.items():
             if not 0 <= (label := int(out.get("class_label", 0))) < count:

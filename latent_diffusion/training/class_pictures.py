@@ -33,6 +33,7 @@ def check(config: ConfigDict) -> None:
     fields, half = config.dreambooth, config.batch_size // 2
     if not fields.class_prompt:
         return
+    _, hosts = parallel.process_shard(*parallel.devices(config.parallel))
     faults = {
         "a model to draw with: name it by init_from": not config.init_from,
         "task='denoising' and no control": config.task != "denoising" or bool(config.control),
@@ -43,6 +44,7 @@ def check(config: ConfigDict) -> None:
         "pictures, not their latents": config.data.name == "latents",
         "data.bucket_step=0": config.data.bucket_step > 0,
         "an even batch_size: half of a batch is of the class": config.batch_size % 2 == 1,
+        f"half of batch_size={config.batch_size} to divide over {hosts} processes": half % hosts,
         f"dreambooth.num_images of at least {half}, half a batch": fields.num_images < half,
         "dreambooth.prior_weight of at least 0": not fields.prior_weight >= 0,
     }

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from latent_diffusion.core.trees import leaves_by_path
 from latent_diffusion.core.types import lookup
 from latent_diffusion.data.shards import ShardSource
 from latent_diffusion.models.first_stage import make_autoencoder
+from latent_diffusion.nets.conditioners import make_conditioner
 from latent_diffusion.runtime import metrics, parallel, processes, workdir
 from latent_diffusion.runtime.checkpoint import Checkpointer
 from latent_diffusion.tasks import DENOISERS, TASKS
@@ -36,6 +38,8 @@ from latent_diffusion.training.batch_spec import batch_spec, check_classes, with
 from latent_diffusion.training.batches import train_batches
 from latent_diffusion.training.evaluator import Evaluator
 from latent_diffusion.training.tokenizer import make_tokenizer
+
+log = logging.getLogger(__name__)
 
 # Numbers of which less than one would lose everything, or have no meaning
 _AT_LEAST_ONE = (("checkpoint", "keep"), ("log", "num_images"), ("first_stage", "num_batches"))
@@ -122,9 +126,13 @@ def check_new(config: ConfigDict) -> None:
     """Raise ValueError for what a new run can't be, but an earlier one may have been.
 
     These are fields that its data set or its network ignores, pictures whose sides the autoencoder
-    can't divide, maps of one size for pictures of several, and guidance without a condition.
+    can't divide, maps of one size for pictures of several, guidance without a condition, and
+    layouts that the model would take for others.
     """
     data.check_fields(config.data)
+    for field in ("init_from_only", "init_from_changes"):
+        if config[field] and not config.init_from:
+            raise ValueError(f"{field}={config[field]!r} needs a model: name it by init_from")
     if config.task == "classifying" and config.backbone != "unet":
         raise ValueError(
             f"backbone={config.backbone!r}, but a classifier is half a U-Net: backbone='unet'"
@@ -150,6 +158,13 @@ def check_new(config: ConfigDict) -> None:
             f"conditioners.{of_one_size[0]} has maps of one: set data.bucket_step=0, or leave it "
             "out"
         )
+    conditioner, size = make_conditioner(config.conditioners), config.data.layout.vocab_size
+    for name, part in zip(conditioner.config, conditioner.parts(), strict=True):
+        if "layout" in part.keys and size not in (0, part.vocab_size):
+            raise ValueError(
+                f"conditioners.{name}.vocab_size={part.vocab_size}, but data.layout.vocab_size="
+                f"{size}: the same token would stand for another place"
+            )
 
 
 def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Start:
@@ -225,12 +240,16 @@ def start(config: ConfigDict, directory: Path, checkpoints: Checkpointer) -> Sta
 def _check_patterns(config: ConfigDict, state: Any, constants: Any) -> None:
     """Raise ValueError for a pattern of `optimizer.frozen` or `lora.targets` that matches nothing.
 
-    What `optimizer.frozen` matches may be frozen anyway; pretrained conditioners aren't adapted.
+    What `optimizer.frozen` matches may be frozen anyway; pretrained conditioners aren't adapted. Of
+    `optimizer.no_decay`, a warning names such patterns: lists for several networks have some.
     """
     trained = (state.params, getattr(state, "disc_params", None))
     base = getattr(constants, "base", None)
     pretrained = leaves_by_path({"conditioner": getattr(constants, "conditioner", None)})
     paths = [path for tree in (*trained, base) for path in leaves_by_path(tree)] + [*pretrained]
+    for pattern in config.optimizer.no_decay:
+        if not any(re.search(pattern, path) for path in paths):
+            log.warning("optimizer.no_decay=%r matches no parameter", pattern)
     kernels = [path for path in leaves_by_path(base) if path.endswith("kernel")]
     targets = config.lora.targets if config.lora.rank else ()
     checked = [("optimizer.frozen", pattern, paths) for pattern in config.optimizer.frozen]
@@ -309,3 +328,5 @@ def _write(
                 tokenizer.save(folder / workdir.TOKENIZER)
             if base:
                 workdir.write_whole(folder / workdir.BASE, json.dumps(base, indent=2) + "\n")
+            for path in workdir.copies(directory):  # of a run that was killed before a checkpoint
+                path.unlink()
