@@ -47,9 +47,10 @@ FIRST_STAGE_FIELDS = {
     "autoencoder.attn_resolutions": (),
     "autoencoder.num_groups": 4,
     "autoencoding.discriminator.num_layers": 1,
+    "optimizer.eps": 1e-2,
     "log.eval_every_steps": 2,
 }
-LOOKED_AT = {"log.distance": "alexnet", "log.distance_images": 24, "log.num_images": 2}
+LOOKED_AT = {"log.distance": "alexnet", "log.distance_images": 48, "log.num_images": 2}
 BEST = {"checkpoint.best": "eval_fd_alexnet"}
 # Steps enough that something of each image's own noise is left.
 SAMPLING = {"prompts": ["red circle", "blue square"], "num_images": 3, "num_steps": 4}

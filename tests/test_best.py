@@ -179,6 +179,7 @@ def test_a_run_that_goes_on_before_its_best_step_forgets_it(tmp_path, monkeypatc
             snapshots.save(step, widths)
     config = default.get_config()
     config.checkpoint.update({"best": "eval_loss", "averages_every_steps": 2})
+    config.optimizer.averages = (0.05,)
     at = [6]
     monkeypatch.setattr(loop, "resolve", lambda config, directory: config)
     monkeypatch.setattr(loop, "start", lambda *given: SimpleNamespace(step=at[0]))

@@ -103,7 +103,7 @@ def test_variants_share_one_recipe_and_fit_their_first_stage():
     def recipe(f):
         config = get_config(f"f{f}").to_dict()
         return {k: v for k, v in config.items() if k != "autoencoder"} | {
-            "first_stage": {**config["first_stage"], "path": ""}
+            "first_stage": {**config["first_stage"], "path": "", "trained_by": ""}
         }
 
     for f in FACTORS[1:]:

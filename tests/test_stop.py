@@ -113,8 +113,8 @@ def test_a_signal_loses_no_step_and_draws_nothing(
             os.kill(os.getpid(), signal.SIGTERM)
         return values
 
-    def stopping_batches(self, batch_size):
-        for i, batch in enumerate(batches(self, batch_size)):
+    def stopping_batches(self, *sizes):
+        for i, batch in enumerate(batches(self, *sizes)):
             if i == 1 and moment == "during":
                 os.kill(os.getpid(), signal.SIGTERM)
             events.append("batch")
