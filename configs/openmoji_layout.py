@@ -20,7 +20,7 @@ from configs.openmoji_unconditional import of_scenes, with_context
 def get_config(variant: str = "") -> ConfigDict:
     layout = {"vocab_size": 1024, "max_length": 12, "width": 128, "depth": 2}
     c = with_context(variant, 1500, "layout", **layout, num_heads=4, head_dim=32)
-    of_scenes(c)
+    of_scenes(c, variant)
     c.conditioners.layout_map = ConfigDict({"vocab_size": 1024, "max_length": 12})
     c.data.layout.update({"vocab_size": 1024, "max_objects": 4, "encode_crop": False})
     return default.apply_variant(c, variant, {"smoke": smoke})

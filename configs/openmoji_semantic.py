@@ -18,6 +18,6 @@ from configs.openmoji_unconditional import of_scenes, without_condition
 
 def get_config(variant: str = "") -> ConfigDict:
     c = without_condition(variant, num_steps=1200)
-    of_scenes(c)
+    of_scenes(c, variant)
     c.conditioners = ConfigDict({"spatial_rescaler": {"num_classes": 17, "out_channels": 8}})
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

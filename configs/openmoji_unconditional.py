@@ -20,11 +20,11 @@ def get_config(variant: str = "") -> ConfigDict:
     return default.apply_variant(c, variant, {"smoke": lambda c: None})
 
 
-def of_scenes(c: ConfigDict) -> None:
+def of_scenes(c: ConfigDict, variant: str) -> None:
     """Change the data to scenes, with the first stage of scenes."""
     c.data.name = "openmoji_scenes"
     c.first_stage.path = "runs/gallery/scenes"
-    c.first_stage.trained_by = "openmoji_autoencoder.py:scenes"
+    c.first_stage.trained_by = f"openmoji_autoencoder.py:{variant or 'scenes'}"
 
 
 def without_condition(variant: str, num_steps: int) -> ConfigDict:

@@ -28,6 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = default.paper_denoiser(kl_f8, batch_size=1024, num_steps=500_000)
     c.data.update({"image_size": 1024, "crop": "random"})
     c.autoencoder.update({"z_channels": 16, "embed_dim": 16})
+    c.first_stage.trained_by = ""  # kl_f8 has four channels
     c.tokenizer.update({"name": "clip_t5", "max_length": 77 + 256})
     c.conditioners = ConfigDict(
         {

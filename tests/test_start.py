@@ -200,15 +200,16 @@ def test_a_missing_first_stage_is_named_with_its_command():
 
     def message(**fields):
         with pytest.raises(ValueError) as raised:
-            stages.resolve(few("denoising", **{**trained_by, **fields}))
+            stages.resolve(few(**{"task": "denoising", **trained_by, **fields}))
         return str(raised.value)
 
     assert message().endswith(f"; {train}/openmoji_x.py:fine --workdir=runs/fine")
     found = message(**{"first_stage.path": ""})
-    assert found.startswith("first_stage.path is empty, but denoising needs one; ")
+    name_one = "name the workdir of one by --config.first_stage.path"
+    assert found.startswith(f"first_stage.path is empty, but denoising needs one; {name_one}, or ")
     assert found.endswith(f"{train}/openmoji_x.py:fine --workdir=runs/first_stage")
     found = message(**{"first_stage.trained_by": ""})
-    assert found.endswith("it has no readable config.json; name the workdir of one")
+    assert found.endswith(f"it has no readable config.json; {name_one}")
     own = {"data.name": "image_folder", "data.dir": "mine"}
     assert message(**own).endswith(
         f"{train}/images_autoencoder.py --workdir=runs/fine --config.data.dir=mine"
@@ -220,6 +221,10 @@ def test_a_missing_first_stage_is_named_with_its_command():
     assert found.endswith(" --workdir=runs/fine --config.data.name=tfds:flowers")
     found = message(**own, **{"first_stage.trained_by": "vq_f4.py"})
     assert found.endswith(f"{train}/vq_f4.py --workdir=runs/fine --config.data.dir=mine")
+    assert message(**own, task="prior").endswith(  # no recipe of one's own pictures has its codes
+        "openmoji_x.py:fine --workdir=runs/fine --config.data.name=image_folder"
+        " --config.data.dir=mine"
+    )
 
 
 @pytest.mark.parametrize("field", ["data.dir", "first_stage.path"])

@@ -18,6 +18,7 @@ _BUILDS_ON = {
     "prior": "autoencoding",
 }
 _OF_USERS = ("image_folder", "tars", "parquet", "tfds")  # data that no package brings along
+_NAME_ONE = "name the workdir of one by --config.first_stage.path"
 _COMPUTING = ("dtype", "remat")  # how the autoencoder computes, which is up to each run
 _OF_TINY = ("encoder_blocks", "decoder_blocks")  # fields that only tiny autoencoders have
 
@@ -42,7 +43,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     except ValueError as error:
         raise ValueError(f"first_stage.path={path} is not usable: {error}; {hint}") from error
     if earlier.task != earlier_task:
-        raise ValueError(f"first_stage.path={path} holds a run of {earlier.task!r}; {hint}")
+        raise ValueError(
+            f"first_stage.path={path} holds a run of {earlier.task!r}, but {config.task} needs one "
+            f"of {earlier_task!r}; {_NAME_ONE}"
+        )
     sections = ("autoencoder", "diffusion")[: 2 if config.task == "classifying" else 1]
     fields = {
         f"{section}.{name}": value
@@ -57,15 +61,17 @@ def _command(config: ConfigDict) -> str:
     """How to get an earlier run: the command that trains one, if the config names it."""
     trained_by, more = config.first_stage.trained_by, ""
     kind = config.data.name.partition(":")[0]
-    if config.task in DENOISERS and kind in _OF_USERS:
-        if trained_by.startswith("openmoji"):  # of pictures that the config doesn't read
-            trained_by = "images_autoencoder.py"
-        if kind != "image_folder":
+    if config.task != "classifying" and kind in _OF_USERS:
+        if trained_by.startswith("openmoji") and config.task in DENOISERS:
+            trained_by = "images_autoencoder.py"  # whose pictures are the user's
+        if kind != "image_folder" or trained_by.startswith("openmoji"):
             more = f" --config.data.name={config.data.name}"
         if config.data.dir or kind != "tfds":
             more += f" --config.data.dir={config.data.dir or 'PICTURES'}"
     if not trained_by:
-        return "name the workdir of one"
+        return _NAME_ONE
     workdir = config.first_stage.path or "runs/first_stage"
     command = f"python train.py --config=configs/{trained_by} --workdir={workdir}{more}"
+    if not config.first_stage.path:
+        return f"{_NAME_ONE}, or train one with: {command}"
     return f"train one with: {command}"
