@@ -350,8 +350,11 @@ def test_bounds_of_conditions():
     batch = batch_of(["spatial_rescaler"], segmentation=unlabelled)
     np.testing.assert_array_equal(batch["segmentation"], unlabelled)
     squares = make_conditioner({"segmentation_tokens": {"num_classes": 4, "factor": 2}})
-    with pytest.raises(ValueError, match=r"segmentation: 255 must lie in \[0, 4\)"):
+    with pytest.raises(ValueError, match=r"segmentation: 2×2 .* as 255; .* numbers below 4"):
         conditions.batch_of(squares, list, {"segmentation": unlabelled}, SIZE, SIZE)
+    unlabelled[:, ::2, ::2] = 3  # one pixel of each square
+    batch = conditions.batch_of(squares, list, {"segmentation": unlabelled}, SIZE, SIZE)
+    np.testing.assert_array_equal(batch["segmentation"], unlabelled)
     for reach in (2.5, np.nan):
         with pytest.raises(ValueError, match=r"values up to .*, expected \[-1, 1\]"):
             conditions.in_range(np.full((1, 2, 2, 3), reach, np.float32))

@@ -84,10 +84,14 @@ def test_a_scheduler_is_saved_as_the_model_samples_now(pipeline, tmp_path, caplo
             (
                 {"guidance_scale": 2.0, "num_steps": 7},
                 read,
-                "guidance_scale=2.0 becomes 7.5, num_steps=7 becomes 50",
+                "guidance_scale=2.0 is read as 7.5, num_steps=7 is read as 50",
             ),
             ({"spacing": "trailing", "offset": None}, trailing, None),
-            ({"sampler": "heun"}, trailing, "offset=0 becomes None, sampler=heun becomes ddim"),
+            (
+                {"sampler": "heun"},
+                trailing,
+                "offset=0 is read as None, sampler=heun is read as ddim",
+            ),
         ]
     ):
         caplog.clear()
@@ -98,7 +102,7 @@ def test_a_scheduler_is_saved_as_the_model_samples_now(pipeline, tmp_path, caplo
         saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         assert saved["timestep_spacing"] == written["timestep_spacing"]
         assert len(caplog.messages) == (unsaid is not None)
-        assert f"isn't all that the sampling defaults say: {unsaid}" in caplog.text or not unsaid
+        assert f"doesn't say all of the model: {unsaid}" in caplog.text or not unsaid
 
 
 def test_a_model_that_no_file_gave_is_warned_about_as_well(tmp_path, caplog):
@@ -108,7 +112,7 @@ def test_a_model_that_no_file_gave_is_warned_about_as_well(tmp_path, caplog):
     assert not caplog.records
     karras = {**usual, "spacing": "karras", "guidance_scale": 3.0}
     convert.write(replace(made, sampling=karras), tmp_path / "b", "diffusers")
-    assert "guidance_scale=3.0 becomes 7.5, spacing=karras becomes trailing" in caplog.text
+    assert "guidance_scale=3.0 is read as 7.5, spacing=karras is read as trailing" in caplog.text
 
 
 def test_diffusers_has_no_pipeline_for_pixels(tmp_path):
@@ -559,3 +563,18 @@ def test_a_refiner_has_the_tokenizer_of_its_only_encoder(tmp_path):
     read = convert.read(tmp_path / "folder")
     assert read.tokenizer.pad_id == read.conditioners["clip_text_2"].fields["pad_id"] == 0
     assert read.conditioners["clip_text_2"].fields["empty"] == read.tokenizer.empty
+
+
+def test_the_users_home_is_where_a_model_is_saved_and_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    words = models.make_bundle("text")
+    convert.write(words, "~/model.safetensors", "compvis")
+    assert not (tmp_path / "~").exists()
+    read = convert.read("~/model.safetensors", config="~/model.yaml")
+    assert read.unet.fields == convert.read(tmp_path / "home" / "model.safetensors").unet.fields
+    with pytest.raises(ValueError, match=f": {tmp_path}/home/words is no BERT tokenizer"):
+        convert.read("~/model.safetensors", tokenizer="~/words")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/home/lora.safetensors does not exist"):
+        ldm.load_adapter("~/lora.safetensors")

@@ -600,8 +600,13 @@ def test_samples_of_changed_data_are_made_anew(tmp_path):
     note(class_labels=int)
     source.annotations[2]["class_label"] = 0
     note(class_labels=int)
-    assert len({*versions}) == len(versions) == 7
-    assert note(**prompts) == of_text and note(class_labels=int) == versions[6] != of_class
+    (tmp_path / "map.png").touch()
+    source.annotations[1]["segmentation"] = tmp_path / "map.png"
+    note(segmentation=int)
+    os.utime(tmp_path / "map.png", (1, 1))
+    note(segmentation=int)
+    assert len({*versions}) == len(versions) == 9
+    assert note(**prompts) == of_text and note(segmentation=int) == versions[8] != of_class
 
 
 @pytest.mark.parametrize("task", ["autoencoding", "denoising"])

@@ -107,18 +107,28 @@ def test_a_class_beyond_those_of_the_model_is_refused_where_it_is_read(task):
 
 
 @pytest.mark.parametrize("name", ["segmentation_tokens", "spatial_rescaler"])
-def test_a_label_beyond_the_classes_is_refused_where_it_would_be_class_0(name):
+def test_squares_without_a_class_are_refused_where_they_would_be_class_0(name):
     config = make_config("prior", **{"first_stage.cache": False})
-    config.conditioners = ConfigDict({name: {"num_classes": 4}})
-    labels = np.array([[3, 255], [0, 1]], np.int32)
-    source = ArraySource({"image": [np.zeros((2, 2, 3), np.uint8)], "segmentation": [labels]})
+    fields = {"factor": 2} if name == "segmentation_tokens" else {}
+    config.conditioners = ConfigDict({name: {"num_classes": 4, **fields}})
+    size = config.data.image_size
+    labels = np.ones((3, size, size), np.int32)
+    labels[0, 2:4, 4:6] = [[255, 255], [255, 3]]  # a square of one class
+    labels[1, 2:4, 4:6] = 255
+    labels[2, 2:4, 4:6] = [[255, 4], [-1, 255]]
+    pictures = [np.zeros((size, size, 3), np.uint8)] * 3
+    source = ArraySource({"image": pictures, "segmentation": list(labels)})
     transform, rng = start._transform(config, None), np.random.default_rng(0)
-    if name == "spatial_rescaler":
-        assert transform(source[0], rng)["segmentation"].max() == 255
-        return
-    message = r"^label 255 in segmentation of an example, and \S+segmentation_tokens\.num_classes=4"
-    with pytest.raises(ValueError, match=message):
-        transform(source[0], rng)
+    assert transform(source[0], rng)["segmentation"].max() == 255
+    for number in (1, 2):
+        if name == "spatial_rescaler":
+            np.testing.assert_array_equal(
+                transform(source[number], rng)["segmentation"], labels[number]
+            )
+            continue
+        message = r"^segmentation of an example: 2×2 .* labels as 255; \S+_tokens\.num_classes=4$"
+        with pytest.raises(ValueError, match=message):
+            transform(source[number], rng)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

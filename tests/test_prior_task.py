@@ -276,7 +276,7 @@ def test_a_run_from_the_first_stage_to_samples_and_scores(tmp_path, monkeypatch)
     found = [score["metrics"]["fd_alexnet"] for score in scores]
     assert 0 < found[0] != found[1] < np.inf
     prior.first_stage.path = str(tmp_path / "prior")
-    with pytest.raises(ValueError, match="a run of 'prior', but prior needs one of 'autoencoding'; "):
+    with pytest.raises(ValueError, match="of 'prior', but prior needs one of 'autoencoding'; "):
         loop.train(prior, tmp_path / "other")
 
 

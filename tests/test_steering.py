@@ -190,7 +190,7 @@ def test_the_mean_of_the_positions_attends_to_them_and_is_scored():
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
-def test_a_classifier_is_loaded_with_its_averaged_parameters(tmp_path):
+def test_a_classifier_is_loaded_with_its_averaged_parameters(tmp_path, monkeypatch):
     config = make_config("classifying", **{"data.image_size": 8, "unet.attention_resolutions": ()})
     config.autoencoder.regularization = "identity"
     workdir.save_config(config, tmp_path)
@@ -204,7 +204,8 @@ def test_a_classifier_is_loaded_with_its_averaged_parameters(tmp_path):
             for name, value in (("params", 1), ("ema_params", 2))
         }
         checkpoints.save(1, state)
-    loaded = load_classifier(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    loaded = load_classifier(f"~/{tmp_path.name}")
     assert loaded.unet.out_channels == task.classifier.unet.out_channels
     assert {float(np.unique(x).item()) for x in jax.tree.leaves(loaded.params)} == {2.0}
     config.task = "denoising"

@@ -85,7 +85,9 @@ def _read(
     variant: str | None,
     tokenizer: str | os.PathLike | None,
 ) -> Bundle:
-    yaml, words = (None if file is None else Path(file) for file in (config, tokenizer))
+    yaml, words = (
+        None if file is None else Path(file).expanduser() for file in (config, tokenizer)
+    )
     if path.is_file():
         _refuse(path, "folders of diffusers", variant=variant)
         return read_compvis(path, yaml, ema, words)
@@ -133,7 +135,7 @@ def write(
     ValueError where the format can't express the model, and for a workdir that would join other
     files; a folder that was absent or empty is then absent.
     """
-    writer, path = lookup(FORMATS, format, "format"), Path(path)
+    writer, path = lookup(FORMATS, format, "format"), Path(path).expanduser()
     if format == "orbax" and dtype is not None and jnp.dtype(dtype) != jnp.float32:
         raise ValueError(f"a workdir has float32 parameters: dtype={dtype} is for other formats")
     bundle = bundle if dtype is None else bundle.astype(jnp.dtype(dtype))

@@ -357,7 +357,7 @@ def write_diffusers(bundle: Bundle, path: Path, progress: Progress = lambda coun
         unsaid = _unsaid(settings, bundle)
     if unsaid:
         kinds, said = f"{pipeline} with {settings['_class_name']}", ", ".join(unsaid.values())
-        log.warning("%s: a %s isn't all that the sampling defaults say: %s", path, kinds, said)
+        log.warning("%s: a %s doesn't say all of the model: %s", path, kinds, said)
     # From here on only numbers beyond the range of a dtype are refused, so that a folder hardly
     # ever has parts of two models.
     index: Json = {"_class_name": pipeline, "_diffusers_version": VERSION}
@@ -403,7 +403,7 @@ def _unsaid(settings: Json, bundle: Bundle) -> dict[str, str]:
             usual if of.get(name) is None else of[name] for of in (bundle.sampling, said.sampling)
         )
         if ours != read:
-            unsaid[name] = f"{name}={ours} becomes {read}"
+            unsaid[name] = f"{name}={ours} is read as {read}"
     return unsaid
 
 

@@ -59,11 +59,16 @@ def conditions_of(
 
 
 def version_of_conditions(conditions: dict[str, Rows], source: Any, count: int) -> str:
-    """A hash of the prompts; for other conditions, of the files and annotations of the data."""
+    """A hash of the prompts; for other conditions, of the files and annotations of the data.
+
+    Files are those of the pictures and those that annotations name, such as maps.
+    """
     found: list[Any] = [list(conditions["prompts"][0:count])] if "prompts" in conditions else []
     if conditions.keys() - {"prompts"}:
-        annotations = getattr(source, "annotations", None)
-        found += [len(source), version_of(getattr(source, "paths", ())), annotations]
+        annotations = getattr(source, "annotations", ())
+        maps = [value for entry in annotations for value in entry.values()]
+        files = [*getattr(source, "paths", ()), *(file for file in maps if isinstance(file, Path))]
+        found += [len(source), version_of(files), annotations]
     return hashlib.sha256(repr(found).encode(errors="surrogateescape")).hexdigest()
 
 

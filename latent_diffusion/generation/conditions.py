@@ -198,8 +198,13 @@ def _no_layout(value: Any) -> ValueError:
 def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
     maps = np.asarray(value)
     maps = _of_shape("segmentation", maps[None] if maps.ndim == 2 else maps, size)
-    only_classes = getattr(part, "only_classes", False)  # or other labels are of no class
-    return _integers("segmentation", maps, part.num_classes if only_classes else 2**31)
+    maps = _integers("segmentation", maps, 2**31)
+    if hasattr(part, "unread_label") and (label := part.unread_label(maps)) is not None:
+        raise ValueError(
+            f"segmentation: {part.factor}×{part.factor} pixels have no class, but labels as "
+            f"{label}; this model's classes are numbers below {part.num_classes}"
+        )
+    return maps
 
 
 def _image(part: Any, value: Any, shape: tuple[int, int, int]) -> np.ndarray:

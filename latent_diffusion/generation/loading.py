@@ -76,7 +76,7 @@ def _computing_in(dtype: str, bundle: convert.Bundle) -> convert.Bundle:
 
 def load_classifier(path: str | os.PathLike) -> NoisyClassifier:
     """The classifier in a workdir of `classifying`, with its averaged parameters."""
-    directory = Path(path)
+    directory = Path(path).expanduser()
     with reading(path):
         config = read_config(directory)
         if config.task != "classifying":

@@ -70,11 +70,11 @@ def check_classes(config: ConfigDict, source: Any) -> None:
 def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
     """The transform, which raises ValueError for an example that the model can't read.
 
-    It lacks a condition, or its class or a label isn't one of the model's. Latents may stand for
-    the picture.
+    It lacks a condition, its class isn't one of the model's, or a part of its label map has none.
+    Latents may stand for the picture.
     """
     counts, conditions = class_counts(config), batch_spec(config).keys() - {"image"}
-    of_maps = {n: p.num_classes for n, p in _parts(config) if getattr(p, "only_classes", False)}
+    of_maps = {name: part for name, part in _parts(config) if hasattr(part, "unread_label")}
 
     def checked(example: Any, rng: Any = None) -> Any:
         out = transform(example, rng)
@@ -91,11 +91,13 @@ def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
                     f"class_label={label} of {example.get('name', 'an example')}, and "
                     f"{section}.num_classes={count}: {remedy}"
                 )
-        for section, count in of_maps.items():
-            if (label := int(out["segmentation"].max())) >= count:
+        for section, part in of_maps.items():
+            if (label := part.unread_label(out["segmentation"])) is not None:
+                side = part.factor
                 raise ValueError(
-                    f"label {label} in segmentation of {example.get('name', 'an example')}, and "
-                    f"{section}.num_classes={count}: give it more"
+                    f"segmentation of {example.get('name', 'an example')}: {side}×{side} pixels "
+                    f"have no class, but labels as {label}; {section}.num_classes="
+                    f"{part.num_classes}"
                 )
         return out
 

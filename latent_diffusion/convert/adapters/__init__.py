@@ -91,7 +91,7 @@ def read_adapter(
     word: how prompts spell the word of a textual inversion; default: as the file names it.
     image_encoder: the folder of an IP-Adapter's image encoder; default: the folder beside the file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     with reading(path):

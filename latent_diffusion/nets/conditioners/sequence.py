@@ -106,7 +106,6 @@ class SegmentationTokens(nn.Module):
     null: int | None = None
 
     keys = ("segmentation",)
-    only_classes = True  # a square without any would count as class 0
 
     @property
     def end(self) -> int:
@@ -119,6 +118,17 @@ class SegmentationTokens(nn.Module):
         most = jnp.argmax(nn.avg_pool(classes, squares, squares), -1)
         tokens = _dropped(drop, self.offset + most, self.null)
         return Conditioning(token_maps=tokens[:, None].astype(jnp.int32))
+
+    def unread_label(self, maps: np.ndarray) -> int | None:
+        """A label of a square without any class, which would count as class 0; None if none is.
+
+        maps: [... H W], of whole squares.
+        """
+        width, side = maps.shape[-1], self.factor
+        squares = maps.reshape(-1, side, width // side, side)
+        of_no_class = ((squares < 0) | (squares >= self.num_classes)).all((1, 3))
+        labels = squares[:, 0, :, 0][of_no_class]
+        return int(labels[0]) if labels.size else None
 
 
 class Coordinates(nn.Module):
