@@ -15,6 +15,5 @@ from configs.openmoji_unconditional import for_longer, with_context
 
 def get_config(variant: str = "") -> ConfigDict:
     c = with_context(variant, 10000, "class_label", num_classes=9, width=128)
-    if variant != "smoke":
-        for_longer(c)
+    for_longer(c, variant)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

@@ -15,8 +15,7 @@ from configs.openmoji_unconditional import for_longer, with_context
 
 def get_config(variant: str = "") -> ConfigDict:
     c = with_context(variant, 8000, "neighbours", num_neighbours=4, width=1152)
-    if variant != "smoke":
-        for_longer(c)
+    for_longer(c, variant)
     c.data.embedding = "alexnet"
     c.data.num_neighbours = 4
     return default.apply_variant(c, variant, {"smoke": lambda c: None})

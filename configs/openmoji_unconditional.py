@@ -15,8 +15,7 @@ from configs import default, openmoji_autoencoder, openmoji_text
 
 def get_config(variant: str = "") -> ConfigDict:
     c = without_condition(variant, num_steps=12000)
-    if variant != "smoke":
-        for_longer(c)
+    for_longer(c, variant)
     return default.apply_variant(c, variant, {"smoke": lambda c: None})
 
 
@@ -43,11 +42,13 @@ def without_condition(variant: str, num_steps: int) -> ConfigDict:
     return c
 
 
-def for_longer(c: ConfigDict) -> None:
+def for_longer(c: ConfigDict, variant: str) -> None:
     """For conditions that say little: a better first stage, a larger U-Net, an SDE's sampler.
 
-    The averages are over more steps, too.
+    The averages are over more steps, too. A smoke run stays as it is.
     """
+    if variant == "smoke":
+        return
     c.autoencoder = openmoji_autoencoder.get_config("fine").autoencoder
     c.first_stage.path = "runs/gallery/fine"
     c.first_stage.trained_by = "openmoji_autoencoder.py:fine"

@@ -352,6 +352,8 @@ def test_bounds_of_conditions():
     squares = make_conditioner({"segmentation_tokens": {"num_classes": 4, "factor": 2}})
     with pytest.raises(ValueError, match=r"segmentation: 2×2 .* as 255; .* numbers below 4"):
         conditions.batch_of(squares, list, {"segmentation": unlabelled}, SIZE, SIZE)
+    at_the_edge = np.pad(np.ones((4, 4), int), (0, 1), constant_values=255)  # isn't read
+    assert squares.parts()[0].unread_square(at_the_edge) is None
     unlabelled[:, ::2, ::2] = 3  # one pixel of each square
     batch = conditions.batch_of(squares, list, {"segmentation": unlabelled}, SIZE, SIZE)
     np.testing.assert_array_equal(batch["segmentation"], unlabelled)

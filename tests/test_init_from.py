@@ -99,21 +99,17 @@ def test_input_channels_that_the_file_lacks_change_nothing_at_first(folder):
     state = init_from.start_from(config, fresh, init_from.read(config))
     z, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 2)), jnp.array([3.0, 700.0])
     context = jax.random.normal(jax.random.key(2), (2, 4, 16))
+    concat = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
     unet = TASKS["denoising"](config).denoiser.network
-    got, other = (
-        unet.apply(
-            {"params": state.params["unet"]},
-            *(z, t),
-            ldm.Conditioning(concat=jax.random.normal(key, (2, 8, 8, 3)), context=context),
+    with jax.enable_x64(True):  # a convolution of more channels may add in another order
+        z, context, concat, ours, theirs = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64),
+            (z, context, concat, state.params["unet"], source()[1].params["unet"]),
         )
-        for key in jax.random.split(jax.random.key(3))
-    )
-    np.testing.assert_array_equal(got, other)
-    want = unet.apply(
-        {"params": source()[1].params["unet"]}, z, t, ldm.Conditioning(context=context)
-    )
-    # A convolution of more channels may add in another order: about 1e-6 of the values.
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        unet = unet.clone(dtype=jnp.float64)
+        got = unet.apply({"params": ours}, z, t, ldm.Conditioning(concat=concat, context=context))
+        want = unet.apply({"params": theirs}, z, t, ldm.Conditioning(context=context))
+    np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.std(want) > 0.1
 
 

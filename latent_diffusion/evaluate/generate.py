@@ -1,6 +1,7 @@
 """Sets of pictures: samples of a trained model, computed while they are read; and its data."""
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def version_of_conditions(conditions: dict[str, Rows], source: Any, count: int) 
     found: list[Any] = [list(conditions["prompts"][0:count])] if "prompts" in conditions else []
     if conditions.keys() - {"prompts"}:
         annotations = getattr(source, "annotations", ())
-        maps = [value for entry in annotations for value in entry.values()]
-        files = [*getattr(source, "paths", ()), *(file for file in maps if isinstance(file, Path))]
+        maps = (v for entry in annotations for v in entry.values() if isinstance(v, Path))
+        files = itertools.chain(getattr(source, "paths", ()), maps)
         found += [len(source), version_of(files), annotations]
     return hashlib.sha256(repr(found).encode(errors="surrogateescape")).hexdigest()
 

@@ -199,10 +199,9 @@ def _segmentation(part: Any, value: Any, size: tuple[int, int]) -> np.ndarray:
     maps = np.asarray(value)
     maps = _of_shape("segmentation", maps[None] if maps.ndim == 2 else maps, size)
     maps = _integers("segmentation", maps, 2**31)
-    if hasattr(part, "unread_label") and (label := part.unread_label(maps)) is not None:
+    if hasattr(part, "unread_square") and (unread := part.unread_square(maps)):
         raise ValueError(
-            f"segmentation: {part.factor}×{part.factor} pixels have no class, but labels as "
-            f"{label}; this model's classes are numbers below {part.num_classes}"
+            f"segmentation: {unread}; this model's classes are numbers below {part.num_classes}"
         )
     return maps
 

@@ -74,7 +74,7 @@ def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
     Latents may stand for the picture.
     """
     counts, conditions = class_counts(config), batch_spec(config).keys() - {"image"}
-    of_maps = {name: part for name, part in _parts(config) if hasattr(part, "unread_label")}
+    of_maps = {name: part for name, part in _parts(config) if hasattr(part, "unread_square")}
 
     def checked(example: Any, rng: Any = None) -> Any:
         out = transform(example, rng)
@@ -92,12 +92,10 @@ def with_checked_examples(config: ConfigDict, transform: Any) -> Any:
                     f"{section}.num_classes={count}: {remedy}"
                 )
         for section, part in of_maps.items():
-            if (label := part.unread_label(out["segmentation"])) is not None:
-                side = part.factor
+            if unread := part.unread_square(out["segmentation"]):
                 raise ValueError(
-                    f"segmentation of {example.get('name', 'an example')}: {side}×{side} pixels "
-                    f"have no class, but labels as {label}; {section}.num_classes="
-                    f"{part.num_classes}"
+                    f"segmentation of {example.get('name', 'an example')}: {unread}; "
+                    f"{section}.num_classes={part.num_classes}"
                 )
         return out
 

@@ -119,16 +119,20 @@ class SegmentationTokens(nn.Module):
         tokens = _dropped(drop, self.offset + most, self.null)
         return Conditioning(token_maps=tokens[:, None].astype(jnp.int32))
 
-    def unread_label(self, maps: np.ndarray) -> int | None:
-        """A label of a square without any class, which would count as class 0; None if none is.
+    def unread_square(self, maps: np.ndarray) -> str | None:
+        """In words, a square of `maps` [... H W] without any class, which would count as class 0.
 
-        maps: [... H W], of whole squares.
+        None if there is no such square.
         """
-        width, side = maps.shape[-1], self.factor
-        squares = maps.reshape(-1, side, width // side, side)
+        side = self.factor
+        height, width = (size // side for size in maps.shape[-2:])  # as the network reads them
+        whole = maps[..., : height * side, : width * side]
+        squares = whole.reshape(-1, side, width, side)
         of_no_class = ((squares < 0) | (squares >= self.num_classes)).all((1, 3))
         labels = squares[:, 0, :, 0][of_no_class]
-        return int(labels[0]) if labels.size else None
+        if not labels.size:
+            return None
+        return f"{side}×{side} pixels have no class, but labels as {labels[0]}"
 
 
 class Coordinates(nn.Module):
